@@ -1,0 +1,30 @@
+"""salsa_peft: RLHF whose KL reference is a model soup (SALSA), with one base and many adapters.
+
+    from salsa_peft import SalsaPPOTrainer, SalsaPPOConfig, soup
+
+Names are loaded when they are first used: importing the package imports no torch, so a recipe's errors come at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "SalsaPPOTrainer": "salsa_peft.ppo",
+    "SalsaPPOConfig": "salsa_peft.ppo",
+}
+
+__all__ = ["SalsaPPOConfig", "SalsaPPOTrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

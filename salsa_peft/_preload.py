@@ -1,0 +1,21 @@
+"""What every stage imports, loaded once by the fork server: the first stage starts in seconds, each later one at once.
+
+Nothing here may start a thread or touch a device: the stages' processes are forks of this one. The libraries' own bars and
+notes are switched off: a stage has one bar, and its figures are in its folder.
+"""
+
+import warnings
+
+import datasets
+import peft  # noqa: F401
+import torch  # noqa: F401
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer  # noqa: F401
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: F401
+
+from salsa_peft import evaluate, landscape, parsing, policies, processes, reward_model, sft, stages, toy, units  # noqa: F401
+
+datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

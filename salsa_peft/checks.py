@@ -1,0 +1,265 @@
+"""What must fit together in a recipe beyond its types: names, positions, batches, local files and their columns.
+
+Every refusal is a SalsaError `key: found …, expected …`; parsing.py puts the file in front. What the Hub holds is seen at
+the stage's start, not here. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from salsa_peft.config import NAME, SEED, Recipe, Reference, SalsaError, Source, parse_reference, require
+from salsa_peft.messages import short
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".yaml")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+TOY_PROMPTS = ("in", "out")
+COLUMNS = {
+    "demonstrations": ("`messages`", [{"messages"}]),
+    "preferences": ("`chosen` and `rejected`", [{"chosen", "rejected"}]),
+    "prompts": ("`prompt`, `messages` or `turns`", [{"prompt"}, {"messages"}, {"turns"}]),
+}
+
+
+def bundled(kind: str) -> Path:
+    """The folder of the recipes or adapters that come along: package data in a wheel, beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / f"_{kind}"
+    return inside if inside.is_dir() else package.parent / kind
+
+
+def is_local(value: str) -> bool:
+    """Whether a value of a recipe whose paths are absolute is a path (then absolute) rather than a Hub id."""
+    return os.path.isabs(value)
+
+
+def is_source(keys: list[str]) -> bool:
+    """Whether a data source stands at these keys, so that bare text is its path."""
+    return (len(keys) == 2 and keys[0] == "data") or (len(keys) == 3 and keys[:2] == ["evaluate", "prompts"])
+
+
+def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A copy of departures whose local paths are absolute, relative ones taken from `folder`."""
+    data = copy.deepcopy(data)
+    _change(data, "model", "base", lambda value: _path(value, folder))
+    _change(data, "model", "chat_template", lambda value: _template(value, folder))
+    for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
+        for name, source in named.items():
+            named[name] = _path(source, folder)
+            _change(named, name, "path", lambda value: _path(value, folder))
+    policies = _mapping(data.get("policies"))
+    for name in policies:
+        _change(policies, name, "reference", lambda value: _references(value, folder))
+    return data
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _change(data: dict[str, Any], section: str, key: str, change: Callable[[Any], Any]) -> None:
+    inner = data.get(section)
+    if isinstance(inner, dict) and key in inner:
+        inner[key] = change(inner[key])
+
+
+def _path(value: Any, folder: str) -> Any:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return value
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+    looks_local = value[0] in "./~" or value.lower().endswith(LOCAL_SUFFIXES) or value.count("/") > 1
+    return path if looks_local or os.path.exists(path) else value
+
+
+def _template(value: Any, folder: str) -> Any:
+    if isinstance(value, str) and NAME.match(value) and not value.endswith(".jinja"):
+        path = bundled("recipes") / "chat_templates" / f"{value}.jinja"
+        return str(path) if path.is_file() else value
+    return _path(value, folder)
+
+
+def _references(value: Any, folder: str) -> Any:
+    if isinstance(value, list):
+        return [_references(entry, folder) for entry in value]
+    named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value))
+    return value if named else _path(value, folder)
+
+
+def check(recipe: Recipe) -> None:
+    """Everything that types don't say. Raises SalsaError `key: found …, expected …`."""
+    require(NAME.match(recipe.name) is not None, f"name: found {short(recipe.name)}, {NAME_EXPECTED}")
+    seeds = recipe.sft.seeds
+    require(len(set(seeds)) == len(seeds), f"sft.seeds: found {short(seeds)}, expected no seed twice")
+    recipe.sft.check("sft")
+    recipe.reward.check("reward")
+    recipe.ppo.check("ppo")
+    recipe.soup.check("soup", len(seeds))
+    _check_lengths(recipe)
+    for name, policy in recipe.policies.items():
+        _check_name("policies", name)
+        taken = name in ("base", "soup") or SEED.match(name)
+        require(not taken, f"policies.{name}: found a name that means something else, expected another one")
+        for reference in policy.references(f"policies.{name}"):
+            _check_reference(f"policies.{name}.reference", reference, len(seeds))
+    _check_landscape(recipe)
+    _check_evaluate(recipe)
+    _check_present(recipe)
+    _check_files(recipe)
+    require(
+        recipe.adapter is not None,
+        "adapter: found none, which means full weights; that mode is not in this version, expected an adapter: add --lora",
+    )
+
+
+NAME_EXPECTED = "expected letters, digits, dots, - and _, starting with a letter or digit, at most 64"
+
+
+def _check_name(where: str, name: str) -> None:
+    require(NAME.match(name) is not None, f"{where}: found the name {short(name)}, {NAME_EXPECTED}")
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    sampling, limit = recipe.generation, recipe.model.max_length
+    require(
+        sampling.max_new_tokens < limit,
+        f"generation.max_new_tokens: found {sampling.max_new_tokens}, expected fewer than model.max_length {limit}, which"
+        " holds prompt and response",
+    )
+    require(
+        sampling.min_new_tokens <= sampling.max_new_tokens,
+        f"generation.min_new_tokens: found {sampling.min_new_tokens}, expected at most max_new_tokens {sampling.max_new_tokens}",
+    )
+    prompt = recipe.ppo.max_prompt_length
+    require(
+        prompt is None or prompt + sampling.max_new_tokens <= limit,
+        f"ppo.max_prompt_length: found {prompt}, expected at most {limit - sampling.max_new_tokens}: model.max_length {limit}"
+        f" less generation.max_new_tokens {sampling.max_new_tokens}",
+    )
+
+
+def _check_reference(where: str, reference: Reference, seeds: int) -> None:
+    for member in reference.members:
+        require(member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds")
+    if reference.path is not None:
+        _check_path(where, reference.path, "a LoRA adapter", "adapter_config.json")
+
+
+def _check_landscape(recipe: Recipe) -> None:
+    if (landscape := recipe.landscape) is None:
+        return
+    seeds = len(recipe.sft.seeds)
+    for key, found, count in (("line", landscape.line, 2), ("plane", landscape.plane, 3)):
+        fits = found is None or (len(found) == len(set(found)) == count and all(0 <= position < seeds for position in found))
+        require(fits, f"landscape.{key}: found {short(found)}, expected {count} different positions 0 to {seeds - 1} of sft.seeds")
+    sets = _prompt_sets(recipe)
+    fits = landscape.prompts is None or landscape.prompts in sets
+    require(fits, f"landscape.prompts: found {short(landscape.prompts)}, expected one of evaluate.prompts: {', '.join(sets)}")
+
+
+def _prompt_sets(recipe: Recipe) -> list[str]:
+    return list(recipe.evaluate.prompts) or (list(TOY_PROMPTS) if recipe.toy else [])
+
+
+def _check_evaluate(recipe: Recipe) -> None:
+    for name in recipe.evaluate.prompts:
+        _check_name("evaluate.prompts", name)
+    for index, model in enumerate(recipe.evaluate.models):
+        known = model in recipe.policies
+        for reference in [] if known else parse_reference(f"evaluate.models[{index}]", model):
+            _check_reference(f"evaluate.models[{index}]", reference, len(recipe.sft.seeds))
+    models = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    for index, pair in enumerate(recipe.evaluate.pairs):
+        where = f"evaluate.pairs[{index}]"
+        require(len(pair) == 2 and pair[0] != pair[1], f"{where}: found {short(pair)}, expected two different names")
+        for name in pair:
+            close = difflib.get_close_matches(name, models, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            require(name in models, f"{where}: found {short(name)}, expected one of {', '.join(models)}{hint}")
+
+
+def _check_present(recipe: Recipe) -> None:
+    """Without the embedded world, base, template and data must be named."""
+    given: dict[str, object] = {
+        "model.base": recipe.model.base,
+        "model.chat_template": recipe.model.chat_template,
+        "data.demonstrations": recipe.data.demonstrations,
+        "data.preferences": recipe.data.preferences,
+        "data.prompts": recipe.data.prompts or not recipe.policies,
+        "evaluate.prompts": recipe.evaluate.prompts,
+    }
+    for key, value in given.items():
+        require(bool(value) or recipe.toy is not None, f"{key}: found nothing, expected a value (or a `toy` section, the embedded world)")
+
+
+def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
+    """(key, kind, source) of every dataset that the recipe names."""
+    for kind in COLUMNS:
+        source = getattr(recipe.data, kind)
+        if source is not None:
+            yield f"data.{kind}", kind, source
+    for name, source in recipe.evaluate.prompts.items():
+        yield f"evaluate.prompts.{name}", "prompts", source
+
+
+def _check_files(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.base is not None:
+        _check_path("model.base", model.base, "a model's folder", "config.json")
+    if model.chat_template is not None:
+        folder = bundled("recipes") / "chat_templates"
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
+        require(
+            is_local(model.chat_template) and os.path.isfile(model.chat_template),
+            f"model.chat_template: found {short(model.chat_template)}, which is no file, expected a Jinja file or one of ours: {known}",
+        )
+    for key, kind, source in sources(recipe):
+        if is_local(source.path) and not os.path.isdir(source.path):
+            require(os.path.isfile(source.path), f"{key}: found {short(source.path)}, which is no file or folder, expected {EXPECTED_DATA}")
+            require(source.path.lower().endswith(DATA_SUFFIXES), f"{key}: found {short(source.path)}, expected {EXPECTED_DATA}")
+            if source.path.lower().endswith(".jsonl"):
+                _check_columns(key, kind, source.path)
+        elif not is_local(source.path):
+            _check_hub_id(key, source.path, EXPECTED_DATA)
+
+
+EXPECTED_DATA = "a .jsonl, .json or .parquet file, a folder or a Hub id"
+
+
+def _check_path(where: str, path: str, what: str, file: str) -> None:
+    if not is_local(path):
+        return _check_hub_id(where, path, f"{what} or a Hub id")
+    require(os.path.isdir(path), f"{where}: found {short(path)}, which is no folder, expected {what} or a Hub id")
+    require(os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {short(path)}, expected {what}")
+
+
+def _check_hub_id(where: str, value: str, expected: str) -> None:
+    fits = HUB_ID.match(value) is not None and "--" not in value and ".." not in value
+    require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
+
+
+def _check_columns(where: str, kind: str, path: str) -> None:
+    """The first row of a jsonl file has the columns of its kind."""
+    expected, choices = COLUMNS[kind]
+    name = short(Path(path).name)
+    try:
+        with open(path, "rb") as file:
+            line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
+        row = json.loads(line) if line else None
+    except OSError as error:
+        raise SalsaError(f"{where}: {name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SalsaError(f"{where}: found a first line that is not JSON in {name}, expected one JSON object a line") from error
+    if not isinstance(row, dict):
+        found = "no rows" if row is None else short(row)
+        raise SalsaError(f"{where}: found {found} in {name}, expected one JSON object a line")
+    fits = any(choice <= set(row) for choice in choices)
+    columns = ", ".join(map(str, list(row)[:12])) or "none"
+    require(fits, f"{where}: found the columns {columns} in {name}, expected {expected}")

@@ -1,0 +1,56 @@
+"""The `salsa` command: `salsa run`, `salsa soup`, `salsa report`. Each is also `python -m salsa_peft.<module>`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import salsa_peft
+from salsa_peft import recipe
+from salsa_peft.messages import nearest, one_line
+
+HELP = """usage: salsa COMMAND …
+
+  salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   the whole of SALSA from one recipe
+  salsa soup …                                              average adapters
+  salsa report RUN_FOLDER|RECIPE …                          make the report of a finished run again
+
+`salsa COMMAND --help` says more; `salsa --version`."""
+
+
+def report(argv: list[str]) -> int:
+    """Make the report stage again: of a run's folder (it holds its resolved recipe), or of a recipe with run's own options."""
+    words = [index for index, word in enumerate(argv) if os.path.isdir(word) and os.path.isfile(os.path.join(word, "recipe.yaml"))]
+    if words and "--output-dir" not in argv:
+        folder = argv[words[0]]
+        argv = [*argv[: words[0]], os.path.join(folder, "recipe.yaml"), *argv[words[0] + 1 :], "--output-dir", folder]
+    return recipe.main([*argv, "--stages", "report", "--force", "report"], prog="salsa report")
+
+
+def soup(argv: list[str]) -> int:
+    """salsa_peft.soup's own command."""
+    return importlib.import_module("salsa_peft.soup").main(argv) or 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": recipe.main, "soup": soup, "report": report}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(salsa_peft.__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        recipe.say(f"salsa {one_line(words[0])}: no such command; {nearest(words[0], list(COMMANDS), 'commands')}")
+        return 2
+    return COMMANDS[words[0]](words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Datasets → demonstrations, preferences, prompts, in one form each: lists of messages (or text, for prompts).
+
+A row that does not fit is refused by its number and column, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import Recipe, SalsaError, Source, require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TOY = {"demonstrations": "demonstrations.jsonl", "preferences": "preferences.jsonl", "prompts": "prompts.jsonl"}
+TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
+SHUFFLE_SEED = 20_241
+
+
+def sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
+    """The three training sets: the recipe's own, else the embedded world's in folder `toy`."""
+    given = {name: getattr(recipe.data, name) for name in TOY}
+    return {name: source or Source(path=str(toy / TOY[name])) for name, source in given.items() if source or toy}  # type: ignore[operator]
+
+
+def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
+    """Name → held-out prompts: the recipe's, else the embedded world's, in and out of distribution."""
+    if recipe.evaluate.prompts or toy is None:
+        return dict(recipe.evaluate.prompts)
+    return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
+
+
+def load(source: Source) -> Dataset:
+    """The rows of a source; with `limit`, the first after a fixed shuffle. Raises SalsaError where there are none."""
+    from datasets import load_dataset
+
+    kind = FILES.get(Path(source.path).suffix)
+    if kind is not None:
+        rows = load_dataset(kind, data_files=source.path, split="train")
+    else:
+        rows = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+    require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
+    if source.limit is not None and source.limit < len(rows):
+        rows = rows.shuffle(seed=SHUFFLE_SEED).select(range(source.limit))
+    return rows
+
+
+def check_messages(value: Any, where: str) -> Messages:
+    """Messages as {role, content} of text only. Raises SalsaError that names `where`."""
+    fits = isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
+    require(fits, f"{where}: found {str(value)[:60]!r}, expected a list of {{role, content}} messages")
+    for message in value:
+        for key in ("role", "content"):
+            text = message.get(key)
+            require(isinstance(text, str), f"{where}: found {key} {str(text)[:60]!r}, expected text")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def column(row: dict[str, Any], names: Sequence[str], where: str) -> str:
+    """The first of `names` that the row has. Raises SalsaError that says what it has."""
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    raise SalsaError(f"{where}: found columns {', '.join(sorted(row))}, expected {' or '.join(names)}")
+
+
+def demonstrations(source: Source) -> list[dict[str, Messages]]:
+    """→ rows {messages}, each with an assistant's turn; a chat's turns after the last such turn are cut off."""
+    rows = []
+    for number, row in enumerate(load(source), 1):
+        where = f"{source.path}, row {number}"
+        name = column(row, ["messages"], where)
+        messages = check_messages(row[name], f"{where}, {name}")
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        require(bool(messages), f"{where}, {name}: found no assistant turn, expected at least one")
+        rows.append({"messages": messages})
+    return rows
+
+
+def preferences(source: Source) -> list[dict[str, Messages]]:
+    """→ rows {chosen, rejected}, whole chats that start with the prompt (TRL's implicit-prompt form).
+
+    `prompt` may be messages, or text (one user turn); it is put before answers that don't hold it already.
+    """
+    rows = []
+    for number, row in enumerate(load(source), 1):
+        where = f"{source.path}, row {number}"
+        pair = {}
+        for name in ("chosen", "rejected"):
+            answer = row[column(row, [name], where)]
+            if isinstance(answer, str):
+                answer = [{"role": "assistant", "content": answer}]
+            answer = check_messages(answer, f"{where}, {name}")
+            if answer[0]["role"] == "assistant":
+                answer = as_messages(row[column(row, ["prompt"], where)], f"{where}, prompt") + answer
+            require(answer[-1]["role"] == "assistant", f"{where}, {name}: found a last turn of {answer[-1]['role']}, expected assistant")
+            pair[name] = answer
+        rows.append(pair)
+    return rows
+
+
+def as_messages(prompt: Any, where: str) -> Messages:
+    """Text → one user turn; messages stay."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt, where)
+
+
+def prompts(source: Source) -> list[dict[str, Messages]]:
+    """→ rows {prompt}, messages that end before the assistant speaks.
+
+    Columns: `prompt` (messages or text), else `messages` (its last assistant turn and what follows is cut off), else
+    `turns` (MT-Bench: the first).
+    """
+    rows = []
+    for number, row in enumerate(load(source), 1):
+        where = f"{source.path}, row {number}"
+        name = column(row, ["prompt", "messages", "turns"], where)
+        value = row[name][0] if name == "turns" and row[name] else row[name]
+        messages = as_messages(value, f"{where}, {name}")
+        while name == "messages" and messages and messages[-1]["role"] != "user":
+            messages.pop()
+        require(bool(messages), f"{where}, {name}: found no user turn, expected one")
+        rows.append({"prompt": messages})
+    return rows
+
+
+def prompt_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:
+    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template; text as it is, with BOS."""
+    if "input_ids" in row:
+        return list(row["input_ids"])
+    prompt = row[column(row, ["prompt"], f"row {number}")]
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    messages = check_messages(prompt, f"row {number}, prompt")
+    require(
+        tokenizer.chat_template is not None,
+        f"row {number}, prompt: found messages, but the tokenizer has no chat template; expected text, or set one",
+    )
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def show(prompt: Messages) -> str:
+    """A prompt for people: the content of one turn, or its turns with their roles."""
+    return prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

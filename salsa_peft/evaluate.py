@@ -1,0 +1,120 @@
+"""The evaluate stage: responses of seed-0, soup and every policy on held-out prompts, scored and compared pair by pair."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from . import adapters, data
+from .config import Evaluate, Recipe, parse_reference
+from .landscape import measures
+from .progress import bar
+from .references import attach_reference
+from .rewards import Reward, decode
+from .rollout import Responses, respond
+from .runs import Job, write_atomic
+from .statistics import compare, mean_interval, paired_difference
+from .workbench import Workbench, seeds_of
+
+Answers = list[dict[str, Any]]
+
+
+def model_names(recipe: Recipe) -> list[str]:
+    """Everything that answers: seed-0, soup, what evaluate.models adds, every policy."""
+    return list(dict.fromkeys(["seed-0", "soup", *recipe.evaluate.models, *recipe.policies]))
+
+
+def pairs(section: Evaluate, policies: list[str]) -> list[tuple[str, str]]:
+    """Who is compared with whom: as given, else soup and every policy against seed-0, and every later policy against each
+    earlier one."""
+    if section.pairs:
+        return [(a, b) for a, b in section.pairs]
+    return [(name, "seed-0") for name in ["soup", *policies]] + [(b, a) for a, b in itertools.combinations(policies, 2)]
+
+
+def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
+    """The adapter that answers as `name`: a policy, or what a reference of that name is."""
+    if name in recipe.policies:
+        adapters.attach(model, inputs[f"ppo/{name}"], f"model-{len(model.peft_config)}")
+        return list(model.peft_config)[-1]
+    (reference,) = parse_reference("evaluate.models", name)
+    adapter = f"model-{len(model.peft_config)}"
+    return attach_reference(model, reference, seeds_of(inputs), inputs.get("soup"), adapter).adapter
+
+
+def answer(model: PeftModel, adapter: str | None, rows: list[dict[str, Any]], rewards: Mapping[str, Reward],
+           bench: Workbench, seed: int) -> Answers:  # fmt: skip
+    """One response to every prompt, in the prompts' order, with its scores and its length."""
+    generation, tokenizer = bench.recipe.generation, bench.tokenizer
+    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
+    answers: Answers = [{} for _ in rows]
+    with adapters.active(model, adapter):
+        for indices, responses in respond(model, tokens, generation, tokenizer, seed, generation.batch_size):
+            scores = {name: reward(responses).tolist() for name, reward in rewards.items()}
+            for place, row in enumerate(indices):
+                answers[row] = _answer(responses, place, {name: values[place] for name, values in scores.items()}, tokenizer)
+                answers[row] |= {"index": row, "prompt": data.show(rows[row]["prompt"])}
+    return answers
+
+
+def _answer(responses: Responses, place: int, scores: dict[str, float], tokenizer: Any) -> dict[str, Any]:
+    ids, mask = responses.response_ids[place : place + 1], responses.response_mask[place : place + 1]
+    length, empty = int(responses.lengths[place]), bool(responses.empty[place])
+    return {"response": decode(tokenizer, ids, mask)[0], "scores": scores, "length": length, "empty": empty}
+
+
+def summarize(answers: Mapping[str, Answers], compared: list[tuple[str, str]], names: list[str]) -> dict[str, Any]:
+    """One set of prompts: each model's means with intervals, each pair's verdicts by every measure."""
+
+    def scores(model: str, measure: str) -> list[float]:
+        return [row["scores"][measure] for row in answers[model]]
+
+    models = {
+        model: {
+            "scores": {measure: asdict(mean_interval(scores(model, measure))) for measure in names},
+            "response_length": asdict(mean_interval([row["length"] for row in rows])),
+            "empty_share": sum(row["empty"] for row in rows) / len(rows),
+        }
+        for model, rows in answers.items()
+    }
+    verdicts = []
+    for (a, b), measure in itertools.product(compared, names):
+        x, y = scores(a, measure), scores(b, measure)
+        difference = asdict(paired_difference(x, y))
+        verdicts.append({"a": a, "b": b, "measure": measure, **asdict(compare(x, y)), "difference": difference})
+    return {"n": len(next(iter(answers.values()))), "models": models, "pairs": verdicts}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Write evaluation.json and answers.jsonl."""
+    recipe, section = job.recipe, job.recipe.evaluate
+    bench = Workbench.of(job)
+    # 1. one base, an adapter for everything that answers
+    model = adapters.attach(bench.base(), seeds_of(job.inputs)[0], "start")
+    rewards = measures(job, model, bench)
+    answering = {name: attach(model, name, recipe, job.inputs) for name in model_names(recipe)}
+    # 2. every model answers every set of prompts
+    sources = data.evaluation_sources(recipe, job.inputs.get("toy"))
+    sets = {name: data.prompts(source) for name, source in sources.items()}
+    summary: dict[str, Any] = {}
+    lines: list[str] = []
+    with bar(len(sets) * len(answering), job.unit.id) as update:
+        for dataset, rows in sets.items():
+            answers: dict[str, Answers] = {}
+            for name, adapter in answering.items():
+                answers[name] = answer(model, adapter, rows, rewards, bench, section.seed)
+                entries = ({"dataset": dataset, "model": name, **row} for row in answers[name])
+                lines += [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+                update(1)
+            # 3. means, wins, losses, ties
+            summary[dataset] = summarize(answers, pairs(section, list(recipe.policies)), list(rewards))
+    result = {"measures": list(rewards), "models": list(answering), "temperature": recipe.generation.temperature, "datasets": summary}
+    write_atomic(job.folder / "answers.jsonl", "".join(lines))
+    write_atomic(job.folder / "evaluation.json", json.dumps(result, indent=2))
+    return {name: len(rows) for name, rows in sets.items()}

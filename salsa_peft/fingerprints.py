@@ -1,0 +1,87 @@
+"""What a file, a folder or a model is, in 64 digits: the keys of runs and the base that adapters belong to. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from salsa_peft.config import SalsaError, require
+
+
+def canonical(data: Any) -> str:
+    """JSON that is the same for the same data. Raises ValueError for NaN, TypeError for what JSON has not."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: str | Path) -> str:
+    """Of a file (its content), a model's folder (base_fingerprint, and its configuration and tokenizer) or any other folder."""
+    path = Path(path)
+    if path.is_file():
+        return sha256(path)
+    require(path.is_dir(), f"{path}: no such file or folder")
+    model = (path / "config.json").is_file()
+    digest = hashlib.sha256((base_fingerprint(path) if model else "").encode())
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        name = str(file.relative_to(path))
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        weights = model and not name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))
+        if not hidden and not weights:
+            digest.update(f"{name}\n{sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def base_fingerprint(folder: str | Path) -> str:
+    """SHA-256 over each tensor's name, shape, dtype and first 64 KiB, read from the safetensors files without torch.
+
+    The same however the tensors are spread over files. Saved beside every adapter; members of a soup must agree in it.
+    """
+    tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
+    for file in _weight_files(Path(folder)):
+        for name, entry in _header(file).items():
+            tensors[name] = (file, *entry)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        file, dtype, shape, begin, size = tensors[name]
+        with open(file, "rb") as raw:
+            raw.seek(begin)
+            first = raw.read(min(size, 65536))
+        digest.update(canonical([name, dtype, shape]).encode() + hashlib.sha256(first).digest())
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SalsaError(f"{index}: found no weight_map, expected a safetensors index") from error
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    require(bool(files), f"{folder}: found no safetensors file, expected the model's weights in one (other formats are not read)")
+    return files
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Tensor → dtype, shape, where its bytes begin in the file and how many there are."""
+    try:
+        with open(file, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            require(8 + length <= file.stat().st_size, f"{file}: found a cut or damaged safetensors file")
+            entries = json.loads(raw.read(length))
+        entries.pop("__metadata__", None)
+        start = 8 + length
+        return {name: (entry["dtype"], entry["shape"], start + entry["data_offsets"][0],
+                       entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries.items()}  # fmt: skip
+    except FileNotFoundError as error:
+        raise SalsaError(f"{file}: no such file, though the index names it") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SalsaError(f"{file}: found a cut or damaged safetensors file") from error

@@ -1,0 +1,61 @@
+"""The Hub's refusals as one line with the link that helps: licence, login, a wrong name, no network."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+WEB = "https://huggingface.co/"
+
+
+def explain(error: BaseException) -> str | None:
+    """What to do about an error that comes from the Hub, also wrapped in Transformers' or datasets' errors; else None."""
+    if "huggingface_hub" not in sys.modules:
+        return None
+    from huggingface_hub import errors
+
+    found = list(_chain(error))
+    text = " ".join(str(one) for one in found)
+    for one in found:
+        if isinstance(one, errors.GatedRepoError):
+            where = _page(one, text)
+            return f"{where} is gated: {where}: accept the licence there, then `hf auth login`"
+    for one in found:
+        if isinstance(one, errors.RevisionNotFoundError):
+            return f"{_page(one, text)}: no such revision there; check `revision`"
+        if isinstance(one, errors.RepositoryNotFoundError):
+            return f"{_page(one, text)}: not found: check the name, or if it is private log in with `hf auth login`"
+    names = [type(one).__name__ for one in found]
+    if "DatasetNotFoundError" in names:
+        where = _page(None, text)
+        if "gated" in text:
+            return f"{where} is gated: {where}: accept the licence there, then `hf auth login`"
+        return f"{where}: not found: check the name, or if it is private log in with `hf auth login`"
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    if any(isinstance(one, offline) for one in found) or "OfflineModeIsEnabled" in text:
+        return f"{_page(None, text)}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop(0)
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            todo += [one.__cause__, one.__context__]
+
+
+def _page(error: BaseException | None, text: str) -> str:
+    """The repository's page, from the error's own facts or else from the URL or name in the messages."""
+    name = getattr(error, "repo_id", None) if error is not None else None
+    kind = getattr(error, "repo_type", None) if error is not None else None
+    if name is None:
+        match = re.search(r"https?://[^/\s]+/(?:api/)?(?:(models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)(?:/|\s|$)", text)
+        match = match or re.search(r"(Dataset) '([\w./-]+)'", text) or re.search(r"()['`\"]([\w.-]+/[\w.-]+)['`\"]", text)
+        kind, name = (match[1], match[2]) if match else (None, None)
+    prefix = "datasets/" if kind and kind.lower().startswith("dataset") else ""
+    return f"{WEB}{prefix}{name}" if name else "the Hub's repository"

@@ -1,0 +1,130 @@
+"""The landscape stage: mean score along the line between two seeds and on the plane of three (paper, Figure 2).
+
+A point is n scalars on the blocks of one stacked adapter: no adapter is made for it, and the deltas are interpolated exactly.
+The control stands beside the line: base + λ·δ of one seed, the same blocks with another weight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from peft import PeftModel
+
+from . import adapters, data
+from .config import Generation, Landscape
+from .progress import bar
+from .rewards import AdapterReward, FunctionReward, Reward
+from .rollout import respond
+from .runs import Job, write_atomic
+from .stacked_adapter import StackedAdapter
+from .statistics import mean_interval
+from .workbench import Workbench, seeds_of
+
+POINT = "landscape"
+
+
+def measures(job: Job, model: PeftModel, bench: Workbench) -> dict[str, Reward]:
+    """What scores responses: the reward model, and in the embedded world its gold reward."""
+    rewards: dict[str, Reward] = {"reward": AdapterReward(model, job.inputs["reward"], job.recipe.generation.batch_size)}
+    if job.recipe.toy is not None:
+        from .toy import gold
+
+        rewards["gold"] = FunctionReward(gold, bench.tokenizer)
+    return rewards
+
+
+def mean_scores(model: PeftModel, adapter: str | None, prompts: Sequence[Sequence[int]], rewards: Mapping[str, Reward],
+                bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Measure → mean score with its interval over prompts, of one response each from `adapter`."""
+    generation: Generation = bench.recipe.generation
+    scores: dict[str, list[float]] = {name: [] for name in rewards}
+    with adapters.active(model, adapter):
+        for _, responses in respond(model, prompts, generation, bench.tokenizer, seed, generation.batch_size):
+            for name, reward in rewards.items():
+                scores[name] += reward(responses).tolist()
+    return {name: asdict(mean_interval(values)) for name, values in scores.items()}
+
+
+def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
+    """Barycentric weights of a triangular grid with `resolution` steps on an edge, one step beyond the triangle."""
+    steps = range(-1, resolution + 2)
+    points = [(i, j, resolution - i - j) for i, j in itertools.product(steps, steps)]
+    return [(i / resolution, j / resolution, k / resolution) for i, j, k in points if -1 <= k <= resolution + 1]
+
+
+def points(section: Landscape) -> dict[str, dict[str, Any]]:
+    """Line, control and plane → what each is called and its points: place → weights of the seeds (by position)."""
+    found: dict[str, dict[str, Any]] = {}
+    if section.line is not None:
+        a, b = section.line
+        found["line"] = {
+            "name": f"seed-{a} – seed-{b}",
+            "parameter": "alpha",
+            "ends": [f"seed-{a}", f"seed-{b}"],
+            "kind": "line",
+            "points": [(alpha, {a: 1 - alpha, b: alpha}) for alpha in section.alphas],
+        }
+        if section.scales:
+            found["shrunk"] = {
+                "name": f"base – seed-{a} (shrunk, the control)",
+                "parameter": "scale",
+                "ends": ["base", f"seed-{a}"],
+                "kind": "shrunk",
+                "points": [(scale, {a: scale}) for scale in section.scales],
+            }
+    if section.plane is not None:
+        grid = plane_weights(section.resolution)
+        found["plane"] = {"members": [f"seed-{m}" for m in section.plane],
+                          "points": [(None, dict(zip(section.plane, w, strict=True))) for w in grid]}  # fmt: skip
+    return found
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Write landscape.json."""
+    section = job.recipe.landscape
+    assert section is not None
+    bench = Workbench.of(job)
+    # 1. the prompts, the same at each point
+    sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
+    questions = section.prompts or next(iter(sources))
+    rows = data.prompts(sources[questions])[: section.limit]
+    tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(rows, 1)]
+    # 2. one base, one stacked adapter of every seed that a point needs
+    seeds = seeds_of(job.inputs)
+    positions = sorted(seeds)
+    stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
+    model = adapters.attach(bench.base(), seeds[positions[0]], "start")
+    stacked.attach(model, POINT, [0.0] * len(positions))
+    rewards = measures(job, model, bench)
+
+    def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
+        stacked.set_weights(model, POINT, [weights.get(position, 0.0) for position in positions])
+        return mean_scores(model, POINT, tokens, rewards, bench, section.seed)
+
+    # 3. every point; one that two of the figures share is measured once
+    result = measure_points(points(section), score, job.unit.id)
+    result |= {"questions": questions, "n": len(rows), "sampling_seed": section.seed, "measures": list(rewards)}
+    write_atomic(job.folder / "landscape.json", json.dumps(result, indent=2))
+    return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(rows)}
+
+
+def measure_points(figures: dict[str, dict[str, Any]], score: Callable[[Mapping[int, float]], Any], what: str) -> dict[str, Any]:
+    """Fill in `points`' scores → {"lines": […], "plane": … or None}."""
+    known: dict[tuple[tuple[int, float], ...], Any] = {}
+    with bar(sum(len(figure["points"]) for figure in figures.values()), what) as update:
+        for figure in figures.values():
+            measured = []
+            for place, weights in figure["points"]:
+                key = tuple(sorted((seed, round(weight, 9)) for seed, weight in weights.items() if weight))
+                if key not in known:
+                    known[key] = score(weights)
+                at = {} if place is None else {"at": place}
+                measured.append({**at, "weights": list(weights.values()), "scores": known[key]})
+                update(1)
+            figure["points"] = measured
+    lines = [figure for kind, figure in figures.items() if kind != "plane"]
+    return {"lines": lines, "plane": figures.get("plane")}

@@ -1,0 +1,67 @@
+"""What is said to people: values on one line, the nearest name, pydantic's errors in words, durations. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+TYPES = {
+    "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number", "int_type": "a whole number",
+    "int_parsing": "a whole number", "int_from_float": "a whole number", "int_parsing_size": "a smaller whole number",
+    "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text", "list_type": "a list",
+    "dict_type": "a mapping", "dataclass_type": "a mapping", "dataclass_exact_type": "a mapping", "none_required": "null",
+}  # fmt: skip
+
+
+def short(value: Any) -> str:
+    """A value for a message, on one line and not long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def one_line(message: object) -> str:
+    """The message without line breaks and control characters."""
+    return "".join(char if char.isprintable() else " " for char in " ".join(str(message).split()))
+
+
+def nearest(found: str, known: list[str], what: str = "known keys") -> str:
+    """For the end of a message: the nearest known name, or all of them."""
+    close = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(known) or 'none'}"
+
+
+def explain(error: dict[str, Any]) -> tuple[str, str]:
+    """One pydantic error → (key, "found …, expected …")."""
+    key = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif not part.startswith(("list[", "dict[", "function-", "constrained-")) and part not in ("str", "int", "float"):
+            part = part if part.isprintable() and len(part) <= 80 else short(part)
+            key += f".{part}" if key else part
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return key, "found nothing, expected a value; add it"
+    found = f"found {short(error['input'])}, expected"
+    if kind in TYPES:
+        return key, f"{found} {TYPES[kind]}"
+    bounds = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "less than"),
+              "less_than_equal": ("le", "at most"), "too_short": ("min_length", "a length of at least")}  # fmt: skip
+    if kind in bounds:
+        name, words = bounds[kind]
+        return key, f"{found} {words} {context[name]}"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        close = difflib.get_close_matches(str(error["input"]), known, n=1)
+        return key, f"{found} {context['expected']}" + (f"; did you mean {close[0]}?" if close else "")
+    return key or "recipe", f"{found} something else: {' '.join(error['msg'].split())}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3:05 or 1:02:03."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

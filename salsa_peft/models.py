@@ -1,0 +1,168 @@
+"""The base that every role shares: loading, precision, the trunk's forward, the value head.
+
+What differs between full weights and adapters stays in this file and adapters.py; no stage knows which it runs on.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+from .config import Model, SalsaError, require
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """`auto` → bfloat16 on CUDA, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def device() -> torch.device:
+    """Where a stage runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A padding token that is not the EOS.
+
+    TRL and Transformers find a sequence's end by its padding token: with pad = eos the response's EOS would never be
+    scored. So an unused special token pads: the tokenizer's own, else unk, else any special one, else one named for it.
+    """
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    named = [token for token in tokenizer.get_vocab() if "pad" in token.lower() and token.startswith("<")]
+    for token in [tokenizer.pad_token, *sorted(named), tokenizer.unk_token, *tokenizer.all_special_tokens]:
+        if token is not None and token not in taken:
+            return str(token)
+    raise SalsaError(
+        f"tokenizer: found no special token besides eos {tokenizer.eos_token!r} to pad with, expected one;"
+        " give the tokenizer a pad_token that is in its vocabulary"
+    )
+
+
+def load_tokenizer(base: str, revision: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, its padding token set apart from EOS, with the chat template of the file `chat_template`.
+
+    Raises SalsaError for a tokenizer without EOS, or a template that is to be used and has no {% generation %} marks.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    require(tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with")
+    tokenizer.pad_token = _padding_token(tokenizer)
+    tokenizer.padding_side = "right"
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    require(
+        tokenizer.chat_template is None or "{% generation %}" in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}"),
+        f"{base}: its chat template has no {{% generation %}} marks, which say what the assistant's tokens are;"
+        " set model.chat_template to chatml, zephyr or a Jinja file of yours",
+    )  # fmt: skip
+    return tokenizer
+
+
+def _pretrained(auto: Any, base: str, model: Model, **options: Any) -> PreTrainedModel:
+    loaded = auto.from_pretrained(
+        base,
+        revision=model.revision,
+        dtype=resolve_dtype(model.dtype),
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **options,
+    )
+    return loaded.to(device())
+
+
+def load_base(base: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The causal language model, frozen, without the generation settings (top-p, penalties) that it came with."""
+    loaded = _pretrained(AutoModelForCausalLM, base, model)
+    loaded.requires_grad_(False)
+    loaded.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    require(
+        len(tokenizer) <= rows,
+        f"{base}: found a tokenizer of {len(tokenizer)} tokens over {rows} embeddings, expected no more tokens than rows",
+    )
+    return loaded
+
+
+def load_classifier(base: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base with a linear head on its last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
+    loaded = _pretrained(AutoModelForSequenceClassification, base, model, num_labels=1)
+    loaded.requires_grad_(False)
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
+    return loaded
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside a PeftModel, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The trunk's last hidden states (B, L, H), under the adapter that is active.
+
+    input_ids (B, L), attention_mask (B, L), True or 1 = a real token; padding may stand on either side, since positions
+    are counted over real tokens.
+    """
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    trunk = causal_lm(model).get_decoder()
+    return trunk(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False)[0]
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise SalsaError unless the model's logits are its output embeddings times its trunk's states.
+
+    Architectures that scale or cap their logits (Cohere, Granite, Gemma 2) would otherwise be scored wrongly in silence.
+    """
+    lm = causal_lm(model)
+    probe = torch.tensor([[1, 2, 3]], device=lm.device)
+    with torch.no_grad():
+        expected = lm(input_ids=probe, use_cache=False).logits
+        found = lm.get_output_embeddings()(hidden_states(lm, probe, torch.ones_like(probe)))
+    error = (expected.float() - found.float()).abs().max().item()
+    require(
+        error <= 1e-2 * max(1.0, expected.float().abs().max().item()),
+        f"{lm.config.model_type}: found logits that are not head × trunk (they differ by {error:.3g}): this architecture"
+        " scales or caps its logits and is not supported; expected one like Llama, Mistral, Gemma or Qwen",
+    )
+
+
+class PolicyWithValueHead(nn.Module):
+    """What PPO trains: a policy (an adapter on the shared base) and a linear value head on its trunk, one module.
+
+    The head starts at zero, so that the first values are 0 whatever the base, and is float32 over any base.
+    """
+
+    def __init__(self, policy: PeftModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_head = nn.Linear(causal_lm(policy).config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ hidden states (B, L, H) and values (B, L), float32: V at position i judges the state after token i."""
+        hidden = hidden_states(self.policy, input_ids, attention_mask)
+        return hidden, self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Called by transformers.Trainer; a frozen embedding needs its output to require grad."""
+        causal_lm(self.policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        causal_lm(self.policy).enable_input_require_grads()

@@ -1,0 +1,259 @@
+"""A recipe file, an adapter preset and `--set` → one validated Recipe, in layers; every refusal is one line.
+
+    defaults < recipe file < adapters/<preset>.yaml < the recipe's own `lora:` section < --set a.b=value
+
+Each layer is checked for unknown keys by itself, so a message names the layer that said it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from salsa_peft import checks
+from salsa_peft.checks import bundled
+from salsa_peft.config import Recipe, SalsaError, Source, require
+from salsa_peft.messages import explain, nearest, short
+from salsa_peft.yaml_text import parse_yaml, read_yaml
+
+ATOMIC = {"reference"}  # replaced whole by a later layer: {soup: …} and {shrunk: …} don't merge
+NAMED = (("policies",), ("evaluate", "prompts"))  # mappings of names: a later layer's null takes an entry out
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Departures, and where they come from: the start of an error message."""
+
+    label: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe as it will run, and how it came about."""
+
+    recipe: Recipe
+    data: dict[str, Any]
+    """The departures of all layers merged, paths made absolute; validating it gives `recipe`."""
+    path: Path
+    preset: str | None
+    changes: list[tuple[str, Any, Any]]
+    """(key, before, after) of what the preset and the recipe's `lora:` section changed; before is None where nothing was."""
+
+    @property
+    def folder(self) -> Path:
+        """The recipe file's."""
+        return self.path.parent
+
+
+def names(kind: str) -> list[str]:
+    """What bundled(kind) offers, without .yaml."""
+    return sorted(path.stem for path in bundled(kind).glob("*.yaml"))
+
+
+def find_recipe(path_or_name: str) -> Path:
+    """A file's path, or a bundled recipe's name with or without .yaml → the file. Raises SalsaError with the nearest name."""
+    path = os.path.abspath(os.path.expanduser(path_or_name)) if "\0" not in path_or_name else ""
+    if os.path.isfile(path):
+        return Path(path)
+    stem = path_or_name.removesuffix(".yaml")
+    if stem in names("recipes"):
+        return bundled("recipes") / f"{stem}.yaml"
+    require(not os.path.isdir(path), f"{path_or_name}: found a folder, expected a recipe file")
+    raise SalsaError(f"{path_or_name}: no such recipe file; {nearest(stem, names('recipes'), 'bundled recipes')}")
+
+
+def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
+    """Read, merge and check; `lora` is a preset's name. Raises SalsaError, one line, before anything is written."""
+    path = find_recipe(path_or_name)
+    written = read_yaml(str(path))
+    section = written.pop("lora", None)
+    require(section is None or isinstance(section, dict), f"{path.name}: lora: found {section!r}, expected departures")
+    base = _layer(path.name, written, str(path.parent))
+    extra = _layer(f"{path.name}: lora", section or {}, str(path.parent))
+    middle = [_preset(lora), extra] if lora is not None else []
+    layers = [base, *middle]
+    before = copy.deepcopy(base.data)
+    data = before
+    for layer in middle:
+        data = merge(data, layer.data)
+    changes = _changes(before, middle, data)
+    for text in overrides:
+        layer, keys = _override(text, data)
+        layers.append(layer)
+        data = _place(data, keys, layer.data, text)
+    data = _without_nulls(data)
+    return Loaded(_validated(data, layers, path.name), data, path, lora, changes)
+
+
+def _preset(name: str) -> Layer:
+    if name not in names("adapters"):
+        raise SalsaError(f"--lora {name}: unknown preset; {nearest(name, names('adapters'), 'presets')}")
+    path = bundled("adapters") / f"{name}.yaml"
+    return _layer(f"adapters/{path.name}", read_yaml(str(path)), str(path.parent))
+
+
+def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
+    check_keys(label, "", data, Recipe)
+    return Layer(label, checks.absolute(data, folder))
+
+
+def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
+    label = f"--set {text}"
+    key, equals, value = text.partition("=")
+    require(bool(equals), f"{label}: expected key=value, such as ppo.learning_rate=1e-6")
+    keys = _split(key.strip(), data)
+    require(len(keys) <= 8, f"{label}: found a key of {len(keys)} parts, expected fewer")
+    require(all(keys), f"{label}: expected key=value with a key such as ppo.learning_rate")
+    nested: Any = parse_yaml(value, label)
+    for name in reversed(keys):
+        nested = {name: nested}
+    check_keys("--set", "", nested, Recipe)
+    return Layer("--set", checks.absolute(nested, os.getcwd())), keys
+
+
+def _split(key: str, data: Any) -> list[str]:
+    """The key's names; one that is there already may hold dots (evaluate.prompts.arena_hard_v0.1.limit)."""
+    parts, found = key.split("."), []
+    while parts:
+        known = [n for n in range(len(parts), 1, -1) if isinstance(data, dict) and ".".join(parts[:n]) in data]
+        size = known[0] if known else 1
+        found.append(".".join(parts[:size]))
+        data = data.get(found[-1]) if isinstance(data, dict) else None
+        parts = parts[size:]
+    return found
+
+
+def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    inner: Any = data
+    for position, key in enumerate(keys[:-1]):
+        nested = nested[key]
+        there = inner.get(key)
+        if isinstance(there, str) and checks.is_source(keys[: position + 1]):
+            there = {"path": there}
+        where = ".".join(keys[: position + 1])
+        fits = there is None or isinstance(there, dict)
+        require(fits, f"--set {text}: {where} is {short(there)}, nothing can be set inside it; set {where} whole")
+        inner[key] = there if there is not None else {}
+        inner = inner[key]
+    inner[keys[-1]] = nested[keys[-1]]
+    return data
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `under`: mappings merge, everything else is replaced; neither is changed."""
+    result = dict(under)
+    for key, value in over.items():
+        there = result.get(key)
+        if isinstance(value, dict) and isinstance(there, str) and set(value) <= {f.name for f in dataclasses.fields(Source)}:
+            there = {"path": there}
+        merges = isinstance(there, dict) and isinstance(value, dict) and key not in ATOMIC
+        result[key] = merge(typing.cast(dict, there), value) if merges else copy.deepcopy(value)
+    return result
+
+
+def _without_nulls(data: dict[str, Any]) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    for keys in NAMED:
+        inner: Any = data
+        for key in keys:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        for name in [name for name, value in (inner or {}).items() if value is None] if isinstance(inner, dict) else []:
+            del inner[name]
+    return data
+
+
+def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
+    """Raise SalsaError for the first key of `value` that the dataclasses of `hint` don't have, naming the nearest."""
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        for option in typing.get_args(hint):
+            check_keys(label, where, value, option)
+    elif isinstance(value, dict) and typing.get_origin(hint) is dict:
+        for key, entry in value.items():
+            check_keys(label, _join(where, key), entry, typing.get_args(hint)[1])
+    elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        known = [field.name for field in dataclasses.fields(hint)]
+        for key, entry in value.items():
+            if key not in known:
+                raise SalsaError(f"{label}: {_join(where, key)}: unknown key; {nearest(key, known)}")
+            check_keys(label, _join(where, key), entry, hints[key])
+
+
+def _join(where: str, key: str) -> str:
+    key = key if key.isprintable() and len(key) <= 80 else short(key)
+    return f"{where}.{key}" if where else key
+
+
+def _validated(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
+    try:
+        recipe = ADAPTER.validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, message = explain(dict(first))
+        more = len({explain(dict(entry))[0] for entry in error.errors(include_url=False)}) - 1
+        rest = f" (and {more} more)" if more else ""
+        raise SalsaError(f"{_origin(key, layers, file)}: {key}: {message}{rest}") from error
+    try:
+        checks.check(recipe)
+    except SalsaError as error:
+        key = str(error).partition(":")[0]
+        raise SalsaError(f"{_origin(key, layers, file)}: {error}") from error
+    return recipe
+
+
+def _origin(key: str, layers: list[Layer], file: str) -> str:
+    """The label of the last layer that says most of `key`."""
+    label, depth = file, 0
+    for layer in layers:
+        inner: Any = layer.data
+        said = 0
+        for part in key.split("[")[0].split("."):
+            if not isinstance(inner, dict) or part not in inner:
+                break
+            inner, said = inner[part], said + 1
+        if said and said >= depth:
+            label, depth = layer.label, said
+    return label
+
+
+def _changes(before: dict[str, Any], middle: list[Layer], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = dict.fromkeys(key for layer in middle for key in _leaves(layer.data, ()))
+    pairs = [(".".join(key), _lookup(key, before), _lookup(key, after)) for key in keys]
+    return [(key, old, new) for key, old, new in pairs if old != new]
+
+
+def _leaves(value: Any, where: tuple[str, ...]) -> list[tuple[str, ...]]:
+    if not isinstance(value, dict) or not value or where[-1:] == ("reference",):
+        return [where]
+    return [leaf for key, entry in value.items() for leaf in _leaves(entry, (*where, key))]
+
+
+def _lookup(key: tuple[str, ...], data: Any) -> Any:
+    """The value at a key of the departures, or the schema's default, or None."""
+    hint: Any = Recipe
+    for part in key:
+        fields = {field.name: field for field in dataclasses.fields(hint)} if dataclasses.is_dataclass(hint) else {}
+        default = None
+        if part in fields:
+            factory = fields[part].default_factory
+            default = fields[part].default if factory is dataclasses.MISSING else factory()
+        hint = typing.get_type_hints(hint).get(part) if fields else None
+        data = data.get(part, default) if isinstance(data, dict) else getattr(data, part, default)
+        data = None if data is dataclasses.MISSING else data
+    return data
+
+
+ADAPTER = TypeAdapter(Recipe)

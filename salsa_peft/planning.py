@@ -1,0 +1,102 @@
+"""--dry-run: where results will be, what is cached and what is to do and why, how batches divide, what --lora changed."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from salsa_peft.checks import is_local
+from salsa_peft.config import Recipe, Source, Training
+from salsa_peft.parsing import Loaded
+from salsa_peft.runs import Step
+
+COUNTABLE = 500_000_000  # bytes of a jsonl file that the plan reads to count its rows
+
+
+def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]) -> None:
+    """Print the plan on standard output; writes nothing else."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(f"results: {run}"))
+    console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
+    console.print()
+    _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
+    _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
+    changed = [[key, _plain(before), _plain(after)] for key, before, after in loaded.changes]
+    if changed:
+        _print(console, ["--lora changed", "from", "to"], changed)
+
+
+def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    if not console.is_terminal:  # plain lines, whatever the width
+        for row in [header, *rows]:
+            console.print(Text("  ".join(cell.ljust(28) if cell is not row[-1] else cell for cell in row).rstrip()))
+    else:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for title in header:
+            table.add_column(title, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    console.print()
+
+
+def _row(step: Step, asked: set[str]) -> list[str]:
+    state = "cached" if step.why is None else "to do" if step.unit.id in asked else "left out"
+    return [step.unit.id, state, step.why or ""]
+
+
+def _plain(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
+def count_rows(source: Source | None) -> int | None:
+    """Rows of a local jsonl file (at most its limit); None where they are not known before the stage starts."""
+    if source is None:
+        return None
+    if not is_local(source.path) or not source.path.lower().endswith(".jsonl") or os.path.getsize(source.path) > COUNTABLE:
+        return None
+    with open(source.path, "rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    return min(rows, source.limit or rows)
+
+
+def _arithmetic(recipe: Recipe) -> list[list[str]]:
+    """What one optimizer step sees in each training stage, and how many steps there are where the rows are known."""
+    demonstrations, pairs, prompts = map(count_rows, (recipe.data.demonstrations, recipe.data.preferences, recipe.data.prompts))
+    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
+    shares = (None if demonstrations is None else demonstrations * sft.subset, None if pairs is None else pairs * (1 - reward.held_out))
+    rows = [
+        [f"sft, each of {len(sft.seeds)} seeds", _batch(sft), _steps(sft, shares[0])],
+        ["reward", _batch(reward), _steps(reward, shares[1])],
+    ]
+    if recipe.policies:
+        minibatch = ppo.batch_size // ppo.num_mini_batches
+        micro = ppo.micro_batch_size or minibatch
+        parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
+        batch = f"{ppo.batch_size} responses = {parts}"
+        per_update = f"{ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps an update"
+        rows.append([f"ppo, each of {len(recipe.policies)} policies", batch, f"{_steps(ppo, prompts, 'updates')}, {per_update}"])
+    return rows
+
+
+def _batch(training: Training) -> str:
+    micro = training.micro_batch_size or training.batch_size
+    return f"{training.batch_size} rows = {_count(training.batch_size // micro, 'micro-batch')} of {micro}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("es" if number > 1 else "")
+
+
+def _steps(training: Training, rows: float | None, what: str = "steps") -> str:
+    if training.max_steps > 0:
+        return f"{training.max_steps} {what} (max_steps)"
+    if rows is None:
+        return f"{what} known when the data is there"
+    steps = math.ceil(math.ceil(rows / training.batch_size) * training.num_train_epochs)
+    return f"about {steps} {what} ({rows:.0f} rows × {training.num_train_epochs:g} epochs)"

@@ -1,0 +1,82 @@
+"""The ppo stage: one policy of the recipe, trained by SalsaPPOTrainer against its references, all on one base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from . import adapters, data
+from .config import PPOOptions, Recipe, Sampling
+from .ppo import SalsaPPOConfig, SalsaPPOTrainer
+from .references import Frozen, attach_reference
+from .rewards import AdapterReward
+from .runs import Job, write_atomic
+from .workbench import Bar, Workbench, quiet, seeds_of, training_arguments
+
+
+def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
+    """A policy's SalsaPPOConfig: the `ppo` and `generation` sections and the policy's own β."""
+    section, own = recipe.ppo, recipe.policies[policy].kl_coef
+    arguments = training_arguments(section, folder, section.seed)  # type: ignore[arg-type]
+    for derived in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        del arguments[derived]
+    engine = {field.name: getattr(section, field.name) for field in dataclasses.fields(PPOOptions)}
+    sampling = {field.name: getattr(recipe.generation, field.name) for field in dataclasses.fields(Sampling)}
+    batches = {"batch_size": section.batch_size, "micro_batch_size": section.micro_batch_size}
+    engine["kl_coef"] = section.kl_coef if own is None else own
+    engine["max_prompt_length"] = section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens
+    return SalsaPPOConfig(**(arguments | engine | sampling | batches | {"logging_strategy": "no"}))
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so)."""
+    recipe, name = job.recipe, job.unit.name
+    # 1. one base; the policy starts at seed-0
+    bench = Workbench.of(job)
+    seeds = seeds_of(job.inputs)
+    model = adapters.attach(bench.base(), seeds[0], "policy", trainable=True)
+    # 2. references and reward, frozen adapters on the same base
+    references: list[Frozen] = []
+    for index, reference in enumerate(recipe.policies[name].references(f"policies.{name}")):
+        references.append(attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}"))
+    reward = AdapterReward(model, job.inputs["reward"], recipe.ppo.rollout_batch_size or recipe.ppo.batch_size)
+    # 3. PPO
+    prompts = data.prompts(data.sources(recipe, job.inputs.get("toy"))["prompts"])
+    trainer = SalsaPPOTrainer(
+        model,
+        ppo_config(recipe, name, str(job.folder)),
+        prompts,
+        references=references,
+        reward=reward,
+        processing_class=bench.tokenizer,
+        callbacks=[Bar(job.unit.id, job.folder)],
+    )
+    quiet(trainer)
+    trainer.train()
+    # 4. the policy, its value head, what was run
+    trainer.save_model(str(job.folder))
+    bench.sign(job.folder)
+    facts = {
+        "reference": ", ".join(reference.label for reference in references),
+        "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.kl_coef},
+        "updates": trainer.update,
+        "prompts": len(prompts) - trainer.left_out,
+        "left_out": trainer.left_out,
+        "skipped_minibatches": trainer.skipped,
+    }
+    write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
+    if "merged" in recipe.export:
+        del trainer, model, reward
+        merge(bench, job)
+    return facts
+
+
+def merge(bench: Workbench, job: Job) -> None:
+    """The policy merged into the base, in the base's dtype, as a plain Transformers checkpoint: <folder>/merged."""
+    merged = adapters.attach(bench.base(), job.folder, "policy")
+    with adapters.active(merged, "policy"):
+        merged.base_model.merge_adapter(["policy"])
+    plain = merged.base_model.unload()
+    plain.save_pretrained(job.folder / "merged")
+    bench.tokenizer.save_pretrained(job.folder / "merged")

@@ -1,0 +1,169 @@
+"""A stage in a process of its own, forked from a server that has the imports: its memory is gone when it ends.
+
+The parent imports no torch. The child ends with the parent, also after kill -9 of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from salsa_peft import hub_errors
+from salsa_peft.config import SalsaError
+from salsa_peft.runs import Job, write_atomic
+
+PRELOAD = ["salsa_peft._preload"]
+GRACE = 20.0  # seconds between SIGTERM and kill
+
+
+class StageError(Exception):
+    """A stage failed; one line."""
+
+
+class Terminated(BaseException):
+    """The command got SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage's process reports."""
+
+    facts: dict[str, Any]
+    seconds: float
+    peak_mb: float
+    """Largest resident memory of the process."""
+
+
+def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
+    """Run the job's function in a process of its own. Raises StageError; on any exception the process is ended first."""
+    context = _context(job.recipe.threads)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, job), name=job.unit.id, daemon=False)
+    try:
+        process.start()
+        sender.close()
+        report = _receive(receiver, process.sentinel)
+        process.join()
+    except BaseException:
+        _end(process)
+        raise
+    if report is None:
+        raise StageError(f"{job.unit.id} failed: {_death(process.exitcode)}")
+    if "line" in report:
+        if report["trace"]:
+            write_atomic(log, report["trace"])
+            sys.stderr.write(report["trace"] if debug else "")
+        hint = f" ({'' if debug else 'add --debug for the trace; '}trace in {log})" if report["trace"] and not report["known"] else ""
+        raise StageError(f"{job.unit.id} failed: {report['line']}{hint}")
+    return Result(**report)
+
+
+def _context(threads: int | None) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    package = str(Path(__file__).resolve().parent.parent)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if package not in paths:  # the server of Python 3.11 looks for the modules to preload on its own path only
+        os.environ["PYTHONPATH"] = os.pathsep.join([path for path in paths if path] + [package])
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return context
+
+
+def _receive(receiver: Connection, sentinel: int) -> dict[str, Any] | None:
+    """The child's report, or None where it ended without one."""
+    wait([receiver, sentinel])
+    if not receiver.poll():
+        return None
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+
+
+def _end(process: Any) -> None:
+    if process.pid is None:
+        return
+    process.terminate()
+    process.join(GRACE)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+
+
+def _death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"its process ended with code {code} and without a result"
+    name = signal.Signals(-code).name
+    hint = "; out of memory? a smaller micro_batch_size needs less" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{hint}"
+
+
+def _child(sender: Connection, job: Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with_parent()
+    os.dup2(2, 1)  # standard output is the command's own
+    if job.recipe.threads is not None and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(job.recipe.threads)
+    start = time.perf_counter()
+    try:
+        module, name = job.unit.run.split(":")
+        facts = getattr(importlib.import_module(module), name)(job)
+        json.dumps(facts, allow_nan=False)
+        seconds = time.perf_counter() - start
+        report: dict[str, Any] = {"facts": facts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb(), 1)}
+    except Exception as error:  # noqa: BLE001 - whatever a stage raises is reported
+        known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error)
+        line = known or f"{type(error).__name__}: {error}"
+        report = {"line": " ".join(line.split())[:1000], "known": known is not None, "trace": traceback.format_exc()}
+    with contextlib.suppress(BrokenPipeError):
+        sender.send(report)
+    sender.close()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="ends with the parent").start()
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """SIGTERM raises Terminated, so that what is open closes."""
+
+    def stop(*_: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,109 @@
+"""Progress of a long loop, with time left: a bar on a terminal, a line now and then where there is none.
+
+    with bar(300, "sft/seed-0") as update:
+        for step in range(300):
+            ...
+            update(loss=1.23)
+
+On standard error, so also from a stage's process. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol, TextIO
+
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Update(Protocol):
+    """Move a bar on by `n`, or to `done`, and say figures beside it; `total` and `what` can change on the way."""
+
+    def __call__(
+        self, n: int = 1, *, done: int | None = None, total: int | None = None, what: str | None = None, **figures: float | str
+    ) -> None: ...
+
+
+@contextlib.contextmanager
+def bar(total: int, what: str, *, stream: TextIO | None = None, every: float = EVERY) -> Iterator[Update]:
+    """A loop of `total` rounds; gives the function that moves it on. Bars may stand inside one another."""
+    stream = sys.stderr if stream is None else stream
+    with _rich(total, what, stream) if stream.isatty() else _lines(total, what, stream, every) as update:
+        yield update
+
+
+_open: list[Any] = []  # the terminal's one live display, which inner bars join
+
+
+@contextlib.contextmanager
+def _rich(total: int, what: str, stream: TextIO) -> Iterator[Update]:
+    from rich import progress
+    from rich.console import Console
+
+    inner = bool(_open)
+    if inner:
+        display = _open[-1]
+    else:
+        left = progress.TimeRemainingColumn()
+        columns = ("{task.description}", progress.BarColumn(24), progress.MofNCompleteColumn(), left, "{task.fields[figures]}")
+        display = progress.Progress(*columns, console=Console(file=stream))
+        display.start()
+    _open.append(display)
+    task = display.add_task(what, total=total, figures="")
+
+    def update(
+        n: int = 1, *, done: int | None = None, total: int | None = None, what: str | None = None, **figures: float | str
+    ) -> None:
+        shown = {"figures": _figures(figures)} if figures else {}
+        moved = {"advance": n} if done is None else {"completed": done}
+        display.update(task, total=total, description=what, **moved, **shown)
+
+    try:
+        yield update
+    finally:
+        _open.pop()
+        if inner:
+            display.remove_task(task)
+        else:
+            display.stop()
+
+
+@contextlib.contextmanager
+def _lines(total: int, what: str, stream: TextIO, every: float) -> Iterator[Update]:
+    start = said = time.monotonic()
+    count, shown, text = 0, 0, ""
+    whole, name = total, what
+
+    def line() -> None:
+        spent = time.monotonic() - start
+        left = f"{clock(spent / count * (whole - count))} left" if 0 < count < whole else f"{clock(spent)} so far"
+        share = f"{count / whole:.0%}" if whole else ""
+        print(f"{name}  {count}/{whole}  {share}  {left}  {text}".rstrip(), file=stream, flush=True)
+
+    def update(
+        n: int = 1, *, done: int | None = None, total: int | None = None, what: str | None = None, **figures: float | str
+    ) -> None:
+        nonlocal count, said, shown, text, whole, name
+        count = count + n if done is None else done
+        whole, name = whole if total is None else total, what or name
+        text = _figures(figures) if figures else text
+        if time.monotonic() - said >= every:
+            said, shown = time.monotonic(), count
+            line()
+
+    yield update
+    if time.monotonic() - start >= every and shown != count:
+        line()
+
+
+def _figures(figures: dict[str, float | str]) -> str:
+    return "  ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in figures.items())
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:01:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -1,0 +1,217 @@
+"""The whole of SALSA from one recipe: seeds → reward model → soup → PPO → landscape → evaluation → report.
+
+    python -m salsa_peft.recipe quickstart --lora
+    python -m salsa_peft.recipe my.yaml --lora --set ppo.learning_rate=1e-5 --dry-run
+
+Each stage is a function of its own module, run in a process of its own; one whose result is there is skipped. This module
+and what it imports load no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from salsa_peft import processes, runs, units
+from salsa_peft.config import Recipe, SalsaError, require
+from salsa_peft.messages import duration, nearest, one_line
+from salsa_peft.parsing import Loaded, load_recipe, names
+from salsa_peft.yaml_text import dump_yaml
+
+
+class Stage(NamedTuple):
+    """A row of the table: the function that does the work, and the one that says which pieces there are."""
+
+    run: str
+    units: Callable[[Recipe, str], list[runs.Unit]]
+
+
+STAGES = {
+    "toy": Stage("salsa_peft.stages:toy", units.toy_units),
+    "sft": Stage("salsa_peft.sft:run", units.sft_units),
+    "reward": Stage("salsa_peft.reward_model:run", units.reward_units),
+    "soup": Stage("salsa_peft.stages:soup", units.soup_units),
+    "ppo": Stage("salsa_peft.policies:run", units.ppo_units),
+    "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
+    "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units),
+    "report": Stage("salsa_peft.stages:report", units.report_units),
+}
+
+
+def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
+    """The command. Returns 0; 2 for what the user can mend before anything ran; 1 where a stage failed; 130, 143 on signals."""
+    args = parse_args(list(sys.argv[1:] if argv is None else argv), prog)
+    try:
+        with processes.signals():
+            loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set)
+            run = run_folder(loaded, args.output_dir)
+            work = [unit for stage in stages.values() for unit in stage.units(loaded.recipe, stage.run)]
+            asked = selected(work, args.stages, "--stages") if args.stages is not None else {unit.id for unit in work}
+            forced = selected(work, args.force, "--force")
+            if args.dry_run or not run.exists():  # a refusal comes before anything is written
+                steps = runs.plan(work, run, forced)
+                check_inputs(steps, asked)
+            if args.dry_run:
+                from salsa_peft.planning import show_plan
+
+                show_plan(loaded, run, steps, asked)
+                return 0
+            with runs.locked(run):
+                steps = runs.plan(work, run, forced)
+                check_inputs(steps, asked)
+                execute(loaded, run, steps, asked, args.debug)
+                for path in runs.prune(run, stages, steps) if args.prune else []:
+                    say(f"pruned {path.relative_to(run)}")
+            return 0
+    except SalsaError as error:
+        return _say_and(2, one_line(error), args.debug)
+    except processes.StageError as error:
+        return _say_and(1, one_line(error), args.debug)
+    except KeyboardInterrupt:
+        return _say_and(130, "stopped; the same command goes on where it was", False)
+    except processes.Terminated:
+        return _say_and(143, "terminated; the same command goes on where it was", False)
+
+
+def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[str], debug: bool) -> None:
+    """Do what the plan says, in order; the run folder is locked."""
+    report = [step.folder / "report.html" for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
+    say(f"results: {run}")
+    for path in report:
+        say(f"report:  {path}")
+    recipe_yaml = resolved_yaml(loaded)
+    runs.write_atomic(run / "recipe.yaml", recipe_yaml)
+    if any(step.why is not None for name, step in steps.items() if name in asked):
+        say("loading libraries …")
+    for name, step in steps.items():
+        if name in asked:
+            _do(step, steps, loaded.recipe, recipe_yaml, run, debug)
+    for path in report:
+        print(path, flush=True)
+
+
+def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool) -> None:
+    unit = step.unit
+    if step.why is None:
+        return say(f"{unit.id} … cached")
+    if step.why.startswith(("changed", "missing", "unfinished")):
+        say(f"{unit.id} … {step.why}: made again")
+    started = runs.now()
+    _empty(step.folder)
+    inputs = {name: steps[name].folder for name in unit.inputs}
+    job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    result = processes.run_in_process(job, run / "logs" / f"{unit.id.replace('/', '-')}.log", debug=debug)
+    runs.write_manifest(step, steps, started=started, versions=runs.versions(), **dataclasses.asdict(result))
+    say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB")
+
+
+def _empty(folder: Path) -> None:
+    """The manifest goes first: killed in between, the folder is unfinished, not damaged."""
+    (folder / runs.MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def selected(work: list[runs.Unit], words: list[str], option: str) -> set[str]:
+    """Ids of the units that words name, by stage or by unit. Raises SalsaError with the nearest name."""
+    found: set[str] = set()
+    for word in words:
+        ids = {unit.id for unit in work if word in (unit.id, unit.stage)}
+        known = list(dict.fromkeys([unit.stage for unit in work] + [unit.id for unit in work]))
+        require(bool(ids), f"{option} {word}: found no such stage in this recipe; {nearest(word, known, 'stages')}")
+        found |= ids
+    return found
+
+
+def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
+    """Raise SalsaError where a unit that will be made reads one that is neither finished nor asked for."""
+    for name in asked:
+        for needed in steps[name].unit.inputs if steps[name].why is not None else ():
+            why = steps[needed].why
+            there = why is None or needed in asked
+            require(there, f"--stages: {name} needs {needed}, which is not finished ({why}); add {steps[needed].unit.stage}")
+
+
+def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
+    """runs/<name>-<preset>, or --output-dir; absolute."""
+    folder = Path(os.path.abspath(output_dir or os.path.join("runs", f"{loaded.recipe.name}-{loaded.preset or 'lora'}")))
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    require(above.is_dir(), f"--output-dir: found {above}, which is a file, expected a folder")
+    require(os.access(above, os.W_OK), f"--output-dir: {above} cannot be written to; choose another folder")
+    return folder
+
+
+def resolved_yaml(loaded: Loaded) -> str:
+    """Every value of the recipe as it ran, defaults included; itself a recipe that runs without --lora."""
+    how = f" --lora {loaded.preset}" if loaded.preset else ""
+    return f"# {loaded.path.name}{how}, with every default; runs as it is.\n" + dump_yaml(dataclasses.asdict(loaded.recipe))
+
+
+def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
+    """The command line; `--lora` takes a preset's name after it and leaves the recipe alone, wherever it stands."""
+    parser = Parser(prog=prog, description="Run a recipe: seeds, reward model, soup, PPO, landscape, evaluation, report.",
+                    epilog=f"Bundled recipes: {', '.join(names('recipes')) or 'none'}.", allow_abbrev=False)  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a bundled recipe's name")
+    parser.add_argument("--lora", metavar="PRESET", help=f"train adapters: one of {', '.join(names('adapters'))} (no value: lora)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--stages", type=_comma, metavar="A,B", help="only these stages or units: sft,ppo/salsa")
+    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="do a stage or unit again, and what hangs on it")
+    parser.add_argument("--output-dir", metavar="DIR", help="instead of runs/<name>-<preset>")
+    parser.add_argument("--prune", action="store_true", help="at the end remove results that this recipe no longer has")
+    parser.add_argument("--debug", action="store_true", help="show traces")
+    after = None
+    for index, word in enumerate(argv):
+        if word == "--":
+            break
+        if word == "--lora":
+            after = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("-") else None
+            argv = [*argv[:index], f"--lora={after}" if after in names("adapters") else "--lora=lora", *argv[index + 1 :]]
+            if after in names("adapters"):
+                del argv[index + 1]
+                after = None
+            break
+    args = parser.parse_intermixed_args(argv)
+    if after is not None and len(args.words) == 2 and after in args.words:
+        args.lora = after  # no preset of that name: load_recipe says which there are
+        args.words.remove(after)
+    if len(args.words) != 1:
+        parser.error(f"found {len(args.words)} recipes ({' '.join(args.words) or 'none'}), expected one: a YAML file or a bundled name")
+    args.recipe = args.words[0]
+    return args
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, code 2."""
+
+    def error(self, message: str) -> Any:
+        """Print it and leave."""
+        self.exit(2, f"{self.prog}: {one_line(message)} (--help says more)\n")
+
+
+def _comma(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def say(line: str) -> None:
+    """To standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_and(code: int, line: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    say(line)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

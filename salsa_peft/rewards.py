@@ -1,0 +1,93 @@
+"""Scores: an adapter on the shared base with a score head, or a Python function.
+
+A reward is a callable `Responses → (B,)` of float32 scores. `as_reward` makes one of whatever a user passes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from . import adapters
+from .config import SalsaError, require
+from .rollout import Responses, last_token_states
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+REWARD_ADAPTER = "reward"
+
+
+class Reward(Protocol):
+    """What scores responses."""
+
+    def __call__(self, responses: Responses) -> Tensor:
+        """→ (B,), float32."""
+
+
+class AdapterReward:
+    """The reward adapter on the shared base, and its linear head on the last token that counts."""
+
+    def __init__(self, model: PeftModel, folder: Path, micro_batch_size: int = 64) -> None:
+        self.model, self.micro_batch_size = model, micro_batch_size
+        if REWARD_ADAPTER not in model.peft_config:
+            adapters.attach(model, folder, REWARD_ADAPTER)
+        self.head = adapters.score_head(folder).to(model.device)
+        self.toggle = adapters.Toggle(model)
+
+    @torch.no_grad()
+    def __call__(self, responses: Responses) -> Tensor:
+        scores = []
+        with self.toggle(REWARD_ADAPTER):
+            for index in torch.arange(len(responses.finished)).split(self.micro_batch_size):
+                part = responses.rows(index)
+                scores.append(self.head(last_token_states(self.model, part.input_ids, part.attention_mask).float()).squeeze(-1))
+        return torch.cat(scores)
+
+
+class FunctionReward:
+    """A Python function with TRL's reward-function signature: `(prompts, completions, completion_ids, …) -> list[float]`.
+
+    prompts and completions are text; `finished`, whether EOS ended the response, is passed to functions that take it.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[float]], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.function, self.tokenizer = function, tokenizer
+        taken = inspect.signature(function).parameters
+        self.extra = "finished" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+    def __call__(self, responses: Responses) -> Tensor:
+        prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask)
+        completions = decode(self.tokenizer, responses.response_ids, responses.response_mask)
+        ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
+        extra = {"finished": responses.finished.tolist()} if self.extra else {}
+        scores = self.function(prompts=prompts, completions=completions, completion_ids=ids, **extra)
+        require(
+            len(scores) == len(ids),
+            f"reward function {self.function}: found {len(scores)} scores for {len(ids)} responses, expected one each",
+        )
+        return torch.tensor([float(score) for score in scores], device=responses.response_ids.device)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor) -> list[str]:
+    """Token ids (B, L) where the mask is True → text, special tokens left out."""
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+def as_reward(reward: Reward | Callable[..., Sequence[float]] | str | Path, model: PeftModel,
+              tokenizer: PreTrainedTokenizerBase) -> Reward:  # fmt: skip
+    """An AdapterReward's folder or Hub id, a function of TRL's signature, or a Reward → a Reward."""
+    if isinstance(reward, str | Path):
+        return AdapterReward(model, adapters.local_folder(str(reward)))
+    if isinstance(reward, AdapterReward | FunctionReward):
+        return reward
+    if not callable(reward):
+        raise SalsaError(f"reward: found {type(reward).__name__}, expected a reward adapter's folder or a function")
+    return FunctionReward(reward, tokenizer)

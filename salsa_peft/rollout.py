@@ -1,0 +1,168 @@
+"""Rollouts: generate responses, and say how probable policy and references find them.
+
+Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the mask.
+The EOS that ends a response counts, nothing after it; a response that is EOS alone has length 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from .config import Sampling
+from .logprobs import Head, full_kl, token_logprobs
+from .losses import KL_ESTIMATORS
+from .models import causal_lm, hidden_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Responses(NamedTuple):
+    """What was generated: tokens and masks only."""
+
+    prompt_ids: Tensor
+    """(B, P)"""
+    prompt_mask: Tensor
+    """(B, P) bool"""
+    response_ids: Tensor
+    """(B, T)"""
+    response_mask: Tensor
+    """(B, T) bool"""
+    finished: Tensor
+    """(B,) bool: EOS ended it, rather than the limit."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, P + T)"""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, P + T) bool"""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,): tokens of each response, EOS included."""
+        return self.response_mask.sum(-1)
+
+    @property
+    def empty(self) -> Tensor:
+        """(B,) bool: the response is EOS alone."""
+        return self.finished & (self.lengths == 1)
+
+    def rows(self, index: Tensor) -> Responses:
+        """Some rows, without the columns that are padding in all of them."""
+        picked = Responses(*(field[index] for field in self))
+        left = int((~picked.prompt_mask).long().cumprod(-1).sum(-1).min())
+        right = int(picked.lengths.max())
+        return Responses(picked.prompt_ids[:, left:], picked.prompt_mask[:, left:], picked.response_ids[:, :right],
+                         picked.response_mask[:, :right], picked.finished)  # fmt: skip
+
+
+def micro_batches(batch: int, size: int) -> Iterator[Tensor]:
+    """Row indices 0 … batch − 1 in runs of `size`."""
+    return iter(torch.arange(batch).split(size))
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids → ids and mask, (B, P), padded on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
+             seed: int) -> Responses:  # fmt: skip
+    """Sample a response to each prompt from the adapter that is active: the whole distribution, at the temperature.
+
+    The random state is `seed`'s and is given back after, so that a rollout depends on its seed alone.
+    """
+    lm, pad, eos = causal_lm(model), tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids, mask = pad_prompts(prompts, pad, lm.device)
+    settings = GenerationConfig(
+        do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad,
+    )  # fmt: skip
+    training = lm.training
+    lm.eval()
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokens = lm.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+    lm.train(training)
+    response_ids = tokens[:, ids.shape[1] :]
+    ended = (response_ids == eos).long()
+    response_mask = ended.cumsum(-1) - ended == 0
+    finished = ended.any(-1)
+    return Responses(ids, mask, response_ids.masked_fill(~response_mask, pad), response_mask, finished)
+
+
+def response_states(hidden: Tensor, responses: Responses) -> Tensor:
+    """(B, P + T, H) → (N, H): the states from which the response's counted tokens were sampled."""
+    start = responses.prompt_ids.shape[1] - 1
+    return hidden[:, start : start + responses.response_ids.shape[1]][responses.response_mask]
+
+
+def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
+    """(N,) bool: EOS could not be sampled at this token."""
+    early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
+    return early.expand_as(responses.response_mask)[responses.response_mask]
+
+
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) → (B, T), 0 where the mask is False."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def response_logprobs(hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, P + T, H) → log-probs of the response and entropies there, both (B, T), 0 outside the mask."""
+    labels = responses.response_ids[responses.response_mask]
+    states = response_states(hidden, responses)
+    result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head)
+    return scatter(result.logprobs, responses.response_mask), scatter(result.entropy, responses.response_mask)
+
+
+def reference_kls(policy_hidden: Tensor, policy_logprobs: Tensor, reference_hidden: Iterator[Tensor], responses: Responses,
+                  head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+    """Per-token KL to the references, averaged over them (paper eq. 5), (B, T).
+
+    `reference_hidden` yields one reference's states (B, P + T, H) at a time, so that one of them is held.
+    """
+    total, count = torch.zeros_like(policy_logprobs), 0
+    for hidden in reference_hidden:
+        if estimator == "full":
+            states = response_states(policy_hidden, responses), response_states(hidden, responses)
+            kl = scatter(full_kl(*states, forbidden_eos(responses, min_new_tokens), head), responses.response_mask)
+        else:
+            logprobs, _ = response_logprobs(hidden, responses, head, min_new_tokens)
+            kl = KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
+        total, count = total + kl, count + 1
+    return total / count
+
+
+@torch.no_grad()
+def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, H): the trunk's state at the last token that counts, what a reward model's head reads."""
+    hidden = hidden_states(model, input_ids, attention_mask)
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask.long() * places).argmax(-1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def respond(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
+            batch_size: int) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
+    """Responses of the active adapter to many prompts, those of like length together → (indices into prompts, responses).
+
+    The batches and their random states depend on prompts and seed alone, so that two models differ by their weights only.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seed + start)

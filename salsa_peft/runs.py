@@ -1,0 +1,240 @@
+"""The run folder: what a unit of work depends on (its key), whether it is there whole (its manifest), who works on it (the lock).
+
+A unit's folder is <run>/<stage>/[<name>/]<key, 12 digits>. Its manifest is written last: a folder without one is unfinished.
+Files appear by write to a temporary name, fsync, rename. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import salsa_peft
+from salsa_peft.config import Recipe, SalsaError
+from salsa_peft.fingerprints import base_fingerprint as base_fingerprint
+from salsa_peft.fingerprints import canonical, fingerprint, sha256
+
+VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
+MANIFEST = "manifest.json"
+KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of work with a result of its own: a seed, the soup, a policy."""
+
+    stage: str
+    name: str
+    """Of the piece: seed-0, salsa; the stage's own name where it has one piece only."""
+    run: str
+    """The function that does it: "salsa_peft.sft:run", run(job) → facts."""
+    inputs: tuple[str, ...] = ()
+    """Ids of units whose results it reads."""
+    slice: dict[str, Any] = field(default_factory=dict)
+    """The part of the resolved recipe that the result depends on, JSON-able, local paths out (they are in `files`)."""
+    files: tuple[str, ...] = ()
+    """Local files and folders whose content counts."""
+    several: bool = False
+    """Whether its stage is one of several pieces (sft, ppo), also where there is only one now."""
+
+    @property
+    def id(self) -> str:
+        """sft/seed-0, or soup."""
+        return f"{self.stage}/{self.name}" if self.several else self.stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a stage function is given."""
+
+    recipe: Recipe
+    unit: Unit
+    folder: Path
+    """Where the result goes; empty at the start."""
+    inputs: dict[str, Path]
+    """Unit id → its finished folder."""
+    recipe_yaml: str
+    """The resolved recipe, for the report and the cards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A unit in a plan: where its result is or will be, and why it has to be made, if it has."""
+
+    unit: Unit
+    key: str
+    folder: Path
+    why: str | None
+    """None: cached."""
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """The file is there whole or not at all, also after kill -9 and power loss: temporary name, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def versions() -> dict[str, str]:
+    """Of salsa-peft and the libraries that results depend on; "none" for one that is not installed."""
+    found = {"salsa-peft": salsa_peft.__version__}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
+    """SHA-256 over the unit's slice, its inputs' keys, its files' fingerprints and the versions.
+
+    `fingerprints` holds those of files seen before, and is added to.
+    """
+    for file in unit.files:
+        if file not in fingerprints:
+            fingerprints[file] = fingerprint(file)
+    parts = {
+        "stage": unit.stage,
+        "slice": unit.slice,
+        "inputs": {name: keys[name] for name in unit.inputs},
+        "files": [fingerprints[file] for file in unit.files],
+        "versions": made_with,
+    }
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A unit folder's manifest, or None where there is none or it cannot be read."""
+    try:
+        data = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and isinstance(data.get("files"), dict) else None
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """Of a result: what its files hold."""
+    return hashlib.sha256(canonical(manifest["files"]).encode()).hexdigest()
+
+
+def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
+    """Last of all files of a unit: key, files with sizes and SHA-256, its inputs' digests, and `facts`."""
+    files = {}
+    for file in sorted(step.folder.rglob("*")):
+        if file.is_file() and file.name != MANIFEST:
+            files[file.relative_to(step.folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    inputs = {name: digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
+    manifest = {"unit": step.unit.id, "key": step.key, "inputs": inputs, "files": files, **facts}
+    write_atomic(step.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+
+
+def wrong(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
+    """Why the result in `folder` cannot be used, or None: it is whole, and made from its inputs as they are now."""
+    if not folder.is_dir():
+        return "new"
+    if (manifest := read_manifest(folder)) is None:
+        return "unfinished"
+    if manifest.get("key") != step_key:
+        return "made for another key"
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"missing: {name}"
+        if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
+            return f"changed: {name}"
+    for name, place in inputs.items():
+        there = read_manifest(place)
+        if there is None or manifest.get("inputs", {}).get(name) != digest(there):
+            return f"its input {name} was made anew"
+    return None
+
+
+def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, Step]:
+    """Unit id → step, in order: keys, folders, and what has to be made and why (what hangs on it included). Writes nothing."""
+    keys: dict[str, str] = {}
+    steps: dict[str, Step] = {}
+    fingerprints: dict[str, str] = {}
+    made_with, forced = versions(), set(forced)
+    for unit in units:
+        keys[unit.id] = key(unit, keys, made_with, fingerprints)
+        folder = run / unit.id / keys[unit.id][:12]
+        waits = [name for name in unit.inputs if steps[name].why is not None]
+        if unit.id in forced or unit.stage in forced:
+            why: str | None = "forced"
+        else:
+            why = wrong(keys[unit.id], folder, {name: steps[name].folder for name in unit.inputs if name not in waits})
+            if why is None and waits:
+                why = f"waits for {waits[0]}"
+        steps[unit.id] = Step(unit=unit, key=keys[unit.id], folder=folder, why=why)
+    return steps
+
+
+def prune(run: Path, stages: Iterable[str], steps: dict[str, Step]) -> list[Path]:
+    """Remove the folders of keys that the plan has not, among those of its stages; returns them."""
+    keep = {step.folder for step in steps.values()}
+    found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]
+    folders = [path for path in found if KEY_FOLDER.match(path.name) and path.is_dir() and path not in keep]
+    parents = {path.parent for path in found}  # a policy may be named like a key
+    old = [path for path in folders if not (path in parents and any(KEY_FOLDER.match(inner.name) for inner in path.iterdir()))]
+    for path in old:
+        shutil.rmtree(path)
+    return old
+
+
+def now() -> str:
+    """Local time to the second, with its offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """One process per run folder. Raises SalsaError that names the holder; the lock of a process that is gone is free."""
+    run.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
+            raise SalsaError(f"{run}: in use by {holder}; wait for it, or use another --output-dir") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {now()}\n".encode(), 0)
+        yield
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)

@@ -1,0 +1,67 @@
+"""The sft stage: one seed, an adapter trained on demonstrations by TRL's SFTTrainer, loss on the assistant's tokens only.
+
+A seed sets the initialisation of the adapter, the order of the data, and (`sft.subset`) which share of it this seed sees.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from . import data
+from .adapters import lora_config
+from .config import require
+from .runs import Job, write_atomic
+from .workbench import Bar, Workbench, quiet, training_arguments
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    recipe, section = job.recipe, job.recipe.sft
+    seed = section.seeds[int(job.unit.name.removeprefix("seed-"))]
+    # 1. this seed's demonstrations
+    rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["demonstrations"])
+    if section.subset < 1:
+        rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
+    # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
+    bench = Workbench.of(job)
+    assert recipe.adapter is not None
+    trainer = SFTTrainer(
+        model=bench.base(),
+        args=SFTConfig(
+            **training_arguments(section, job.folder / "trainer", seed),
+            assistant_only_loss=True,
+            max_length=recipe.model.max_length,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=bench.tokenizer,
+        peft_config=lora_config(recipe.adapter),
+        callbacks=[Bar(job.unit.id, job.folder)],
+    )
+    trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
+    kept = len(trainer.train_dataset)
+    require(
+        kept >= section.batch_size,
+        f"data.demonstrations: found {kept} rows with an answer within model.max_length = {recipe.model.max_length} tokens,"
+        f" expected at least sft.batch_size = {section.batch_size}",
+    )
+    # 3. train and save
+    quiet(trainer)
+    result = trainer.train()
+    bench.save(trainer.model, "default", job.folder)
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    metrics = {
+        "seed": seed,
+        "rows": kept,
+        "left_out": len(rows) - kept,
+        "epochs": section.num_train_epochs,
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "last_loss": log[-1]["loss"] if log else result.training_loss,
+    }
+    write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics

@@ -1,0 +1,85 @@
+"""The thin stages: what a job's folders hold → the function of toy.py, soup.py or report.py that does the work.
+
+Those three stand on their own and know nothing of jobs; the stages with loops are functions `run` of their own modules.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from . import runs
+from .runs import Job
+
+
+def toy(job: Job) -> dict[str, Any]:
+    """The embedded world: base, tokenizer, data."""
+    from .progress import bar
+    from .toy import build
+
+    assert job.recipe.toy is not None
+    with bar(1, job.unit.id) as update:
+
+        def progress(done: int, total: int, what: str) -> None:
+            update(done=done, total=total, what=f"{job.unit.id} {what}")
+
+        return build(job.recipe.toy, job.folder, progress)
+
+
+def soup(job: Job) -> dict[str, Any]:
+    """The exact weighted mean of the members' deltas, an ordinary PEFT adapter."""
+    from .soup import soup as cook
+
+    section = job.recipe.soup
+    cooked = job.folder / "cooked"
+    summary = cook(cooked, [job.inputs[f"sft/seed-{member}"] for member in section.members], section.resolved)
+    for file in cooked.iterdir():
+        shutil.move(file, job.folder / file.name)
+    cooked.rmdir()
+    return summary
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def report(job: Job) -> dict[str, Any]:
+    """report.html, report.md, summary.json of everything that the run's folders hold."""
+    from .report import PolicyReport, ReportInput, write_report
+
+    def in_stage(stage: str) -> dict[str, Path]:
+        return {unit.rsplit("/", 1)[-1]: folder for unit, folder in job.inputs.items() if unit.split("/")[0] == stage}
+
+    def policy(folder: Path) -> PolicyReport:
+        facts = _json(folder / "policy.json")
+        rows, completions = _lines(folder / "metrics.jsonl"), _lines(folder / "completions.jsonl")
+        return PolicyReport(reference=facts["reference"], kl_coef=facts["kl_coef"]["start"], metrics=rows, completions=completions)
+
+    manifests = {unit: _json(folder / runs.MANIFEST) for unit, folder in job.inputs.items()}
+    units = [{"unit": unit, "key": m["key"], "seconds": m["seconds"], "peak_mb": m["peak_mb"], "skipped": False}
+             for unit, m in manifests.items()]  # fmt: skip
+    landscape, evaluation = job.inputs.get("landscape"), job.inputs["evaluate"]
+    base = job.recipe.model.base or "the embedded world's"
+    result = ReportInput(
+        name=job.recipe.name,
+        recipe_yaml=job.recipe_yaml,
+        mode="LoRA",
+        base=Path(base).name if Path(base).is_dir() else base,
+        versions=runs.versions(),
+        units=units,
+        seeds={name: _json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
+        reward=_json(job.inputs["reward"] / "metrics.json"),
+        soup=_json(job.inputs["soup"] / "soup.json"),
+        policies={name: policy(folder) for name, folder in in_stage("ppo").items()},
+        landscape=_json(landscape / "landscape.json") if landscape else None,
+        evaluation=_json(evaluation / "evaluation.json"),
+        answers=_lines(evaluation / "answers.jsonl"),
+    )
+    summary = write_report(job.folder, result)
+    return {"numbers": len(json.dumps(summary))}

@@ -1,0 +1,167 @@
+"""Recipe → units of work: for each stage, which pieces there are, what each reads and which part of the recipe it depends on.
+
+A slice is minimal: what is not in it can change without the work being done again. So `evaluate` is in no policy's slice,
+and `name`, `description` and `threads` are in none. Local paths don't count, the content of what is there does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from salsa_peft.checks import TOY_PROMPTS, is_local
+from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, parse_reference
+from salsa_peft.runs import Unit
+
+
+class _Files:
+    """Collects local paths while a slice is written, which keeps a mark in their place."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+
+    def path(self, value: str | None) -> str | None:
+        """The value, or "local" for a path, which is then among `paths`."""
+        if value is None or not is_local(value):
+            return value
+        self.paths.append(value)
+        return "local"
+
+    def source(self, source: Source | None) -> dict[str, Any] | None:
+        """A dataset's slice."""
+        return None if source is None else {**dataclasses.asdict(source), "path": self.path(source.path)}
+
+    def model(self, recipe: Recipe) -> dict[str, Any]:
+        """The base's slice."""
+        model = recipe.model
+        paths = {"base": self.path(model.base), "chat_template": self.path(model.chat_template)}
+        return {**dataclasses.asdict(model), **paths}
+
+    def reference(self, reference: Reference) -> dict[str, Any]:
+        """A reference's slice; its label is for people."""
+        return {**dataclasses.asdict(reference), "label": None, "path": self.path(reference.path)}
+
+
+def _seed(position: int) -> str:
+    return f"sft/seed-{position}"
+
+
+def _inputs(recipe: Recipe, *ids: str) -> tuple[str, ...]:
+    """The ids, each once, after the embedded world where there is one."""
+    return tuple(dict.fromkeys([*(["toy"] if recipe.toy else []), *ids]))
+
+
+def _of_references(references: list[Reference]) -> list[str]:
+    """The units that references are made of."""
+    soup = ["soup"] if any(reference.soup for reference in references) else []
+    return [_seed(member) for reference in references for member in reference.members] + soup
+
+
+def toy_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The embedded world: base, tokenizer and data."""
+    return [Unit(stage="toy", name="toy", run=run, slice={"toy": dataclasses.asdict(recipe.toy)})] if recipe.toy else []
+
+
+def sft_units(recipe: Recipe, run: str) -> list[Unit]:
+    """One fine-tuning per seed."""
+    units = []
+    for position, seed in enumerate(recipe.sft.seeds):
+        files = _Files()
+        parts = {
+            "model": files.model(recipe),
+            "adapter": dataclasses.asdict(recipe.adapter) if recipe.adapter else None,
+            "demonstrations": files.source(recipe.data.demonstrations),
+            "sft": {**dataclasses.asdict(recipe.sft), "seeds": [seed]},
+        }
+        units.append(Unit(stage="sft", name=f"seed-{position}", run=run, several=True, inputs=_inputs(recipe), slice=parts, files=tuple(files.paths)))
+    return units
+
+
+def reward_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The reward model; it starts from seed-0."""
+    files = _Files()
+    parts = {
+        "model": files.model(recipe),
+        "preferences": files.source(recipe.data.preferences),
+        "reward": dataclasses.asdict(recipe.reward),
+    }
+    inputs = _inputs(recipe, _seed(0))
+    return [Unit(stage="reward", name="reward", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+
+
+def soup_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The recipe's soup; the members are inputs."""
+    members = tuple(_seed(member) for member in recipe.soup.members)
+    parts = {"members": list(members), "weights": recipe.soup.resolved}
+    return [Unit(stage="soup", name="soup", run=run, inputs=members, slice=parts)]
+
+
+def ppo_units(recipe: Recipe, run: str) -> list[Unit]:
+    """One PPO run per policy; it starts at seed-0."""
+    units = []
+    for name, policy in recipe.policies.items():
+        files = _Files()
+        references = policy.references(f"policies.{name}")
+        beta = recipe.ppo.kl_coef if policy.kl_coef is None else policy.kl_coef
+        parts = {
+            "model": files.model(recipe),
+            "prompts": files.source(recipe.data.prompts),
+            "ppo": {**dataclasses.asdict(recipe.ppo), "kl_coef": beta},
+            "generation": {**dataclasses.asdict(recipe.generation), "batch_size": None},
+            "references": [files.reference(reference) for reference in references],
+            "export": list(recipe.export),
+        }
+        inputs = _inputs(recipe, _seed(0), "reward", *_of_references(references))
+        units.append(Unit(stage="ppo", name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths)))
+    return units
+
+
+def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
+    """Scores along the line and on the plane of seeds, where the recipe asks for one."""
+    landscape = recipe.landscape
+    if landscape is None or (landscape.line is None and landscape.plane is None):
+        return []
+    files = _Files()
+    chosen = landscape_prompts(recipe, landscape)
+    source = recipe.evaluate.prompts.get(chosen)
+    parts = {
+        "model": files.model(recipe),
+        "landscape": {**dataclasses.asdict(landscape), "prompts": chosen},
+        "prompts": files.source(source),
+        "generation": dataclasses.asdict(recipe.generation),
+    }
+    positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
+    inputs = _inputs(recipe, "reward", *map(_seed, positions))
+    return [Unit(stage="landscape", name="landscape", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+
+
+def landscape_prompts(recipe: Recipe, landscape: Landscape) -> str:
+    """Which of the evaluation's prompts the landscape uses: the one it names, or the first."""
+    return landscape.prompts or next(iter(recipe.evaluate.prompts), TOY_PROMPTS[0])
+
+
+def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
+    """Responses and scores of seed-0, soup, every policy and what evaluate.models adds."""
+    files = _Files()
+    options: Evaluate = recipe.evaluate
+    others = [model for model in options.models if model not in recipe.policies]
+    references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
+    parts = {
+        "model": files.model(recipe),
+        "prompts": {name: files.source(source) for name, source in options.prompts.items()},
+        "models": [model if model in recipe.policies else None for model in options.models],
+        "references": [files.reference(reference) for reference in references],
+        "pairs": options.pairs,
+        "seed": options.seed,
+        "generation": dataclasses.asdict(recipe.generation),
+    }
+    policies = [f"ppo/{name}" for name in recipe.policies]
+    inputs = _inputs(recipe, _seed(0), "soup", *_of_references(references), "reward", *policies)
+    return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+
+
+def report_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The report of everything."""
+    units = [toy_units, sft_units, reward_units, soup_units, ppo_units, landscape_units, evaluate_units]
+    inputs = tuple(unit.id for make in units for unit in make(recipe, ""))
+    return [Unit(stage="report", name="report", run=run, inputs=inputs, slice={"samples": recipe.evaluate.samples})]

@@ -1,0 +1,251 @@
+"""The trainer as a whole: its gradient against the plain formula, what it samples against what it scores, what it keeps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from salsa_peft import adapters, toy
+from salsa_peft.config import SalsaError
+from salsa_peft.ppo import Rollout, SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.rollout import generate
+
+PROMPTS = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in toy.draw_prompts(random.Random(0), 16, toy.LENGTHS_IN, 0)]
+
+
+def length_reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Longer is better: a score that differs between responses."""
+    return [len(ids) / 4 for ids in completion_ids]
+
+
+@pytest.fixture
+def make_trainer(make_base: Callable[..., Any], make_adapter: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Options → a trainer on a random base with adapters policy, seed-0 and soup."""
+
+    def make(references: list[str] | None = None, reward: Any = length_reward, pad_is_eos: bool = False, **options: Any) -> Any:
+        chosen = copy.deepcopy(tokenizer)
+        if pad_is_eos:
+            chosen.pad_token = chosen.eos_token
+        model = make_adapter(make_adapter(make_adapter(make_base(), "policy", 1), "seed-0", 2), "soup", 3)
+        model.set_adapter("policy")
+        settings: dict[str, Any] = {
+            "batch_size": 8, "max_new_tokens": 7, "learning_rate": 1e-3, "num_train_epochs": 1, "num_ppo_epochs": 1, "kl_coef": 0.1,
+        }  # fmt: skip
+        quiet = {"report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+        args = SalsaPPOConfig(output_dir=str(tmp_path / "out"), **(settings | quiet | options))
+        return SalsaPPOTrainer(
+            model, args, PROMPTS, references=references or ["soup"], reward=reward, processing_class=chosen
+        )
+
+    return make
+
+
+def plain_logprobs(trainer: SalsaPPOTrainer, adapter: str | None, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """log π of every response token, (B, T), from one sequence's full logits at a time, without padding."""
+    r, lm = rollout.responses, trainer.model.policy.get_base_model()
+    table = torch.zeros(r.response_mask.shape)
+    with adapters.active(trainer.model.policy, adapter):
+        for row in range(len(r.finished)):
+            prompt, response = r.prompt_ids[row][r.prompt_mask[row]], r.response_ids[row][r.response_mask[row]]
+            logits = lm(torch.cat([prompt, response])[None]).logits[0].float() / temperature
+            logp = logits.log_softmax(-1)
+            for t, token in enumerate(response):
+                table[row, t] = logp[len(prompt) - 1 + t, token]
+    return table
+
+
+def plain_loss(trainer: SalsaPPOTrainer, rollout: Rollout, rows: Tensor) -> Tensor:
+    """PPO's loss as its formula reads: one sum over tokens, no masks, no batches, full logits."""
+    args, r, lm = trainer.args, rollout.responses, trainer.model.policy.get_base_model()
+    policy_terms, value_terms = [], []
+    for row in rows.tolist():
+        prompt, response = r.prompt_ids[row][r.prompt_mask[row]], r.response_ids[row][r.response_mask[row]]
+        out = lm(torch.cat([prompt, response])[None], output_hidden_states=True)
+        logp, values = out.logits[0].float().log_softmax(-1), trainer.model.value_head(out.hidden_states[-1][0]).squeeze(-1)
+        for t, token in enumerate(response):
+            place = len(prompt) - 1 + t
+            ratio = (logp[place, token] - rollout.logprobs[row, t]).exp()
+            a = rollout.advantages[row, t]
+            policy_terms.append(torch.maximum(-a * ratio, -a * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)))
+            v, old, target = values[place], rollout.values[row, t], rollout.returns[row, t]
+            near = torch.clamp(v, old - args.cliprange_value, old + args.cliprange_value)
+            value_terms.append(torch.maximum((v - target) ** 2, (near - target) ** 2))
+    return torch.stack(policy_terms).mean() + args.vf_coef * 0.5 * torch.stack(value_terms).mean()
+
+
+def gradients(trainer: SalsaPPOTrainer) -> dict[str, Tensor]:
+    """Of everything that trains."""
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+@pytest.mark.parametrize("micro", [8, 2, 1])
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_the_gradient_is_that_of_the_plain_formula(make_trainer: Any, micro: int, pad_is_eos: bool) -> None:
+    """With and without accumulation, padded on both sides, after the policy has moved (so that ratios are not 1)."""
+    trainer = make_trainer(micro_batch_size=micro, pad_is_eos=pad_is_eos)
+    rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)])
+    assert len(set(rollout.responses.lengths.tolist())) > 1 and len(set(rollout.responses.prompt_mask.sum(-1).tolist())) > 1
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    for rows in torch.arange(8).split(micro):
+        trainer.micro_batch_loss(trainer.model, rollout, rows, int(rollout.responses.lengths.sum())).loss.backward()
+    found = gradients(trainer)
+    trainer.model.zero_grad()
+    plain_loss(trainer, rollout, torch.arange(8)).backward()
+    expected = gradients(trainer)
+    assert found.keys() == expected.keys() and len(found) == 30
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("temperature", "minimum"), [(1.0, 0), (0.6, 0), (1.0, 3)])
+def test_sampled_and_scored_distributions_are_the_same(make_trainer: Any, tokenizer: Any, temperature: float, minimum: int) -> None:
+    """Against the scores that generate itself sampled from, and so the first ratio is 1."""
+    trainer = make_trainer(temperature=temperature, min_new_tokens=minimum)
+    rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)])
+    if not minimum:
+        torch.testing.assert_close(rollout.logprobs, plain_logprobs(trainer, "policy", rollout, temperature), rtol=1e-4, atol=1e-4)
+    else:
+        assert rollout.responses.lengths.min() > minimum
+    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    assert loss.ratio.item() == pytest.approx(1, abs=1e-4) and loss.approxkl.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("references", [["base"], ["seed-0"], ["soup"], ["seed-0", "soup"], ["seed-0", "soup", "base"]])
+def test_the_kl_is_to_the_references_that_were_asked_for(make_trainer: Any, references: list[str]) -> None:
+    """k1 to each, averaged over them (paper eq. 5), from each adapter's own full logits."""
+    trainer = make_trainer(references)
+    rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)])
+    policy = plain_logprobs(trainer, "policy", rollout)
+    names = [None if name == "base" else name for name in references]
+    expected = torch.stack([policy - plain_logprobs(trainer, name, rollout) for name in names]).mean(0)
+    torch.testing.assert_close(rollout.kl, expected.detach(), rtol=1e-4, atol=1e-4)
+    assert rollout.kl.abs().max() > 0.1
+
+
+def test_full_kl_is_exact_and_every_estimator_agrees_with_it_on_average(make_trainer: Any) -> None:
+    """KL over the vocabulary, worked out from both adapters' full logits."""
+    trainer = make_trainer(kl_estimator="full")
+    rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)])
+    r, lm = rollout.responses, trainer.model.policy.get_base_model()
+    for row in range(8):
+        prompt, response = r.prompt_ids[row][r.prompt_mask[row]], r.response_ids[row][r.response_mask[row]]
+        tables = []
+        for name in ("policy", "soup"):
+            with adapters.active(trainer.model.policy, name), torch.no_grad():
+                tables.append(lm(torch.cat([prompt, response])[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1])
+        expected = (tables[0].exp() * (tables[0] - tables[1])).sum(-1)
+        torch.testing.assert_close(rollout.kl[row][r.response_mask[row]], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_policy_and_value_head_train_and_one_base_is_held(make_trainer: Any) -> None:
+    """Also after a rollout's toggles; base weights stand in memory once, however many references."""
+    trainer = make_trainer(["seed-0", "soup", "base"])
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {n for n in before if ".policy.weight" in n or n.startswith("value_head")} and len(trained) == 30
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trained
+    base = [p for name, p in trainer.model.named_parameters() if "lora_" not in name and "value_head" not in name]
+    storages = {p.untyped_storage().data_ptr() for p in base}
+    assert len(base) == len(storages) == 2 * 9 + 3  # 2 layers of 7 linears and 2 norms; embeddings, last norm, head
+
+
+def test_minibatches_are_optimizer_steps_and_the_clip_norm_is_used(make_trainer: Any) -> None:
+    """batch 8 = 2 minibatches of 2 micro-batches: 2 PPO epochs × 2 = 4 steps an update, 2 updates of 16 prompts."""
+    trainer = make_trainer(num_mini_batches=2, micro_batch_size=2, num_ppo_epochs=2, max_grad_norm=1e-9, learning_rate=1.0)
+    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    assert trainer.state.global_step == 8 and trainer.update == 2
+    rows = [json.loads(line) for line in (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episode"] for row in rows] == [8, 16]
+    assert all(row["val/ratio"] == pytest.approx(1, abs=0.5) for row in rows)
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_wild_minibatch_is_skipped(make_trainer: Any) -> None:
+    """A mean ratio above max_ratio drops the step; the weights stay."""
+    trainer = make_trainer(max_ratio=0.5)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert trainer.skipped == 2
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_ppo_learns_what_is_rewarded(make_trainer: Any) -> None:
+    """Longer responses pay: the mean length grows. (With the advantage's sign swapped it falls.)"""
+    trainer = make_trainer(num_train_epochs=12, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.0, max_new_tokens=10)
+    trainer.train()
+    lengths = [row["objective/response_length"] for row in trainer.state.log_history if "objective/response_length" in row]
+    assert sum(lengths[-4:]) / 4 > sum(lengths[:4]) / 4 + 1.5, lengths
+
+
+def test_the_kl_pulls_towards_the_reference_that_was_asked_for(make_trainer: Any) -> None:
+    """With a reward of zero the policy moves towards its reference, whichever that is."""
+
+    def nothing(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [0.0] * len(completion_ids)
+
+    for reference in ("soup", "base"):
+        trainer = make_trainer([reference], reward=nothing, num_train_epochs=20, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.5,
+                               kl_control="fixed")  # fmt: skip
+        trainer.train()
+        kl = [row["objective/kl"] for row in trainer.state.log_history if "objective/kl" in row]
+        assert sum(kl[-4:]) < 0.8 * sum(kl[:4]), (reference, kl)
+
+
+def test_a_saved_policy_opens_in_plain_peft_and_generates_the_same(make_trainer: Any, make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Adapter files at the folder's root, the value head beside them, no pickles."""
+    from peft import PeftModel
+
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "tokenizer.json"} <= names
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
+    plain = PeftModel.from_pretrained(make_base(), str(tmp_path / "saved"))
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    ours, theirs = (generate(m, rows, trainer.args, tokenizer, 5) for m in (trainer.model.policy, plain))
+    assert torch.equal(ours.response_ids, theirs.response_ids)
+
+
+def test_text_prompts_are_used_as_they_are(make_trainer: Any, tokenizer: Any) -> None:
+    """TRL's convention: text is no chat."""
+    from salsa_peft.data import prompt_tokens
+
+    text = tokenizer.apply_chat_template(PROMPTS[0]["prompt"], tokenize=False, add_generation_prompt=True)
+    chat = prompt_tokens(PROMPTS[0], tokenizer)
+    assert prompt_tokens({"prompt": text}, tokenizer)[-len(chat) :] == chat
+    assert prompt_tokens({"input_ids": [5, 6]}, tokenizer) == [5, 6]
+
+
+def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
+    """One line each: what was found, what was expected."""
+    with pytest.raises(SalsaError, match="batch_size: found 8, expected a multiple of num_mini_batches 3"):
+        make_trainer(num_mini_batches=3)
+    with pytest.raises(SalsaError, match="micro_batch_size: found 3, expected a divisor of the minibatch"):
+        make_trainer(micro_batch_size=3)
+    with pytest.raises(SalsaError, match="found 16 prompts .* expected at least batch_size = 64"):
+        make_trainer(batch_size=64)
+    with pytest.raises(SalsaError, match="found the policy's own adapter"):
+        make_trainer(["policy"])
+    with pytest.raises(SalsaError, match="can't be resumed yet"):
+        make_trainer().train(resume_from_checkpoint=True)
+    with pytest.raises(SalsaError, match="score: found nan"):
+        make_trainer(reward=lambda completion_ids, **_: [float("nan")] * len(completion_ids)).train()
+    with pytest.raises(SalsaError, match="found LlamaForCausalLM, expected a PeftModel"):
+        SalsaPPOTrainer(make_base(), SalsaPPOConfig(output_dir="x", use_cpu=True, bf16=False), PROMPTS, references=["base"],
+                        reward=length_reward, processing_class=tokenizer)  # fmt: skip
