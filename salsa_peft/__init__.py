@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "SalsaPPOTrainer": "salsa_peft.ppo",
-    "SalsaPPOConfig": "salsa_peft.ppo",
+    "SalsaPPOConfig": "salsa_peft.ppo_config",
 }
 
 __all__ = ["SalsaPPOConfig", "SalsaPPOTrainer", "__version__"]

@@ -1,6 +1,6 @@
 """What every stage imports, loaded once by the fork server: the first stage starts in seconds, each later one at once.
 
-Nothing here may start a thread or touch a device: the stages' processes are forks of this one. The libraries' own bars and
+Nothing here may start a thread (pyarrow brings one idle one, of its allocator) or touch a device: the stages' processes are forks of this one. The libraries' own bars and
 notes are switched off: a stage has one bar, and its figures are in its folder.
 """
 

@@ -34,9 +34,27 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 # LoraConfig's fields that a soup has a rule for. Any other that is set is refused: what PEFT invents next must not be
 # dropped in silence.
 UNDERSTOOD = frozenset(TARGETS) | frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha "
-    "lora_dropout fan_in_fan_out bias use_rslora init_lora_weights rank_pattern alpha_pattern megatron_core "
-    "qalora_group_size eva_config".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "init_lora_weights",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "qalora_group_size",
+        "eva_config",
+    ]
 )
 WHY = {
     "use_dora": "DoRA's delta is not linear in its factors",

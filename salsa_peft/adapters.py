@@ -35,7 +35,7 @@ def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) 
     """PEFT's LoraConfig of a recipe's `adapter` section."""
     return LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
+        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.lora_dropout,
         target_modules=adapter.target_modules,
         use_rslora=adapter.use_rslora,
@@ -114,7 +114,7 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
         parameter.requires_grad_(trainable)
 
 
-def tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+def tuner_layers(model: nn.Module) -> list[Any]:
     """Every layer that holds adapters."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -129,7 +129,7 @@ class Toggle:
     def __call__(self, name: str | None) -> Iterator[None]:
         """Within the context, adapter `name` is active, or none (None: the plain base); the state found comes back after."""
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
-        found = name is None or any(name in layer.lora_A for layer in self.layers)  # type: ignore[operator]
+        found = name is None or any(name in layer.lora_A for layer in self.layers)
         require(found, f"adapter {name!r}: found no such adapter on this base, expected one that was attached")
         try:
             for layer in self.layers:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config import NAME, SEED, Recipe, Reference, SalsaError, Source, parse_reference, require
-from salsa_peft.messages import short
+from salsa_peft.messages import path_text, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".yaml")
@@ -147,7 +147,9 @@ def _check_lengths(recipe: Recipe) -> None:
 
 def _check_reference(where: str, reference: Reference, seeds: int) -> None:
     for member in reference.members:
-        require(member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds")
+        require(
+            member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds"
+        )
     if reference.path is not None:
         _check_path(where, reference.path, "a LoRA adapter", "adapter_config.json")
 
@@ -157,11 +159,19 @@ def _check_landscape(recipe: Recipe) -> None:
         return
     seeds = len(recipe.sft.seeds)
     for key, found, count in (("line", landscape.line, 2), ("plane", landscape.plane, 3)):
-        fits = found is None or (len(found) == len(set(found)) == count and all(0 <= position < seeds for position in found))
-        require(fits, f"landscape.{key}: found {short(found)}, expected {count} different positions 0 to {seeds - 1} of sft.seeds")
+        fits = found is None or (
+            len(found) == len(set(found)) == count and all(0 <= position < seeds for position in found)
+        )
+        require(
+            fits,
+            f"landscape.{key}: found {short(found)}, expected {count} different positions 0 to {seeds - 1} of sft.seeds",
+        )
     sets = _prompt_sets(recipe)
     fits = landscape.prompts is None or landscape.prompts in sets
-    require(fits, f"landscape.prompts: found {short(landscape.prompts)}, expected one of evaluate.prompts: {', '.join(sets)}")
+    require(
+        fits,
+        f"landscape.prompts: found {short(landscape.prompts)}, expected one of evaluate.prompts: {', '.join(sets)}",
+    )
 
 
 def _prompt_sets(recipe: Recipe) -> list[str]:
@@ -196,7 +206,10 @@ def _check_present(recipe: Recipe) -> None:
         "evaluate.prompts": recipe.evaluate.prompts,
     }
     for key, value in given.items():
-        require(bool(value) or recipe.toy is not None, f"{key}: found nothing, expected a value (or a `toy` section, the embedded world)")
+        require(
+            bool(value) or recipe.toy is not None,
+            f"{key}: found nothing, expected a value (or a `toy` section, the embedded world)",
+        )
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
@@ -218,12 +231,18 @@ def _check_files(recipe: Recipe) -> None:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
         require(
             is_local(model.chat_template) and os.path.isfile(model.chat_template),
-            f"model.chat_template: found {short(model.chat_template)}, which is no file, expected a Jinja file or one of ours: {known}",
+            f"model.chat_template: found {path_text(model.chat_template)}, which is no file, expected a Jinja file or one of ours: {known}",
         )
     for key, kind, source in sources(recipe):
         if is_local(source.path) and not os.path.isdir(source.path):
-            require(os.path.isfile(source.path), f"{key}: found {short(source.path)}, which is no file or folder, expected {EXPECTED_DATA}")
-            require(source.path.lower().endswith(DATA_SUFFIXES), f"{key}: found {short(source.path)}, expected {EXPECTED_DATA}")
+            require(
+                os.path.isfile(source.path),
+                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
+            )
+            require(
+                source.path.lower().endswith(DATA_SUFFIXES),
+                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
+            )
             if source.path.lower().endswith(".jsonl"):
                 _check_columns(key, kind, source.path)
         elif not is_local(source.path):
@@ -235,9 +254,10 @@ EXPECTED_DATA = "a .jsonl, .json or .parquet file, a folder or a Hub id"
 
 def _check_path(where: str, path: str, what: str, file: str) -> None:
     if not is_local(path):
-        return _check_hub_id(where, path, f"{what} or a Hub id")
-    require(os.path.isdir(path), f"{where}: found {short(path)}, which is no folder, expected {what} or a Hub id")
-    require(os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {short(path)}, expected {what}")
+        _check_hub_id(where, path, f"{what} or a Hub id")
+        return
+    require(os.path.isdir(path), f"{where}: found {path_text(path)}, which is no folder, expected {what} or a Hub id")
+    require(os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {path_text(path)}, expected {what}")
 
 
 def _check_hub_id(where: str, value: str, expected: str) -> None:
@@ -256,7 +276,9 @@ def _check_columns(where: str, kind: str, path: str) -> None:
     except OSError as error:
         raise SalsaError(f"{where}: {name} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: found a first line that is not JSON in {name}, expected one JSON object a line") from error
+        raise SalsaError(
+            f"{where}: found a first line that is not JSON in {name}, expected one JSON object a line"
+        ) from error
     if not isinstance(row, dict):
         found = "no rows" if row is None else short(row)
         raise SalsaError(f"{where}: found {found} in {name}, expected one JSON object a line")

@@ -22,7 +22,11 @@ HELP = """usage: salsa COMMAND …
 
 def report(argv: list[str]) -> int:
     """Make the report stage again: of a run's folder (it holds its resolved recipe), or of a recipe with run's own options."""
-    words = [index for index, word in enumerate(argv) if os.path.isdir(word) and os.path.isfile(os.path.join(word, "recipe.yaml"))]
+    words = [
+        index
+        for index, word in enumerate(argv)
+        if os.path.isdir(word) and os.path.isfile(os.path.join(word, "recipe.yaml"))
+    ]
     if words and "--output-dir" not in argv:
         folder = argv[words[0]]
         argv = [*argv[: words[0]], os.path.join(folder, "recipe.yaml"), *argv[words[0] + 1 :], "--output-dir", folder]

@@ -99,7 +99,10 @@ def preferences(source: Source) -> list[dict[str, Messages]]:
             answer = check_messages(answer, f"{where}, {name}")
             if answer[0]["role"] == "assistant":
                 answer = as_messages(row[column(row, ["prompt"], where)], f"{where}, prompt") + answer
-            require(answer[-1]["role"] == "assistant", f"{where}, {name}: found a last turn of {answer[-1]['role']}, expected assistant")
+            require(
+                answer[-1]["role"] == "assistant",
+                f"{where}, {name}: found a last turn of {answer[-1]['role']}, expected assistant",
+            )
             pair[name] = answer
         rows.append(pair)
     return rows
@@ -135,14 +138,15 @@ def prompt_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, numbe
         return list(row["input_ids"])
     prompt = row[column(row, ["prompt"], f"row {number}")]
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     messages = check_messages(prompt, f"row {number}, prompt")
     require(
         tokenizer.chat_template is not None,
         f"row {number}, prompt: found messages, but the tokenizer has no chat template; expected text, or set one",
     )
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 def show(prompt: Messages) -> str:

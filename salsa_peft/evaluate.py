@@ -58,7 +58,9 @@ def answer(model: PeftModel, adapter: str | None, rows: list[dict[str, Any]], re
         for indices, responses in respond(model, tokens, generation, tokenizer, seed, generation.batch_size):
             scores = {name: reward(responses).tolist() for name, reward in rewards.items()}
             for place, row in enumerate(indices):
-                answers[row] = _answer(responses, place, {name: values[place] for name, values in scores.items()}, tokenizer)
+                answers[row] = _answer(
+                    responses, place, {name: values[place] for name, values in scores.items()}, tokenizer
+                )
                 answers[row] |= {"index": row, "prompt": data.show(rows[row]["prompt"])}
     return answers
 
@@ -114,7 +116,12 @@ def run(job: Job) -> dict[str, Any]:
                 update(1)
             # 3. means, wins, losses, ties
             summary[dataset] = summarize(answers, pairs(section, list(recipe.policies)), list(rewards))
-    result = {"measures": list(rewards), "models": list(answering), "temperature": recipe.generation.temperature, "datasets": summary}
+    result = {
+        "measures": list(rewards),
+        "models": list(answering),
+        "temperature": recipe.generation.temperature,
+        "datasets": summary,
+    }
     write_atomic(job.folder / "answers.jsonl", "".join(lines))
     write_atomic(job.folder / "evaluation.json", json.dumps(result, indent=2))
     return {name: len(rows) for name, rows in sets.items()}

@@ -66,7 +66,10 @@ def _weight_files(folder: Path) -> list[Path]:
             raise SalsaError(f"{index}: found no weight_map, expected a safetensors index") from error
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    require(bool(files), f"{folder}: found no safetensors file, expected the model's weights in one (other formats are not read)")
+    require(
+        bool(files),
+        f"{folder}: found no safetensors file, expected the model's weights in one (other formats are not read)",
+    )
     return files
 
 

@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterator
 
 WEB = "https://huggingface.co/"
+UNKNOWN = "the Hub's repository"
 
 
-def explain(error: BaseException) -> str | None:
-    """What to do about an error that comes from the Hub, also wrapped in Transformers' or datasets' errors; else None."""
+def explain(error: BaseException, model: str | None = None) -> str | None:
+    """What to do about an error that comes from the Hub, also wrapped in Transformers' or datasets' errors; else None.
+
+    `model` is the id to name where the error names none (Transformers' of an offline machine don't).
+    """
     if "huggingface_hub" not in sys.modules:
         return None
     from huggingface_hub import errors
@@ -34,7 +38,9 @@ def explain(error: BaseException) -> str | None:
         return f"{where}: not found: check the name, or if it is private log in with `hf auth login`"
     offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     if any(isinstance(one, offline) for one in found) or "OfflineModeIsEnabled" in text:
-        return f"{_page(None, text)}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        where = _page(None, text)
+        where = WEB + model if where == UNKNOWN and model else where
+        return f"{where}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
     return None
 
 
@@ -54,8 +60,12 @@ def _page(error: BaseException | None, text: str) -> str:
     name = getattr(error, "repo_id", None) if error is not None else None
     kind = getattr(error, "repo_type", None) if error is not None else None
     if name is None:
-        match = re.search(r"https?://[^/\s]+/(?:api/)?(?:(models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)(?:/|\s|$)", text)
-        match = match or re.search(r"(Dataset) '([\w./-]+)'", text) or re.search(r"()['`\"]([\w.-]+/[\w.-]+)['`\"]", text)
+        match = re.search(
+            r"https?://[^/\s]+/(?!docs/)(?:api/)?(?:(models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)(?:/|\s|$)", text
+        )
+        match = (
+            match or re.search(r"(Dataset) '([\w./-]+)'", text) or re.search(r"()['`\"]([\w.-]+/[\w.-]+)['`\"]", text)
+        )
         kind, name = (match[1], match[2]) if match else (None, None)
     prefix = "datasets/" if kind and kind.lower().startswith("dataset") else ""
-    return f"{WEB}{prefix}{name}" if name else "the Hub's repository"
+    return f"{WEB}{prefix}{name}" if name else UNKNOWN

@@ -29,7 +29,9 @@ POINT = "landscape"
 
 def measures(job: Job, model: PeftModel, bench: Workbench) -> dict[str, Reward]:
     """What scores responses: the reward model, and in the embedded world its gold reward."""
-    rewards: dict[str, Reward] = {"reward": AdapterReward(model, job.inputs["reward"], job.recipe.generation.batch_size)}
+    rewards: dict[str, Reward] = {
+        "reward": AdapterReward(model, job.inputs["reward"], job.recipe.generation.batch_size)
+    }
     if job.recipe.toy is not None:
         from .toy import gold
 
@@ -112,7 +114,9 @@ def run(job: Job) -> dict[str, Any]:
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(rows)}
 
 
-def measure_points(figures: dict[str, dict[str, Any]], score: Callable[[Mapping[int, float]], Any], what: str) -> dict[str, Any]:
+def measure_points(
+    figures: dict[str, dict[str, Any]], score: Callable[[Mapping[int, float]], Any], what: str
+) -> dict[str, Any]:
     """Fill in `points`' scores → {"lines": […], "plane": … or None}."""
     known: dict[tuple[tuple[int, float], ...], Any] = {}
     with bar(sum(len(figure["points"]) for figure in figures.values()), what) as update:

@@ -62,11 +62,16 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        logprobs, entropy = hidden.new_empty(len(labels), dtype=torch.float32), hidden.new_empty(len(labels), dtype=torch.float32)
+        logprobs, entropy = (
+            hidden.new_empty(len(labels), dtype=torch.float32),
+            hidden.new_empty(len(labels), dtype=torch.float32),
+        )
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), CHUNK):
             part = slice(start, start + CHUNK)
-            logprobs[part], entropy[part], probabilities = _statistics(hidden[part], labels[part], forbidden[part], head)
+            logprobs[part], entropy[part], probabilities = _statistics(
+                hidden[part], labels[part], forbidden[part], head
+            )
             if gradient is not None:
                 toward = head.weight[labels[part]] - probabilities.to(head.weight.dtype) @ head.weight
                 gradient[part] = (toward / head.temperature).to(hidden.dtype)

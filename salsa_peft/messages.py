@@ -20,6 +20,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def path_text(path: str) -> str:
+    """A path for a message, its end always in it."""
+    text = repr(path)
+    return text if len(text) <= 160 else f"'…{text[-158:]}"
+
+
 def one_line(message: object) -> str:
     """The message without line breaks and control characters."""
     return "".join(char if char.isprintable() else " " for char in " ".join(str(message).split()))
@@ -37,7 +43,11 @@ def explain(error: dict[str, Any]) -> tuple[str, str]:
     for part in error["loc"]:
         if isinstance(part, int):
             key += f"[{part}]"
-        elif not part.startswith(("list[", "dict[", "function-", "constrained-")) and part not in ("str", "int", "float"):
+        elif not part.startswith(("list[", "dict[", "function-", "constrained-")) and part not in (
+            "str",
+            "int",
+            "float",
+        ):
             part = part if part.isprintable() and len(part) <= 80 else short(part)
             key += f".{part}" if key else part
     kind, context = error["type"], error.get("ctx", {})

@@ -57,7 +57,9 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
     Raises SalsaError for a tokenizer without EOS, or a template that is to be used and has no {% generation %} marks.
     """
     tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-    require(tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with")
+    require(
+        tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with"
+    )
     tokenizer.pad_token = _padding_token(tokenizer)
     tokenizer.padding_side = "right"
     if chat_template is not None:
@@ -70,7 +72,7 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
     return tokenizer
 
 
-def _pretrained(auto: Any, base: str, model: Model, **options: Any) -> PreTrainedModel:
+def _pretrained(auto: Any, base: str, model: Model, **options: Any) -> Any:
     loaded = auto.from_pretrained(
         base,
         revision=model.revision,
@@ -108,11 +110,11 @@ def load_classifier(base: str, model: Model, tokenizer: PreTrainedTokenizerBase)
     return loaded
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: nn.Module) -> Any:
     """The Transformers model inside a PeftModel, or the model itself."""
     from peft import PeftModel
 
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

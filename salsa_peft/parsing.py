@@ -108,7 +108,7 @@ def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
 
 
 def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
-    label = f"--set {text}"
+    label = f"--set {text if len(text) <= 80 else text[:77] + '…'}"
     key, equals, value = text.partition("=")
     require(bool(equals), f"{label}: expected key=value, such as ppo.learning_rate=1e-6")
     keys = _split(key.strip(), data)
@@ -155,7 +155,11 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for key, value in over.items():
         there = result.get(key)
-        if isinstance(value, dict) and isinstance(there, str) and set(value) <= {f.name for f in dataclasses.fields(Source)}:
+        if (
+            isinstance(value, dict)
+            and isinstance(there, str)
+            and set(value) <= {f.name for f in dataclasses.fields(Source)}
+        ):
             there = {"path": there}
         merges = isinstance(there, dict) and isinstance(value, dict) and key not in ATOMIC
         result[key] = merge(typing.cast(dict, there), value) if merges else copy.deepcopy(value)
@@ -236,7 +240,7 @@ def _changes(before: dict[str, Any], middle: list[Layer], after: dict[str, Any])
 
 
 def _leaves(value: Any, where: tuple[str, ...]) -> list[tuple[str, ...]]:
-    if not isinstance(value, dict) or not value or where[-1:] == ("reference",):
+    if not isinstance(value, dict) or (where and not value) or where[-1:] == ("reference",):
         return [where]
     return [leaf for key, entry in value.items() for leaf in _leaves(entry, (*where, key))]
 

@@ -58,7 +58,11 @@ def count_rows(source: Source | None) -> int | None:
     """Rows of a local jsonl file (at most its limit); None where they are not known before the stage starts."""
     if source is None:
         return None
-    if not is_local(source.path) or not source.path.lower().endswith(".jsonl") or os.path.getsize(source.path) > COUNTABLE:
+    if (
+        not is_local(source.path)
+        or not source.path.lower().endswith(".jsonl")
+        or os.path.getsize(source.path) > COUNTABLE
+    ):
         return None
     with open(source.path, "rb") as file:
         rows = sum(1 for line in file if line.strip())
@@ -67,9 +71,14 @@ def count_rows(source: Source | None) -> int | None:
 
 def _arithmetic(recipe: Recipe) -> list[list[str]]:
     """What one optimizer step sees in each training stage, and how many steps there are where the rows are known."""
-    demonstrations, pairs, prompts = map(count_rows, (recipe.data.demonstrations, recipe.data.preferences, recipe.data.prompts))
+    demonstrations, pairs, prompts = map(
+        count_rows, (recipe.data.demonstrations, recipe.data.preferences, recipe.data.prompts)
+    )
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
-    shares = (None if demonstrations is None else demonstrations * sft.subset, None if pairs is None else pairs * (1 - reward.held_out))
+    shares = (
+        None if demonstrations is None else demonstrations * sft.subset,
+        None if pairs is None else pairs * (1 - reward.held_out),
+    )
     rows = [
         [f"sft, each of {len(sft.seeds)} seeds", _batch(sft), _steps(sft, shares[0])],
         ["reward", _batch(reward), _steps(reward, shares[1])],
@@ -80,7 +89,9 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
         parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
         batch = f"{ppo.batch_size} responses = {parts}"
         per_update = f"{ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps an update"
-        rows.append([f"ppo, each of {len(recipe.policies)} policies", batch, f"{_steps(ppo, prompts, 'updates')}, {per_update}"])
+        rows.append(
+            [f"ppo, each of {len(recipe.policies)} policies", batch, f"{_steps(ppo, prompts, 'updates')}, {per_update}"]
+        )
     return rows
 
 

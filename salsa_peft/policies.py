@@ -25,7 +25,9 @@ def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
     sampling = {field.name: getattr(recipe.generation, field.name) for field in dataclasses.fields(Sampling)}
     batches = {"batch_size": section.batch_size, "micro_batch_size": section.micro_batch_size}
     engine["kl_coef"] = section.kl_coef if own is None else own
-    engine["max_prompt_length"] = section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens
+    engine["max_prompt_length"] = (
+        section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens
+    )
     return SalsaPPOConfig(**(arguments | engine | sampling | batches | {"logging_strategy": "no"}))
 
 
@@ -76,7 +78,6 @@ def merge(bench: Workbench, job: Job) -> None:
     """The policy merged into the base, in the base's dtype, as a plain Transformers checkpoint: <folder>/merged."""
     merged = adapters.attach(bench.base(), job.folder, "policy")
     with adapters.active(merged, "policy"):
-        merged.base_model.merge_adapter(["policy"])
-    plain = merged.base_model.unload()
+        plain: Any = merged.merge_and_unload(adapter_names=["policy"])  # type: ignore[operator]
     plain.save_pretrained(job.folder / "merged")
     bench.tokenizer.save_pretrained(job.folder / "merged")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,59 +17,24 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from . import adapters, losses
-from .config import PPO, PPOOptions, Sampling, SalsaError, require
+from .config import SalsaError, require
 from .data import prompt_tokens
 from .logprobs import head_of
 from .models import PolicyWithValueHead, causal_lm, check_head, hidden_states
+from .ppo_config import RolloutBatches, RolloutLoader, SalsaPPOConfig
 from .references import Frozen, as_references
-from .rewards import Reward, as_reward, decode
-from .rollout import Responses, generate, reference_kls, response_logprobs
+from .rewards import Reward, RunningScale, as_reward, decode
+from .rollout import Responses, concatenate, generate, reference_kls, response_logprobs, response_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 VALUE_HEAD = "value_head.safetensors"
-
-
-@dataclass
-class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
-    """TrainingArguments and the engine's options (`PPOOptions`, `Sampling`). Batch sizes are responses, of all processes.
-
-    `per_device_train_batch_size` and `gradient_accumulation_steps` follow from the three batch fields and are not read.
-    """
-
-    learning_rate: float = PPO.learning_rate
-    """Paper A.3."""
-    num_train_epochs: float = PPO.num_train_epochs
-    """Passes over the prompts."""
-    batch_size: int = PPO.batch_size
-    """Responses of a rollout batch."""
-    micro_batch_size: int | None = None
-    """Responses of one forward and backward. None: the whole minibatch."""
-
-    def __post_init__(self) -> None:
-        self.check_batches("SalsaPPOConfig", self.batch_size, self.micro_batch_size)
-        self.per_device_train_batch_size = self.micro_batch_size or self.minibatch_size
-        self.gradient_accumulation_steps = self.minibatch_size // self.per_device_train_batch_size
-        self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False
-        super().__post_init__()
-        require(self.world_size == 1, f"SalsaPPOConfig: found {self.world_size} processes, expected one; unset accelerate launch")
-
-    @property
-    def minibatch_size(self) -> int:
-        """Responses of one optimizer step."""
-        return self.batch_size // self.num_mini_batches
-
-    @property
-    def micro_steps(self) -> int:
-        """Forwards and backwards that one rollout batch gives."""
-        return self.num_ppo_epochs * self.num_mini_batches * self.gradient_accumulation_steps
 
 
 class Rollout(NamedTuple):
@@ -85,33 +49,6 @@ class Rollout(NamedTuple):
     """(B,), as the reward gave them."""
     advantages: Tensor
     returns: Tensor
-
-
-class RolloutBatches(Sampler[list[int]]):
-    """Row indices of a rollout batch, each batch repeated once for every micro-step; a new order each epoch.
-
-    The rows that don't fill the last batch of an epoch are left out of it.
-    """
-
-    def __init__(self, rows: int, batch_size: int, repeats: int, seed: int) -> None:
-        self.rows, self.batch_size, self.repeats, self.seed, self.epoch = rows, batch_size, repeats, seed, 0
-
-    def __len__(self) -> int:
-        return self.rows // self.batch_size * self.repeats
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)).tolist()
-        for start in range(0, self.rows // self.batch_size * self.batch_size, self.batch_size):
-            for _ in range(self.repeats):
-                yield order[start : start + self.batch_size]
-
-
-class RolloutLoader(DataLoader):
-    """A DataLoader whose epoch reaches its batches."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by transformers.Trainer."""
-        self.batch_sampler.epoch = epoch  # type: ignore[union-attr]
 
 
 class SkipWildMinibatches(TrainerCallback):
@@ -138,6 +75,8 @@ class SalsaPPOTrainer(Trainer):
     """
 
     args: SalsaPPOConfig
+    model: PolicyWithValueHead  # type: ignore[assignment]
+    processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -150,7 +89,10 @@ class SalsaPPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        require(isinstance(model, PeftModel), f"model: found {type(model).__name__}, expected a PeftModel with the policy active")
+        require(
+            isinstance(model, PeftModel),
+            f"model: found {type(model).__name__}, expected a PeftModel with the policy active",
+        )
         check_head(model)
         self.policy_name = str(model.active_adapter)
         self.references = as_references(model, references)
@@ -158,7 +100,7 @@ class SalsaPPOTrainer(Trainer):
             self.policy_name not in [reference.adapter for reference in self.references],
             f"references: found the policy's own adapter {self.policy_name!r}, expected frozen ones; its KL would be 0 always",
         )
-        self.reward = as_reward(reward, model, processing_class)
+        self.reward: Reward = as_reward(reward, model, processing_class)
         for name in model.peft_config:
             adapters.set_trainable(model, name, name == self.policy_name)
         adapters.remove_dropout(model)
@@ -179,7 +121,9 @@ class SalsaPPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
 
-    def _tokenize(self, rows: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> list[list[int]]:
+    def _tokenize(
+        self, rows: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, positions: int
+    ) -> list[list[int]]:
         longest = args.max_prompt_length or positions - args.max_new_tokens
         tokens = [prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
         kept = [row for row in tokens if 0 < len(row) <= longest]
@@ -197,12 +141,23 @@ class SalsaPPOTrainer(Trainer):
         batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers.Trainer's, with the value head at a rate of its own where one is given."""
+        optimizer = super().create_optimizer(model)
+        rate = self.args.value_head_learning_rate
+        if rate is not None and len(optimizer.param_groups) <= 2:
+            head = list(self.model.value_head.parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not other for other in head)]
+            optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers.Trainer's. Raises SalsaError for resume_from_checkpoint: a PPO run can't be resumed yet."""
         require(not resume_from_checkpoint, "resume_from_checkpoint: PPO can't be resumed yet; start it anew")
-        return super().train(**kwargs)
+        return super().train(None, *args, **kwargs)
 
-    def _prepare_inputs(self, inputs: Any) -> tuple[Rollout, Tensor, int]:
+    def _prepare_inputs(self, inputs: Any) -> Any:
         """A rollout batch's prompts → (rollout, the rows of this micro-step, tokens in its minibatch)."""
         place = self.micro_step % self.args.micro_steps
         if place == 0:
@@ -240,7 +195,9 @@ class SalsaPPOTrainer(Trainer):
             parts.append(generate(self.model.policy, rows, args, self.processing_class, seed))
         # 2. values, log-probs and KL of each part on the shared base, then its scores
         scored = [self._score(part) for part in parts]
-        responses, logprobs, entropy, values, kl, scores = _concatenate(parts, scored, int(self.processing_class.pad_token_id))
+        responses, logprobs, entropy, values, kl, scores = concatenate(
+            parts, scored, int(self.processing_class.pad_token_id)
+        )
         require_finite("score", scores)
         # 3. rewards, whitened where asked for; advantages, whitened over the whole batch
         rewards = losses.token_rewards(kl, self._shape(scores, responses), responses.response_mask, self.kl_coef)
@@ -288,7 +245,9 @@ class SalsaPPOTrainer(Trainer):
             tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value, vf_coef=self.args.vf_coef,
         )  # fmt: skip
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Tensor:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
         """One micro-step's loss and its figures; Trainer divides by the accumulation steps, which is undone here."""
         rollout, rows, tokens = inputs
         result = self.micro_batch_loss(model, rollout, rows, tokens)
@@ -302,7 +261,7 @@ class SalsaPPOTrainer(Trainer):
     def _end_update(self, rollout: Rollout) -> None:
         """Log the rollout batch, then let β follow its KL."""
         row = self.metrics(rollout)
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -358,55 +317,15 @@ class SalsaPPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as an ordinary PEFT adapter with the tokenizer, and the value head beside it; no pickles."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         adapters.save(self.model.policy, self.policy_name, folder, self.processing_class)
         head = {name: tensor.detach().cpu() for name, tensor in self.model.value_head.state_dict().items()}
         save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
 
 
-class RunningScale:
-    """Divides scores by their standard deviation over all that came before and these (TRL 0.8's RunningMoments)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) → (B,)"""
-        for score in scores.double().tolist():
-            self.count += 1
-            change = score - self.mean
-            self.mean += change / self.count
-            self.squares += change * (score - self.mean)
-        deviation = (self.squares / max(self.count - 1, 1)) ** 0.5
-        return scores / max(deviation, 1e-8) if deviation > 0 else scores
-
-
-def response_values(values: Tensor, responses: Responses) -> Tensor:
-    """(B, P + T) → (B, T): V of the state before each response token."""
-    start = responses.prompt_ids.shape[1] - 1
-    return values[:, start : start + responses.response_ids.shape[1]]
-
-
 def require_finite(what: str, values: Tensor) -> None:
     """Raise SalsaError where a number is NaN or infinite."""
     if not bool(torch.isfinite(values).all()):
-        raise SalsaError(f"{what}: found {values[~torch.isfinite(values)][0].item()} in PPO, expected a finite number; nothing saved")
-
-
-def _concatenate(parts: list[Responses], scored: list[tuple[Tensor, ...]], pad: int) -> tuple[Any, ...]:
-    """Parts of a rollout batch with other widths → one Responses, and each (B, T) or (B,) tensor of `scored` as one."""
-    prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
-
-    def grow(tensor: Tensor, width: int, value: int, left: bool = False) -> Tensor:
-        missing = width - tensor.shape[1]
-        return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
-
-    whole = Responses(
-        torch.cat([grow(part.prompt_ids, prompt, pad, left=True) for part in parts]),
-        torch.cat([grow(part.prompt_mask, prompt, 0, left=True) for part in parts]),
-        torch.cat([grow(part.response_ids, response, pad) for part in parts]),
-        torch.cat([grow(part.response_mask, response, 0) for part in parts]),
-        torch.cat([part.finished for part in parts]),
-    )
-    columns = zip(*scored, strict=True)
-    return whole, *(torch.cat([grow(t, response, 0) if t.dim() == 2 else t for t in column]) for column in columns)
+        raise SalsaError(
+            f"{what}: found {values[~torch.isfinite(values)][0].item()} in PPO, expected a finite number; nothing saved"
+        )

@@ -67,7 +67,11 @@ def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
         if report["trace"]:
             write_atomic(log, report["trace"])
             sys.stderr.write(report["trace"] if debug else "")
-        hint = f" ({'' if debug else 'add --debug for the trace; '}trace in {log})" if report["trace"] and not report["known"] else ""
+        hint = (
+            f" ({'' if debug else 'add --debug for the trace; '}trace in {log})"
+            if report["trace"] and not report["known"]
+            else ""
+        )
         raise StageError(f"{job.unit.id} failed: {report['line']}{hint}")
     return Result(**report)
 
@@ -128,8 +132,8 @@ def _child(sender: Connection, job: Job) -> None:
         json.dumps(facts, allow_nan=False)
         seconds = time.perf_counter() - start
         report: dict[str, Any] = {"facts": facts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb(), 1)}
-    except Exception as error:  # noqa: BLE001 - whatever a stage raises is reported
-        known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error)
+    except Exception as error:
+        known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error, job.recipe.model.base)
         line = known or f"{type(error).__name__}: {error}"
         report = {"line": " ".join(line.split())[:1000], "known": known is not None, "trace": traceback.format_exc()}
     with contextlib.suppress(BrokenPipeError):

@@ -23,7 +23,13 @@ class Update(Protocol):
     """Move a bar on by `n`, or to `done`, and say figures beside it; `total` and `what` can change on the way."""
 
     def __call__(
-        self, n: int = 1, *, done: int | None = None, total: int | None = None, what: str | None = None, **figures: float | str
+        self,
+        n: int = 1,
+        *,
+        done: int | None = None,
+        total: int | None = None,
+        what: str | None = None,
+        **figures: float | str,
     ) -> None: ...
 
 
@@ -48,14 +54,25 @@ def _rich(total: int, what: str, stream: TextIO) -> Iterator[Update]:
         display = _open[-1]
     else:
         left = progress.TimeRemainingColumn()
-        columns = ("{task.description}", progress.BarColumn(24), progress.MofNCompleteColumn(), left, "{task.fields[figures]}")
+        columns = (
+            "{task.description}",
+            progress.BarColumn(24),
+            progress.MofNCompleteColumn(),
+            left,
+            "{task.fields[figures]}",
+        )
         display = progress.Progress(*columns, console=Console(file=stream))
         display.start()
     _open.append(display)
     task = display.add_task(what, total=total, figures="")
 
     def update(
-        n: int = 1, *, done: int | None = None, total: int | None = None, what: str | None = None, **figures: float | str
+        n: int = 1,
+        *,
+        done: int | None = None,
+        total: int | None = None,
+        what: str | None = None,
+        **figures: float | str,
     ) -> None:
         shown = {"figures": _figures(figures)} if figures else {}
         moved = {"advance": n} if done is None else {"completed": done}
@@ -84,7 +101,12 @@ def _lines(total: int, what: str, stream: TextIO, every: float) -> Iterator[Upda
         print(f"{name}  {count}/{whole}  {share}  {left}  {text}".rstrip(), file=stream, flush=True)
 
     def update(
-        n: int = 1, *, done: int | None = None, total: int | None = None, what: str | None = None, **figures: float | str
+        n: int = 1,
+        *,
+        done: int | None = None,
+        total: int | None = None,
+        what: str | None = None,
+        **figures: float | str,
     ) -> None:
         nonlocal count, said, shown, text, whole, name
         count = count + n if done is None else done

@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[str], debug: bool) -> None:
     """Do what the plan says, in order; the run folder is locked."""
-    report = [step.folder / "report.html" for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
+    report = [
+        step.folder / "report.html" for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked
+    ]
     say(f"results: {run}")
     for path in report:
         say(f"report:  {path}")
@@ -100,7 +102,8 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
 def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool) -> None:
     unit = step.unit
     if step.why is None:
-        return say(f"{unit.id} … cached")
+        say(f"{unit.id} … cached")
+        return
     if step.why.startswith(("changed", "missing", "unfinished")):
         say(f"{unit.id} … {step.why}: made again")
     started = runs.now()
@@ -137,12 +140,16 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
         for needed in steps[name].unit.inputs if steps[name].why is not None else ():
             why = steps[needed].why
             there = why is None or needed in asked
-            require(there, f"--stages: {name} needs {needed}, which is not finished ({why}); add {steps[needed].unit.stage}")
+            require(
+                there, f"--stages: {name} needs {needed}, which is not finished ({why}); add {steps[needed].unit.stage}"
+            )
 
 
 def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
     """runs/<name>-<preset>, or --output-dir; absolute."""
-    folder = Path(os.path.abspath(output_dir or os.path.join("runs", f"{loaded.recipe.name}-{loaded.preset or 'lora'}")))
+    folder = Path(
+        os.path.abspath(output_dir or os.path.join("runs", f"{loaded.recipe.name}-{loaded.preset or 'lora'}"))
+    )
     above = next(path for path in (folder, *folder.parents) if path.exists())
     require(above.is_dir(), f"--output-dir: found {above}, which is a file, expected a folder")
     require(os.access(above, os.W_OK), f"--output-dir: {above} cannot be written to; choose another folder")
@@ -152,7 +159,9 @@ def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
 def resolved_yaml(loaded: Loaded) -> str:
     """Every value of the recipe as it ran, defaults included; itself a recipe that runs without --lora."""
     how = f" --lora {loaded.preset}" if loaded.preset else ""
-    return f"# {loaded.path.name}{how}, with every default; runs as it is.\n" + dump_yaml(dataclasses.asdict(loaded.recipe))
+    return f"# {loaded.path.name}{how}, with every default; runs as it is.\n" + dump_yaml(
+        dataclasses.asdict(loaded.recipe)
+    )
 
 
 def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
@@ -160,11 +169,17 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
     parser = Parser(prog=prog, description="Run a recipe: seeds, reward model, soup, PPO, landscape, evaluation, report.",
                     epilog=f"Bundled recipes: {', '.join(names('recipes')) or 'none'}.", allow_abbrev=False)  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a bundled recipe's name")
-    parser.add_argument("--lora", metavar="PRESET", help=f"train adapters: one of {', '.join(names('adapters'))} (no value: lora)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6")
+    parser.add_argument(
+        "--lora", metavar="PRESET", help=f"train adapters: one of {', '.join(names('adapters'))} (no value: lora)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--stages", type=_comma, metavar="A,B", help="only these stages or units: sft,ppo/salsa")
-    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="do a stage or unit again, and what hangs on it")
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="do a stage or unit again, and what hangs on it"
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="instead of runs/<name>-<preset>")
     parser.add_argument("--prune", action="store_true", help="at the end remove results that this recipe no longer has")
     parser.add_argument("--debug", action="store_true", help="show traces")
@@ -174,7 +189,11 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
             break
         if word == "--lora":
             after = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("-") else None
-            argv = [*argv[:index], f"--lora={after}" if after in names("adapters") else "--lora=lora", *argv[index + 1 :]]
+            argv = [
+                *argv[:index],
+                f"--lora={after}" if after in names("adapters") else "--lora=lora",
+                *argv[index + 1 :],
+            ]
             if after in names("adapters"):
                 del argv[index + 1]
                 after = None
@@ -184,7 +203,9 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
         args.lora = after  # no preset of that name: load_recipe says which there are
         args.words.remove(after)
     if len(args.words) != 1:
-        parser.error(f"found {len(args.words)} recipes ({' '.join(args.words) or 'none'}), expected one: a YAML file or a bundled name")
+        parser.error(
+            f"found {len(args.words)} recipes ({' '.join(args.words) or 'none'}), expected one: a YAML file or a bundled name"
+        )
     args.recipe = args.words[0]
     return args
 

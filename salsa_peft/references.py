@@ -26,7 +26,9 @@ class Frozen(NamedTuple):
     adapter: str | None
 
 
-def attach_reference(model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str) -> Frozen:
+def attach_reference(
+    model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str
+) -> Frozen:
     """Put one of the recipe's references on the model as adapter `name`, frozen.
 
     `seeds`: position in sft.seeds → adapter folder; `soup`: the soup stage's folder.

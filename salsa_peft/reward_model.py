@@ -6,7 +6,6 @@ Loss −log σ(R(x, y_w) − R(x, y_l)); the head is linear on the last token th
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import asdict
 from typing import Any
 
@@ -28,15 +27,8 @@ def run(job: Job) -> dict[str, Any]:
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
-    # 1. pairs, a share of them held out
+    # 1. pairs
     rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"])
-    random.Random(SPLIT_SEED).shuffle(rows)
-    held_out = max(1, round(section.held_out * len(rows)))
-    require(
-        len(rows) - held_out >= section.batch_size,
-        f"data.preferences: found {len(rows)} pairs, {held_out} of them held out, expected at least reward.batch_size ="
-        f" {section.batch_size} to train on",
-    )
     # 2. the base with a score head, its adapter a copy of seed-0's
     bench = Workbench.of(job)
     torch.manual_seed(SPLIT_SEED)
@@ -44,36 +36,39 @@ def run(job: Job) -> dict[str, Any]:
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
     model = get_peft_model(bench.classifier(), config)
     set_peft_model_state_dict(model, get_peft_model_state_dict(model) | tensors)
-    # 3. train
-    trainer = RewardTrainer(
+    # 3. the trainer
+    trainer: Any = RewardTrainer(
         model=model,
         args=RewardConfig(
             **training_arguments(section, job.folder / "trainer", SPLIT_SEED),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(rows[held_out:]),
-        eval_dataset=Dataset.from_list(rows[:held_out]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
-    counts = {"train": len(trainer.train_dataset), "held_out": len(trainer.eval_dataset)}
+    # 4. a share of the pairs that are short enough is held out
+    fitting = len(trainer.train_dataset)
+    held_out = max(1, round(section.held_out * fitting))
     require(
-        counts["train"] >= section.batch_size and counts["held_out"] > 0,
-        f"data.preferences: found {counts['train']} pairs to train on and {counts['held_out']} held out within"
-        f" model.max_length = {recipe.model.max_length} tokens, expected at least {section.batch_size} and 1",
+        fitting - held_out >= section.batch_size,
+        f"data.preferences: found {fitting} pairs within model.max_length = {recipe.model.max_length} tokens ({len(rows)} in all), {held_out} of"
+        f" them held out, expected at least reward.batch_size = {section.batch_size} more to train on",
     )
+    parts = trainer.train_dataset.train_test_split(test_size=held_out, seed=SPLIT_SEED)
+    trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
+    # 5. train, measure, save
     quiet(trainer)
     result = trainer.train()
     margins = held_out_margins(trainer)
     bench.save(model, "default", job.folder)
-    # 4. what came out
     metrics = {
         "accuracy": {"held_out": asdict(mean_interval([float(margin > 0) for margin in margins]))},
         "margin": {"held_out": asdict(mean_interval(margins))},
         "loss": result.training_loss,
-        "pairs": counts,
-        "left_out": len(rows) - sum(counts.values()),
+        "pairs": {"train": fitting - held_out, "held_out": held_out},
+        "left_out": len(rows) - fitting,
         "steps": trainer.state.global_step,
     }
     write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
@@ -86,7 +81,11 @@ def held_out_margins(trainer: Any) -> list[float]:
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():
-        scores = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1).float()
+        scores = (
+            trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            .logits.squeeze(-1)
+            .float()
+        )
         chosen, rejected = scores.chunk(2)
         margins += (chosen - rejected).tolist()
     return margins

@@ -47,7 +47,9 @@ class AdapterReward:
         with self.toggle(REWARD_ADAPTER):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch_size):
                 part = responses.rows(index)
-                scores.append(self.head(last_token_states(self.model, part.input_ids, part.attention_mask).float()).squeeze(-1))
+                scores.append(
+                    self.head(last_token_states(self.model, part.input_ids, part.attention_mask).float()).squeeze(-1)
+                )
         return torch.cat(scores)
 
 
@@ -90,4 +92,21 @@ def as_reward(reward: Reward | Callable[..., Sequence[float]] | str | Path, mode
         return reward
     if not callable(reward):
         raise SalsaError(f"reward: found {type(reward).__name__}, expected a reward adapter's folder or a function")
-    return FunctionReward(reward, tokenizer)
+    return FunctionReward(reward, tokenizer)  # type: ignore[arg-type]
+
+
+class RunningScale:
+    """Divides scores by their standard deviation over all that came before and these (TRL 0.8's RunningMoments)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(B,) → (B,)"""
+        for score in scores.double().tolist():
+            self.count += 1
+            change = score - self.mean
+            self.mean += change / self.count
+            self.squares += change * (score - self.mean)
+        deviation = (self.squares / max(self.count - 1, 1)) ** 0.5
+        return scores / max(deviation, 1e-8) if deviation > 0 else scores

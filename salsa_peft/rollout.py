@@ -7,7 +7,7 @@ The EOS that ends a response counts, nothing after it; a response that is EOS al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
     The random state is `seed`'s and is given back after, so that a rollout depends on its seed alone.
     """
-    lm, pad, eos = causal_lm(model), tokenizer.pad_token_id, tokenizer.eos_token_id
+    lm, pad, eos = causal_lm(model), int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
     ids, mask = pad_prompts(prompts, pad, lm.device)
     settings = GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=sampling.max_new_tokens,
@@ -166,3 +166,28 @@ def respond(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampli
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
         yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seed + start)
+
+
+def response_values(values: Tensor, responses: Responses) -> Tensor:
+    """(B, P + T) → (B, T): V of the state before each response token."""
+    start = responses.prompt_ids.shape[1] - 1
+    return values[:, start : start + responses.response_ids.shape[1]]
+
+
+def concatenate(parts: list[Responses], scored: list[tuple[Tensor, ...]], pad: int) -> tuple[Any, ...]:
+    """Parts of a rollout batch with other widths → one Responses, and each (B, T) or (B,) tensor of `scored` as one."""
+    prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
+
+    def grow(tensor: Tensor, width: int, value: int, left: bool = False) -> Tensor:
+        missing = width - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
+
+    whole = Responses(
+        torch.cat([grow(part.prompt_ids, prompt, pad, left=True) for part in parts]),
+        torch.cat([grow(part.prompt_mask, prompt, 0, left=True) for part in parts]),
+        torch.cat([grow(part.response_ids, response, pad) for part in parts]),
+        torch.cat([grow(part.response_mask, response, 0) for part in parts]),
+        torch.cat([part.finished for part in parts]),
+    )
+    columns = zip(*scored, strict=True)
+    return whole, *(torch.cat([grow(t, response, 0) if t.dim() == 2 else t for t in column]) for column in columns)

@@ -210,7 +210,11 @@ def prune(run: Path, stages: Iterable[str], steps: dict[str, Step]) -> list[Path
     found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]
     folders = [path for path in found if KEY_FOLDER.match(path.name) and path.is_dir() and path not in keep]
     parents = {path.parent for path in found}  # a policy may be named like a key
-    old = [path for path in folders if not (path in parents and any(KEY_FOLDER.match(inner.name) for inner in path.iterdir()))]
+    old = [
+        path
+        for path in folders
+        if not (path in parents and any(KEY_FOLDER.match(inner.name) for inner in path.iterdir()))
+    ]
     for path in old:
         shutil.rmtree(path)
     return old

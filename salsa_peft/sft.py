@@ -30,7 +30,7 @@ def run(job: Job) -> dict[str, Any]:
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
     bench = Workbench.of(job)
     assert recipe.adapter is not None
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         model=bench.base(),
         args=SFTConfig(
             **training_arguments(section, job.folder / "trainer", seed),

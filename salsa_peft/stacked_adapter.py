@@ -245,7 +245,7 @@ def stack_factors(read: Sequence[tuple[Member, dict[str, Factors]]]) -> dict[str
     return stacks
 
 
-def layer_of(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> LoraLayer:
+def layer_of(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> Any:
     """The live layer that holds this soup's adapter; refused where it is another adapter, or merged into the base."""
     layer: Any = model.get_base_model().get_submodule(module)
     if adapter_name not in model.peft_config or adapter_name not in layer.lora_B:

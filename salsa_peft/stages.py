@@ -59,7 +59,9 @@ def report(job: Job) -> dict[str, Any]:
     def policy(folder: Path) -> PolicyReport:
         facts = _json(folder / "policy.json")
         rows, completions = _lines(folder / "metrics.jsonl"), _lines(folder / "completions.jsonl")
-        return PolicyReport(reference=facts["reference"], kl_coef=facts["kl_coef"]["start"], metrics=rows, completions=completions)
+        return PolicyReport(
+            reference=facts["reference"], kl_coef=facts["kl_coef"]["start"], metrics=rows, completions=completions
+        )
 
     manifests = {unit: _json(folder / runs.MANIFEST) for unit, folder in job.inputs.items()}
     units = [{"unit": unit, "key": m["key"], "seconds": m["seconds"], "peak_mb": m["peak_mb"], "skipped": False}

@@ -1,55 +1,41 @@
-"""The embedded world: a small language of instructions whose answers a program can check, and a tiny Llama that half knows it.
+"""The embedded world: a tiny Llama that half knows a small language of instructions, and data in that language. No download.
 
-Five operations over 36 words of 6 categories:
-    list three birds               three different birds; also `list one birds and two tools`
-    copy owl saw                   owl saw
-    repeat two owl                 owl owl
-    name owl saw                   birds tools
-    kin owl saw                    another bird, another tool
-In distribution an answer has 2–4 words, out of distribution 5–6. The base is pre-trained on noisy text of both; demonstrations,
-preferences and PPO's prompts hold the first only; eval prompts are in neither. Preferences exist before any seed, as UltraFeedback's
-do: they compare the base's samples and damaged right answers, ranked by `gold`.
-
-Left out: a task of free length (so that no policy can hide from the KL in short answers), several turns, system messages.
+toy_language.py has the language and its gold reward. The base is pre-trained on noisy text of all lengths, part of it followed by a
+word that grades the answer; demonstrations, preferences and PPO's prompts hold the short lengths only (in distribution); eval prompts
+are in none of them. Preferences exist before any seed, as UltraFeedback's do: they compare the base's samples and damaged right
+answers, ranked by `gold`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .config import SalsaError
+from .toy_language import (
+    GRADES,
+    LENGTHS_IN,
+    LENGTHS_OUT,
+    MAX_NEW_TOKENS,
+    VOCABULARY,
+    damage,
+    draw_answer,
+    draw_prompts,
+    gold,
+    grade,
+)
 
 if TYPE_CHECKING:
     from .config import Toy
 
-CATEGORIES = {
-    "birds": ("owl", "wren", "crow", "finch", "robin", "heron"),
-    "fruits": ("apple", "pear", "plum", "fig", "lemon", "mango"),
-    "tools": ("saw", "axe", "drill", "rake", "hammer", "spade"),
-    "metals": ("tin", "iron", "zinc", "lead", "copper", "nickel"),
-    "trees": ("oak", "elm", "ash", "pine", "birch", "maple"),
-    "fish": ("cod", "eel", "carp", "trout", "perch", "tuna"),
-}
-CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words}
-WORDS = tuple(CATEGORY_OF)
-NUMBERS = ("one", "two", "three", "four", "five", "six")
-OPERATIONS = ("list", "copy", "repeat", "name", "kin")
-SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>")
-GRADES = ("bad", "poor", "fair", "good", "perfect")
-VOCABULARY = (*SPECIALS, *OPERATIONS, "and", *NUMBERS, *CATEGORIES, *WORDS, *GRADES)
-LENGTHS_IN, LENGTHS_OUT = (2, 3, 4), (5, 6)
-MAX_NEW_TOKENS = 10
-UNFINISHED = 0.5
+__all__ = ["build", "gold", "make_tokenizer"]
 
 CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}"
@@ -63,139 +49,6 @@ CHAT_TEMPLATE = (
 Progress = Callable[[int, int, str], None]
 
 
-# --- the language -----------------------------------------------------------------------------------------------------
-class Task(NamedTuple):
-    """What an instruction asks for: the words allowed at each position of the answer, and whether they must all differ."""
-
-    allowed: tuple[tuple[str, ...], ...]
-    distinct: bool
-
-
-def parse(prompt: str) -> Task:
-    """Reads one instruction. Raises SalsaError where it is none of this world."""
-    words = [word for word in _split(prompt) if word not in SPECIALS]
-    operation, rest = (words[0], words[1:]) if words else ("", [])
-    try:
-        if operation == "list":
-            parts = [rest[:2]] if len(rest) == 2 else [rest[:2], rest[3:]]
-            if len(parts) == 2 and (len(rest) != 5 or rest[2] != "and"):
-                raise ValueError
-            return Task(tuple(CATEGORIES[c] for n, c in parts for _ in range(NUMBERS.index(n) + 1)), True)
-        if operation == "repeat":
-            number, word = rest
-            return Task((_allowed("copy", word),) * (NUMBERS.index(number) + 1), False)
-        if operation in OPERATIONS and rest:
-            return Task(tuple(_allowed(operation, word) for word in rest), False)
-    except (ValueError, KeyError):
-        pass
-    raise SalsaError(f"prompt {prompt!r}: not an instruction of the embedded world, such as 'list two birds' or 'copy owl saw'")
-
-
-def _allowed(operation: str, word: str) -> tuple[str, ...]:
-    category = CATEGORY_OF[word]
-    kin = tuple(other for other in CATEGORIES[category] if other != word)
-    return {"copy": (word,), "name": (category,), "kin": kin}[operation]
-
-
-def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None = None, **kwargs: Any) -> list[float]:
-    """TRL's reward-function signature: the share of right words, (right positions) / max(words asked for, words given) in [0, 1].
-
-    A position is right if its word is allowed there (and, in `list`, has not been given before). A response that no EOS ended
-    (`finished` False) loses 0.5, so its score lies in [−0.5, 0.5]; without `finished` all count as finished, since a decoded text
-    does not show it. Prompts and completions are texts or lists of messages, of which the last user's and the last count. Special
-    tokens in a completion are words, and wrong ones; only one final <eos> is taken off. An empty answer scores 0.
-    Further columns and `completion_ids` are ignored.
-    """
-    ended = finished if finished is not None else [True] * len(completions)
-    scores = []
-    for prompt, completion, end in zip(prompts, completions, ended, strict=True):
-        scores.append(grade(_text(prompt, "user"), _text(completion, "assistant")) - (0.0 if end else UNFINISHED))
-    return scores
-
-
-def grade(prompt: str, answer: str) -> float:
-    """`gold` of one finished answer."""
-    task, words = parse(prompt), _split(answer)
-    words = words[:-1] if words[-1:] == ["<eos>"] else words
-    right = 0
-    for i, (word, allowed) in enumerate(zip(words, task.allowed, strict=False)):
-        right += word in allowed and not (task.distinct and word in words[:i])
-    return right / max(len(task.allowed), len(words))
-
-
-def _split(text: str) -> list[str]:
-    for special in SPECIALS:
-        text = text.replace(special, f" {special} ")
-    return text.split()
-
-
-def _text(turns: Any, role: str) -> str:
-    if isinstance(turns, str):
-        return turns
-    return next((message["content"] for message in reversed(turns) if message["role"] == role), "")
-
-
-# --- drawing instructions and answers ----------------------------------------------------------------------------------
-def draw_prompt(rng: random.Random, lengths: tuple[int, ...]) -> str:
-    """One instruction whose answer has one of `lengths` words; the operation and the length are uniform."""
-    operation, n = rng.choice(OPERATIONS), rng.choice(lengths)
-    if operation == "list":
-        first = rng.choice(range(1, n + 1))
-        a, b = rng.sample(list(CATEGORIES), 2)
-        return f"list {NUMBERS[first - 1]} {a}" + (f" and {NUMBERS[n - first - 1]} {b}" if first < n else "")
-    if operation == "repeat":
-        return f"repeat {NUMBERS[n - 1]} {rng.choice(WORDS)}"
-    return f"{operation} {' '.join(rng.choice(WORDS) for _ in range(n))}"
-
-
-def draw_answer(rng: random.Random, prompt: str) -> list[str]:
-    """A right answer, all of them equally likely."""
-    task, answer = parse(prompt), []
-    for allowed in task.allowed:
-        answer.append(rng.choice([word for word in allowed if not (task.distinct and word in answer)]))
-    return answer
-
-
-def damage(rng: random.Random, answer: list[str], errors: int) -> list[str]:
-    """The kinds of errors that models make here: wrong word, wrong category, missing, extra, repeated word, wrong order."""
-    words = list(answer)
-    for _ in range(errors):
-        kind, i = rng.randrange(6), rng.randrange(len(words) or 1)
-        word = words[i] if words else rng.choice(WORDS)
-        siblings = CATEGORIES.get(CATEGORY_OF.get(word, ""), tuple(CATEGORIES))
-        if kind == 0 or not words:
-            words[i : i + 1] = [rng.choice(siblings)]
-        elif kind == 1:
-            words[i] = rng.choice(WORDS + tuple(CATEGORIES))
-        elif kind == 2:
-            del words[i]
-        elif kind == 3 and len(words) < MAX_NEW_TOKENS - 1:
-            words.insert(i, rng.choice(siblings))
-        elif kind == 4:
-            words[i] = words[i - 1]
-        else:
-            words[i], words[i - 1] = words[i - 1], words[i]
-    return words
-
-
-def held_out(prompt: str, seed: int) -> bool:
-    """A quarter of all instructions, by hash: they serve evaluation alone, and no other text of the world holds them."""
-    return hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[0] < 64
-
-
-def draw_prompts(rng: random.Random, n: int, lengths: tuple[int, ...], seed: int, evaluation: bool = False) -> list[str]:
-    """n instructions of the training side (repeats happen), or n different ones of the held-out side."""
-    prompts: list[str] = []
-    seen: set[str] = set()
-    while len(prompts) < n:
-        prompt = draw_prompt(rng, lengths)
-        if held_out(prompt, seed) == evaluation and not (evaluation and prompt in seen):
-            seen.add(prompt)
-            prompts.append(prompt)
-    return prompts
-
-
-# --- tokenizer and base ------------------------------------------------------------------------------------------------
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word; `<pad>` and `<eos>` are different tokens; `chat_template` marks the answer and its <eos> for the loss."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
@@ -243,7 +96,8 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
         optimizer.param_groups[0]["lr"] = config.pretrain_learning_rate * share
         batch = torch.randint(len(ids), (config.pretrain_batch_size,))
         width = int(mask[batch].sum(1).max())
-        loss = model(ids[batch, :width], labels=labels[batch, :width]).loss  # causal, padded on the right: no mask needed
+        # causal and padded on the right: no attention mask needed
+        loss = model(ids[batch, :width], labels=labels[batch, :width]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -279,12 +133,14 @@ def _noisy(rng: random.Random, prompt: str, share: float, most: int | None = Non
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], progress: Progress) -> list[str]:
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], progress: Progress
+) -> list[str]:
     """One answer a prompt at temperature 1, as text without special tokens."""
     answers: list[str] = []
     for start in range(0, len(prompts), 512):
         batch = tokenizer([_render(p) for p in prompts[start : start + 512]], padding=True, return_tensors="pt")
-        out = model.generate(
+        out = model.generate(  # type: ignore[misc]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             do_sample=True,
@@ -358,13 +214,18 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
     tokenizer.save_pretrained(folder / "base")
     # 2. demonstrations: right answers, some with an error
     rng = random.Random(f"{config.seed} demonstrations")
-    shown = [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in draw_prompts(rng, config.demonstrations, LENGTHS_IN, config.seed)]
+    asked = draw_prompts(rng, config.demonstrations, LENGTHS_IN, config.seed)
+    shown = [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in asked]
     turns = [[_turn("user", p), _turn("assistant", " ".join(answer))] for p, answer in shown]
     # 3. preferences, then the prompts of PPO and of evaluation
     preferences, facts = draw_preferences(config, model, tokenizer, progress)
-    draws = {"prompts": (config.prompts, LENGTHS_IN, False), "eval_in": (config.eval_prompts, LENGTHS_IN, True)}
-    draws["eval_out"] = (config.eval_prompts, LENGTHS_OUT, True)
-    files: dict[str, list[dict[str, Any]]] = {"demonstrations": [{"messages": t} for t in turns], "preferences": preferences}
+    draws: dict[str, tuple[int, tuple[int, ...], bool]] = {
+        "prompts": (config.prompts, LENGTHS_IN, False),
+        "eval_in": (config.eval_prompts, LENGTHS_IN, True),
+        "eval_out": (config.eval_prompts, LENGTHS_OUT, True),
+    }
+    files: dict[str, list[dict[str, Any]]] = {"preferences": preferences}
+    files["demonstrations"] = [{"messages": t} for t in turns]
     for name, (n, lengths, evaluation) in draws.items():
         drawn = draw_prompts(random.Random(f"{config.seed} {name}"), n, lengths, config.seed, evaluation)
         files[name] = [{"prompt": [_turn("user", p)]} for p in drawn]

@@ -73,7 +73,17 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
             "demonstrations": files.source(recipe.data.demonstrations),
             "sft": {**dataclasses.asdict(recipe.sft), "seeds": [seed]},
         }
-        units.append(Unit(stage="sft", name=f"seed-{position}", run=run, several=True, inputs=_inputs(recipe), slice=parts, files=tuple(files.paths)))
+        units.append(
+            Unit(
+                stage="sft",
+                name=f"seed-{position}",
+                run=run,
+                several=True,
+                inputs=_inputs(recipe),
+                slice=parts,
+                files=tuple(files.paths),
+            )
+        )
     return units
 
 
@@ -112,7 +122,9 @@ def ppo_units(recipe: Recipe, run: str) -> list[Unit]:
             "export": list(recipe.export),
         }
         inputs = _inputs(recipe, _seed(0), "reward", *_of_references(references))
-        units.append(Unit(stage="ppo", name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths)))
+        units.append(
+            Unit(stage="ppo", name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths))
+        )
     return units
 
 

@@ -45,7 +45,10 @@ class Workbench:
         else:
             from huggingface_hub import snapshot_download
 
-            folder, name = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)), model.base
+            folder, name = (
+                Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
+                model.base,
+            )
         return cls(job.recipe, folder, name, models.load_tokenizer(str(folder), chat_template=model.chat_template))
 
     def base(self) -> PreTrainedModel:
@@ -124,11 +127,16 @@ class Bar(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One optimizer step."""
-        self.update(1, **self.figures)
+        self.update(1, **self.figures)  # type: ignore[arg-type]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Remembers the figures that the bar shows."""
-        shown = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "objective/response_length": "length"}
+        shown = {
+            "loss": "loss",
+            "objective/scores": "score",
+            "objective/kl": "KL",
+            "objective/response_length": "length",
+        }
         self.figures |= {shown[key]: value for key, value in (logs or {}).items() if key in shown}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

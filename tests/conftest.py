@@ -45,7 +45,13 @@ def make_base(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausa
 
     def make(seed: int = 0, **options: Any) -> LlamaForCausalLM:
         torch.manual_seed(seed)
-        settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        settings = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         config = LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **(settings | options),
@@ -66,7 +72,9 @@ def make_adapter() -> Callable[..., PeftModel]:
     from salsa_peft import adapters
 
     def make(model: Any, name: str, seed: int, **options: Any) -> PeftModel:
-        config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options))
+        config = LoraConfig(
+            **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
+        )
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 from salsa_peft.config import SalsaError
 from salsa_peft.recipe import STAGES
-from salsa_peft.runs import Job, write_atomic
+from salsa_peft.runs import Job, canonical, write_atomic
 
 FAKE = {name: stage._replace(run="fake_stages:run") for name, stage in STAGES.items()}
 
@@ -21,7 +22,8 @@ def run(job: Job) -> dict[str, Any]:
     assert not list(job.folder.iterdir()), "the folder was not empty"
     print("noise")
     done = "".join((job.inputs[name] / "result.txt").read_text() for name in job.unit.inputs)
-    write_atomic(job.folder / "result.txt", f"{job.unit.id} {len(done)}\n")
+    result = hashlib.sha256((canonical(job.unit.slice) + done).encode()).hexdigest()
+    write_atomic(job.folder / "result.txt", f"{job.unit.id} {result}\n")
     write_atomic(job.folder / "deeper" / "more.bin", b"1234")
     action = json.loads(job.recipe.description or "{}").get(job.unit.id)
     if action == "refuse":

@@ -42,27 +42,40 @@ def said(load, *overrides: str, **options: Any) -> str:
     with pytest.raises(SalsaError) as caught:
         load(*overrides, **options)
     line = str(caught.value)
-    assert "\n" not in line and len(line) < 500
+    assert "\n" not in line
+    assert len(line) < 800
     return line
 
 
 def test_layers_in_their_order(load):
-    text = RECIPE + "ppo: {learning_rate: 1e-6, batch_size: 4}\nsft: {learning_rate: 3e-5}\nlora: {ppo: {learning_rate: 3e-4}}\n"
+    text = (
+        RECIPE
+        + "ppo: {learning_rate: 1e-6, batch_size: 4}\nsft: {learning_rate: 3e-5}\nlora: {ppo: {learning_rate: 3e-4}}\n"
+    )
     recipe = load(text=text).recipe
-    assert recipe.ppo.learning_rate == 3e-4 and recipe.ppo.batch_size == 4 and recipe.sft.learning_rate == 2e-4
-    assert recipe.adapter is not None and recipe.adapter.r == 16 and recipe.policies["salsa"].kl_coef == 0.02
+    assert recipe.ppo.learning_rate == 3e-4
+    assert recipe.ppo.batch_size == 4
+    assert recipe.sft.learning_rate == 2e-4
+    assert recipe.adapter is not None
+    assert recipe.adapter.r == 16
+    assert recipe.policies["salsa"].kl_coef == 0.02
     assert load("ppo.learning_rate=5e-4", "ppo.learning_rate=6e-4", text=text).recipe.ppo.learning_rate == 6e-4
 
 
 def test_what_lora_changed(load):
-    changes = load(text=RECIPE + "sft: {learning_rate: 2.0e-4}\nlora: {ppo: {learning_rate: 3e-4}, adapter: {r: 4}}\n").changes
-    assert ("ppo.learning_rate", 2e-6, 3e-4) in changes and ("adapter.r", None, 4) in changes
+    changes = load(
+        text=RECIPE + "sft: {learning_rate: 2.0e-4}\nlora: {ppo: {learning_rate: 3e-4}, adapter: {r: 4}}\n"
+    ).changes
+    assert ("ppo.learning_rate", 2e-6, 3e-4) in changes
+    assert ("adapter.r", None, 4) in changes
     assert "sft.learning_rate" not in [key for key, _, _ in changes]
 
 
 def test_numbers(load):
     recipe = load("ppo.learning_rate=2e-6", "ppo.kl_target=1", "reward.weight_decay=.5", "sft.seeds=[3, 4]").recipe
-    assert recipe.ppo.learning_rate == 2e-6 and recipe.ppo.kl_target == 1 and recipe.reward.weight_decay == 0.5
+    assert recipe.ppo.learning_rate == 2e-6
+    assert recipe.ppo.kl_target == 1
+    assert recipe.reward.weight_decay == 0.5
     assert parse_yaml("[2e-6, 2E6, -1.5, 1, +3, 010, 1e400, no, true, ~, 2026-11-22, 1:30, '2e-6', 0x10]", "x") == [
         2e-6, 2e6, -1.5, 1, 3, 10, float("inf"), "no", True, None, "2026-11-22", "1:30", "2e-6", "0x10",
     ]  # fmt: skip
@@ -77,9 +90,15 @@ REFUSED = [
     ("data.demonstrations.splitt=a", ["data.demonstrations.splitt: unknown key", "split?"]),
     ("policies.salsa.kl_coeff=1", ["policies.salsa.kl_coeff: unknown key", "kl_coef?"]),
     ("policies.new.kl_coef=1", ["policies.new.reference: found nothing, expected a value"]),
-    ("sft.batch_size=7 sft.micro_batch_size=2", ["sft.batch_size: found 7", "multiple of micro_batch_size 2", "set sft.batch_size=8"]),
-    ("ppo.batch_size=7 ppo.num_mini_batches=2", ["ppo.batch_size: found 7", "multiple of num_mini_batches 2"]),
-    ("ppo.batch_size=8 ppo.micro_batch_size=3", ["ppo.micro_batch_size: found 3", "divisor of the minibatch", "8 responses"]),
+    (
+        "sft.batch_size=7 & sft.micro_batch_size=2",
+        ["sft.batch_size: found 7", "multiple of micro_batch_size 2", "set sft.batch_size=8"],
+    ),
+    ("ppo.batch_size=7 & ppo.num_mini_batches=2", ["ppo.batch_size: found 7", "multiple of num_mini_batches 2"]),
+    (
+        "ppo.batch_size=8 & ppo.micro_batch_size=3",
+        ["ppo.micro_batch_size: found 3", "divisor of the minibatch", "8 responses"],
+    ),
     ("soup.weights=[0.5,0.6]", ["soup.weights: found [0.5, 0.6], which sum to 1.1, expected a sum of 1"]),
     ("soup.weights=[1]", ["soup.weights: found 1 weights for 2 members"]),
     ("soup.weights=[.nan,1]", ["soup.weights[0]: found nan, expected a finite number"]),
@@ -87,14 +106,20 @@ REFUSED = [
     ("soup.members=[0,0]", ["soup.members: found [0, 0], expected no member twice"]),
     ("policies.a.reference=seed-2", ["policies.a.reference: found seed-2, expected seed-0 to seed-1"]),
     ("policies.a.reference=[]", ["policies.a.reference: found an empty list"]),
-    ("policies.a.reference={soup: {members: [0, 1], weights: [0.5, 0.6]}}", ["policies.a.reference.soup.weights", "sum to 1.1"]),
+    (
+        "policies.a.reference={soup: {members: [0, 1], weights: [0.5, 0.6]}}",
+        ["policies.a.reference.soup.weights", "sum to 1.1"],
+    ),
     ("policies.a.reference={soup: {members: [0, 3]}}", ["policies.a.reference: found seed-3"]),
     ("policies.a.reference={soup: {members: []}}", ["policies.a.reference.soup: found"]),
     ("policies.a.reference={soup: {weights: []}}", ["policies.a.reference.soup.weights: found 0 weights for 2"]),
     ("policies.a.reference={soup: {members: [-1, 0]}}", ["policies.a.reference.soup: found"]),
     ("policies.a.reference={shrunk: {seed: 0}}", ["policies.a.reference.shrunk", "expected a number for scale"]),
     ("policies.a.reference={shrunk: {seed: 5, scale: 0.6}}", ["policies.a.reference: found seed-5"]),
-    ("policies.a.reference=./nowhere", ["policies.a.reference: found '/", "no folder, expected a LoRA adapter or a Hub id"]),
+    (
+        "policies.a.reference=./nowhere",
+        ["policies.a.reference: found '/", "no folder, expected a LoRA adapter or a Hub id"],
+    ),
     ("policies.a.reference=a b", ["policies.a.reference: found 'a b'", "Hub id"]),
     ("policies.soup.reference=base", ["policies.soup: found a name that means something else"]),
     ("policies.seed-1.reference=base", ["policies.seed-1: found a name that means something else"]),
@@ -107,7 +132,11 @@ REFUSED = [
     ("sft.seeds=[1.5]", ["sft.seeds[0]: found 1.5, expected a whole number"]),
     ("sft.batch_size=0", ["sft.batch_size: found 0, expected at least 1"]),
     ("sft.gradient_checkpointing=yes", ["sft.gradient_checkpointing: found 'yes', expected true or false"]),
-    ("ppo.kl_estimator=k4", ["ppo.kl_estimator: found 'k4', expected 'k1', 'k2', 'k3', 'abs' or 'full'", "did you mean"]),
+    ("ppo.kl_estimator=k4", ["ppo.kl_estimator: found 'k4', expected 'k1', 'k2', 'k3', 'abs' or 'full'"]),
+    (
+        "ppo.kl_control=adaptiv",
+        ["ppo.kl_control: found 'adaptiv', expected 'fixed' or 'adaptive'; did you mean adaptive?"],
+    ),
     ("adapter.target_modules=3", ["adapter.target_modules: found 3, expected text"]),
     ("soup=3", ["soup: found 3, expected a mapping"]),
     ("sft=null", ["sft: found None, expected a mapping"]),
@@ -117,11 +146,17 @@ REFUSED = [
     ("evaluate.pairs=[[salsa,pp]]", ["evaluate.pairs[0]: found 'pp'", "did you mean ppo?"]),
     ("evaluate.pairs=[[salsa]]", ["evaluate.pairs[0]: found ['salsa'], expected two different names"]),
     ("evaluate.models=[seed-9]", ["evaluate.models[0]: found seed-9"]),
-    ("generation.max_new_tokens=1024", ["generation.max_new_tokens: found 1024, expected fewer than model.max_length 1024"]),
+    (
+        "generation.max_new_tokens=1024",
+        ["generation.max_new_tokens: found 1024, expected fewer than model.max_length 1024"],
+    ),
     ("generation.min_new_tokens=500", ["generation.min_new_tokens: found 500, expected at most"]),
     ("ppo.max_prompt_length=1000", ["ppo.max_prompt_length: found 1000, expected at most 896"]),
     ("data.demonstrations=x.jsonl", ["data.demonstrations: found '/", "x.jsonl', which is no file or folder"]),
-    ("data.demonstrations=nope.csv", ["data.demonstrations", "expected a .jsonl, .json or .parquet file"]),
+    (
+        "data.demonstrations=/etc/hostname",
+        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json or .parquet file"],
+    ),
     ("evaluate.prompts.x=not an id", ["evaluate.prompts.x: found 'not an id'", "Hub id"]),
     ("model.base=./nowhere", ["model.base: found '/", "no folder, expected a model's folder or a Hub id"]),
     ("model.chat_template=chatm", ["model.chat_template: found 'chatm', which is no file", "chatml, zephyr"]),
@@ -131,7 +166,7 @@ REFUSED = [
     ("=1", ["--set =1: expected key=value"]),
     ("sft..x=1", ["--set sft..x=1: expected key=value"]),
     ("name.x=1", ["--set name.x=1: name is 'tiny', nothing can be set inside it"]),
-    ("ppo.seed=[", ["--set ppo.seed=[: not YAML (line 1)"]),
+    ("ppo.seed=[", ["--set ppo.seed=[: not YAML (line "]),
     ("ppo.seed=*a", ["aliases (*) are not allowed"]),
     ("ppo.seed=" + "9" * 5000, ["found a number of 5000 digits"]),
     ("policies.a.reference." + "x." * 5000 + "x=1", ["found a key of 5004 parts"]),
@@ -140,22 +175,28 @@ REFUSED = [
 
 @pytest.mark.parametrize(("override", "words"), REFUSED, ids=[override[:60] for override, _ in REFUSED])
 def test_refusals(load, override, words):
-    parts = override.split(" sft.") if " sft." in override else override.split(" ppo.")
-    line = said(load, parts[0], *[f"{parts[0].split('.')[0]}.{part}" for part in parts[1:]])
+    line = said(load, *(override.split(" & ")))
     for word in words:
         assert word in line
 
 
 def test_the_layer_that_said_it_is_named(load):
-    assert said(load, text=RECIPE + "ppo: {learning_rate: fast}\n", lora=None).startswith("tiny.yaml: ppo.learning_rate: found 'fast'")
-    assert said(load, text=RECIPE + "lora: {ppo: {learning_rate: fast}}\n").startswith("tiny.yaml: lora: ppo.learning_rate: found")
-    assert said(load, text=RECIPE + "lora: {ppo: {lr: 1}}\n", lora=None).startswith("tiny.yaml: lora: ppo.lr: unknown key")
+    assert said(load, text=RECIPE + "ppo: {learning_rate: fast}\n", lora=None).startswith(
+        "tiny.yaml: ppo.learning_rate: found 'fast'"
+    )
+    assert said(load, text=RECIPE + "lora: {ppo: {learning_rate: fast}}\n").startswith(
+        "tiny.yaml: lora: ppo.learning_rate: found"
+    )
+    assert said(load, text=RECIPE + "lora: {ppo: {lr: 1}}\n", lora=None).startswith(
+        "tiny.yaml: lora: ppo.lr: unknown key"
+    )
     assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: found 3, expected departures")
     assert "(and 1 more)" in said(load, "ppo.learning_rate=fast", "sft.learning_rate=fast")
 
 
 def test_no_adapter_and_unknown_presets(load):
-    assert "full weights" in said(load, lora=None) and "add --lora" in said(load, lora=None)
+    assert "full weights" in said(load, lora=None)
+    assert "add --lora" in said(load, lora=None)
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
 
 
@@ -167,7 +208,7 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
     monkeypatch.setattr(parsing, "bundled", lambda kind: folder if kind == "recipes" else real(kind))
     for name in ("quickstart", "quickstart.yaml"):
         assert load_recipe(name, lora="lora", overrides=[]).path == folder / "quickstart.yaml"
-    with pytest.raises(SalsaError, match="quickstrat: no such recipe file; did you mean quickstart?"):
+    with pytest.raises(SalsaError, match=r"quickstrat: no such recipe file; did you mean quickstart\?"):
         load_recipe("quickstrat", lora=None, overrides=[])
     for name in ("", "\0", "x" * 5000, "~nobody/x", str(folder), "/dev/null", "nul\udcff"):
         with pytest.raises(SalsaError):
@@ -198,14 +239,15 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
 )
 def test_hostile_yaml(load, text, words):
     line = said(load, text=text)
-    assert line.startswith(("tiny.yaml", "/")) and words in line
+    assert line.startswith(("tiny.yaml", "/"))
+    assert words in line
 
 
 def test_binary_files(tmp_path):
     path = tmp_path / "x.yaml"
     for raw in (b"\xff\xfe\x00", b"name: \xe9", bytes(range(256))):
         path.write_bytes(raw)
-        with pytest.raises(SalsaError, match="UTF-8|not YAML"):
+        with pytest.raises(SalsaError, match=r"UTF-8|not YAML"):
             load_recipe(str(path), lora=None, overrides=[])
 
 
@@ -216,15 +258,28 @@ def rows(path: Path, *records: Any) -> str:
 
 def test_columns(load, tmp_path):
     wrong = rows(tmp_path / "wrong.jsonl", {"text": "a", "label": 1})
-    for key, expected in (("demonstrations", "`messages`"), ("preferences", "`chosen` and `rejected`"), ("prompts", "`prompt`, `messages`")):
+    for key, expected in (
+        ("demonstrations", "`messages`"),
+        ("preferences", "`chosen` and `rejected`"),
+        ("prompts", "`prompt`, `messages`"),
+    ):
         line = said(load, f"data.{key}={wrong}")
-        assert line.startswith(f"--set: data.{key}: found the columns text, label in 'wrong.jsonl', expected {expected}")
-    for content, words in (("", "no rows"), ("[1]\n", "found [1]"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("\xff", "not JSON")):
+        assert line.startswith(
+            f"--set: data.{key}: found the columns text, label in 'wrong.jsonl', expected {expected}"
+        )
+    for content, words in (
+        ("", "no rows"),
+        ("[1]\n", "found [1]"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("\xff", "not JSON"),
+    ):
         (tmp_path / "wrong.jsonl").write_text(content)
         assert words in said(load, f"data.prompts={wrong}")
     rows(tmp_path / "p.jsonl", {"turns": ["a"]})
     recipe = load("data.prompts=p.jsonl", "evaluate.prompts.mine=p.jsonl", "evaluate.prompts.mine.limit=3").recipe
-    assert recipe.data.prompts is not None and recipe.data.prompts.path == str(tmp_path / "p.jsonl")
+    assert recipe.data.prompts is not None
+    assert recipe.data.prompts.path == str(tmp_path / "p.jsonl")
     assert recipe.evaluate.prompts["mine"].limit == 3
 
 
@@ -235,16 +290,25 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
         rows(tmp_path / folder / "d.jsonl", {"messages": []})
         (tmp_path / folder / "base").mkdir()
         (tmp_path / folder / "base" / "config.json").write_text("{}")
-    (tmp_path / "there" / "r.yaml").write_text(RECIPE + "data: {demonstrations: {path: d.jsonl, split: x}}\nmodel: {base: base}\n")
+    (tmp_path / "there" / "r.yaml").write_text(
+        RECIPE + "data: {demonstrations: {path: d.jsonl, split: x}}\nmodel: {base: base}\n"
+    )
     monkeypatch.chdir(tmp_path / "here")
     recipe = load_recipe("../there/r.yaml", lora="lora", overrides=[]).recipe
-    assert recipe.data.demonstrations.path == str(tmp_path / "there" / "d.jsonl") and recipe.data.demonstrations.split == "x"
+    assert recipe.data.demonstrations.path == str(tmp_path / "there" / "d.jsonl")
+    assert recipe.data.demonstrations.split == "x"
     assert recipe.model.base == str(tmp_path / "there" / "base")
-    recipe = load_recipe("../there/r.yaml", lora="lora", overrides=["data.demonstrations=d.jsonl", "model.base=./base"]).recipe
-    assert recipe.data.demonstrations.path == str(tmp_path / "here" / "d.jsonl") and recipe.data.demonstrations.split == "train"
+    recipe = load_recipe(
+        "../there/r.yaml", lora="lora", overrides=["data.demonstrations=d.jsonl", "model.base=./base"]
+    ).recipe
+    assert recipe.data.demonstrations.path == str(tmp_path / "here" / "d.jsonl")
+    assert recipe.data.demonstrations.split == "train"
     assert recipe.model.base == str(tmp_path / "here" / "base")
-    recipe = load_recipe("../there/r.yaml", lora="lora", overrides=["data.demonstrations.path=d.jsonl", "model.base=org/model"]).recipe
-    assert recipe.data.demonstrations.path == str(tmp_path / "here" / "d.jsonl") and recipe.data.demonstrations.split == "x"
+    recipe = load_recipe(
+        "../there/r.yaml", lora="lora", overrides=["data.demonstrations.path=d.jsonl", "model.base=org/model"]
+    ).recipe
+    assert recipe.data.demonstrations.path == str(tmp_path / "here" / "d.jsonl")
+    assert recipe.data.demonstrations.split == "x"
     assert recipe.model.base == "org/model"
     os.remove(tmp_path / "there" / "base" / "config.json")
     with pytest.raises(SalsaError, match=r"r.yaml: model.base: found no config.json in"):
@@ -252,11 +316,18 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
 
 
 def test_set_and_layers_replace_and_merge(load):
-    text = RECIPE + "data: {prompts: org/prompts}\nlora: {policies: {ppo: {reference: {shrunk: {scale: 0.5}}}, salsa: null}}\n"
+    text = (
+        RECIPE
+        + "data: {prompts: org/prompts}\nlora: {policies: {ppo: {reference: {shrunk: {scale: 0.5}}}, salsa: null}}\n"
+    )
     loaded = load("data.prompts.limit=5", text=text)
-    assert loaded.recipe.data.prompts.path == "org/prompts" and loaded.recipe.data.prompts.limit == 5
+    assert loaded.recipe.data.prompts.path == "org/prompts"
+    assert loaded.recipe.data.prompts.limit == 5
     assert list(loaded.recipe.policies) == ["ppo"]
     assert loaded.recipe.policies["ppo"].references("x")[0].weights == [0.5]
+    text = RECIPE.replace("reference: soup", "reference: {soup: {members: [0, 1]}}")
+    text += "lora: {policies: {salsa: {reference: {shrunk: {scale: 0.5}}}}}\n"
+    assert load(text=text).recipe.policies["salsa"].reference == {"shrunk": {"scale": 0.5}}
     dotted = RECIPE + "evaluate: {prompts: {v0.1: org/x}}\n"
     assert load("evaluate.prompts.v0.1.limit=2", text=dotted).recipe.evaluate.prompts["v0.1"].limit == 2
     assert load("policies.salsa.reference.shrunk.scale=0.3", "landscape=null",
@@ -268,20 +339,39 @@ def test_chat_templates_by_name(load):
 
 
 def test_the_resolved_recipe_loads_to_itself(load, tmp_path):
-    loaded = load("name='123'", "description='2e-6'", "ppo.learning_rate=1e-6", "policies.m={reference: [seed-0, base]}")
+    loaded = load(
+        "name='123'", "description='2e-6'", "ppo.learning_rate=1e-6", "policies.m={reference: [seed-0, base]}"
+    )
     (tmp_path / "again.yaml").write_text(dump_yaml(dataclasses.asdict(loaded.recipe)))
     again = load_recipe("again.yaml", lora=None, overrides=[])
-    assert again.recipe == loaded.recipe and again.recipe.description == "2e-6"
+    assert again.recipe == loaded.recipe
+    assert again.recipe.description == "2e-6"
     (tmp_path / "departures.yaml").write_text(dump_yaml(loaded.data))
     assert load_recipe("departures.yaml", lora=None, overrides=[]).recipe == loaded.recipe
 
 
 def test_references():
-    assert [r.label for r in parse_reference("x", ["seed-0", "base", "soup", "org/adapter"])] == ["seed-0", "base", "soup", "adapter"]
+    assert [r.label for r in parse_reference("x", ["seed-0", "base", "soup", "org/adapter"])] == [
+        "seed-0",
+        "base",
+        "soup",
+        "adapter",
+    ]
     [soup] = parse_reference("x", {"soup": {"members": [0, 2], "weights": [0.25, 0.75]}})
-    assert soup.members == [0, 2] and soup.weights == [0.25, 0.75] and not soup.soup
-    for wrong in (None, 3, "", {}, {"sop": {}}, {"soup": 3}, {"shrunk": {"scale": True}}, {"shrunk": {"scale": 10**400}}):
-        with pytest.raises(SalsaError, match="^x"):
+    assert soup.members == [0, 2]
+    assert soup.weights == [0.25, 0.75]
+    assert not soup.soup
+    for wrong in (
+        None,
+        3,
+        "",
+        {},
+        {"sop": {}},
+        {"soup": 3},
+        {"shrunk": {"scale": True}},
+        {"shrunk": {"scale": 10**400}},
+    ):
+        with pytest.raises(SalsaError, match=r"^x"):
             parse_reference("x", wrong)
 
 
@@ -289,14 +379,18 @@ def every_key(hint: type = Recipe) -> list[str]:
     return sorted({field.name for field in dataclasses.fields(hint)})
 
 
-KEYS = st.sampled_from([*every_key(), "learning_rate", "batch_size", "path", "members", "weights", "reference", "lora", "shrunk", "scale"])
+KEYS = st.sampled_from(
+    [*every_key(), "learning_rate", "batch_size", "path", "members", "weights", "reference", "lora", "shrunk", "scale"]
+)
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.integers(10**20, 10**25), st.sampled_from(
         ["seed-0", "seed-99999999999999999999", "soup", "base", "./x", "a/b/c", "~", "~x", "x.jsonl", "\0", "\x7f", "chatml", "all-linear", "1e400"]
     ),
 )  # fmt: skip
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=4), max_leaves=8
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=4), inner, max_size=4),
+    max_leaves=8,
 )
 
 
@@ -304,7 +398,9 @@ VALUES = st.recursive(
 @given(data=st.dictionaries(KEYS, VALUES, max_size=5), toy=st.booleans(), lora=st.sampled_from([None, "lora"]))
 def test_a_bad_recipe_is_never_a_trace(tmp_path, data, toy, lora):
     path = tmp_path / "x.yaml"
-    path.write_text(dump_yaml({"name": "x", **({"toy": {}} if toy else {}), **data}), encoding="utf-8", errors="surrogatepass")
+    path.write_text(
+        dump_yaml({"name": "x", **({"toy": {}} if toy else {}), **data}), encoding="utf-8", errors="surrogatepass"
+    )
     attempt(str(path), lora, [])
 
 
@@ -322,7 +418,9 @@ def test_a_bad_override_is_never_a_trace(tmp_path, section, key, value):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(raw=st.binary(max_size=60) | st.text(alphabet="abn:{}[]&*!#|>-'\" \n\t?,%@`~0.e\\u", max_size=60).map(str.encode))
+@given(
+    raw=st.binary(max_size=60) | st.text(alphabet="abn:{}[]&*!#|>-'\" \n\t?,%@`~0.e\\u", max_size=60).map(str.encode)
+)
 def test_any_bytes_are_never_a_trace(tmp_path, raw):
     path = tmp_path / "x.yaml"
     path.write_bytes(raw)
@@ -335,4 +433,7 @@ def attempt(path: str, lora: str | None, overrides: list[str]) -> None:
     try:
         assert isinstance(load_recipe(path, lora=lora, overrides=overrides).recipe, Recipe)
     except SalsaError as error:
-        assert str(error)
+        said = str(error)
+    else:
+        said = "a recipe"
+    assert said

@@ -22,7 +22,7 @@ from salsa_peft import text as words
 from salsa_peft.report import ReportInput, write_report
 
 HOSTILE = (
-    "<script>alert(1)</script> | a `b` ```\n# not a heading\n```` {{ 7 * 7 }} {% raw %} "
+    "<script>alert(1)</script> | a `b`\n```\n# not a heading\n````\n{{ 7 * 7 }} {% raw %} "
     "</pre> &amp; \x00 \ud800 <img src=x>"
 )
 

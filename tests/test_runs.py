@@ -14,8 +14,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-
 from fake_stages import FAKE
+
 from salsa_peft import processes, recipe, runs
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
@@ -48,7 +48,9 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     (tmp_path / "tiny.yaml").write_text(RECIPE)
 
     def run(*words: str, **actions: str):
-        said = [f"description={json.dumps(json.dumps({k.replace('__', '/').replace('_', '-'): v for k, v in actions.items()}))}"]
+        said = [
+            f"description={json.dumps(json.dumps({k.replace('__', '/').replace('_', '-'): v for k, v in actions.items()}))}"
+        ]
         code = recipe.main(["tiny.yaml", "--lora", "--set", *said, *words], stages=FAKE)
         err = capsys.readouterr().err
         made = [line.split(" … ")[0] for line in err.splitlines() if " … done" in line]
@@ -66,19 +68,25 @@ def test_first_run_makes_everything_second_nothing(go):
     assert go()[:2] == (0, UNITS)
     code, made, err = go()
     assert (code, made) == (0, [])
-    assert err.count("cached") == len(UNITS) and err.startswith(f"results: {Path('runs/tiny-lora').resolve()}\nreport:  ")
+    assert err.count("cached") == len(UNITS)
+    assert err.startswith(f"results: {Path('runs/tiny-lora').resolve()}\nreport:  ")
     assert "loading" not in err
 
 
 def test_manifest_says_files_seconds_and_memory(go):
     go(sft__seed_1="memory")
     small, large = manifest("sft/seed-0"), manifest("sft/seed-1")
-    assert small["unit"] == "sft/seed-0" and small["facts"]["value"] == 1.0 and small["versions"]["salsa-peft"]
-    assert set(small["files"]) == {"result.txt", "deeper/more.bin"} and small["files"]["deeper/more.bin"]["size"] == 4
+    assert small["unit"] == "sft/seed-0"
+    assert small["facts"]["value"] == 1.0
+    assert small["versions"]["salsa-peft"]
+    assert set(small["files"]) == {"result.txt", "deeper/more.bin"}
+    assert small["files"]["deeper/more.bin"]["size"] == 4
     assert large["peak_mb"] - small["peak_mb"] == pytest.approx(300, abs=15)
-    assert 0.3 <= large["seconds"] < 5 and small["seconds"] < 0.3
+    assert 0.3 <= large["seconds"] < 5
+    assert small["seconds"] < 0.3
     pids = {manifest(unit)["facts"]["pid"] for unit in UNITS}
-    assert len(pids) == len(UNITS) and os.getpid() not in pids
+    assert len(pids) == len(UNITS)
+    assert os.getpid() not in pids
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,8 @@ def test_damage_is_named_and_redone(go):
     [file] = Path("runs/tiny-lora").glob("soup/*/deeper/more.bin")
     file.write_bytes(b"1235")
     code, made, err = go()
-    assert code == 0 and made == ["soup", "ppo/salsa", "evaluate", "report"]
+    assert code == 0
+    assert made == ["soup", "ppo/salsa", "evaluate", "report"]
     assert "soup … changed: deeper/more.bin" in err
     file.unlink()
     assert "soup … missing: deeper/more.bin" in go()[2]
@@ -142,12 +151,17 @@ def test_force_and_what_hangs_on_it(go):
 
 def test_stages(go):
     code, made, err = go("--stages", "ppo")
-    assert code == 2 and made == [] and err.count("\n") == 1 and "--stages: ppo/" in err and "not finished (new)" in err
+    assert code == 2
+    assert made == []
+    assert err.count("\n") == 1
+    assert "--stages: ppo/" in err
+    assert "not finished (new)" in err
     assert not Path("runs").exists()
     assert go("--stages", "toy,sft")[1] == UNITS[:3]
     assert go("--stages", "reward,soup,ppo/salsa")[1] == ["reward", "soup", "ppo/salsa"]
     code, made, err = go("--stages", "rewrd")
-    assert code == 2 and "did you mean reward?" in err
+    assert code == 2
+    assert "did you mean reward?" in err
 
 
 @pytest.mark.parametrize(
@@ -163,16 +177,20 @@ def test_stages(go):
 def test_a_failed_stage(go, action, said):
     code, made, err = go(reward=action)
     assert (code, made) == (1, UNITS[:3])
-    assert said in err and "Traceback" not in err
+    assert said in err
+    assert "Traceback" not in err
     log = Path("runs/tiny-lora/logs/reward.log")
     assert log.exists() == (action not in ("kill", "exit"))
     code, made, err = go()
-    assert (code, made) == (0, UNITS[3:]) and "reward … unfinished" in err
+    assert (code, made) == (0, UNITS[3:])
+    assert "reward … unfinished" in err
 
 
 def test_debug_shows_the_trace(go):
     err = go("--debug", reward="crash")[2]
-    assert "RuntimeError: boom\nand more\n" in err and "in run" in err and "add --debug" not in err
+    assert "RuntimeError: boom\nand more\n" in err
+    assert "in run" in err
+    assert "add --debug" not in err
     assert "in run" in Path("runs/tiny-lora/logs/reward.log").read_text()
 
 
@@ -184,16 +202,27 @@ def test_prune(go):
     assert len(list(Path("runs/tiny-lora").glob("sft/*/*"))) == 2
     assert go("--set", "policies.abcdef012345={reference: base}")[1] == []
     go("--prune")
-    assert not list(Path("runs/tiny-lora").glob("ppo/abcdef012345/*")) and go()[1] == []
+    assert not list(Path("runs/tiny-lora").glob("ppo/abcdef012345/*"))
+    assert go()[1] == []
 
 
 def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:
     (folder / "tiny.yaml").write_text(RECIPE)
     said = json.dumps(json.dumps(actions))
-    argv = [sys.executable, str(Path(__file__).with_name("fake_stages.py")), "tiny.yaml", "--lora", "--set", f"description={said}", *words]
+    argv = [
+        sys.executable,
+        str(Path(__file__).with_name("fake_stages.py")),
+        "tiny.yaml",
+        "--lora",
+        "--set",
+        f"description={said}",
+        *words,
+    ]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(recipe.__file__).parent.parent)])
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen(argv, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        argv, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def child_pid(process: subprocess.Popen[str]) -> int:
@@ -221,7 +250,9 @@ def test_standard_output_is_the_reports_path(tmp_path):
     process = command(tmp_path)
     out, err = process.communicate(timeout=60)
     [path] = out.splitlines()
-    assert process.returncode == 0 and path.endswith("/report.html") and Path(path).parent.parent == tmp_path / "runs/tiny-lora/report"
+    assert process.returncode == 0
+    assert path.endswith("/report.html")
+    assert Path(path).parent.parent == tmp_path / "runs/tiny-lora/report"
     assert "noise" in err
 
 
@@ -230,17 +261,20 @@ def test_signals_end_the_stage_and_give_their_code(tmp_path, number, code):
     process = command(tmp_path, reward="sleep")
     pid = child_pid(process)
     process.send_signal(number)
-    assert process.wait(10) == code and gone(pid)
+    assert process.wait(10) == code
+    assert gone(pid)
     assert process.stderr.read().count("\n") == 1
     again = command(tmp_path)
-    assert "sft/seed-1 … cached" in again.communicate(timeout=60)[1] and again.returncode == 0
+    assert "sft/seed-1 … cached" in again.communicate(timeout=60)[1]
+    assert again.returncode == 0
 
 
 def test_a_stage_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     process = command(tmp_path, reward="stubborn")
     pid = child_pid(process)
     process.terminate()
-    assert process.wait(processes.GRACE + 10) == 143 and gone(pid)
+    assert process.wait(processes.GRACE + 10) == 143
+    assert gone(pid)
 
 
 def test_kill_9_takes_the_stage_along_and_frees_the_lock(tmp_path):
@@ -251,7 +285,9 @@ def test_kill_9_takes_the_stage_along_and_frees_the_lock(tmp_path):
     assert gone(pid)
     again = command(tmp_path)
     err = again.communicate(timeout=60)[1]
-    assert again.returncode == 0 and "sft/seed-1 … cached" in err and "reward … unfinished" in err
+    assert again.returncode == 0
+    assert "sft/seed-1 … cached" in err
+    assert "reward … unfinished" in err
 
 
 def test_the_lock_names_its_holder(tmp_path):
@@ -259,10 +295,13 @@ def test_the_lock_names_its_holder(tmp_path):
     child_pid(process)
     second = command(tmp_path)
     err = second.communicate(timeout=30)[1]
-    assert second.returncode == 2 and err.count("\n") == 1
-    assert f"pid {process.pid}, since" in err and "in use by host" in err
+    assert second.returncode == 2
+    assert err.count("\n") == 1
+    assert f"pid {process.pid}, since" in err
+    assert "in use by host" in err
     dry = command(tmp_path, "--dry-run")
-    assert dry.communicate(timeout=30)[1] == "" and dry.returncode == 0
+    assert dry.communicate(timeout=30)[1] == ""
+    assert dry.returncode == 0
     process.terminate()
     process.communicate(timeout=30)
 
@@ -278,7 +317,8 @@ def test_write_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no"):
         runs.write_atomic(tmp_path / "a" / "b.txt", "lost")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"] and (tmp_path / "a" / "b.txt").read_bytes() == b"new"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
+    assert (tmp_path / "a" / "b.txt").read_bytes() == b"new"
 
 
 def tensors(path: Path, **values: bytes) -> None:
@@ -299,7 +339,9 @@ def test_base_fingerprint(tmp_path):
     tensors(tmp_path / "b" / "model-1.safetensors", y=other)
     tensors(tmp_path / "b" / "model-2.safetensors", x=one)
     assert base_fingerprint(tmp_path / "b") == same, "however the tensors are spread"
-    (tmp_path / "b" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"y": "model-1.safetensors"}}))
+    (tmp_path / "b" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"y": "model-1.safetensors"}})
+    )
     assert base_fingerprint(tmp_path / "b") != same
     tensors(tmp_path / "c" / "model.safetensors", x=one[:-4] + b"zzzz", y=other)
     assert base_fingerprint(tmp_path / "c") == same, "only the first 64 KiB count"
@@ -339,7 +381,9 @@ def test_fingerprint_of_a_models_folder(tmp_path):
 
 
 def test_a_data_files_content_counts_its_place_does_not(tmp_path):
-    unit = runs.Unit(stage="sft", name="seed-0", run="x:y", slice={"a": 1}, files=(str(tmp_path / "a.jsonl"),), several=True)
+    unit = runs.Unit(
+        stage="sft", name="seed-0", run="x:y", slice={"a": 1}, files=(str(tmp_path / "a.jsonl"),), several=True
+    )
     (tmp_path / "a.jsonl").write_text("1")
     (tmp_path / "b.jsonl").write_text("1")
     first = runs.key(unit, {}, {"torch": "1"}, {})

@@ -474,7 +474,7 @@ class TestRefusals:
             LlamaForSequenceClassification(config), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
         )
         model.save_pretrained(folder / "reward")
-        with pytest.raises(SalsaError, match="modules_to_save is .*score.* not averaged yet"):
+        with pytest.raises(SalsaError, match=r"modules_to_save is .*score.* not averaged yet"):
             StackedAdapter.load([folder / "reward"])
 
     def test_fingerprints_decide_over_names_and_one_that_is_missing_is_warned_of(

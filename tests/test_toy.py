@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.chat_template_utils import is_chat_template_prefix_preserving, is_chat_template_stop_token_trained
+from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from salsa_peft import toy
+from salsa_peft import toy_language as language
 from salsa_peft.config import SalsaError, Toy
 
 TINY = Toy(
@@ -30,14 +32,15 @@ TINY = Toy(
 
 
 def silent(done: int, total: int, what: str) -> None:
-    assert 0 < done <= total and what
+    assert 0 < done <= total, what
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     facts = toy.build(TINY, folder, silent)
-    assert facts["preferences"] == 60 and json.dumps(facts, allow_nan=False)
+    assert facts["preferences"] == 60
+    json.dumps(facts, allow_nan=False)
     return folder
 
 
@@ -79,7 +82,9 @@ def test_gold_by_hand(prompt: str, answer: str, expected: float) -> None:
 
 
 def test_an_unfinished_answer_loses_a_half() -> None:
-    scores = toy.gold(["copy owl saw"] * 3, ["owl saw", "owl saw", ""], finished=[True, False, False], completion_ids=[[1]] * 3)
+    scores = toy.gold(
+        ["copy owl saw"] * 3, ["owl saw", "owl saw", ""], finished=[True, False, False], completion_ids=[[1]] * 3
+    )
     assert scores == [1.0, 0.5, -0.5]
 
 
@@ -90,7 +95,9 @@ def test_gold_reads_messages_and_rendered_prompts() -> None:
     assert toy.gold([messages, "<bos><user>name owl<assistant>"], [answer, "birds"]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("prompt", ["", "sing owl", "list owl birds", "list two birds or two tools", "copy", "repeat two", "copy hawk"])
+@pytest.mark.parametrize(
+    "prompt", ["", "sing owl", "list owl birds", "list two birds or two tools", "copy", "repeat two", "copy hawk"]
+)
 def test_gold_refuses_a_foreign_prompt(prompt: str) -> None:
     with pytest.raises(SalsaError, match="not an instruction of the embedded world"):
         toy.gold([prompt], ["owl"])
@@ -98,12 +105,13 @@ def test_gold_refuses_a_foreign_prompt(prompt: str) -> None:
 
 def test_drawn_answers_are_right_and_damage_is_not() -> None:
     rng = random.Random(0)
-    prompts = [toy.draw_prompt(rng, toy.LENGTHS_IN + toy.LENGTHS_OUT) for _ in range(500)]
-    assert {p.split()[0] for p in prompts} == set(toy.OPERATIONS)
-    answers = [toy.draw_answer(rng, p) for p in prompts]
+    prompts = [language.draw_prompt(rng, language.LENGTHS_IN + language.LENGTHS_OUT) for _ in range(500)]
+    assert {p.split()[0] for p in prompts} == set(language.OPERATIONS)
+    answers = [language.draw_answer(rng, p) for p in prompts]
     assert toy.gold(prompts, [" ".join(a) for a in answers]) == [1.0] * 500
-    damaged = toy.gold(prompts, [" ".join(toy.damage(rng, a, 2)) for a in answers])
-    assert 0.3 < sum(damaged) / 500 < 0.8 and 0 <= min(damaged) and max(damaged) <= 1
+    damaged = toy.gold(prompts, [" ".join(language.damage(rng, a, 2)) for a in answers])
+    assert 0.3 < sum(damaged) / 500 < 0.8
+    assert {0 <= score <= 1 for score in damaged} == {True}
 
 
 def test_tokenizer_round_trip_after_loading(world: Path) -> None:
@@ -113,7 +121,7 @@ def test_tokenizer_round_trip_after_loading(world: Path) -> None:
     assert len(set(special)) == 6
     every = list(range(len(tokenizer)))
     assert tokenizer(tokenizer.decode(every))["input_ids"] == every
-    words = " ".join(toy.VOCABULARY[len(toy.SPECIALS) :])
+    words = " ".join(language.VOCABULARY[len(language.SPECIALS) :])
     assert tokenizer.decode(tokenizer(words)["input_ids"], skip_special_tokens=True) == words
     assert tokenizer("hawk")["input_ids"] == [tokenizer.unk_token_id]
 
@@ -125,18 +133,20 @@ def test_template_marks_the_answer_and_its_eos(world: Path) -> None:
         out = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
         marked = [i for i, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
         assert marked == tokenizer(answer["content"] + "<eos>")["input_ids"]
-        assert out["input_ids"][-1] == tokenizer.eos_token_id and out["assistant_masks"][-1] == 1
+        assert (out["input_ids"][-1], out["assistant_masks"][-1]) == (tokenizer.eos_token_id, 1)
         prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         assert out["input_ids"] == prompt + marked
         assert tokenizer.decode(prompt).replace(" <", "<").replace("> ", ">") == toy._render(question["content"])
     assert is_chat_template_stop_token_trained(tokenizer)
-    assert is_chat_template_prefix_preserving(tokenizer)
+    turns = [{"role": role, "content": "owl"} for role in ("user", "assistant", "user", "assistant")]
+    ids = [tokenizer.apply_chat_template(turns[:n], return_dict=False) for n in (1, 2, 3, 4)]
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(ids))
 
 
 def test_the_base_is_an_ordinary_checkpoint(world: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "base")
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    assert model.config.model_type == "llama" and model.config.vocab_size == len(tokenizer)
+    assert (model.config.model_type, model.config.vocab_size) == ("llama", len(tokenizer))
     assert (model.config.pad_token_id, model.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
@@ -147,7 +157,9 @@ def test_the_same_config_gives_the_same_bytes(world: Path, tmp_path: Path) -> No
 
     toy.build(TINY, tmp_path, silent)
     assert digests(tmp_path) == digests(world)
-    assert {"base/model.safetensors", "base/chat_template.jinja", "demonstrations.jsonl", "eval_out.jsonl"} <= digests(world).keys()
+    assert {"base/model.safetensors", "base/chat_template.jinja", "demonstrations.jsonl", "eval_out.jsonl"} <= digests(
+        world
+    ).keys()
 
 
 def test_eval_prompts_are_in_no_other_file(world: Path) -> None:
@@ -155,13 +167,15 @@ def test_eval_prompts_are_in_no_other_file(world: Path) -> None:
     prompts = {name: [row["prompt"][0]["content"] for row in rows(world, name)] for name in names}
     trained = {row["messages"][0]["content"] for row in rows(world, "demonstrations")}
     trained |= {*prompts["preferences"], *prompts["prompts"]}
-    assert not any(toy.held_out(prompt, TINY.seed) for prompt in trained)
+    assert not any(language.held_out(prompt, TINY.seed) for prompt in trained)
     evaluated = prompts["eval_in"] + prompts["eval_out"]
-    assert len(set(evaluated)) == len(evaluated) == 100 and not trained & set(evaluated)
-    lengths = {name: {len(toy.parse(p).allowed) for p in prompts[name]} for name in names}
-    assert lengths["eval_out"] == {5, 6} and lengths["eval_in"] == lengths["prompts"] == {2, 3, 4}
+    assert len(set(evaluated)) == len(evaluated) == 100
+    assert not trained & set(evaluated)
+    lengths = {name: {len(language.parse(p).allowed) for p in prompts[name]} for name in names}
+    assert lengths["eval_out"] == {5, 6}
+    assert lengths["eval_in"] == lengths["prompts"] == {2, 3, 4}
     rng = random.Random(f"{TINY.seed} pre-training")
-    assert not set(toy.draw_prompts(rng, 200, toy.LENGTHS_OUT, TINY.seed)) & set(evaluated)
+    assert not set(language.draw_prompts(rng, 200, language.LENGTHS_OUT, TINY.seed)) & set(evaluated)
 
 
 def test_preferences_are_ordered_by_gold(world: Path) -> None:

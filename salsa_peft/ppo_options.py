@@ -1,0 +1,89 @@
+"""The engine's own options: plain dataclasses that the recipe's sections and SalsaPPOConfig inherit, so a default stands once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .fields import Count, NonNegative, Positive, require
+
+
+@dataclasses.dataclass(kw_only=True)
+class Sampling:
+    """How responses are sampled. Top-p and top-k do not exist here: log-probs must be those of what was sampled."""
+
+    max_new_tokens: Count = 128
+    """Longest response, EOS included (TRL's response_length)."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """EOS is forbidden before this many tokens, in policy and reference log-probs alike. A remedy for the KL-hack."""
+    temperature: Positive = 1.0
+    """Of sampling; log-probs are those of this distribution (TRL's default is 0.7)."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class PPOOptions:
+    """The engine's own options, in the names of TRL's PPOConfig (1.12) where the thing is the same.
+
+    A plain dataclass: the recipe's `ppo` section and `SalsaPPOConfig` both inherit these fields and defaults.
+    """
+
+    num_ppo_epochs: Count = 4
+    """Passes over a rollout batch (TRL)."""
+    num_mini_batches: Count = 1
+    """Optimizer steps in one such pass (TRL)."""
+    rollout_batch_size: Count | None = None
+    """Responses generated, or scored, in one call (TRL: local_rollout_forward_batch_size). None: the rollout batch."""
+    logged_completions: Annotated[int, Field(ge=0)] = 4
+    """Responses of each rollout batch that completions.jsonl keeps."""
+    kl_coef: NonNegative = 0.2
+    """β at the start. Paper A.3: 0.2 for PPO, 0.01 for SALSA; policies give their own."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
+    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman), abs, or exact over the vocabulary."""
+    kl_control: Literal["fixed", "adaptive"] = "adaptive"
+    """adaptive: β follows kl_target (Ziegler et al., 2019; the paper's "initial KL coefficient", TRL 0.8)."""
+    kl_target: Positive = 6.0
+    """Nats per response (TRL 0.8)."""
+    kl_horizon: Positive = 10_000.0
+    """Responses in which β can change by about ×1.2 (TRL 0.8)."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount (TRL)."""
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """GAE's λ (TRL)."""
+    cliprange: Positive = 0.2
+    """ε of the policy loss (TRL)."""
+    cliprange_value: Positive = 0.2
+    """Clip of the value's change in its loss (TRL)."""
+    vf_coef: NonNegative = 0.1
+    """Weight of the value loss (TRL)."""
+    value_head_learning_rate: Positive | None = None
+    """Of the value head, which starts at zero and may need a higher one than the policy. None: learning_rate."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards to unit variance (TRL); the mean is kept."""
+    max_ratio: Positive = 10.0
+    """A minibatch whose mean probability ratio passes this is skipped (TRL 0.8's ratio_threshold)."""
+    missing_eos_penalty: NonNegative | None = None
+    """Taken off the score of a response without EOS (TRL). None: off."""
+    score_clip: Positive | None = None
+    """Scores are clipped to ± this. None: off."""
+    normalize_scores: bool = False
+    """Divide scores by their running standard deviation (TRL 0.8's use_score_scaling)."""
+    max_prompt_length: Count | None = None
+    """Longer prompts are left out, and counted. None: what the model's length leaves beside max_new_tokens."""
+
+    def check_batches(self, section: str, batch_size: int, micro_batch_size: int | None) -> None:
+        """Raise SalsaError unless a rollout batch cuts into minibatches, these into micro-batches, and itself into calls."""
+        minibatch, rest = divmod(batch_size, self.num_mini_batches)
+        require(
+            rest == 0,
+            f"{section}.batch_size: found {batch_size}, expected a multiple of num_mini_batches {self.num_mini_batches};"
+            f" set {section}.batch_size={math.ceil(batch_size / self.num_mini_batches) * self.num_mini_batches}",
+        )
+        micro = micro_batch_size or minibatch
+        require(
+            minibatch % micro == 0,
+            f"{section}.micro_batch_size: found {micro}, expected a divisor of the minibatch, {batch_size} /"
+            f" {self.num_mini_batches} = {minibatch} responses",
+        )

@@ -1,0 +1,135 @@
+"""The soup section, and what a policy's `reference:` may say: seeds, soups, shrunk seeds, the base, another adapter.
+
+A new kind that is a mapping is one function and one row of REFERENCE_KINDS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from .fields import SEED, STRICT, require
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Soup:
+    """The weight average of seeds: θ = Σ w_i θ_i."""
+
+    members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
+        default_factory=lambda: [0, 1]
+    )
+    """Positions in sft.seeds."""
+    weights: list[float] | None = None
+    """One per member, sum 1. None: uniform (α = ½ for two, the paper's best)."""
+
+    @property
+    def resolved(self) -> list[float]:
+        """The weights, uniform where none are given."""
+        return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
+
+    def check(self, where: str, seeds: int) -> None:
+        """Raise SalsaError for members that are not there and weights that don't fit."""
+        for member in self.members:
+            require(
+                member < seeds,
+                f"{where}.members: found seed {member}, expected positions 0 to {seeds - 1} of sft.seeds",
+            )
+        require(
+            len(set(self.members)) == len(self.members),
+            f"{where}.members: found {self.members}, expected no member twice",
+        )
+        require(
+            len(self.resolved) == len(self.members),
+            f"{where}.weights: found {len(self.resolved)} weights for {len(self.members)} members, expected one each",
+        )
+        total = sum(self.resolved)
+        require(
+            abs(total - 1) < 1e-6,
+            f"{where}.weights: found {self.resolved}, which sum to {total:g}, expected a sum of 1; scale them",
+        )
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Reference:
+    """What the KL term looks at: the base plus a weighted sum of seeds' deltas, or another adapter.
+
+    seed-N is one member at 1, a soup its members at weights of sum 1, `shrunk` one member at a scale, `base` no member.
+    """
+
+    label: str
+    members: list[int] = dataclasses.field(default_factory=list)
+    weights: list[float] = dataclasses.field(default_factory=list)
+    soup: bool = False
+    """The recipe's own soup (the soup stage's output)."""
+    path: str | None = None
+    """A folder or Hub id of a LoRA adapter of the same base."""
+
+
+def _shrunk(where: str, value: Any) -> Reference:
+    given = value if isinstance(value, dict) else {}
+    seed, scale = given.get("seed", 0), given.get("scale")
+    found = f"{where}.shrunk: found {value!r}"
+    require(
+        set(given) <= {"seed", "scale"} and type(seed) is int and seed >= 0, f"{found}, expected {{seed: N, scale: λ}}"
+    )
+    require(_is_number(scale), f"{found}, expected a number for scale, such as 0.6")
+    return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(given["scale"])])
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _inline_soup(where: str, value: Any) -> Reference:
+    given = value if isinstance(value, dict) else {}
+    members, weights = given.get("members", [0, 1]), given.get("weights")
+    fits = (
+        given is value
+        and set(given) <= {"members", "weights"}
+        and isinstance(members, list)
+        and isinstance(weights, list | None)
+    )
+    fits = (
+        fits
+        and bool(members)
+        and all(type(m) is int and m >= 0 for m in members)
+        and all(map(_is_number, weights or []))
+    )
+    require(fits, f"{where}.soup: found {value!r}, expected {{members: [0, 1], weights: [0.5, 0.5]}}")
+    soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
+    soup.check(f"{where}.soup", max(members) + 1)  # whether these seeds are there is seen with the recipe
+    return Reference(label="soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved, members, strict=False)),
+                     members=members, weights=soup.resolved)  # fmt: skip
+
+
+REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}
+
+
+def parse_reference(where: str, value: Any) -> list[Reference]:
+    """What a policy's `reference:` says → a list of references (their KLs are averaged).
+
+    A string: seed-N, base, soup, or a folder or Hub id of an adapter; a mapping: one of REFERENCE_KINDS; a list of these.
+    Raises SalsaError that names the key.
+    """
+    if isinstance(value, list):
+        require(bool(value), f"{where}: found an empty list, expected at least one reference")
+        return [
+            reference for index, entry in enumerate(value) for reference in parse_reference(f"{where}[{index}]", entry)
+        ]
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in REFERENCE_KINDS:
+        kind, options = next(iter(value.items()))
+        return [REFERENCE_KINDS[kind](where, options)]
+    require(
+        isinstance(value, str) and bool(value),
+        f"{where}: found {value!r}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these",
+    )
+    if seed := SEED.match(value):
+        return [Reference(label=value, members=[int(seed[1])], weights=[1.0])]
+    if value == "base":
+        return [Reference(label="base")]
+    if value == "soup":
+        return [Reference(label="soup", soup=True)]
+    return [Reference(label=value.rstrip("/").rsplit("/", 1)[-1], path=value)]

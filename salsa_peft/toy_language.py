@@ -1,0 +1,175 @@
+"""The language of the embedded world: instructions whose answers a program can check. Pure Python.
+
+Five operations over 36 words of 6 categories:
+    list three birds               three different birds; also `list one birds and two tools`
+    copy owl saw                   owl saw
+    repeat two owl                 owl owl
+    name owl saw                   birds tools
+    kin owl saw                    another bird, another tool
+In distribution an answer has 2–4 words, out of distribution 5–6.
+
+Left out: a task of free length (so that no policy can hide from the KL in short answers), several turns, system messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any, NamedTuple
+
+from .config import SalsaError
+
+CATEGORIES = {
+    "birds": ("owl", "wren", "crow", "finch", "robin", "heron"),
+    "fruits": ("apple", "pear", "plum", "fig", "lemon", "mango"),
+    "tools": ("saw", "axe", "drill", "rake", "hammer", "spade"),
+    "metals": ("tin", "iron", "zinc", "lead", "copper", "nickel"),
+    "trees": ("oak", "elm", "ash", "pine", "birch", "maple"),
+    "fish": ("cod", "eel", "carp", "trout", "perch", "tuna"),
+}
+CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words}
+WORDS = tuple(CATEGORY_OF)
+NUMBERS = ("one", "two", "three", "four", "five", "six")
+OPERATIONS = ("list", "copy", "repeat", "name", "kin")
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<unk>")
+GRADES = ("bad", "poor", "fair", "good", "perfect")
+VOCABULARY = (*SPECIALS, *OPERATIONS, "and", *NUMBERS, *CATEGORIES, *WORDS, *GRADES)
+LENGTHS_IN, LENGTHS_OUT = (2, 3, 4), (5, 6)
+MAX_NEW_TOKENS = 10
+DAMAGE = (4, 3, 1, 1, 2, 2)  # odds of the kinds of error in `damage`, about as seeds make them: mostly a wrong word
+UNFINISHED = 0.5
+
+
+class Task(NamedTuple):
+    """What an instruction asks for: the words allowed at each position of the answer, and whether they must all differ."""
+
+    allowed: tuple[tuple[str, ...], ...]
+    distinct: bool
+
+
+def parse(prompt: str) -> Task:
+    """Reads one instruction. Raises SalsaError where it is none of this world."""
+    words = [word for word in _split(prompt) if word not in SPECIALS]
+    operation, rest = (words[0], words[1:]) if words else ("", [])
+    try:
+        if operation == "list":
+            parts = [rest[:2]] if len(rest) == 2 else [rest[:2], rest[3:]]
+            if len(parts) == 2 and (len(rest) != 5 or rest[2] != "and"):
+                raise ValueError
+            return Task(tuple(CATEGORIES[c] for n, c in parts for _ in range(NUMBERS.index(n) + 1)), True)
+        if operation == "repeat":
+            number, word = rest
+            return Task((_allowed("copy", word),) * (NUMBERS.index(number) + 1), False)
+        if operation in OPERATIONS and rest:
+            return Task(tuple(_allowed(operation, word) for word in rest), False)
+    except (ValueError, KeyError):
+        pass
+    raise SalsaError(
+        f"prompt {prompt!r}: not an instruction of the embedded world; expected one such as 'copy owl saw'"
+    )
+
+
+def _allowed(operation: str, word: str) -> tuple[str, ...]:
+    category = CATEGORY_OF[word]
+    kin = tuple(other for other in CATEGORIES[category] if other != word)
+    return {"copy": (word,), "name": (category,), "kin": kin}[operation]
+
+
+def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None = None, **kwargs: Any) -> list[float]:
+    """TRL's reward-function signature: the share of right words, (right positions) / max(words asked for, words given) in [0, 1].
+
+    A position is right if its word is allowed there (and, in `list`, has not been given before). A response that no EOS ended
+    (`finished` False) loses 0.5, so its score lies in [−0.5, 0.5]; without `finished` all count as finished, since a decoded text
+    does not show it. Prompts and completions are texts or lists of messages, of which the last user's and the last count. Special
+    tokens in a completion are words, and wrong ones; only one final <eos> is taken off. An empty answer scores 0.
+    Further columns and `completion_ids` are ignored.
+    """
+    ended = finished if finished is not None else [True] * len(completions)
+    scores = []
+    for prompt, completion, end in zip(prompts, completions, ended, strict=True):
+        scores.append(grade(_text(prompt, "user"), _text(completion, "assistant")) - (0.0 if end else UNFINISHED))
+    return scores
+
+
+def grade(prompt: str, answer: str) -> float:
+    """`gold` of one finished answer."""
+    task, words = parse(prompt), _split(answer)
+    words = words[:-1] if words[-1:] == ["<eos>"] else words
+    right = 0
+    for i, (word, allowed) in enumerate(zip(words, task.allowed, strict=False)):
+        right += word in allowed and not (task.distinct and word in words[:i])
+    return right / max(len(task.allowed), len(words))
+
+
+def _split(text: str) -> list[str]:
+    for special in SPECIALS:
+        text = text.replace(special, f" {special} ")
+    return text.split()
+
+
+def _text(turns: Any, role: str) -> str:
+    if isinstance(turns, str):
+        return turns
+    return next((message["content"] for message in reversed(turns) if message["role"] == role), "")
+
+
+# --- drawing instructions and answers ---
+def draw_prompt(rng: random.Random, lengths: tuple[int, ...]) -> str:
+    """One instruction whose answer has one of `lengths` words; the operation and the length are uniform."""
+    operation, n = rng.choice(OPERATIONS), rng.choice(lengths)
+    if operation == "list":
+        first = rng.choice(range(1, n + 1))
+        a, b = rng.sample(list(CATEGORIES), 2)
+        return f"list {NUMBERS[first - 1]} {a}" + (f" and {NUMBERS[n - first - 1]} {b}" if first < n else "")
+    if operation == "repeat":
+        return f"repeat {NUMBERS[n - 1]} {rng.choice(WORDS)}"
+    return f"{operation} {' '.join(rng.choice(WORDS) for _ in range(n))}"
+
+
+def draw_answer(rng: random.Random, prompt: str) -> list[str]:
+    """A right answer, all of them equally likely."""
+    task, answer = parse(prompt), []
+    for allowed in task.allowed:
+        answer.append(rng.choice([word for word in allowed if not (task.distinct and word in answer)]))
+    return answer
+
+
+def damage(rng: random.Random, answer: list[str], errors: int) -> list[str]:
+    """The kinds of errors that models make here: wrong word, wrong category, missing, extra, repeated word, wrong order."""
+    words = list(answer)
+    for _ in range(errors):
+        kind, i = rng.choices(range(6), DAMAGE)[0], rng.randrange(len(words) or 1)
+        word = words[i] if words else rng.choice(WORDS)
+        siblings = CATEGORIES.get(CATEGORY_OF.get(word, ""), tuple(CATEGORIES))
+        if kind == 0 or not words:
+            words[i : i + 1] = [rng.choice(siblings)]
+        elif kind == 1:
+            words[i] = rng.choice(WORDS + tuple(CATEGORIES))
+        elif kind == 2:
+            del words[i]
+        elif kind == 3 and len(words) < MAX_NEW_TOKENS - 1:
+            words.insert(i, rng.choice(siblings))
+        elif kind == 4:
+            words[i] = words[i - 1]
+        else:
+            words[i], words[i - 1] = words[i - 1], words[i]
+    return words
+
+
+def held_out(prompt: str, seed: int) -> bool:
+    """A quarter of all instructions, by hash: they serve evaluation alone, and no other text of the world holds them."""
+    return hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[0] < 64
+
+
+def draw_prompts(
+    rng: random.Random, n: int, lengths: tuple[int, ...], seed: int, evaluation: bool = False
+) -> list[str]:
+    """n instructions of the training side (repeats happen), or n different ones of the held-out side."""
+    prompts: list[str] = []
+    seen: set[str] = set()
+    while len(prompts) < n:
+        prompt = draw_prompt(rng, lengths)
+        if held_out(prompt, seed) == evaluation and not (evaluation and prompt in seen):
+            seen.add(prompt)
+            prompts.append(prompt)
+    return prompts
