@@ -101,7 +101,11 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
     vf_coef · value. `tokens` is the number of True in the whole minibatch's mask, so that micro-batches of other lengths add
     up to the minibatch's own gradient.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    given = (logprobs, values, old_logprobs, old_values, advantages, returns)
+    logprobs, values, old_logprobs, old_values, advantages, returns = (
+        tensor.masked_fill(~mask, 0.0) for tensor in given
+    )
+    log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)

@@ -41,7 +41,6 @@ from salsa_peft.config import SalsaError
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from peft.tuners.lora import LoraLayer
 
 
 class Stack(NamedTuple):

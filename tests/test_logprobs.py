@@ -1,0 +1,218 @@
+"""Log-probs without logits: the values and the gradient of the full formula, in chunks, and no (N, V) tensor on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from salsa_peft import logprobs
+from salsa_peft.logprobs import Head, full_kl, head_of, token_logprobs
+
+N, H, V, EOS = 11, 8, 13, 2
+
+
+class Case:
+    """N states of width H over a vocabulary of V; EOS forbidden at every third."""
+
+    def __init__(self, temperature: float = 1.0, bias: bool = False, trained: bool = False) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.hidden, self.other = torch.randn(2, N, H, generator=generator)
+        self.labels = torch.randint(3, V, (N,), generator=generator)
+        self.forbidden = torch.arange(N) % 3 == 0
+        self.labels[1] = EOS
+        weight = torch.randn(V, H, generator=generator).requires_grad_(trained)
+        self.head = Head(weight, torch.randn(V, generator=generator) if bias else None, temperature, EOS)
+
+    def distribution(self, hidden: Tensor) -> Tensor:
+        """log π in double, by the formula: softmax(logits / temperature) over what could be sampled."""
+        logits = hidden.double() @ self.head.weight.double().T
+        if self.head.bias is not None:
+            logits = logits + self.head.bias.double()
+        allowed = torch.ones(N, V, dtype=torch.bool)
+        allowed[self.forbidden, EOS] = False
+        return (logits / self.head.temperature).masked_fill(~allowed, -torch.inf).log_softmax(-1)
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """(N,) of the labels."""
+        return self.distribution(hidden)[torch.arange(N), self.labels]
+
+
+@pytest.fixture(params=[3, 256], ids=["four chunks", "one chunk"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Eleven rows in chunks of 3, 3, 3 and 2, or in one."""
+    monkeypatch.setattr(logprobs, "CHUNK", request.param)
+    return int(request.param)
+
+
+CASES: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"temperature": 1.8, "bias": True}]
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_values_and_entropy_are_the_formulas(chunk: int, options: dict[str, Any], trained: bool) -> None:
+    case = Case(**options, trained=trained)
+    found = token_logprobs(case.hidden, case.labels, case.forbidden, case.head)
+    log_pi = case.distribution(case.hidden)
+    entropy = -(log_pi.exp() * log_pi.clamp(min=-1e9)).sum(-1)
+    assert found.logprobs.dtype == found.entropy.dtype == torch.float32
+    torch.testing.assert_close(found.logprobs.double(), case.logprobs(case.hidden), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    assert not found.entropy.requires_grad
+    assert found.logprobs.requires_grad is trained
+
+
+def test_more_rows_than_the_real_chunk() -> None:
+    """2 · 256 + 1 rows in three chunks."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(513, H, generator=generator), torch.randn(V, H, generator=generator)
+    labels = torch.randint(0, V, (513,), generator=generator)
+    found = token_logprobs(hidden, labels, torch.zeros(513, dtype=torch.bool), Head(weight, None, 1.0, EOS))
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(513), labels]
+    torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_gradient_is_that_of_the_full_formula(chunk: int, options: dict[str, Any], trained: bool) -> None:
+    """To the states, and where the head is trained to the head; weighted differently at every token."""
+    case, upstream = Case(**options, trained=trained), torch.linspace(-2, 3, N)
+    grads = []
+    for value in (lambda h: token_logprobs(h, case.labels, case.forbidden, case.head).logprobs, case.logprobs):
+        hidden = case.hidden.clone().requires_grad_()
+        case.head.weight.grad = None
+        (value(hidden) * upstream).sum().backward()
+        grads.append((hidden.grad, case.head.weight.grad))
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-5, atol=1e-5)
+    assert (grads[0][1] is not None) is trained
+    if trained:
+        torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradcheck(chunk: int, temperature: float) -> None:
+    """Against finite differences. The log-softmax is float32 by design, so the step is 1e-2 and the tolerance 1e-3."""
+    case = Case(temperature, bias=True)
+    head = case.head._replace(weight=case.head.weight.double(), bias=case.head.bias.double())  # type: ignore[union-attr]
+    hidden = (0.3 * case.hidden.double()).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h: token_logprobs(h, case.labels, case.forbidden, head).logprobs,
+        (hidden,),
+        eps=1e-2,
+        atol=1e-3,
+        rtol=1e-3,
+    )
+
+
+def test_states_and_head_in_bfloat16_give_float32_figures() -> None:
+    """The matrix product is bf16's, the softmax float32; the gradient comes back in the states' own type."""
+    case = Case()
+    head = case.head._replace(weight=case.head.weight.bfloat16())
+    hidden = case.hidden.bfloat16().requires_grad_()
+    found = token_logprobs(hidden, case.labels, case.forbidden, head)
+    found.logprobs.sum().backward()
+    assert found.logprobs.dtype == torch.float32
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    logits = (hidden.detach() @ head.weight.T).float()
+    logits[case.forbidden, EOS] = -torch.inf
+    torch.testing.assert_close(
+        found.logprobs.detach(), logits.log_softmax(-1)[torch.arange(N), case.labels], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_forbidden_eos_has_no_probability() -> None:
+    """And the others share what it had; where it is allowed nothing changes."""
+    case = Case()
+    case.labels[:] = EOS
+    found = token_logprobs(case.hidden, case.labels, case.forbidden, case.head).logprobs
+    assert found[case.forbidden].eq(-torch.inf).all()
+    torch.testing.assert_close(
+        found[~case.forbidden], (case.hidden @ case.head.weight.T).log_softmax(-1)[~case.forbidden, EOS]
+    )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    """No operation of forward or backward makes a tensor of more than CHUNK · V numbers (or the head's own V · H)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    monkeypatch.setattr(logprobs, "CHUNK", 3)
+    rows, vocabulary, width = 64, 40, 4
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+            return result
+
+    hidden, other = torch.randn(2, rows, width)
+    hidden.requires_grad_()
+    head = Head(torch.randn(vocabulary, width, requires_grad=trained), None, 1.0, EOS)
+    labels, forbidden = torch.full((rows,), 5), torch.zeros(rows, dtype=torch.bool)
+    with Watch():
+        token_logprobs(hidden, labels, forbidden, head).logprobs.sum().backward()
+        full_kl(hidden, other, forbidden, head)
+    assert rows * width <= largest <= max(vocabulary * width, rows * width)
+    assert largest < rows * vocabulary / 8
+
+
+def test_nothing_is_kept_for_the_backward_that_is_vocabulary_wide() -> None:
+    """A trained head would keep probabilities of every chunk without the checkpoint; a frozen one keeps (N, H)."""
+    for trained in (False, True):
+        case, kept = Case(trained=trained), []
+
+        def pack(tensor: Tensor, kept: list[Any] = kept) -> Tensor:
+            kept.append(tuple(tensor.shape))
+            return tensor
+
+        hidden = case.hidden.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            token_logprobs(hidden, case.labels, case.forbidden, case.head)
+        assert (N, V) not in kept, (trained, kept)
+        assert kept.count((N, H)) == 1 if not trained else True
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_full_kl_is_exact(chunk: int, options: dict[str, Any]) -> None:
+    """Against torch's kl_div in double; 0 to itself, never negative, no gradient."""
+    case = Case(**options)
+    found = full_kl(case.hidden.requires_grad_(), case.other, case.forbidden, case.head)
+    policy, other = (case.distribution(states).masked_fill(case.forbidden[:, None] & (torch.arange(V) == EOS), -1e4)
+                     for states in (case.hidden, case.other))  # fmt: skip
+    expected = nn.functional.kl_div(other, policy, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.min() > 0.01
+    assert not found.requires_grad
+    assert full_kl(case.hidden, case.hidden, case.forbidden, case.head).abs().max() < 1e-6
+
+
+def test_kl_has_a_direction() -> None:
+    """KL(π ‖ ref) is not KL(ref ‖ π): by hand with two tokens, log-odds 0 and ln 3.
+
+    π = (½, ½), ref = (¾, ¼): KL(π ‖ ref) = ½ ln(⅔) + ½ ln 2 = ½ ln(4/3).
+    """
+    head = Head(torch.tensor([[1.0], [0.0]]), None, 1.0, 0)
+    policy, reference = torch.tensor([[0.0]]), torch.tensor([[3.0]]).log()
+    found = full_kl(policy, reference, torch.tensor([False]), head)
+    torch.testing.assert_close(found, torch.tensor([4 / 3]).log() / 2)
+
+
+def test_head_of_a_model(make_base: Callable[..., Any], tokenizer: Any) -> None:
+    """Its output embeddings; log π from it and the trunk is log_softmax of the model's logits."""
+    lm = make_base()
+    head = head_of(lm, 0.7, int(tokenizer.eos_token_id))
+    assert head.weight is lm.lm_head.weight
+    assert (head.bias, head.temperature, head.eos) == (None, 0.7, tokenizer.eos_token_id)
+    ids = torch.tensor([[5, 9, 12, 7]])
+    with torch.no_grad():
+        states = lm.model(ids)[0][0, :-1]
+        expected = (lm(ids).logits[0] / 0.7).log_softmax(-1)[torch.arange(3), ids[0, 1:]]
+        found = token_logprobs(states, ids[0, 1:], torch.zeros(3, dtype=torch.bool), head)
+    torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)

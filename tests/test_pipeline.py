@@ -1,0 +1,209 @@
+"""The whole recipe by its command, small: every stage in its own process, then again, then pieces of what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "toy.pretrain_steps": 60, "toy.pretrain_examples": 1000, "toy.demonstrations": 64, "toy.preferences": 128, "toy.prompts": 32,
+    "toy.eval_prompts": 16, "toy.hidden_size": 32, "sft.num_train_epochs": 2, "reward.num_train_epochs": 1, "reward.batch_size": 16,
+    "sft.seeds": [0, 1, 2], "ppo.batch_size": 16, "ppo.num_mini_batches": 2, "ppo.num_ppo_epochs": 1, "landscape.resolution": 1,
+    "landscape.alphas": [0.0, 0.5, 1.0], "landscape.scales": [0.6], "export": ["merged"], "evaluate.models": ["seed-1", "base"],
+    "policies": {"ppo": {"reference": "seed-0"}, "salsa": {"reference": "soup"},
+                 "mkl": {"reference": ["seed-0", {"soup": {"members": [1, 2]}}, {"shrunk": {"seed": 0, "scale": 0.6}}, "base"]}},
+}  # fmt: skip
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python -m salsa_peft.recipe quickstart --lora`, cut small."""
+    sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    argv = [
+        sys.executable,
+        "-m",
+        "salsa_peft.recipe",
+        "quickstart",
+        "--lora",
+        *sets,
+        "--output-dir",
+        str(folder),
+        *words,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder."""
+    folder = tmp_path_factory.mktemp("run") / "small"
+    done = command(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.splitlines()[0] == f"results: {folder}"
+    assert done.stdout.strip().endswith("report.html")
+    return folder
+
+
+def unit(run: Path, name: str) -> Path:
+    """The one finished folder of a unit."""
+    (found,) = [path.parent for path in (run / name).glob("*/manifest.json")]
+    return found
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_stage_left_what_it_should(run: Path) -> None:
+    """Files, and figures that are figures."""
+    report = unit(run, "report")
+    assert {"report.html", "report.md", "summary.json", "figures"} <= {path.name for path in report.iterdir()}
+    reward = read(unit(run, "reward") / "metrics.json")
+    assert 0 <= reward["accuracy"]["held_out"]["mean"] <= 1
+    assert reward["pairs"] == {"train": 115, "held_out": 13}
+    for name in ("ppo", "salsa", "mkl"):
+        rows = [json.loads(line) for line in (unit(run, f"ppo/{name}") / "metrics.jsonl").read_text().splitlines()]
+        assert [row["update"] for row in rows] == [1, 2]
+    assert rows[0]["objective/kl"] > 0
+    first = [
+        json.loads((unit(run, f"ppo/{name}") / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("ppo", "salsa")
+    ]
+    assert first[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(first[1]["objective/kl"]) > 1e-4, "with a soup as reference the KL is not zero at the start"
+    landscape = read(unit(run, "landscape") / "landscape.json")
+    line, control = landscape["lines"]
+    assert [point["at"] for point in line["points"]] == [0, 0.5, 1]
+    assert [point["weights"] for point in control["points"]] == [[0.6]]
+    assert landscape["plane"]["members"] == ["seed-0", "seed-1", "seed-2"]
+    evaluation = read(unit(run, "evaluate") / "evaluation.json")
+    assert evaluation["models"] == ["seed-0", "soup", "seed-1", "base", "ppo", "salsa", "mkl"]
+    assert set(evaluation["datasets"]) == {"in", "out"}
+
+
+def test_seeds_differ_and_the_policy_starts_at_seed_0(run: Path) -> None:
+    """Other data order, other initialisation; the reward adapter and the policy move away from seed-0, of the same shapes."""
+    import torch
+    from safetensors.torch import load_file
+
+    a, b = (load_file(unit(run, f"sft/seed-{n}") / "adapter_model.safetensors") for n in (0, 1))
+    assert a.keys() == b.keys()
+    assert all(not torch.equal(a[key], b[key]) for key in a)
+    policy, reward = (load_file(unit(run, name) / "adapter_model.safetensors") for name in ("ppo/salsa", "reward"))
+    assert policy.keys() == a.keys()
+    assert reward.keys() == a.keys() | {"base_model.model.score.weight"}
+    distance = {
+        name: sum(float((x[key] - a[key]).norm() ** 2) for key in a) for name, x in (("policy", policy), ("seed-1", b))
+    }
+    assert 0 < distance["policy"] < 0.2 * distance["seed-1"]
+
+
+def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) -> None:
+    """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
+    from salsa_peft import adapters, data
+    from salsa_peft.config import Generation, Source
+    from salsa_peft.models import load_base, load_tokenizer
+    from salsa_peft.parsing import load_recipe
+    from salsa_peft.rewards import AdapterReward
+    from salsa_peft.rollout import respond
+
+    recipe = load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe
+    toy = unit(run, "toy")
+    tokenizer = load_tokenizer(str(toy / "base"))
+    model = adapters.attach(load_base(str(toy / "base"), recipe.model, tokenizer), unit(run, "sft/seed-1"), "seed-1")
+    adapters.attach(model, unit(run, "soup"), "soup")
+    reward = AdapterReward(model, unit(run, "reward"))
+    rows = data.prompts(Source(path=str(toy / "eval_in.jsonl")))
+    tokens = [data.prompt_tokens(row, tokenizer) for row in rows]
+    sampling: Generation = recipe.generation
+    points = read(unit(run, "landscape") / "landscape.json")["lines"][0]["points"]
+    for name, point in (("seed-1", points[2]), ("soup", points[1])):
+        with adapters.active(model, name):
+            batches = list(respond(model, tokens, sampling, tokenizer, recipe.landscape.seed, sampling.batch_size))
+        scores = [score for _, responses in batches for score in reward(responses).tolist()]
+        assert sum(scores) / len(scores) == pytest.approx(point["scores"]["reward"]["mean"], abs=1e-4)
+
+
+def test_the_reward_model_scores_as_trls_trainer_does(run: Path) -> None:
+    """One adapter on the shared base and a head, against the sequence classifier that was trained."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from salsa_peft import adapters
+    from salsa_peft.config import Model
+    from salsa_peft.models import load_base, load_tokenizer
+    from salsa_peft.rewards import AdapterReward
+    from salsa_peft.rollout import Responses
+
+    base, folder = unit(run, "toy") / "base", unit(run, "reward")
+    tokenizer = load_tokenizer(str(base))
+    pair = json.loads((unit(run, "toy") / "preferences.jsonl").read_text().splitlines()[0])
+    prompt = list(
+        tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+    whole = list(tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"], return_dict=True)["input_ids"])
+    assert whole[: len(prompt)] == prompt
+    assert whole[-1] == tokenizer.eos_token_id
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    expected = PeftModel.from_pretrained(classifier, str(folder)).eval()(torch.tensor([whole])).logits.item()
+    model = adapters.attach(load_base(str(base), Model(dtype="float32"), tokenizer), folder, "reward")
+    pad = tokenizer.pad_token_id
+    response = torch.tensor([[*whole[len(prompt) :], pad, pad]])
+    ids = torch.tensor([[pad, *prompt]])
+    found = AdapterReward(model, folder)(Responses(ids, ids != pad, response, response != pad, torch.tensor([True])))
+    assert found.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_merged_policy_generates_what_its_adapter_does(run: Path) -> None:
+    """export: merged, a plain Transformers checkpoint."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, policy = unit(run, "toy") / "base", unit(run, "ppo/salsa")
+    tokenizer = AutoTokenizer.from_pretrained(policy / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(policy / "merged")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(policy))
+    for line in (unit(run, "toy") / "eval_in.jsonl").read_text().splitlines()[:8]:
+        prompt = tokenizer.apply_chat_template(
+            json.loads(line)["prompt"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        texts = [model.generate(**prompt, do_sample=False, max_new_tokens=10) for model in (merged, adapted)]
+        assert torch.equal(*texts)
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(merged.parameters(), AutoModelForCausalLM.from_pretrained(base).parameters(), strict=True)
+    )
+
+
+def test_a_second_run_skips_everything_and_a_damaged_file_is_redone(run: Path) -> None:
+    """Within 15 s, without the libraries being loaded; a flipped bit is named."""
+    start = time.perf_counter()
+    again = command(run)
+    seconds = time.perf_counter() - start
+    assert again.returncode == 0
+    lines = [line for line in again.stderr.splitlines() if "…" in line]
+    assert len(lines) == 12
+    assert all(line.endswith("… cached") for line in lines)
+    assert seconds < 15
+    weights = unit(run, "soup") / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    plan = command(run, "--dry-run")
+    assert "soup" in plan.stdout
+    assert "adapter_model.safetensors" in plan.stdout
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "adapter_model.safetensors" not in command(run, "--dry-run").stdout
