@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .config import Adapter, require
+from .config import Adapter, SalsaError, require
 from .runs import write_atomic
 
 if TYPE_CHECKING:
@@ -71,13 +72,15 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     config, tensors = read(folder)
     tensors = {key: value for key, value in tensors.items() if key != SCORE_HEAD}
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
-    if isinstance(model, PeftModel):
-        with active(model, None):
-            model.add_adapter(name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
-    expected = set(get_peft_model_state_dict(model, adapter_name=name))
-    odd = sorted(expected ^ set(tensors))
+    try:
+        model = _add(model, name, config)
+    except NoMatchingPeftModuleError as error:
+        raise SalsaError(
+            f"{folder}: found target modules {config.target_modules}, none of them in the base; expected an adapter of this base"
+        ) from error
+    expected = {key: value.shape for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+    found = {key: value.shape for key, value in tensors.items()}
+    odd = sorted({key for key, _ in expected.items() ^ found.items()})
     require(
         not odd,
         f"{folder}: found {len(odd)} tensors that don't pair with the base's modules ({', '.join(odd[:2])} …), expected an"
@@ -85,6 +88,14 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     )
     set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
     set_trainable(model, name, trainable)
+    return model
+
+
+def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=name)
+    with active(model, None):
+        model.add_adapter(name, config)
     return model
 
 
@@ -120,23 +131,28 @@ def tuner_layers(model: nn.Module) -> list[Any]:
 
 
 class Toggle:
-    """Switches which adapter is active, fast: the layers are listed once, a switch sets one attribute in each."""
+    """Switches which adapter is active, fast: a switch sets one attribute in each layer.
+
+    The layers are listed once, and anew where adapters came or went: one may have wrapped layers that had none.
+    """
 
     def __init__(self, model: PeftModel) -> None:
-        self.layers = tuner_layers(model)
+        self.model, self.names, self.layers = model, list(model.peft_config), tuner_layers(model)
 
     @contextlib.contextmanager
     def __call__(self, name: str | None) -> Iterator[None]:
         """Within the context, adapter `name` is active, or none (None: the plain base); the state found comes back after."""
-        before = [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
-        found = name is None or any(name in layer.lora_A for layer in self.layers)
-        require(found, f"adapter {name!r}: found no such adapter on this base, expected one that was attached")
+        if self.names != list(self.model.peft_config):
+            self.names, self.layers = list(self.model.peft_config), tuner_layers(self.model)
+        layers, known = self.layers, name is None or name in self.names
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        require(known, f"adapter {name!r}: found no such adapter on this base, expected one that was attached")
         try:
-            for layer in self.layers:
+            for layer in layers:
                 layer._active_adapter, layer._disable_adapters = [name] if name else [], name is None
             yield
         finally:
-            for layer, (adapter, disabled) in zip(self.layers, before, strict=True):
+            for layer, (adapter, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = adapter, disabled
 
 

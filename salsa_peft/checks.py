@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 import json
 import os
 import re
@@ -58,6 +59,8 @@ def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     policies = _mapping(data.get("policies"))
     for name in policies:
         _change(policies, name, "reference", lambda value: _references(value, folder))
+    for key in ("models", "pairs"):
+        _change(data, "evaluate", key, lambda value: _references(value, folder, bare=False))
     return data
 
 
@@ -86,10 +89,11 @@ def _template(value: Any, folder: str) -> Any:
     return _path(value, folder)
 
 
-def _references(value: Any, folder: str) -> Any:
+def _references(value: Any, folder: str, bare: bool = True) -> Any:
+    """Paths made absolute; without `bare`, a word without a slash is a policy's name."""
     if isinstance(value, list):
-        return [_references(entry, folder) for entry in value]
-    named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value))
+        return [_references(entry, folder, bare) for entry in value]
+    named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value) or not (bare or "/" in value))
     return value if named else _path(value, folder)
 
 
@@ -151,7 +155,8 @@ def _check_reference(where: str, reference: Reference, seeds: int) -> None:
             member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds"
         )
     if reference.path is not None:
-        _check_path(where, reference.path, "a LoRA adapter", "adapter_config.json")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            _check_path(where, reference.path, "a LoRA adapter", file)
 
 
 def _check_landscape(recipe: Recipe) -> None:
@@ -243,12 +248,12 @@ def _check_files(recipe: Recipe) -> None:
                 source.path.lower().endswith(DATA_SUFFIXES),
                 f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
             )
-            if source.path.lower().endswith(".jsonl"):
-                _check_columns(key, kind, source.path)
+            _check_columns(key, kind, source.path)
         elif not is_local(source.path):
             _check_hub_id(key, source.path, EXPECTED_DATA)
 
 
+EXPECTED_ROWS = "expected one JSON object a line"
 EXPECTED_DATA = "a .jsonl, .json or .parquet file, a folder or a Hub id"
 
 
@@ -265,23 +270,31 @@ def _check_hub_id(where: str, value: str, expected: str) -> None:
     require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
 
 
+def _first_row(path: str) -> Any:
+    """Of a .jsonl or .json file (a list, or one object after another); of a .parquet file its columns alone."""
+    if path.lower().endswith(".parquet"):
+        return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
+    with open(path, "rb") as file:
+        if path.lower().endswith(".json"):
+            text = file.read(10_000_000).decode("utf-8", "ignore").strip().removeprefix("[").lstrip()
+            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
+        line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
+        return json.loads(line) if line else None
+
+
 def _check_columns(where: str, kind: str, path: str) -> None:
-    """The first row of a jsonl file has the columns of its kind."""
+    """The first row of a local file has the columns of its kind."""
     expected, choices = COLUMNS[kind]
-    name = short(Path(path).name)
+    name, form = short(Path(path).name), "parquet" if path.lower().endswith(".parquet") else "JSON"
     try:
-        with open(path, "rb") as file:
-            line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
-        row = json.loads(line) if line else None
-    except OSError as error:
-        raise SalsaError(f"{where}: {name} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SalsaError(
-            f"{where}: found a first line that is not JSON in {name}, expected one JSON object a line"
-        ) from error
+        row = _first_row(path)
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"
+        raise SalsaError(f"{where}: {name} cannot be read: {why}; {EXPECTED_ROWS}") from error
     if not isinstance(row, dict):
-        found = "no rows" if row is None else short(row)
-        raise SalsaError(f"{where}: found {found} in {name}, expected one JSON object a line")
-    fits = any(choice <= set(row) for choice in choices)
+        raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
     columns = ", ".join(map(str, list(row)[:12])) or "none"
+    fits = any(choice <= set(row) for choice in choices)
     require(fits, f"{where}: found the columns {columns} in {name}, expected {expected}")
+    alone = isinstance(row.get("chosen"), str) and "prompt" not in row and kind == "preferences"
+    require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")

@@ -190,8 +190,19 @@ class PPO(PPOOptions, Training):
     """Of sampling, prompt order and minibatches; the same for every policy."""
 
     def check(self, section: str) -> None:
-        """Batches must divide."""
+        """Batches must divide, and max_steps end with an update: what a cut one learned would be in no log."""
         self.check_batches(section, self.batch_size, self.micro_batch_size)
+        steps = self.steps_per_update
+        require(
+            self.max_steps < 1 or self.max_steps % steps == 0,
+            f"{section}.max_steps: found {self.max_steps}, expected a multiple of {steps}, the optimizer steps of one update"
+            f" (num_ppo_epochs × num_mini_batches); set {section}.max_steps={math.ceil(self.max_steps / steps) * steps}",
+        )
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps that one rollout batch gives."""
+        return self.num_ppo_epochs * self.num_mini_batches
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -41,7 +41,10 @@ def load(source: Source) -> Dataset:
 
     kind = FILES.get(Path(source.path).suffix)
     if kind is not None:
-        rows = load_dataset(kind, data_files=source.path, split="train")
+        try:
+            rows = load_dataset(kind, data_files=source.path, split="train")
+        except StopIteration:  # how datasets takes an empty file
+            rows = []
     else:
         rows = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
@@ -128,6 +131,8 @@ def prompts(source: Source) -> list[dict[str, Messages]]:
         while name == "messages" and messages and messages[-1]["role"] != "user":
             messages.pop()
         require(bool(messages), f"{where}, {name}: found no user turn, expected one")
+        spoken = messages[-1]["role"] == "assistant"
+        require(not spoken, f"{where}, {name}: found a last turn of assistant, expected user: the policy answers next")
         rows.append({"prompt": messages})
     return rows
 

@@ -35,7 +35,7 @@ def measures(job: Job, model: PeftModel, bench: Workbench) -> dict[str, Reward]:
     if job.recipe.toy is not None:
         from .toy import gold
 
-        rewards["gold"] = FunctionReward(gold, bench.tokenizer)
+        rewards["gold"] = FunctionReward(gold, bench.tokenizer, special_tokens=True)
     return rewards
 
 

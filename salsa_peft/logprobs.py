@@ -11,8 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .config import require
 
 CHUNK = 256
 
@@ -37,8 +40,12 @@ class TokenLogprobs(NamedTuple):
 
 
 def head_of(lm: Any, temperature: float, eos: int) -> Head:
-    """The Head of a Transformers causal language model."""
+    """The Head of a Transformers causal language model. Raises SalsaError where adapters change it: policy and references share it."""
     embeddings: nn.Linear = lm.get_output_embeddings()
+    require(
+        not isinstance(embeddings, BaseTunerLayer),
+        "target_modules: found an adapter on the output embeddings, expected adapters of the trunk only; leave lm_head out",
+    )
     return Head(embeddings.weight, embeddings.bias, temperature, eos)
 
 

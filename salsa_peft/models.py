@@ -164,7 +164,12 @@ class PolicyWithValueHead(nn.Module):
         hidden = hidden_states(self.policy, input_ids, attention_mask)
         return hidden, self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Called by transformers.Trainer; a frozen embedding needs its output to require grad."""
-        causal_lm(self.policy).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Called by transformers.Trainer; a frozen embedding's output must require grad for it."""
+        causal_lm(self.policy).activation_checkpointing_enable(**options)
+        causal_lm(self.policy).enable_input_require_grads()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same under its older name."""
+        causal_lm(self.policy).gradient_checkpointing_enable(**options)
         causal_lm(self.policy).enable_input_require_grads()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from salsa_peft.checks import is_local
-from salsa_peft.config import Recipe, Source, Training
+from salsa_peft.config import PPO, Recipe, Source, Training
 from salsa_peft.parsing import Loaded
 from salsa_peft.runs import Step
 
@@ -89,9 +89,7 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
         parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
         batch = f"{ppo.batch_size} responses = {parts}"
         per_update = f"{ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps an update"
-        rows.append(
-            [f"ppo, each of {len(recipe.policies)} policies", batch, f"{_steps(ppo, prompts, 'updates')}, {per_update}"]
-        )
+        rows.append([f"ppo, each of {len(recipe.policies)} policies", batch, f"{_updates(ppo, prompts)}, {per_update}"])
     return rows
 
 
@@ -104,10 +102,20 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("es" if number > 1 else "")
 
 
-def _steps(training: Training, rows: float | None, what: str = "steps") -> str:
+def _steps(training: Training, rows: float | None) -> str:
     if training.max_steps > 0:
-        return f"{training.max_steps} {what} (max_steps)"
+        return f"{training.max_steps} steps (max_steps)"
     if rows is None:
-        return f"{what} known when the data is there"
+        return "steps known when the data is there"
     steps = math.ceil(math.ceil(rows / training.batch_size) * training.num_train_epochs)
-    return f"about {steps} {what} ({rows:.0f} rows × {training.num_train_epochs:g} epochs)"
+    return f"about {steps} steps ({rows:.0f} rows × {training.num_train_epochs:g} epochs)"
+
+
+def _updates(ppo: PPO, rows: int | None) -> str:
+    """Rollout batches; a pass over the prompts leaves out those that don't fill one."""
+    if ppo.max_steps > 0:
+        return f"{ppo.max_steps // ppo.steps_per_update} updates (max_steps = {ppo.max_steps} optimizer steps)"
+    if rows is None:
+        return "updates known when the data is there"
+    updates = math.ceil(rows // ppo.batch_size * ppo.num_train_epochs)
+    return f"about {updates} updates ({rows} rows × {ppo.num_train_epochs:g} epochs)"

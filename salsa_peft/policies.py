@@ -12,7 +12,7 @@ from .ppo import SalsaPPOConfig, SalsaPPOTrainer
 from .references import Frozen, attach_reference
 from .rewards import AdapterReward
 from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, quiet, seeds_of, training_arguments
+from .workbench import Bar, Workbench, note_left_out, quiet, seeds_of, training_arguments
 
 
 def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
@@ -55,6 +55,8 @@ def run(job: Job) -> dict[str, Any]:
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     quiet(trainer)
+    limit = f"prompts longer than {trainer.args.max_prompt_length} tokens"
+    note_left_out(job, trainer.left_out, len(prompts), limit)
     trainer.train()
     # 4. the policy, its value head, what was run
     trainer.save_model(str(job.folder))

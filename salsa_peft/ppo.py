@@ -93,6 +93,7 @@ class SalsaPPOTrainer(Trainer):
             isinstance(model, PeftModel),
             f"model: found {type(model).__name__}, expected a PeftModel with the policy active",
         )
+        adapters.remove_dropout(model)
         check_head(model)
         self.policy_name = str(model.active_adapter)
         self.references = as_references(model, references)
@@ -103,7 +104,6 @@ class SalsaPPOTrainer(Trainer):
         self.reward: Reward = as_reward(reward, model, processing_class)
         for name in model.peft_config:
             adapters.set_trainable(model, name, name == self.policy_name)
-        adapters.remove_dropout(model)
         self.toggle = adapters.Toggle(model)
         self.head = head_of(causal_lm(model), args.temperature, int(processing_class.eos_token_id))
         prompts = self._tokenize(train_dataset, args, processing_class, causal_lm(model).config.max_position_embeddings)

@@ -16,7 +16,7 @@ from . import adapters, data
 from .config import require
 from .runs import Job, write_atomic
 from .statistics import mean_interval
-from .workbench import Bar, Workbench, quiet, training_arguments
+from .workbench import Bar, Workbench, note_left_out, quiet, training_arguments
 
 SPLIT_SEED = 0
 
@@ -56,6 +56,8 @@ def run(job: Job) -> dict[str, Any]:
         f"data.preferences: found {fitting} pairs within model.max_length = {recipe.model.max_length} tokens ({len(rows)} in all), {held_out} of"
         f" them held out, expected at least reward.batch_size = {section.batch_size} more to train on",
     )
+    limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
+    note_left_out(job, len(rows) - fitting, len(rows), limit)
     parts = trainer.train_dataset.train_test_split(test_size=held_out, seed=SPLIT_SEED)
     trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
     # 5. train, measure, save

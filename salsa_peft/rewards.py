@@ -56,17 +56,26 @@ class AdapterReward:
 class FunctionReward:
     """A Python function with TRL's reward-function signature: `(prompts, completions, completion_ids, …) -> list[float]`.
 
-    prompts and completions are text; `finished`, whether EOS ended the response, is passed to functions that take it.
+    prompts and completions are text; `finished`, whether EOS ended the response, is passed to functions that take it. Special tokens
+    are left out, as by TRL, unless `special_tokens` keeps those of the completions.
     """
 
-    def __init__(self, function: Callable[..., Sequence[float]], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.function, self.tokenizer = function, tokenizer
+    def __init__(
+        self,
+        function: Callable[..., Sequence[float]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        special_tokens: bool = False,
+    ) -> None:
+        self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
         taken = inspect.signature(function).parameters
         self.extra = "finished" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
     def __call__(self, responses: Responses) -> Tensor:
         prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask)
-        completions = decode(self.tokenizer, responses.response_ids, responses.response_mask)
+        completions = decode(
+            self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=self.special_tokens
+        )
         ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
         extra = {"finished": responses.finished.tolist()} if self.extra else {}
         scores = self.function(prompts=prompts, completions=completions, completion_ids=ids, **extra)
@@ -77,10 +86,12 @@ class FunctionReward:
         return torch.tensor([float(score) for score in scores], device=responses.response_ids.device)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor) -> list[str]:
-    """Token ids (B, L) where the mask is True → text, special tokens left out."""
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False
+) -> list[str]:
+    """Token ids (B, L) where the mask is True → text, special tokens left out or kept."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
 
 
 def as_reward(reward: Reward | Callable[..., Sequence[float]] | str | Path, model: PeftModel,

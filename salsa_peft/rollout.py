@@ -91,12 +91,14 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=sampling.max_new_tokens,
         min_new_tokens=sampling.min_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip
-    training = lm.training
+    training, inherited = lm.training, lm.generation_config
     lm.eval()
+    lm.generation_config = settings  # or Transformers would fill in the base's own top-p and penalties
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         tokens = lm.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
     lm.train(training)
+    lm.generation_config = inherited
     response_ids = tokens[:, ids.shape[1] :]
     ended = (response_ids == eos).long()
     response_mask = ended.cumsum(-1) - ended == 0

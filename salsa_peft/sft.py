@@ -13,7 +13,7 @@ from . import data
 from .adapters import lora_config
 from .config import require
 from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, quiet, training_arguments
+from .workbench import Bar, Workbench, note_left_out, quiet, training_arguments
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -49,6 +49,8 @@ def run(job: Job) -> dict[str, Any]:
         f"data.demonstrations: found {kept} rows with an answer within model.max_length = {recipe.model.max_length} tokens,"
         f" expected at least sft.batch_size = {section.batch_size}",
     )
+    limit = f"no answer within model.max_length = {recipe.model.max_length} tokens"
+    note_left_out(job, len(rows) - kept, len(rows), limit)
     # 3. train and save
     quiet(trainer)
     result = trainer.train()

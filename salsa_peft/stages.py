@@ -46,7 +46,8 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # split("\n") and not splitlines(): U+2028 and its like stand unescaped in JSON, and in what people write
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def report(job: Job) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A Hub repository is fetched here, at the stage's start, into the Hub's own cache
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,12 @@ def training_arguments(section: Training, folder: Path, seed: int) -> dict[str, 
         "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+
+
+def note_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
+    """Say that some of the data is not used; the number is in the stage's metrics too."""
+    if left_out:
+        print(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}", file=sys.stderr, flush=True)
 
 
 def quiet(trainer: Trainer) -> None:

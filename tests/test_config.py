@@ -437,3 +437,52 @@ def attempt(path: str, lora: str | None, overrides: list[str]) -> None:
     else:
         said = "a recipe"
     assert said
+
+
+def test_columns_of_other_files(load, tmp_path):
+    """A .json list or objects, a .parquet file; what cannot be read as one is one line too."""
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "wrong.parquet")
+    pandas.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "good.parquet")
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    (tmp_path / "wrong.json").write_text('[\n  {"text": "a"}]')
+    (tmp_path / "good.json").write_text('[{"prompt": "a"}, {"prompt": "b"}]')
+    (tmp_path / "cut.json").write_text('[{"prompt": ')
+    (tmp_path / "none.json").write_text("[]")
+    for file in ("good.json", "good.parquet"):
+        assert load(f"data.prompts={file}").recipe.data.prompts.path == str(tmp_path / file)
+    for file, expected in (
+        ("wrong.json", "found the columns text in"), ("wrong.parquet", "found the columns text in"),
+        ("cut.json", "not JSON"), ("cut.parquet", "not parquet"), ("none.json", "no rows"),
+    ):  # fmt: skip
+        with pytest.raises(SalsaError, match=f"data.prompts: .*{expected}"):
+            load(f"data.prompts={file}")
+
+
+def test_text_pairs_need_a_prompt(load, tmp_path):
+    """Chosen and rejected as text don't hold it: seen here, not after the seeds are trained."""
+    rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
+    with pytest.raises(SalsaError, match=r"data.preferences: found text in chosen and no `prompt`"):
+        load("data.preferences=p.jsonl")
+
+
+def test_adapters_among_the_answering_models(load, tmp_path, monkeypatch):
+    """Folders of evaluate.models are made absolute, so that their content counts; a policy's name stays a name."""
+    for name in ("sub/a", "salsa"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with pytest.raises(SalsaError, match=rf"evaluate.models\[0\]: found no {name}"):
+            load("evaluate.models=[sub/a]")
+        (tmp_path / "sub" / "a" / name).write_text("{}")
+    evaluate = load(
+        "policies.salsa.reference=soup", "evaluate.models=[sub/a, salsa]", "evaluate.pairs=[[sub/a, salsa]]"
+    ).recipe.evaluate
+    assert evaluate.models == [str(tmp_path / "sub" / "a"), "salsa"]
+    assert evaluate.pairs == [[str(tmp_path / "sub" / "a"), "salsa"]]
+
+
+def test_max_steps_of_ppo_are_whole_updates(load):
+    """A cut update would be in no log."""
+    assert load("ppo.max_steps=8").recipe.ppo.max_steps == 8
+    with pytest.raises(SalsaError, match=r"ppo.max_steps: found 6, expected a multiple of 4, .*set ppo.max_steps=8"):
+        load("ppo.max_steps=6")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from salsa_peft import logprobs
+from salsa_peft.config import SalsaError
 from salsa_peft.logprobs import Head, full_kl, head_of, token_logprobs
 
 N, H, V, EOS = 11, 8, 13, 2
@@ -216,3 +217,10 @@ def test_head_of_a_model(make_base: Callable[..., Any], tokenizer: Any) -> None:
         expected = (lm(ids).logits[0] / 0.7).log_softmax(-1)[torch.arange(3), ids[0, 1:]]
         found = token_logprobs(states, ids[0, 1:], torch.zeros(3, dtype=torch.bool), head)
     torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_with_adapters_is_refused(make_base: Callable[..., Any], make_adapter: Callable[..., Any]) -> None:
+    """Policy and references are read through one head: LoRA on lm_head would be left out of the log-probs in silence."""
+    model = make_adapter(make_base(), "policy", 0, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(SalsaError, match="found an adapter on the output embeddings"):
+        head_of(model.get_base_model(), 1.0, EOS)

@@ -36,12 +36,16 @@ def make_trainer(
     """Options → a trainer on a random base with adapters policy, seed-0 and soup."""
 
     def make(
-        references: list[str] | None = None, reward: Any = length_reward, pad_is_eos: bool = False, **options: Any
+        references: list[str] | None = None,
+        reward: Any = length_reward,
+        pad_is_eos: bool = False,
+        adapter: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Any:
         chosen = copy.deepcopy(tokenizer)
         if pad_is_eos:
             chosen.pad_token = chosen.eos_token
-        model = make_adapter(make_adapter(make_adapter(make_base(), "policy", 1), "seed-0", 2), "soup", 3)
+        model = make_adapter(make_adapter(make_adapter(make_base(), "policy", 1, **(adapter or {})), "seed-0", 2), "soup", 3)
         model.set_adapter("policy")
         settings: dict[str, Any] = {
             "batch_size": 8, "max_new_tokens": 7, "learning_rate": 1e-3, "num_train_epochs": 1, "num_ppo_epochs": 1, "kl_coef": 0.1,
@@ -196,6 +200,50 @@ def test_minibatches_are_optimizer_steps_and_the_clip_norm_is_used(make_trainer:
     assert all(row["val/ratio"] == pytest.approx(1, abs=0.5) for row in rows)
     after = [p for p in trainer.model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_accumulation_changes_nothing_but_rounding(make_trainer: Any) -> None:
+    """Through Trainer's own loop, minibatches of 4 in one forward or four; by SGD, since Adam hides a gradient's scale."""
+    weights = []
+    for micro in (4, 1):
+        trainer = make_trainer(
+            num_mini_batches=2, micro_batch_size=micro, num_ppo_epochs=2, learning_rate=0.05, optim="sgd", max_grad_norm=1e9
+        )  # fmt: skip
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer: Any) -> None:
+    """The same weights after training with it."""
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(gradient_checkpointing=checkpointing)
+        trainer.train()
+        weights.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+        assert trainer.model.policy.get_base_model().is_gradient_checkpointing is checkpointing
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_off(make_trainer: Any) -> None:
+    """An adapter trained with dropout: in training mode too, the first ratio is 1."""
+    trainer = make_trainer(adapter={"lora_dropout": 0.5})
+    rollout = trainer.roll_out([trainer.train_dataset[i] for i in range(8)])
+    trainer.model.train()
+    loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
+    assert loss.approxkl.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_value_head_has_a_rate_of_its_own(make_trainer: Any) -> None:
+    """Where it is given; it is still trained once only."""
+    trainer = make_trainer(value_head_learning_rate=0.5, learning_rate=1e-3)
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups) == 30
+    assert {rates[id(p)] for p in trainer.model.value_head.parameters()} == {0.5}
+    assert {rate for key, rate in rates.items() if rate != 0.5} == {1e-3}
 
 
 def test_a_wild_minibatch_is_skipped(make_trainer: Any) -> None:

@@ -184,15 +184,32 @@ def test_units_name_what_they_read(here):
     assert [unit.id for unit in report_units(loaded.recipe, "")] == ["report"]
 
 
+def test_the_plans_updates_are_rollout_batches(here, capsys):
+    """max_steps counts optimizer steps; the prompts that don't fill a rollout batch are left out."""
+    (here / "p.jsonl").write_text('{"prompt": "a"}\n' * 40)
+    plan = ["tiny.yaml", "--lora", "--dry-run", "--set", "data.prompts=p.jsonl"]
+    assert recipe.main(plan) == 0
+    assert "about 4 updates (40 rows × 2 epochs)" in capsys.readouterr().out
+    assert recipe.main([*plan, "--set", "ppo.max_steps=16"]) == 0
+    assert "2 updates (max_steps = 16 optimizer steps)" in capsys.readouterr().out
+
+
 def test_local_paths_are_in_no_slice(here):
     (here / "d.jsonl").write_text('{"messages": []}\n')
     (here / "a").mkdir()
-    (here / "a" / "adapter_config.json").write_text("{}")
-    sets = ["data.demonstrations=d.jsonl", "model.chat_template=chatml", "policies.ppo.reference=./a"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (here / "a" / name).write_text("{}")
+    sets = [
+        "data.demonstrations=d.jsonl",
+        "model.chat_template=chatml",
+        "policies.ppo.reference=./a",
+        "evaluate.models=[./a]",
+    ]
     loaded = parsing.load_recipe("tiny.yaml", lora="lora", overrides=sets)
     units = {unit.id: unit for stage in recipe.STAGES.values() for unit in stage.units(loaded.recipe, stage.run)}
     assert units["sft/seed-0"].files[1:] == (str(here / "d.jsonl"),)
     assert units["ppo/ppo"].files[1:] == (str(here / "a"),)
+    assert units["evaluate"].files[1:] == (str(here / "a"),)
     assert all(
         str(here) not in json.dumps(unit.slice) and str(PACKAGE) not in json.dumps(unit.slice)
         for unit in units.values()

@@ -250,3 +250,14 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     files = [sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")) for name in ("a", "b")]
     assert files[0] == files[1]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files[0])
+
+
+def test_a_line_separator_in_an_answer_is_no_new_line(tmp_path: Path) -> None:
+    """U+2028, U+2029 and U+0085 stand unescaped in JSON lines; the report stage reads them back."""
+    from salsa_peft.stages import _lines
+
+    rows = [{"response": "a\u2028b\u2029c\u0085d"}, {"response": "e"}]
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
+    assert _lines(tmp_path / "answers.jsonl") == rows

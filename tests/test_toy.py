@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
@@ -184,3 +185,18 @@ def test_preferences_are_ordered_by_gold(world: Path) -> None:
         chosen, rejected = toy.gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
         assert chosen > rejected
     assert len({json.dumps(pair) for pair in pairs}) == len(pairs) == TINY.preferences
+
+
+def test_gold_is_told_of_special_tokens_in_the_middle_of_an_answer(tokenizer) -> None:
+    """As the stages call it: a <pad> between the words is a wrong word, the EOS that ends the answer is none."""
+    from salsa_peft.rewards import FunctionReward
+    from salsa_peft.rollout import Responses
+
+    prompt = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": "copy dog cat"}], add_generation_prompt=True)["input_ids"]])
+    dog, cat, pad, eos = (tokenizer.convert_tokens_to_ids(word) for word in ("dog", "cat", "<pad>", "<eos>"))
+    scores = []
+    for response in ([dog, cat, eos], [dog, cat, pad, eos]):
+        ids = torch.tensor([response])
+        batch = Responses(prompt, torch.ones_like(prompt).bool(), ids, torch.ones_like(ids).bool(), torch.tensor([True]))
+        scores += FunctionReward(language.gold, tokenizer, special_tokens=True)(batch).tolist()
+    assert scores == pytest.approx([1, 2 / 3])

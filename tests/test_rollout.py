@@ -1,0 +1,341 @@
+"""Rollouts: what counts in a response, padding that changes nothing, a seed that decides everything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from salsa_peft import adapters, losses, toy
+from salsa_peft.config import Sampling
+from salsa_peft.logprobs import head_of
+from salsa_peft.models import hidden_states
+from salsa_peft.rollout import (
+    Responses,
+    forbidden_eos,
+    generate,
+    last_token_states,
+    micro_batches,
+    pad_prompts,
+    reference_kls,
+    respond,
+    response_logprobs,
+    response_states,
+    scatter,
+)
+
+SAMPLING = Sampling(max_new_tokens=8)
+PAD, BOS, EOS = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
+    tokenizer = toy.make_tokenizer()
+    texts = toy.draw_prompts(random.Random(1), 12, toy.LENGTHS_IN, 0)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+
+
+def scripted(model: Any, answers: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """model.generate gives these tokens after whatever prompt."""
+    monkeypatch.setattr(model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor(answers)], 1))
+
+
+def by_hand() -> Responses:
+    """Two rows, padded on both sides: 3 and 2 tokens of prompt, 1 (EOS alone) and 3 (cut at the limit) of response."""
+    ids, mask = pad_prompts([[1, 7, 8], [1, 9]], PAD, torch.device("cpu"))
+    return Responses(ids, mask, torch.tensor([[EOS, PAD, PAD], [11, 12, 13]]),
+                     torch.tensor([[True, False, False], [True, True, True]]), torch.tensor([True, False]))  # fmt: skip
+
+
+def alone(model: Any, responses: Responses, row: int, temperature: float = 1.0, minimum: int = 0) -> Tensor:
+    """log π of one row's response from the full logits of that sequence without padding."""
+    prompt = responses.prompt_ids[row][responses.prompt_mask[row]]
+    response = responses.response_ids[row][responses.response_mask[row]]
+    logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].float() / temperature
+    logits[:minimum, EOS] = -torch.inf
+    return logits.log_softmax(-1)[torch.arange(len(response)), response]
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("pad_is_eos", [False, True])
+    def test_a_response_ends_at_its_first_eos(
+        self, make_base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, pad_is_eos: bool
+    ) -> None:
+        """EOS counts, nothing after it; EOS alone is empty; at the limit without EOS it is not finished."""
+        import copy
+
+        chosen = copy.deepcopy(tokenizer)
+        if pad_is_eos:
+            chosen.pad_token = chosen.eos_token
+        pad = chosen.pad_token_id
+        model = make_base()
+        answers = [
+            [9, 8, EOS, pad, pad],
+            [EOS, pad, pad, pad, pad],
+            [9, 8, 7, 6, 5],
+            [9, 8, 7, 6, EOS],
+            [9, EOS, 7, EOS, 6],
+        ]
+        scripted(model, answers, monkeypatch)
+        found = generate(model, [[1, 3]] * 5, SAMPLING, chosen, 0)
+        assert found.response_mask.int().tolist() == [
+            [1, 1, 1, 0, 0],
+            [1, 0, 0, 0, 0],
+            [1] * 5,
+            [1] * 5,
+            [1, 1, 0, 0, 0],
+        ]
+        assert found.lengths.tolist() == [3, 1, 5, 5, 2]
+        assert found.finished.tolist() == [True, True, False, True, True]
+        assert found.empty.tolist() == [False, True, False, False, False]
+        assert found.response_ids[~found.response_mask].eq(pad).all()
+        assert found.response_ids[4].tolist() == [9, EOS, pad, pad, pad]
+        assert found.prompt_ids.tolist() == [[1, 3]] * 5
+
+    def test_one_token_without_eos_is_not_empty(
+        self, make_base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = make_base()
+        scripted(model, [[9], [EOS]], monkeypatch)
+        assert generate(model, [[1], [1]], SAMPLING, tokenizer, 0).empty.tolist() == [False, True]
+
+    def test_real_samples_keep_the_rules(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+        """Prompts come back whole behind padding; every response ends with its EOS or at the limit; lengths differ."""
+        found = generate(make_base(), prompts, SAMPLING, tokenizer, 0)
+        assert len(set(found.lengths.tolist())) > 2
+        assert 0 < found.finished.sum() < len(prompts)
+        for row, prompt in enumerate(prompts):
+            assert found.prompt_ids[row][found.prompt_mask[row]].tolist() == prompt
+            tokens = found.response_ids[row][found.response_mask[row]].tolist()
+            assert (EOS in tokens) is bool(found.finished[row])
+            assert tokens[-1] == EOS if found.finished[row] else len(tokens) == 8
+            assert EOS not in tokens[:-1]
+
+    def test_the_seed_decides_everything_and_the_random_state_comes_back(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        model = make_base()
+        torch.manual_seed(123)
+        before = torch.random.get_rng_state()
+        first = generate(model, prompts, SAMPLING, tokenizer, 7)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        torch.manual_seed(456)
+        again, other = (generate(model, prompts, SAMPLING, tokenizer, seed) for seed in (7, 8))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert other.input_ids.shape != first.input_ids.shape or not torch.equal(other.input_ids, first.input_ids)
+
+    def test_the_models_own_generation_settings_do_not_matter(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        """Log-probs are those of the whole distribution at the temperature: penalties and top-p would sample another one."""
+        model = make_base()
+        expected = generate(model, prompts, SAMPLING, tokenizer, 3)
+        model.generation_config.update(
+            repetition_penalty=5.0, top_p=0.1, top_k=1, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7]
+        )
+        kept = model.generation_config
+        found = generate(model, prompts, SAMPLING, tokenizer, 3)
+        assert torch.equal(found.response_ids, expected.response_ids)
+        assert model.generation_config is kept
+
+    def test_min_new_tokens(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+        """EOS is no token 1, 2 or 3, and may be the fourth."""
+        found = generate(make_base(), prompts * 4, Sampling(max_new_tokens=8, min_new_tokens=3), tokenizer, 0)
+        assert found.lengths.min() == 4
+        assert generate(make_base(), prompts * 4, SAMPLING, tokenizer, 0).lengths.min() < 4
+
+    def test_the_temperature_is_that_of_sampling(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        """Next to 0 the likeliest token is drawn whatever the seed; very hot, almost every token comes."""
+        cold, again = (
+            generate(make_base(), prompts, Sampling(max_new_tokens=4, temperature=1e-4), tokenizer, seed)
+            for seed in (0, 1)
+        )
+        assert torch.equal(cold.response_ids, again.response_ids)
+        hot = generate(make_base(), prompts * 8, Sampling(max_new_tokens=8, temperature=50.0), tokenizer, 0)
+        assert len(set(hot.response_ids[hot.response_mask].tolist())) > 0.9 * len(tokenizer)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_dropout_is_off_while_it_samples(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], training: bool
+    ) -> None:
+        model = make_base(attention_dropout=0.5).train(training)
+        found = generate(model, prompts, SAMPLING, tokenizer, 0)
+        assert model.training is training
+        assert torch.equal(found.response_ids, generate(make_base(), prompts, SAMPLING, tokenizer, 0).response_ids)
+
+    def test_the_active_adapter_samples(
+        self, make_base: Any, make_adapter: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        model = make_adapter(make_adapter(make_base(), "policy", 1), "other", 2)
+        with adapters.active(model, "other"):
+            found = generate(model, prompts, SAMPLING, tokenizer, 0)
+        expected = generate(make_adapter(make_base(), "other", 2), prompts, SAMPLING, tokenizer, 0)
+        assert torch.equal(found.response_ids, expected.response_ids)
+        with adapters.active(model, None):
+            found = generate(model, prompts, SAMPLING, tokenizer, 0)
+        assert torch.equal(found.response_ids, generate(make_base(), prompts, SAMPLING, tokenizer, 0).response_ids)
+
+
+class TestResponses:
+    def test_properties_by_hand(self) -> None:
+        responses = by_hand()
+        assert responses.input_ids.tolist() == [[1, 7, 8, EOS, 0, 0], [0, 1, 9, 11, 12, 13]]
+        assert responses.attention_mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
+        assert responses.lengths.tolist() == [1, 3]
+        assert responses.empty.tolist() == [True, False]
+
+    def test_rows_trims_padding_and_nothing_else(self) -> None:
+        """One row loses what is padding in it alone; both rows in another order lose nothing."""
+        first, second = by_hand().rows(torch.tensor([0])), by_hand().rows(torch.tensor([1]))
+        assert (first.input_ids.tolist(), first.attention_mask.all().item()) == ([[1, 7, 8, EOS]], True)
+        assert (second.input_ids.tolist(), second.attention_mask.all().item()) == ([[1, 9, 11, 12, 13]], True)
+        assert (first.finished.tolist(), second.finished.tolist()) == ([True], [False])
+        both = by_hand().rows(torch.tensor([1, 0]))
+        assert all(torch.equal(a.flip(0), b) for a, b in zip(both, by_hand(), strict=True))
+
+    def test_rows_of_real_samples(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+        found = generate(make_base(), prompts, SAMPLING, tokenizer, 0)
+        for index in torch.tensor([[3, 1], [5, 5], [2, 11]]):
+            part = found.rows(index)
+            assert part.prompt_mask[:, 0].any()
+            assert part.response_mask[:, -1].any()
+            for row, source in enumerate(index):
+                for ids, mask in (("prompt_ids", "prompt_mask"), ("response_ids", "response_mask")):
+                    kept = getattr(part, ids)[row][getattr(part, mask)[row]]
+                    assert torch.equal(kept, getattr(found, ids)[source][getattr(found, mask)[source]])
+
+    def test_prompts_are_padded_on_the_left(self) -> None:
+        """A pad token inside a prompt counts: the mask comes from lengths."""
+        ids, mask = pad_prompts([[1, PAD, 3], [4]], PAD, torch.device("cpu"))
+        assert ids.tolist() == [[1, PAD, 3], [PAD, PAD, 4]]
+        assert mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
+
+    def test_micro_batches(self) -> None:
+        assert [part.tolist() for part in micro_batches(5, 2)] == [[0, 1], [2, 3], [4]]
+
+
+class TestLogprobs:
+    def test_states_are_those_before_each_counted_token(self) -> None:
+        """hidden[b, i] = 10 b + i: the response of row 0 starts from position 2; of row 1, from 2, 3 and 4."""
+        hidden = (10 * torch.arange(2)[:, None] + torch.arange(6))[..., None].float()
+        assert response_states(hidden, by_hand()).squeeze(-1).tolist() == [2, 12, 13, 14]
+
+    def test_where_eos_is_forbidden(self) -> None:
+        assert forbidden_eos(by_hand(), 0).tolist() == [False] * 4
+        assert forbidden_eos(by_hand(), 2).tolist() == [True, True, True, False]
+
+    def test_scatter(self) -> None:
+        mask = torch.tensor([[True, False, True], [False, True, False]])
+        assert scatter(torch.tensor([1.0, 2, 3]), mask).tolist() == [[1, 0, 2], [0, 3, 0]]
+
+    @pytest.mark.parametrize(("temperature", "minimum"), [(1.0, 0), (0.6, 0), (1.3, 2)])
+    def test_padding_changes_nothing(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], temperature: float, minimum: int
+    ) -> None:
+        """Every row against its own sequence without padding, from full logits."""
+        model = make_base()
+        sampling = Sampling(max_new_tokens=8, temperature=temperature, min_new_tokens=minimum)
+        responses = generate(model, prompts, sampling, tokenizer, 0)
+        assert (~responses.prompt_mask).any()
+        with torch.no_grad():
+            hidden = hidden_states(model, responses.input_ids, responses.attention_mask)
+            found, entropy = response_logprobs(hidden, responses, head_of(model, temperature, EOS), minimum)
+            for row in range(len(prompts)):
+                expected = alone(model, responses, row, temperature, minimum)
+                torch.testing.assert_close(found[row][responses.response_mask[row]], expected, rtol=1e-4, atol=1e-4)
+        assert not found[~responses.response_mask].any()
+        assert not entropy[~responses.response_mask].any()
+        assert entropy[responses.response_mask].min() > 0
+
+    def test_kl_to_several_references_one_at_a_time(
+        self, make_base: Any, make_adapter: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        """Each estimator as losses.reference_kl has it; `full` of two is the mean of each alone; never two states held."""
+        model = make_adapter(make_adapter(make_base(), "policy", 1), "a", 2)
+        responses, head = generate(model, prompts, SAMPLING, tokenizer, 0), head_of(model.get_base_model(), 1.0, EOS)
+        states = {}
+        for name in ("policy", "a", None):
+            with torch.no_grad(), adapters.active(model, name):
+                states[name] = hidden_states(model, responses.input_ids, responses.attention_mask)
+        logp = {name: response_logprobs(hidden, responses, head, 0)[0] for name, hidden in states.items()}
+
+        def kls(names: list[str | None], estimator: str) -> Tensor:
+            hidden = (states[name] for name in names)
+            return reference_kls(states["policy"], logp["policy"], hidden, responses, head, 0, estimator).detach()
+
+        for estimator in losses.KL_ESTIMATORS:
+            expected = losses.reference_kl(logp["policy"], torch.stack([logp["a"], logp[None]]), estimator)
+            torch.testing.assert_close(kls(["a", None], estimator), expected)
+        torch.testing.assert_close(kls(["a", None], "full"), (kls(["a"], "full") + kls([None], "full")) / 2)
+        assert not kls(["a"], "full")[~responses.response_mask].any()
+        assert kls(["a"], "full")[responses.response_mask].min() > 1e-3
+        assert kls(["policy"], "full").abs().max() < 1e-5
+
+    def test_last_token_states_with_padding_on_both_sides(self, make_base: Any) -> None:
+        model, tokens = make_base(), [5, 9, 12, 7]
+        with torch.no_grad():
+            expected = model.model(torch.tensor([tokens]))[0][0, -1]
+            for left, right in ((0, 0), (2, 0), (0, 2), (1, 3)):
+                ids = torch.tensor([[*[PAD] * left, *tokens, *[PAD] * right]])
+                mask = torch.tensor([[*[False] * left, *[True] * 4, *[False] * right]])
+                for given in (mask, mask.long()):
+                    torch.testing.assert_close(last_token_states(model, ids, given)[0], expected, rtol=1e-4, atol=1e-4)
+
+    def test_last_token_states_of_a_batch(self, make_base: Any) -> None:
+        """Rows end at different places; one holds its pad token as an ordinary one in the middle."""
+        model, rows = make_base(), [[5, 9, 12], [7], [4, PAD, 6, 8]]
+        with torch.no_grad():
+            ids = torch.tensor([row + [PAD] * (4 - len(row)) for row in rows])
+            mask = torch.arange(4) < torch.tensor([len(row) for row in rows])[:, None]
+            expected = torch.stack([model.model(torch.tensor([row]))[0][0, -1] for row in rows])
+        torch.testing.assert_close(last_token_states(model, ids, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestRespond:
+    @pytest.mark.parametrize("batch_size", [1, 5, 12, 64])
+    def test_every_prompt_once(self, make_base: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int) -> None:
+        """The indices say which prompt a row answers; like lengths stand together."""
+        seen: list[int] = []
+        for indices, responses in respond(make_base(), prompts, SAMPLING, tokenizer, 0, batch_size):
+            assert len(indices) == len(responses.finished) <= batch_size
+            for place, row in enumerate(indices):
+                assert responses.prompt_ids[place][responses.prompt_mask[place]].tolist() == prompts[row]
+            seen += indices
+        assert sorted(seen) == list(range(12))
+        assert [len(prompts[row]) for row in seen] == sorted(map(len, prompts))
+
+    def test_batches_differ_in_their_random_state_and_repeat(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        """The same prompt in two batches is answered in two ways; the same call again gives the same."""
+        same = [prompts[0]] * 8
+
+        def run(seed: int) -> list[list[int]]:
+            return [r.response_ids[0].tolist() for _, r in respond(make_base(), same, SAMPLING, tokenizer, seed, 2)]
+
+        first = run(0)
+        assert len({tuple(tokens) for tokens in first}) > 1
+        assert run(0) == first
+        assert run(1) != first
+
+
+def test_the_trunk_counts_positions_over_real_tokens(make_base: Callable[..., Any], tokenizer: Any) -> None:
+    """hidden_states(…) @ the head is the model's logits, whatever stands around the tokens."""
+    model, seen = make_base(), []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    ids, mask = torch.tensor([[PAD, PAD, 5, 9, 12, PAD]]), torch.tensor([[False, False, True, True, True, False]])
+    with torch.no_grad():
+        found = model.lm_head(hidden_states(model, ids, mask))[0, 2:5]
+        assert seen[0].tolist() == [[0, 0, 0, 1, 2, 2]]
+        expected = model(torch.tensor([[5, 9, 12]])).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
