@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SCORE_HEAD = "base_model.model.score.weight"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
+KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
 
 def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
@@ -45,10 +48,18 @@ def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) 
     )
 
 
+def free_name(model: nn.Module, wish: str) -> str:
+    """`wish`, or with a number where an adapter on the model has that name."""
+    taken = model.peft_config if isinstance(model, PeftModel) else ()
+    numbered = (f"{wish}-{number}" for number in range(2, len(taken) + 3))
+    return next(name for name in [wish, *numbered] if name not in taken)
+
+
 def local_folder(path: str, revision: str | None = None) -> Path:
     """A folder as it is; a Hub id → its adapter files in the Hub's cache."""
     if Path(path).is_dir():
         return Path(path)
+    require(bool(HUB_ID.match(path)), f"{path}: found no such folder, expected an adapter's folder or a Hub id")
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path, revision=revision, allow_patterns=[WEIGHTS, CONFIG, "fingerprint.json"]))
@@ -70,6 +81,12 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     tensors and the base's modules don't match one to one.
     """
     config, tensors = read(folder)
+    initial = config.init_lora_weights
+    require(
+        not isinstance(initial, str) or initial in KEEPS_BASE,
+        f"{folder}: found init_lora_weights {initial!r}, which changes the base that all roles share; expected one of"
+        f" {', '.join(sorted(KEEPS_BASE))} or a plain one",
+    )
     tensors = {key: value for key, value in tensors.items() if key != SCORE_HEAD}
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
     try:

@@ -5,6 +5,8 @@ A row that does not fit is refused by its number and column, never dropped in si
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .config import Recipe, SalsaError, Source, require
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TOY = {"demonstrations": "demonstrations.jsonl", "preferences": "preferences.jsonl", "prompts": "prompts.jsonl"}
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 SHUFFLE_SEED = 20_241
@@ -35,22 +35,56 @@ def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
     return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
 
 
-def load(source: Source) -> Dataset:
-    """The rows of a source; with `limit`, the first after a fixed shuffle. Raises SalsaError where there are none."""
-    from datasets import load_dataset
+def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a source with their numbers, from 1; with `limit`, the first after a fixed shuffle. Raises SalsaError for none.
 
-    kind = FILES.get(Path(source.path).suffix)
-    if kind is not None:
-        try:
-            rows = load_dataset(kind, data_files=source.path, split="train")
-        except StopIteration:  # how datasets takes an empty file
-            rows = []
+    Local files are read here: datasets' cache goes by path and time, and its errors name no row.
+    """
+    if Path(source.path).suffix.lower() in FILES:
+        rows = FILES[Path(source.path).suffix.lower()](Path(source.path))
     else:
+        from datasets import load_dataset
+
         rows = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
+    places = list(range(len(rows)))
     if source.limit is not None and source.limit < len(rows):
-        rows = rows.shuffle(seed=SHUFFLE_SEED).select(range(source.limit))
-    return rows
+        random.Random(SHUFFLE_SEED).shuffle(places)
+    chosen = ((place + 1, rows[place]) for place in places[: source.limit])
+    return [(number, as_row(row, f"{source.path}, row {number}")) for number, row in chosen]
+
+
+def as_row(row: Any, where: str) -> dict[str, Any]:
+    """A line of jsonl, or a row as it is. Raises SalsaError unless it is an object of columns."""
+    try:
+        value = json.loads(row) if isinstance(row, str | bytes) else row
+    except ValueError as error:
+        raise SalsaError(f"{where}: found {row[:60]!r}, expected one JSON object a line") from error
+    require(isinstance(value, dict), f"{where}: found {str(value)[:60]!r}, expected one JSON object a line")
+    return value
+
+
+def _lines(path: Path) -> list[Any]:
+    return [line for line in path.read_bytes().split(b"\n") if line.strip()]
+
+
+def _json(path: Path) -> list[Any]:
+    """A list of objects, or one object after another."""
+    if not path.read_bytes().lstrip().startswith(b"["):
+        return _lines(path)
+    try:
+        return list(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise SalsaError(f"{path}: found no JSON ({error}), expected a list of objects") from error
+
+
+def _parquet(path: Path) -> list[Any]:
+    from pyarrow import parquet
+
+    return list(parquet.read_table(path).to_pylist())
+
+
+FILES = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
 
 
 def check_messages(value: Any, where: str) -> Messages:
@@ -75,7 +109,7 @@ def column(row: dict[str, Any], names: Sequence[str], where: str) -> str:
 def demonstrations(source: Source) -> list[dict[str, Messages]]:
     """→ rows {messages}, each with an assistant's turn; a chat's turns after the last such turn are cut off."""
     rows = []
-    for number, row in enumerate(load(source), 1):
+    for number, row in load(source):
         where = f"{source.path}, row {number}"
         name = column(row, ["messages"], where)
         messages = check_messages(row[name], f"{where}, {name}")
@@ -92,7 +126,7 @@ def preferences(source: Source) -> list[dict[str, Messages]]:
     `prompt` may be messages, or text (one user turn); it is put before answers that don't hold it already.
     """
     rows = []
-    for number, row in enumerate(load(source), 1):
+    for number, row in load(source):
         where = f"{source.path}, row {number}"
         pair = {}
         for name in ("chosen", "rejected"):
@@ -123,7 +157,7 @@ def prompts(source: Source) -> list[dict[str, Messages]]:
     `turns` (MT-Bench: the first).
     """
     rows = []
-    for number, row in enumerate(load(source), 1):
+    for number, row in load(source):
         where = f"{source.path}, row {number}"
         name = column(row, ["prompt", "messages", "turns"], where)
         value = row[name][0] if name == "turns" and row[name] else row[name]

@@ -20,7 +20,7 @@ from .rewards import Reward, decode
 from .rollout import Responses, respond
 from .runs import Job, write_atomic
 from .statistics import compare, mean_interval, paired_difference
-from .workbench import Workbench, seeds_of
+from .workbench import Workbench, fitting, seeds_of
 
 Answers = list[dict[str, Any]]
 
@@ -98,12 +98,14 @@ def run(job: Job) -> dict[str, Any]:
     recipe, section = job.recipe, job.recipe.evaluate
     bench = Workbench.of(job)
     # 1. one base, an adapter for everything that answers
+    others = [name for name in model_names(recipe) if name not in recipe.policies]
+    bench.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
     model = adapters.attach(bench.base(), seeds_of(job.inputs)[0], "start")
     rewards = measures(job, model, bench)
     answering = {name: attach(model, name, recipe, job.inputs) for name in model_names(recipe)}
     # 2. every model answers every set of prompts
     sources = data.evaluation_sources(recipe, job.inputs.get("toy"))
-    sets = {name: data.prompts(source) for name, source in sources.items()}
+    sets = {name: fitting(job, bench, data.prompts(source)) for name, source in sources.items()}
     summary: dict[str, Any] = {}
     lines: list[str] = []
     with bar(len(sets) * len(answering), job.unit.id) as update:

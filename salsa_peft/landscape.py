@@ -22,7 +22,7 @@ from .rollout import respond
 from .runs import Job, write_atomic
 from .stacked_adapter import StackedAdapter
 from .statistics import mean_interval
-from .workbench import Workbench, seeds_of
+from .workbench import Workbench, fitting, seeds_of
 
 POINT = "landscape"
 
@@ -93,9 +93,10 @@ def run(job: Job) -> dict[str, Any]:
     # 1. the prompts, the same at each point
     sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
     questions = section.prompts or next(iter(sources))
-    rows = data.prompts(sources[questions])[: section.limit]
+    rows = fitting(job, bench, data.prompts(sources[questions])[: section.limit])
     tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(rows, 1)]
     # 2. one base, one stacked adapter of every seed that a point needs
+    bench.check(job.inputs)
     seeds = seeds_of(job.inputs)
     positions = sorted(seeds)
     stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])

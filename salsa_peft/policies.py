@@ -39,8 +39,10 @@ def run(job: Job) -> dict[str, Any]:
     seeds = seeds_of(job.inputs)
     model = adapters.attach(bench.base(), seeds[0], "policy", trainable=True)
     # 2. references and reward, frozen adapters on the same base
+    wanted = recipe.policies[name].references(f"policies.{name}")
+    bench.check(job.inputs, wanted)
     references: list[Frozen] = []
-    for index, reference in enumerate(recipe.policies[name].references(f"policies.{name}")):
+    for index, reference in enumerate(wanted):
         references.append(attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}"))
     reward = AdapterReward(model, job.inputs["reward"], recipe.ppo.rollout_batch_size or recipe.ppo.batch_size)
     # 3. PPO

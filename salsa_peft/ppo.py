@@ -8,6 +8,7 @@ Left out so far: resuming, an evaluation set, several processes, full weights.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,6 +108,7 @@ class SalsaPPOTrainer(Trainer):
         self.toggle = adapters.Toggle(model)
         self.head = head_of(causal_lm(model), args.temperature, int(processing_class.eos_token_id))
         prompts = self._tokenize(train_dataset, args, processing_class, causal_lm(model).config.max_position_embeddings)
+        self._whole_updates(args, len(prompts))
         self.kl_coef, self.score_scale = args.kl_coef, RunningScale()
         self.update, self.skipped, self.minibatch_ratio, self.micro_step = 0, 0, 0.0, 0
         self.rollout: Rollout | None = None
@@ -120,6 +122,17 @@ class SalsaPPOTrainer(Trainer):
             callbacks=[SkipWildMinibatches(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False
+
+    def _whole_updates(self, args: SalsaPPOConfig, prompts: int) -> None:
+        """Training ends with an update: what a cut one learned would stand in no log. A part of an epoch is rounded up."""
+        steps = args.num_ppo_epochs * args.num_mini_batches
+        require(
+            args.max_steps < 1 or args.max_steps % steps == 0,
+            f"max_steps: found {args.max_steps}, expected a multiple of {steps}, the optimizer steps of one update"
+            " (num_ppo_epochs × num_mini_batches)",
+        )
+        if args.max_steps < 1:
+            args.max_steps = math.ceil(args.num_train_epochs * (prompts // args.batch_size)) * steps
 
     def _tokenize(
         self, rows: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, positions: int

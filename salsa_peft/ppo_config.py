@@ -36,6 +36,11 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         self.logging_nan_inf_filter = False
         super().__post_init__()
         require(
+            self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens: found {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}",
+        )
+        require(self.n_gpu <= 1, f"SalsaPPOConfig: found {self.n_gpu} GPUs, expected one; set CUDA_VISIBLE_DEVICES=0")
+        require(
             self.world_size == 1,
             f"SalsaPPOConfig: found {self.world_size} processes, expected one; unset accelerate launch",
         )

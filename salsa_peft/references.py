@@ -52,6 +52,7 @@ def as_references(model: PeftModel, references: Sequence[str | Path | Frozen]) -
 
     Raises SalsaError for an empty list.
     """
+    require(not isinstance(references, str | Path), f"references: found {str(references)!r}, expected a list of them")
     require(bool(references), "references: found none, expected at least one ('base' is the model without its adapter)")
     frozen = []
     for index, reference in enumerate(references):
@@ -62,7 +63,7 @@ def as_references(model: PeftModel, references: Sequence[str | Path | Frozen]) -
         else:
             name = str(reference)
             if name not in model.peft_config:
-                name = f"reference-{index}"
+                name = adapters.free_name(model, f"reference-{index}")
                 adapters.attach(model, adapters.local_folder(str(reference)), name)
             adapters.set_trainable(model, name, False)
             frozen.append(Frozen(str(reference), name))

@@ -36,15 +36,15 @@ class AdapterReward:
 
     def __init__(self, model: PeftModel, folder: Path, micro_batch_size: int = 64) -> None:
         self.model, self.micro_batch_size = model, micro_batch_size
-        if REWARD_ADAPTER not in model.peft_config:
-            adapters.attach(model, folder, REWARD_ADAPTER)
+        self.adapter = adapters.free_name(model, REWARD_ADAPTER)
+        adapters.attach(model, folder, self.adapter)
         self.head = adapters.score_head(folder).to(model.device)
         self.toggle = adapters.Toggle(model)
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> Tensor:
         scores = []
-        with self.toggle(REWARD_ADAPTER):
+        with self.toggle(self.adapter):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch_size):
                 part = responses.rows(index)
                 scores.append(
@@ -79,16 +79,16 @@ class FunctionReward:
         ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
         extra = {"finished": responses.finished.tolist()} if self.extra else {}
         scores = self.function(prompts=prompts, completions=completions, completion_ids=ids, **extra)
-        require(
-            len(scores) == len(ids),
-            f"reward function {self.function}: found {len(scores)} scores for {len(ids)} responses, expected one each",
-        )
-        return torch.tensor([float(score) for score in scores], device=responses.response_ids.device)
+        found = f"reward function {getattr(self.function, '__name__', self.function)}: found"
+        require(hasattr(scores, "__len__"), f"{found} {scores!r}, expected a list of one score for each response")
+        require(len(scores) == len(ids), f"{found} {len(scores)} scores for {len(ids)} responses, expected one each")
+        try:
+            return torch.tensor([float(score) for score in scores], device=responses.response_ids.device)
+        except (TypeError, ValueError) as error:
+            raise SalsaError(f"{found} {scores!r:.80}, expected numbers") from error
 
 
-def decode(
-    tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False
-) -> list[str]:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
     """Token ids (B, L) where the mask is True → text, special tokens left out or kept."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))

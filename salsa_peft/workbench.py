@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from . import adapters, models
-from .config import Recipe, Training
+from .config import Recipe, Reference, Training, require
+from .data import prompt_tokens
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
 
@@ -41,7 +42,7 @@ class Workbench:
         model = job.recipe.model
         if model.base is None:
             folder, name = job.inputs["toy"] / "base", "embedded world"
-        elif Path(model.base).is_dir():
+        elif Path(model.base).is_absolute():
             folder, name = Path(model.base), model.base
         else:
             from huggingface_hub import snapshot_download
@@ -68,6 +69,26 @@ class Workbench:
         """An adapter with its tokenizer and the fingerprint of the base it belongs to."""
         self.sign(folder)
         adapters.save(model, adapter, folder, self.tokenizer, **options)
+
+    def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
+        """Raise SalsaError for an adapter of another base, by the fingerprint beside it; one without is noted.
+
+        Every input but the embedded world is an adapter's folder.
+        """
+        base = base_fingerprint(self.folder)
+        folders = [folder for unit, folder in inputs.items() if unit != "toy"]
+        folders += [adapters.local_folder(reference.path) for reference in references if reference.path is not None]
+        for folder in folders:
+            file = folder / "fingerprint.json"
+            if not file.is_file():
+                print(f"{folder}: no fingerprint.json, so that its base can't be checked", file=sys.stderr, flush=True)
+                continue
+            found = str(json.loads(file.read_text(encoding="utf-8")).get("base"))
+            require(
+                found == base,
+                f"{folder}: found an adapter of another base (fingerprint {found[:12]} …), expected one of {self.name}"
+                f" ({base[:12]} …)",
+            )
 
     def sign(self, folder: Path) -> None:
         """fingerprint.json beside an adapter: the base it belongs to."""
@@ -113,6 +134,19 @@ def note_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
     """Say that some of the data is not used; the number is in the stage's metrics too."""
     if left_out:
         print(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}", file=sys.stderr, flush=True)
+
+
+def fitting(job: Job, bench: Workbench, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The prompts that leave room for a response within model.max_length; the others are noted. Raises SalsaError for none."""
+    longest = bench.recipe.model.max_length - bench.recipe.generation.max_new_tokens
+    kept = [row for row in rows if len(prompt_tokens(row, bench.tokenizer)) <= longest]
+    why = f"prompts longer than {longest} tokens, model.max_length less generation.max_new_tokens"
+    note_left_out(job, len(rows) - len(kept), len(rows), why)
+    require(
+        bool(kept),
+        f"evaluate.prompts: found no prompt of at most {longest} tokens, expected some; raise model.max_length",
+    )
+    return kept
 
 
 def quiet(trainer: Trainer) -> None:

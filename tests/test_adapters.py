@@ -499,3 +499,17 @@ class TestRewards:
         assert rewards.as_reward(function, model, tokenizer) is function
         with pytest.raises(SalsaError, match="reward: found int, expected a reward adapter's folder or a function"):
             rewards.as_reward(3, model, tokenizer)  # type: ignore[arg-type]
+
+
+def test_an_initialisation_that_changes_the_base_is_refused(make_base, make_adapter, tmp_path) -> None:
+    """PiSSA and its kin rewrite base weights when they are attached: every role would change."""
+    model = make_adapter(make_base(), "a", 1)
+    adapters.save(model, "a", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for initial, fits in (("pissa", False), ("olora", False), ("gaussian", True), (True, True)):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": initial}))
+        if fits:
+            adapters.attach(make_base(), tmp_path / "a", "b")
+        else:
+            with pytest.raises(SalsaError, match="which changes the base that all roles share"):
+                adapters.attach(make_base(), tmp_path / "a", "b")

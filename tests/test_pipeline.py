@@ -207,3 +207,28 @@ def test_a_second_run_skips_everything_and_a_damaged_file_is_redone(run: Path) -
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "adapter_model.safetensors" not in command(run, "--dry-run").stdout
+
+
+def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """By the fingerprint that every stage writes beside its adapter."""
+    import shutil
+
+    from salsa_peft.config import SalsaError
+    from salsa_peft.parsing import load_recipe
+    from salsa_peft.runs import base_fingerprint
+    from salsa_peft.workbench import Workbench
+
+    base = unit(run, "toy") / "base"
+    bench = Workbench(load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe, base, "base", None)  # type: ignore[arg-type]
+    for name in ("sft/seed-0", "reward", "soup", "ppo/salsa"):
+        assert read(unit(run, name) / "fingerprint.json") == {"base": base_fingerprint(base)}
+    shutil.copytree(unit(run, "soup"), tmp_path / "soup")
+    bench.check({"soup": tmp_path / "soup"})
+    (tmp_path / "soup" / "fingerprint.json").write_text('{"base": "00"}')
+    with pytest.raises(SalsaError, match="found an adapter of another base"):
+        bench.check({"soup": tmp_path / "soup"})
+    (tmp_path / "soup" / "fingerprint.json").unlink()
+    bench.check({"soup": tmp_path / "soup"})
+    assert "no fingerprint.json" in capsys.readouterr().err

@@ -45,7 +45,9 @@ def make_trainer(
         chosen = copy.deepcopy(tokenizer)
         if pad_is_eos:
             chosen.pad_token = chosen.eos_token
-        model = make_adapter(make_adapter(make_adapter(make_base(), "policy", 1, **(adapter or {})), "seed-0", 2), "soup", 3)
+        model = make_adapter(
+            make_adapter(make_adapter(make_base(), "policy", 1, **(adapter or {})), "seed-0", 2), "soup", 3
+        )
         model.set_adapter("policy")
         settings: dict[str, Any] = {
             "batch_size": 8, "max_new_tokens": 7, "learning_rate": 1e-3, "num_train_epochs": 1, "num_ppo_epochs": 1, "kl_coef": 0.1,
@@ -324,3 +326,42 @@ def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
     with pytest.raises(SalsaError, match="found LlamaForCausalLM, expected a PeftModel"):
         SalsaPPOTrainer(make_base(), SalsaPPOConfig(output_dir="x", use_cpu=True, bf16=False), PROMPTS, references=["base"],
                         reward=length_reward, processing_class=tokenizer)  # fmt: skip
+
+
+def test_training_is_whole_updates(make_trainer: Any) -> None:
+    """A part of an epoch is rounded up to a rollout batch; max_steps that cut an update are refused."""
+    trainer = make_trainer(num_train_epochs=0.6, num_ppo_epochs=2)
+    trainer.train()
+    assert (trainer.update, trainer.state.global_step) == (2, 4)
+    with pytest.raises(SalsaError, match="max_steps: found 3, expected a multiple of 2"):
+        make_trainer(max_steps=3, num_ppo_epochs=2)
+    trainer = make_trainer(max_steps=2, num_ppo_epochs=2)
+    trainer.train()
+    assert trainer.update == 1
+
+
+def test_two_trainers_on_one_model_share_nothing_by_name(make_trainer: Any, tmp_path: Path) -> None:
+    """A reference's folder gets a free name on a model that has one of that name."""
+    adapters.save(make_trainer().model.policy, "soup", tmp_path / "a")
+    adapters.save(make_trainer().model.policy, "seed-0", tmp_path / "b")
+    first = make_trainer([str(tmp_path / "a")])
+    model = first.model.policy
+    second = SalsaPPOTrainer(model, first.args, PROMPTS, references=[str(tmp_path / "b")], reward=length_reward,
+                             processing_class=first.processing_class)  # fmt: skip
+    assert [t.references[0].adapter for t in (first, second)] == ["reference-0", "reference-0-2"]
+    rollout = second.roll_out([second.train_dataset[i] for i in range(8)])
+    expected = plain_logprobs(second, "policy", rollout) - plain_logprobs(second, "seed-0", rollout)
+    torch.testing.assert_close(rollout.kl, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_more_refusals(make_trainer: Any) -> None:
+    """What a library user can get wrong."""
+    with pytest.raises(SalsaError, match="references: found 'soup/', expected a list"):
+        make_trainer("soup/")
+    with pytest.raises(SalsaError, match="found no such folder, expected an adapter's folder or a Hub id"):
+        make_trainer(["no/such/folder"])
+    with pytest.raises(SalsaError, match="min_new_tokens: found 9, expected at most max_new_tokens = 7"):
+        make_trainer(min_new_tokens=9)
+    for scores, line in ((None, "found None, expected a list"), ([None] * 8, "expected numbers")):
+        with pytest.raises(SalsaError, match=line):
+            make_trainer(reward=lambda scores=scores, **_: scores).train()
