@@ -174,9 +174,18 @@ def untuned(one: Mapping[str, Any], policies: Mapping[str, Any]) -> bool:
     return one["b"] not in policies and is_control(one["b"], policies)
 
 
-def warnings(evaluation: Mapping[str, Any], landscape: Mapping[str, Any] | None) -> list[str]:
-    """Few prompts, intervals that hold 0, many comparisons: what a reader should know before quoting a number."""
-    found = [
+def warnings(
+    evaluation: Mapping[str, Any], landscape: Mapping[str, Any] | None, reward: Mapping[str, Any] | None = None
+) -> list[str]:
+    """A reward model no better than chance, few prompts, intervals that hold 0, many comparisons: what to know before quoting."""
+    accuracy = (reward or {}).get("accuracy", {}).get("held_out")
+    found = []
+    if accuracy and accuracy["low"] <= 0.5:
+        found.append(
+            f"The reward model ranks {percent(accuracy['mean'])}% [{percent(accuracy['low'])}, {percent(accuracy['high'])}] of"
+            f" {accuracy['n']} held-out pairs as the data does: not told apart from chance, so its scores may be noise."
+        )
+    found += [
         f"Only {data['n']} prompts in “{name}”: intervals from fewer than {FEW} are rough."
         for name, data in evaluation.get("datasets", {}).items()
         if data["n"] < FEW

@@ -99,7 +99,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         "lead": lead,
         "more": more,
         "compared": compared,
-        "warnings": findings.warnings(run.evaluation, run.landscape),
+        "warnings": findings.warnings(run.evaluation, run.landscape, run.reward),
         "tiles": [
             {
                 **one,

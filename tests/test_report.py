@@ -203,6 +203,10 @@ def test_differences_come_from_pairs_either_way_round_or_from_answers() -> None:
 
 
 def test_few_prompts_and_open_intervals_are_warned_of() -> None:
+    chance = {"accuracy": {"held_out": {"mean": 0.6, "low": 0.45, "high": 0.75, "n": 40}}}
+    assert "ranks 60.0% [45.0, 75.0] of 40 held-out pairs" in findings.warnings({}, None, chance)[0]
+    chance["accuracy"]["held_out"]["low"] = 0.51
+    assert findings.warnings({}, None, chance) == []
     few = findings.warnings(synthetic(n=12).evaluation, {"n": 8})
     assert any("Only 12 prompts in “out”" in one for one in few)
     assert any("landscape has 8 prompts" in one for one in few)
