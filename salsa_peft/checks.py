@@ -107,6 +107,7 @@ def check(recipe: Recipe) -> None:
     recipe.ppo.check("ppo")
     recipe.soup.check("soup", len(seeds))
     _check_lengths(recipe)
+    _check_toy(recipe)
     for name, policy in recipe.policies.items():
         _check_name("policies", name)
         taken = name in ("base", "soup") or SEED.match(name)
@@ -149,12 +150,35 @@ def _check_lengths(recipe: Recipe) -> None:
     )
 
 
+def _check_toy(recipe: Recipe) -> None:
+    """The embedded world's sizes against the batches that are cut from them."""
+    toy, sft, reward, ppo = recipe.toy, recipe.sft, recipe.reward, recipe.ppo
+    if toy is None:
+        return
+    sizes = {
+        "demonstrations": (round(toy.demonstrations * sft.subset), "sft.batch_size", sft.batch_size),
+        "preferences": (round(toy.preferences * (1 - reward.held_out)), "reward.batch_size", reward.batch_size),
+        "prompts": (toy.prompts, "ppo.batch_size", ppo.batch_size if recipe.policies else 1),
+    }
+    for key, (rows, batch, size) in sizes.items():
+        found = f"toy.{key}: found {getattr(toy, key)}, {rows} of them to train on"
+        used = getattr(recipe.data, key) is None
+        require(not used or rows >= size, f"{found}, expected at least {batch} = {size}; raise it or lower {batch}")
+
+
 def _check_reference(where: str, reference: Reference, seeds: int) -> None:
     for member in reference.members:
         require(
             member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds"
         )
     if reference.path is not None:
+        near = difflib.get_close_matches(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        require(
+            "/" in reference.path,
+            f"{where}: found {short(reference.path)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or an adapter's"
+            f" folder or Hub id (namespace/name){hint}",
+        )
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             _check_path(where, reference.path, "a LoRA adapter", file)
 

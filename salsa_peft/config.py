@@ -191,7 +191,7 @@ class PPO(PPOOptions, Training):
 
     def check(self, section: str) -> None:
         """Batches must divide, and max_steps end with an update: what a cut one learned would be in no log."""
-        self.check_batches(section, self.batch_size, self.micro_batch_size)
+        self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
         steps = self.steps_per_update
         require(
             self.max_steps < 1 or self.max_steps % steps == 0,
@@ -261,8 +261,8 @@ class Evaluate:
     """Also these, as references are written: base, seed-1 … (strings only). seed-0, soup and policies are always in."""
     samples: Count = 5
     """Prompts whose responses the report shows side by side."""
-    seed: Seed = 1
-    """Sampling seed."""
+    seed: Seed = 0
+    """Sampling seed; the landscape's own, so that a seed or the soup scores the same in both."""
 
 
 @dataclass(config=STRICT, kw_only=True)

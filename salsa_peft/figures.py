@@ -43,7 +43,7 @@ def win_rates(name: str, title: str, pairs: Sequence[Mapping[str, Any]], styles:
             _interval(axes, row, rate, low, high, styles[pair["a"]], low <= 50 <= high)
             axes.annotate(f"{rate:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", size=9)
         _rows(axes, [f"{pair['a']} over {pair['b']}" for pair in pairs])
-        axes.set(title=title, xlabel="adjusted win rate, %: right of 50 the first model wins more")
+        axes.set(title=title, xlabel="adjusted win rate of the first model, %")
 
     return panel(name, f"{title}: adjusted win rates", draw, 0.27 * len(pairs) + 0.95)
 

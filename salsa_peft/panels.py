@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -81,12 +81,12 @@ SPARE = (
 )
 
 
-def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A model's look depends on its name, for unknown names on the order in which they first come."""
+def looks(names: Sequence[str], controls: Collection[str] = ()) -> dict[str, Look]:
+    """A model's look depends on its name, for unknown names on the order in which they first come; controls are hollow."""
     unknown = [name for name in dict.fromkeys(names) if name not in KNOWN]
-    return {name: KNOWN[name] for name in names if name in KNOWN} | {
-        n: SPARE[i % len(SPARE)] for i, n in enumerate(unknown)
-    }
+    found = {name: KNOWN[name] for name in names if name in KNOWN}
+    found |= {name: SPARE[index % len(SPARE)] for index, name in enumerate(unknown)}
+    return {name: replace(look, control=look.control or name in controls) for name, look in found.items()}
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,11 @@ def count_rows(source: Source | None) -> int | None:
 
 def _arithmetic(recipe: Recipe) -> list[list[str]]:
     """What one optimizer step sees in each training stage, and how many steps there are where the rows are known."""
-    demonstrations, pairs, prompts = map(
-        count_rows, (recipe.data.demonstrations, recipe.data.preferences, recipe.data.prompts)
+    demonstrations, pairs, prompts = (
+        getattr(recipe.toy, kind) if recipe.toy and source is None else count_rows(source)
+        for kind, source in (
+            (kind, getattr(recipe.data, kind)) for kind in ("demonstrations", "preferences", "prompts")
+        )
     )
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     shares = (

@@ -29,7 +29,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     """Responses of one forward and backward. None: the whole minibatch."""
 
     def __post_init__(self) -> None:
-        self.check_batches("SalsaPPOConfig", self.batch_size, self.micro_batch_size)
+        self.check_batches("", self.batch_size, self.micro_batch_size)
         self.per_device_train_batch_size = self.micro_batch_size or self.minibatch_size
         self.gradient_accumulation_steps = self.minibatch_size // self.per_device_train_batch_size
         self.remove_unused_columns = False

@@ -73,17 +73,17 @@ class PPOOptions:
     max_prompt_length: Count | None = None
     """Longer prompts are left out, and counted. None: what the model's length leaves beside max_new_tokens."""
 
-    def check_batches(self, section: str, batch_size: int, micro_batch_size: int | None) -> None:
-        """Raise SalsaError unless a rollout batch cuts into minibatches, these into micro-batches, and itself into calls."""
+    def check_batches(self, prefix: str, batch_size: int, micro_batch_size: int | None) -> None:
+        """Raise SalsaError unless a rollout batch cuts into minibatches, these into micro-batches; `prefix` stands before keys."""
         minibatch, rest = divmod(batch_size, self.num_mini_batches)
         require(
             rest == 0,
-            f"{section}.batch_size: found {batch_size}, expected a multiple of num_mini_batches {self.num_mini_batches};"
-            f" set {section}.batch_size={math.ceil(batch_size / self.num_mini_batches) * self.num_mini_batches}",
+            f"{prefix}batch_size: found {batch_size}, expected a multiple of num_mini_batches {self.num_mini_batches};"
+            f" set {prefix}batch_size={math.ceil(batch_size / self.num_mini_batches) * self.num_mini_batches}",
         )
         micro = micro_batch_size or minibatch
         require(
             minibatch % micro == 0,
-            f"{section}.micro_batch_size: found {micro}, expected a divisor of the minibatch, {batch_size} /"
+            f"{prefix}micro_batch_size: found {micro}, expected a divisor of the minibatch, {batch_size} /"
             f" {self.num_mini_batches} = {minibatch} responses",
         )

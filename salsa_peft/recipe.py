@@ -45,6 +45,9 @@ STAGES = {
 }
 
 
+REPORT = "report.html"
+
+
 def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
     """The command. Returns 0; 2 for what the user can mend before anything ran; 1 where a stage failed; 130, 143 on signals."""
     args = parse_args(list(sys.argv[1:] if argv is None else argv), prog)
@@ -82,12 +85,10 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[str], debug: bool) -> None:
     """Do what the plan says, in order; the run folder is locked."""
-    report = [
-        step.folder / "report.html" for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked
-    ]
+    report = [step.folder for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
     say(f"results: {run}")
-    for path in report:
-        say(f"report:  {path}")
+    if report:
+        say(f"report:  {run / REPORT}")
     recipe_yaml = resolved_yaml(loaded)
     runs.write_atomic(run / "recipe.yaml", recipe_yaml)
     if any(step.why is not None for name, step in steps.items() if name in asked):
@@ -95,8 +96,9 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
     for name, step in steps.items():
         if name in asked:
             _do(step, steps, loaded.recipe, recipe_yaml, run, debug)
-    for path in report:
-        print(path, flush=True)
+    for folder in report:  # a copy under a name that stays; its folder has report.md, summary.json and the figures too
+        runs.write_atomic(run / REPORT, (folder / REPORT).read_bytes())
+        print(run / REPORT, flush=True)
 
 
 def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool) -> None:

@@ -138,7 +138,8 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
     """Section → its panels; none where the run has nothing to draw."""
     names = findings.order(run.evaluation, run.policies)
     others = [end for line in (run.landscape or {}).get("lines", []) for end in line["ends"]]
-    styles = panels.looks([*names, *others, "soup"])
+    controls = [name for name in names if findings.is_control(name, run.policies)]
+    styles = panels.looks([*names, *others, "soup"], controls)
     drawn: dict[str, list[Panel]] = {"scores": [], "pairs": [], "landscape": [], "training": [], "distributions": []}
     for dataset, data in run.evaluation.get("datasets", {}).items():
         for measure in run.evaluation["measures"]:

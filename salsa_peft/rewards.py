@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REWARD_ADAPTER = "reward"
+CALLED_WITH = ("prompts", "completions", "completion_ids", "finished")
 
 
 class Reward(Protocol):
@@ -56,7 +57,8 @@ class AdapterReward:
 class FunctionReward:
     """A Python function with TRL's reward-function signature: `(prompts, completions, completion_ids, …) -> list[float]`.
 
-    prompts and completions are text; `finished`, whether EOS ended the response, is passed to functions that take it. Special tokens
+    Called with those of CALLED_WITH that it takes. prompts and completions are text, also where the prompt was messages; `finished`
+    says whether EOS ended the response; other columns of the data are not passed. Special tokens
     are left out, as by TRL, unless `special_tokens` keeps those of the completions.
     """
 
@@ -69,7 +71,8 @@ class FunctionReward:
     ) -> None:
         self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
         taken = inspect.signature(function).parameters
-        self.extra = "finished" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        keywords = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        self.takes = {name for name in CALLED_WITH if keywords or name in taken}
 
     def __call__(self, responses: Responses) -> Tensor:
         prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask)
@@ -77,8 +80,8 @@ class FunctionReward:
             self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=self.special_tokens
         )
         ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
-        extra = {"finished": responses.finished.tolist()} if self.extra else {}
-        scores = self.function(prompts=prompts, completions=completions, completion_ids=ids, **extra)
+        given = dict(zip(CALLED_WITH, (prompts, completions, ids, responses.finished.tolist()), strict=True))
+        scores = self.function(**{name: value for name, value in given.items() if name in self.takes})
         found = f"reward function {getattr(self.function, '__name__', self.function)}: found"
         require(hasattr(scores, "__len__"), f"{found} {scores!r}, expected a list of one score for each response")
         require(len(scores) == len(ids), f"{found} {len(scores)} scores for {len(ids)} responses, expected one each")

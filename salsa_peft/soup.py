@@ -32,16 +32,24 @@ STRATEGIES: dict[str, Callable[[StackedAdapter, list[float]], list[float]]] = {"
 
 
 def soup(
-    out: Path | str, members: Sequence[Path | str], weights: Sequence[float] | None = None, *, strategy: str = "linear"
+    out: Path | str,
+    members: Sequence[Path | str],
+    weights: Sequence[float] | None = None,
+    *,
+    strategy: str = "linear",
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Average adapter folders into `out` (weights: uniform unless given) and return the summary, also out/soup.json."""
+    """Average adapter folders into `out` (weights: uniform unless given) and return the summary, also out/soup.json.
+
+    `names` are what the summary calls the members (default: their folders' names).
+    """
     if strategy not in STRATEGIES:
         raise SalsaError(f"strategy: found {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if not members:
         raise SalsaError("a soup of no members: expected at least one adapter folder")
     asked = [1 / len(members) for _ in members] if weights is None else weights
     asked = check_weights(asked, len(members), sum_to_one=True)
-    stacked = StackedAdapter.load(members)
+    stacked = StackedAdapter.load(members, names)
     return stacked.save(Path(out), STRATEGIES[strategy](stacked, asked), strategy=strategy)
 
 

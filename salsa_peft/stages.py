@@ -34,11 +34,24 @@ def soup(job: Job) -> dict[str, Any]:
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"
-    summary = cook(cooked, [job.inputs[f"sft/seed-{member}"] for member in section.members], section.resolved)
+    names = [f"seed-{member}" for member in section.members]
+    summary = cook(cooked, [job.inputs[f"sft/{name}"] for name in names], section.resolved, names=names)
     for file in cooked.iterdir():
         shutil.move(file, job.folder / file.name)
     cooked.rmdir()
     return summary
+
+
+def _told(soup: dict[str, Any]) -> dict[str, Any]:
+    """soup.json → what the report's table says of it."""
+    members = {
+        m["name"]: f"weight {m['weight']:g}, rank {m['ranks']}, norm of delta {m['norm']:.4g}" for m in soup["members"]
+    }
+    pairs = {
+        f"{p['a']} – {p['b']}": f"distance {p['distance']:.4g}, cosine {p['cosine'] or 0.0:.4f}" for p in soup["pairs"]
+    }
+    whole = f"{soup['strategy']}, {soup['modules']} modules, rank {soup['ranks']}, norm of delta {soup['norm']:.4g}"
+    return {**members, **pairs, "soup": whole}
 
 
 def _json(path: Path) -> Any:
@@ -78,7 +91,7 @@ def report(job: Job) -> dict[str, Any]:
         units=units,
         seeds={name: _json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
         reward=_json(job.inputs["reward"] / "metrics.json"),
-        soup=_json(job.inputs["soup"] / "soup.json"),
+        soup=_told(_json(job.inputs["soup"] / "soup.json")),
         policies={name: policy(folder) for name, folder in in_stage("ppo").items()},
         landscape=_json(landscape / "landscape.json") if landscape else None,
         evaluation=_json(evaluation / "evaluation.json"),

@@ -25,6 +25,8 @@ def run(job: Job) -> dict[str, Any]:
     result = hashlib.sha256((canonical(job.unit.slice) + done).encode()).hexdigest()
     write_atomic(job.folder / "result.txt", f"{job.unit.id} {result}\n")
     write_atomic(job.folder / "deeper" / "more.bin", b"1234")
+    if job.unit.stage == "report":
+        write_atomic(job.folder / "report.html", result)
     action = json.loads(job.recipe.description or "{}").get(job.unit.id)
     if action == "refuse":
         raise SalsaError("data.prompts: found nothing, expected something")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -486,3 +487,20 @@ def test_max_steps_of_ppo_are_whole_updates(load):
     assert load("ppo.max_steps=8").recipe.ppo.max_steps == 8
     with pytest.raises(SalsaError, match=r"ppo.max_steps: found 6, expected a multiple of 4, .*set ppo.max_steps=8"):
         load("ppo.max_steps=6")
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("toy.prompts=100", "toy.prompts: found 100, 100 of them to train on, expected at least ppo.batch_size = 128"),
+        (
+            "toy.demonstrations=40",
+            "toy.demonstrations: found 40, 20 of them to train on, expected at least sft.batch_size = 32",
+        ),
+        ("policies.a25={reference: soups}", "policies.a25.reference: found 'soups', expected seed-N, base, soup"),
+    ],
+)
+def test_what_would_fail_after_minutes_fails_at_once(setting: str, line: str) -> None:
+    """Sizes of the embedded world against the batches; a bare word that is no reference."""
+    with pytest.raises(SalsaError, match=re.escape(line)):
+        load_recipe("quickstart", lora="lora", overrides=[setting])

@@ -48,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = command(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.splitlines()[0] == f"results: {folder}"
-    assert done.stdout.strip().endswith("report.html")
+    assert done.stdout.strip() == str(folder / "report.html")
+    assert (folder / "report.html").read_bytes() == (unit(folder, "report") / "report.html").read_bytes()
     return folder
 
 

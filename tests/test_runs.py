@@ -252,7 +252,8 @@ def test_standard_output_is_the_reports_path(tmp_path):
     [path] = out.splitlines()
     assert process.returncode == 0
     assert path.endswith("/report.html")
-    assert Path(path).parent.parent == tmp_path / "runs/tiny-lora/report"
+    assert Path(path) == tmp_path / "runs/tiny-lora/report.html"
+    assert Path(path).read_text() == next((tmp_path / "runs/tiny-lora/report").glob("*/report.html")).read_text()
     assert "noise" in err
 
 
