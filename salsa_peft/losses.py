@@ -12,11 +12,6 @@ import torch
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` over True in `mask` (same shape) → scalar; NaN where the mask is empty."""
-    return values[mask].mean()
-
-
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """(B, T) → scaled to unit variance (and zero mean) over the mask, 0 outside it; TRL 1.12's masked_whiten.
 

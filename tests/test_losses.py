@@ -109,10 +109,6 @@ class TestWhiten:
             assert whitened[mask].var().item() == pytest.approx(1, abs=1e-3)
             assert not whitened[~mask].any()
 
-    def test_masked_mean(self) -> None:
-        mask = torch.tensor([[True, False], [True, True]])
-        assert losses.masked_mean(torch.tensor([[1.0, float("nan")], [2, 6]]), mask).item() == 3
-
 
 class TestKL:
     def test_estimators_by_hand(self) -> None:
