@@ -1,7 +1,6 @@
 """Adapters on one shared base: attach, copy, toggle, save.
 
-PEFT's own `set_adapter` walks all modules and changes requires_grad on the way (33 ms a switch on SmolLM2 through TRL's
-use_adapter, and frozen references become trainable). Here the tuner layers are listed once and a switch sets one
+PEFT's own `set_adapter` walks all modules and changes requires_grad on the way, so that frozen references become trainable. Here the tuner layers are listed once and a switch sets one
 attribute in each, touching nothing else.
 """
 
