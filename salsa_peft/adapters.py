@@ -24,6 +24,7 @@ from torch import nn
 
 from .config import Adapter, SalsaError, require
 from .runs import write_atomic
+from .sharding import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,6 +108,20 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     return model
 
 
+def load(model: PeftModel, name: str, folder: Path) -> None:
+    """Give adapter `name`, which is on the model, the weights in `folder`. Raises SalsaError where they don't pair with its own."""
+    _, tensors = read(folder)
+    held = get_peft_model_state_dict(model, adapter_name=name)
+    expected = {key: tensor.shape for key, tensor in held.items()}
+    odd = sorted(key for key, _ in expected.items() ^ {key: value.shape for key, value in tensors.items()}.items())
+    require(
+        not odd, f"{folder}: found {len(odd)} tensors that are not adapter {name!r}'s, expected the same ({odd[:1]} …)"
+    )
+    set_peft_model_state_dict(
+        model, {key: placed(tensor, held[key]) for key, tensor in tensors.items()}, adapter_name=name
+    )
+
+
 def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
     if not isinstance(model, PeftModel):
         return get_peft_model(model, config, adapter_name=name)
@@ -155,6 +170,12 @@ class Toggle:
     def __init__(self, model: PeftModel) -> None:
         self.model, self.names, self.layers = model, list(model.peft_config), tuner_layers(model)
 
+    @property
+    def active(self) -> str | None:
+        """The adapter that is active now, None where the plain base is."""
+        layer = self.layers[0]
+        return None if layer._disable_adapters else layer.active_adapters[0]
+
     @contextlib.contextmanager
     def __call__(self, name: str | None) -> Iterator[None]:
         """Within the context, adapter `name` is active, or none (None: the plain base); the state found comes back after."""
@@ -185,10 +206,14 @@ def remove_dropout(model: nn.Module) -> None:
 
 
 def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None,
-         extra: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
-    """Write adapter `name` as an ordinary PEFT folder (`extra`: more tensors under PEFT's names), config last."""
+         extra: dict[str, torch.Tensor] | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
+    """Write adapter `name` as an ordinary PEFT folder (`extra`: more tensors under PEFT's names), config last.
+
+    state_dict: the model's weights, where it does not hold them whole itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+    weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     temporary = folder / f".{WEIGHTS}.part"
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})
     with temporary.open("rb+") as file:

@@ -18,6 +18,7 @@ from typing import Any
 
 from salsa_peft.config import NAME, SEED, Recipe, Reference, SalsaError, Source, parse_reference, require
 from salsa_peft.messages import path_text, short
+from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, find_module, placed, split_function
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".yaml")
@@ -50,6 +51,9 @@ def is_source(keys: list[str]) -> bool:
 def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     """A copy of departures whose local paths are absolute, relative ones taken from `folder`."""
     data = copy.deepcopy(data)
+    if not isinstance(data.get("reward", {}), dict | None):
+        data["reward"] = {"model": data["reward"]}
+    _change(data, "reward", "model", lambda value: _reward(value, folder))
     _change(data, "model", "base", lambda value: _path(value, folder))
     _change(data, "model", "chat_template", lambda value: _template(value, folder))
     for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
@@ -97,6 +101,17 @@ def _references(value: Any, folder: str, bare: bool = True) -> Any:
     return value if named else _path(value, folder)
 
 
+def _reward(value: Any, folder: str) -> Any:
+    """Paths made absolute, also those of functions' modules."""
+    if isinstance(value, list):
+        return [_reward(entry, folder) for entry in value]
+    if isinstance(value, dict):
+        return {key: _reward(entry, folder) if key == "model" else entry for key, entry in value.items()}
+    if not isinstance(value, str) or value == "adapter":
+        return value
+    return placed(value, folder) if ":" in value else _path(value, folder)
+
+
 def check(recipe: Recipe) -> None:
     """Everything that types don't say. Raises SalsaError `key: found …, expected …`."""
     require(NAME.match(recipe.name) is not None, f"name: found {short(recipe.name)}, {NAME_EXPECTED}")
@@ -104,6 +119,7 @@ def check(recipe: Recipe) -> None:
     require(len(set(seeds)) == len(seeds), f"sft.seeds: found {short(seeds)}, expected no seed twice")
     recipe.sft.check("sft")
     recipe.reward.check("reward")
+    _check_reward(recipe)
     recipe.ppo.check("ppo")
     recipe.soup.check("soup", len(seeds))
     _check_lengths(recipe)
@@ -115,6 +131,7 @@ def check(recipe: Recipe) -> None:
         for reference in policy.references(f"policies.{name}"):
             _check_reference(f"policies.{name}.reference", reference, len(seeds))
     _check_landscape(recipe)
+    _check_prompt_set(recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts)
     _check_evaluate(recipe)
     _check_present(recipe)
     _check_files(recipe)
@@ -162,7 +179,7 @@ def _check_toy(recipe: Recipe) -> None:
     }
     for key, (rows, batch, size) in sizes.items():
         found = f"toy.{key}: found {getattr(toy, key)}, {rows} of them to train on"
-        used = getattr(recipe.data, key) is None
+        used = getattr(recipe.data, key) is None and (key != "preferences" or reward.trained)
         require(not used or rows >= size, f"{found}, expected at least {batch} = {size}; raise it or lower {batch}")
 
 
@@ -183,6 +200,36 @@ def _check_reference(where: str, reference: Reference, seeds: int) -> None:
             _check_path(where, reference.path, "a LoRA adapter", file)
 
 
+def _check_reward(recipe: Recipe) -> None:
+    """Functions' modules and classifiers' folders are there; the critic has the reward adapter that it starts from."""
+    for part in recipe.reward.parts:
+        if part.kind == "function":
+            folder, module, _ = split_function(part.value)
+            where = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
+            require(
+                find_module(folder, module) is not None, f"reward.model: found no module {module} {where}, expected one"
+            )
+        elif part.kind == "classifier":
+            _check_classifier(part)
+    require(
+        recipe.ppo.value == "head" or recipe.reward.trained,
+        "ppo.value: found adapter, which starts from the reward adapter, but reward.model trains none; expected head, or adapter"
+        " among reward.model",
+    )
+
+
+def _check_classifier(part: RewardPart) -> None:
+    near = difflib.get_close_matches(part.value, ["adapter"], 1)
+    require(
+        "/" in part.value,
+        f"reward.model: found {short(part.value)}, expected adapter, module:name (a function), or a sequence classifier's folder or"
+        f" Hub id (namespace/name){'; did you mean adapter?' if near else ''}",
+    )
+    _check_path("reward.model", part.value, "a sequence classifier", "config.json")
+    if is_local(part.value):
+        check_classifier_folder("reward.model", part.value)
+
+
 def _check_landscape(recipe: Recipe) -> None:
     if (landscape := recipe.landscape) is None:
         return
@@ -195,12 +242,13 @@ def _check_landscape(recipe: Recipe) -> None:
             fits,
             f"landscape.{key}: found {short(found)}, expected {count} different positions 0 to {seeds - 1} of sft.seeds",
         )
+    _check_prompt_set(recipe, "landscape.prompts", landscape.prompts)
+
+
+def _check_prompt_set(recipe: Recipe, where: str, name: str | None) -> None:
     sets = _prompt_sets(recipe)
-    fits = landscape.prompts is None or landscape.prompts in sets
-    require(
-        fits,
-        f"landscape.prompts: found {short(landscape.prompts)}, expected one of evaluate.prompts: {', '.join(sets)}",
-    )
+    fits = name is None or name in sets
+    require(fits, f"{where}: found {short(name)}, expected one of evaluate.prompts: {', '.join(sets)}")
 
 
 def _prompt_sets(recipe: Recipe) -> list[str]:
@@ -230,7 +278,7 @@ def _check_present(recipe: Recipe) -> None:
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
         "data.demonstrations": recipe.data.demonstrations,
-        "data.preferences": recipe.data.preferences,
+        "data.preferences": recipe.data.preferences or not recipe.reward.trained,
         "data.prompts": recipe.data.prompts or not recipe.policies,
         "evaluate.prompts": recipe.evaluate.prompts,
     }

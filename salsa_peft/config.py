@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from .fields import NAME, SEED, STRICT, Count, NonNegative, Positive, SalsaError, Seed, Share, require
 from .ppo_options import PPOOptions, Sampling
 from .reference_kinds import Reference, Soup, parse_reference
+from .reward_kinds import RewardPart, parse_reward
 from .toy_section import Toy
 
 __all__ = [
@@ -166,14 +167,36 @@ class SFT(Training):
 
 @dataclass(config=STRICT, kw_only=True)
 class Reward(Training):
-    """The reward model (TRL's RewardTrainer): starts from seed-0, linear head on the last token."""
+    """What PPO maximises, and the training of the reward model where it is one (TRL's RewardTrainer): it starts from seed-0, with a
+    linear head on the last token.
 
+    Text or a list as the whole section is its `model`.
+    """
+
+    model: Any = "adapter"
+    """adapter (trained here) | module:name, a Python function of TRL's reward-function signature, its module in the recipe's folder or
+    on Python's path | a sequence classifier's folder or Hub id | a list of these, or of {model, weight, name}: their weighted sum."""
     learning_rate: Positive = 2.0e-5
     """Paper A.2."""
     weight_decay: NonNegative = 0.001
     """Paper A.2."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the pairs kept from training, for the accuracy that the metrics give."""
+
+    @property
+    def parts(self) -> list[RewardPart]:
+        """The parsed model: one part, or those of a weighted sum."""
+        return parse_reward("reward.model", self.model)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the reward stage has an adapter to train."""
+        return any(part.kind == "adapter" for part in self.parts)
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether a function is among the parts, which may take any column of the data."""
+        return any(part.kind == "function" for part in self.parts)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -188,10 +211,19 @@ class PPO(PPOOptions, Training):
     """As in Transformers (TRL's PPO: linear)."""
     seed: Seed = 0
     """Of sampling, prompt order and minibatches; the same for every policy."""
+    save_steps: Count = 50
+    """Optimizer steps between two checkpoints, from which a run that was stopped goes on; the newest two are kept."""
+    eval_prompts: str | None = None
+    """Which of evaluate.prompts are answered and scored now and then. None: none."""
+    eval_steps: Count = 100
+    """Optimizer steps between two such evaluations."""
+    eval_limit: Count = 64
+    """Prompts of such an evaluation, the first."""
 
     def check(self, section: str) -> None:
         """Batches must divide, and max_steps end with an update: what a cut one learned would be in no log."""
         self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
+        self.check_options(f"{section}.")
         steps = self.steps_per_update
         require(
             self.max_steps < 1 or self.max_steps % steps == 0,
@@ -273,6 +305,8 @@ class Recipe:
     """Results go to runs/<name>[-lora|-qlora]."""
     description: str = ""
     """For people."""
+    report_to: list[str] = dataclasses.field(default_factory=list)
+    """Where PPO's figures go besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb …"""
     threads: Count | None = None
     """CPU threads of a stage's process. None: PyTorch's choice."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)

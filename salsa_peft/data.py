@@ -150,8 +150,8 @@ def as_messages(prompt: Any, where: str) -> Messages:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt, where)
 
 
-def prompts(source: Source) -> list[dict[str, Messages]]:
-    """→ rows {prompt}, messages that end before the assistant speaks.
+def prompts(source: Source, *, columns: bool = False) -> list[dict[str, Any]]:
+    """→ rows {prompt}, messages that end before the assistant speaks; with `columns`, the row's others too, for a reward function.
 
     Columns: `prompt` (messages or text), else `messages` (its last assistant turn and what follows is cut off), else
     `turns` (MT-Bench: the first).
@@ -167,7 +167,7 @@ def prompts(source: Source) -> list[dict[str, Messages]]:
         require(bool(messages), f"{where}, {name}: found no user turn, expected one")
         spoken = messages[-1]["role"] == "assistant"
         require(not spoken, f"{where}, {name}: found a last turn of assistant, expected user: the policy answers next")
-        rows.append({"prompt": messages})
+        rows.append({**row, "prompt": messages} if columns else {"prompt": messages})
     return rows
 
 

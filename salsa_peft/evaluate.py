@@ -13,11 +13,12 @@ from peft import PeftModel
 
 from . import adapters, data
 from .config import Evaluate, Recipe, parse_reference
+from .generation import respond
 from .landscape import measures
 from .progress import bar
 from .references import attach_reference
 from .rewards import Reward, decode
-from .rollout import Responses, respond
+from .rollout import Responses
 from .runs import Job, write_atomic
 from .statistics import compare, mean_interval, paired_difference
 from .workbench import Workbench, fitting, seeds_of
@@ -56,7 +57,8 @@ def answer(model: PeftModel, adapter: str | None, rows: list[dict[str, Any]], re
     answers: Answers = [{} for _ in rows]
     with adapters.active(model, adapter):
         for indices, responses in respond(model, tokens, generation, tokenizer, seed, generation.batch_size):
-            scores = {name: reward(responses).tolist() for name, reward in rewards.items()}
+            asked = [rows[row] for row in indices]
+            scores = {name: reward(responses, asked).tolist() for name, reward in rewards.items()}
             for place, row in enumerate(indices):
                 answers[row] = _answer(
                     responses, place, {name: values[place] for name, values in scores.items()}, tokenizer
@@ -104,8 +106,8 @@ def run(job: Job) -> dict[str, Any]:
     rewards = measures(job, model, bench)
     answering = {name: attach(model, name, recipe, job.inputs) for name in model_names(recipe)}
     # 2. every model answers every set of prompts
-    sources = data.evaluation_sources(recipe, job.inputs.get("toy"))
-    sets = {name: fitting(job, bench, data.prompts(source)) for name, source in sources.items()}
+    sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
+    sets = {name: fitting(job, bench, data.prompts(source, columns=columns)) for name, source in sources.items()}
     summary: dict[str, Any] = {}
     lines: list[str] = []
     with bar(len(sets) * len(answering), job.unit.id) as update:

@@ -16,9 +16,9 @@ from peft import PeftModel
 
 from . import adapters, data
 from .config import Generation, Landscape
+from .generation import respond
 from .progress import bar
-from .rewards import AdapterReward, FunctionReward, Reward
-from .rollout import respond
+from .rewards import FunctionReward, Reward, Rows, of_recipe
 from .runs import Job, write_atomic
 from .stacked_adapter import StackedAdapter
 from .statistics import mean_interval
@@ -28,26 +28,25 @@ POINT = "landscape"
 
 
 def measures(job: Job, model: PeftModel, bench: Workbench) -> dict[str, Reward]:
-    """What scores responses: the reward model, and in the embedded world its gold reward."""
-    rewards: dict[str, Reward] = {
-        "reward": AdapterReward(model, job.inputs["reward"], job.recipe.generation.batch_size)
-    }
-    if job.recipe.toy is not None:
+    """What scores responses: the recipe's reward, and in the embedded world its gold reward."""
+    recipe = job.recipe
+    rewards = {"reward": of_recipe(recipe, model, job.inputs, bench.tokenizer, recipe.generation.batch_size)}
+    if recipe.toy is not None:
         from .toy import gold
 
         rewards["gold"] = FunctionReward(gold, bench.tokenizer, special_tokens=True)
     return rewards
 
 
-def mean_scores(model: PeftModel, adapter: str | None, prompts: Sequence[Sequence[int]], rewards: Mapping[str, Reward],
-                bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Measure → mean score with its interval over prompts, of one response each from `adapter`."""
+def mean_scores(model: PeftModel, adapter: str | None, rows: Rows, prompts: Sequence[Sequence[int]],
+                rewards: Mapping[str, Reward], bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Measure → mean score with its interval over prompts (rows, and their token ids), of one response each from `adapter`."""
     generation: Generation = bench.recipe.generation
     scores: dict[str, list[float]] = {name: [] for name in rewards}
     with adapters.active(model, adapter):
-        for _, responses in respond(model, prompts, generation, bench.tokenizer, seed, generation.batch_size):
+        for indices, responses in respond(model, prompts, generation, bench.tokenizer, seed, generation.batch_size):
             for name, reward in rewards.items():
-                scores[name] += reward(responses).tolist()
+                scores[name] += reward(responses, [rows[row] for row in indices]).tolist()
     return {name: asdict(mean_interval(values)) for name, values in scores.items()}
 
 
@@ -93,7 +92,9 @@ def run(job: Job) -> dict[str, Any]:
     # 1. the prompts, the same at each point
     sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
     questions = section.prompts or next(iter(sources))
-    rows = fitting(job, bench, data.prompts(sources[questions])[: section.limit])
+    rows = fitting(
+        job, bench, data.prompts(sources[questions], columns=job.recipe.reward.reads_columns)[: section.limit]
+    )
     tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(rows, 1)]
     # 2. one base, one stacked adapter of every seed that a point needs
     bench.check(job.inputs)
@@ -106,7 +107,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
         stacked.set_weights(model, POINT, [weights.get(position, 0.0) for position in positions])
-        return mean_scores(model, POINT, tokens, rewards, bench, section.seed)
+        return mean_scores(model, POINT, rows, tokens, rewards, bench, section.seed)
 
     # 3. every point; one that two of the figures share is measured once
     result = measure_points(points(section), score, job.unit.id)

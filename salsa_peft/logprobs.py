@@ -51,17 +51,27 @@ def head_of(lm: Any, temperature: float, eos: int) -> Head:
 
 def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
     """log π(· | state) as it was sampled: (n, H) and (n,) True = EOS forbidden → (n, V), float32."""
-    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() / head.temperature
+    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    return sampled_distribution(logits, forbidden, head.temperature, head.eos)
+
+
+def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: int) -> Tensor:
+    """Logits (n, V) and (n,) True = EOS forbidden → log-probs of the distribution that is sampled, (n, V), float32."""
+    scaled = logits.float() / temperature
     if forbidden.any():
-        logits[:, head.eos] = logits[:, head.eos].masked_fill(forbidden, -torch.inf)
-    return logits.log_softmax(-1)
+        scaled[:, eos] = scaled[:, eos].masked_fill(forbidden, -torch.inf)
+    return scaled.log_softmax(-1)
+
+
+def entropy_of(logp: Tensor, probabilities: Tensor) -> Tensor:
+    """Of log-probs (n, V) and their exponentials → (n,), nats; what is forbidden adds nothing."""
+    return -(probabilities * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
 def _statistics(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     logp = log_distribution(hidden, head, forbidden)
     probabilities = logp.exp()
-    entropy = -(probabilities * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return logp.gather(-1, labels[:, None]).squeeze(-1), entropy, probabilities
+    return logp.gather(-1, labels[:, None]).squeeze(-1), entropy_of(logp, probabilities), probabilities
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -106,12 +116,12 @@ def token_logprobs(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head
 
 
 @torch.no_grad()
-def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head) -> Tensor:
-    """KL(π ‖ reference), exact over the vocabulary: two (N, H) of hidden states → (N,), float32."""
+def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head, reference_head: Head) -> Tensor:
+    """KL(π ‖ reference), exact over the vocabulary: two (N, H) of hidden states and their heads → (N,), float32."""
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)
         policy = log_distribution(hidden[part], head, forbidden[part])
-        other = log_distribution(reference[part], head, forbidden[part])
+        other = log_distribution(reference[part], reference_head, forbidden[part])
         kl[part] = (policy.exp() * (policy - other).nan_to_num(0.0)).sum(-1)
     return kl

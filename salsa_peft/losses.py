@@ -6,7 +6,8 @@ and never has to be zero. All in float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +43,15 @@ def reference_kl(logprobs: Tensor, references: Tensor, estimator: str) -> Tensor
     return torch.stack([estimate(logprobs, reference) for reference in references]).mean(0)
 
 
-def token_rewards(kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """reward_t = −β · kl_t, plus the score at the last token that counts: (B, T), (B,), (B, T) → (B, T), 0 outside."""
+def token_rewards(
+    kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, *, per: Literal["response", "token"] = "response"
+) -> Tensor:
+    """reward_t = −β · kl_t, plus the score at the last token that counts: (B, T), (B,), (B, T) → (B, T), 0 outside.
+
+    per "token": −β · kl_t / |y|, so that a response pays β times its mean KL, whatever its length |y|.
+    """
+    if per == "token":
+        kl = kl / mask.sum(-1, keepdim=True)
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
     last = mask.long().sum(-1) - 1
     rows = torch.arange(len(scores), device=scores.device)
@@ -103,7 +111,7 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
     log_ratio = logprobs - old_logprobs
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     value_unclipped, value_clipped = (values - returns).square(), (near - returns).square()
 
     def total(per_token: Tensor) -> Tensor:
@@ -121,10 +129,14 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
     return PPOLoss(policy + vf_coef * value, policy.detach(), value.detach(), *shown)
 
 
-def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, responses: int) -> float:
-    """β ← β (1 + clip(KL/target − 1, ±0.2) · n / horizon), KL in nats per response (Ziegler et al., 2019; TRL 0.8)."""
+def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, responses: int, least: float = 0.0,
+                  most: float | None = None) -> float:  # fmt: skip
+    """β ← β (1 + clip(KL/target − 1, ±0.2) · n / horizon), KL in nats per response (Ziegler et al., 2019; TRL 0.8).
+
+    It stays between `least` and `most` (None: no bound).
+    """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * responses / horizon)
+    return min(max(kl_coef * (1 + error * responses / horizon), least), math.inf if most is None else most)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

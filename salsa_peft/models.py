@@ -5,18 +5,21 @@ What differs between full weights and adapters stays in this file and adapters.p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from . import adapters, sharding
 from .config import Model, SalsaError, require
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -112,8 +115,6 @@ def load_classifier(base: str, model: Model, tokenizer: PreTrainedTokenizerBase)
 
 def causal_lm(model: nn.Module) -> Any:
     """The Transformers model inside a PeftModel, or the model itself."""
-    from peft import PeftModel
-
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -146,30 +147,78 @@ def check_head(model: nn.Module) -> None:
     )
 
 
-class PolicyWithValueHead(nn.Module):
-    """What PPO trains: a policy (an adapter on the shared base) and a linear value head on its trunk, one module.
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the weights of the checkpoint in `folder`, in place. Raises SalsaError where a tensor has no place in it."""
+    found: set[str] = set()
+    for file in sorted(folder.glob("model*.safetensors")):
+        tensors = load_file(file)
+        missing = sharding.load(model, tensors, strict=False)
+        require(
+            not missing.unexpected_keys, f"{file}: found {missing.unexpected_keys[:1]}, expected weights of this model"
+        )
+        found |= set(tensors)
+    shared = set(model.all_tied_weights_keys or {})
+    lost = sorted(set(model.state_dict()) - found - shared)
+    require(not lost, f"{folder}: found no {', '.join(lost[:2])}, expected all weights of the model")
 
-    The head starts at zero, so that the first values are 0 whatever the base, and is float32 over any base.
+
+class PolicyWithValueHead(nn.Module):
+    """What PPO trains: a policy (an adapter on the shared base, or full weights) and a linear value head, one module.
+
+    The head reads the policy's own trunk, or with `value_adapter` the trunk under that adapter, in a forward of its own. It
+    starts at zero, so that the first values are 0 whatever the base, or as a copy of `start`; it is float32 over any base.
     """
 
-    def __init__(self, policy: PeftModel) -> None:
+    def __init__(self, policy: PeftModel | PreTrainedModel, value_adapter: str | None = None,
+                 start: torch.Tensor | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.policy = policy
+        self.policy, self.value_adapter = policy, value_adapter
+        self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers, which accelerate shards one by one
         self.value_head = nn.Linear(causal_lm(policy).config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if start is not None:
+            self.value_head.weight.data.copy_(start)
+        self.toggle = adapters.Toggle(policy) if isinstance(policy, PeftModel) else None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """→ hidden states (B, L, H) and values (B, L), float32: V at position i judges the state after token i."""
         hidden = hidden_states(self.policy, input_ids, attention_mask)
-        return hidden, self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        return hidden, self.values(hidden, input_ids, attention_mask)
 
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Called by transformers.Trainer; a frozen embedding's output must require grad for it."""
-        causal_lm(self.policy).activation_checkpointing_enable(**options)
+    def values(
+        self, hidden: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Values (B, L) from the policy's states (B, L, H), which a value adapter's own forward takes the place of."""
+        if self.value_adapter is not None:
+            assert self.toggle is not None
+            with self.toggle(self.value_adapter):
+                hidden = hidden_states(self.policy, input_ids, attention_mask)
+        assert hidden is not None
+        values = self.value_head(hidden.to(self.value_head.weight.dtype))
+        return values.squeeze(-1).clone()  # FSDP2 hangs hooks on what forward returns, which may be no view
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
+    ) -> None:
+        """Called by transformers.Trainer. A frozen embedding's output must require grad for it, and what is recomputed in the
+        backward must run under the adapter that was active in the forward."""
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if self.toggle is not None:
+            require(
+                not options["use_reentrant"],
+                "activation_checkpointing_kwargs: found use_reentrant true, expected false: its recomputation would run under"
+                " whichever adapter is active then",
+            )
+            options["context_fn"] = self._under_the_same_adapter
+        causal_lm(self.policy).activation_checkpointing_enable(options, **layers)
         causal_lm(self.policy).enable_input_require_grads()
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def _under_the_same_adapter(self) -> tuple[Any, Any]:
+        """torch.utils.checkpoint's context_fn: contexts of the forward and of its recomputation."""
+        assert self.toggle is not None
+        return contextlib.nullcontext(), self.toggle(self.toggle.active)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The same under its older name."""
-        causal_lm(self.policy).gradient_checkpointing_enable(**options)
-        causal_lm(self.policy).enable_input_require_grads()
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)

@@ -46,7 +46,7 @@ RC: Any = {
     "legend.fontsize": 8.5,
     "text.parse_math": False,
 }
-MEASURES = {"reward": "reward-model score", "gold": "gold reward"}
+MEASURES = {"reward": "training reward", "gold": "gold reward"}
 
 
 @dataclass(frozen=True)

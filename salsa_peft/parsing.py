@@ -115,6 +115,8 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
     require(len(keys) <= 8, f"{label}: found a key of {len(keys)} parts, expected fewer")
     require(all(keys), f"{label}: expected key=value with a key such as ppo.learning_rate")
     nested: Any = parse_yaml(value, label)
+    if keys == ["reward"] and not isinstance(nested, dict):
+        keys = ["reward", "model"]
     for name in reversed(keys):
         nested = {name: nested}
     check_keys("--set", "", nested, Recipe)

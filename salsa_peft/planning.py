@@ -84,8 +84,9 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
     )
     rows = [
         [f"sft, each of {len(sft.seeds)} seeds", _batch(sft), _steps(sft, shares[0])],
-        ["reward", _batch(reward), _steps(reward, shares[1])],
     ]
+    if reward.trained:
+        rows.append(["reward", _batch(reward), _steps(reward, shares[1])])
     if recipe.policies:
         minibatch = ppo.batch_size // ppo.num_mini_batches
         micro = ppo.micro_batch_size or minibatch

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
-from . import adapters, data
+from . import adapters, checkpoints, data, rewards
 from .config import PPOOptions, Recipe, Sampling
-from .ppo import SalsaPPOConfig, SalsaPPOTrainer
+from .ppo import SalsaPPOTrainer
+from .ppo_config import SalsaPPOConfig
 from .references import Frozen, attach_reference
-from .rewards import AdapterReward
 from .runs import Job, write_atomic
 from .workbench import Bar, Workbench, note_left_out, quiet, seeds_of, training_arguments
 
@@ -28,7 +29,11 @@ def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
     engine["max_prompt_length"] = (
         section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens
     )
-    return SalsaPPOConfig(**(arguments | engine | sampling | batches | {"logging_strategy": "no"}))
+    saving = {"save_strategy": "steps", "save_steps": section.save_steps, "save_total_limit": 2}
+    asked = section.eval_prompts is not None
+    logs = {"logging_strategy": "no", "report_to": recipe.report_to or "none", "eval_steps": section.eval_steps}
+    logs["eval_strategy"] = "steps" if asked else "no"
+    return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -44,9 +49,11 @@ def run(job: Job) -> dict[str, Any]:
     references: list[Frozen] = []
     for index, reference in enumerate(wanted):
         references.append(attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}"))
-    reward = AdapterReward(model, job.inputs["reward"], recipe.ppo.rollout_batch_size or recipe.ppo.batch_size)
+    micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
+    reward = rewards.of_recipe(recipe, model, job.inputs, bench.tokenizer, micro)
     # 3. PPO
-    prompts = data.prompts(data.sources(recipe, job.inputs.get("toy"))["prompts"])
+    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
+    prompts = data.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
         ppo_config(recipe, name, str(job.folder)),
@@ -54,12 +61,16 @@ def run(job: Job) -> dict[str, Any]:
         references=references,
         reward=reward,
         processing_class=bench.tokenizer,
+        eval_dataset=evaluation_prompts(job),
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     quiet(trainer)
     limit = f"prompts longer than {trainer.args.max_prompt_length} tokens"
     note_left_out(job, trainer.left_out, len(prompts), limit)
-    trainer.train()
+    checkpoint, passed = checkpoints.last_whole(job.folder)
+    for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
+        print(line, file=sys.stderr, flush=True)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # 4. the policy, its value head, what was run
     trainer.save_model(str(job.folder))
     bench.sign(job.folder)
@@ -76,6 +87,15 @@ def run(job: Job) -> dict[str, Any]:
         del trainer, model, reward
         merge(bench, job)
     return facts
+
+
+def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
+    """The rows of `ppo.eval_prompts`, or None."""
+    section = job.recipe.ppo
+    if section.eval_prompts is None:
+        return None
+    source = data.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
+    return data.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
 
 
 def merge(bench: Workbench, job: Job) -> None:

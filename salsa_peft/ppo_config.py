@@ -14,7 +14,8 @@ from .config import PPO, PPOOptions, Sampling, require
 
 @dataclass
 class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
-    """TrainingArguments and the engine's options (`PPOOptions`, `Sampling`). Batch sizes are responses, of all processes.
+    """TrainingArguments and the engine's options (`PPOOptions`, `Sampling`). Batch sizes are responses, of all processes together;
+    micro_batch_size and rollout_batch_size those of one process.
 
     `per_device_train_batch_size` and `gradient_accumulation_steps` follow from the three batch fields and are not read.
     """
@@ -26,23 +27,59 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     batch_size: int = PPO.batch_size
     """Responses of a rollout batch."""
     micro_batch_size: int | None = None
-    """Responses of one forward and backward. None: the whole minibatch."""
+    """Responses of one forward and backward. None: a process's whole share of the minibatch."""
+    eval_samples: int = 4
+    """Responses of each evaluation that eval_completions.jsonl keeps."""
 
     def __post_init__(self) -> None:
         self.check_batches("", self.batch_size, self.micro_batch_size)
-        self.per_device_train_batch_size = self.micro_batch_size or self.minibatch_size
-        self.gradient_accumulation_steps = self.minibatch_size // self.per_device_train_batch_size
+        self.check_options("")
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
+        self.per_device_train_batch_size = self.gradient_accumulation_steps = 1  # until the processes are counted
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
+        require(
+            self.n_gpu <= 1,
+            f"SalsaPPOConfig: found {self.n_gpu} GPUs in one process, expected one; use accelerate launch",
+        )
+        self._share_out()
         require(
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens: found {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}",
         )
-        require(self.n_gpu <= 1, f"SalsaPPOConfig: found {self.n_gpu} GPUs, expected one; set CUDA_VISIBLE_DEVICES=0")
         require(
-            self.world_size == 1,
-            f"SalsaPPOConfig: found {self.world_size} processes, expected one; unset accelerate launch",
+            not self.save_only_model,
+            "save_only_model: found true, expected false: PPO can't go on from weights alone; save_model() saves them",
+        )
+        require(
+            not self.load_best_model_at_end,
+            "load_best_model_at_end: found true, expected false: PPO keeps its last policy; the checkpoints have the others",
+        )
+
+    def _share_out(self) -> None:
+        """The micro-batch of one process and the accumulation steps, from the global batches and the number of processes."""
+        world = self.world_size
+        share, rest = divmod(self.minibatch_size, world)
+        require(
+            rest == 0,
+            f"batch_size / num_mini_batches: found minibatches of {self.minibatch_size} responses for {world} processes,"
+            " expected a multiple of them",
+        )
+        micro = self.micro_batch_size or share
+        require(
+            share % micro == 0,
+            f"micro_batch_size: found {micro}, expected a divisor of {share}, the responses of a minibatch that each of"
+            f" {world} processes has",
+        )
+        self.per_device_train_batch_size = micro
+        self.gradient_accumulation_steps = share // micro
+        local = self.batch_size // world
+        rollout = self.rollout_batch_size or local
+        require(
+            world == 1 or local % rollout == 0,
+            f"rollout_batch_size: found {rollout}, expected a divisor of {local}, the responses that each of {world} processes has",
         )
 
     @property
@@ -51,9 +88,14 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         return self.batch_size // self.num_mini_batches
 
     @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps that one rollout batch gives."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
     def micro_steps(self) -> int:
         """Forwards and backwards that one rollout batch gives."""
-        return self.num_ppo_epochs * self.num_mini_batches * self.gradient_accumulation_steps
+        return self.steps_per_update * self.gradient_accumulation_steps
 
 
 class RolloutBatches(Sampler[list[int]]):
@@ -67,6 +109,10 @@ class RolloutBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.rows // self.batch_size * self.repeats
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by transformers.Trainer, also where it resumes in the middle of an epoch."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(
@@ -82,4 +128,4 @@ class RolloutLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Called by transformers.Trainer."""
-        self.batch_sampler.epoch = epoch  # type: ignore[union-attr]
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

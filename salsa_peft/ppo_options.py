@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from . import rollout_options
 from .fields import Count, NonNegative, Positive, require
+from .guards import parse
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,18 +38,38 @@ class PPOOptions:
     """Optimizer steps in one such pass (TRL)."""
     rollout_batch_size: Count | None = None
     """Responses generated, or scored, in one call (TRL: local_rollout_forward_batch_size). None: the rollout batch."""
+    rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
+    """What generates: Transformers' generate, its continuous batching, or vLLM through TRL (the extra `vllm`)."""
+    rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """More for paged (of Transformers' ContinuousBatchingConfig) or vllm (of TRL's VLLMGeneration); names in rollout_options.py."""
+    rollout_compile: bool = False
+    """hf on CUDA: a static cache, and the decoding step compiled."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """Log-probs and values before the update: from a forward of their own, as training computes them, or as they fell out of
+    generation, which saves that forward and differs from it by rounding (much in bf16)."""
+    value: Literal["head", "adapter"] = "head"
+    """head: a linear head on the policy's trunk. adapter: an adapter `value` too, both started from the reward adapter's."""
     logged_completions: Annotated[int, Field(ge=0)] = 4
     """Responses of each rollout batch that completions.jsonl keeps."""
+    shown_every: Count | None = 10
+    """Updates between two looks at the first two of these in the terminal. None: never."""
     kl_coef: NonNegative = 0.2
     """β at the start. Paper A.3: 0.2 for PPO, 0.01 for SALSA; policies give their own."""
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
     """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman), abs, or exact over the vocabulary."""
+    kl_per: Literal["response", "token"] = "response"
+    """What the score is weighed against: the KL summed over a response, or its mean over the response's tokens. The mean takes
+    away the gain of short responses, a remedy for the KL-hack. Logs, target and controller go by the sum always."""
     kl_control: Literal["fixed", "adaptive"] = "adaptive"
     """adaptive: β follows kl_target (Ziegler et al., 2019; the paper's "initial KL coefficient", TRL 0.8)."""
     kl_target: Positive = 6.0
     """Nats per response (TRL 0.8)."""
     kl_horizon: Positive = 10_000.0
     """Responses in which β can change by about ×1.2 (TRL 0.8)."""
+    kl_coef_min: NonNegative = 0.0
+    """Adaptive β stays at or above this."""
+    kl_coef_max: Positive | None = None
+    """Adaptive β stays at or below this. None: no bound."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Discount (TRL)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
@@ -64,6 +86,11 @@ class PPOOptions:
     """Scale per-token rewards to unit variance (TRL); the mean is kept."""
     max_ratio: Positive = 10.0
     """A minibatch whose mean probability ratio passes this is skipped (TRL 0.8's ratio_threshold)."""
+    target_kl: Positive | None = None
+    """An update's later minibatches are left out once one moved the policy by more than 1.5 times this (approxkl, nats per
+    token; TRL 0.8's early_stopping). None: off."""
+    guards: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Name → off | warn | stop, or {action, limit}: what guards.py watches. Those not named warn, at their own limits."""
     missing_eos_penalty: NonNegative | None = None
     """Taken off the score of a response without EOS (TRL). None: off."""
     score_clip: Positive | None = None
@@ -86,4 +113,30 @@ class PPOOptions:
             minibatch % micro == 0,
             f"{prefix}micro_batch_size: found {micro}, expected a divisor of the minibatch, {batch_size} /"
             f" {self.num_mini_batches} = {minibatch} responses",
+        )
+
+    def check_options(self, prefix: str) -> None:
+        """Raise SalsaError for options that contradict one another; `prefix` stands before keys."""
+        parse(self.guards, f"{prefix}guards")
+        rollout = self.old_logprobs == "rollout"
+        rollout_options.check(
+            prefix, self.rollout_backend, self.rollout_options, compiled=self.rollout_compile, recorded=rollout
+        )
+        require(
+            not (rollout and self.rollout_backend != "hf"),
+            f"{prefix}old_logprobs: found rollout with rollout_backend {self.rollout_backend}, expected recompute: only hf samples"
+            " with the numbers that the update uses",
+        )
+        require(
+            not (rollout and self.kl_estimator == "full"),
+            f"{prefix}old_logprobs: found rollout with kl_estimator full, expected recompute: the exact KL needs the policy's states",
+        )
+        require(
+            self.kl_coef_max is None or self.kl_coef_min <= self.kl_coef <= self.kl_coef_max,
+            f"{prefix}kl_coef: found {self.kl_coef:g}, expected between kl_coef_min {self.kl_coef_min:g} and kl_coef_max"
+            f" {self.kl_coef_max or 0:g}",
+        )
+        require(
+            self.kl_coef_min <= self.kl_coef,
+            f"{prefix}kl_coef: found {self.kl_coef:g}, expected at least kl_coef_min {self.kl_coef_min:g}",
         )

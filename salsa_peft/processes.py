@@ -28,7 +28,7 @@ from salsa_peft.config import SalsaError
 from salsa_peft.runs import Job, write_atomic
 
 PRELOAD = ["salsa_peft._preload"]
-GRACE = 20.0  # seconds between SIGTERM and kill
+GRACE = 120.0  # seconds between SIGTERM and kill, in which a stage may save; a second signal cuts them short
 
 
 class StageError(Exception):

@@ -31,6 +31,8 @@ class Stage(NamedTuple):
 
     run: str
     units: Callable[[Recipe, str], list[runs.Unit]]
+    resumes: bool = False
+    """Whether it goes on from its own checkpoints; what is unfinished in its folder is left to it."""
 
 
 STAGES = {
@@ -38,7 +40,7 @@ STAGES = {
     "sft": Stage("salsa_peft.sft:run", units.sft_units),
     "reward": Stage("salsa_peft.reward_model:run", units.reward_units),
     "soup": Stage("salsa_peft.stages:soup", units.soup_units),
-    "ppo": Stage("salsa_peft.policies:run", units.ppo_units),
+    "ppo": Stage("salsa_peft.policies:run", units.ppo_units, resumes=True),
     "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units),
     "report": Stage("salsa_peft.stages:report", units.report_units),
@@ -102,18 +104,23 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
 
 
 def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool) -> None:
+    """Make one unit, or say that it is there."""
     unit = step.unit
     if step.why is None:
         say(f"{unit.id} … cached")
         return
+    goes_on = STAGES[unit.stage].resumes and step.why == "unfinished" and runs.begun(step, steps)
     if step.why.startswith(("changed", "missing", "unfinished")):
-        say(f"{unit.id} … {step.why}: made again")
+        say(f"{unit.id} … {step.why}: {'goes on' if goes_on else 'made again'}")
     started = runs.now()
-    _empty(step.folder)
+    if not goes_on:
+        _empty(step.folder)
+        runs.write_begun(step, steps)
     inputs = {name: steps[name].folder for name in unit.inputs}
     job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     result = processes.run_in_process(job, run / "logs" / f"{unit.id.replace('/', '-')}.log", debug=debug)
     runs.write_manifest(step, steps, started=started, versions=runs.versions(), **dataclasses.asdict(result))
+    runs.tidy(step.folder)
     say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB")
 
 

@@ -1,4 +1,4 @@
-"""References: what the KL term looks at, each an adapter on the shared base (or none: the base itself).
+"""References: what the KL term looks at: an adapter on the shared base, none (the base itself), or frozen weights of their own.
 
 In adapter mode every kind is the base plus a weighted sum of seeds' deltas: seed-N one member at 1, the soup its members
 at weights of sum 1, `shrunk` one member at a scale, `base` no member. So K references cost K thin adapters and no copy of
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import adapters
 from .config import Reference, require
+from .models import causal_lm, check_head
 from .soup import StackedAdapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 class Frozen(NamedTuple):
-    """A reference on the model: the name of a frozen adapter, or None for the base."""
+    """A reference: the name of a frozen adapter on the policy's model, None for the base, or a model of its own."""
 
     label: str
     adapter: str | None
+    model: PreTrainedModel | None = None
+    """Full weights, frozen; `adapter` is None then."""
 
 
 def attach_reference(
@@ -47,24 +50,60 @@ def attach_reference(
     return Frozen(reference.label, name)
 
 
-def as_references(model: PeftModel, references: Sequence[str | Path | Frozen]) -> list[Frozen]:
-    """What a library user passes → frozen references: "base", an attached adapter's name, or an adapter's folder or Hub id.
+def as_references(
+    model: PeftModel | PreTrainedModel, references: Sequence[str | Path | Frozen | PreTrainedModel]
+) -> list[Frozen]:
+    """What a library user passes → frozen references.
 
-    Raises SalsaError for an empty list.
+    On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. With either kind of policy: a model, or
+    a checkpoint's folder or Hub id. Raises SalsaError for an empty list and for what can be no reference of this policy.
     """
     require(not isinstance(references, str | Path), f"references: found {str(references)!r}, expected a list of them")
     require(bool(references), "references: found none, expected at least one ('base' is the model without its adapter)")
-    frozen = []
-    for index, reference in enumerate(references):
-        if isinstance(reference, Frozen):
-            frozen.append(reference)
-        elif str(reference) == "base":
-            frozen.append(Frozen("base", None))
-        else:
-            name = str(reference)
-            if name not in model.peft_config:
-                name = adapters.free_name(model, f"reference-{index}")
-                adapters.attach(model, adapters.local_folder(str(reference)), name)
-            adapters.set_trainable(model, name, False)
-            frozen.append(Frozen(str(reference), name))
-    return frozen
+    return [_as_reference(model, reference, index) for index, reference in enumerate(references)]
+
+
+def _as_reference(model: Any, reference: Any, index: int) -> Frozen:
+    if isinstance(reference, Frozen):
+        return reference
+    if isinstance(reference, PreTrainedModel):
+        return freeze(model, reference, reference.name_or_path or f"reference-{index}")
+    name = str(reference)
+    folder = Path(name)
+    if isinstance(model, PeftModel) and name == "base":
+        return Frozen("base", None)
+    if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
+        if name not in model.peft_config:
+            name = adapters.free_name(model, f"reference-{index}")
+            adapters.attach(model, adapters.local_folder(str(reference)), name)
+        adapters.set_trainable(model, name, False)
+        return Frozen(str(reference), name)
+    require(
+        name != "base" and not (folder / adapters.CONFIG).is_file(),
+        f"references: found {name!r} for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
+    )
+    return freeze(model, loaded.to(model.device), name)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / adapters.CONFIG).is_file()
+
+
+def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> Frozen:
+    """A model as a reference: eval mode, no gradients. Raises SalsaError for the policy itself and for another vocabulary."""
+    lm = causal_lm(policy)
+    require(
+        reference is not lm,
+        "references: found the policy's own model, expected a frozen copy of it; its KL would be 0 always",
+    )
+    rows = [m.get_output_embeddings().weight.shape[0] for m in (reference, lm)]
+    require(
+        rows[0] == rows[1],
+        f"references: found a vocabulary of {rows[0]} tokens in {label}, expected the policy's, {rows[1]}",
+    )
+    check_head(reference)
+    reference.requires_grad_(False)
+    return Frozen(label, None, reference.eval())

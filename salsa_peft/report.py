@@ -121,7 +121,7 @@ def context(run: ReportInput) -> dict[str, Any]:
             title: rows
             for title, rows in (
                 *((name, text.flatten(metrics)) for name, metrics in run.seeds.items()),
-                ("reward model", text.flatten(run.reward)),
+                ("reward", text.flatten(run.reward)),
                 ("soup", text.flatten(run.soup)),
             )
             if rows

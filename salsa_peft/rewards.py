@@ -1,112 +1,218 @@
-"""Scores: an adapter on the shared base with a score head, or a Python function.
+"""Scores: a reward adapter on the shared base, a sequence classifier, a Python function, or a weighted sum of these.
 
-A reward is a callable `Responses → (B,)` of float32 scores. `as_reward` makes one of whatever a user passes.
+A reward is a callable `(responses, rows) → (B,)` of float32 scores; rows are the data's. `as_reward` makes one of whatever a user
+passes, `of_recipe` of what a recipe's `reward:` says.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import adapters
-from .config import SalsaError, require
+from .classifier_reward import ClassifierReward, load_classifier_reward
+from .config import Recipe, SalsaError, require
+from .function_reward import FunctionReward, Rows, Tally, decode, load_function
+from .reward_kinds import ADAPTER, FUNCTION
 from .rollout import Responses, last_token_states
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+__all__ = [
+    "AdapterReward", "ClassifierReward", "FunctionReward", "Part", "Reward", "Rows", "RunningScale", "WeightedReward",
+    "adapter_in", "as_reward", "decode", "of_recipe", "take_figures",
+]  # fmt: skip
 REWARD_ADAPTER = "reward"
-CALLED_WITH = ("prompts", "completions", "completion_ids", "finished")
+EXPECTED = (
+    "expected a reward adapter's or a sequence classifier's folder or Hub id, such a model, a function or module:name, or a list"
+    " of these"
+)
 
 
 class Reward(Protocol):
     """What scores responses."""
 
-    def __call__(self, responses: Responses) -> Tensor:
-        """→ (B,), float32."""
+    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
+        """→ (B,), float32; rows[i] is the data's row of response i."""
 
 
 class AdapterReward:
     """The reward adapter on the shared base, and its linear head on the last token that counts."""
 
     def __init__(self, model: PeftModel, folder: Path, micro_batch_size: int = 64) -> None:
-        self.model, self.micro_batch_size = model, micro_batch_size
+        self.model, self.folder, self.micro_batch_size = model, folder, micro_batch_size
         self.adapter = adapters.free_name(model, REWARD_ADAPTER)
         adapters.attach(model, folder, self.adapter)
         self.head = adapters.score_head(folder).to(model.device)
         self.toggle = adapters.Toggle(model)
 
     @torch.no_grad()
-    def __call__(self, responses: Responses) -> Tensor:
+    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         scores = []
+        head = self.head.to(responses.response_ids.device)
         with self.toggle(self.adapter):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch_size):
                 part = responses.rows(index)
                 scores.append(
-                    self.head(last_token_states(self.model, part.input_ids, part.attention_mask).float()).squeeze(-1)
+                    head(last_token_states(self.model, part.input_ids, part.attention_mask).float()).squeeze(-1)
                 )
         return torch.cat(scores)
 
 
-class FunctionReward:
-    """A Python function with TRL's reward-function signature: `(prompts, completions, completion_ids, …) -> list[float]`.
+class Part(NamedTuple):
+    """One of the rewards of a sum."""
 
-    Called with those of CALLED_WITH that it takes. prompts and completions are text, also where the prompt was messages; `finished`
-    says whether EOS ended the response; other columns of the data are not passed. Special tokens
-    are left out, as by TRL, unless `special_tokens` keeps those of the completions.
+    reward: Reward
+    weight: float
+    name: str
+
+
+class WeightedReward:
+    """Σ weight · score over those parts that apply to a response (a function's None does not), as TRL sums; not renormalised.
+
+    A part of weight 0 is logged alone. Raises SalsaError where a response has no part that applies.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Sequence[float]],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        special_tokens: bool = False,
-    ) -> None:
-        self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
-        taken = inspect.signature(function).parameters
-        keywords = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        self.takes = {name for name in CALLED_WITH if keywords or name in taken}
+    def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
+        self.parts, self.tally = [Part(*part) for part in parts], Tally()
+        require(bool(self.parts), "reward: found a sum of no parts, expected at least one")
+        name, times = Counter(part.name for part in self.parts).most_common(1)[0]
+        require(times == 1, f"reward: found {times} parts called {name}, expected a name of its own for each")
 
-    def __call__(self, responses: Responses) -> Tensor:
-        prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask)
-        completions = decode(
-            self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=self.special_tokens
+    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
+        total = torch.zeros(len(rows), device=responses.response_ids.device)
+        any_applies = torch.zeros_like(total, dtype=torch.bool)
+        for reward, weight, name in self.parts:
+            if isinstance(reward, FunctionReward):
+                scores, applies = reward.where_it_applies(responses, rows)
+            else:
+                scores, applies = reward(responses, rows).float(), torch.ones_like(any_applies)
+            self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
+            if weight:
+                total = total + weight * scores  # 0 where it does not apply
+                any_applies |= applies
+        without = int((~any_applies).sum())
+        names = ", ".join(part.name for part in self.parts if part.weight)
+        require(
+            not without,
+            f"reward: found {without} of {len(rows)} responses to which none of {names} applies, expected a score for each",
         )
-        ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
-        given = dict(zip(CALLED_WITH, (prompts, completions, ids, responses.finished.tolist()), strict=True))
-        scores = self.function(**{name: value for name, value in given.items() if name in self.takes})
-        found = f"reward function {getattr(self.function, '__name__', self.function)}: found"
-        require(hasattr(scores, "__len__"), f"{found} {scores!r}, expected a list of one score for each response")
-        require(len(scores) == len(ids), f"{found} {len(scores)} scores for {len(ids)} responses, expected one each")
-        try:
-            return torch.tensor([float(score) for score in scores], device=responses.response_ids.device)
-        except (TypeError, ValueError) as error:
-            raise SalsaError(f"{found} {scores!r:.80}, expected numbers") from error
+        return total
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
-    """Token ids (B, L) where the mask is True → text, special tokens left out or kept."""
-    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
+def take_figures(reward: Reward) -> dict[str, tuple[float, int]]:
+    """What a reward has to log beside its score: metric → (sum, count) over all it scored since this was called last.
+
+    rewards/<name>/mean of a sum's parts over the responses they applied to, rewards/<name>/truncated of a classifier, and what a
+    function gave to log_metric. Sums, so that several processes can add theirs up.
+    """
+    if not isinstance(reward, WeightedReward | FunctionReward | ClassifierReward):
+        return {}
+    figures = reward.tally.take()
+    for part in reward.parts if isinstance(reward, WeightedReward) else ():
+        figures |= take_figures(part.reward)
+    return figures
 
 
-def as_reward(reward: Reward | Callable[..., Sequence[float]] | str | Path, model: PeftModel,
-              tokenizer: PreTrainedTokenizerBase) -> Reward:  # fmt: skip
-    """An AdapterReward's folder or Hub id, a function of TRL's signature, or a Reward → a Reward."""
+def adapter_in(reward: Reward) -> AdapterReward | None:
+    """The reward adapter: the reward itself, or the first one inside a weighted sum."""
+    if isinstance(reward, WeightedReward):
+        found = (adapter_in(part.reward) for part in reward.parts)
+        return next((one for one in found if one is not None), None)
+    return reward if isinstance(reward, AdapterReward) else None
+
+
+def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
+    """Whatever a library user passes → a Reward.
+
+    A folder or Hub id: of a reward adapter (it has an adapter_config.json, and `model` is a PeftModel) or of a sequence
+    classifier. Such a classifier in memory, its tokenizer found by its name_or_path. A function of TRL's signature, or its
+    [FOLDER/]module:name. A Reward: one of ours, or any callable `(responses, rows)`. A list: the sum of such, each alone or as
+    (reward, weight) or (reward, weight, name). Raises SalsaError for anything else.
+    """
+    if isinstance(reward, list):
+        require(bool(reward), f"reward: found an empty list, {EXPECTED}")
+        return WeightedReward([_as_part(entry, model, tokenizer, micro_batch_size) for entry in reward])
     if isinstance(reward, str | Path):
-        return AdapterReward(model, adapters.local_folder(str(reward)))
-    if isinstance(reward, AdapterReward | FunctionReward):
+        return _from_name(str(reward), model, tokenizer, micro_batch_size)
+    if isinstance(reward, PreTrainedModel):
+        name = str(reward.name_or_path or "")
+        require(
+            bool(name),
+            f"reward: found a {type(reward).__name__} without name_or_path, expected one that says where its tokenizer is; pass"
+            " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
+        )
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))
+    if isinstance(reward, AdapterReward | ClassifierReward | FunctionReward | WeightedReward):
         return reward
     if not callable(reward):
-        raise SalsaError(f"reward: found {type(reward).__name__}, expected a reward adapter's folder or a function")
-    return FunctionReward(reward, tokenizer)  # type: ignore[arg-type]
+        raise SalsaError(f"reward: found {type(reward).__name__}, {EXPECTED}")
+    return (
+        reward
+        if list(inspect.signature(reward).parameters) == ["responses", "rows"]
+        else FunctionReward(reward, tokenizer)
+    )
+
+
+def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Part:
+    given = entry if isinstance(entry, tuple) else (entry,)
+    require(1 <= len(given) <= 3, f"reward: found a tuple of {len(given)}, expected (reward, weight, name)")
+    reward = as_reward(given[0], model, tokenizer, micro_batch_size)
+    weight, name = given[1] if len(given) > 1 else 1.0, given[2] if len(given) > 2 else None
+    name = _own_name(reward) if name is None else name
+    return Part(reward, float(weight), name)
+
+
+def _own_name(reward: Reward) -> str:
+    if isinstance(reward, FunctionReward | ClassifierReward):
+        return reward.name
+    return ADAPTER if isinstance(reward, AdapterReward) else type(reward).__name__
+
+
+def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
+    if not os.path.isdir(name) and FUNCTION.match(name):
+        return FunctionReward(load_function(name), tokenizer)
+    folder = adapters.local_folder(name)
+    if not (folder / adapters.CONFIG).is_file():
+        return load_classifier_reward(name, tokenizer, micro_batch_size)
+    if not isinstance(model, PeftModel):
+        raise SalsaError(
+            f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
+        )
+    return AdapterReward(model, folder, micro_batch_size)
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def of_recipe(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
+              micro_batch_size: int) -> Reward:  # fmt: skip
+    """What a recipe's `reward:` says; `inputs` has the reward stage's folder under "reward" where that trains one."""
+    parts = []
+    for part in recipe.reward.parts:
+        if part.kind == ADAPTER:
+            reward = as_reward(inputs["reward"], model, tokenizer, micro_batch_size)
+        elif part.kind == "function":
+            reward = FunctionReward(load_function(part.value), tokenizer)
+        else:
+            reward = load_classifier_reward(
+                part.value, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype
+            )
+        parts.append(Part(reward, part.weight, part.name))
+    return parts[0].reward if len(parts) == 1 and parts[0].weight == 1 else WeightedReward(parts)
 
 
 class RunningScale:

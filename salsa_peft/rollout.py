@@ -1,4 +1,4 @@
-"""Rollouts: generate responses, and say how probable policy and references find them.
+"""Responses, and how probable policy and references find them.
 
 Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the mask.
 The EOS that ends a response counts, nothing after it; a response that is EOS alone has length 1.
@@ -7,16 +7,14 @@ The EOS that ends a response counts, nothing after it; a response that is EOS al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from .config import Sampling
 from .logprobs import Head, full_kl, token_logprobs
 from .losses import KL_ESTIMATORS
-from .models import causal_lm, hidden_states
+from .models import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,34 +76,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-@torch.no_grad()
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
-             seed: int) -> Responses:  # fmt: skip
-    """Sample a response to each prompt from the adapter that is active: the whole distribution, at the temperature.
-
-    The random state is `seed`'s and is given back after, so that a rollout depends on its seed alone.
-    """
-    lm, pad, eos = causal_lm(model), int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-    ids, mask = pad_prompts(prompts, pad, lm.device)
-    settings = GenerationConfig(
-        do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0, max_new_tokens=sampling.max_new_tokens,
-        min_new_tokens=sampling.min_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=pad,
-    )  # fmt: skip
-    training, inherited = lm.training, lm.generation_config
-    lm.eval()
-    lm.generation_config = settings  # or Transformers would fill in the base's own top-p and penalties
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        tokens = lm.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
-    lm.train(training)
-    lm.generation_config = inherited
-    response_ids = tokens[:, ids.shape[1] :]
-    ended = (response_ids == eos).long()
-    response_mask = ended.cumsum(-1) - ended == 0
-    finished = ended.any(-1)
-    return Responses(ids, mask, response_ids.masked_fill(~response_mask, pad), response_mask, finished)
-
-
 def response_states(hidden: Tensor, responses: Responses) -> Tensor:
     """(B, P + T, H) → (N, H): the states from which the response's counted tokens were sampled."""
     start = responses.prompt_ids.shape[1] - 1
@@ -131,19 +101,22 @@ def response_logprobs(hidden: Tensor, responses: Responses, head: Head, min_new_
     return scatter(result.logprobs, responses.response_mask), scatter(result.entropy, responses.response_mask)
 
 
-def reference_kls(policy_hidden: Tensor, policy_logprobs: Tensor, reference_hidden: Iterator[Tensor], responses: Responses,
+def reference_kls(policy: Tensor | None, policy_logprobs: Tensor, references: Iterator[tuple[Tensor, Head]], responses: Responses,
                   head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
     """Per-token KL to the references, averaged over them (paper eq. 5), (B, T).
 
-    `reference_hidden` yields one reference's states (B, P + T, H) at a time, so that one of them is held.
+    `references` yields one reference's states (B, P + T, H) and its head at a time, so that one of them is held. `policy`: the
+    policy's own states, which only the estimator `full` reads.
     """
     total, count = torch.zeros_like(policy_logprobs), 0
-    for hidden in reference_hidden:
+    for hidden, other in references:
         if estimator == "full":
-            states = response_states(policy_hidden, responses), response_states(hidden, responses)
-            kl = scatter(full_kl(*states, forbidden_eos(responses, min_new_tokens), head), responses.response_mask)
+            assert policy is not None
+            states = response_states(policy, responses), response_states(hidden, responses)
+            forbidden = forbidden_eos(responses, min_new_tokens)
+            kl = scatter(full_kl(*states, forbidden, head, other), responses.response_mask)
         else:
-            logprobs, _ = response_logprobs(hidden, responses, head, min_new_tokens)
+            logprobs, _ = response_logprobs(hidden, responses, other, min_new_tokens)
             kl = KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
         total, count = total + kl, count + 1
     return total / count
@@ -158,38 +131,37 @@ def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-def respond(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
-            batch_size: int) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
-    """Responses of the active adapter to many prompts, those of like length together → (indices into prompts, responses).
-
-    The batches and their random states depend on prompts and seed alone, so that two models differ by their weights only.
-    """
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seed + start)
-
-
 def response_values(values: Tensor, responses: Responses) -> Tensor:
     """(B, P + T) → (B, T): V of the state before each response token."""
     start = responses.prompt_ids.shape[1] - 1
     return values[:, start : start + responses.response_ids.shape[1]]
 
 
-def concatenate(parts: list[Responses], scored: list[tuple[Tensor, ...]], pad: int) -> tuple[Any, ...]:
-    """Parts of a rollout batch with other widths → one Responses, and each (B, T) or (B,) tensor of `scored` as one."""
+def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase,
+                  device: torch.device) -> Responses:  # fmt: skip
+    """Token ids of prompts and of what was answered (its EOS included, where one ended it) → Responses."""
+    pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    prompt_ids, prompt_mask = pad_prompts(prompts, pad, device)
+    width = max(len(answer) for answer in answers)
+    ids = torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers], device=device)
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    finished = torch.tensor([bool(answer) and answer[-1] == eos for answer in answers], device=device)
+    return Responses(prompt_ids, prompt_mask, ids, torch.arange(width, device=device) < lengths[:, None], finished)
+
+
+def widen(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
+    """(B, L) → (B, width), filled up with `value` on the right, or on the left."""
+    missing = width - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
+
+
+def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
+    """Parts of a rollout batch with other widths → one."""
     prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
-
-    def grow(tensor: Tensor, width: int, value: int, left: bool = False) -> Tensor:
-        missing = width - tensor.shape[1]
-        return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
-
-    whole = Responses(
-        torch.cat([grow(part.prompt_ids, prompt, pad, left=True) for part in parts]),
-        torch.cat([grow(part.prompt_mask, prompt, 0, left=True) for part in parts]),
-        torch.cat([grow(part.response_ids, response, pad) for part in parts]),
-        torch.cat([grow(part.response_mask, response, 0) for part in parts]),
+    return Responses(
+        torch.cat([widen(part.prompt_ids, prompt, pad, left=True) for part in parts]),
+        torch.cat([widen(part.prompt_mask, prompt, left=True) for part in parts]),
+        torch.cat([widen(part.response_ids, response, pad) for part in parts]),
+        torch.cat([widen(part.response_mask, response) for part in parts]),
         torch.cat([part.finished for part in parts]),
     )
-    columns = zip(*scored, strict=True)
-    return whole, *(torch.cat([grow(t, response, 0) if t.dim() == 2 else t for t in column]) for column in columns)

@@ -28,7 +28,10 @@ from salsa_peft.fingerprints import base_fingerprint as base_fingerprint
 from salsa_peft.fingerprints import canonical, fingerprint, sha256
 
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
-MANIFEST = "manifest.json"
+MANIFEST, BEGUN = "manifest.json", "begun.json"
+ON_THE_WAY = re.compile(
+    r"(checkpoint-\d+|\.partial|not-finite)(/|\Z)|begun\.json\Z"
+)  # what a stage in the making holds, and no result
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
 
@@ -98,10 +101,11 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -156,11 +160,36 @@ def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
     """Last of all files of a unit: key, files with sizes and SHA-256, its inputs' digests, and `facts`."""
     files = {}
     for file in sorted(step.folder.rglob("*")):
-        if file.is_file() and file.name != MANIFEST:
+        name = file.relative_to(step.folder).as_posix()
+        if file.is_file() and name != MANIFEST and not ON_THE_WAY.match(name):
             files[file.relative_to(step.folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    inputs = {name: digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
-    manifest = {"unit": step.unit.id, "key": step.key, "inputs": inputs, "files": files, **facts}
+    manifest = {"unit": step.unit.id, "key": step.key, "inputs": _digests(step, steps), "files": files, **facts}
     write_atomic(step.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+
+
+def _digests(step: Step, steps: dict[str, Step]) -> dict[str, str]:
+    return {name: digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
+
+
+def write_begun(step: Step, steps: dict[str, Step]) -> None:
+    """First of all files of a unit: what it is made from."""
+    write_atomic(step.folder / BEGUN, json.dumps({"key": step.key, "inputs": _digests(step, steps)}))
+
+
+def begun(step: Step, steps: dict[str, Step]) -> bool:
+    """Whether the unfinished folder of a unit was begun from the inputs as they are now."""
+    try:
+        found = json.loads((step.folder / BEGUN).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(found == {"key": step.key, "inputs": _digests(step, steps)})
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a finished unit needed on the way."""
+    for path in folder.iterdir():
+        if ON_THE_WAY.match(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def wrong(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:

@@ -54,6 +54,19 @@ def _told(soup: dict[str, Any]) -> dict[str, Any]:
     return {**members, **pairs, "soup": whole}
 
 
+def _reward(job: Job) -> dict[str, Any]:
+    """What the reward is made of, unless it is the adapter alone, and what the reward stage measured, where there was one."""
+    parts = job.recipe.reward.parts
+    alone = job.recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
+    told = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {_place(part.value)}" for part in parts}
+    return {**told, **(_json(job.inputs["reward"] / "metrics.json") if "reward" in job.inputs else {})}
+
+
+def _place(value: str) -> str:
+    """A path's last part: the report may be shown to others."""
+    return Path(value).name if Path(value).is_absolute() else value
+
+
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -90,7 +103,7 @@ def report(job: Job) -> dict[str, Any]:
         versions=runs.versions(),
         units=units,
         seeds={name: _json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
-        reward=_json(job.inputs["reward"] / "metrics.json"),
+        reward=_reward(job),
         soup=_told(_json(job.inputs["soup"] / "soup.json")),
         policies={name: policy(folder) for name, folder in in_stage("ppo").items()},
         landscape=_json(landscape / "landscape.json") if landscape else None,

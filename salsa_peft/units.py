@@ -11,6 +11,7 @@ from typing import Any
 
 from salsa_peft.checks import TOY_PROMPTS, is_local
 from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, parse_reference
+from salsa_peft.reward_kinds import RewardPart, find_module, split_function
 from salsa_peft.runs import Unit
 
 
@@ -40,6 +41,18 @@ class _Files:
     def reference(self, reference: Reference) -> dict[str, Any]:
         """A reference's slice; its label is for people."""
         return {**dataclasses.asdict(reference), "label": None, "path": self.path(reference.path)}
+
+    def reward(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """The reward's slice: its parts. A function counts by its module's file, not by what that imports."""
+        return [self._part(part) for part in recipe.reward.parts]
+
+    def _part(self, part: RewardPart) -> dict[str, Any]:
+        if part.kind == "function":
+            folder, *named = split_function(part.value)
+            file = find_module(folder, named[0])
+            self.paths += [] if file is None else [str(file)]
+        value = named if part.kind == "function" else self.path(part.value)
+        return {"kind": part.kind, "value": value, "weight": part.weight, "name": part.name}
 
 
 def _seed(position: int) -> str:
@@ -87,13 +100,20 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     return units
 
 
+def _reward(recipe: Recipe) -> list[str]:
+    """The reward stage, where there is one."""
+    return ["reward"] if recipe.reward.trained else []
+
+
 def reward_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The reward model; it starts from seed-0."""
+    """The reward model, where the recipe's reward has an adapter; it starts from seed-0."""
+    if not recipe.reward.trained:
+        return []
     files = _Files()
     parts = {
         "model": files.model(recipe),
         "preferences": files.source(recipe.data.preferences),
-        "reward": dataclasses.asdict(recipe.reward),
+        "reward": {name: value for name, value in dataclasses.asdict(recipe.reward).items() if name != "model"},
     }
     inputs = _inputs(recipe, _seed(0))
     return [Unit(stage="reward", name="reward", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
@@ -113,15 +133,18 @@ def ppo_units(recipe: Recipe, run: str) -> list[Unit]:
         files = _Files()
         references = policy.references(f"policies.{name}")
         beta = recipe.ppo.kl_coef if policy.kl_coef is None else policy.kl_coef
+        without = {"save_steps": None, "shown_every": None}  # what the result does not depend on
         parts = {
             "model": files.model(recipe),
             "prompts": files.source(recipe.data.prompts),
-            "ppo": {**dataclasses.asdict(recipe.ppo), "kl_coef": beta},
+            "eval_prompts": files.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or "")),
+            "ppo": {**dataclasses.asdict(recipe.ppo), "kl_coef": beta, **without},
             "generation": {**dataclasses.asdict(recipe.generation), "batch_size": None},
             "references": [files.reference(reference) for reference in references],
+            "reward": files.reward(recipe),
             "export": list(recipe.export),
         }
-        inputs = _inputs(recipe, _seed(0), "reward", *_of_references(references))
+        inputs = _inputs(recipe, _seed(0), *_reward(recipe), *_of_references(references))
         units.append(
             Unit(stage="ppo", name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths))
         )
@@ -140,10 +163,11 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
         "model": files.model(recipe),
         "landscape": {**dataclasses.asdict(landscape), "prompts": chosen},
         "prompts": files.source(source),
+        "reward": files.reward(recipe),
         "generation": dataclasses.asdict(recipe.generation),
     }
     positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
-    inputs = _inputs(recipe, "reward", *map(_seed, positions))
+    inputs = _inputs(recipe, *_reward(recipe), *map(_seed, positions))
     return [Unit(stage="landscape", name="landscape", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
 
 
@@ -164,11 +188,12 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
         "models": [model if model in recipe.policies else None for model in options.models],
         "references": [files.reference(reference) for reference in references],
         "pairs": options.pairs,
+        "reward": files.reward(recipe),
         "seed": options.seed,
         "generation": dataclasses.asdict(recipe.generation),
     }
     policies = [f"ppo/{name}" for name in recipe.policies]
-    inputs = _inputs(recipe, _seed(0), "soup", *_of_references(references), "reward", *policies)
+    inputs = _inputs(recipe, _seed(0), "soup", *_of_references(references), *_reward(recipe), *policies)
     return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
 
 

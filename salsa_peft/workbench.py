@@ -165,6 +165,7 @@ class Bar(TrainerCallback):
         """Opens the bar."""
         self.context = bar(state.max_steps, self.what)
         self.update = self.context.__enter__()
+        self.update(done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One optimizer step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,6 +18,8 @@ import pytest
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from salsa_peft import SalsaPPOTrainer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -39,49 +42,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_base(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
-    """seed → a tiny random Llama, its weights large enough that what it samples is far from uniform."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """tiny.make_base with the tokenizer."""
+    import tiny
 
-    def make(seed: int = 0, **options: Any) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        settings = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.3, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **(settings | options),
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).eval()
-        model.lm_head.weight.data[tokenizer.eos_token_id] *= 3  # so that responses end at other lengths
-        return model
-
-    return make
+    return functools.partial(tiny.make_base, tokenizer)
 
 
 @pytest.fixture
 def make_adapter() -> Callable[..., PeftModel]:
-    """(model, name, seed) → the model with a LoRA adapter of random A and B (a fresh adapter's delta would be zero)."""
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    """tiny.make_adapter"""
+    import tiny
 
-    from salsa_peft import adapters
+    return tiny.make_adapter
 
-    def make(model: Any, name: str, seed: int, **options: Any) -> PeftModel:
-        config = LoraConfig(
-            **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
-        )
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in adapters.parameters(model, name):
-            parameter.data.normal_(std=0.2, generator=generator)
-        return model
+
+@pytest.fixture
+def make_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., SalsaPPOTrainer]:
+    """tiny.make_trainer in a folder of the test's: make_trainer(references, reward, …), or `folder=`."""
+    import tiny
+
+    def make(*args: Any, folder: Path | None = None, **options: Any) -> SalsaPPOTrainer:
+        return tiny.make_trainer(tokenizer, folder or tmp_path / "out", *args, **options)
 
     return make

@@ -331,7 +331,7 @@ class TestReferences:
         before = trainable(model)
         (reference,) = parse_reference("reference", str(members[1]) if value == "PATH" else value)
         frozen = references.attach_reference(model, reference, members, tmp_path / "soup", "reference-0")
-        assert frozen == (reference.label, None if value == "base" else "reference-0")
+        assert frozen == (reference.label, None if value == "base" else "reference-0", None)
         with adapters.active(model, frozen.adapter):
             close(logits(model), summed(weights))
         close(logits(model), summed({0: 1.0}))
@@ -423,7 +423,7 @@ class TestRewards:
         answers = [[30, 31, eos], [eos], [40, 41, 42, 43, 44], [12, eos]]
         model = adapters.attach(make_base(), members[0], "policy", trainable=True)
         reward, before = rewards.AdapterReward(model, folder, micro), state(model)
-        found = reward(respond_by_hand(PROMPTS, answers, pad, eos, extra))
+        found = reward(respond_by_hand(PROMPTS, answers, pad, eos, extra), [{}] * len(PROMPTS))
         classifier = PeftModel.from_pretrained(self.classifier(make_base), str(folder)).eval()
         texts = [prompt + answer for prompt, answer in zip(PROMPTS, answers, strict=True)]
         width = max(map(len, texts))
@@ -448,57 +448,10 @@ class TestRewards:
         )
         model = adapters.attach(make_base(), tmp_path / "policy", "policy")
         reward = rewards.AdapterReward(model, folder)
-        expected = reward(responses)
+        expected = reward(responses, [{}])
         adapters.attach(model, tmp_path / "other", "other")
         with adapters.active(model, "other"):
-            close(reward(responses), expected)
-
-    def test_a_function_gets_trls_arguments(self, tokenizer: Any) -> None:
-        """Text without special tokens, the response's own token ids, EOS among them; finished where it is asked for."""
-        pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-        prompts = [
-            tokenizer("<bos><user>copy owl saw<assistant>")["input_ids"],
-            tokenizer("<bos><user>name fig<assistant>")["input_ids"],
-        ]
-        words = tokenizer("owl saw")["input_ids"]
-        responses = respond_by_hand(prompts, [[*words, eos], words[:1]], pad, eos, 2)
-        responses.response_ids[~responses.response_mask] = words[0]  # what the mask hides is nobody's text
-        seen: dict[str, Any] = {}
-
-        def asks(
-            prompts: list[str], completions: list[str], completion_ids: list[list[int]], finished: list[bool]
-        ) -> list[float]:
-            seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, finished=finished)
-            return [1, 2.5]
-
-        def keywords(completions: list[str], **rest: Any) -> list[float]:
-            assert rest.keys() == {"prompts", "completion_ids", "finished"}
-            return [0.0] * len(completions)
-
-        def without(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> Tensor:
-            return torch.tensor([3.0, 4.0], dtype=torch.float64)
-
-        scores = rewards.FunctionReward(asks, tokenizer)(responses)
-        assert scores.tolist() == [1.0, 2.5]
-        assert scores.dtype == torch.float32
-        assert seen["completions"] == ["owl saw", "owl"]
-        assert seen["prompts"] == ["copy owl saw", "name fig"]
-        assert seen["completion_ids"] == [[*words, eos], words[:1]]
-        assert seen["finished"] == [True, False]
-        assert rewards.FunctionReward(keywords, tokenizer)(responses).tolist() == [0.0, 0.0]
-        assert rewards.FunctionReward(without, tokenizer)(responses).tolist() == [3.0, 4.0]
-        with pytest.raises(SalsaError, match="found 1 scores for 2 responses, expected one each"):
-            rewards.FunctionReward(lambda **_: [1.0], tokenizer)(responses)
-
-    def test_as_reward(self, make_base: Any, folder: Path, members: dict[int, Path], tokenizer: Any) -> None:
-        model = adapters.attach(make_base(), members[0], "policy")
-        for given in (folder, str(folder)):
-            assert isinstance(rewards.as_reward(given, model, tokenizer), rewards.AdapterReward)
-        function = rewards.as_reward(lambda completions, **_: [0.0] * len(completions), model, tokenizer)
-        assert isinstance(function, rewards.FunctionReward)
-        assert rewards.as_reward(function, model, tokenizer) is function
-        with pytest.raises(SalsaError, match="reward: found int, expected a reward adapter's folder or a function"):
-            rewards.as_reward(3, model, tokenizer)  # type: ignore[arg-type]
+            close(reward(responses, [{}]), expected)
 
 
 def test_an_initialisation_that_changes_the_base_is_refused(make_base, make_adapter, tmp_path) -> None:

@@ -14,7 +14,8 @@ import torch
 from salsa_peft import adapters, evaluate, landscape
 from salsa_peft.config import Evaluate, Generation, Landscape, Policy, Recipe
 from salsa_peft.data import prompt_tokens
-from salsa_peft.rollout import Responses, respond
+from salsa_peft.generation import respond
+from salsa_peft.rollout import Responses
 from salsa_peft.stacked_adapter import StackedAdapter
 
 
@@ -109,9 +110,16 @@ def bench_of(tokenizer: Any) -> Any:
     return SimpleNamespace(recipe=recipe, tokenizer=tokenizer)
 
 
-def token_sum(responses: Responses) -> torch.Tensor:
+def token_sum(responses: Responses, rows: Any) -> torch.Tensor:
     """A score that shows which tokens were given."""
     return (responses.response_ids * responses.response_mask).sum(-1).float()
+
+
+def place_of(responses: Responses, rows: Any) -> torch.Tensor:
+    """A score that shows which rows were given: each its own prompt's."""
+    for row, ids, mask in zip(rows, responses.prompt_ids, responses.prompt_mask, strict=True):
+        assert ids[mask].tolist() == row["ids"]
+    return torch.tensor([float(row["place"]) for row in rows])
 
 
 def chats(count: int) -> list[dict[str, Any]]:
@@ -132,19 +140,21 @@ class TestOnAModel:
         stacked = StackedAdapter.load([tmp_path / "seed-0", tmp_path / "seed-1"])
         model = adapters.attach(make_base(), tmp_path / "seed-0", "start")
         stacked.attach(model, "landscape", [0.0, 0.0])
-        rows = [[1, 3, 10, 4], [1, 3, 9, 12, 4], [1, 3, 30, 31, 4], [1, 4]]
-        found = {}
+        tokens = [[1, 3, 10, 4], [1, 3, 9, 12, 4], [1, 3, 30, 31, 4], [1, 4]]
+        rows = [{"ids": ids, "place": number} for number, ids in enumerate(tokens)]
+        measures, found = {"sum": token_sum, "place": place_of}, {}
         for weights in ([1.0, 0.0], [0.25, 0.75], [0.0, 0.0]):
             stacked.set_weights(model, "landscape", weights)
             found[weights[0]] = landscape.mean_scores(
-                model, "landscape", rows, {"sum": token_sum}, bench_of(tokenizer), 5
+                model, "landscape", rows, tokens, measures, bench_of(tokenizer), 5
             )
             stacked.save(tmp_path / "soup", weights)
             plain = adapters.attach(make_base(), tmp_path / "soup", "soup")
-            expected = landscape.mean_scores(plain, "soup", rows, {"sum": token_sum}, bench_of(tokenizer), 5)
+            expected = landscape.mean_scores(plain, "soup", rows, tokens, measures, bench_of(tokenizer), 5)
             assert found[weights[0]]["sum"] == pytest.approx(expected["sum"])
             assert expected["sum"]["n"] == 4
-        assert found[0.0] == landscape.mean_scores(model, None, rows, {"sum": token_sum}, bench_of(tokenizer), 5)
+            assert expected["place"]["mean"] == 1.5
+        assert found[0.0] == landscape.mean_scores(model, None, rows, tokens, measures, bench_of(tokenizer), 5)
         assert len({round(score["sum"]["mean"], 3) for score in found.values()}) == 3
 
     def test_answers_stand_in_the_prompts_order(self, make_base: Any, make_adapter: Any, tokenizer: Any) -> None:
@@ -158,11 +168,14 @@ class TestOnAModel:
             for place, row in enumerate(indices):
                 expected[row] = responses.response_ids[place][responses.response_mask[place]].tolist()
         assert len(set(map(len, tokens))) > 2
-        answers = evaluate.answer(model, "other", rows, {"sum": token_sum}, bench, 3)
+        rows = [
+            {**row, "ids": ids, "place": number} for number, (row, ids) in enumerate(zip(rows, tokens, strict=True))
+        ]
+        answers = evaluate.answer(model, "other", rows, {"sum": token_sum, "place": place_of}, bench, 3)
         assert [entry["index"] for entry in answers] == list(range(8))
         for row, entry in enumerate(answers):
             assert entry["prompt"] == rows[row]["prompt"][0]["content"]
-            assert entry["scores"] == {"sum": sum(expected[row])}
+            assert entry["scores"] == {"sum": sum(expected[row]), "place": row}
             assert entry["length"] == len(expected[row])
             assert entry["empty"] is (expected[row] == [2])
             assert entry["response"] == tokenizer.decode(expected[row], skip_special_tokens=True)

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from salsa_peft import adapters, losses, toy
 from salsa_peft.config import Sampling
+from salsa_peft.generation import generate, respond, row_seeds
 from salsa_peft.logprobs import head_of
 from salsa_peft.models import hidden_states
 from salsa_peft.rollout import (
     Responses,
     forbidden_eos,
-    generate,
     last_token_states,
     micro_batches,
     pad_prompts,
     reference_kls,
-    respond,
     response_logprobs,
     response_states,
     scatter,
@@ -39,6 +38,11 @@ def prompts() -> list[list[int]]:
     texts = toy.draw_prompts(random.Random(1), 12, toy.LENGTHS_IN, 0)
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+
+
+def sample(model: Any, prompts: list[list[int]], sampling: Sampling, tokenizer: Any, seed: int) -> Responses:
+    """generate with seeds of a number."""
+    return generate(model, prompts, sampling, tokenizer, row_seeds(range(len(prompts)), seed))
 
 
 def scripted(model: Any, answers: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +87,7 @@ class TestGenerate:
             [9, EOS, 7, EOS, 6],
         ]
         scripted(model, answers, monkeypatch)
-        found = generate(model, [[1, 3]] * 5, SAMPLING, chosen, 0)
+        found = sample(model, [[1, 3]] * 5, SAMPLING, chosen, 0)
         assert found.response_mask.int().tolist() == [
             [1, 1, 1, 0, 0],
             [1, 0, 0, 0, 0],
@@ -103,11 +107,11 @@ class TestGenerate:
     ) -> None:
         model = make_base()
         scripted(model, [[9], [EOS]], monkeypatch)
-        assert generate(model, [[1], [1]], SAMPLING, tokenizer, 0).empty.tolist() == [False, True]
+        assert sample(model, [[1], [1]], SAMPLING, tokenizer, 0).empty.tolist() == [False, True]
 
     def test_real_samples_keep_the_rules(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         """Prompts come back whole behind padding; every response ends with its EOS or at the limit; lengths differ."""
-        found = generate(make_base(), prompts, SAMPLING, tokenizer, 0)
+        found = sample(make_base(), prompts, SAMPLING, tokenizer, 0)
         assert len(set(found.lengths.tolist())) > 2
         assert 0 < found.finished.sum() < len(prompts)
         for row, prompt in enumerate(prompts):
@@ -123,10 +127,10 @@ class TestGenerate:
         model = make_base()
         torch.manual_seed(123)
         before = torch.random.get_rng_state()
-        first = generate(model, prompts, SAMPLING, tokenizer, 7)
+        first = sample(model, prompts, SAMPLING, tokenizer, 7)
         assert torch.equal(torch.random.get_rng_state(), before)
         torch.manual_seed(456)
-        again, other = (generate(model, prompts, SAMPLING, tokenizer, seed) for seed in (7, 8))
+        again, other = (sample(model, prompts, SAMPLING, tokenizer, seed) for seed in (7, 8))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert other.input_ids.shape != first.input_ids.shape or not torch.equal(other.input_ids, first.input_ids)
 
@@ -135,31 +139,31 @@ class TestGenerate:
     ) -> None:
         """Log-probs are those of the whole distribution at the temperature: penalties and top-p would sample another one."""
         model = make_base()
-        expected = generate(model, prompts, SAMPLING, tokenizer, 3)
+        expected = sample(model, prompts, SAMPLING, tokenizer, 3)
         model.generation_config.update(
             repetition_penalty=5.0, top_p=0.1, top_k=1, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7]
         )
         kept = model.generation_config
-        found = generate(model, prompts, SAMPLING, tokenizer, 3)
+        found = sample(model, prompts, SAMPLING, tokenizer, 3)
         assert torch.equal(found.response_ids, expected.response_ids)
         assert model.generation_config is kept
 
     def test_min_new_tokens(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         """EOS is no token 1, 2 or 3, and may be the fourth."""
-        found = generate(make_base(), prompts * 4, Sampling(max_new_tokens=8, min_new_tokens=3), tokenizer, 0)
+        found = sample(make_base(), prompts * 4, Sampling(max_new_tokens=8, min_new_tokens=3), tokenizer, 0)
         assert found.lengths.min() == 4
-        assert generate(make_base(), prompts * 4, SAMPLING, tokenizer, 0).lengths.min() < 4
+        assert sample(make_base(), prompts * 4, SAMPLING, tokenizer, 0).lengths.min() < 4
 
     def test_the_temperature_is_that_of_sampling(
         self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
     ) -> None:
         """Next to 0 the likeliest token is drawn whatever the seed; very hot, almost every token comes."""
         cold, again = (
-            generate(make_base(), prompts, Sampling(max_new_tokens=4, temperature=1e-4), tokenizer, seed)
+            sample(make_base(), prompts, Sampling(max_new_tokens=4, temperature=1e-4), tokenizer, seed)
             for seed in (0, 1)
         )
         assert torch.equal(cold.response_ids, again.response_ids)
-        hot = generate(make_base(), prompts * 8, Sampling(max_new_tokens=8, temperature=50.0), tokenizer, 0)
+        hot = sample(make_base(), prompts * 8, Sampling(max_new_tokens=8, temperature=50.0), tokenizer, 0)
         assert len(set(hot.response_ids[hot.response_mask].tolist())) > 0.9 * len(tokenizer)
 
     @pytest.mark.parametrize("training", [True, False])
@@ -167,21 +171,21 @@ class TestGenerate:
         self, make_base: Any, tokenizer: Any, prompts: list[list[int]], training: bool
     ) -> None:
         model = make_base(attention_dropout=0.5).train(training)
-        found = generate(model, prompts, SAMPLING, tokenizer, 0)
+        found = sample(model, prompts, SAMPLING, tokenizer, 0)
         assert model.training is training
-        assert torch.equal(found.response_ids, generate(make_base(), prompts, SAMPLING, tokenizer, 0).response_ids)
+        assert torch.equal(found.response_ids, sample(make_base(), prompts, SAMPLING, tokenizer, 0).response_ids)
 
     def test_the_active_adapter_samples(
         self, make_base: Any, make_adapter: Any, tokenizer: Any, prompts: list[list[int]]
     ) -> None:
         model = make_adapter(make_adapter(make_base(), "policy", 1), "other", 2)
         with adapters.active(model, "other"):
-            found = generate(model, prompts, SAMPLING, tokenizer, 0)
-        expected = generate(make_adapter(make_base(), "other", 2), prompts, SAMPLING, tokenizer, 0)
+            found = sample(model, prompts, SAMPLING, tokenizer, 0)
+        expected = sample(make_adapter(make_base(), "other", 2), prompts, SAMPLING, tokenizer, 0)
         assert torch.equal(found.response_ids, expected.response_ids)
         with adapters.active(model, None):
-            found = generate(model, prompts, SAMPLING, tokenizer, 0)
-        assert torch.equal(found.response_ids, generate(make_base(), prompts, SAMPLING, tokenizer, 0).response_ids)
+            found = sample(model, prompts, SAMPLING, tokenizer, 0)
+        assert torch.equal(found.response_ids, sample(make_base(), prompts, SAMPLING, tokenizer, 0).response_ids)
 
 
 class TestResponses:
@@ -202,7 +206,7 @@ class TestResponses:
         assert all(torch.equal(a.flip(0), b) for a, b in zip(both, by_hand(), strict=True))
 
     def test_rows_of_real_samples(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
-        found = generate(make_base(), prompts, SAMPLING, tokenizer, 0)
+        found = sample(make_base(), prompts, SAMPLING, tokenizer, 0)
         for index in torch.tensor([[3, 1], [5, 5], [2, 11]]):
             part = found.rows(index)
             assert part.prompt_mask[:, 0].any()
@@ -243,7 +247,7 @@ class TestLogprobs:
         """Every row against its own sequence without padding, from full logits."""
         model = make_base()
         sampling = Sampling(max_new_tokens=8, temperature=temperature, min_new_tokens=minimum)
-        responses = generate(model, prompts, sampling, tokenizer, 0)
+        responses = sample(model, prompts, sampling, tokenizer, 0)
         assert (~responses.prompt_mask).any()
         with torch.no_grad():
             hidden = hidden_states(model, responses.input_ids, responses.attention_mask)
@@ -260,7 +264,7 @@ class TestLogprobs:
     ) -> None:
         """Each estimator as losses.reference_kl has it; `full` of two is the mean of each alone; never two states held."""
         model = make_adapter(make_adapter(make_base(), "policy", 1), "a", 2)
-        responses, head = generate(model, prompts, SAMPLING, tokenizer, 0), head_of(model.get_base_model(), 1.0, EOS)
+        responses, head = sample(model, prompts, SAMPLING, tokenizer, 0), head_of(model.get_base_model(), 1.0, EOS)
         states = {}
         for name in ("policy", "a", None):
             with torch.no_grad(), adapters.active(model, name):
@@ -268,8 +272,8 @@ class TestLogprobs:
         logp = {name: response_logprobs(hidden, responses, head, 0)[0] for name, hidden in states.items()}
 
         def kls(names: list[str | None], estimator: str) -> Tensor:
-            hidden = (states[name] for name in names)
-            return reference_kls(states["policy"], logp["policy"], hidden, responses, head, 0, estimator).detach()
+            others = ((states[name], head) for name in names)
+            return reference_kls(states["policy"], logp["policy"], others, responses, head, 0, estimator).detach()
 
         for estimator in losses.KL_ESTIMATORS:
             expected = losses.reference_kl(logp["policy"], torch.stack([logp["a"], logp[None]]), estimator)

@@ -192,14 +192,8 @@ def test_gold_is_told_of_special_tokens_in_the_middle_of_an_answer(tokenizer) ->
     from salsa_peft.rewards import FunctionReward
     from salsa_peft.rollout import Responses
 
-    prompt = torch.tensor(
-        [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"copy {language.WORDS[0]} {language.WORDS[1]}"}],
-                add_generation_prompt=True,
-            )["input_ids"]
-        ]
-    )
+    asked = [{"role": "user", "content": f"copy {language.WORDS[0]} {language.WORDS[1]}"}]
+    prompt = torch.tensor([tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]])
     dog, cat, pad, eos = (tokenizer.convert_tokens_to_ids(word) for word in (*language.WORDS[:2], "<pad>", "<eos>"))
     scores = []
     for response in ([dog, cat, eos], [dog, cat, pad, eos]):
@@ -207,5 +201,5 @@ def test_gold_is_told_of_special_tokens_in_the_middle_of_an_answer(tokenizer) ->
         batch = Responses(
             prompt, torch.ones_like(prompt).bool(), ids, torch.ones_like(ids).bool(), torch.tensor([True])
         )
-        scores += FunctionReward(language.gold, tokenizer, special_tokens=True)(batch).tolist()
+        scores += FunctionReward(language.gold, tokenizer, special_tokens=True)(batch, [{"prompt": asked}]).tolist()
     assert scores == pytest.approx([1, 2 / 3])

@@ -1,0 +1,176 @@
+"""A Python function as reward, with TRL's reward-function signature; and the text of responses.
+
+Left out of what TRL 1.16 passes: `trainer_state` and `log_extra` (rewards also score where no trainer is), `environments`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import SalsaError, require
+from .reward_kinds import find_module, split_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .rollout import Responses
+
+Rows = Sequence[Mapping[str, Any]]
+OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass
+
+
+class Tally:
+    """Figures for the logs, summed until they are taken."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+
+    def add(self, name: str, total: float, count: int) -> None:
+        """More of a figure."""
+        before = self.figures[name]
+        self.figures[name] = (before[0] + total, before[1] + count)
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        """Name → (sum, count) since this was called last."""
+        taken = dict(self.figures)
+        self.figures.clear()
+        return taken
+
+
+class FunctionReward:
+    """`function(prompts, completions, completion_ids, **columns) -> list[float | None]`, called by keyword with what it takes.
+
+    As TRL (1.16) calls it: prompts as the data has them, so where they are messages a completion is [{role: assistant, content}];
+    text else. completion_ids: lists of token ids, EOS among them. Every other column of the data: a list. `log_metric(name,
+    value)`: a figure for the logs, averaged. Ours: `finished`, whether EOS ended each response. Special tokens are left out of
+    completions, unless `special_tokens` keeps them. An async function is awaited. None: the reward does not apply to the
+    response, which only a weighted sum allows.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        special_tokens: bool = False,
+    ) -> None:
+        self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
+        self.name = str(getattr(function, "__name__", type(function).__name__))
+        taken = {
+            name: p for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_POSITIONAL
+        }
+        self.keywords = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        self.takes = {name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD}
+        self.needs = {name for name in self.takes if taken[name].default is inspect.Parameter.empty}
+        self.tally = Tally()
+
+    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
+        """→ (B,), float32. Raises SalsaError where the function gives None: it must apply to every response."""
+        scores, applies = self.where_it_applies(responses, rows)
+        missing = (~applies).nonzero().flatten().tolist()
+        require(
+            not missing,
+            f"reward function {self.name}: found None for {len(missing)} of {len(rows)} responses, expected a number for each:"
+            " only a part of a weighted sum may leave some out",
+        )
+        return scores
+
+    def where_it_applies(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
+        """→ scores (B,), float32, 0 where it does not apply, and where it applies (B,), bool."""
+        given = self._given(responses, rows)
+        absent = sorted(self.needs - given.keys())
+        columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
+        require(
+            not absent,
+            f"reward function {self.name}: it takes {', '.join(absent)}, found the columns {columns} in the data, expected one of"
+            " that name, or a default",
+        )
+        scores = self.function(**{name: value for name, value in given.items() if self.keywords or name in self.takes})
+        if inspect.iscoroutine(scores):  # in a thread, since a notebook's own loop runs in this one
+            with ThreadPoolExecutor(1) as pool:
+                scores = pool.submit(asyncio.run, scores).result()
+        found = f"reward function {self.name}: found"
+        require(hasattr(scores, "__len__"), f"{found} {scores!r:.80}, expected a list of one score for each response")
+        require(len(scores) == len(rows), f"{found} {len(scores)} scores for {len(rows)} responses, expected one each")
+        device, scores = responses.response_ids.device, list(scores)
+        applies = torch.tensor([score is not None for score in scores], device=device)
+        try:
+            numbers = [0.0 if score is None else float(score) for score in scores]
+        except (TypeError, ValueError) as error:
+            raise SalsaError(f"{found} {scores!r:.80}, expected numbers") from error
+        return torch.tensor(numbers, dtype=torch.float32, device=device), applies
+
+    def _given(self, responses: Responses, rows: Rows) -> dict[str, Any]:
+        texts = decode(
+            self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=self.special_tokens
+        )
+        prompts = prompts_of(self.tokenizer, responses, rows)
+        ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        columns = dict.fromkeys(key for row in rows for key in row if key not in OWN)
+        return {
+            "finished": responses.finished.tolist(),
+            **{key: [row.get(key) for row in rows] for key in columns},
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": ids,
+            "log_metric": lambda name, value: self.tally.add(name, float(value), 1),
+        }
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
+    """Token ids (B, L) where the mask is True → text, special tokens left out or kept."""
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
+    """The rows' prompts, text or messages; decoded where a row has `input_ids` alone."""
+    if all("prompt" in row for row in rows):
+        return [row["prompt"] for row in rows]
+    texts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask)
+    return [row.get("prompt", text) for row, text in zip(rows, texts, strict=True)]
+
+
+def load_function(value: str) -> Callable[..., Any]:
+    """[FOLDER/]module:name → the function; a bare module is looked for in the current folder, then on Python's path.
+
+    Raises SalsaError where there is none of that name, it can't be imported, or another module has its name.
+    """
+    folder, module, name = split_function(value)
+    if folder is None and find_module(os.getcwd(), module) is not None:
+        folder = os.getcwd()
+    file = find_module(folder, module)
+    if file is None:
+        raise SalsaError(f"{value}: found no module {module} in {folder or 'Python’s path'}, expected one")
+    if folder is not None and folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:  # a user's module may raise anything
+        raise SalsaError(f"{value}: {file} can't be imported: {type(error).__name__}: {error}") from error
+    there = str(loaded.__file__)
+    require(
+        os.path.realpath(there) == os.path.realpath(file),
+        f"{value}: found a module {module} from {there} already, expected {file}; give it another name",
+    )
+    found: Any = loaded
+    for part in name.split("."):
+        require(part in dir(found), f"{value}: found no {part} in {file}, expected a function of that name")
+        found = getattr(found, part)
+    require(callable(found), f"{value}: found {type(found).__name__} in {file}, expected a function")
+    return found

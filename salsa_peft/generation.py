@@ -1,0 +1,166 @@
+"""Sampling responses: row i of a batch by the inverse CDF at uniform numbers of its own seed.
+
+What is sampled for a prompt depends on its seed and the weights alone, not on the batch it stands in, the number of processes
+or the device. Transformers' generate does the decoding; its own sampling draws for a batch as a whole, which is why the choice
+of the token is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from .config import Sampling
+from .logprobs import entropy_of, sampled_distribution
+from .models import causal_lm
+from .rollout import Responses, pad_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def row_seeds(rows: Sequence[int], *parts: int) -> list[int]:
+    """One seed for each row, of the row's number and `parts` (a run's seed, an update); 63 bits of a hash, so that none collide."""
+    texts = (" ".join(map(str, (*parts, row))) for row in rows)
+    return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1 for text in texts]
+
+
+def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
+    """(B, length), float64, in [0, 1): row i from a CPU generator seeded with seeds[i]."""
+    rows = (torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds)
+    return torch.stack(list(rows))
+
+
+class Recording(NamedTuple):
+    """What falls out of generation, a list of (B,) float32 a decoding step: for `old_logprobs: rollout`."""
+
+    value_head: nn.Module
+    """(B, H) → (B, 1)"""
+    logprobs: list[Tensor]
+    entropy: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, value_head: nn.Module) -> Recording:
+        """An empty one."""
+        return cls(value_head, [], [], [])
+
+    def stacked(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropies and values, (B, T) each, 0 where the mask is False."""
+        columns = (torch.stack(steps, dim=1) for steps in (self.logprobs, self.entropy, self.values))
+        logprobs, entropy, values = (column.masked_fill(~mask, 0.0) for column in columns)
+        return logprobs, entropy, values
+
+    @contextlib.contextmanager
+    def listening(self, lm: Any) -> Iterator[None]:
+        """Within the context each call of the output embeddings leaves the value of the last position's state."""
+
+        def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.values.append(self.value_head(inputs[0][:, -1].float()).squeeze(-1).float())
+
+        hook = lm.get_output_embeddings().register_forward_pre_hook(hear)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+class Sampler(LogitsProcessor):
+    """Chooses the tokens: leaves each row's choice as its one finite logit, which greedy decoding then takes.
+
+    Token = the first whose cumulative probability passes the row's uniform number; the sums are float64, so that a token of
+    probability 1e-12 is still drawn as often as it should.
+    """
+
+    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: int, recording: Recording | None,
+                 check: Callable[[], None] | None) -> None:  # fmt: skip
+        self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) of the next token → −∞ but for one 0 a row."""
+        if self.check is not None:
+            self.check()
+        early = self.step < self.sampling.min_new_tokens
+        forbidden = torch.full((len(scores),), early, device=scores.device)
+        logp = sampled_distribution(scores, forbidden, self.sampling.temperature, self.eos)
+        probabilities = logp.exp()
+        token = choose(probabilities, self.uniforms[:, self.step])
+        if self.recording is not None:
+            self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
+            self.recording.entropy.append(entropy_of(logp, probabilities))
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+
+def choose(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF: (B, V) and (B,) in [0, 1) → token ids (B, 1); one of probability 0 is never chosen."""
+    cumulative = probabilities.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # below the sum, also after rounding
+    return torch.searchsorted(cumulative, wanted, right=True)
+
+
+@torch.no_grad()
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
+             seeds: Sequence[int], *, recording: Recording | None = None, check: Callable[[], None] | None = None,
+             cache: Any = None, **options: Any) -> Responses:  # fmt: skip
+    """Sample a response to each prompt from the adapter that is active: the whole distribution, at the temperature.
+
+    seeds: one for each prompt. recording: filled with log-probs, entropies and values on the way. check: called before each
+    token, and may raise. cache: one of Transformers', empty; None: a dynamic one. options: more of Transformers' GenerationConfig.
+    The random state of the process is not touched.
+    """
+    lm, pad, eos = causal_lm(model), int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    ids, mask = pad_prompts(prompts, pad, lm.device)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
+        pad_token_id=pad, **options,
+    )  # fmt: skip
+    uniforms = uniform_numbers(seeds, sampling.max_new_tokens).to(lm.device)
+    sampler = LogitsProcessorList([Sampler(uniforms, sampling, eos, recording, check)])
+    with _settled(lm, settings), recording.listening(lm) if recording else contextlib.nullcontext():
+        tokens = lm.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            generation_config=settings,
+            logits_processor=sampler,
+            past_key_values=cache,
+            synced_gpus=False,  # a process whose rows have ended waits for no other: sharded weights are gathered
+        )
+    response_ids = tokens[:, ids.shape[1] :]
+    ended = (response_ids == eos).long()
+    response_mask = ended.cumsum(-1) - ended == 0
+    return Responses(ids, mask, response_ids.masked_fill(~response_mask, pad), response_mask, ended.any(-1))
+
+
+@contextlib.contextmanager
+def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Within the context the model is in eval mode and its own generation settings are these, or Transformers would fill in the
+    base's top-p and penalties; the state found comes back, on exceptions too."""
+    training, inherited = lm.training, lm.generation_config
+    lm.eval()
+    lm.generation_config = settings
+    try:
+        yield
+    finally:
+        lm.train(training)
+        lm.generation_config = inherited
+
+
+def respond(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
+            batch_size: int) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
+    """Responses of the active adapter to many prompts, those of like length together → (indices into prompts, responses).
+
+    What is drawn for a prompt depends on its place and the seed alone, so that two models differ by their weights only.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]
+        yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, row_seeds(rows, seed))

@@ -1,0 +1,67 @@
+"""The base's weights with one adapter merged in, without touching the base that every role shares."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+from .config import require
+
+
+def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """The base's parameters by its own names, tied ones once, with `adapter` merged as PEFT's merge_and_unload does it.
+
+    Each layer is merged in a copy of its own, one at a time: the base that all roles share is not touched. Raises SalsaError for
+    what a merged base can't say.
+    """
+    base = model.get_base_model()
+    layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    _require_mergeable(base, layers, adapter)
+    path, merged = None, {}
+    for name, parameter in base.named_parameters():
+        owner = next((part for part in _parents(name) if part in layers), None)
+        if owner is None:
+            yield name, parameter.data
+        elif name.startswith(f"{owner}.base_layer."):
+            if owner != path:
+                path, merged = owner, _merged(layers[owner], adapter)
+            rest = name.removeprefix(f"{owner}.base_layer.")
+            yield f"{owner}.{rest}", merged[rest]
+
+
+def _parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
+@torch.no_grad()
+def _merged(layer: Any, adapter: str) -> dict[str, Tensor]:
+    twin = copy.deepcopy(layer)
+    twin.merge(adapter_names=[adapter])
+    return {name: parameter.data for name, parameter in twin.base_layer.named_parameters()}
+
+
+def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> None:
+    """Raise SalsaError for what merging would change or leave out."""
+    wrapped = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    nested = [
+        path for path, layer in layers.items() if any(isinstance(m, BaseTunerLayer) for m in layer.base_layer.modules())
+    ]
+    quantised = [path for path, layer in layers.items() if not layer.base_layer.weight.is_floating_point()]
+    odd = [*wrapped, *nested, *quantised]
+    require(not odd, f"{', '.join(odd[:1])}: found a trained copy, nested adapters or quantised weights there, expected plain LoRA"
+            " layers; rollout_backend vllm needs weights that an adapter can be merged into")  # fmt: skip
+    embeddings = base.get_input_embeddings()
+    tied = embeddings.weight is base.get_output_embeddings().weight
+    require(
+        not (tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters()),
+        "target_modules: found an adapter on embeddings that are tied to the output's, expected none: merged, it would change both;"
+        " take rollout_backend hf",
+    )

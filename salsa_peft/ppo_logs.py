@@ -1,0 +1,124 @@
+"""What PPO writes down: metrics.jsonl in TRL's names, completions.jsonl, eval_completions.jsonl; some completions in the terminal.
+
+No times among them, so that a run that was killed and went on writes the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoints, losses
+from .guards import repetition
+from .rewards import decode
+from .rollout import Responses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .ppo import SalsaPPOTrainer
+    from .ppo_config import SalsaPPOConfig
+    from .rollout_batch import Rollout
+
+METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
+
+
+def metrics(rollout: Rollout, totals: Sequence[Sequence[float]], trainer: SalsaPPOTrainer) -> dict[str, float]:
+    """What the logs say of a rollout batch, in TRL's names; KL and entropy in nats, KL summed over a response.
+
+    totals: of each micro-step, PPOLoss's fields summed over processes.
+    """
+    responses, mask, args = rollout.responses, rollout.responses.response_mask, trainer.args
+    kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
+    per_step = (
+        torch.tensor(totals, dtype=torch.float64).view(-1, args.gradient_accumulation_steps, len(totals[0])).sum(1)
+    )
+    mean = losses.PPOLoss(*per_step.mean(0).tolist())
+    ratios = per_step[:, losses.PPOLoss._fields.index("ratio")]
+    return {
+        "update": trainer.update,
+        "episode": trainer.update * args.batch_size,
+        "objective/scores": score,
+        "objective/kl": kl,
+        "objective/kl_coef": trainer.kl_coef,
+        "objective/entropy": rollout.entropy.sum(-1).mean().item(),
+        "objective/non_score_reward": -trainer.kl_coef * kl,
+        "objective/rlhf_reward": score - trainer.kl_coef * kl,
+        "objective/response_length": responses.lengths.float().mean().item(),
+        "objective/empty_share": responses.empty.float().mean().item(),
+        "objective/repetition": repetition(responses.response_ids, mask),
+        "policy/approxkl_avg": mean.approxkl,  # type: ignore[dict-item]
+        "policy/clipfrac_avg": mean.clipfrac,  # type: ignore[dict-item]
+        "policy/skipped_minibatches": trainer.skipped,
+        "loss/policy_avg": mean.policy,  # type: ignore[dict-item]
+        "loss/value_avg": mean.value,  # type: ignore[dict-item]
+        "val/clipfrac_avg": mean.value_clipfrac,  # type: ignore[dict-item]
+        "val/ratio": mean.ratio,  # type: ignore[dict-item]
+        "val/ratio_var": ratios.var(unbiased=False).item(),
+        "val/num_eos_tokens": int(responses.finished.sum()),
+        "val/explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask),
+    }
+
+
+def completions(responses: Responses, columns: Mapping[str, Tensor], count: int,
+                tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The first `count` responses as rows {prompt, response} and the figures of `columns`, (B,) each."""
+    part = responses.rows(torch.arange(min(count, len(responses.finished))))
+    prompts = decode(tokenizer, part.prompt_ids, part.prompt_mask)
+    answers = decode(tokenizer, part.response_ids, part.response_mask)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        figures = {name: column[row].item() for name, column in columns.items()}
+        yield {"prompt": prompt, "response": answer, **figures}
+
+
+class Logs:
+    """The files of one output folder, appended to at the end of an update."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, row: dict[str, float], rollout: Rollout, args: SalsaPPOConfig,
+              tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:  # fmt: skip
+        """An update's metrics and some of its responses, which are returned."""
+        self._append(METRICS, [row])
+        if not args.logged_completions:
+            return []
+        columns = {"score": rollout.scores, "kl": rollout.kl.sum(-1)}
+        rows = [
+            {"update": row["update"], **entry}
+            for entry in completions(rollout.responses, columns, args.logged_completions, tokenizer)
+        ]
+        self._append(COMPLETIONS, rows)
+        return rows
+
+    def write_evaluation(self, update: int, responses: Responses, scores: Tensor, count: int,
+                         tokenizer: PreTrainedTokenizerBase) -> None:  # fmt: skip
+        """Some responses of an evaluation."""
+        rows = completions(responses, {"score": scores}, count, tokenizer) if count else []
+        self._append(EVALUATIONS, [{"update": update, **row} for row in rows])
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def sync(self) -> dict[str, int]:
+        """Flush the files to the disk → their sizes in bytes."""
+        sizes = {}
+        for name in (METRICS, COMPLETIONS, EVALUATIONS):
+            if (self.folder / name).exists():
+                with (self.folder / name).open("rb+") as file:
+                    os.fsync(file.fileno())
+                    sizes[name] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Back to these sizes; a file that is not named is emptied."""
+        for name in (METRICS, COMPLETIONS, EVALUATIONS):
+            checkpoints.cut(self.folder / name, sizes.get(name, 0))

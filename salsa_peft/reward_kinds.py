@@ -1,0 +1,148 @@
+"""What `reward.model` may say: the adapter that the reward stage trains, a sequence classifier, a Python function, a weighted sum.
+
+A function is looked up by its file alone: nothing of the user's runs, and nothing is imported, when a recipe is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+from .fields import NAME, SalsaError, require
+from .messages import path_text
+
+ADAPTER = "adapter"
+WORD = r"[A-Za-z_][A-Za-z0-9_]*"
+FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*):(?P<name>{WORD}(?:\.{WORD})*)\Z")
+EXPECTED = "expected adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardPart:
+    """One reward, and what it counts for in the sum."""
+
+    kind: str
+    """adapter | function | classifier"""
+    value: str
+    """adapter, [FOLDER/]module:name, or a folder or Hub id."""
+    weight: float = 1.0
+    name: str
+    """In logs: rewards/<name>/mean."""
+
+
+def parse_reward(where: str, value: Any) -> list[RewardPart]:
+    """What `reward.model` says → its parts; more than one, or one with a weight, are a weighted sum. Raises SalsaError."""
+    if not isinstance(value, list):
+        return [_part(where, value)]
+    require(bool(value), f"{where}: found an empty list, {EXPECTED}")
+    parts = [_entry(f"{where}[{index}]", entry) for index, entry in enumerate(value)]
+    name, times = Counter(part.name for part in parts).most_common(1)[0]
+    require(
+        times == 1,
+        f"{where}: found {times} parts called {name}, expected a name of its own for each: {{model: …, name: …}}",
+    )
+    return parts
+
+
+def _entry(where: str, value: Any) -> RewardPart:
+    """A part of a sum: text, or {model, weight, name}."""
+    if not isinstance(value, dict):
+        return _part(where, value)
+    weight, name = value.get("weight", 1.0), value.get("name")
+    fits = "model" in value and set(value) <= {"model", "weight", "name"}
+    require(
+        fits, f"{where}: found the keys {', '.join(map(str, value)) or 'none'!s:.60}, expected model, weight and name"
+    )
+    require(
+        type(weight) in (int, float) and abs(weight) < 1e300,
+        f"{where}.weight: found {weight!r:.60}, expected a number (0: logged, not counted)",
+    )
+    part = _part(f"{where}.model", value["model"])
+    fits = name is None or (isinstance(name, str) and NAME.match(name) is not None)
+    require(fits, f"{where}.name: found {name!r:.60}, expected letters, digits, dots, - and _, at most 64")
+    return RewardPart(kind=part.kind, value=part.value, weight=float(weight), name=name or part.name)
+
+
+def _part(where: str, value: Any) -> RewardPart:
+    require(isinstance(value, str) and bool(value), f"{where}: found {value!r:.60}, {EXPECTED}")
+    if value == ADAPTER:
+        return RewardPart(kind="adapter", value=value, name=ADAPTER)
+    if ":" in value:
+        found = FUNCTION.match(value)
+        if found is None or found["module"].endswith(".py"):
+            hint = ", without .py" if ".py:" in value else ""
+            require(
+                False,
+                f"{where}: found {value!r:.60}, expected a function as module:name, such as my_rewards:score{hint}",
+            )
+        assert found is not None
+        return RewardPart(kind="function", value=value, name=found["name"].rsplit(".", 1)[-1])
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", value.rstrip("/").rsplit("/", 1)[-1])[:64]
+    return RewardPart(kind="classifier", value=value, name=name if NAME.match(name) else "classifier")
+
+
+def split_function(value: str) -> tuple[str | None, str, str]:
+    """[FOLDER/]module:name → folder, module, name. Raises SalsaError for another form."""
+    found = FUNCTION.match(value)
+    require(
+        found is not None, f"reward: found {value!r:.80}, expected a function as module:name, such as my_rewards:score"
+    )
+    assert found is not None
+    return found["folder"], found["module"], found["name"]
+
+
+def find_module(folder: str | None, module: str) -> Path | None:
+    """The file of a module in a folder, or (None) on Python's path; None where there is none. Imports nothing, packages neither."""
+    importlib.invalidate_caches()
+    finders: list[Any] = [PathFinder] if folder is not None else sys.meta_path
+    search, spec = None if folder is None else [folder], None
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        found: list[ModuleSpec | None] = [finder.find_spec(".".join(parts[:depth]), search) for finder in finders]
+        spec = next((one for one in found if one is not None), None)
+        if spec is None or (depth < len(parts) and spec.submodule_search_locations is None):
+            return None
+        search = list(spec.submodule_search_locations or [])
+    return Path(spec.origin) if spec is not None and spec.origin is not None and os.path.isfile(spec.origin) else None
+
+
+def placed(value: str, folder: str) -> str:
+    """A function's name with the folder that its module lies in, where that is the recipe's or one that it names; else as it is."""
+    found = FUNCTION.match(value)
+    if found is None:
+        return value
+    if found["folder"] is not None:
+        place = os.path.abspath(os.path.join(folder, os.path.expanduser(found["folder"] + "/")))
+        return f"{place.rstrip('/')}/{found['module']}:{found['name']}"
+    return f"{folder.rstrip('/')}/{value}" if find_module(folder, found["module"]) is not None else value
+
+
+def check_classifier_folder(where: str, folder: str) -> None:
+    """Raise SalsaError where a folder's configuration says more labels than one, or its tokenizer has no chat template."""
+    labels = _json_file(where, Path(folder) / "config.json").get("id2label", {"0": "", "1": ""})
+    require(
+        len(labels) == 1,
+        f"{where}: found {path_text(folder)}, a model of {len(labels)} labels, expected a sequence classifier of num_labels 1: a score",
+    )
+    settings = _json_file(where, Path(folder) / "tokenizer_config.json")
+    require(
+        "chat_template" in settings or (Path(folder) / "chat_template.jinja").is_file(),
+        f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages",
+    )
+
+
+def _json_file(where: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SalsaError(f"{where}: {path_text(str(path))} can't be read as JSON, expected a JSON object") from error
+    require(isinstance(value, dict), f"{where}: found no JSON object in {path_text(str(path))}, expected one")
+    return value

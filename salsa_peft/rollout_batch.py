@@ -1,0 +1,282 @@
+"""A rollout batch: sampled, scored, its KL and advantages worked out. With several processes each does its share, and all hold the whole.
+
+Shapes: B responses of the batch, in the prompts' order, T response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import losses
+from .backends import Backend
+from .config import SalsaError
+from .generation import Recording, row_seeds
+from .logprobs import Head, head_of
+from .models import PolicyWithValueHead, causal_lm, hidden_states
+from .references import Frozen
+from .rewards import Reward, RunningScale, decode, take_figures
+from .rollout import Responses, concatenate, reference_kls, response_logprobs, response_values, widen
+from .sharding import gathered
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .ppo_config import SalsaPPOConfig
+
+
+class Prompt(NamedTuple):
+    """One prompt of the data."""
+
+    tokens: list[int]
+    row: Mapping[str, Any]
+    """The data's row, which reward functions see."""
+
+
+class Rollout(NamedTuple):
+    """A rollout batch, scored: everything the losses need, (B, T) unless said otherwise."""
+
+    responses: Responses
+    logprobs: Tensor
+    values: Tensor
+    kl: Tensor
+    entropy: Tensor
+    scores: Tensor
+    """(B,), as the reward gave them."""
+    advantages: Tensor
+    returns: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a checkpoint."""
+        named = {**self._asdict(), **self.responses._asdict()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if name != "responses"}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Rollout:
+        """Of what `tensors` gave."""
+        there = {name: tensor.to(device) for name, tensor in tensors.items()}
+        responses = Responses(*(there[name] for name in Responses._fields))
+        return cls(responses, *(there[name] for name in cls._fields if name != "responses"))
+
+
+class NotFinite(SalsaError):
+    """A number that is NaN or infinite; what was at hand is in the folder that the message names."""
+
+
+class Interrupted(Exception):
+    """SIGTERM, between two tokens of a rollout."""
+
+
+class RolloutMaker:
+    """Prompts → Rollout, with the policy's weights as they are."""
+
+    def __init__(self, model: PolicyWithValueHead, references: Sequence[Frozen], reward: Reward, backend: Backend,
+                 args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
+        self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
+        self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
+        self.scale = RunningScale()
+        self.folder = Path(str(args.output_dir))
+
+    def head(self, model: PreTrainedModel | None = None) -> Head:
+        """Of the policy's base, or of a model of its own. Looked up anew, since a sharded weight is another tensor in each forward."""
+        lm = causal_lm(self.model.policy) if model is None else model
+        return head_of(lm, self.args.temperature, int(self.tokenizer.eos_token_id))
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], update: int, kl_coef: float, check: Callable[[], None]) -> Rollout:
+        """Raises NotFinite for a score that is none. check: called before each token, may raise Interrupted."""
+        args = self.args
+        self.model.eval()
+        with gathered(self.model, self.accelerator):
+            # 1. sample responses from the policy, prompts of like length together
+            responses, recorded = self._sample(prompts, update, check)
+            # 2. log-probs, values and KL on the shared base, sequences of like length together; then scores
+            logprobs, entropy, values, kl, scores = self._score(responses, recorded, [prompt.row for prompt in prompts])
+        self.require_finite("score", scores, responses, {"scores": scores})
+        # 3. rewards, whitened where asked for; advantages, whitened over the whole batch
+        mask = responses.response_mask
+        shaped = shape(scores, responses, args, self.scale)
+        rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
+        if args.whiten_rewards:
+            rewards = losses.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = losses.gae(rewards, values, mask, gamma=args.gamma, lam=args.lam)
+        advantages = losses.whiten(advantages, mask)
+        self.model.train()
+        return Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
+        """Responses to an eval set's prompts and their scores (B,); the random numbers are the same at every call."""
+        self.model.eval()
+        with gathered(self.model, self.accelerator):
+            responses, _ = self._sample(prompts, 0, lambda: None)
+            shares = self._shares(responses.lengths.tolist())
+            scores = self._rewarded(responses, [prompt.row for prompt in prompts], shares)
+        self.model.train()
+        return responses, scores
+
+    def _sample(
+        self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
+    ) -> tuple[Responses, tuple[Tensor, ...] | None]:
+        """→ responses and, with `old_logprobs: rollout`, their log-probs, entropies and values, (B, T). Interrupted in one process is
+        raised in all."""
+        self.backend.updated()
+        shares = self._shares([len(prompt.tokens) for prompt in prompts])
+        try:
+            mine = tuple(
+                self._sample_part(prompts, rows, row_seeds(rows, self.args.seed, update), check) for rows in shares
+            )
+        except Interrupted:
+            mine = None
+        everyones = self._gathered([mine])
+        if None in everyones:
+            raise Interrupted
+        parts = [part for found in everyones for part in found]
+        order = torch.tensor([row for rows, _, _ in parts for row in rows], device=self.accelerator.device).argsort()
+        whole = concatenate([found for _, found, _ in parts], int(self.tokenizer.pad_token_id))
+        width = whole.response_ids.shape[1]
+        recorded = zip(*([widen(tensor, width) for tensor in columns] for _, _, columns in parts), strict=True)
+        return Responses(*(t[order] for t in whole)), tuple(torch.cat(column)[order] for column in recorded) or None
+
+    def _sample_part(
+        self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
+    ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
+        """A micro-batch's rows, responses and what was recorded of them."""
+        recording = Recording.of(self.model.value_head) if self.args.old_logprobs == "rollout" else None
+        with self.accelerator.autocast():
+            found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
+        return rows, found, recording.stacked(found.response_mask) if recording else ()
+
+    def _score(
+        self, responses: Responses, recorded: tuple[Tensor, ...] | None, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, ...]:
+        """Log-probs, entropies, values, KL, all (B, T), and scores (B,)."""
+        shares = self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
+        shape = responses.response_mask.shape
+        parts = []
+        for share in shares:
+            index = torch.tensor(share, device=self.accelerator.device)
+            part = responses.rows(index)
+            given = [tensor[index, : part.response_ids.shape[1]] for tensor in recorded] if recorded else None
+            with self.accelerator.autocast():
+                parts.append((share, self._score_part(part, given)))
+        scores = self._rewarded(responses, rows, shares)
+        tables = torch.zeros(4, *shape, device=self.accelerator.device)
+        for share, columns in self._gathered(parts):
+            for table, column in zip(tables, columns, strict=True):
+                table[torch.tensor(share, device=table.device), : column.shape[1]] = column.float()
+        return *tables, scores
+
+    def _rewarded(
+        self, responses: Responses, rows: Sequence[Mapping[str, Any]], shares: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Scores (B,); each process scores its shares in one call."""
+        mine = sorted(row for share in shares for row in share)
+        index = torch.tensor(mine, device=self.accelerator.device)
+        with self.accelerator.autocast():
+            found = self.reward(responses.rows(index), [rows[row] for row in mine]).float() if mine else index.float()
+        scores = torch.empty(len(rows), device=self.accelerator.device)
+        for taken, part in self._gathered([(mine, found)]):
+            scores[torch.tensor(taken, device=scores.device)] = part
+        return scores
+
+    def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor, ...]:
+        """A micro-batch's log-probs, entropies, values and KL, (b, t) each; the first three taken from `given` where there."""
+        args, head, hidden = self.args, self.head(), None
+        if given is None:
+            hidden, states = self.model(part.input_ids, part.attention_mask)
+            logprobs, entropy = response_logprobs(hidden, part, head, args.min_new_tokens)
+            values = response_values(states, part)
+        else:
+            logprobs, entropy, values = given
+            if self.model.value_adapter is not None:
+                values = response_values(self.model.values(None, part.input_ids, part.attention_mask), part)
+        states_of = (
+            (self._states(reference, part), self.head(reference.model) if reference.model is not None else head)
+            for reference in self.references
+        )
+        kl = reference_kls(hidden, logprobs, states_of, part, head, args.min_new_tokens, args.kl_estimator)
+        return logprobs, entropy, values * part.response_mask, kl
+
+    def figures(self) -> dict[str, float]:
+        """What the reward has to log besides the scores of the last batch (means over all processes)."""
+        sums: dict[str, list[float]] = {}
+        for name, (total, count) in self._gathered(list(take_figures(self.reward).items())):
+            entry = sums.setdefault(name, [0.0, 0])
+            entry[0], entry[1] = entry[0] + total, entry[1] + count
+        return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
+
+    def _states(self, reference: Frozen, part: Responses) -> Tensor:
+        if reference.model is not None:
+            return hidden_states(reference.model, part.input_ids, part.attention_mask)
+        assert self.model.toggle is not None
+        with self.model.toggle(reference.adapter):
+            return hidden_states(self.model.policy, part.input_ids, part.attention_mask)
+
+    def _shares(self, lengths: list[int]) -> list[list[int]]:
+        """This process's micro-batches of rows, those of like length together."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.args.rollout_batch_size or -(-len(lengths) // world)
+        by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
+
+    def _gathered(self, parts: list[Any]) -> list[Any]:
+        """The parts of all processes, on this one's device."""
+        if self.accelerator.num_processes == 1:
+            return parts
+        return [
+            _moved(part, self.accelerator.device) for part in gather_object([_moved(part, "cpu") for part in parts])
+        ]
+
+    def require_finite(self, what: str, values: Tensor, responses: Responses, tensors: Mapping[str, Tensor]) -> None:
+        """Raise NotFinite where a number is NaN or infinite, after the batch was written to <output_dir>/not-finite."""
+        bad = ~torch.isfinite(values)
+        if not bool(bad.any()):
+            return
+        folder = self.folder / "not-finite"
+        dump(folder, responses, tensors, self.tokenizer)
+        raise NotFinite(
+            f"{what}: found {values[bad].flatten()[0].item()} in PPO, expected a finite number; nothing saved, the batch is in {folder}"
+        )
+
+
+def shape(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
+    """The options on scores (B,), in TRL 0.8's order: scale, clip, then the penalty for a missing EOS."""
+    if args.normalize_scores:
+        scores = scale(scores)
+    if args.score_clip is not None:
+        scores = scores.clamp(-args.score_clip, args.score_clip)
+    if args.missing_eos_penalty is not None:
+        scores = scores - args.missing_eos_penalty * (~responses.finished).float()
+    return scores
+
+
+def dump(folder: Path, responses: Responses, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """A batch for people and for debuggers: batch.jsonl with the texts, batch.safetensors with every tensor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
+    answers = decode(tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
+    rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
+    named = {**responses._asdict(), **tensors}
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / "batch.safetensors"
+    )
+
+
+def _moved(part: Any, device: torch.device | str) -> Any:
+    """Lists, tuples and tensors, the tensors on `device`."""
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, tuple):
+        moved = [_moved(entry, device) for entry in part]
+        return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
+    return part

@@ -1,0 +1,84 @@
+"""What test_distributed.py runs in its own process and launches in two: small PPO runs, one after the other.
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 tests/distributed_run.py OUT RUN…
+
+GLOO_AS_ACCELERATOR=1: accelerate takes the CPU processes for those of an accelerator. It knows DDP only for CPUs, and makes that of an
+FSDP configuration in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import DistributedType, PartialState
+from accelerate.utils import gather_object
+from plain_ppo import PROMPTS
+from safetensors.torch import save_file
+from tiny import make_trainer
+from torch.distributed.tensor import DTensor
+
+from salsa_peft import checkpoints
+from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.toy import make_tokenizer
+
+COMMON: dict[str, Any] = {
+    "num_mini_batches": 2, "num_ppo_epochs": 2, "learning_rate": 1e-2, "micro_batch_size": 1, "save_strategy": "steps", "save_steps": 3,
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {"normalize_scores": True, "whiten_rewards": True, "value_head_learning_rate": 3e-2, "gradient_checkpointing": True,
+             "eval_strategy": "steps", "eval_steps": 4, "kl_estimator": "full"},
+    "full": {"full": True, "old_logprobs": "rollout", "target_kl": 2e-3, "rollout_batch_size": 2, "num_ppo_epochs": 4},
+    "tied": {"full": True, "base": {"tie_word_embeddings": True}, "micro_batch_size": None},
+    "value": {"value": "adapter", "reward": "reward", "gradient_checkpointing": True, "references": ["seed-0", "base"]},
+    "long": {"num_train_epochs": 1000, "save_strategy": "no"},
+}  # fmt: skip
+RESUMED = "+resumed"
+
+
+def make(name: str, out: Path) -> SalsaPPOTrainer:
+    """A trainer of run `name`, in the folder of that name."""
+    options = COMMON | RUNS[name.removesuffix(RESUMED)]
+    if "reward" in options:
+        options["reward"] = str(out / "reward")
+    if "eval_steps" in options:
+        options["eval_dataset"] = PROMPTS[:5]
+    return make_trainer(make_tokenizer(), out / name, use_cpu="GLOO_AS_ACCELERATOR" not in os.environ, **options)
+
+
+def run(name: str, out: Path) -> None:
+    """Train; a run of the name `…+resumed` from the oldest checkpoint of the run before the plus, in the middle of an update."""
+    trainer = make(name, out)
+    state, first = trainer.accelerator.state, name.removesuffix(RESUMED)
+    if name != first and trainer.is_world_process_zero():
+        shutil.copytree(out / first, out / name, dirs_exist_ok=True)
+        for folder in checkpoints.checkpoints(out / name)[:-1]:
+            shutil.rmtree(folder)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=name != first)
+    trainer.save_model(str(out / name / "saved"))
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.model.parameters())
+    world = {"kind": state.distributed_type.value, "held": gather_object([held]), "steps": trainer.state.global_step}
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        (out / name / "world.json").write_text(json.dumps(world))
+        save_file({key: tensor.clone() for key, tensor in weights.items()}, out / name / "weights.safetensors")
+
+
+def main(out: Path, names: list[str]) -> None:
+    """Losses and figures are in OUT/RUN/metrics.jsonl, weights in OUT/RUN/weights.safetensors, the world in OUT/RUN/world.json."""
+    torch.set_num_threads(1)
+    if "GLOO_AS_ACCELERATOR" in os.environ:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    for name in names:
+        run(name, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

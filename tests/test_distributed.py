@@ -1,0 +1,239 @@
+"""accelerate launch with the configurations of recipes/accelerate on two CPU processes (gloo): the same as one process with the same
+global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import distributed_run
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from salsa_peft import adapters, checkpoints, sharding
+from salsa_peft.config import SalsaError
+
+HERE = Path(__file__).resolve().parent
+CONFIGS = HERE.parent / "recipes" / "accelerate"
+
+
+def launch(config: str, out: Path, *names: str) -> subprocess.Popen[str]:
+    """Two processes that make the runs `names` in `out`, under recipes/accelerate/<config>.yaml."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "distributed_run.py"), str(out), *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if config == "fsdp2":
+        environment["GLOO_AS_ACCELERATOR"] = "1"
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    """Wait for a launch that must come to its end."""
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, (
+        "\n".join(line for line in output.splitlines() if line.startswith("[rank"))[-8000:] or output[-3000:]
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process gives: name → its folder. Made when first asked for."""
+    out = tmp_path_factory.mktemp("one")
+
+    def get(name: str) -> Path:
+        if not (out / name).exists():
+            distributed_run.run(name, out)
+        return out / name
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def reward(one: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for two processes that holds a reward adapter, as the one process's does."""
+    from tiny import make_adapter, make_base
+
+    out = tmp_path_factory.mktemp("two")
+    model = make_adapter(make_base(distributed_run.make_tokenizer()), "reward", 9)
+    head = torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.3
+    for folder in (out, one("lora").parent):
+        adapters.save(model, "reward", folder / "reward", extra={adapters.SCORE_HEAD: head})
+    return out
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """Of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_equal(one: Path, two: Path, kind: str, *, sharded: bool = False) -> None:
+    """Losses and figures to 1e-5, the very same responses, weights to Adam's amplification of rounding; and that it was two processes."""
+    world, alone = (json.loads((folder / "world.json").read_text()) for folder in (two, one))
+    weights, expected = load_file(two / "weights.safetensors"), load_file(one / "weights.safetensors")
+    assert alone["kind"] == "NO" and world["kind"] == kind and len(world["held"]) == 2
+    assert (
+        world["held"] == alone["held"] * 2
+        if not sharded
+        else sum(world["held"]) == alone["held"][0] > max(world["held"])
+    )
+    assert len(rows(one)) == len(rows(two)) == 2
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert b[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    for name in ("completions.jsonl", "eval_completions.jsonl"):
+        assert (one / name).exists() == (two / name).exists()
+        texts = [
+            [json.loads(line)["response"] for line in (f / name).read_text().splitlines()]
+            for f in (one, two)
+            if (f / name).exists()
+        ]
+        assert texts == [] or (texts[0] == texts[1] and len(texts[0]) > 0)
+    assert weights.keys() == expected.keys() and len(weights) > 20
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            weights[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    saved = [checkpoints.checkpoints(folder) for folder in (one, two)]
+    assert [path.name for path in saved[0]] == [path.name for path in saved[1]] != []
+    assert [checkpoints.fault(path) for path in saved[1]] == [None] * len(saved[1])
+    files = [{p.relative_to(f).as_posix() for p in (f / "saved").rglob("*") if p.is_file()} for f in (one, two)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        if name.endswith(".safetensors"):
+            a, b = load_file(one / name), load_file(two / name)
+            assert a.keys() == b.keys()
+            assert all(torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-4) for key in a), name
+
+
+def check_resumed(out: Path) -> None:
+    """A run from the middle of its first update ends as the unbroken one, to the bit."""
+    for name in ("metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"):
+        assert (out / "lora" / name).read_bytes() == (out / "lora+resumed" / name).read_bytes(), name
+    a, b = (load_file(out / name / "weights.safetensors") for name in ("lora", "lora+resumed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_give_what_one_gives(one: Any, tmp_path: Path) -> None:
+    """DDP: adapters and full weights, accumulation, whitened and scaled, checkpointed activations, an eval set, recorded log-probs, an
+    update stopped by target_kl; and the first once more from its first checkpoint."""
+    launched = launch("ddp", tmp_path, "lora", "lora+resumed", "full")
+    expected = one("lora"), one("full")
+    finish(launched)
+    check_equal(expected[0], tmp_path / "lora", "MULTI_CPU")
+    check_equal(expected[1], tmp_path / "full", "MULTI_CPU")
+    check_resumed(tmp_path)
+    assert rows(expected[1])[0]["policy/approxkl_avg"] > 1.5 * 2e-3  # or target_kl stopped nothing
+
+
+@pytest.mark.timeout(600)
+def test_fsdp2_gives_what_one_process_gives(one: Any, tmp_path: Path) -> None:
+    """Each process holds about a half of the weights; the adapter's base is sharded too."""
+    launched = launch("fsdp2", tmp_path, "lora", "full")
+    expected = one("lora"), one("full")
+    finish(launched)
+    check_equal(expected[0], tmp_path / "lora", "FSDP", sharded=True)
+    check_equal(expected[1], tmp_path / "full", "FSDP", sharded=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
+def test_tied_embeddings_a_value_adapter_and_a_resumed_run(one: Any, reward: Path, config: str, kind: str) -> None:
+    """The rest of the engine's kinds, in both ways."""
+    out = reward / config
+    out.mkdir()
+    (out / "reward").symlink_to(reward / "reward")
+    finish(launch(config, out, "tied", "value", "lora", "lora+resumed"))
+    for name in ("tied", "value", "lora"):
+        check_equal(one(name), out / name, kind, sharded=config == "fsdp2")
+    check_resumed(out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_sigterm_to_the_launcher_leaves_a_whole_checkpoint(tmp_path: Path, config: str) -> None:
+    """torchrun hands it on, and ends itself with 1."""
+    process = launch(config, tmp_path, "long")
+    metrics = tmp_path / "long" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(rows(tmp_path / "long")) >= 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output[-3000:]
+    found, passed = checkpoints.last_whole(tmp_path / "long")
+    assert found is not None and not passed
+
+
+def test_the_configurations_are_accelerates() -> None:
+    """No key that it does not know, and eight processes unless told otherwise."""
+    found = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.glob("*.yaml")}
+    assert {name: config.distributed_type for name, config in found.items()} == {
+        "ddp": DistributedType.MULTI_GPU,
+        "fsdp2": DistributedType.FSDP,
+    }
+    for config in found.values():
+        assert (config.num_processes, config.num_machines, config.mixed_precision) == (8, 1, "no")
+
+
+def sharded(**options: Any) -> Any:
+    """An accelerator with an FSDP plugin, as its `state` shows it."""
+    settings = {
+        "fsdp_version": 2,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+        "activation_checkpointing": False,
+    }
+    plugin = FullyShardedDataParallelPlugin(**(settings | options))
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({"fsdp_version": 1, "reshard_after_forward": "FULL_SHARD"}, {}, "fsdp_version: found 1, expected 2"),
+        (
+            {"state_dict_type": "SHARDED_STATE_DICT"},
+            {},
+            "fsdp_state_dict_type: found SHARDED_STATE_DICT, expected FULL_STATE_DICT",
+        ),
+        ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: found true, expected false"),
+        ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing: .* set gradient_checkpointing"),
+        ({}, {"rollout_backend": "vllm"}, "rollout_backend: found vllm with FSDP2"),
+        ({}, {"rollout_compile": True}, "rollout_backend: found hf, compiled, with FSDP2"),
+    ],
+)
+def test_what_is_refused(
+    options: dict[str, Any], arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line each, before anything is sharded."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it for Transformers
+    given: Any = SimpleNamespace(**({"rollout_backend": "hf", "rollout_compile": False} | arguments))
+    with pytest.raises(SalsaError, match=message):
+        sharding.check(sharded(**options), given)
+
+
+def test_fsdp2_adds_up_gradients_in_float32_and_leaves_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's own policy of bf16 would give values in bf16. And DeepSpeed is refused."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    accelerator, given = sharded(), SimpleNamespace(rollout_backend="hf", rollout_compile=False)
+    sharding.check(accelerator, given)  # type: ignore[arg-type]
+    assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
+    accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
+    sharding.check(accelerator, given)  # type: ignore[arg-type]
+    assert accelerator.state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    with pytest.raises(SalsaError, match="found DeepSpeed, which PPO does not run under"):
+        sharding.check(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED), given)  # type: ignore[arg-type]
