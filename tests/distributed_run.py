@@ -1,9 +1,9 @@
 """What test_distributed.py runs in its own process and launches in two: small PPO runs, one after the other.
 
-    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 tests/distributed_run.py OUT RUN…
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 tests/distributed_run.py OUT lora full fsdp2/lora …
 
-GLOO_AS_ACCELERATOR=1: accelerate takes the CPU processes for those of an accelerator. It knows DDP only for CPUs, and makes that of an
-FSDP configuration in silence.
+For CPUs accelerate knows DDP only, and makes that of an FSDP configuration in silence. In a run named fsdp2/… it is made to take the CPU
+processes for those of an accelerator.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import DistributedType, PartialState
@@ -38,17 +40,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "value": {"value": "adapter", "reward": "reward", "gradient_checkpointing": True, "references": ["seed-0", "base"]},
     "long": {"num_train_epochs": 1000, "save_strategy": "no"},
 }  # fmt: skip
-RESUMED = "+resumed"
+FSDP2, RESUMED = "fsdp2/", "+resumed"
 
 
 def make(name: str, out: Path) -> SalsaPPOTrainer:
     """A trainer of run `name`, in the folder of that name."""
-    options = COMMON | RUNS[name.removesuffix(RESUMED)]
+    options = COMMON | RUNS[name.removeprefix(FSDP2).removesuffix(RESUMED)]
     if "reward" in options:
         options["reward"] = str(out / "reward")
     if "eval_steps" in options:
         options["eval_dataset"] = PROMPTS[:5]
-    return make_trainer(make_tokenizer(), out / name, use_cpu="GLOO_AS_ACCELERATOR" not in os.environ, **options)
+    return make_trainer(make_tokenizer(), out / name, use_cpu=not name.startswith(FSDP2), **options)
 
 
 def run(name: str, out: Path) -> None:
@@ -73,11 +75,11 @@ def run(name: str, out: Path) -> None:
 def main(out: Path, names: list[str]) -> None:
     """Losses and figures are in OUT/RUN/metrics.jsonl, weights in OUT/RUN/weights.safetensors, the world in OUT/RUN/world.json."""
     torch.set_num_threads(1)
-    if "GLOO_AS_ACCELERATOR" in os.environ:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     for name in names:
-        run(name, out)
+        as_gpus = patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+        with as_gpus if name.startswith(FSDP2) else nullcontext():
+            run(name, out)
 
 
 if __name__ == "__main__":

@@ -681,3 +681,51 @@ def pad(prompts: list[list[int]], answers: list[list[int]]) -> Responses:
         torch.tensor([[True] * len(a) + [False] * (length - len(a)) for a in answers]),
         torch.tensor([a[-1] == EOS for a in answers]),
     )
+
+
+class TestTrainer:
+    """Whole updates with another backend than the plain one."""
+
+    def test_paged(self, make_trainer: Any) -> None:
+        """Two updates; the old log-probs are recomputed, so that the first ratio is 1 whatever sampled."""
+        trainer = make_trainer(rollout_backend="paged", rollout_options={"page_size": 16}, max_steps=2)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "val/ratio" in row]
+        assert len(rows) == 2
+        assert all(abs(row["val/ratio"] - 1) < 1e-4 for row in rows)
+        assert all(0 < row["objective/response_length"] <= 7 for row in rows)
+
+    def test_a_static_cache_trains_the_same_policy(
+        self, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """rollout_compile as if there were a GPU; without one Transformers takes the static cache and does not compile."""
+        policies = []
+        for compiled in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(backends, "device", lambda: torch.device("cuda"))
+                trainer = make_trainer(folder=tmp_path / str(compiled), rollout_compile=compiled, max_steps=2)
+            assert isinstance(trainer.maker.backend, CompiledHF) is compiled
+            trainer.train()
+            policies.append(
+                torch.cat([p.detach().flatten() for p in adapters.parameters(trainer.model.policy, "policy")])
+            )
+        torch.testing.assert_close(*policies)
+
+    def test_vllm(self, make_trainer: Any, with_vllm: Server) -> None:
+        """Weights go to the server once before each rollout, each time others, and the base that the references share is untouched."""
+        options = {"mode": "server", "server_base_url": with_vllm.url}
+        trainer = make_trainer(rollout_backend="vllm", rollout_options=options, max_steps=2)
+        base = {name: tensor for name, tensor in weights(trainer.model.policy).items() if ".policy." not in name}
+        sent = []
+        receive = FakeTransfer.trainer_send_weights
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                FakeTransfer,
+                "trainer_send_weights",
+                lambda *args, **rest: sent.append(receive(*args, **rest) or FakeTransfer.sent),
+            )
+            trainer.train()
+        assert [path for path, _ in with_vllm.posted].count("/v1/completions") == len(sent) == 2
+        assert not equal(*map(dict, sent))
+        after = weights(trainer.model.policy)
+        assert equal({name: after[name] for name in base}, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -112,10 +113,10 @@ def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) ->
     """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
     from salsa_peft import adapters, data
     from salsa_peft.config import Generation, Source
+    from salsa_peft.generation import respond
     from salsa_peft.models import load_base, load_tokenizer
     from salsa_peft.parsing import load_recipe
     from salsa_peft.rewards import AdapterReward
-    from salsa_peft.rollout import respond
 
     recipe = load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe
     toy = unit(run, "toy")
@@ -130,7 +131,7 @@ def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) ->
     for name, point in (("seed-1", points[2]), ("soup", points[1])):
         with adapters.active(model, name):
             batches = list(respond(model, tokens, sampling, tokenizer, recipe.landscape.seed, sampling.batch_size))
-        scores = [score for _, responses in batches for score in reward(responses).tolist()]
+        scores = [score for indices, found in batches for score in reward(found, [rows[i] for i in indices]).tolist()]
         assert sum(scores) / len(scores) == pytest.approx(point["scores"]["reward"]["mean"], abs=1e-4)
 
 
@@ -162,7 +163,7 @@ def test_the_reward_model_scores_as_trls_trainer_does(run: Path) -> None:
     pad = tokenizer.pad_token_id
     response = torch.tensor([[*whole[len(prompt) :], pad, pad]])
     ids = torch.tensor([[pad, *prompt]])
-    found = AdapterReward(model, folder)(Responses(ids, ids != pad, response, response != pad, torch.tensor([True])))
+    found = AdapterReward(model, folder)(Responses(ids, ids != pad, response, response != pad, torch.tensor([True])), [{}])
     assert found.item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -233,3 +234,44 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
     (tmp_path / "soup" / "fingerprint.json").unlink()
     bench.check({"soup": tmp_path / "soup"})
     assert "no fingerprint.json" in capsys.readouterr().err
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """The same command, not waited for."""
+    sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    argv = [sys.executable, "-m", "salsa_peft.recipe", "quickstart", "--lora", *sets, "--output-dir", str(folder), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def until(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:
+    """Wait for a file of the run."""
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def test_a_policy_that_was_killed_goes_on_and_ends_the_same(run: Path, tmp_path: Path) -> None:
+    """kill -9 of the command in one policy, SIGTERM in the next; the same command then leaves the same bytes."""
+    folder = tmp_path / "again"
+    shutil.copytree(run, folder)
+    for name in ("ppo/salsa", "ppo/mkl"):
+        shutil.rmtree(unit(folder, name))
+    often = ("--set", "ppo.save_steps=1", "--stages", "ppo")
+    process = start(folder, *often)
+    until(process, folder, "ppo/salsa/*/checkpoint-2")
+    process.kill()
+    process.communicate()
+    process = start(folder, *often)
+    until(process, folder, "ppo/mkl/*/checkpoint-1")
+    process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == 143 and "unfinished: goes on" in said and "ppo/salsa  goes on from checkpoint-" in said
+    assert "terminated; the same command goes on" in said
+    done = command(folder, *often)
+    assert done.returncode == 0 and "ppo/mkl  goes on from checkpoint-" in done.stderr, done.stderr
+    for name in ("ppo/salsa", "ppo/mkl"):
+        one, other = (read(unit(place, name) / "manifest.json")["files"] for place in (run, folder))
+        assert one.keys() == other.keys() and not list(unit(folder, name).glob("checkpoint-*"))
+        differing = {file for file in one if one[file] != other[file]}
+        assert differing <= {"log.jsonl", "adapter_config.json"}  # which have times, and the base's path in this folder
