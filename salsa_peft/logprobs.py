@@ -51,13 +51,16 @@ def head_of(lm: Any, temperature: float, eos: int) -> Head:
 
 def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
     """log π(· | state) as it was sampled: (n, H) and (n,) True = EOS forbidden → (n, V), float32."""
-    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    return sampled_distribution(logits, forbidden, head.temperature, head.eos)
+    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
+    return _normalized(logits.div_(head.temperature), forbidden, head.eos)  # in place: nobody else has these logits
 
 
 def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: int) -> Tensor:
     """Logits (n, V) and (n,) True = EOS forbidden → log-probs of the distribution that is sampled, (n, V), float32."""
-    scaled = logits.float() / temperature
+    return _normalized(logits.float() / temperature, forbidden, eos)
+
+
+def _normalized(scaled: Tensor, forbidden: Tensor, eos: int) -> Tensor:
     if forbidden.any():
         scaled[:, eos] = scaled[:, eos].masked_fill(forbidden, -torch.inf)
     return scaled.log_softmax(-1)
@@ -68,29 +71,29 @@ def entropy_of(logp: Tensor, probabilities: Tensor) -> Tensor:
     return -(probabilities * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
 
 
-def _statistics(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Log-probs of the labels (n,), and those of all tokens (n, V)."""
     logp = log_distribution(hidden, head, forbidden)
-    probabilities = logp.exp()
-    return logp.gather(-1, labels[:, None]).squeeze(-1), entropy_of(logp, probabilities), probabilities
+    return logp.gather(-1, labels[:, None]).squeeze(-1), logp
 
 
 class _FrozenHead(torch.autograd.Function):
-    """(hidden, labels, forbidden, head) → log-probs with a gradient to `hidden` only, and entropy without one."""
+    """(hidden, labels, forbidden, head, with_entropy) → log-probs with a gradient to `hidden` only, and entropy without one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        logprobs, entropy = (
-            hidden.new_empty(len(labels), dtype=torch.float32),
-            hidden.new_empty(len(labels), dtype=torch.float32),
-        )
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = hidden.new_empty(len(labels), dtype=torch.float32)
+        entropy = torch.zeros_like(logprobs)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), CHUNK):
             part = slice(start, start + CHUNK)
-            logprobs[part], entropy[part], probabilities = _statistics(
-                hidden[part], labels[part], forbidden[part], head
-            )
+            logprobs[part], logp = _chosen(hidden[part], labels[part], forbidden[part], head)
+            if with_entropy:
+                entropy[part] = entropy_of(logp, logp.exp())
             if gradient is not None:
-                toward = head.weight[labels[part]] - probabilities.to(head.weight.dtype) @ head.weight
+                toward = head.weight[labels[part]] - logp.exp_().to(head.weight.dtype) @ head.weight
                 gradient[part] = (toward / head.temperature).to(hidden.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -98,21 +101,27 @@ class _FrozenHead(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None
+        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None, None
 
 
-def token_logprobs(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> TokenLogprobs:
+def token_logprobs(
+    hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, *, with_entropy: bool = True
+) -> TokenLogprobs:
     """log π(label | state) and the entropy there: hidden (N, H), labels (N,), forbidden (N,) bool → two (N,), float32.
 
-    The gradient flows through the log-probs; the entropy is a figure for the logs.
+    The gradient flows through the log-probs; the entropy is a figure for the logs, and 0 where it is not asked for.
     """
     if not head.weight.requires_grad:
-        return TokenLogprobs(*_FrozenHead.apply(hidden, labels, forbidden, head))
-    chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), forbidden.split(CHUNK), strict=True)
-    parts = [checkpoint(_statistics, *chunk, head, use_reentrant=False)[:2] for chunk in chunks]
-    return TokenLogprobs(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]).detach())
+        return TokenLogprobs(*_FrozenHead.apply(hidden, labels, forbidden, head, with_entropy))
+    logprobs, entropy = [], []
+    for part in zip(hidden.split(CHUNK), labels.split(CHUNK), forbidden.split(CHUNK), strict=True):
+        chosen, logp = checkpoint(_chosen, *part, head, use_reentrant=False)
+        logprobs.append(chosen)
+        logp = logp.detach()
+        entropy.append(entropy_of(logp, logp.exp()) if with_entropy else torch.zeros_like(logp[:, 0]))
+    return TokenLogprobs(torch.cat(logprobs), torch.cat(entropy))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.trainer import SCHEDULER_NAME
 from . import adapters, checkpoints, sharding
 from .config import SalsaError, require
 from .guards import Watch
-from .models import PolicyWithValueHead, load_weights
+from .models import PolicyWithValueHead, causal_lm, load_weights
 from .ppo_config import SalsaPPOConfig
 from .ppo_logs import Logs
 from .rollout_batch import Interrupted, Rollout, RolloutMaker
@@ -235,6 +235,10 @@ class ResumableTrainer(Trainer):
         policy, head = self.model.policy, self.model.value_head.state_dict()
         weights = None
         if state_dict is not None:
+            tied = {
+                f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()
+            }  # copies of what they are tied to
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
             weights, head = within("policy.", state_dict), within("value_head.", state_dict)
         if isinstance(policy, PeftModel):
             adapters.save(policy, str(self.policy_name), folder, self.processing_class, state_dict=weights)

@@ -93,11 +93,13 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def response_logprobs(hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, P + T, H) → log-probs of the response and entropies there, both (B, T), 0 outside the mask."""
+def response_logprobs(
+    hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, P + T, H) → log-probs of the response and, where asked for, entropies there, both (B, T), 0 elsewhere."""
     labels = responses.response_ids[responses.response_mask]
     states = response_states(hidden, responses)
-    result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head)
+    result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
     return scatter(result.logprobs, responses.response_mask), scatter(result.entropy, responses.response_mask)
 
 

@@ -192,7 +192,7 @@ class RolloutMaker:
         args, head, hidden = self.args, self.head(), None
         if given is None:
             hidden, states = self.model(part.input_ids, part.attention_mask)
-            logprobs, entropy = response_logprobs(hidden, part, head, args.min_new_tokens)
+            logprobs, entropy = response_logprobs(hidden, part, head, args.min_new_tokens, with_entropy=True)
             values = response_values(states, part)
         else:
             logprobs, entropy, values = given

@@ -163,7 +163,9 @@ def test_the_reward_model_scores_as_trls_trainer_does(run: Path) -> None:
     pad = tokenizer.pad_token_id
     response = torch.tensor([[*whole[len(prompt) :], pad, pad]])
     ids = torch.tensor([[pad, *prompt]])
-    found = AdapterReward(model, folder)(Responses(ids, ids != pad, response, response != pad, torch.tensor([True])), [{}])
+    found = AdapterReward(model, folder)(
+        Responses(ids, ids != pad, response, response != pad, torch.tensor([True])), [{}]
+    )
     assert found.item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -239,7 +241,17 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     """The same command, not waited for."""
     sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    argv = [sys.executable, "-m", "salsa_peft.recipe", "quickstart", "--lora", *sets, "--output-dir", str(folder), *words]
+    argv = [
+        sys.executable,
+        "-m",
+        "salsa_peft.recipe",
+        "quickstart",
+        "--lora",
+        *sets,
+        "--output-dir",
+        str(folder),
+        *words,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -251,7 +251,9 @@ class TestLogprobs:
         assert (~responses.prompt_mask).any()
         with torch.no_grad():
             hidden = hidden_states(model, responses.input_ids, responses.attention_mask)
-            found, entropy = response_logprobs(hidden, responses, head_of(model, temperature, EOS), minimum)
+            found, entropy = response_logprobs(
+                hidden, responses, head_of(model, temperature, EOS), minimum, with_entropy=True
+            )
             for row in range(len(prompts)):
                 expected = alone(model, responses, row, temperature, minimum)
                 torch.testing.assert_close(found[row][responses.response_mask[row]], expected, rtol=1e-4, atol=1e-4)
