@@ -70,9 +70,10 @@ def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(output_dir: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints (None: remove none), and what saves that were killed left behind."""
+    """Remove all but the newest `keep` checkpoints (None, 0 or less, as in Transformers: remove none), and what saves that were
+    killed left behind."""
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
-    for folder in checkpoints(output_dir)[keep:] if keep is not None else []:
+    for folder in checkpoints(output_dir)[keep:] if keep is not None and keep > 0 else []:
         shutil.rmtree(folder)
 
 

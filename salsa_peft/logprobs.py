@@ -132,5 +132,6 @@ def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head, re
         part = slice(start, start + CHUNK)
         policy = log_distribution(hidden[part], head, forbidden[part])
         other = log_distribution(reference[part], reference_head, forbidden[part])
-        kl[part] = (policy.exp() * (policy - other).nan_to_num(0.0)).sum(-1)
+        difference = (policy - other).masked_fill(policy == -torch.inf, 0.0)  # a forbidden token adds nothing
+        kl[part] = (policy.exp() * difference).sum(-1)
     return kl

@@ -115,6 +115,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         self.order: list[Tensor] = []
         self.totals: list[list[float]] = []
         self.figures: dict[str, float] = {}
+        self.sums = torch.zeros(len(losses.PPOLoss._fields), device=model.device)
         super().__init__(
             model=policy.to(model.device),
             args=args,
@@ -223,7 +224,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         self.maker.require_finite(
             "loss", result.loss.detach(), rollout.responses, {**rollout.tensors(), "rows": rows.detach()}
         )
-        self.totals.append(torch.stack([field.detach() for field in result]).tolist())
+        self.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -241,10 +242,9 @@ class SalsaPPOTrainer(ResumableTrainer):
         far enough (`target_kl`)."""
         if self.stopped_early:
             return True
-        steps = self.args.gradient_accumulation_steps
-        whole = self.accelerator.reduce(torch.tensor(self.totals[-steps:], device=self.accelerator.device), "sum")
-        self.totals[-steps:] = whole.tolist()
-        mean: dict[str, float] = dict(zip(losses.PPOLoss._fields, whole.sum(0).tolist(), strict=True))
+        self.totals.append(self.accelerator.reduce(self.sums, "sum").tolist())
+        self.sums = torch.zeros_like(self.sums)
+        mean = dict(zip(losses.PPOLoss._fields, self.totals[-1], strict=True))
         wild = mean["ratio"] > self.args.max_ratio
         self.skipped += int(wild)
         self.stopped_early = self.args.target_kl is not None and mean["approxkl"] > 1.5 * self.args.target_kl

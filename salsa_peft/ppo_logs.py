@@ -32,13 +32,11 @@ METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_
 def metrics(rollout: Rollout, totals: Sequence[Sequence[float]], trainer: SalsaPPOTrainer) -> dict[str, float]:
     """What the logs say of a rollout batch, in TRL's names; KL and entropy in nats, KL summed over a response.
 
-    totals: of each micro-step, PPOLoss's fields summed over processes.
+    totals: of each optimizer step that was not left out, PPOLoss's fields summed over its micro-steps and processes.
     """
     responses, mask, args = rollout.responses, rollout.responses.response_mask, trainer.args
     kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
-    per_step = (
-        torch.tensor(totals, dtype=torch.float64).view(-1, args.gradient_accumulation_steps, len(totals[0])).sum(1)
-    )
+    per_step = torch.tensor(totals, dtype=torch.float64)
     mean = losses.PPOLoss(*per_step.mean(0).tolist())
     ratios = per_step[:, losses.PPOLoss._fields.index("ratio")]
     return {

@@ -51,6 +51,9 @@ class ResumableTrainer(Trainer):
     skipped: int
     stopped_early: bool
     totals: list[list[float]]
+    """Of each optimizer step of the update so far."""
+    sums: Tensor
+    """Of the micro-steps of the next one."""
     figures: dict[str, float]
     rollout: Rollout | None
     order: list[Tensor]
@@ -125,7 +128,7 @@ class ResumableTrainer(Trainer):
         self.watch.load_state_dict(state["watch"])
         if self.is_world_process_zero():
             self.logs.cut(state["logs"])
-        self.started, self.order = time.perf_counter(), []
+        self.started, self.order, self.sums = time.perf_counter(), [], torch.zeros_like(self.sums)
         there = (checkpoint / ROLLOUT).is_file()
         self.rollout = Rollout.of(load_file(checkpoint / ROLLOUT), self.accelerator.device) if there else None
 

@@ -38,7 +38,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"full": True, "old_logprobs": "rollout", "target_kl": 2e-3, "rollout_batch_size": 2, "num_ppo_epochs": 4},
     "tied": {"full": True, "base": {"tie_word_embeddings": True}, "micro_batch_size": None},
     "value": {"value": "adapter", "reward": "reward", "gradient_checkpointing": True, "references": ["seed-0", "base"]},
-    "long": {"num_train_epochs": 1000, "save_strategy": "no"},
+    "long": {"num_train_epochs": 1000, "save_strategy": "no", "num_mini_batches": 1, "num_ppo_epochs": 1, "micro_batch_size": None,
+             "max_new_tokens": 40, "min_new_tokens": 40},
 }  # fmt: skip
 FSDP2, RESUMED = "fsdp2/", "+resumed"
 

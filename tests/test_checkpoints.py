@@ -198,7 +198,6 @@ class TestFinding:
         assert not (tmp_path / checkpoints.PARTIAL).exists()
 
     @pytest.mark.parametrize("keep", [0, -1])
-    @pytest.mark.xfail(strict=True, reason="rotate slices with 0 and -1, and so removes the only good checkpoints")
     def test_a_limit_that_is_none_removes_nothing(self, make: Any, tmp_path: Path, keep: int) -> None:
         """TrainingArguments.save_total_limit of 0 or less means no limit in Transformers."""
         for number in (1, 2, 3):
@@ -259,9 +258,6 @@ class TestCut:
 
 
 @pytest.mark.parametrize(("micro", "then"), [(8, 4), (4, 8)])
-@pytest.mark.xfail(
-    strict=True, reason="metrics() cuts all of an update's micro-steps by the accumulation steps of its end"
-)
 def test_another_micro_batch_in_the_middle_of_an_update(
     make_trainer: Any, tmp_path: Path, micro: int, then: int
 ) -> None:
