@@ -63,6 +63,7 @@ def run(name: str, out: Path) -> None:
         for folder in checkpoints.checkpoints(out / name)[:-1]:
             shutil.rmtree(folder)
     trainer.accelerator.wait_for_everyone()
+    (out / name / f"pid-{trainer.args.process_index}").write_text(str(os.getpid()))
     trainer.train(resume_from_checkpoint=name != first)
     trainer.save_model(str(out / name / "saved"))
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.model.parameters())

@@ -150,17 +150,21 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("config", "name"), [("ddp", "long"), ("fsdp2", "fsdp2/long")])
-def test_sigterm_to_the_launcher_leaves_a_whole_checkpoint(tmp_path: Path, config: str, name: str) -> None:
-    """torchrun hands it on, waits 30 s and ends with 1. It comes in a rollout most likely, which all processes break off."""
+@pytest.mark.parametrize(
+    ("config", "name", "to"), [("ddp", "long", "all"), ("ddp", "long", "one"), ("fsdp2", "fsdp2/long", "one")]
+)
+def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path, config: str, name: str, to: str) -> None:
+    """To the launcher, which hands it on, waits 30 s and ends with 1; or to the second process alone. It comes in a rollout most likely,
+    which all processes break off."""
     process, folder = launch(config, tmp_path, name), tmp_path / name
     while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(rows(folder)) >= 2):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid if to == "all" else int((folder / "pid-1").read_text()), signal.SIGTERM)
     output, _ = process.communicate(timeout=25)
     assert process.returncode == 1, output[-3000:]
     found, passed = checkpoints.last_whole(folder)
     assert found is not None and not passed
+    assert to == "all" or "exitcode  : 143" in output
 
 
 def test_the_configurations_are_accelerates() -> None:
