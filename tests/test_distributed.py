@@ -3,12 +3,14 @@ global batch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,20 +30,26 @@ HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "recipes" / "accelerate"
 
 
-def launch(config: str, out: Path, *names: str) -> subprocess.Popen[str]:
-    """Two processes that make the runs `names` in `out`, under recipes/accelerate/<config>.yaml."""
+@contextlib.contextmanager
+def launched(config: str, out: Path, *names: str) -> Iterator[subprocess.Popen[str]]:
+    """Two processes that make the runs `names` in `out`, under recipes/accelerate/<config>.yaml; ended with the context at the latest."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "distributed_run.py"), str(out), *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # it kills the two after 30 s
+            process.communicate(timeout=60)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
     """Wait for a launch that must come to its end."""
     output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, (
-        "\n".join(line for line in output.splitlines() if line.startswith("[rank"))[-8000:] or output[-3000:]
-    )
+    errors = [line for line in output.splitlines() if line.startswith("[rank")]
+    assert process.returncode == 0, "\n".join(errors[-60:]) or output[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +133,9 @@ def test_two_processes_give_what_one_gives(one: Any, tmp_path: Path) -> None:
     """DDP and FSDP2, adapters and full weights: accumulation, whitened rewards, scaled scores, checkpointed activations, an eval set,
     recorded log-probs, an update stopped by target_kl; and one once more from the middle of an update. Of FSDP2's two processes each
     holds a part of the weights, of frozen ones too."""
-    launched = launch("fsdp2", tmp_path, "lora", "lora+resumed", "full", "fsdp2/lora", "fsdp2/full")
-    expected = {name: one(name) for name in ("lora", "full")}
-    finish(launched)
+    with launched("fsdp2", tmp_path, "lora", "lora+resumed", "full", "fsdp2/lora", "fsdp2/full") as two:
+        expected = {name: one(name) for name in ("lora", "full")}
+        finish(two)
     for name, alone in expected.items():
         check_equal(alone, tmp_path / name, "MULTI_CPU")
         check_equal(alone, tmp_path / "fsdp2" / name, "FSDP")
@@ -142,7 +150,8 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
     one: Any, reward: Path, config: str, prefix: str, kind: str
 ) -> None:
     """The engine's other kinds, each configuration by itself."""
-    finish(launch(config, reward, *(prefix + name for name in ("tied", "value", "lora", "lora+resumed"))))
+    with launched(config, reward, *(prefix + name for name in ("tied", "value", "lora", "lora+resumed"))) as two:
+        finish(two)
     for name in ("tied", "value", "lora"):
         check_equal(one(name), reward / prefix / name, kind)
     check_resumed(reward / prefix)
@@ -156,11 +165,12 @@ def test_tied_embeddings_a_value_adapter_and_a_resumed_run(
 def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path, config: str, name: str, to: str) -> None:
     """To the launcher, which hands it on, waits 30 s and ends with 1; or to the second process alone. It comes in a rollout most likely,
     which all processes break off."""
-    process, folder = launch(config, tmp_path, name), tmp_path / name
-    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(rows(folder)) >= 2):
-        time.sleep(0.1)
-    os.kill(process.pid if to == "all" else int((folder / "pid-1").read_text()), signal.SIGTERM)
-    output, _ = process.communicate(timeout=25)
+    folder = tmp_path / name
+    with launched(config, tmp_path, name) as process:
+        while process.poll() is None and not ((folder / "metrics.jsonl").exists() and len(rows(folder)) >= 2):
+            time.sleep(0.1)
+        os.kill(process.pid if to == "all" else int((folder / "pid-1").read_text()), signal.SIGTERM)
+        output, _ = process.communicate(timeout=25)
     assert process.returncode == 1, output[-3000:]
     found, passed = checkpoints.last_whole(folder)
     assert found is not None and not passed
