@@ -185,7 +185,9 @@ class Toggle:
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         require(known, f"adapter {name!r}: found no such adapter on this base, expected one that was attached")
         try:
-            for layer in layers:  # past nn.Module.__setattr__, which is 50 times as slow and has nothing to do for these two
+            for (
+                layer
+            ) in layers:  # past nn.Module.__setattr__, which is 50 times as slow and has nothing to do for these two
                 vars(layer).update(_active_adapter=[name] if name else [], _disable_adapters=name is None)
             yield
         finally:
