@@ -201,10 +201,16 @@ def active(model: PeftModel, name: str | None) -> contextlib.AbstractContextMana
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout's rate to 0, in place: PPO's ratio must compare one network with itself."""
+    """Set every dropout's rate to 0, in place: PPO's ratio must compare one network with itself.
+
+    nn.Dropout, and the rates that Transformers' modules hold as numbers (attention_dropout …).
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                vars(module)[name] = 0.0
 
 
 def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None,

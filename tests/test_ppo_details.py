@@ -339,17 +339,11 @@ class TestModels:
         )
         torch.testing.assert_close(rollout.kl, expected.detach(), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.xfail(
-        strict=True, reason="check_head compares two forwards before eval(), and says that the head is scaled"
-    )
     def test_a_reference_that_comes_in_training_mode(self, make_trainer: Any, make_base: Any) -> None:
         """As a model is that was just trained; with dropout two forwards differ."""
         make_trainer([make_base(1, attention_dropout=0.5).train()], full=True)
 
     @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-    @pytest.mark.xfail(
-        strict=True, reason="remove_dropout sets nn.Dropout only; Llama's attention_dropout is a number of its module"
-    )
     def test_attention_dropout_is_off(self, make_trainer: Any, full: bool) -> None:
         """design.md: dropout is off in PPO. In training mode the first ratio is 1."""
         trainer = make_trainer(base={"attention_dropout": 0.5}, full=full)
