@@ -648,10 +648,12 @@ class TestRecipe:
             assert ("reward" in found) is trained
             for unit in ("ppo/ppo", "landscape", "evaluate", "report"):
                 assert ("reward" in found[unit].inputs) is trained
-        few = "toy: {preferences: 4}\n"
-        with pytest.raises(SalsaError, match=r"toy.preferences: found 4, 4 of them to train on"):
-            load(few)
-        assert not load(f"{few}reward: org/rm\n").recipe.reward.trained
+        few = RECIPE.replace("toy: {}", "toy: {preferences: 4}")
+        Path("few.yaml").write_text(few)
+        with pytest.raises(SalsaError, match=r"toy\.preferences: found 4, 4 of them to train on"):
+            load_recipe("few.yaml", lora="lora", overrides=[])
+        Path("few.yaml").write_text(f"{few}reward: org/rm\n")
+        assert not load_recipe("few.yaml", lora="lora", overrides=[]).recipe.reward.trained
         own = (
             "toy: null\nmodel: {base: org/base, chat_template: chatml}\ndata: {demonstrations: org/d, prompts: org/p}\n"
             "evaluate: {prompts: {x: org/x}}\n"
