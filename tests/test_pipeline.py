@@ -24,22 +24,20 @@ SMALL = {
 }  # fmt: skip
 
 
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def words_of(folder: Path, *words: str) -> list[str]:
     """`python -m salsa_peft.recipe quickstart --lora`, cut small."""
     sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    argv = [
-        sys.executable,
-        "-m",
-        "salsa_peft.recipe",
-        "quickstart",
-        "--lora",
-        *sets,
-        "--output-dir",
-        str(folder),
-        *words,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    start = [sys.executable, "-m", "salsa_peft.recipe", "quickstart", "--lora"]
+    return [*start, *sets, "--output-dir", str(folder), *words]
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command, waited for."""
+    argv = words_of(folder, *words)
+    return subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -240,20 +238,7 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     """The same command, not waited for."""
-    sets = [word for key, value in SMALL.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    argv = [
-        sys.executable,
-        "-m",
-        "salsa_peft.recipe",
-        "quickstart",
-        "--lora",
-        *sets,
-        "--output-dir",
-        str(folder),
-        *words,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words_of(folder, *words), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def until(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:

@@ -341,7 +341,8 @@ class TestModels:
 
     def test_a_reference_that_comes_in_training_mode(self, make_trainer: Any, make_base: Any) -> None:
         """As a model is that was just trained; with dropout two forwards differ."""
-        make_trainer([make_base(1, attention_dropout=0.5).train()], full=True)
+        trainer = make_trainer([make_base(1, attention_dropout=0.5).train()], full=True)
+        assert trainer.references[0].model.training is False
 
     @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
     def test_attention_dropout_is_off(self, make_trainer: Any, full: bool) -> None:
