@@ -86,7 +86,7 @@ class RolloutMaker:
         self.folder = Path(str(args.output_dir))
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
-        """Of the policy's base, or of a model of its own. Looked up anew, since a sharded weight is another tensor in each forward."""
+        """Of the policy's base, or of a model of its own. Looked up anew: once it is sharded, the weight is another tensor."""
         lm = causal_lm(self.model.policy) if model is None else model
         return head_of(lm, self.args.temperature, int(self.tokenizer.eos_token_id))
 

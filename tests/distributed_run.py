@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from plain_ppo import PROMPTS
 from safetensors.torch import save_file
 from tiny import make_trainer
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from salsa_peft import checkpoints
@@ -67,7 +68,8 @@ def run(name: str, out: Path) -> None:
     trainer.train(resume_from_checkpoint=name != first)
     trainer.save_model(str(out / name / "saved"))
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.model.parameters())
-    world = {"kind": state.distributed_type.value, "held": gather_object([held]), "steps": trainer.state.global_step}
+    pieces = sum(isinstance(module, FSDPModule) for module in trainer.model.modules())
+    world = {"kind": state.distributed_type.value, "held": gather_object([held]), "pieces": pieces}
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
         (out / name / "world.json").write_text(json.dumps(world))

@@ -90,6 +90,7 @@ def check_equal(one: Path, two: Path, kind: str) -> None:
     assert alone["kind"] == "NO" and world["kind"] == kind and len(world["held"]) == 2
     (whole,) = alone["held"]
     assert world["held"] == [whole, whole] if kind != "FSDP" else sum(world["held"]) == whole > 1.5 * max(world["held"])
+    assert world["pieces"] == (3 if kind == "FSDP" else 0)  # two layers, and what is in none
     assert len(rows(one)) == len(rows(two)) == 2
     for a, b in zip(rows(one), rows(two), strict=True):
         assert a.keys() == b.keys()
