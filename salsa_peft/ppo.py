@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import adapters, losses, sharding
+from . import adapters, lora_forward, losses, sharding
 from .backends import BACKENDS
 from .completions import show
 from .config import SalsaError, require
@@ -95,6 +95,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = with_value_head(model, args, self.reward)
         self._train_only(model, policy)
+        lora_forward.install(model)
         longest = args.max_prompt_length or causal_lm(model).config.max_position_embeddings - args.max_new_tokens
         prompts, self.left_out = tokenize(train_dataset, processing_class, longest)
         require(

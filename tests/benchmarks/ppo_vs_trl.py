@@ -11,7 +11,8 @@ median of updates 2 and 3. Each measurement is a process of its own; the peak is
 
 What differs: TRL has a value model of its own, trained in full (`lora`, `full`) or with LoRA (`lora-value-lora`), ours a linear head on
 the policy's trunk; both have a reward model of their own in memory, and as the reference the base with the adapter off (LoRA) or a
-frozen copy (full). TRL always takes old log-probs from generation and old values from a forward; `recompute` and `rollout` are our
+frozen copy (full). In `lora-reward-lora` ours has its reward as a recipe in LoRA mode has it: an adapter of the same rank and a score head
+on the policy's own base, so that the base is held once. TRL always takes old log-probs from generation and old values from a forward; `recompute` and `rollout` are our
 two ways. `8`, `4`, `2` are responses in one forward and backward of ours, with the same minibatch of 8; TRL's is 8.
 
 Both processes get the same environment, the caller's and HF_HUB_OFFLINE=1, OMP_NUM_THREADS, and set the same number of threads; ours sets
@@ -39,6 +40,7 @@ ORDER = (
     "peer/lora", "ours/lora/recompute/8", "ours/lora/rollout/8", "peer/lora-value-lora", "ours/lora/recompute/4",
     "ours/lora/rollout/4", "peer/full", "ours/full/recompute/8", "ours/full/rollout/8", "ours/full/recompute/4",
     "ours/lora/recompute/2", "ours/lora/rollout/2", "ours/full/recompute/2",
+    *(f"ours/lora-reward-lora/{way}/{micro}" for way in ("recompute", "rollout") for micro in (8, 4, 2)),
 )  # fmt: skip
 FIGURES = {"wall": "wall_s", "cpu": "cpu_s", "peak": "peak_rss_mb"}
 TARGETS = {"peer/lora": (0.55, 0.55, 0.30), "peer/full": (0.68, 0.68, 0.55)}  # issue 3, in FIGURES' order
@@ -99,17 +101,19 @@ def make_trainer(args: argparse.Namespace, output: str) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token_id = 0  # the peer's
-    policy: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    lora = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "target_modules": "all-linear"}
     torch.manual_seed(1)
-    reward = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32)
+    reward: Any = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32)
     reward.config.pad_token_id = tokenizer.pad_token_id
     reward.requires_grad_(False)
+    if args.ours == "lora-reward-lora":
+        folder = str(Path(output) / "reward")
+        get_peft_model(reward, LoraConfig(**lora, task_type="SEQ_CLS")).save_pretrained(folder)
+        reward = folder
+    policy: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     references: list[Any] = ["base"]
-    if args.ours == "lora":
-        config = LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        policy = get_peft_model(policy, config)
+    if args.ours != "full":
+        policy = get_peft_model(policy, LoraConfig(**lora, task_type="CAUSAL_LM"))
     else:
         references = [AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False)]
     config = SalsaPPOConfig(
@@ -184,8 +188,9 @@ def check_work(raw: list[dict[str, Any]], updates: int) -> dict[str, Any]:
     as many as its policy's and a score head.
     """
     mine = [row for row in raw if row["run"].startswith("ours")]
-    policy = {row["mode"]: row["trainable_policy"] for row in mine}
-    base = {row["parameters"] - (row["trainable_policy"] if row["mode"] == "lora" else 0) for row in mine}
+    policy = {row["mode"].split("-")[0]: row["trainable_policy"] for row in mine}
+    adapters = {"full": 0, "lora": 1, "lora-reward-lora": 2}  # of the policy's size, among its parameters
+    base = {row["parameters"] - adapters[row["mode"]] * row["trainable_policy"] for row in mine}
     head = {row["trainable"] - row["trainable_policy"] - 1 for row in mine}  # without the value head's bias
     expected = {"optimizer_steps": updates * EPOCHS * MINIBATCHES, "episodes": updates * BATCH}
     odd = []
@@ -194,7 +199,7 @@ def check_work(raw: list[dict[str, Any]], updates: int) -> dict[str, Any]:
         if row in mine:
             did |= {name: row[name] for name in ("skipped_minibatches", "response_lengths", "trainable_policy")}
             same = did == {**expected, "skipped_minibatches": 0, "response_lengths": [RESPONSE] * updates,
-                           "trainable_policy": policy[row["mode"]]}  # fmt: skip
+                           "trainable_policy": policy[row["mode"].split("-")[0]]}  # fmt: skip
         elif len(base) == len(head) == 1 and (mode := row["mode"].split("-")[0]) in policy:
             rest = row["trainable"] - sum(head)
             did["trainable_policy"] = rest / 2 if row["mode"] == "lora-value-lora" else rest - sum(base)
@@ -216,7 +221,7 @@ def ratios(raw: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mine in (name for name in middle if name.startswith("ours")):
         for peer in (name for name in middle if name.startswith("peer")):
-            if mine.split("/")[1] != peer.split("/")[1].split("-")[0]:
+            if mine.split("/")[1].split("-")[0] != peer.split("/")[1].split("-")[0]:
                 continue
             ratio = {figure: round(middle[mine][figure] / middle[peer][figure], 3) for figure in FIGURES}
             targets = dict(zip(FIGURES, TARGETS.get(peer, ()), strict=False))
@@ -262,7 +267,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--select", default="", help=f"beginnings of names, by commas, of {', '.join(ORDER)}")
     parser.add_argument("--raw", type=Path, help="a file to which every measurement is added as it comes")
     parser.add_argument("--cpu", type=int, help="the one core that all processes may use")
-    parser.add_argument("--ours", choices=["lora", "full"], help="one measurement of ours, in this process")
+    parser.add_argument(
+        "--ours", choices=["lora", "lora-reward-lora", "full"], help="one measurement of ours, in this process"
+    )
     parser.add_argument("--old-logprobs", choices=["recompute", "rollout"], default="recompute")
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--profile", action="store_true", help="seconds of update 2 by operator; slows it down")
