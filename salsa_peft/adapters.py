@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SCORE_HEAD = "base_model.model.score.weight"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?\Z")
 KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
 
@@ -81,12 +81,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     tensors and the base's modules don't match one to one.
     """
     config, tensors = read(folder)
-    initial = config.init_lora_weights
-    require(
-        not isinstance(initial, str) or initial in KEEPS_BASE,
-        f"{folder}: found init_lora_weights {initial!r}, which changes the base that all roles share; expected one of"
-        f" {', '.join(sorted(KEEPS_BASE))} or a plain one",
-    )
+    check_keeps_base(config, str(folder))
     tensors = {key: value for key, value in tensors.items() if key != SCORE_HEAD}
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
     try:
@@ -106,6 +101,16 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
     set_trainable(model, name, trainable)
     return model
+
+
+def check_keeps_base(config: LoraConfig, where: str) -> None:
+    """Raise SalsaError, beginning with `where`, for an initialisation that changes the base's own weights (PiSSA, OLoRA …)."""
+    initial = config.init_lora_weights
+    require(
+        not isinstance(initial, str) or initial in KEEPS_BASE,
+        f"{where}: found init_lora_weights {initial!r}, which changes the base that all roles share; expected one of"
+        f" {', '.join(sorted(KEEPS_BASE))} or a plain one",
+    )
 
 
 def load(model: PeftModel, name: str, folder: Path) -> None:

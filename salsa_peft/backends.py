@@ -130,7 +130,7 @@ class Paged:
             f"rollout_backend: found paged with transformers {transformers.__version__}, expected {PAGED_SINCE} or newer",
         )
         self.model, self.args, self.tokenizer = model, args, tokenizer
-        self.options = {"auto_switch_to_flash": False, **args.rollout_options}
+        self.options = {"auto_switch_to_flash": False, **args.rollout_options}  # type: ignore[dict-item]
 
     def updated(self) -> None:
         """Nothing: it samples from the weights that are trained, and no cache outlives a call."""

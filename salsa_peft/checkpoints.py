@@ -7,12 +7,13 @@ before. Imports no torch.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from .config import SalsaError, require
+from .config import require
 from .fingerprints import sha256
 from .runs import sync_folder, write_atomic
 
@@ -30,9 +31,18 @@ def commit(partial: Path, folder: Path) -> None:
         listed[file.relative_to(partial).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
     write_atomic(partial / MANIFEST, json.dumps(listed, indent=2))
     if folder.exists():
-        shutil.rmtree(folder)
+        _remove(folder, partial.parent)
     partial.rename(folder)
     sync_folder(folder.parent)
+
+
+def _remove(folder: Path, aside: Path) -> None:
+    """Under another name first: a kill leaves no half of a checkpoint."""
+    old = aside / f"{folder.name}.old"
+    aside.mkdir(exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)  # of a kill before
+    folder.rename(old)
+    shutil.rmtree(old)
 
 
 def fault(folder: Path) -> str | None:
@@ -53,9 +63,32 @@ def fault(folder: Path) -> str | None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders checkpoint-N, the newest first, whole or not."""
+    """The folders checkpoint-N, the one saved last first, whole or not; those that don't say when they were saved before all others.
+
+    Not by N alone: a trainer that trains a second time begins at step 1 again, a run can go on from an earlier checkpoint.
+    """
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+    return sorted(found, key=lambda path: (saved(path), int(path.name.removeprefix(PREFIX))), reverse=True)
+
+
+def saved(folder: Path) -> float:
+    """How many checkpoints of its folder were saved up to this one; infinity where that can't be read."""
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError):
+        return math.inf
+    return float(state.get("saved", 0)) if isinstance(state, dict) else math.inf
+
+
+def after(checkpoint: Path) -> list[Path]:
+    """Those in its folder that were saved after it."""
+    return [folder for folder in checkpoints(checkpoint.parent) if saved(folder) > saved(checkpoint)]
+
+
+def next_number(output_dir: Path) -> int:
+    """`saved` of the next one."""
+    numbers = [saved(folder) for folder in checkpoints(output_dir)]
+    return 1 + max((int(number) for number in numbers if number < math.inf), default=0)
 
 
 def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -69,12 +102,17 @@ def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def rotate(output_dir: Path, keep: int | None) -> None:
+def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints (None, 0 or less, as in Transformers: remove none), and what saves that were
-    killed left behind."""
+    killed left behind. The one saved last stays and so does `best`, which counts among them; so does what is not ours."""
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
-    for folder in checkpoints(output_dir)[keep:] if keep is not None and keep > 0 else []:
-        shutil.rmtree(folder)
+    ours = [folder for folder in checkpoints(output_dir) if saved(folder) < math.inf]
+    first = [folder for folder in ours if folder == ours[0] or folder == best]
+    kept = [*first, *(folder for folder in ours if folder not in first)][: max(keep or 0, len(first))]
+    for folder in ours if keep is not None and keep > 0 else []:
+        if folder not in kept:
+            _remove(folder, output_dir / PARTIAL)
+    shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
 
 
 def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
@@ -84,15 +122,17 @@ def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     for key, value in expected.items():
         require(
             made.get(key) == value,
-            f"{folder}: made with {key} {made.get(key)}, found {value} now, expected the same; start anew in another folder",
+            f"{folder}: made with {key} {made.get(key)}, found {value} now, expected the same; start anew in another folder, where"
+            " this one's policy can be the model",
         )
     return state
 
 
-def cut(file: Path, size: int) -> None:
-    """Take off what was appended to a log after the checkpoint. Raises SalsaError where the log is shorter than it was."""
+def cut(file: Path, size: int) -> str | None:
+    """Take off what was appended to a log after the checkpoint → a line where the log is shorter than it was: it stays as it is."""
     found = file.stat().st_size if file.exists() else 0
     if found < size:
-        raise SalsaError(f"{file}: found {found} bytes, expected at least {size}, as many as at the checkpoint")
+        return f"{file}: found {found} bytes, {size} at the checkpoint: lines from before it are missing"
     if file.exists():
         os.truncate(file, size)
+    return None

@@ -19,6 +19,7 @@ from typing import Any
 from salsa_peft.config import NAME, SEED, Recipe, Reference, SalsaError, Source, parse_reference, require
 from salsa_peft.messages import path_text, short
 from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, find_module, placed, split_function
+from salsa_peft.soup_options import placed_measure
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".yaml")
@@ -28,6 +29,7 @@ COLUMNS = {
     "demonstrations": ("`messages`", [{"messages"}]),
     "preferences": ("`chosen` and `rejected`", [{"chosen", "rejected"}]),
     "prompts": ("`prompt`, `messages` or `turns`", [{"prompt"}, {"messages"}, {"turns"}]),
+    "held_out": ("`messages`", [{"messages"}]),
 }
 
 
@@ -54,6 +56,7 @@ def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     if not isinstance(data.get("reward", {}), dict | None):
         data["reward"] = {"model": data["reward"]}
     _change(data, "reward", "model", lambda value: _reward(value, folder))
+    _change(data, "soup", "measure", lambda value: placed_measure(value, folder))
     _change(data, "model", "base", lambda value: _path(value, folder))
     _change(data, "model", "chat_template", lambda value: _template(value, folder))
     for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
@@ -122,6 +125,10 @@ def check(recipe: Recipe) -> None:
     _check_reward(recipe)
     recipe.ppo.check("ppo")
     recipe.soup.check("soup", len(seeds))
+    require(
+        len(set(recipe.reward.seeds)) == len(recipe.reward.seeds),
+        f"reward.seeds: found {short(recipe.reward.seeds)}, expected no seed twice",
+    )
     _check_lengths(recipe)
     _check_toy(recipe)
     for name, policy in recipe.policies.items():
@@ -279,7 +286,8 @@ def _check_present(recipe: Recipe) -> None:
         "model.chat_template": recipe.model.chat_template,
         "data.demonstrations": recipe.data.demonstrations,
         "data.preferences": recipe.data.preferences or not recipe.reward.trained,
-        "data.prompts": recipe.data.prompts or not recipe.policies,
+        "data.prompts": recipe.data.prompts or not (recipe.policies or recipe.soup.reads == "prompts"),
+        "data.held_out": recipe.data.held_out or recipe.soup.reads != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,
     }
     for key, value in given.items():

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
-from .models import device, resolve_dtype
+from .models import device, positions, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,6 @@ class ClassifierReward:
 
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase,
                  micro_batch_size: int = 64, name: str = "classifier") -> None:  # fmt: skip
-        text_config = classifier.config.get_text_config()
         embeddings: Any = classifier.get_input_embeddings().weight
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(labels == 1, f"reward {name}: found a classifier of num_labels {labels}, expected 1: a score")
@@ -53,9 +52,7 @@ class ClassifierReward:
             policy_tokenizer,
         )
         self.micro_batch_size, self.name, self.tally, self.noted = micro_batch_size, name, Tally(), False
-        self.longest = min(
-            int(tokenizer.model_max_length), text_config.to_dict().get("max_position_embeddings", sys.maxsize)
-        )
+        self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
             tokenizer.chat_template == policy_tokenizer.chat_template
             and tokenizer.get_vocab() == policy_tokenizer.get_vocab()

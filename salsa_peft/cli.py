@@ -1,4 +1,4 @@
-"""The `salsa` command: `salsa run`, `salsa soup`, `salsa report`. Each is also `python -m salsa_peft.<module>`."""
+"""The `salsa` command: `salsa run`, `salsa soup`, `salsa landscape`, `salsa report`. Each is also `python -m salsa_peft.<module>`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from salsa_peft.messages import nearest, one_line
 HELP = """usage: salsa COMMAND …
 
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   the whole of SALSA from one recipe
-  salsa soup …                                              average adapters
+  salsa soup OUT MEMBER MEMBER …                            average adapters, or checkpoints
+  salsa landscape OUT MEMBER MEMBER [MEMBER] …              a measure along the line or on the plane between them
   salsa report RUN_FOLDER|RECIPE …                          make the report of a finished run again
 
 `salsa COMMAND --help` says more; `salsa --version`."""
@@ -38,7 +39,17 @@ def soup(argv: list[str]) -> int:
     return importlib.import_module("salsa_peft.soup").main(argv) or 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": recipe.main, "soup": soup, "report": report}
+def landscape(argv: list[str]) -> int:
+    """salsa_peft.landscape_command."""
+    return importlib.import_module("salsa_peft.landscape_command").main(argv) or 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": recipe.main,
+    "soup": soup,
+    "landscape": landscape,
+    "report": report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

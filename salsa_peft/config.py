@@ -17,6 +17,7 @@ from .fields import NAME, SEED, STRICT, Count, NonNegative, Positive, SalsaError
 from .ppo_options import PPOOptions, Sampling
 from .reference_kinds import Reference, Soup, parse_reference
 from .reward_kinds import RewardPart, parse_reward
+from .soup_options import SoupSection
 from .toy_section import Toy
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Sampling",
     "Share",
     "Soup",
+    "SoupSection",
     "Source",
     "Toy",
     "Training",
@@ -114,6 +116,8 @@ class Data:
     """Reward model: rows with `chosen` and `rejected` (and `prompt`, unless the two hold it)."""
     prompts: DataSource | None = None
     """PPO: rows with `prompt` (or `messages`, whose last assistant turn is dropped)."""
+    held_out: DataSource | None = None
+    """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -180,6 +184,8 @@ class Reward(Training):
     """Paper A.2."""
     weight_decay: NonNegative = 0.001
     """Paper A.2."""
+    seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
+    """Of the data's order. Several: as many reward models of one start, and the reward is their soup (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the pairs kept from training, for the accuracy that the metrics give."""
 
@@ -318,7 +324,7 @@ class Recipe:
     data: Data = dataclasses.field(default_factory=Data)
     sft: SFT = dataclasses.field(default_factory=SFT)
     reward: Reward = dataclasses.field(default_factory=Reward)
-    soup: Soup = dataclasses.field(default_factory=Soup)
+    soup: SoupSection = dataclasses.field(default_factory=SoupSection)
     ppo: PPO = dataclasses.field(default_factory=PPO)
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)

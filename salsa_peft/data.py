@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-TOY = {"demonstrations": "demonstrations.jsonl", "preferences": "preferences.jsonl", "prompts": "prompts.jsonl"}
+TOY = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts", "held_out")}
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 SHUFFLE_SEED = 20_241
 
 
 def sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """The three training sets: the recipe's own, else the embedded world's in folder `toy`."""
+    """The training sets and the held-out demonstrations: the recipe's own, else the embedded world's in folder `toy`."""
     given = {name: getattr(recipe.data, name) for name in TOY}
     return {name: source or Source(path=str(toy / TOY[name])) for name, source in given.items() if source or toy}  # type: ignore[operator]
 

@@ -6,12 +6,14 @@ Left out of what TRL 1.16 passes: `trainer_state` and `log_extra` (rewards also 
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass
+TAKEN = re.compile(
+    r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
+    r"|score|response_length|empty_share"
+)
+"""Names of the engine's and Trainer's own figures, which log_metric may not have."""
 
 
 class Tally:
@@ -70,6 +77,11 @@ class FunctionReward:
         taken = {
             name: p for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_POSITIONAL
         }
+        by_place = [name for name, p in taken.items() if p.kind is p.POSITIONAL_ONLY]
+        require(
+            not by_place,
+            f"reward function {self.name}: it takes {', '.join(by_place)} by position only, expected keywords; take the / out",
+        )
         self.keywords = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         self.takes = {name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD}
         self.needs = {name for name in self.takes if taken[name].default is inspect.Parameter.empty}
@@ -101,10 +113,17 @@ class FunctionReward:
             with ThreadPoolExecutor(1) as pool:
                 scores = pool.submit(asyncio.run, scores).result()
         found = f"reward function {self.name}: found"
+        require(
+            not isinstance(scores, str | bytes | Mapping | Set),
+            f"{found} a {type(scores).__name__}, expected a list of one score for each response",
+        )
         require(hasattr(scores, "__len__"), f"{found} {scores!r:.80}, expected a list of one score for each response")
         require(len(scores) == len(rows), f"{found} {len(scores)} scores for {len(rows)} responses, expected one each")
         device, scores = responses.response_ids.device, list(scores)
         applies = torch.tensor([score is not None for score in scores], device=device)
+        require(
+            not any(isinstance(score, str | bytes) for score in scores), f"{found} {scores!r:.80}, expected numbers"
+        )
         try:
             numbers = [0.0 if score is None else float(score) for score in scores]
         except (TypeError, ValueError) as error:
@@ -122,14 +141,30 @@ class FunctionReward:
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         columns = dict.fromkeys(key for row in rows for key in row if key not in OWN)
+        require(
+            "finished" not in columns or not (self.keywords or "finished" in self.takes),
+            f"reward function {self.name}: found a column `finished` in the data, which is what PPO calls whether EOS ended a"
+            " response; rename the column",
+        )
+        data = {**{key: [row.get(key) for row in rows] for key in columns}, "prompts": prompts}
         return {
+            **copy.deepcopy(data),  # the function's own: what it changes in them, the data's rows must not see
             "finished": responses.finished.tolist(),
-            **{key: [row.get(key) for row in rows] for key in columns},
-            "prompts": prompts,
             "completions": completions,
             "completion_ids": ids,
-            "log_metric": lambda name, value: self.tally.add(name, float(value), 1),
+            "log_metric": self._log_metric,
         }
+
+    def _log_metric(self, name: str, value: float) -> None:
+        """What a function gets as `log_metric`. Raises SalsaError for a name that the engine's own figures have, and for no number."""
+        found = f"reward function {self.name}: log_metric: found"
+        require(isinstance(name, str), f"{found} the name {name!r:.60}, expected text")
+        require(not TAKEN.fullmatch(name), f"{found} the name {name!r}, which is the engine's own, expected another")
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise SalsaError(f"{found} {value!r:.60} for {name!r}, expected a number") from error
+        self.tally.add(name, number, 1)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:

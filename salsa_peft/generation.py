@@ -18,11 +18,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .config import Sampling
 from .logprobs import entropy_of, sampled_distribution
-from .models import causal_lm
+from .models import causal_lm, head_product
 from .rollout import Responses, pad_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+WITHOUT_FLOAT64 = ("mps",)
+"""Kinds of devices on which tokens can't be chosen: they are on the CPU."""
 
 
 def row_seeds(rows: Sequence[int], *parts: int) -> list[int]:
@@ -40,14 +44,14 @@ def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
 class Recording(NamedTuple):
     """What falls out of generation, a list of (B,) float32 a decoding step: for `old_logprobs: rollout`."""
 
-    value_head: nn.Module
+    value_head: nn.Linear
     """(B, H) → (B, 1)"""
     logprobs: list[Tensor]
     entropy: list[Tensor]
     values: list[Tensor]
 
     @classmethod
-    def of(cls, value_head: nn.Module) -> Recording:
+    def of(cls, value_head: nn.Linear) -> Recording:
         """An empty one."""
         return cls(value_head, [], [], [])
 
@@ -62,7 +66,7 @@ class Recording(NamedTuple):
         """Within the context each call of the output embeddings leaves the value of the last position's state."""
 
         def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.values.append(self.value_head(inputs[0][:, -1].float()).squeeze(-1).float())
+            self.values.append(head_product(self.value_head, inputs[0][:, -1]).float())
 
         hook = lm.get_output_embeddings().register_forward_pre_hook(hear)
         try:
@@ -100,11 +104,15 @@ class Sampler(LogitsProcessor):
 
 
 def choose(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF: (B, V) and (B,) in [0, 1) → token ids (B, 1); one of probability 0 is never chosen."""
+    """Inverse CDF: (B, V) and (B,) in [0, 1) → token ids (B, 1); one of probability 0 is never chosen.
+
+    On the device of `uniforms`, which is the CPU where probabilities lie on a device without float64 (MPS).
+    """
+    here, probabilities = probabilities.device, probabilities.to(uniforms.device)
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
     wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # below the sum, also after rounding
-    return torch.searchsorted(cumulative, wanted, right=True)
+    return torch.searchsorted(cumulative, wanted, right=True).to(here)
 
 
 @torch.no_grad()
@@ -123,7 +131,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
         pad_token_id=pad, **options,
     )  # fmt: skip
-    uniforms = uniform_numbers(seeds, sampling.max_new_tokens).to(lm.device)
+    uniforms = uniform_numbers(seeds, sampling.max_new_tokens)
+    uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
     sampler = LogitsProcessorList([Sampler(uniforms, sampling, eos, recording, check)])
     with _settled(lm, settings), recording.listening(lm) if recording else contextlib.nullcontext():
         tokens = lm.generate(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
+
+from .fields import SalsaError
 
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
@@ -42,6 +45,18 @@ def explain(error: BaseException, model: str | None = None) -> str | None:
         where = WEB + model if where == UNKNOWN and model else where
         return f"{where}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
     return None
+
+
+@contextlib.contextmanager
+def said_in_a_line(model: str) -> Iterator[None]:
+    """Within the context the Hub's refusals of `model` become SalsaErrors of one line; other errors stay."""
+    try:
+        yield
+    except Exception as error:  # its libraries' errors have no class in common
+        line = explain(error, model)
+        if line is None:
+            raise
+        raise SalsaError(line) from error
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

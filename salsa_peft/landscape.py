@@ -57,29 +57,33 @@ def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
     return [(i / resolution, j / resolution, k / resolution) for i, j, k in points if -1 <= k <= resolution + 1]
 
 
-def points(section: Landscape) -> dict[str, dict[str, Any]]:
-    """Line, control and plane → what each is called and its points: place → weights of the seeds (by position)."""
+def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Line, control and plane → what each is called and its points: place → weights of the seeds (by position).
+
+    names: what the members are called, by position (default: seed-0, seed-1 …).
+    """
     found: dict[str, dict[str, Any]] = {}
+    called = lambda position: f"seed-{position}" if names is None else names[position]  # noqa: E731
     if section.line is not None:
         a, b = section.line
         found["line"] = {
-            "name": f"seed-{a} – seed-{b}",
+            "name": f"{called(a)} – {called(b)}",
             "parameter": "alpha",
-            "ends": [f"seed-{a}", f"seed-{b}"],
+            "ends": [called(a), called(b)],
             "kind": "line",
             "points": [(alpha, {a: 1 - alpha, b: alpha}) for alpha in section.alphas],
         }
         if section.scales:
             found["shrunk"] = {
-                "name": f"base – seed-{a} (shrunk, the control)",
+                "name": f"base – {called(a)} (shrunk, the control)",
                 "parameter": "scale",
-                "ends": ["base", f"seed-{a}"],
+                "ends": ["base", called(a)],
                 "kind": "shrunk",
                 "points": [(scale, {a: scale}) for scale in section.scales],
             }
     if section.plane is not None:
         grid = plane_weights(section.resolution)
-        found["plane"] = {"members": [f"seed-{m}" for m in section.plane],
+        found["plane"] = {"members": [called(m) for m in section.plane],
                           "points": [(None, dict(zip(section.plane, w, strict=True))) for w in grid]}  # fmt: skip
     return found
 

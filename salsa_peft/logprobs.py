@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,7 @@ def head_of(lm: Any, temperature: float, eos: int) -> Head:
     """The Head of a Transformers causal language model. Raises SalsaError where adapters change it: policy and references share it."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
-        not isinstance(embeddings, BaseTunerLayer),
+        not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),
         "target_modules: found an adapter on the output embeddings, expected adapters of the trunk only; leave lm_head out",
     )
     return Head(embeddings.weight, embeddings.bias, temperature, eos)

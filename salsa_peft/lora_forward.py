@@ -19,7 +19,7 @@ def install(model: nn.Module) -> None:
     """Give every plain LoRA layer of the model this forward; the others, and layers wrapped later, keep PEFT's."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
-            layer.forward = MethodType(forward, layer)
+            vars(layer)["forward"] = MethodType(forward, layer)
 
 
 def remove(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def remove(model: nn.Module) -> None:
             vars(layer).pop("forward", None)
 
 
-def forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As peft.tuners.lora.Linear.forward (PEFT 0.21) up to rounding: x (…, in) → (…, out)."""
     active = self.active_adapters
     if self.merged or args or kwargs or self.disable_adapters or len(active) != 1:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+SCALES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
+"""What configurations call a scale or a cap of the logits, and the value that does nothing; None does nothing either."""
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What configurations call the length that a model reads."""
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -129,12 +133,34 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
     return trunk(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False)[0]
 
 
-def check_head(model: nn.Module) -> None:
-    """Raise SalsaError unless the model's logits are its output embeddings times its trunk's states.
+def positions(config: Any) -> int | None:
+    """Tokens that a model reads at most, as its configuration says; None where it says nothing (ALiBi, state spaces)."""
+    said = config.get_text_config(decoder=True).to_dict()
+    return next((int(said[name]) for name in POSITIONS if said.get(name)), None)
 
-    Architectures that scale or cap their logits (Cohere, Granite, Gemma 2) would otherwise be scored wrongly in silence.
+
+def head_product(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """States (…, H) → (…,) by a head of one number, in the head's own precision also under autocast."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype)).squeeze(-1)
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise SalsaError unless this is a causal language model whose logits are its output embeddings times its trunk's states.
+
+    Architectures that scale or cap their logits (Cohere, Granite, Gemma 2) would otherwise be scored wrongly in silence. Looked
+    for in the configuration, since a cap leaves the small logits of an untrained model's probe as they are, and by a probe.
     """
     lm = causal_lm(model)
+    kind = lm.config.model_type
+    require(
+        lm.get_output_embeddings() is not None and not lm.config.is_encoder_decoder,
+        f"{kind}: found {type(lm).__name__}, expected a decoder-only causal language model, as AutoModelForCausalLM gives",
+    )
+    said = lm.config.get_text_config(decoder=True).to_dict()
+    scaled = [f"{name} {said[name]}" for name, idle in SCALES.items() if said.get(name) not in (None, idle)]
+    unlike = "this architecture scales or caps its logits and is not supported; expected one like Llama, Mistral, Gemma or Qwen"
+    require(not scaled, f"{kind}: found logits that are not head × trunk ({', '.join(scaled)} in its config): {unlike}")
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
     lm.eval()  # with dropout two forwards differ
     with torch.no_grad():
@@ -144,8 +170,7 @@ def check_head(model: nn.Module) -> None:
     error = (expected.float() - found.float()).abs().max().item()
     require(
         error <= 1e-2 * max(1.0, expected.float().abs().max().item()),
-        f"{lm.config.model_type}: found logits that are not head × trunk (they differ by {error:.3g}): this architecture"
-        " scales or caps its logits and is not supported; expected one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: found logits that are not head × trunk (they differ by {error:.3g}): {unlike}",
     )
 
 
@@ -176,12 +201,14 @@ class PolicyWithValueHead(nn.Module):
         super().__init__()
         self.policy, self.value_adapter = policy, value_adapter
         self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers, which accelerate shards one by one
-        self.value_head = nn.Linear(causal_lm(policy).config.hidden_size, 1)
+        self.value_head = nn.Linear(causal_lm(policy).get_output_embeddings().weight.shape[1], 1)  # H
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         if start is not None:
             self.value_head.weight.data.copy_(start)
         self.toggle = adapters.Toggle(policy) if isinstance(policy, PeftModel) else None
+        if causal_lm(policy).is_activation_checkpointing:  # switched on by the user, where nothing holds the adapter
+            self.activation_checkpointing_enable()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """→ hidden states (B, L, H) and values (B, L), float32: V at position i judges the state after token i."""
@@ -197,8 +224,8 @@ class PolicyWithValueHead(nn.Module):
             with self.toggle(self.value_adapter):
                 hidden = hidden_states(self.policy, input_ids, attention_mask)
         assert hidden is not None
-        values = self.value_head(hidden.to(self.value_head.weight.dtype))
-        return values.squeeze(-1).clone()  # FSDP2 hangs hooks on what forward returns, which may be no view
+        # a copy: FSDP2 hangs hooks on what forward returns, which may be no view; with bf16 ZeRO-3 holds the head in bf16
+        return head_product(self.value_head, hidden).to(torch.float32, copy=True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ from .ppo import SalsaPPOTrainer
 from .ppo_config import SalsaPPOConfig
 from .references import Frozen, attach_reference
 from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, note_left_out, quiet, seeds_of, training_arguments
+from .workbench import Bar, Workbench, quiet, seeds_of, training_arguments
 
 
 def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
@@ -65,11 +66,12 @@ def run(job: Job) -> dict[str, Any]:
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     quiet(trainer)
-    limit = f"prompts longer than {trainer.args.max_prompt_length} tokens"
-    note_left_out(job, trainer.left_out, len(prompts), limit)
     checkpoint, passed = checkpoints.last_whole(job.folder)
     for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
         print(line, file=sys.stderr, flush=True)
+    if checkpoint is None:  # what is there is not whole, and the stage's own
+        for folder in checkpoints.checkpoints(job.folder):
+            shutil.rmtree(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # 4. the policy, its value head, what was run
     trainer.save_model(str(job.folder))

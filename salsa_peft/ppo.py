@@ -6,6 +6,7 @@ does accumulation, clipping, precision, checkpointing, schedules, processes and 
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -23,40 +24,23 @@ from . import adapters, lora_forward, losses, sharding
 from .backends import BACKENDS
 from .completions import show
 from .config import SalsaError, require
-from .data import prompt_tokens
 from .guards import Bounds, Watch, parse
-from .models import PolicyWithValueHead, causal_lm, check_head
+from .models import PolicyWithValueHead, causal_lm
+from .policy_checks import check_model, check_tokenizer, check_trained
+from .ppo_callbacks import UpdateCallback
 from .ppo_config import RolloutBatches, RolloutLoader, SalsaPPOConfig
 from .ppo_logs import Logs, metrics
-from .ppo_resume import VALUE_ADAPTER, ResumableTrainer
+from .ppo_resume import ResumableTrainer
+from .ppo_saving import VALUE_ADAPTER
+from .prompts import Encoder
 from .references import Frozen, as_references
 from .rewards import Reward, adapter_in, as_reward
 from .rollout import response_logprobs, response_values
-from .rollout_batch import Prompt, Rollout, RolloutMaker
+from .rollout_batch import Rollout, RolloutMaker
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-class UpdateCallback(TrainerCallback):
-    """What happens at an optimizer step besides Trainer's own: wild minibatches dropped, updates ended, SIGTERM answered."""
-
-    def __init__(self, trainer: SalsaPPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Between clipping and the optimizer's step, which leaves out parameters without a gradient."""
-        if self.trainer.drop_minibatch():
-            self.trainer.model.zero_grad(set_to_none=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The update's end comes before Trainer saves, so that a checkpoint holds it."""
-        if state.global_step % args.steps_per_update == 0:
-            self.trainer.end_update()
-        self.trainer.agree()
-        if self.trainer.terminated or self.trainer.halted:
-            control.should_save = control.should_training_stop = True
 
 
 class SalsaPPOTrainer(ResumableTrainer):
@@ -80,12 +64,9 @@ class SalsaPPOTrainer(ResumableTrainer):
         eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        require(
-            isinstance(model, PeftModel | PreTrainedModel),
-            f"model: found {type(model).__name__}, expected a PeftModel with the policy active, or a PreTrainedModel",
-        )
-        adapters.remove_dropout(model)
-        check_head(model)
+        args = copy.copy(args)  # max_steps is worked out below: another trainer may be made of the same config
+        check_model(model)
+        check_tokenizer(processing_class, model)
         self.policy_name = str(model.active_adapter) if isinstance(model, PeftModel) else None
         self.references = as_references(model, references)
         require(
@@ -94,20 +75,23 @@ class SalsaPPOTrainer(ResumableTrainer):
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = with_value_head(model, args, self.reward)
+        adapters.remove_dropout(model)  # that of the adapters attached here too
         self._train_only(model, policy)
+        check_trained(model, processing_class)
         lora_forward.install(model)
-        longest = args.max_prompt_length or causal_lm(model).config.max_position_embeddings - args.max_new_tokens
-        prompts, self.left_out = tokenize(train_dataset, processing_class, longest)
+        frozen = [reference.model for reference in self.references if reference.model is not None]
+        self.encoder = Encoder.of([causal_lm(model), *frozen], args, processing_class)
+        prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
             len(prompts) >= args.batch_size,
-            f"train_dataset: found {len(prompts)} prompts of at most {longest} tokens ({self.left_out} left out), expected at least"
+            f"train_dataset: found {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}), expected at least"
             f" batch_size = {args.batch_size}; lower batch_size or allow longer prompts",
         )
         self._whole_updates(args, len(prompts))
         bounds = Bounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
         self.kl_coef, self.watch, self.logs = (
             args.kl_coef,
-            Watch(parse(args.guards), bounds),
+            Watch(parse(args.guards), bounds),  # type: ignore[arg-type]
             Logs(Path(str(args.output_dir))),
         )
         self.update, self.skipped, self.micro_step = 0, 0, 0
@@ -116,15 +100,17 @@ class SalsaPPOTrainer(ResumableTrainer):
         self.order: list[Tensor] = []
         self.totals: list[list[float]] = []
         self.figures: dict[str, float] = {}
-        self.sums = torch.zeros(len(losses.PPOLoss._fields), device=model.device)
+        self.sums = torch.zeros(len(losses.PPOLoss._fields), device=args.device)
         super().__init__(
             model=policy.to(model.device),
             args=args,
             train_dataset=prompts,  # type: ignore[arg-type]
-            eval_dataset=None if eval_dataset is None else tokenize(eval_dataset, processing_class, longest)[0],  # type: ignore[arg-type]
+            eval_dataset=None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0],  # type: ignore[arg-type]
             processing_class=processing_class,
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
+        for reference in frozen:  # Trainer has moved the policy
+            reference.to(args.device)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = False
         sharding.check(self.accelerator, args)
         backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)
@@ -134,13 +120,7 @@ class SalsaPPOTrainer(ResumableTrainer):
 
     def _train_only(self, model: Any, policy: PolicyWithValueHead) -> None:
         """The policy, its value head and a value adapter; nothing else, whatever was trainable before."""
-        if self.policy_name is None:
-            trains = any(parameter.requires_grad for parameter in model.parameters())
-            require(
-                trains, "model: found no weight that requires a gradient, expected a policy to train; requires_grad_()"
-            )
-            return
-        for name in model.peft_config:
+        for name in model.peft_config if isinstance(model, PeftModel) else ():
             adapters.set_trainable(model, name, name in (self.policy_name, policy.value_adapter))
 
     def _whole_updates(self, args: SalsaPPOConfig, prompts: int) -> None:
@@ -281,11 +261,13 @@ class SalsaPPOTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Responses to the eval set's prompts, always with the same random numbers: mean score, length and share of empty ones; some
         are kept in eval_completions.jsonl. Raises SalsaError where there is no eval set."""
-        prompts: Any = (
-            self.eval_dataset if eval_dataset is None else tokenize(eval_dataset, self.processing_class, None)[0]
-        )
+        prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
         require(bool(prompts), "eval_dataset: found none, expected rows with prompts")
-        responses, scores = self.maker.evaluate(prompts)
+        training = self.model.training
+        try:
+            responses, scores = self.maker.evaluate(prompts)
+        finally:
+            self.model.train(training)
         figures = {
             "score": scores.mean().item(),
             "response_length": responses.lengths.float().mean().item(),
@@ -315,10 +297,3 @@ def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, re
     name = adapters.free_name(model, VALUE_ADAPTER)
     adapters.attach(model, start.folder, name, trainable=True)
     return PolicyWithValueHead(model, name, start.head.weight)
-
-
-def tokenize(rows: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> tuple[list[Prompt], int]:
-    """The data's rows as prompts, and how many were left out for more than `longest` tokens, or none."""
-    prompts = [Prompt(prompt_tokens(row, tokenizer, number), row) for number, row in enumerate(rows, 1)]
-    kept = [prompt for prompt in prompts if prompt.tokens and (longest is None or len(prompt.tokens) <= longest)]
-    return kept, len(prompts) - len(kept)

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import pydantic
 import torch
+from pydantic import Field, ValidationError
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .config import PPO, PPOOptions, Sampling, require
+from .fields import STRICT, Count, NonNegative, Positive, SalsaError, Seed
+from .messages import explain, short
+
+UNFIT: dict[str, tuple[Any, str]] = {
+    "save_only_model": (False, "PPO can't go on from weights alone; save_model() saves them"),
+    "load_best_model_at_end": (False, "PPO keeps its last policy; the checkpoints have the others"),
+    "push_to_hub": (False, "save_model(folder) and huggingface_hub's upload_folder put a policy there, without optimizer states"),
+    "fp16": (False, "its loss scaler lets the first gradients overflow, at which PPO stops; set bf16=True"),
+    "neftune_noise_alpha": (None, "PPO's ratio compares a network with itself, which noise on the embeddings changes"),
+    "label_smoothing_factor": (0.0, "PPO has no labels; leave it out"),
+    "auto_find_batch_size": (False, "it would begin anew in the middle of a run; set micro_batch_size and rollout_batch_size"),
+}  # fmt: skip
+"""TrainingArguments that PPO can't have otherwise, and why."""
+
+
+@pydantic.dataclasses.dataclass(config=STRICT, kw_only=True)
+class _Checked(PPOOptions, Sampling):
+    """What values SalsaPPOConfig's fields may have: the options' own bounds, as in a recipe, and those of some others."""
+
+    learning_rate: NonNegative
+    num_train_epochs: Positive
+    max_grad_norm: NonNegative
+    seed: Seed
+    batch_size: Count
+    micro_batch_size: Count | None
+    eval_samples: Annotated[int, Field(ge=0)]
 
 
 @dataclass
@@ -30,8 +62,17 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     """Responses of one forward and backward. None: a process's whole share of the minibatch."""
     eval_samples: int = 4
     """Responses of each evaluation that eval_completions.jsonl keeps."""
+    guards: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
+    """As PPOOptions has it; on a command line (HfArgumentParser) as JSON."""
+    rollout_options: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
+    """As PPOOptions has it; on a command line as JSON."""
 
     def __post_init__(self) -> None:
+        self.guards, self.rollout_options = (
+            _mapping("guards", self.guards),
+            _mapping("rollout_options", self.rollout_options),
+        )
+        self._check_values()
         self.check_batches("", self.batch_size, self.micro_batch_size)
         self.check_options("")
         self.remove_unused_columns = False
@@ -40,6 +81,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+        unset_hf_deepspeed_config()  # or under ZeRO-3 from_pretrained would cut up models that stay whole: references, classifiers
         require(
             self.n_gpu <= 1,
             f"SalsaPPOConfig: found {self.n_gpu} GPUs in one process, expected one; use accelerate launch",
@@ -49,14 +91,17 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens: found {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}",
         )
-        require(
-            not self.save_only_model,
-            "save_only_model: found true, expected false: PPO can't go on from weights alone; save_model() saves them",
-        )
-        require(
-            not self.load_best_model_at_end,
-            "load_best_model_at_end: found true, expected false: PPO keeps its last policy; the checkpoints have the others",
-        )
+
+    def _check_values(self) -> None:
+        """Raise SalsaError for a value that its field can't have: a dataclass alone takes any."""
+        for name, (expected, why) in UNFIT.items():
+            found = getattr(self, name)
+            require(found == expected, f"{name}: found {_said(found)}, expected {_said(expected)}: {why}")
+        try:
+            _Checked(**{field.name: getattr(self, field.name) for field in dataclasses.fields(_Checked)})
+        except ValidationError as error:
+            key, message = explain(dict(error.errors(include_url=False)[0]))
+            raise SalsaError(f"{key}: {message}") from error
 
     def _share_out(self) -> None:
         """The micro-batch of one process and the accumulation steps, from the global batches and the number of processes."""
@@ -96,6 +141,20 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     def micro_steps(self) -> int:
         """Forwards and backwards that one rollout batch gives."""
         return self.steps_per_update * self.gradient_accumulation_steps
+
+
+def _mapping(name: str, value: Any) -> Any:
+    """A field that is a mapping; its JSON, from a command line; None → {}."""
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise SalsaError(f"{name}: found {short(value)}, expected a mapping, or its JSON") from error
+
+
+def _said(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 class RolloutBatches(Sampler[list[int]]):

@@ -5,8 +5,11 @@ No times among them, so that a run that was killed and went on writes the same b
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from .rollout_batch import Rollout
 
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
+FILES = (METRICS, COMPLETIONS, EVALUATIONS)
 
 
 def metrics(rollout: Rollout, totals: Sequence[Sequence[float]], trainer: SalsaPPOTrainer) -> dict[str, float]:
@@ -76,10 +80,59 @@ def completions(responses: Responses, columns: Mapping[str, Tensor], count: int,
 
 
 class Logs:
-    """The files of one output folder, appended to at the end of an update."""
+    """The files of one output folder, appended to at the end of an update. What an earlier run left in them is never lost."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.begun = folder, False
+        self.own: dict[str, int] = {}
+        """File → where the lines begin that were written before training began (evaluations)."""
+
+    def begin(self) -> str | None:
+        """A new run's logs → a line about an earlier one's, which are kept as metrics.1.jsonl and so on; nothing where it has begun."""
+        if self.begun:
+            return None
+        self.begun = True
+        earlier = {file: self.own.get(file.name, file.stat().st_size) for file in self._there()}
+        if not any(earlier.values()):
+            return None
+        number = self._free()
+        for file, size in ((file, size) for file, size in earlier.items() if size):
+            kept = numbered(file, number)
+            file.rename(kept)
+            own = kept.read_bytes()[size:]
+            if own:
+                file.write_bytes(own)
+            os.truncate(kept, size)
+        return (
+            f"{self.folder}: an earlier run's logs are kept as {numbered(self.folder / METRICS, number).name} and so on"
+        )
+
+    def keep(self) -> str:
+        """A copy of them as they are, before they are cut back → a line that says so."""
+        number = self._free()
+        for file in self._there():
+            shutil.copyfile(file, numbered(file, number))
+        return (
+            f"{self.folder}: the logs as they were are kept as {numbered(self.folder / METRICS, number).name} and so on"
+        )
+
+    def take(self, folder: Path) -> str | None:
+        """Go on with the logs of another folder → as `begin`."""
+        self.own.clear()
+        said = self.begin()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, self.folder / name)
+        return said
+
+    def _there(self) -> list[Path]:
+        return [self.folder / name for name in FILES if (self.folder / name).exists()]
+
+    def _free(self) -> int:
+        """A number that none of the files is kept under."""
+        taken = {path.name for path in self.folder.glob("*.jsonl")}
+        return next(n for n in itertools.count(1) if not any(numbered(Path(name), n).name in taken for name in FILES))
 
     def write(self, row: dict[str, float], rollout: Rollout, args: SalsaPPOConfig,
               tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:  # fmt: skip
@@ -104,19 +157,30 @@ class Logs:
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.own.setdefault(name, file.tell())
+            file.writelines(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
     def sync(self) -> dict[str, int]:
         """Flush the files to the disk → their sizes in bytes."""
         sizes = {}
-        for name in (METRICS, COMPLETIONS, EVALUATIONS):
-            if (self.folder / name).exists():
-                with (self.folder / name).open("rb+") as file:
-                    os.fsync(file.fileno())
-                    sizes[name] = os.fstat(file.fileno()).st_size
+        for path in self._there():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = os.fstat(file.fileno()).st_size
         return sizes
 
-    def cut(self, sizes: Mapping[str, int]) -> None:
-        """Back to these sizes; a file that is not named is emptied."""
-        for name in (METRICS, COMPLETIONS, EVALUATIONS):
-            checkpoints.cut(self.folder / name, sizes.get(name, 0))
+    def cut(self, sizes: Mapping[str, int]) -> list[str]:
+        """Back to these sizes; a file that is not named is emptied. → a line for each that is shorter."""
+        self.begun = True
+        lines = [checkpoints.cut(self.folder / name, sizes.get(name, 0)) for name in FILES]
+        return [line for line in lines if line is not None]
+
+
+def numbered(file: Path, number: int) -> Path:
+    """metrics.jsonl → metrics.1.jsonl"""
+    return file.with_name(f"{file.stem}.{number}{file.suffix}")
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}

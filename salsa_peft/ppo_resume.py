@@ -1,4 +1,4 @@
-"""What of the PPO trainer is about being stopped and going on: checkpoints, SIGTERM, saving and loading the policy."""
+"""What of the PPO trainer is about being stopped and going on: checkpoints and logs, whose they are, SIGTERM, and what callbacks stop."""
 
 from __future__ import annotations
 
@@ -11,38 +11,31 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from . import adapters, checkpoints, sharding
+from . import checkpoints, ppo_setting
 from .config import SalsaError, require
 from .guards import Watch
-from .models import PolicyWithValueHead, causal_lm, load_weights
-from .ppo_config import SalsaPPOConfig
+from .ppo_callbacks import StopBetweenUpdates
 from .ppo_logs import Logs
+from .ppo_saving import SavingTrainer
+from .references import Frozen
+from .rewards import Reward
 from .rollout_batch import Interrupted, Rollout, RolloutMaker
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-VALUE_HEAD, VALUE_ADAPTER = "value_head.safetensors", "value"
 ROLLOUT = "rollout.safetensors"
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(SavingTrainer):
     """A Trainer whose run can be broken off at any moment; SalsaPPOTrainer has the rest."""
 
-    args: SalsaPPOConfig
-    model: PolicyWithValueHead  # type: ignore[assignment]
-    processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
-    policy_name: str | None
     maker: RolloutMaker
     logs: Logs
     watch: Watch
@@ -57,10 +50,18 @@ class ResumableTrainer(Trainer):
     figures: dict[str, float]
     rollout: Rollout | None
     order: list[Tensor]
+    micro_step: int
+    """Of the optimizer step that is being made."""
     started: float
     halted: str
+    references: list[Frozen]
+    reward: Reward
     terminated = False
     _aside: Path | None = None
+    _owns_folder = False
+    _saved: int | None = None
+    """The step of the last checkpoint in output_dir that is of this run."""
+    _identity: dict[str, Any] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer writes: a folder aside while a checkpoint is being made."""
@@ -80,33 +81,45 @@ class ResumableTrainer(Trainer):
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
+        best = self.state.best_global_step
+        if best == self.state.global_step:  # Trainer found it in the folder aside
+            self.state.best_model_checkpoint = str(folder / name)
         if self.is_world_process_zero():
             if self.rollout is not None:
                 save_file(self.rollout.tensors(), made / ROLLOUT)
-            (made / checkpoints.STATE).write_text(json.dumps(self._engine_state(), indent=2), encoding="utf-8")
+            if best == self.state.global_step:
+                self.state.save_to_json(str(made / TRAINER_STATE_NAME))
+            state = {"saved": checkpoints.next_number(folder), **self._engine_state()}
+            (made / checkpoints.STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
             checkpoints.commit(made, folder / name)
-            checkpoints.rotate(folder, self.args.save_total_limit)
+            spared = folder / f"{checkpoints.PREFIX}{best}" if best else None
+            checkpoints.rotate(folder, self.args.save_total_limit, spared)
+        self._saved = self.state.global_step
         self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which with save_total_limit 1 would remove the newest checkpoint where another was the best."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _setting(self) -> dict[str, Any]:
         """What a run must have kept to go on from a checkpoint; the micro-batch may be another."""
-        keys = (
-            "seed",
-            "batch_size",
-            "num_mini_batches",
-            "num_ppo_epochs",
-            "max_new_tokens",
-            "min_new_tokens",
-            "temperature",
-        )
-        prompts: Any = self.train_dataset
-        sharded = bool(self.is_fsdp_enabled)  # its optimizer's file is another
-        return {**{key: getattr(self.args, key) for key in keys}, "prompts": len(prompts), "sharded": sharded}
+        if self._identity is None:  # before training: afterwards the weights may be sharded
+            prompts: Any = self.train_dataset
+            model, name = self.model.policy, self.policy_name
+            self._identity = ppo_setting.identity(model, name, self.references, self.reward, prompts)
+        zero3 = f"by ZeRO-3 over {self.args.world_size}"
+        sharded = zero3 if self.is_deepspeed_enabled else bool(self.is_fsdp_enabled)  # its optimizer's files are others
+        return {**ppo_setting.kept_options(self.args), **self._identity, "sharded": sharded}
 
     def _engine_state(self) -> dict[str, Any]:
         scale = self.maker.scale
         return {
             "setting": self._setting(),
+            "options": ppo_setting.changeable_options(self.args, self.reward),
             "update": self.update,
             "kl_coef": self.kl_coef,
             "skipped": self.skipped,
@@ -123,26 +136,34 @@ class ResumableTrainer(Trainer):
         state = checkpoints.read_state(checkpoint, self._setting())
         for key in ("update", "kl_coef", "skipped", "stopped_early", "totals", "figures"):
             setattr(self, key, state[key])
+        changes = list(ppo_setting.changes(state["options"], ppo_setting.changeable_options(self.args, self.reward)))
+        if changes:
+            self._say(f"{checkpoint.name}: goes on with other options: {', '.join(changes)}")
+        if state["options"]["kl_coef"] != self.args.kl_coef:
+            self.kl_coef = self.args.kl_coef
         scale = self.maker.scale
         scale.count, scale.mean, scale.squares = state["scale"]
         self.watch.load_state_dict(state["watch"])
         if self.is_world_process_zero():
-            self.logs.cut(state["logs"])
-        self.started, self.order, self.sums = time.perf_counter(), [], torch.zeros_like(self.sums)
+            self._restore_logs(checkpoint, state["logs"])
+        self.started = time.perf_counter()
         there = (checkpoint / ROLLOUT).is_file()
         self.rollout = Rollout.of(load_file(checkpoint / ROLLOUT), self.accelerator.device) if there else None
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The policy's weights, the value adapter's and the value head's, in place."""
-        folder = Path(resume_from_checkpoint)
-        policy = self.model.policy
-        if isinstance(policy, PeftModel):
-            adapters.load(policy, str(self.policy_name), folder)
-            if self.model.value_adapter is not None:
-                adapters.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
-        else:
-            load_weights(policy, folder)
-        sharding.load(self.model.value_head, load_file(folder / VALUE_HEAD))
+    def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
+        """As they were at the checkpoint; what is cut off, and is not made again, is kept."""
+        folder, lines = Path(str(self.args.output_dir)), []
+        if checkpoint.resolve().parent != folder.resolve():
+            lines.append(self.logs.take(checkpoint.parent))
+        elif any(checkpoints.fault(newer) is None for newer in checkpoints.after(checkpoint)):
+            lines.append(self.logs.keep())
+        for line in [*lines, *self.logs.cut(sizes)]:
+            if line is not None:
+                self._say(line)
+
+    def _say(self, line: str) -> None:
+        if self.is_world_process_zero():
+            print(line, file=sys.stderr, flush=True)
 
     def _checkpoint(self, resume: str | bool | None) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` means: True, the newest whole one. Raises SalsaError where there is none."""
@@ -156,50 +177,100 @@ class ResumableTrainer(Trainer):
             return Path(str(resume))
         folder, passed = checkpoints.last_whole(Path(str(self.args.output_dir)))
         for line in passed:
-            print(line, file=sys.stderr, flush=True)
+            self._say(line)
         require(
             folder is not None,
-            f"resume_from_checkpoint: found no whole checkpoint in {self.args.output_dir}, expected one",
+            f"resume_from_checkpoint: found no whole checkpoint in {self.args.output_dir}, expected one"
+            + "; remove those that are there, or choose another output_dir" * bool(passed),
         )
         return folder
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _claim_folder(self, checkpoint: Path | None) -> None:
+        """Raise SalsaError where output_dir has checkpoints of another run: this one's would take their place."""
+        folder = Path(str(self.args.output_dir))
+        there = checkpoints.checkpoints(folder)
+        continued = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+        require(
+            self._owns_folder or continued or not there,
+            f"output_dir: found {there[0].name if there else ''} of an earlier run in {folder}, expected no checkpoint;"
+            " train(resume_from_checkpoint=True) goes on with that run, another output_dir starts a new one",
+        )
+        self._owns_folder = True
+
+    def _forget_broken_off(self) -> None:
+        """What an earlier train() of this trainer, broken off in an update by an error or Ctrl-C, was in the middle of."""
+        if self.rollout is not None:
+            self.update -= 1  # it stands in no log
+        self.rollout, self.order, self.micro_step, self.halted, self.terminated = None, [], 0, "", False
+        self.totals, self.stopped_early, self.sums = [], False, torch.zeros_like(self.sums)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers.Trainer's; a run that goes on from a checkpoint ends as if it had not been broken off (on a CPU to the bit).
 
-        SIGTERM saves a checkpoint and raises SystemExit(143). A guard whose action is stop saves one too and raises SalsaError.
+        resume_from_checkpoint: True, the newest whole checkpoint in output_dir; or a checkpoint's folder, also of another output_dir,
+        whose logs are taken along. Options that may be others than at the checkpoint hold from there on and are said (`kl_coef`
+        sets β anew); of the others, of references, prompts, reward models and the policy's shape SalsaError names the one that differs.
+
+        Without it a new run starts, and SalsaError is raised where output_dir has checkpoints of another one; the logs of one that
+        left no checkpoint are kept as metrics.1.jsonl and so on. A second train() of the same trainer is one run with the first: it
+        trains the policy further, on a schedule that starts anew at step 1, adds to the logs, and its checkpoints take the place of
+        those of the same step.
+
+        SIGTERM saves a checkpoint and raises SystemExit(143). A guard whose action is stop saves one too and raises SalsaError. A
+        callback that asks to stop in the middle of an update is heard at the update's end.
         """
         checkpoint = self._checkpoint(resume_from_checkpoint)
+        self._claim_folder(checkpoint)
+        self._forget_broken_off()
+        self._saved = None
+        self._setting()
         if checkpoint is not None:
             self._restore(checkpoint)
-        elif self.update == 0 and self.is_world_process_zero():
-            self.logs.cut({})
-        result = None
-        with self._answering_sigterm():
+        elif self.is_world_process_zero() and (line := self.logs.begin()) is not None:
+            self._say(line)
+        result = TrainOutput(0, 0.0, {})
+        with self._answering_sigterm(), self._stopping_between_updates():
             try:
-                if checkpoint is None or not self._finished(checkpoint):
-                    result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+                done = None if checkpoint is None else self._finished(checkpoint)
+                result = done or super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
             except Interrupted:  # nothing has changed since the last optimizer step
                 self.rollout = None
         self.agree()
+        if (self.terminated or self.halted) and self._saved != self.state.global_step:
+            self._save_checkpoint(self.model_wrapped, None)
         if self.terminated:
-            if not (Path(str(self.args.output_dir)) / f"{checkpoints.PREFIX}{self.state.global_step}").exists():
-                self._save_checkpoint(self.model_wrapped, None)
             raise SystemExit(128 + signal.SIGTERM)
         if self.halted:
             raise SalsaError(f"{self.halted}; checkpoint-{self.state.global_step} is saved in {self.args.output_dir}")
         return result
 
-    def _finished(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint is the end of training; then everything is loaded and nothing is left to do. (Trainer itself would
-        make one step more.)"""
-        step = int(checkpoint.name.removeprefix(checkpoints.PREFIX))
-        if step < self.args.max_steps:
-            return False
+    def _finished(self, checkpoint: Path) -> TrainOutput | None:
+        """Where the checkpoint is the end of training, everything is loaded and nothing is left to do. (Trainer itself would make one
+        step more.) None where it is not."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if checkpoint.resolve().parent == Path(str(self.args.output_dir)).resolve():
+            self._saved = state.global_step
+        if state.global_step < self.args.max_steps:
+            return None
+        begun = time.time()
         self._load_from_checkpoint(str(checkpoint))
         self.create_optimizer_and_scheduler(self.args.max_steps)
         self._load_optimizer_and_scheduler(str(checkpoint))
-        self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
-        return True
+        self.is_deepspeed_enabled = False  # save_model finds the weights whole
+        self.state = state
+        spent = speed_metrics("train", begun, num_samples=0, num_steps=0)
+        more = {"total_flos": state.total_flos, "train_loss": 0.0, "epoch": state.epoch or 0.0}
+        return TrainOutput(state.global_step, 0.0, spent | more)
+
+    @contextlib.contextmanager
+    def _stopping_between_updates(self) -> Iterator[None]:
+        """Within the context the last callback is the one that makes the others wait for an update's end."""
+        last = StopBetweenUpdates(self)
+        self.add_callback(last)
+        try:
+            yield
+        finally:
+            self.remove_callback(last)
 
     @contextlib.contextmanager
     def _answering_sigterm(self) -> Iterator[None]:
@@ -227,44 +298,3 @@ class ResumableTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(self.terminated), device=self.accelerator.device)
             self.terminated = bool(self.accelerator.reduce(flag, "sum").item())
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The policy as an ordinary PEFT adapter or checkpoint with the tokenizer, the value head (and adapter) beside it; no pickles.
-
-        state_dict: all weights, which Trainer gives where they are sharded (in process 0)."""
-        if not self.args.should_save:
-            return
-        folder = Path(str(output_dir or self.args.output_dir))
-        policy, head = self.model.policy, self.model.value_head.state_dict()
-        weights = None
-        if state_dict is not None:
-            tied = {
-                f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()
-            }  # copies of what they are tied to
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-            weights, head = within("policy.", state_dict), within("value_head.", state_dict)
-        if isinstance(policy, PeftModel):
-            adapters.save(policy, str(self.policy_name), folder, self.processing_class, state_dict=weights)
-            if self.model.value_adapter is not None:
-                adapters.save(policy, self.model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
-        else:
-            policy.save_pretrained(folder, state_dict=weights)
-            self.processing_class.save_pretrained(folder)
-        head = {name: tensor.detach().cpu() for name, tensor in head.items()}
-        save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer's; where the weights are sharded without its second copy of them, frozen ones too, that nothing reads."""
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        assert self.lr_scheduler is not None
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-
-def within(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a part of the model, by their names in it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -15,9 +15,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import adapters
-from .config import Reference, require
+from .config import Reference, SalsaError, require
+from .hub_errors import said_in_a_line
 from .models import causal_lm, check_head
-from .soup import StackedAdapter
+from .stacked_adapter import StackedAdapter
+
+EXPECTED = (
+    "expected 'base', an adapter's name, an adapter's or a checkpoint's folder or Hub id, or a PreTrainedModel; of a PeftModel pass the"
+    " adapter's folder, or merge_and_unload()"
+)
 
 
 class Frozen(NamedTuple):
@@ -58,33 +64,56 @@ def as_references(
     On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. With either kind of policy: a model, or
     a checkpoint's folder or Hub id. Raises SalsaError for an empty list and for what can be no reference of this policy.
     """
-    require(not isinstance(references, str | Path), f"references: found {str(references)!r}, expected a list of them")
+    one = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
+    require(
+        references is None or isinstance(references, list | tuple),
+        f"references: found {one}, expected a list of them",
+    )
     require(bool(references), "references: found none, expected at least one ('base' is the model without its adapter)")
     return [_as_reference(model, reference, index) for index, reference in enumerate(references)]
 
 
 def _as_reference(model: Any, reference: Any, index: int) -> Frozen:
     if isinstance(reference, Frozen):
+        known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
+        require(
+            reference.adapter in known,
+            f"references: found {reference.adapter!r} in a Frozen, expected an adapter on the model",
+        )
         return reference
     if isinstance(reference, PreTrainedModel):
         return freeze(model, reference, reference.name_or_path or f"reference-{index}")
+    if not isinstance(reference, str | Path):
+        raise SalsaError(f"references: found {type(reference).__name__}, {EXPECTED}")
     name = str(reference)
     folder = Path(name)
     if isinstance(model, PeftModel) and name == "base":
+        require(
+            name not in model.peft_config,
+            "references: found 'base', which is the model without its adapters, and an adapter of that name, expected another name"
+            " for it; pass references.Frozen('base', 'base') for the adapter, or Frozen('base', None)",
+        )
         return Frozen("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
             name = adapters.free_name(model, f"reference-{index}")
-            adapters.attach(model, adapters.local_folder(str(reference)), name)
+            with said_in_a_line(str(reference)):
+                attached = adapters.local_folder(str(reference))
+            adapters.attach(model, attached, name)
         adapters.set_trainable(model, name, False)
         return Frozen(str(reference), name)
     require(
         name != "base" and not (folder / adapters.CONFIG).is_file(),
         f"references: found {name!r} for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
     )
-    loaded = AutoModelForCausalLM.from_pretrained(
-        name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
+    require(
+        folder.is_dir() or bool(adapters.HUB_ID.match(name)),
+        f"{name}: found no such folder, expected a checkpoint's folder or a Hub id",
     )
+    with said_in_a_line(name):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
+        )
     return freeze(model, loaded.to(model.device), name)
 
 

@@ -1,4 +1,4 @@
-"""The reward stage: an adapter that starts as a copy of seed-0's and a score head, trained by TRL's RewardTrainer.
+"""The reward stage: an adapter that starts as a copy of seed-0's and a score head, trained by TRL's RewardTrainer; or a soup of such.
 
 Loss −log σ(R(x, y_w) − R(x, y_l)); the head is linear on the last token that counts, without bias (paper 3.1, A.2).
 """
@@ -6,11 +6,13 @@ Loss −log σ(R(x, y_w) − R(x, y_l)); the head is linear on the last token th
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from . import adapters, data
 from .config import require
@@ -22,7 +24,35 @@ SPLIT_SEED = 0
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train on the pairs, measure accuracy on the held-out ones, save adapter and head as one ordinary PEFT adapter."""
+    """Train one adapter, or one for each of `reward.seeds` and average them; save adapter and head as one ordinary PEFT adapter."""
+    seeds = job.recipe.reward.seeds
+    if len(seeds) == 1:
+        _, metrics = train(job, seeds[0], job.folder)
+    else:
+        metrics = average(job, seeds)
+    write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics
+
+
+def average(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
+    """The soup of a reward model for each seed: one start and one held-out set, other orders of the data (WARM, section 3)."""
+    from .averaging import soup
+
+    members = []
+    for seed in seeds:
+        trainer, found = train(job, seed, job.folder / f"seed-{seed}")
+        members.append({"seed": seed, **found})
+    names = [f"seed-{seed}" for seed in seeds]
+    soup(job.folder / "cooked", [job.folder / name for name in names], names=names)
+    for file in (job.folder / "cooked").iterdir():
+        file.rename(job.folder / file.name)
+    (job.folder / "cooked").rmdir()
+    trainer.model = PeftModel.from_pretrained(Workbench.of(job).classifier(), job.folder).to(trainer.model.device)
+    return {**members[-1], "seed": None, **held_out(trainer), "members": members}
+
+
+def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Train on the pairs, measure accuracy on the held-out ones, save → the trainer and its figures."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -40,41 +70,46 @@ def run(job: Job) -> dict[str, Any]:
     trainer: Any = RewardTrainer(
         model=model,
         args=RewardConfig(
-            **training_arguments(section, job.folder / "trainer", SPLIT_SEED),
+            **training_arguments(section, folder / "trainer", seed),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size,
             max_length=recipe.model.max_length,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
-        callbacks=[Bar(job.unit.id, job.folder)],
+        callbacks=[Bar(job.unit.id, folder)],
     )
     # 4. a share of the pairs that are short enough is held out
     fitting = len(trainer.train_dataset)
-    held_out = max(1, round(section.held_out * fitting))
+    kept_out = max(1, round(section.held_out * fitting))
     require(
-        fitting - held_out >= section.batch_size,
-        f"data.preferences: found {fitting} pairs within model.max_length = {recipe.model.max_length} tokens ({len(rows)} in all), {held_out} of"
+        fitting - kept_out >= section.batch_size,
+        f"data.preferences: found {fitting} pairs within model.max_length = {recipe.model.max_length} tokens ({len(rows)} in all), {kept_out} of"
         f" them held out, expected at least reward.batch_size = {section.batch_size} more to train on",
     )
     limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
     note_left_out(job, len(rows) - fitting, len(rows), limit)
-    parts = trainer.train_dataset.train_test_split(test_size=held_out, seed=SPLIT_SEED)
+    parts = trainer.train_dataset.train_test_split(test_size=kept_out, seed=SPLIT_SEED)
     trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
-    # 5. train, measure, save
+    # 5. train, save, measure
     quiet(trainer)
     result = trainer.train()
-    margins = held_out_margins(trainer)
-    bench.save(model, "default", job.folder)
-    metrics = {
-        "accuracy": {"held_out": asdict(mean_interval([float(margin > 0) for margin in margins]))},
-        "margin": {"held_out": asdict(mean_interval(margins))},
+    bench.save(model, "default", folder)
+    return trainer, {
+        **held_out(trainer),
         "loss": result.training_loss,
-        "pairs": {"train": fitting - held_out, "held_out": held_out},
+        "pairs": {"train": fitting - kept_out, "held_out": kept_out},
         "left_out": len(rows) - fitting,
         "steps": trainer.state.global_step,
     }
-    write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
-    return metrics
+
+
+def held_out(trainer: Any) -> dict[str, Any]:
+    """Accuracy and margin on the held-out pairs, with intervals."""
+    margins = held_out_margins(trainer)
+    return {
+        "accuracy": {"held_out": asdict(mean_interval([float(margin > 0) for margin in margins]))},
+        "margin": {"held_out": asdict(mean_interval(margins))},
+    }
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ passes, `of_recipe` of what a recipe's `reward:` says.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,9 @@ from . import adapters
 from .classifier_reward import ClassifierReward, load_classifier_reward
 from .config import Recipe, SalsaError, require
 from .function_reward import FunctionReward, Rows, Tally, decode, load_function
+from .hub_errors import said_in_a_line
+from .messages import short
+from .models import causal_lm, head_product
 from .reward_kinds import ADAPTER, FUNCTION
 from .rollout import Responses, last_token_states
 
@@ -64,9 +68,7 @@ class AdapterReward:
         with self.toggle(self.adapter):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch_size):
                 part = responses.rows(index)
-                scores.append(
-                    head(last_token_states(self.model, part.input_ids, part.attention_mask).float()).squeeze(-1)
-                )
+                scores.append(head_product(head, last_token_states(self.model, part.input_ids, part.attention_mask)))
         return torch.cat(scores)
 
 
@@ -146,15 +148,16 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         return WeightedReward([_as_part(entry, model, tokenizer, micro_batch_size) for entry in reward])
     if isinstance(reward, str | Path):
         return _from_name(str(reward), model, tokenizer, micro_batch_size)
-    if isinstance(reward, PreTrainedModel):
-        name = str(reward.name_or_path or "")
+    if isinstance(reward, PreTrainedModel | PeftModel):
+        name = str(causal_lm(reward).name_or_path or "")
         require(
             bool(name),
             f"reward: found a {type(reward).__name__} without name_or_path, expected one that says where its tokenizer is; pass"
             " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
         )
-        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))
+        with said_in_a_line(name):
+            own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))  # type: ignore[arg-type]
     if isinstance(reward, AdapterReward | ClassifierReward | FunctionReward | WeightedReward):
         return reward
     if not callable(reward):
@@ -171,6 +174,10 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
     require(1 <= len(given) <= 3, f"reward: found a tuple of {len(given)}, expected (reward, weight, name)")
     reward = as_reward(given[0], model, tokenizer, micro_batch_size)
     weight, name = given[1] if len(given) > 1 else 1.0, given[2] if len(given) > 2 else None
+    require(
+        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
+        f"reward: found the weight {short(weight)}, expected a number",
+    )
     name = _own_name(reward) if name is None else name
     return Part(reward, float(weight), name)
 
@@ -184,9 +191,10 @@ def _own_name(reward: Reward) -> str:
 def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
     if not os.path.isdir(name) and FUNCTION.match(name):
         return FunctionReward(load_function(name), tokenizer)
-    folder = adapters.local_folder(name)
-    if not (folder / adapters.CONFIG).is_file():
-        return load_classifier_reward(name, tokenizer, micro_batch_size)
+    with said_in_a_line(name):
+        folder = adapters.local_folder(name)
+        if not (folder / adapters.CONFIG).is_file():
+            return load_classifier_reward(name, tokenizer, micro_batch_size)
     if not isinstance(model, PeftModel):
         raise SalsaError(
             f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"

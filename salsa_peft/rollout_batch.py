@@ -21,24 +21,17 @@ from .config import SalsaError
 from .generation import Recording, row_seeds
 from .logprobs import Head, head_of
 from .models import PolicyWithValueHead, causal_lm, hidden_states
+from .prompts import Prompt
 from .references import Frozen
 from .rewards import Reward, RunningScale, decode, take_figures
 from .rollout import Responses, concatenate, reference_kls, response_logprobs, response_values, widen
-from .sharding import gathered
+from .sharding import gathered, keep_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .ppo_config import SalsaPPOConfig
-
-
-class Prompt(NamedTuple):
-    """One prompt of the data."""
-
-    tokens: list[int]
-    row: Mapping[str, Any]
-    """The data's row, which reward functions see."""
 
 
 class Rollout(NamedTuple):
@@ -88,6 +81,7 @@ class RolloutMaker:
     def head(self, model: PreTrainedModel | None = None) -> Head:
         """Of the policy's base, or of a model of its own. Looked up anew: once it is sharded, the weight is another tensor."""
         lm = causal_lm(self.model.policy) if model is None else model
+        keep_whole(lm.get_output_embeddings(), self.accelerator)
         return head_of(lm, self.args.temperature, int(self.tokenizer.eos_token_id))
 
     @torch.no_grad()
@@ -221,9 +215,9 @@ class RolloutMaker:
             return hidden_states(self.model.policy, part.input_ids, part.attention_mask)
 
     def _shares(self, lengths: list[int]) -> list[list[int]]:
-        """This process's micro-batches of rows, those of like length together."""
+        """This process's micro-batches of rows, those of like length together; none of more rows than a rollout batch has."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.args.rollout_batch_size or -(-len(lengths) // world)
+        size = self.args.rollout_batch_size or -(-min(len(lengths), self.args.batch_size) // world)
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 

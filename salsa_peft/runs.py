@@ -30,7 +30,7 @@ from salsa_peft.fingerprints import canonical, fingerprint, sha256
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
 MANIFEST, BEGUN = "manifest.json", "begun.json"
 ON_THE_WAY = re.compile(
-    r"(checkpoint-\d+|\.partial|not-finite)(/|\Z)|begun\.json\Z"
+    r"(checkpoint-\d+|\.partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
 )  # what a stage in the making holds, and no result
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 

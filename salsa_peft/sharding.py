@@ -1,7 +1,7 @@
-"""Weights sharded over processes by FSDP2: whole while a rollout is made, cut again where a checkpoint is loaded.
+"""Weights sharded over processes by FSDP2 or DeepSpeed's ZeRO-3: whole while a rollout is made, cut again where a checkpoint is loaded.
 
 Elsewhere the engine does not know of it: Trainer and accelerate shard the policy with its value head, the optimizer follows. Left
-out: models of their own (references and classifiers of full weights), which stay whole in every process.
+out: models of their own (references and classifiers of full weights), which stay whole in every process; ZeRO 1 and 2, and offloading.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,17 +24,27 @@ if TYPE_CHECKING:
 
     from .ppo_config import SalsaPPOConfig
 
-ROOM = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml where the model is too large for one GPU"
+ROOM = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml or zero3.yaml where the model is too large for one GPU"
 
 
 def check(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
-    """Raise SalsaError for a way of sharding that the engine does not run under. FSDP2 then adds up gradients and gives values in
-    float32, also with bf16, where accelerate has both in bf16."""
+    """Raise SalsaError for a way of sharding that the engine does not run under. FSDP2 and ZeRO-3 then add up gradients in float32,
+    also with bf16, where accelerate has them in bf16."""
     kind = accelerator.distributed_type
-    require(kind != DistributedType.DEEPSPEED, f"accelerate: found DeepSpeed, which PPO does not run under; {ROOM}")
-    if kind != DistributedType.FSDP:
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
-    plugin: Any = accelerator.state.fsdp_plugin
+    require(
+        args.rollout_backend == "hf" and not args.rollout_compile,
+        f"rollout_backend: found {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} with sharded weights,"
+        " expected hf, not compiled",
+    )
+    if kind == DistributedType.FSDP:
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    else:
+        _check_deepspeed(accelerator.state.deepspeed_plugin)
+
+
+def _check_fsdp(plugin: Any) -> None:
     require(plugin.fsdp_version == 2, f"fsdp_version: found {plugin.fsdp_version}, expected 2; {ROOM}")
     whole = plugin.state_dict_type.name
     require(
@@ -43,15 +54,34 @@ def check(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
     for key in ("cpu_ram_efficient_loading", "activation_checkpointing"):
         instead = " (set gradient_checkpointing in SalsaPPOConfig)" if key == "activation_checkpointing" else ""
         require(not vars(plugin)[key], f"fsdp_{key}: found true, expected false{instead}")
-    require(
-        args.rollout_backend == "hf" and not args.rollout_compile,
-        f"rollout_backend: found {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} with FSDP2, expected hf,"
-        " not compiled",
-    )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
         )
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    require(plugin.zero_stage == 3, f"zero_stage: found {plugin.zero_stage}, expected 3; {ROOM}")
+    require(
+        plugin.zero3_save_16bit_model,
+        "zero3_save_16bit_model: found false, expected true, which a checkpoint is saved with",
+    )
+    for key in ("offload_optimizer_device", "offload_param_device"):
+        found = vars(plugin)[key]
+        require(found == "none", f"{key}: found {found}, expected none")
+    config = plugin.deepspeed_config
+    require(not config["fp16"]["enabled"], "fp16: found true with DeepSpeed, expected bf16 or neither")
+    for key in ("optimizer", "scheduler"):
+        require(key not in config, f"{key}: found one in DeepSpeed's configuration, expected SalsaPPOConfig's alone")
+    config["communication_data_type"] = "fp32"
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
+
+
+def engine_of(accelerator: Accelerator) -> Any:
+    """DeepSpeed's engine, which holds the policy while it is trained; None where there is none."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or accelerator.deepspeed_engine_wrapped is None:
+        return None
+    return accelerator.deepspeed_engine_wrapped.engine
 
 
 @contextlib.contextmanager
@@ -59,6 +89,13 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Within the context every process holds the whole model, and no forward waits for another process: each may make as many as
     its rows need. One gathering instead of one for each layer and token, at the price of the weights' memory; nothing where nothing is sharded.
     """
+    engine = engine_of(accelerator)
+    if engine is not None:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(engine):
+            yield
+        return
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not parts:
         yield
@@ -75,6 +112,46 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             part.reshard()
         for layer in layers:
             layer.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+
+
+def keep_whole(module: nn.Module, accelerator: Accelerator) -> None:
+    """Under ZeRO-3: weights that are read outside of their module's forward are whole from now to the next optimizer step (tied ones to
+    the next forward). Called in all processes alike."""
+    if engine_of(accelerator) is None:
+        return
+    from deepspeed.runtime.zero.utils import is_zero_param
+
+    for parameter in filter(is_zero_param, module.parameters()):  # a reference's own model has none
+        parameter.all_gather()
+
+
+class LateStep(DeepSpeedEngineWrapper):
+    """accelerate's takes the optimizer's step at the end of a backward, before anyone has looked at gradients and ratios; under this one
+    `before_step` does."""
+
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
+        """Only adds up gradients."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss, **options)
+
+    def get_global_grad_norm(self) -> float:
+        """Of the gradients at hand. (DeepSpeed's is the last step's, and -1 where it is not finite.)"""
+        from deepspeed.utils import safe_get_local_grad
+
+        trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
+        squares = torch.stack([safe_get_local_grad(parameter).square().sum() for parameter in trained]).sum()
+        torch.distributed.all_reduce(squares)
+        return float(squares.sqrt())
+
+
+def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> None:
+    """Called before Trainer calls the optimizer's step, which leaves out parameters without a gradient, and is an empty one under
+    DeepSpeed: there it is taken here. drop: forget the gradients."""
+    engine = engine_of(accelerator)
+    if engine is not None and not drop:
+        engine.step()
+    elif drop:
+        (model if engine is None else engine.optimizer).zero_grad(set_to_none=True)
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:

@@ -1,56 +1,33 @@
-"""Soups: members → their weighted mean. The strategies, the library call and the command.
-
-    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; of adapters the exact weighted mean of their deltas (stacked_adapter.py)
-
-Stands on its own: knows nothing of PPO, and what it writes opens with plain PEFT.
-Left out: full checkpoints and Hub ids.
-"I want to add a strategy" is a function here and a row in STRATEGIES.
-"""
+"""`salsa soup OUT MEMBER MEMBER …`: the command, its options, its bar and what it prints. The call is averaging.soup."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from salsa_peft.config import SalsaError
-from salsa_peft.stacked_adapter import StackedAdapter, check_weights
+from salsa_peft.averaging import kind_of, local, soup
+from salsa_peft.config import SalsaError, require
+from salsa_peft.progress import bar
+from salsa_peft.soup_options import MEASURED
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.strategies import STRATEGIES
 
-__all__ = ["STRATEGIES", "StackedAdapter", "linear", "main", "soup"]
+__all__ = ["STRATEGIES", "StackedAdapter", "main", "soup"]
 
+EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of full checkpoints of one architecture.
 
-def linear(members: StackedAdapter, weights: list[float]) -> list[float]:
-    """The weighted mean: the weights that were asked for."""
-    return weights
-
-
-STRATEGIES: dict[str, Callable[[StackedAdapter, list[float]], list[float]]] = {"linear": linear}
-"""name → (members, the weights asked for) → the weights of the blocks."""
-
-
-def soup(
-    out: Path | str,
-    members: Sequence[Path | str],
-    weights: Sequence[float] | None = None,
-    *,
-    strategy: str = "linear",
-    names: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Average adapter folders into `out` (weights: uniform unless given) and return the summary, also out/soup.json.
-
-    `names` are what the summary calls the members (default: their folders' names).
-    """
-    if strategy not in STRATEGIES:
-        raise SalsaError(f"strategy: found {strategy!r}, expected one of {', '.join(STRATEGIES)}")
-    if not members:
-        raise SalsaError("a soup of no members: expected at least one adapter folder")
-    asked = [1 / len(members) for _ in members] if weights is None else weights
-    asked = check_weights(asked, len(members), sum_to_one=True)
-    stacked = StackedAdapter.load(members, names)
-    return stacked.save(Path(out), STRATEGIES[strategy](stacked, asked), strategy=strategy)
+  salsa soup OUT SEED_0 SEED_1                                       the mean of two adapters, exact, an ordinary PEFT adapter
+  salsa soup OUT SEED_0 SEED_1 --weights 1.5 -0.5                    extrapolation
+  salsa soup OUT SEED_0 SEED_1 --rank 16                             recompressed; soup.json says what was lost
+  salsa soup OUT SEED_0 SEED_1 --merge --base BASE                   added to the base, a checkpoint
+  salsa soup OUT CHECKPOINT_0 CHECKPOINT_1                           the mean of two checkpoints, streamed
+  salsa soup OUT A B C --strategy greedy --measure sft_loss --data held_out.jsonl
+  salsa soup OUT A B C --strategy greedy --measure reward --reward REWARD --data prompts.jsonl
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,31 +56,53 @@ def parse_weights(text: str) -> list[float]:
         raise SalsaError(f"--weights: found {text}, expected numbers such as 0.25,0.75") from None
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = Parser(
+        prog="salsa soup", description="Average LoRA adapters of one base, or full checkpoints of one architecture, exactly.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = made.add_argument
+    add("out", metavar="OUT", type=Path, help="folder of the soup")
+    add("members", metavar="MEMBER", nargs="+", help="adapters, or checkpoints: folders or Hub ids")
+    add("--weights", metavar="W,W", help="one number a member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
+    add("--normalize", action="store_true", help="divide the weights by their sum (else it must be 1)")
+    add("--strategy", choices=STRATEGIES, default="linear", help="how the members are weighted (default: linear)")
+    add("--rank", type=int, help="adapters: recompress to this rank (default: exact, the sum of the members' ranks)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: of the factors (default: the members')")
+    add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
+    add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
+    add("--quantized-base", choices=["nf4"], help="with --merge: the base as a QLoRA adapter saw it")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are added up (default: cpu)")
+    add_measure(made)
+    add("--steps", type=int, default=20, help="learned: steps of Adam (default: 20)")
+    add("--step-size", type=float, default=0.1, help="learned: Adam's learning rate (default: 0.1)")
+    add("--debug", action="store_true", help="show the trace of an error")
+    return made
+
+
+def add_measure(parser: argparse.ArgumentParser) -> None:
+    """The options of measures.of_command."""
+    add = parser.add_argument
+    add("--measure", metavar="M", help="sft_loss | reward | module:name, a function of the model")
+    add(
+        "--data", metavar="FILE", help="held-out chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id"
+    )
+    add(
+        "--reward",
+        metavar="REWARD",
+        help="measure reward: a reward adapter's or a sequence classifier's folder or Hub id",
+    )
+    add("--limit", type=int, default=128, help="rows of --data, the first (default: 128)")
+    add("--max-length", type=int, default=1024, help="tokens of a chat (default: 1024)")
+    add("--max-new-tokens", type=int, default=128, help="measure reward: tokens of a response (default: 128)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m salsa_peft.soup OUT MEMBER MEMBER … [--weights 0.25,0.75]`: 0, or 2 and one line on stderr."""
-    parser = Parser(
-        prog="salsa soup", description="Average LoRA adapters of one base into one ordinary PEFT adapter, exactly."
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the soup")
-    parser.add_argument(
-        "members",
-        metavar="MEMBER",
-        nargs="+",
-        help="local PEFT adapter folders",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="W,W",
-        help="one number a member, sum 1: 0.25,0.75 or 0.25 0.75 (default: uniform)",
-    )
-    parser.add_argument(
-        "--strategy", choices=STRATEGIES, default="linear", help="how the members are weighted (default: linear)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the trace of an error")
-    args = parser.parse_args(join_weights(sys.argv[1:] if argv is None else argv))
+    """0, or 2 and one line on stderr."""
+    args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv))
     try:
-        weights = None if args.weights is None else parse_weights(args.weights)
-        summary = soup(args.out, args.members, weights, strategy=args.strategy)
+        summary = cook(args)
     except SalsaError as error:
         if args.debug:
             raise
@@ -114,20 +113,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def cook(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments ask for → the summary."""
+    weights = None if args.weights is None else parse_weights(args.weights)
+    measured = args.strategy in MEASURED
+    require(
+        measured == (args.measure is not None),
+        f"--measure: found {args.measure or 'none'} with strategy {args.strategy}, expected "
+        + ("sft_loss, reward or module:name" if measured else "none: it is for greedy and learned"),
+    )
+    folders = [local(member) for member in args.members]
+    measure = None
+    if measured:
+        from salsa_peft.measures import of_command
+
+        measure = of_command(args, folders, kind_of(folders))
+    with bar(1, "soup") as update:
+        return soup(
+            args.out, folders, weights, names=names(args.members), strategy=args.strategy, measure=measure, steps=args.steps,
+            step_size=args.step_size, normalize=args.normalize, rank=args.rank, dtype=args.dtype, merge=args.merge, base=args.base,
+            quantized_base=args.quantized_base, device=args.device, progress=lambda done, total: update(done=done, total=total),
+        )  # fmt: skip
+
+
+def names(members: Sequence[str]) -> list[str]:
+    """What the summary calls the members: their last parts where these differ."""
+    last = [member.rstrip("/").rsplit("/", 1)[-1] for member in members]
+    return last if len(set(last)) == len(last) else [str(member) for member in members]
+
+
 def print_summary(summary: dict[str, Any]) -> None:
+    """What was averaged, in a few lines."""
+    adapters = "ranks" in summary
+    size = (
+        f"{summary['modules']} modules, rank {show(summary['ranks'])}"
+        if adapters
+        else f"{summary['parameters']:,} parameters"
+    )
+    kind = "adapters" if adapters else summary["kind"]
     print(
-        f"soup of {len(summary['members'])} adapters ({summary['strategy']}): {summary['modules']} modules, "
-        f"rank {show(summary['ranks'])}, {summary['bytes']:,} bytes, {summary['seconds']} s"
+        f"soup of {len(summary['members'])} {kind} ({summary['strategy']}): {size}, {summary['bytes']:,} bytes, {summary['seconds']} s"
     )
     for member in summary["members"]:
-        print(
-            f"  {member['name']}: weight {member['weight']:g}, rank {show(member['ranks'])}, "
-            f"norm of delta {member['norm']:.4g}"
-        )
+        rank = f", rank {show(member['ranks'])}" if "ranks" in member else ""
+        norm = "" if member["norm"] is None else f", norm of delta {member['norm']:.4g}"
+        print(f"  {member['name']}: weight {member['weight']:g}{rank}{norm}")
     for pair in summary["pairs"]:
-        cosine = "undefined" if pair["cosine"] is None else f"{pair['cosine']:.4f}"
-        print(f"  {pair['a']} – {pair['b']}: distance {pair['distance']:.4g}, cosine {cosine}")
-    print(f"  soup: norm of delta {summary['norm']:.4g}")
+        cosine = "" if pair["cosine"] is None else f", cosine {pair['cosine']:.4f}"
+        print(f"  {pair['a']} – {pair['b']}: distance {pair['distance']:.4g}{cosine}")
+    if summary["norm"] is not None:
+        print(f"  soup: norm of delta {summary['norm']:.4g}")
+    if summary.get("error"):
+        error = summary["error"]
+        worst = f"{error['worst']['module']} {error['worst']['error']:.3g}"
+        print(f"  recompressed to rank {summary['rank']}: relative error {error['all']:.3g} in all, most in {worst}")
+    for point in summary.get("tried", []):
+        if "measure" in point:
+            print(f"  tried {', '.join(f'{w:.3f}' for w in point['weights'])}: {point['measure']:.5g}")
 
 
 def show(ranks: Sequence[int]) -> str:

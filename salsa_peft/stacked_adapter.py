@@ -5,55 +5,32 @@
 The mean of products is not the product of means, so the factors are stacked, never averaged: A = [A_0; A_1; …] and
 B = [w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding.
 Members may differ in rank, alpha, rsLoRA, patterns and modules; a module that a member lacks is a delta of zero.
-Left out: recompression to a smaller rank, merging into the base.
+What is no delta (modules_to_save, biases, trained tokens) is averaged directly, see direct_parts.py.
+Left out: merging into the base.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import shutil
-import time
-from collections import Counter
-from collections.abc import Sequence
-from functools import partial
-from itertools import combinations
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from salsa_peft.adapter_folders import (
-    CONFIG,
-    FINGERPRINT,
-    SUMMARY,
-    TARGETS,
-    TOKENIZER,
-    WEIGHTS,
-    Factors,
-    Member,
-    check_one_base,
-    clear_for_soup,
-    read_member,
-    write_file,
-    write_json,
-)
-from salsa_peft.config import SalsaError
+from . import direct_parts, float_arrays
+from .adapter_folders import check_one_base
+from .adapter_saving import SaveOptions, save
+from .adapter_tensors import TOKENS, Member, check_same_direct, read_member
+from .config import SalsaError, require
+from .recompression import moments
+from .soup_config import config_fields
+from .soup_summary import summarise
+from .stacks import Stack, Stacks
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
 
-
-class Stack(NamedTuple):
-    """Every member's factors of one module. Shapes, R = Σ r_i: A (R, in), B (out, R), scaling (R,), member (R,)."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: torch.Tensor
-    member: torch.Tensor
-
-    def weighted_B(self, weights: Sequence[float]) -> torch.Tensor:
-        """B with w_i · scaling_i in its columns: (out, R). The n scalars are multiplied in float64."""
-        return self.B * (self.scaling * self.scaling.new_tensor(weights)[self.member]).to(self.B)
+SCORE_HEAD = "score.weight"
 
 
 class StackedAdapter:
@@ -62,221 +39,201 @@ class StackedAdapter:
     A point on a line or a plane between the members is n scalars on the blocks of B: nothing is re-made.
     """
 
-    def __init__(self, members: Sequence[Member], stacks: dict[str, Stack]) -> None:
+    def __init__(self, members: Sequence[Member], stacks: Stacks) -> None:
         self.members = tuple(members)
         self.stacks = stacks
+        """Module → Stack, read from the files when asked for, until `in_memory`."""
 
     @classmethod
     def load(cls, members: Sequence[Path | str], names: Sequence[str] | None = None) -> StackedAdapter:
-        """Members are local PEFT adapter folders; `names` is what summaries call them (default: the folders' names)."""
-        if not members:
-            raise SalsaError("a soup of no members: expected at least one adapter folder")
+        """Members are local PEFT adapter folders; `names` is what summaries call them (default: the folders' names).
+
+        Only headers are read: values are looked at when they are used. Raises SalsaError for what cannot be averaged.
+        """
+        require(bool(members), "a soup of no members: expected at least one adapter folder")
         if names is None:
             names = [Path(member).resolve().name for member in members]
             names = names if len(set(names)) == len(names) else [str(member) for member in members]
-        if len(names) != len(members):
-            raise SalsaError(f"names: found {len(names)}, expected {len(members)}: one for each member")
+        require(len(names) == len(members), f"names: found {len(names)}, expected {len(members)}: one for each member")
         read = [read_member(Path(member), name) for member, name in zip(members, names, strict=True)]
-        check_one_base([member for member, _ in read])
-        return cls([member for member, _ in read], stack_factors(read))
+        check_one_base(read)
+        check_same_direct(read)
+        return cls(read, Stacks(read))
+
+    def in_memory(self) -> StackedAdapter:
+        """Itself, every factor read and kept: for a model that is moved between weights."""
+        self.stacks.hold()
+        return self
+
+    def check(self, weights: Sequence[float]) -> list[float]:
+        """Weights of any sum; of 1 where something is averaged directly."""
+        checked = check_weights(weights, len(self.members))
+        direct_parts.check_sum(self.members, checked)
+        return checked
 
     def state_dict(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
-        """The soup's factors, float32, under the names that PEFT saves them by. Weights of any sum."""
-        weights = check_weights(weights, len(self.members))
+        """The soup's factors, float32, and what is averaged directly, under the names that PEFT saves them by."""
+        weights = self.check(weights)
         tensors = {}
         for module, stack in self.stacks.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = stack.A
-            tensors[f"base_model.model.{module}.lora_B.weight"] = stack.weighted_B(weights)
-        return tensors
+            shape = self.stacks.shapes[module]
+            (A, B), saved = shape.names(module), shape.saved(shape.rank)
+            tensors[A] = stack.A.reshape(saved[0])
+            tensors[B] = stack.weighted_B(weights).reshape(saved[1])
+            if stack.bias is not None:
+                tensors[B.removesuffix("weight") + "bias"] = stack.weighted_bias(weights).to(stack.B)
+        names = {name: direct_parts.saved_as(name, self.stacks.shapes) for name in self.members[0].direct}
+        return tensors | {names[name]: self.mean(name, weights) for name in names}
+
+    def mean(self, name: str, weights: Sequence[float]) -> torch.Tensor:
+        """A tensor that is averaged directly, in its members' dtype."""
+        values = direct_parts.mean(self.members, name, weights)
+        return direct_parts.as_tensor(values, direct_parts.dtype_of(self.members, name))
+
+    def full_tensors(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        """What replaces the base's own parameters, under the base's names: modules_to_save, biases, saved embeddings."""
+        weights = self.check(weights)
+        names = (name for name in self.members[0].direct if not direct_parts.is_tokens(name))
+        return {name: self.mean(name, weights) for name in names}
+
+    def token_rows(self, weights: Sequence[float]) -> dict[str, tuple[list[int], torch.Tensor]]:
+        """Trained tokens: the base's embedding → which of its rows are replaced, and by what (tokens, features)."""
+        weights = self.check(weights)
+        head = self.members[0]
+        names = [name for name in head.direct if direct_parts.is_tokens(name)]
+        rows = {name: (head.token_indices(name), self.mean(name, weights)) for name in names}
+        return {f"{name.removesuffix(TOKENS)}.weight": rows[name] for name in names}
+
+    def bias_deltas(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        """What lora_bias adds to the base's biases, under the base's names: Σ w_i · scaling_i · b_i, float32."""
+        weights = self.check(weights)
+        biases = {module: stack for module, stack in self.stacks.items() if stack.bias is not None}
+        return {f"{module}.bias": stack.weighted_bias(weights).to(stack.B) for module, stack in biases.items()}
 
     def config(self) -> LoraConfig:
-        """An inference configuration with alpha = r in every module, so that PEFT's scaling is exactly 1.
-
-        What all members agree on is kept as they wrote it; where their modules differ, the modules are listed.
-        """
+        """The soup's configuration for inference, as `save` writes it."""
         from peft import LoraConfig
 
-        configs = [member.config for member in self.members]
-        ranks = {module: len(stack.A) for module, stack in self.stacks.items()}
-        r = Counter(ranks.values()).most_common(1)[0][0]
-        pattern = rank_pattern(ranks, r)
-        fields: dict[str, Any] = {"target_modules": sorted(self.stacks)}
-        if all(member.ranks.keys() == self.stacks.keys() for member in self.members):
-            fields.update({field: getattr(configs[0], field) for field in TARGETS if agree(configs, *TARGETS)})
-        for field in ("fan_in_fan_out", "auto_mapping"):
-            if agree(configs, field):
-                fields[field] = getattr(configs[0], field)
-        return LoraConfig(
-            **fields,
-            task_type=next((config.task_type for config in configs if config.task_type is not None), None),
-            base_model_name_or_path=configs[0].base_model_name_or_path,
-            revision=configs[0].revision,
-            inference_mode=True,
-            r=r,
-            lora_alpha=r,
-            rank_pattern=dict(pattern),
-            alpha_pattern=dict(pattern),
+        return LoraConfig(**{name: value for name, value in self._config().items() if name != "peft_type"})
+
+    def _config(self) -> dict[str, Any]:
+        return config_fields(self.members, {module: shape.rank for module, shape in self.stacks.shapes.items()})
+
+    def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear", rank: int | None = None,
+             dtype: str | torch.dtype | None = None, progress: Callable[..., None] | None = None,
+             more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+        """Write an ordinary PEFT adapter folder and return its summary, also soup.json.
+
+        rank: recompress modules above it, which loses what the summary's `error` says. dtype: of the factors (default: the
+        members'). progress: called as progress.Update is, once a module. more: what else the summary says.
+        """
+        options = SaveOptions(
+            strategy=strategy,
+            rank=rank,
+            dtype=None if dtype is None else str(dtype),
+            progress=progress,
+            more=more or {},
         )
-
-    def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear") -> dict[str, Any]:
-        """Write an ordinary PEFT adapter folder, with the summary as soup.json; adapter_config.json appears last."""
-        from safetensors.torch import save_file
-
-        start = time.perf_counter()
-        tensors = self.state_dict(weights)
-        clear_for_soup(folder, self.members)
-        write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        for name in TOKENIZER:
-            source = self.members[0].folder / name
-            if source.is_file():
-                write_file(folder / name, partial(shutil.copyfile, source))
-        fingerprints = {member.fingerprint for member in self.members}
-        if len(fingerprints) == 1 and None not in fingerprints:
-            write_json(folder / FINGERPRINT, {"base": fingerprints.pop()})
-        summary = self.summary(weights) | {"strategy": strategy, "bytes": (folder / WEIGHTS).stat().st_size}
-        summary["seconds"] = round(time.perf_counter() - start, 3)
-        write_json(folder / SUMMARY, summary)
-        config = self.config().to_dict()
-        write_json(folder / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(config.items())})
-        return summary
+        return save(self.members, self.stacks, Path(folder), self.check(weights), options)
 
     def gram(self) -> torch.Tensor:
-        """⟨delta_i, delta_j⟩ summed over modules: (members, members), float64.
-
-        tr((B_i A_i)ᵀ B_j A_j) = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), so that no delta is ever formed.
-        """
+        """⟨delta_i, delta_j⟩ summed over modules: (members, members), float64. What is averaged directly is not in it."""
         import torch
 
-        gram = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
-        for stack in self.stacks.values():
-            A, B = stack.A.double(), stack.B.double() * stack.scaling
-            owner = torch.nn.functional.one_hot(stack.member, len(self.members)).double()
-            gram += owner.T @ ((B.T @ B) * (A @ A.T)) @ owner
-        return gram
+        total = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
+        with float_arrays.one_thread():
+            for module in self.stacks:
+                arrays = self.stacks.arrays(module)
+                total += torch.from_numpy(arrays.gram(moments(arrays.A, arrays.B), len(self.members)))
+        return total
 
     def summary(self, weights: Sequence[float]) -> dict[str, Any]:
         """Norms, distances and cosines of the members' deltas, all modules as one vector; a zero one has no cosine."""
-        gram = self.gram().tolist()
-        norms = [math.sqrt(max(gram[i][i], 0.0)) for i in range(len(gram))]
-        total = sum(gram[i][j] * wi * wj for i, wi in enumerate(weights) for j, wj in enumerate(weights))
-        members = [
-            {
-                "name": member.name,
-                "weight": float(weight),
-                "ranks": sorted(set(member.ranks.values())),
-                "modules": len(member.ranks),
-            }
-            | {"rslora": member.config.use_rslora, "norm": norm}
-            for member, weight, norm in zip(self.members, weights, norms, strict=True)
-        ]
-        pairs = [
-            {"a": self.members[i].name, "b": self.members[j].name}
-            | {"distance": math.sqrt(max(gram[i][i] + gram[j][j] - 2 * gram[i][j], 0.0))}
-            | {"cosine": gram[i][j] / (norms[i] * norms[j]) if norms[i] * norms[j] else None}
-            for i, j in combinations(range(len(gram)), 2)
-        ]
-        ranks = sorted({len(stack.A) for stack in self.stacks.values()})
-        soup = {"modules": len(self.stacks), "ranks": ranks, "norm": math.sqrt(max(total, 0.0))}
-        return {"weights": [float(w) for w in weights], "members": members, "pairs": pairs, **soup}
+        ranks = {module: shape.rank for module, shape in self.stacks.shapes.items()}
+        return summarise(self.members, weights, self.gram().numpy(), ranks)
 
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
-        """Add the soup to a live model as a frozen float32 adapter that is not active.
+        """Add the soup to a live model as a frozen float32 adapter that is not active; its factors stay in memory.
 
         Which adapter is active and what requires grad stay as they were, also in layers that had no adapter so far.
+        A score head is left to adapters.score_head; other full values cannot be on a shared base, and are refused.
         """
         import torch
+        from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
-        check_weights(weights, len(self.members))
+        self.check(weights)
+        odd = next((name for name in self.members[0].direct if name != SCORE_HEAD), None)
+        require(
+            odd is None,
+            f"{self.members[0].folder} holds {odd}, a value of the base's own: on a base that roles share it would be dropped; "
+            "save the soup and open it with PEFT on a base of its own",
+        )
         if adapter_name in model.peft_config:
             raise SalsaError(f"the model has an adapter {adapter_name!r} already: delete it or take another name")
         modules = dict(model.get_base_model().named_modules())
         missing = next((module for module in self.stacks if module not in modules), None)
-        if missing is not None:
-            raise SalsaError(
-                f"{missing} is in {self.members[0].folder} but not in the model: the soup is of another base"
-            )
+        require(
+            missing is None,
+            f"{missing} is in {self.members[0].folder} but not in the model: the soup is of another base",
+        )
+        self.in_memory()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        model.add_adapter(adapter_name, self.config())
+        fields = self._config() | {"modules_to_save": None, "bias": "none"}
+        model.add_adapter(adapter_name, LoraConfig(**{name: fields[name] for name in fields if name != "peft_type"}))
         for layer in model.modules():
-            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+            if isinstance(layer, LoraLayer) and adapter_name in layer.r:
                 # PEFT leaves a layer that it has just wrapped on "default", even where that is the new adapter's name
                 layer.set_adapter(model.active_adapters, inference_mode=True)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for module, stack in self.stacks.items():
-                layer_of(model, module, adapter_name, stack).lora_A[adapter_name].weight.copy_(stack.A)
+                A = live_factors(model, module, adapter_name, stack)[0]
+                A.copy_(stack.A.reshape(A.shape))
         self.set_weights(model, adapter_name, weights)
 
     def set_weights(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
         """Scale the blocks of an attached soup's lora_B in place: any point of a line or plane, nothing is re-made."""
         import torch
 
-        weights = check_weights(weights, len(self.members))
+        weights = self.check(weights)
         with torch.no_grad():
             for module, stack in self.stacks.items():
-                layer_of(model, module, adapter_name, stack).lora_B[adapter_name].weight.copy_(
-                    stack.weighted_B(weights)
-                )
+                _, B, bias = live_factors(model, module, adapter_name, stack)
+                B.copy_(stack.weighted_B(weights).reshape(B.shape))
+                if bias is not None:
+                    bias.copy_(stack.weighted_bias(weights))
 
 
-def stack_factors(read: Sequence[tuple[Member, dict[str, Factors]]]) -> dict[str, Stack]:
-    import torch
-
-    stacks = {}
-    for module in sorted({module for _, factors in read for module in factors}):
-        owners = [(i, factors[module]) for i, (_, factors) in enumerate(read) if module in factors]
-        i, first = owners[0]
-        for j, other in owners[1:]:
-            shapes = [f"{f.A.shape[1]} to {f.B.shape[0]} features" for f in (other, first)]
-            if shapes[0] != shapes[1]:
-                raise SalsaError(
-                    f"{read[j][0].folder / WEIGHTS}: {module} maps {shapes[0]}, "
-                    f"in {read[i][0].folder / WEIGHTS} {shapes[1]}: a soup needs members of one base"
-                )
-        stacks[module] = Stack(
-            torch.cat([f.A for _, f in owners]),
-            torch.cat([f.B for _, f in owners], dim=1),
-            torch.tensor([f.scaling for _, f in owners for _ in f.A], dtype=torch.float64),
-            torch.tensor([i for i, f in owners for _ in f.A]),
-        )
-    return stacks
+def live_factors(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> tuple[Any, Any, Any]:
+    """The live parameters A, B and, with lora_bias, B's bias (else None), checked as `layer_of` does."""
+    layer = layer_of(model, module, adapter_name, stack)
+    if adapter_name in layer.lora_embedding_B:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], None
+    B = layer.lora_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, B.weight, B.bias
 
 
 def layer_of(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> Any:
     """The live layer that holds this soup's adapter; refused where it is another adapter, or merged into the base."""
     layer: Any = model.get_base_model().get_submodule(module)
-    if adapter_name not in model.peft_config or adapter_name not in layer.lora_B:
+    if adapter_name not in model.peft_config or adapter_name not in layer.r:
         raise SalsaError(f"{module} has no adapter {adapter_name!r}: attach this soup under that name first")
-    shapes = [tuple(half[adapter_name].weight.shape) for half in (layer.lora_A, layer.lora_B)]
-    if shapes != [tuple(stack.A.shape), tuple(stack.B.shape)]:
-        expected = [tuple(stack.A.shape), tuple(stack.B.shape)]
-        raise SalsaError(
-            f"{module}: adapter {adapter_name!r} has factors {shapes}, expected {expected}: of another soup or base"
-        )
-    if adapter_name in layer.merged_adapters:
-        raise SalsaError(
-            f"{module}: adapter {adapter_name!r} is merged into the base: unmerge it, its weights would have no effect"
-        )
+    if adapter_name in layer.lora_embedding_B:
+        shapes = [tuple(half[adapter_name].shape) for half in (layer.lora_embedding_A, layer.lora_embedding_B)]
+    else:
+        shapes = [tuple(half[adapter_name].weight.flatten(1).shape) for half in (layer.lora_A, layer.lora_B)]
+    expected = [tuple(stack.A.shape), tuple(stack.B.shape)]
+    require(
+        shapes == expected,
+        f"{module}: adapter {adapter_name!r} has factors {shapes}, expected {expected}: of another soup or base",
+    )
+    require(
+        adapter_name not in layer.merged_adapters,
+        f"{module}: adapter {adapter_name!r} is merged into the base: unmerge it, its weights would have no effect",
+    )
     return layer
-
-
-def agree(configs: Sequence[LoraConfig], *fields: str) -> bool:
-    return all(getattr(config, field) == getattr(configs[0], field) for config in configs for field in fields)
-
-
-def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
-    """PEFT's pattern for the modules of unusual rank: by last name where that says it, by whole name otherwise."""
-    by_leaf: dict[str, set[int]] = {}
-    for module, r in ranks.items():
-        by_leaf.setdefault(module.rpartition(".")[2], set()).add(r)
-    pattern = {}
-    for module, r in ranks.items():
-        leaf = module.rpartition(".")[2]
-        if r != usual:  # PEFT matches (.*\.)?(KEY)$ and takes the first key that fits: these keys exclude one another
-            pattern[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(module)}"] = r
-    return pattern
 
 
 def check_weights(weights: Sequence[float], members: int, *, sum_to_one: bool = False) -> list[float]:

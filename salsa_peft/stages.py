@@ -29,13 +29,21 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """The exact weighted mean of the members' deltas, an ordinary PEFT adapter."""
-    from .soup import soup as cook
+    """The seeds' soup, an ordinary PEFT adapter: exact unless a rank is asked for, its weights given or found by a measure."""
+    from .averaging import soup as cook
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"
     names = [f"seed-{member}" for member in section.members]
-    summary = cook(cooked, [job.inputs[f"sft/{name}"] for name in names], section.resolved, names=names)
+    folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
+    if section.measured:
+        from .measures import of_recipe
+
+        measure = of_recipe(job, folders)
+    summary = cook(
+        cooked, folders, section.resolved, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
+        step_size=section.step_size, rank=section.rank,
+    )  # fmt: skip
     for file in cooked.iterdir():
         shutil.move(file, job.folder / file.name)
     cooked.rmdir()

@@ -192,7 +192,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Writes base/ and the five jsonl files of the world to `folder`: the same bytes for one config on one machine.
+    """Writes base/ and the six jsonl files of the world to `folder`: the same bytes for one config on one machine.
 
     → plain facts for the manifest. Runs on one thread (a model this small is slowed by a second one) and leaves torch's random
     state as it found it. Files are written in place: the caller gives a folder that nobody reads yet.
@@ -213,10 +213,10 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     # 2. demonstrations: right answers, some with an error
-    rng = random.Random(f"{config.seed} demonstrations")
-    asked = draw_prompts(rng, config.demonstrations, LENGTHS_IN, config.seed)
-    shown = [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in asked]
-    turns = [[_turn("user", p), _turn("assistant", " ".join(answer))] for p, answer in shown]
+    shown, held_out = (
+        draw_demonstrations(config, name, n)
+        for name, n in (("demonstrations", config.demonstrations), ("held_out", config.eval_prompts))
+    )
     # 3. preferences, then the prompts of PPO and of evaluation
     preferences, facts = draw_preferences(config, model, tokenizer, progress)
     draws: dict[str, tuple[int, tuple[int, ...], bool]] = {
@@ -225,7 +225,8 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
         "eval_out": (config.eval_prompts, LENGTHS_OUT, True),
     }
     files: dict[str, list[dict[str, Any]]] = {"preferences": preferences}
-    files["demonstrations"] = [{"messages": t} for t in turns]
+    for name, pairs in (("demonstrations", shown), ("held_out", held_out)):
+        files[name] = [{"messages": [_turn("user", p), _turn("assistant", " ".join(answer))]} for p, answer in pairs]
     for name, (n, lengths, evaluation) in draws.items():
         drawn = draw_prompts(random.Random(f"{config.seed} {name}"), n, lengths, config.seed, evaluation)
         files[name] = [{"prompt": [_turn("user", p)]} for p in drawn]
@@ -241,6 +242,13 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
         **facts,
         **{name: len(rows) for name, rows in files.items()},
     }
+
+
+def draw_demonstrations(config: Toy, name: str, n: int) -> list[tuple[str, list[str]]]:
+    """Prompts and their answers, some with an error; `name` sets the random numbers."""
+    rng = random.Random(f"{config.seed} {name}")
+    asked = draw_prompts(rng, n, LENGTHS_IN, config.seed)
+    return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in asked]
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

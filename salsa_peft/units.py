@@ -46,12 +46,15 @@ class _Files:
         """The reward's slice: its parts. A function counts by its module's file, not by what that imports."""
         return [self._part(part) for part in recipe.reward.parts]
 
+    def function(self, value: str) -> list[str]:
+        """A function's slice: its module and name; the module's file counts by its content."""
+        folder, *named = split_function(value)
+        file = find_module(folder, named[0])
+        self.paths += [] if file is None else [str(file)]
+        return named
+
     def _part(self, part: RewardPart) -> dict[str, Any]:
-        if part.kind == "function":
-            folder, *named = split_function(part.value)
-            file = find_module(folder, named[0])
-            self.paths += [] if file is None else [str(file)]
-        value = named if part.kind == "function" else self.path(part.value)
+        value = self.function(part.value) if part.kind == "function" else self.path(part.value)
         return {"kind": part.kind, "value": value, "weight": part.weight, "name": part.name}
 
 
@@ -121,9 +124,23 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     """The recipe's soup; the members are inputs."""
-    members = tuple(_seed(member) for member in recipe.soup.members)
-    parts = {"members": list(members), "weights": recipe.soup.resolved}
-    return [Unit(stage="soup", name="soup", run=run, inputs=members, slice=parts)]
+    section, files = recipe.soup, _Files()
+    members = tuple(_seed(member) for member in section.members)
+    parts: dict[str, Any] = {"members": list(members), "weights": section.resolved}
+    if section.strategy != "linear" or section.rank is not None:
+        parts |= {"strategy": section.strategy, "rank": section.rank}
+    if not section.measured:
+        return [Unit(stage="soup", name="soup", run=run, inputs=members, slice=parts)]
+    parts |= {
+        "measure": files.function(section.measure) if ":" in section.measure else section.measure,
+        "settings": [section.limit, section.steps, section.step_size],
+        "model": files.model(recipe),
+        "data": files.source(getattr(recipe.data, section.reads)) if section.reads else None,
+    }
+    if section.measure == "reward":
+        parts |= {"reward": files.reward(recipe), "generation": dataclasses.asdict(recipe.generation)}
+    inputs = _inputs(recipe, *(_reward(recipe) if section.measure == "reward" else []), *members)
+    return [Unit(stage="soup", name="soup", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
 
 
 def ppo_units(recipe: Recipe, run: str) -> list[Unit]:

@@ -35,7 +35,7 @@ class VLLM:
     ) -> None:
         from trl.import_utils import is_vllm_available
 
-        options = {"mode": "colocate", "gpu_memory_utilization": 0.3, **args.rollout_options}
+        options = {"mode": "colocate", "gpu_memory_utilization": 0.3, **args.rollout_options}  # type: ignore[dict-item]
         if args.max_prompt_length is not None:
             options.setdefault("max_model_length", args.max_prompt_length + args.max_new_tokens)
         require(

@@ -361,6 +361,37 @@ class TestReferences:
         with pytest.raises(SalsaError, match="references: found none, expected at least one"):
             references.as_references(adapters.attach(make_base(), members[0], "policy"), [])
 
+    def test_what_is_no_reference(self, make_base: Any, members: dict[int, Path]) -> None:
+        """One line each, for adapters and for full weights."""
+        model = adapters.attach(make_base(), members[0], "policy")
+        other = adapters.attach(make_base(1), members[0], "soup")
+        for policy, given, line in (
+            (model, make_base(1), "references: found LlamaForCausalLM, expected a list of them"),
+            (model, None, "references: found none, expected at least one"),
+            (model, [None], "references: found NoneType, expected 'base', an adapter's name"),
+            (model, [3], "references: found int, expected 'base', an adapter's name"),
+            (model, [other], r"references: found PeftModel\w*, expected .* merge_and_unload"),
+            (model, ["./nowhere"], "./nowhere: found no such folder"),
+            (model, ["org/not-in-the-cache"], "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
+            (model, [references.Frozen("x", "nope")], "references: found 'nope' in a Frozen, expected an adapter on the model"),
+            (make_base(), ["./nowhere"], "./nowhere: found no such folder"),
+            (make_base(), ["org/not-in-the-cache"], "org/not-in-the-cache: not in the local cache"),
+        ):  # fmt: skip
+            with pytest.raises(SalsaError, match=line) as error:
+                references.as_references(policy, given)  # type: ignore[arg-type]
+            assert "\n" not in str(error.value)
+
+    def test_an_adapter_called_base(self, make_base: Any, members: dict[int, Path]) -> None:
+        """'base' was the model without adapters then, whatever was meant."""
+        model = adapters.attach(adapters.attach(make_base(), members[0], "policy"), members[1], "base")
+        with pytest.raises(
+            SalsaError, match="found 'base', which is the model without its adapters, and an adapter of that name"
+        ):
+            references.as_references(model, ["base"])
+        for adapter in ("base", None):
+            (found,) = references.as_references(model, [references.Frozen("base", adapter)])
+            assert found.adapter == adapter
+
 
 def respond_by_hand(
     prompts: list[list[int]], answers: list[list[int]], pad: int, eos: int, extra: int = 0

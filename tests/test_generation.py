@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from masked import PROPERTY
 from scipy import stats
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from salsa_peft import toy
+from salsa_peft import generation, toy
 from salsa_peft.config import Sampling
 from salsa_peft.generation import Recording, choose, generate, respond, row_seeds, uniform_numbers
 from salsa_peft.rollout import Responses
@@ -84,6 +85,28 @@ class TestChoose:
         uniforms = uniform_numbers([7], 20_000)[0]
         found = torch.bincount(choose(probabilities.expand(20_000, -1), uniforms).squeeze(-1), minlength=20)
         assert stats.chisquare(found, (probabilities.double() / probabilities.double().sum() * 20_000)).pvalue > 1e-3
+
+    def test_on_a_device_without_float64_the_cpu_chooses(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]], monkeypatch: Any
+    ) -> None:
+        """MPS has none. The uniform numbers stay where they are, and the choice goes back to where the logits are."""
+        moved: list[torch.dtype] = []
+
+        class Moves(TorchFunctionMode):
+            def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if function is Tensor.to and args[1:] == (torch.device("cpu"),):
+                    moved.append(args[0].dtype)
+                return function(*args, **(kwargs or {}))
+
+        found = []
+        for kinds in ((), ("cpu",)):
+            monkeypatch.setattr(generation, "WITHOUT_FLOAT64", kinds)
+            moved.clear()
+            with Moves():
+                found.append(generate(make_base(), prompts, Sampling(max_new_tokens=2), tokenizer, [1] * len(prompts)))
+            assert (torch.float64 in moved) is not bool(kinds)
+            assert {torch.float32, torch.int64} <= set(moved)  # probabilities to the numbers, tokens back
+        assert torch.equal(found[0].response_ids, found[1].response_ids)
 
 
 class TestRandomNumbers:

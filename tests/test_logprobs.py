@@ -228,6 +228,9 @@ def test_a_head_with_adapters_is_refused(make_base: Callable[..., Any], make_ada
     model = make_adapter(make_base(), "policy", 0, target_modules=["q_proj", "lm_head"])
     with pytest.raises(SalsaError, match="found an adapter on the output embeddings"):
         head_of(model.get_base_model(), 1.0, EOS)
+    model = make_adapter(make_base(), "policy", 0, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(SalsaError, match="found an adapter on the output embeddings"):
+        head_of(model.get_base_model(), 1.0, EOS)
 
 
 def log_softmax_loop(logits: list[float], temperature: float, forbidden: int | None) -> list[float]:

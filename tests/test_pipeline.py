@@ -90,6 +90,53 @@ def test_every_stage_left_what_it_should(run: Path) -> None:
     assert set(evaluation["datasets"]) == {"in", "out"}
 
 
+@pytest.mark.parametrize(
+    ("sets", "stage"),
+    [
+        ({"strategy": "greedy", "measure": "reward", "members": [0, 1, 2], "limit": 8}, "soup"),
+        ({"strategy": "learned", "steps": 2, "limit": 8, "rank": 4}, "soup"),
+    ],
+    ids=["greedy", "learned"],
+)
+def test_soups_whose_weights_are_found(run: Path, sets: dict[str, Any], stage: str) -> None:
+    """From the seeds of the run, in a folder of its own; the run's own soup stays."""
+    words = [word for key, value in sets.items() for word in ("--set", f"soup.{key}={json.dumps(value)}")]
+    before = {path.parent for path in (run / "soup").glob("*/manifest.json")}
+    done = command(run, *words, "--stages", "soup")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (made,) = {path.parent for path in (run / "soup").glob("*/manifest.json")} - before
+    found = read(made / "soup.json")
+    shutil.rmtree(made)
+    assert found["strategy"] == sets["strategy"] and sum(found["weights"]) == pytest.approx(1)
+    best = max(found["tried"], key=lambda point: point["measure"])
+    if sets["strategy"] == "greedy":
+        assert len(found["tried"]) >= 4 and {round(w, 6) for w in found["weights"]} <= {1.0, 0.5, round(1 / 3, 6)}
+    else:
+        assert found["weights"] == pytest.approx(best["weights"]) != [0.5, 0.5]
+        assert found["ranks"] == [4] and 0 < found["error"]["all"] < 1
+
+
+@pytest.mark.slow
+def test_a_reward_of_two_seeds_is_their_soup(run: Path) -> None:
+    """WARM: one start, two orders of the data; head and deltas are the means, and the soup is measured on the same pairs."""
+    import torch
+    from safetensors.torch import load_file
+
+    before = {path.parent for path in (run / "reward").glob("*/manifest.json")}
+    done = command(run, "--set", "reward.seeds=[0, 1]", "--stages", "reward")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (made,) = {path.parent for path in (run / "reward").glob("*/manifest.json")} - before
+    figures = read(made / "metrics.json")
+    assert [member["seed"] for member in figures["members"]] == [0, 1]
+    assert figures["accuracy"]["held_out"]["n"] == figures["members"][0]["accuracy"]["held_out"]["n"]
+    head = "base_model.model.score.weight"
+    soup, *seeds = (
+        load_file(folder / "adapter_model.safetensors") for folder in (made, made / "seed-0", made / "seed-1")
+    )
+    torch.testing.assert_close(soup[head], (seeds[0][head] + seeds[1][head]) / 2)
+    shutil.rmtree(made)
+
+
 def test_seeds_differ_and_the_policy_starts_at_seed_0(run: Path) -> None:
     """Other data order, other initialisation; the reward adapter and the policy move away from seed-0, of the same shapes."""
     import torch

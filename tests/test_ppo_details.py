@@ -143,6 +143,14 @@ class TestRandomNumbers:
         expected = plain_logprobs(trainer, "policy", cut)
         torch.testing.assert_close(cut.logprobs, expected.detach(), rtol=1e-4, atol=1e-4)
 
+    def test_an_evaluation_is_cut_into_rollout_batches(self, make_trainer: Any) -> None:
+        """320 prompts in one call of generate are 40 times the memory that training needs."""
+        trainer = make_trainer(eval_dataset=PROMPTS + PROMPTS[:3])
+        calls: list[int] = []
+        trainer.maker.backend = Counting(trainer.maker.backend, calls)
+        trainer.evaluate()
+        assert calls == [8, 8, 3]
+
     def test_an_evaluation_is_always_the_same_and_disturbs_nothing(self, make_trainer: Any) -> None:
         """While the weights are: the same answers twice; the next rollout is what it would have been."""
         trainer = make_trainer(eval_dataset=PROMPTS[:5])

@@ -139,6 +139,10 @@ class TestFunction:
             (2.0, "found 2.0, expected a list of one score for each response"),
             ([1.0, "no", 2.0], "expected numbers"),
             ([1.0, None, 2.0], "found None for 1 of 3 responses, expected a number for each"),
+            ("123", "found a str, expected a list of one score for each response"),
+            ({0: 1.0, 1: 2.0, 2: 3.0}, "found a dict, expected a list of one score for each response"),
+            ({1.0, 2.0, 3.0}, "found a set, expected a list of one score for each response"),
+            (["1", "2", "3"], "expected numbers"),
         ],
     )
     def test_what_is_no_score_is_refused(self, answered: Any, tokenizer: Any, given: Any, line: str) -> None:
@@ -179,6 +183,70 @@ class TestFunction:
         assert rewards.take_figures(reward) == {}
         reward(*answered)
         assert rewards.take_figures(reward) == {"shape": (4.0, 1)}
+
+    @pytest.mark.parametrize(
+        ("name", "value", "line"),
+        [
+            ("objective/kl", 1.0, "log_metric: found the name 'objective/kl', which is the engine's own"),
+            ("score", 1.0, "log_metric: found the name 'score', which is the engine's own"),
+            ("rewards/f/mean", 1.0, "which is the engine's own"),
+            ("x", None, "log_metric: found None for 'x', expected a number"),
+            (3, 1.0, "log_metric: found the name 3, expected text"),
+        ],
+    )
+    def test_what_log_metric_does_not_take(
+        self, answered: Any, tokenizer: Any, name: Any, value: Any, line: str
+    ) -> None:
+        """A figure of the engine's own name took its place in metrics.jsonl, and β followed it."""
+
+        def logs(log_metric: Any, **_: Any) -> list[float]:
+            log_metric(name, value)
+            return [0.0] * 3
+
+        with pytest.raises(SalsaError, match=line):
+            rewards.FunctionReward(logs, tokenizer)(*answered)
+
+    def test_no_name_of_the_engines_is_left_to_log_metric(self, make_trainer: Any) -> None:
+        """Whatever stands in the logs of an update and of an evaluation."""
+        from plain_ppo import PROMPTS
+
+        from salsa_peft.function_reward import TAKEN
+
+        trainer = make_trainer(max_steps=1, eval_dataset=PROMPTS[:2])
+        trainer.train()
+        names = {name for row in trainer.state.log_history for name in row if not name.startswith("train_")}
+        names |= {name.removeprefix("eval_") for name in trainer.evaluate()}
+        assert {"objective/kl", "lr", "score", "step"} <= names
+        assert not [name for name in names - {"total_flos"} if not TAKEN.fullmatch(name)]
+
+    def test_a_column_called_finished(self, answered: Any, tokenizer: Any) -> None:
+        """It took the place of ours. A function that takes neither does not mind."""
+        responses, rows = answered
+        rows = [{**row, "finished": "no"} for row in rows]
+        with pytest.raises(SalsaError, match="found a column `finished` in the data"):
+            rewards.FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
+        assert rewards.FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
+
+    def test_the_rows_are_not_the_functions_to_change(self, answered: Any, tokenizer: Any) -> None:
+        responses, rows = answered
+        rows = [{**row, "tags": ["a"]} for row in rows]
+        before = copy.deepcopy(rows)
+
+        def changes(prompts: list[Any], tags: list[Any]) -> list[float]:
+            for prompt, tag in zip(prompts, tags, strict=True):
+                prompt.append("x")
+                tag.clear()
+            return [0.0] * 3
+
+        rewards.FunctionReward(changes, tokenizer)(responses, rows)
+        assert rows == before
+
+    def test_parameters_by_position_only_are_refused(self, tokenizer: Any) -> None:
+        def placed(prompts: Any, completions: Any, /) -> list[float]:
+            return [0.0] * len(prompts)
+
+        with pytest.raises(SalsaError, match="reward function placed: it takes prompts, completions by position only"):
+            rewards.FunctionReward(placed, tokenizer)
 
 
 @pytest.fixture
@@ -489,6 +557,13 @@ class TestAsReward:
         in_memory = make(loaded)
         assert (type(in_memory), in_memory.name, in_memory.classifier is loaded) == (ClassifierReward, "rm", True)
         assert in_memory(*answered).tolist() == pytest.approx(make(folder)(*answered).tolist())
+        from peft import LoraConfig, get_peft_model
+
+        tuned = make(get_peft_model(loaded, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")))
+        assert isinstance(tuned, ClassifierReward)
+        assert tuned(*answered).tolist() == pytest.approx(
+            make(folder)(*answered).tolist()
+        )  # a fresh adapter's delta is 0
         function = make(lambda completions, **_: [0.0] * len(completions))
         assert isinstance(function, rewards.FunctionReward)
         name = module("def seven(completions): return [7.0] * len(completions)\n")
@@ -519,6 +594,10 @@ class TestAsReward:
             ([], "reward: found an empty list, expected"),
             ([("a", 1.0, "n", 2)], "found a tuple of 4, expected"),
             ("nowhere_to_be_found:f", "found no module nowhere_to_be_found"),
+            ([(lambda **_: [], "heavy")], "reward: found the weight 'heavy', expected a number"),
+            ([(lambda **_: [], float("nan"))], "reward: found the weight nan, expected a number"),
+            ("org/not-in-the-cache", "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
+            ("./nowhere", "./nowhere: found no such folder"),
         ],
     )
     def test_what_is_no_reward(self, model: Any, tokenizer: Any, given: Any, line: str) -> None:

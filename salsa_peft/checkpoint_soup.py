@@ -1,0 +1,229 @@
+"""Full checkpoints → their weighted sum, streamed: memory is bounded by a piece of a few MB, whatever the models' size.
+
+What is written has member 0's files: the same shards, headers, dtypes, tied weights, index, configuration and tokenizer. Members may
+be cut into other shards and be of other float dtypes. Left out: quantised weights, members of another architecture or vocabulary.
+    python -m salsa_peft.checkpoint_soup OUT MEMBER MEMBER … [--weights 0.25,0.75]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from salsa_peft.checkpoint_alignment import align, check_tied
+from salsa_peft.checkpoint_folders import (
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    Place,
+    check_manifest,
+    check_plain,
+    default_names,
+    read_checkpoint,
+)
+from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, making
+from salsa_peft.config import SalsaError, require
+from salsa_peft.safetensors_files import Buffer, SafetensorsFile
+from salsa_peft.weight_streams import check_device, stream
+
+if TYPE_CHECKING:
+    import torch
+
+ARITHMETIC = 1
+"""Counted up when the same members would give other bytes: a killed soup of an older version is not gone on with."""
+
+
+def average(
+    out: Path | str,
+    members: Sequence[Path | str],
+    weights: Sequence[float],
+    *,
+    names: Sequence[str] | None = None,
+    device: str = "cpu",
+    base: Path | str | None = None,
+    strategy: str = "linear",
+    progress: Progress | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write Σ w_i θ_i, of weights with any sum, into the folder `out` and return the summary, also out/soup.json.
+
+    A member of weight 0 is held against the others by its headers; its values are not read. With `base` the summary has norms and
+    cosines of what each member adds to it, else distances alone. Raises SalsaError naming file and tensor; then nothing is left
+    behind. A killed call, made again, goes on at the first shard that is not whole.
+    """
+    begun, out = time.perf_counter(), Path(out)
+    numbers = check_weights(weights, len(members))
+    check_device(device)
+    folders = [Path(member) for member in members]
+    called = default_names(folders, names)
+    read = [read_checkpoint(folder, name) for folder, name in zip(folders, called, strict=True)]
+    origin = None if base is None else read_checkpoint(Path(base))
+    rows, head = _rows(read, numbers, origin), read[0]
+    everything = [*read, *([] if origin is None else [origin])]
+    identity = {"arithmetic": ARITHMETIC, "weights": numbers, "device": device, "base": origin is not None,
+                "members": [[str(row.folder.resolve()), *row.identity()] for row in everything]}  # fmt: skip
+    with making(out, identity, [row.folder for row in everything], size_of(head)) as output:
+        kept = output.kept
+        for checkpoint in everything:
+            check_manifest(checkpoint)
+        products = _shards(output, head, rows, device, progress)
+        if (head.folder / INDEX).is_file():
+            output.copy(head.folder / INDEX, INDEX)
+        copy_others(output, head.folder)
+        summary = {"kind": "checkpoints", "strategy": strategy} | _figures(read, numbers, products, origin is not None)
+        summary |= sizes(head) | {"device": device, "shards": len(head.files), "shards_kept": kept}
+        summary |= dict(more or {})
+        summary |= {"seconds": round(time.perf_counter() - begun, 3), **(more or {})}
+        output.finish((head.folder / CONFIG).read_bytes(), summary)
+    return summary
+
+
+def gram(
+    members: Sequence[Path | str], base: Path | str, *, device: str = "cpu", progress: Progress | None = None
+) -> torch.Tensor:
+    """⟨θ_i − θ_base, θ_j − θ_base⟩, all tensors as one vector: (members, members), float64. Streamed; nothing is written."""
+    import torch
+
+    check_device(device)
+    read = [read_checkpoint(Path(folder)) for folder in (base, *members)]
+    rows, tell = _rows(read, [1.0] * len(read), None), counter(progress, size_of(read[0]))
+    places = [row.places for row in rows]
+    products = stream(list(read[0].tensors), places, None, pivot=0, device=device, progress=tell)
+    return torch.tensor(products, dtype=torch.float64)[1:, 1:]
+
+
+class Row(NamedTuple):
+    """A checkpoint whose values are read: where it has member 0's tensors, and what it weighs."""
+
+    places: dict[str, Place]
+    weight: float
+
+
+def _rows(read: Sequence[Checkpoint], weights: Sequence[float], origin: Checkpoint | None) -> list[Row]:
+    """Those of weight other than 0, and the base last, with weight 0. Raises SalsaError for any that does not fit member 0."""
+    rows = []
+    for checkpoint in (*read, *([] if origin is None else [origin])):
+        check_plain(checkpoint)
+        check_tied(checkpoint)
+    for checkpoint, weight in zip(read, weights, strict=True):
+        places = align(read[0], checkpoint)
+        if weight != 0:
+            rows.append(Row(places, weight))
+    return rows if origin is None else [*rows, Row(align(read[0], origin), 0.0)]
+
+
+def _shards(
+    output: Output, head: Checkpoint, rows: Sequence[Row], device: str, progress: Progress | None
+) -> list[list[float]]:
+    """Write what is not there yet; the products of the differences from the member of the largest weight, all shards added up."""
+    weights = [row.weight for row in rows]
+    pivot = max(range(len(rows)), key=lambda i: abs(weights[i]))
+    total = [[0.0] * len(rows) for _ in rows]
+    tell = counter(progress, size_of(head))
+    for name, file in head.files.items():
+
+        def make(write: Callable[[Buffer], None], file: SafetensorsFile = file) -> dict[str, Any]:
+            places = [row.places for row in rows]
+            layout = {tensor: Place(file, entry) for tensor, entry in file.entries.items()}
+            products = stream(
+                list(layout), places, weights, pivot=pivot, layout=layout, write=write, device=device, progress=tell
+            )
+            return {"products": products}
+
+        if name in output.done:
+            tell(file.size - file.begin)
+        products = output.shard(name, file.header, make)["products"]
+        total = [[a + b for a, b in zip(mine, yours, strict=True)] for mine, yours in zip(total, products, strict=True)]
+    return total
+
+
+def size_of(head: Checkpoint) -> int:
+    """Bytes of its tensors."""
+    return sum(file.size - file.begin for file in head.files.values())
+
+
+def sizes(head: Checkpoint) -> dict[str, Any]:
+    """Of the summary: what was written."""
+    entries = [place.entry for place in head.tensors.values()]
+    dtypes = {
+        dtype: sum(entry.dtype == dtype for entry in entries) for dtype in sorted({entry.dtype for entry in entries})
+    }
+    return {"tensors": len(entries), "parameters": sum(math.prod(entry.shape) for entry in entries), "dtypes": dtypes,
+            "bytes": sum(file.size for file in head.files.values())}  # fmt: skip
+
+
+def _figures(
+    read: Sequence[Checkpoint], weights: Sequence[float], products: list[list[float]], with_base: bool
+) -> dict[str, Any]:
+    """Of the summary: members, pairs and, with a base (the last row of `products`), what each adds to it.
+
+    Products are those of differences from one of the members, ⟨a, b⟩ below; of differences from the base o they are
+    ⟨a, b⟩ − ⟨a, o⟩ − ⟨b, o⟩ + ⟨o, o⟩.
+    """
+    used = [i for i, weight in enumerate(weights) if weight != 0]
+    o = len(used)
+    vectors = [[products[a][b] - products[a][o] - products[b][o] + products[o][o] for b in range(o)]
+               for a in range(o)] if with_base else None  # fmt: skip
+    norms = {i: None if vectors is None else root(vectors[a][a]) for a, i in enumerate(used)}
+    members = [
+        {"name": row.name, "folder": str(row.folder), "weight": weight, "read": i in norms, "norm": norms.get(i)}
+        for i, (row, weight) in enumerate(zip(read, weights, strict=True))
+    ]
+    pairs = []
+    for a, b in combinations(range(o), 2):
+        one, other = norms[used[a]], norms[used[b]]
+        cosine = vectors[a][b] / (one * other) if vectors is not None and one and other else None
+        distance = root(products[a][a] + products[b][b] - 2 * products[a][b])
+        pairs.append({"a": read[used[a]].name, "b": read[used[b]].name, "distance": distance, "cosine": cosine})
+    total = None
+    if vectors is not None:  # of Σ w_i δ_i; where Σ w_i is not 1, the soup is another point than base + that
+        total = root(sum(weights[used[a]] * weights[used[b]] * vectors[a][b] for a in range(o) for b in range(o)))
+    return {"weights": list(weights), "sum": math.fsum(weights), "members": members, "pairs": pairs, "norm": total}
+
+
+def root(square: float) -> float:
+    """Rounding may leave a sum of squares just under zero."""
+    return math.sqrt(max(square, 0.0))
+
+
+def check_weights(weights: Sequence[float], members: int) -> list[float]:
+    """As floats. Raises SalsaError for other than one finite number for each member, or zeros alone."""
+    shown = ", ".join(str(weight) for weight in weights)
+    require(members > 0, "a soup of no members: expected at least one checkpoint")
+    require(
+        len(weights) == members, f"weights: found {len(weights)} ({shown}), expected {members}: one for each member"
+    )
+    finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
+    require(finite, f"weights: found {shown}, expected finite numbers")
+    require(any(weight != 0 for weight in weights), f"weights: found {shown}, expected at least one that is not 0")
+    return [float(weight) for weight in weights]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The arithmetic alone, without the soup command's strategies and Hub ids: 0, or 2 and one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m salsa_peft.checkpoint_soup")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("members", type=Path, nargs="+")
+    parser.add_argument("--weights", type=lambda text: [float(number) for number in text.split(",")], help="0.25,0.75")
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args(argv)
+    weights = args.weights or [1 / len(args.members)] * len(args.members)
+    try:
+        summary = average(args.out, args.members, weights, base=args.base, device=args.device)
+    except SalsaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

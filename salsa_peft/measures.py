@@ -1,0 +1,206 @@
+"""What greedy and learned soups choose by, on held-out data, higher is better: SFT loss, reward score, a Python function.
+
+A measure is called with the members' weights and moves a live soup there (live_soup.py). Only the SFT loss has a slope, so
+only it can be `learned` by. "I want to add a measure" is a class here, and a row in `of_recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import adapters, data, rewards
+from .checkpoint_folders import read_checkpoint
+from .config import Generation, Model, SalsaError, Source, require
+from .function_reward import load_function
+from .generation import respond
+from .live_soup import LiveAdapters, LiveCheckpoints
+from .logprobs import head_of, token_logprobs
+from .models import causal_lm, hidden_states, load_base, load_tokenizer
+from .soup_options import MEASURES
+from .stacked_adapter import StackedAdapter
+from .workbench import Workbench, fitting
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .live_soup import LiveSoup
+    from .rewards import Reward, Rows
+    from .runs import Job
+    from .strategies import Measure
+
+
+class SFTLoss:
+    """Minus the mean negative log-likelihood (nats) of the assistant's tokens in held-out demonstrations.
+
+    Rows {messages}; the chat template marks the assistant's turns, as for SFT. Raises SalsaError where no row has such a token
+    within max_length.
+    """
+
+    def __init__(self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
+                 batch_size: int) -> None:  # fmt: skip
+        self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
+        encoded = [_encode(row["messages"], tokenizer, max_length) for row in rows]
+        self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
+        self.left_out = len(encoded) - len(self.chats)
+        require(
+            bool(self.chats),
+            f"held-out demonstrations: found no assistant's token within {max_length} tokens in {len(rows)} rows, expected some;"
+            " raise model.max_length, or use a chat template with {% generation %} marks",
+        )
+        self.tokens = sum(sum(mask) for _, mask in self.chats)
+        self.head = head_of(causal_lm(live.model), 1.0, int(tokenizer.eos_token_id or 0))
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        """The measure at a point."""
+        self.live.set(weights)
+        with torch.no_grad(), self.live.at_point():
+            return sum(self._part(start).item() for start in self._starts())
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """The measure and its slope along each member's weight."""
+        self.live.set(weights)
+        total = 0.0
+        with self.live.at_point(), self.live.differentiable():
+            for start in self._starts():
+                part = self._part(start)
+                part.backward()
+                total += part.item()
+            return total, self.live.slopes()
+
+    def _starts(self) -> range:
+        return range(0, len(self.chats), self.batch_size)
+
+    def _part(self, start: int) -> torch.Tensor:
+        """A batch's share of the mean log-likelihood."""
+        chats = self.chats[start : start + self.batch_size]
+        device, width = next(self.live.model.parameters()).device, max(len(ids) for ids, _ in chats)
+        rows = {
+            "ids": [ids + [self.pad] * (width - len(ids)) for ids, _ in chats],
+            "mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in chats],
+            "counts": [mask + [0] * (width - len(mask)) for _, mask in chats],
+        }
+        ids, mask, counts = (torch.tensor(value, device=device) for value in rows.values())
+        states = hidden_states(self.live.model, ids, mask)[:, :-1]
+        chosen = counts[:, 1:].bool()
+        labels = ids[:, 1:][chosen]
+        found = token_logprobs(
+            states[chosen], labels, torch.zeros_like(labels, dtype=torch.bool), self.head, with_entropy=False
+        )
+        return found.logprobs.sum() / self.tokens
+
+
+def _encode(messages: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+    """Token ids and, for each, whether it is the assistant's."""
+    done: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    return list(done["input_ids"])[:max_length], list(done["assistant_masks"])[:max_length]
+
+
+class RewardScore:
+    """Mean score of one response to each prompt, always drawn with the same random numbers."""
+
+    def __init__(self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
+                 tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:  # fmt: skip
+        self.live, self.rows, self.prompts, self.reward = live, rows, prompts, reward
+        self.generation, self.tokenizer, self.seed = generation, tokenizer, seed
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        """The measure at a point."""
+        self.live.set(weights)
+        scores: list[float] = []
+        with self.live.at_point():
+            answers = respond(
+                self.live.model, self.prompts, self.generation, self.tokenizer, self.seed, self.generation.batch_size
+            )
+            for indices, responses in answers:
+                scores += self.reward(responses, [self.rows[row] for row in indices]).tolist()
+        return sum(scores) / len(scores)
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """Raises SalsaError: sampled responses have no slope."""
+        raise SalsaError(_NO_SLOPE.format("reward"))
+
+
+class FunctionMeasure:
+    """`function(model) -> float`: a Python function of the model at that point, its adapter active, in evaluation mode."""
+
+    def __init__(self, live: LiveSoup, function: Callable[[Any], float], name: str) -> None:
+        self.live, self.function, self.name = live, function, name
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        """The measure at a point. Raises SalsaError where the function gives no number."""
+        self.live.set(weights)
+        with torch.no_grad(), self.live.at_point():
+            found: Any = self.function(self.live.model)
+        try:
+            return float(found)
+        except (TypeError, ValueError) as error:
+            raise SalsaError(
+                f"measure {self.name}: found {found!r:.60}, expected a number (higher is better)"
+            ) from error
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """Raises SalsaError: a function of a number has no slope."""
+        raise SalsaError(_NO_SLOPE.format(self.name))
+
+
+_NO_SLOPE = "strategy learned: found the measure {}, which has no slope, expected sft_loss; or use strategy greedy"
+
+
+def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
+    """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base."""
+    recipe, section = job.recipe, job.recipe.soup
+    bench = Workbench.of(job)
+    bench.check(job.inputs)
+    live = _on_base(bench.base(), folders)
+    if section.measure == "sft_loss":
+        rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["held_out"])[: section.limit]
+        size = recipe.sft.micro_batch_size or recipe.sft.batch_size
+        return SFTLoss(live, rows, bench.tokenizer, recipe.model.max_length, size)
+    if section.measure == "reward":
+        source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
+        asked = fitting(job, bench, data.prompts(source, columns=recipe.reward.reads_columns)[: section.limit])
+        tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(asked, 1)]
+        reward = rewards.of_recipe(recipe, live.model, job.inputs, bench.tokenizer, recipe.generation.batch_size)
+        return RewardScore(live, asked, tokens, reward, recipe.generation, bench.tokenizer)
+    return FunctionMeasure(live, load_function(section.measure), section.measure)
+
+
+def _on_base(base: PreTrainedModel, folders: Sequence[Path]) -> LiveAdapters:
+    """The base with every member as a block of one adapter, nothing random in it."""
+    model = adapters.attach(base, folders[0], "start")
+    live = LiveAdapters(model, StackedAdapter.load(folders))
+    adapters.remove_dropout(model)
+    model.eval()
+    return live
+
+
+def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
+    """The measure that `salsa soup --measure` asks for. Raises SalsaError for data or a reward that it needs."""
+    tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
+    if kind == "adapters":
+        named = args.base or StackedAdapter.load(folders[:1]).members[0].config["base_model_name_or_path"]
+        require(bool(named), f"--base: found none, and {folders[0]} names none, expected the base's folder or Hub id")
+        tokenizer = load_tokenizer(str(tokenizer_of or named))
+        live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders)
+    else:
+        tokenizer = load_tokenizer(str(folders[0]))
+        model = load_base(str(folders[0]), Model(), tokenizer).eval()
+        live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders])
+    if ":" in args.measure:
+        return FunctionMeasure(live, load_function(args.measure), args.measure)
+    require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")
+    require(args.data is not None, f"--data: found none, expected held-out rows for the measure {args.measure}")
+    source = Source(path=args.data, limit=args.limit)
+    if args.measure == "sft_loss":
+        return SFTLoss(live, data.demonstrations(source), tokenizer, args.max_length, 8)
+    require(args.reward is not None, "--reward: found none, expected what scores responses")
+    asked = data.prompts(source)
+    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(asked, 1)]
+    sampling = Generation(max_new_tokens=args.max_new_tokens, batch_size=16)
+    return RewardScore(live, asked, tokens, rewards.as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)

@@ -1,0 +1,157 @@
+"""What a policy may be: refused before the first rollout, in one line, where it would train or be scored wrongly in silence.
+
+All roles share the policy's base, and a switch of adapters is all that tells them apart: so whatever of a policy lies outside its
+LoRA factors (unfrozen base weights, modules_to_save, biases, tokens) would leak into references, reward and values. Left out: their support.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from . import adapters
+from .config import SalsaError, require
+from .logprobs import head_of
+from .models import causal_lm, check_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOISE = ("drop", "jitter", "noise")
+"""Parts of the names that configurations give to what is random in training mode."""
+
+
+def check_model(model: Any) -> None:
+    """Raise SalsaError unless the model, as the user passes it, can be a policy: its kind, and for adapters PEFT's state.
+
+    What is attached to it later is for `check_trained`.
+    """
+    require(
+        isinstance(model, PeftModel | PreTrainedModel),
+        f"model: found {type(model).__name__}, expected a PeftModel with the policy active, or a PreTrainedModel",
+    )
+    if isinstance(model, PeftModel):
+        check_adapters(model)
+    check_head(model)
+
+
+def check_adapters(model: PeftModel) -> None:
+    """Raise SalsaError unless every adapter is LoRA on a base that stays as it is, and the policy alone is active, not merged."""
+    for name, config in model.peft_config.items():
+        kind = config.peft_type
+        if kind != PeftType.LORA:
+            raise SalsaError(f"model: found adapter {name!r} of kind {PeftType(kind).value}, expected LoRA")
+        adapters.check_keeps_base(config, f"model, adapter {name!r}")  # type: ignore[arg-type]
+        bias = config.bias  # type: ignore[attr-defined]
+        require(
+            bias == "none",
+            f"model: found adapter {name!r} with bias {bias!r}, expected 'none': the base's biases would be trained under all roles",
+        )
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    require(
+        not wrapped,
+        f"model: found {', '.join(wrapped[:1])} in modules_to_save or trainable_token_indices, expected LoRA factors only: references"
+        " share the base, and would see it",
+    )
+    name, layers = str(model.active_adapter), adapters.tuner_layers(model)
+    require(
+        not any(layer.disable_adapters for layer in layers),
+        f"model: found adapter {name!r} disabled, expected it active; model.base_model.enable_adapter_layers()",
+    )
+    active = sorted({other for layer in layers for other in layer.active_adapters})
+    require(active == [name], f"model: found the active adapters {active}, expected {name!r} alone; model.set_adapter")
+    require(
+        not any(layer.merged for layer in layers),
+        "model: found an adapter that is merged into the base, expected it beside it; model.unmerge_adapter()",
+    )
+
+
+def check_trained(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise SalsaError unless what trains is right: LoRA factors alone or full weights, float32, one network in both modes.
+
+    To be called when all adapters are attached and dropout is off.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    require(
+        bool(trained), "model: found no weight that requires a gradient, expected a policy to train; requires_grad_()"
+    )
+    if isinstance(model, PeftModel):
+        factors = {id(parameter) for name in model.peft_config for parameter in adapters.parameters(model, name)}
+        outside = [name for name, parameter in trained.items() if id(parameter) not in factors]
+        require(
+            not outside,
+            f"model: found {', '.join(outside[:1])} trainable, expected a frozen base under the adapter: references share it;"
+            " requires_grad_(False)",
+        )
+    check_precision(trained)
+    head_of(causal_lm(model), 1.0, int(tokenizer.eos_token_id))
+    check_noise(model)
+
+
+def check_precision(trained: dict[str, torch.nn.Parameter]) -> None:
+    """Raise SalsaError for trained weights that are not float32: PPO's steps are smaller than bf16 or fp16 can hold.
+
+    At 2e-6 AdamW moved bf16 weights 450 times less than float32 ones. The one place for an optimizer with a rounding of its own.
+    """
+    rounded = [(name, parameter.dtype) for name, parameter in trained.items() if parameter.dtype != torch.float32]
+    if rounded:
+        name, dtype = rounded[0]
+        raise SalsaError(
+            f"model: found {name} in {str(dtype).removeprefix('torch.')}, expected trained weights in float32: small steps would be"
+            " rounded away; load with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base"
+        )
+
+
+def check_noise(model: PeftModel | PreTrainedModel) -> None:
+    """Raise SalsaError where training mode gives other logits than eval mode: dropout or noise that is no module (Falcon, Mixtral)."""
+    lm = causal_lm(model)
+    probe, training, logits = torch.tensor([[1, 2, 3]], device=lm.device), lm.training, []
+    with torch.no_grad(), torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        for mode in (False, True):
+            lm.train(mode)
+            logits.append(lm(input_ids=probe, use_cache=False).logits.float())
+    lm.train(training)
+    error, scale = (logits[0] - logits[1]).abs().max().item(), max(1.0, logits[0].abs().max().item())
+    said = lm.config.get_text_config(decoder=True).to_dict().items()
+    rates = [
+        f"{name} {value}"
+        for name, value in said
+        if isinstance(value, float) and value and any(part in name for part in NOISE)
+    ]
+    require(
+        error <= 1e-2 * scale,
+        f"{lm.config.model_type}: found logits that are others in training mode (by {error:.3g}; config: {', '.join(rates) or 'no rate'}),"
+        " expected no dropout and no noise, since PPO compares a network with itself; set these to 0 and load the model again",
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTrainedModel) -> None:
+    """Raise SalsaError for a tokenizer without EOS or padding token, or with one that has no embedding; say which EOS counts."""
+    lm = causal_lm(model)
+    rows = lm.get_input_embeddings().weight.shape[0]
+    for name, token, number, remedy in (
+        ("eos_token", tokenizer.eos_token, tokenizer.eos_token_id, "set the one that ends a response"),
+        ("pad_token", tokenizer.pad_token, tokenizer.pad_token_id, "set tokenizer.pad_token = tokenizer.eos_token, which does no harm here"),
+    ):  # fmt: skip
+        require(number is not None, f"processing_class: found no {name}, expected one; {remedy}")
+        require(
+            int(number) < rows,
+            f"processing_class: found {name} {token!r} ({number}) over {rows} embeddings, expected one of them;"
+            " model.resize_token_embeddings(len(tokenizer)), or take another",
+        )
+    said = None if lm.generation_config is None else lm.generation_config.eos_token_id
+    ends = sorted({*(said if isinstance(said, list) else [said])} - {None, int(tokenizer.eos_token_id)})
+    known = zip(ends, tokenizer.convert_ids_to_tokens(ends), strict=True)  # None: none of the tokenizer's
+    others = [(number, token) for number, token in known if token is not None]
+    if others:
+        named = ", ".join(f"{token!r} ({number})" for number, token in others)
+        print(
+            f"processing_class: a response ends with {tokenizer.eos_token!r} ({tokenizer.eos_token_id}) alone, not with {named} of the"
+            " model's generation_config; set tokenizer.eos_token where another ends a turn",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip

@@ -1,0 +1,123 @@
+"""What the PPO trainer writes of its policy and reads back: an ordinary adapter or checkpoint, the value head, the optimizer; no pickles
+of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
+
+from . import adapters, checkpoints, ppo_setting, sharding
+from .config import SalsaError
+from .models import PolicyWithValueHead, causal_lm, load_weights
+from .ppo_config import SalsaPPOConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VALUE_HEAD, VALUE_ADAPTER = "value_head.safetensors", "value"
+
+
+class SavingTrainer(Trainer):
+    """A Trainer of a policy with a value head; ResumableTrainer has the checkpoints around it."""
+
+    args: SalsaPPOConfig
+    model: PolicyWithValueHead  # type: ignore[assignment]
+    processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
+    policy_name: str | None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The policy as an ordinary PEFT adapter or checkpoint with the tokenizer, the value head (and adapter) beside it; no pickles.
+
+        state_dict: all weights, which Trainer gives where they are sharded (in process 0)."""
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        policy, head = self.model.policy, self.model.value_head.state_dict()
+        weights = None
+        if state_dict is not None:
+            tied = {
+                f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()
+            }  # copies of what they are tied to
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+            weights, head = within("policy.", state_dict), within("value_head.", state_dict)
+        if isinstance(policy, PeftModel):
+            adapters.save(policy, str(self.policy_name), folder, self.processing_class, state_dict=weights)
+            if self.model.value_adapter is not None:
+                adapters.save(policy, self.model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
+        else:
+            policy.save_pretrained(folder, state_dict=weights)
+            self.processing_class.save_pretrained(folder)
+        head = {name: tensor.detach().cpu() for name, tensor in head.items()}
+        save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
+
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+        """Not in this version."""
+        raise SalsaError(
+            "push_to_hub: found a PPO trainer, which does not push yet; save_model(folder) and huggingface_hub's"
+            " upload_folder(repo_id=…, folder_path=folder) put its policy on the Hub"
+        )
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Not in this version."""
+        raise SalsaError(
+            "create_model_card: found a PPO trainer, which writes no card yet; write README.md beside the saved policy"
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's; learning rates that were changed take the place of the checkpoint's."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            options = json.loads((Path(checkpoint) / checkpoints.STATE).read_bytes())["options"]
+            ppo_setting.take_rates(self.optimizer, self.lr_scheduler, options, self.args)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer's; where the weights are sharded without its second copy of them, frozen ones too, that nothing reads."""
+        if self.is_deepspeed_enabled:
+            sharding.engine_of(self.accelerator).save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.lr_scheduler is not None
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As Trainer's. DeepSpeed's part of a checkpoint holds no frozen weights, and Trainer would ask for them."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine = sharding.engine_of(self.accelerator)
+        self.accelerator.deepspeed_engine_wrapped = sharding.LateStep(engine)
+        if resume_from_checkpoint is not None:
+            engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the scheduler: the optimizer has been loaded
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The policy's weights, the value adapter's and the value head's, in place."""
+        folder = Path(resume_from_checkpoint)
+        policy = self.model.policy
+        if isinstance(policy, PeftModel):
+            adapters.load(policy, str(self.policy_name), folder)
+            if self.model.value_adapter is not None:
+                adapters.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
+        else:
+            load_weights(policy, folder)
+        sharding.load(self.model.value_head, load_file(folder / VALUE_HEAD))
+
+
+def within(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a part of the model, by their names in it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,198 @@
+"""What a soup of full checkpoints refuses: each with one line that names file and tensor, and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_checkpoints import (
+    Change,
+    Tensors,
+    again,
+    files,
+    values,
+    write,
+)
+
+from salsa_peft import checkpoint_output, weight_streams
+from salsa_peft.checkpoint_folders import CONFIG, INDEX, SINGLE
+from salsa_peft.checkpoint_soup import average
+from salsa_peft.config import SalsaError
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a tiny tensor is several pieces and blocks, none of which ends where a tensor does."""
+    monkeypatch.setitem(weight_streams.PIECE, "cpu", 200)
+    monkeypatch.setattr(weight_streams, "BLOCK", 7)
+
+
+def edit_config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        given = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(given | changes))
+
+    return change
+
+
+def poison(value: float) -> Change:
+    def change(tensors: Tensors) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][5, 3] = value
+
+    return again(change)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / SINGLE
+    os.truncate(file, file.stat().st_size - 5)
+
+
+def lose_shard(folder: Path) -> None:
+    again(lambda tensors: None, 2)(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def rename_in_index(folder: Path) -> None:
+    again(lambda tensors: None, 2)(folder)
+    (folder / INDEX).write_text((folder / INDEX).read_text().replace("model.norm.weight", "model.norm.bias"))
+
+
+def pickled(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def escape(folder: Path) -> None:
+    again(lambda tensors: None, 2)(folder)
+    (folder / INDEX).write_text((folder / INDEX).read_text().replace("model-00001", "../model-00001"))
+
+
+def tokens(folder: Path) -> None:
+    for place, vocabulary in ((folder, {"a": 0, "b": 2}), (folder.parent / "a", {"a": 0, "b": 1})):
+        (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+
+
+REFUSED = {
+    "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"extra: found no such tensor in .*/a, expected the same names"),
+    "other shape": (again(lambda t: t.update(scale=torch.zeros(2).bfloat16())), r"b/model.safetensors: scale: found shape \[2\]"),
+    "other kind": (again(lambda t: t.update(scale=torch.tensor(1))), r"b/model.safetensors: scale: found I64, expected BF16"),
+    "architecture": (edit_config(model_type="qwen2"), r"b/config.json: model_type: found 'qwen2', expected 'llama'"),
+    "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads: found 4, expected 2"),
+    "vocabulary": (edit_config(vocab_size=41), r"b/config.json: vocab_size: found 41, expected 40"),
+    "tokens": (tokens, r"b/tokenizer.json: token 'b': found number 2, expected 1"),
+    "quantised": (edit_config(quantization_config={"quant_method": "awq"}), r"b/config.json: found quantization_config \(awq\)"),
+    "FP8": (again(lambda t: t.update(scale=t["scale"].float().to(torch.float8_e4m3fn))), r"scale: found F8_E4M3, expected BF16"),
+    "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w: found U8"),
+    "NaN": (poison(math.nan), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight: found a value that is not finite"),
+    "infinity": (poison(-math.inf), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight: found a value that is not finite"),
+    "truncated": (truncate, r"b/model.safetensors: found \d+ bytes, expected \d+: it is cut"),
+    "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: found no such file"),
+    "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias: found in no shard"),
+    "escape": (escape, r"b/model.safetensors.index.json: found no weight_map of plain file names"),
+    "pickled": (pickled, r"b: found pytorch_model.bin, which is pickled and never read"),
+    "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b: found no weights expected model.safetensors"),
+    "two layouts": (lambda folder: (folder / INDEX).write_text("{}"), r"b: found model.safetensors and model.safetensors.index.json"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), r"b/config.json: found no such file"),
+    "bad config": (lambda folder: (folder / CONFIG).write_text("[1]"), r"b/config.json: found a list, expected a mapping"),
+    "adapter": (lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"), r"b: found a PEFT adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_refusal_names_file_and_tensor_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    change, line = REFUSED[name]
+    a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
+    change(b)
+    with pytest.raises(SalsaError, match=line) as caught:
+        average(tmp_path / "out", [a, b], [0.5, 0.5])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "line"),
+    [
+        ([1.0], "weights: found 1 .*expected 2"),
+        ([0.5, math.nan], "expected finite numbers"),
+        ([0.0, 0.0], "at least one that is not 0"),
+        ([], "weights: found 0"),
+    ],
+)
+def test_weights_are_checked(tmp_path: Path, weights: list[float], line: str) -> None:
+    with pytest.raises(SalsaError, match=line):
+        average(tmp_path / "out", [tmp_path / "a", tmp_path / "b"], weights)
+
+
+def test_float16_that_overflows_is_refused(tmp_path: Path) -> None:
+    """Members are finite, the extrapolated soup is not."""
+    folders = [
+        write(tmp_path / name, {"w": torch.full((9,), value).half()}) for name, value in (("a", 6e4), ("b", -6e4))
+    ]
+    with pytest.raises(SalsaError, match=r"w: found a weighted sum that float16 cannot hold"):
+        average(tmp_path / "out", folders, [2, -1])
+
+
+def test_a_missing_device_is_refused(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", values(0))
+    with pytest.raises(SalsaError, match="device: found 'tpu', expected cpu or cuda"):
+        average(tmp_path / "out", [a, a], [0.5, 0.5], device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(SalsaError, match="no CUDA device is here"):
+            average(tmp_path / "out", [a, a], [0.5, 0.5], device="cuda")
+
+
+def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
+    """As runs.write_manifest writes it; another tool's manifest.json is not looked at."""
+    a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
+    listed = {
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in b.iterdir()
+    }
+    (b / "manifest.json").write_text(json.dumps({"files": listed}))
+    (a / "manifest.json").write_text(json.dumps({"files": ["of another tool"]}))
+    average(tmp_path / "out", [a, b], [0.5, 0.5])
+    raw = bytearray((b / SINGLE).read_bytes())
+    raw[-100] ^= 1
+    (b / SINGLE).write_bytes(raw)
+    with pytest.raises(SalsaError, match=r"b/model.safetensors: found SHA-256 .*its bytes changed"):
+        average(tmp_path / "none", [a, b], [0.5, 0.5])
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_a_soup_is_written_over(tmp_path: Path) -> None:
+    """Nor is a member, a file, an adapter or somebody's model; an earlier soup of more shards leaves none of them."""
+    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1))
+    os.symlink(a, tmp_path / "link")
+    for out, line in ((a, "a member of the soup itself"), (tmp_path / "link", "a member of the soup itself")):
+        with pytest.raises(SalsaError, match=line):
+            average(out, [a, b], [0.5, 0.5])
+    foreign = write(tmp_path / "foreign", values(2))
+    before = files(foreign)
+    with pytest.raises(SalsaError, match=r"foreign: found config.json there and no soup.json"):
+        average(foreign, [a, b], [0.5, 0.5])
+    assert files(foreign) == before
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "file").write_text("x")
+    for name, line in (("adapter", "found an adapter there"), ("file", "found a file, expected a folder")):
+        with pytest.raises(SalsaError, match=line):
+            average(tmp_path / name, [a, b], [0.5, 0.5])
+    average(tmp_path / "out", [a, b], [0.5, 0.5])
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    average(tmp_path / "out", [b, a], [0.5, 0.5])
+    average(tmp_path / "fresh", [b, a], [0.5, 0.5])
+    assert files(tmp_path / "out", ("soup.json", "notes.txt")) == files(tmp_path / "fresh")
+    assert (tmp_path / "out" / "notes.txt").exists()
+
+
+def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(checkpoint_output.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(SalsaError, match=r"out: found 10 free bytes on its disk"):
+        average(tmp_path / "out", [a, b], [0.5, 0.5])

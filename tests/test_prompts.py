@@ -1,0 +1,84 @@
+"""The trainer's datasets: what is no row of prompts is refused by its number; what is too long is left out and told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plain_ppo import PROMPTS
+
+from salsa_peft.config import SalsaError
+from salsa_peft.prompts import Encoder
+
+CHAT = PROMPTS[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (None, "data: found None, expected rows with"),
+        ({"train": PROMPTS}, r"data: found dict of \['train'\], .* pass one of these"),
+        (["a b"], "data, row 1: found 'a b', expected a mapping"),
+        ([PROMPTS[0], {"prompt": None, "id": 1}], "data, row 2, prompt: found None, expected text or messages"),
+        ([{"text": "a"}], "data, row 1: found the columns text, expected `prompt` or `input_ids`"),
+        ([{"prompt": [{"role": "system", "content": "be good"}, *CHAT]}], "data, row 1, prompt: the tokenizer's chat template refuses it"),
+        ([{"prompt": [*CHAT, {"role": "assistant", "content": "owl"}]}], "data, row 1, prompt: found a last turn of assistant"),
+        ([{"input_ids": [1, 9999]}], r"data, row 1: found token id \[9999\], expected 0 to 64"),
+        ([{"input_ids": [1, -1]}], r"data, row 1: found token id \[-1\], expected 0 to 64"),
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt(tokenizer: Any, rows: Any, line: str) -> None:
+    with pytest.raises(SalsaError, match=line):
+        Encoder(tokenizer, None, len(tokenizer))(rows, "data")
+
+
+def test_datasets(tokenizer: Any) -> None:
+    """Hugging Face's, also as tensors, and a plain list."""
+    from datasets import Dataset, DatasetDict
+
+    encode = Encoder(tokenizer, None, len(tokenizer))
+    made = Dataset.from_dict({"input_ids": [[3, 4, 5], [6]]})
+    for rows in (made, made.with_format("torch"), made.to_iterable_dataset(), list(made)):
+        assert [prompt.tokens for prompt in encode(rows, "data")[0]] == [[3, 4, 5], [6]]
+    with pytest.raises(SalsaError, match=r"data: found DatasetDict of \['train'\]"):
+        encode(DatasetDict(train=made), "data")
+
+
+def test_what_is_left_out_is_told_once(tokenizer: Any, capsys: Any) -> None:
+    """Empty ones and those that are too long; by one process."""
+    rows = [{"input_ids": [5] * length} for length in (0, 1, 3, 4, 9)]
+    kept, left_out = Encoder(tokenizer, 3, 10)(rows, "train_dataset")
+    assert ([len(prompt.tokens) for prompt in kept], left_out) == ([1, 3], 3)
+    said = capsys.readouterr().err
+    assert said.startswith("train_dataset: 3 of 5 prompts left out: empty, or longer than 3 tokens (max_prompt_length")
+    Encoder(tokenizer, 3, 10, quiet=True)(rows, "train_dataset")
+    Encoder(tokenizer, 9, 10)(rows[1:], "train_dataset")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_longest_prompt(make_base: Any, tokenizer: Any) -> None:
+    """What leaves room for a response in the policy and in every reference, and max_prompt_length where that is less."""
+
+    def longest(*positions: int, given: int | None = None) -> int | None:
+        models = [make_base(max_position_embeddings=number) for number in positions]
+        args: Any = SimpleNamespace(max_new_tokens=7, max_prompt_length=given, process_index=0)
+        return Encoder.of(models, args, tokenizer).longest
+
+    assert (longest(64), longest(64, given=200), longest(64, given=9)) == (57, 57, 9)
+    assert longest(64, 16) == 9
+    with pytest.raises(
+        SalsaError, match="max_new_tokens: found 7, expected less than the 7 tokens that the models read"
+    ):
+        longest(64, 7)
+
+
+def test_the_trainer_tells_of_both_sets(make_trainer: Any, capsys: Any) -> None:
+    """Also of one that evaluate() is given; a set too long for all its prompts is refused there."""
+    long = [{"input_ids": [5] * 58}]
+    trainer = make_trainer(prompts=PROMPTS + long, eval_dataset=PROMPTS[:2] + long)
+    assert (trainer.left_out, len(trainer.eval_dataset)) == (1, 2)
+    said = capsys.readouterr().err
+    assert "train_dataset: 1 of 17 prompts left out" in said and "eval_dataset: 1 of 3 prompts left out" in said
+    with pytest.raises(SalsaError, match="eval_dataset: found none"):
+        trainer.evaluate(long)

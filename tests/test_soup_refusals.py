@@ -1,0 +1,245 @@
+"""Every refusal of a soup of adapters, in one line that names the folder; and which warnings let pass."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from made_members import Q0, WEIGHTS, edit, edit_tensors, make_llama, train
+from transformers import LlamaForCausalLM
+
+from salsa_peft.config import SalsaError
+from salsa_peft.soup import StackedAdapter, main, soup
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    return make_llama()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def drop(key: str) -> Callable[[Path], None]:
+    return lambda member: edit_tensors(member, lambda tensors: tensors.pop(f"base_model.model.{key}"))
+
+
+def put(key: str, shape: tuple[int, ...] = (2, 2), dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
+    return lambda member: edit_tensors(
+        member, lambda t: t.update({f"base_model.model.{key}": torch.zeros(shape, dtype=dtype)})
+    )
+
+
+def poison(member: Path) -> None:
+    edit_tensors(member, lambda tensors: tensors[f"base_model.model.{Q0}.lora_A.weight"].view(-1)[3:4].fill_(math.nan))
+
+
+def rename(old: str, new: str) -> Callable[[Path], object]:
+    return lambda member: (member / old).rename(member / new)
+
+
+def truncate(member: Path) -> None:
+    path = member / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def configure(**fields: object) -> Callable[[Path], None]:
+    return lambda member: edit(member, **fields)
+
+
+def other_base(member: Path) -> None:
+    edit(member, base_model_name_or_path="org/other")
+    (member / "fingerprint.json").unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda member: (member / name).write_text(text)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dora": (configure(use_dora=True), "use_dora is True: DoRA's delta is not linear"),
+    "dora tensor": (
+        put(f"{Q0}.lora_magnitude_vector.weight", (16,)),
+        f"{Q0}.lora_magnitude_vector.weight: DoRA's delta",
+    ),
+    "lora_bias": (
+        configure(lora_bias=True),
+        f"{Q0}.lora_B.bias: adapter_config.json has lora_bias True: the two files",
+    ),
+    "lora_bias tensor": (put(f"{Q0}.lora_B.bias", (16,)), f"{Q0}.lora_B.bias: adapter_config.json has lora_bias False"),
+    "bias": (configure(bias="some"), "bias is 'some', expected one of none, all, lora_only"),
+    "bias tensor": (put(f"{Q0}.base_layer.bias", (16,)), f"{Q0}.base_layer.bias: adapter_config.json has bias 'none'"),
+    "bias of one": (
+        lambda m: [configure(bias="all")(m), put(f"{Q0}.base_layer.bias", (16,))(m)],
+        f"found no {Q0}.bias, which ",
+    ),
+    "bias saved twice": (
+        lambda m: [configure(bias="all")(m), put("score.original_module.bias", (2,))(m)],
+        "score.original_module.bias: a bias of modules_to_save saved twice",
+    ),
+    "another tuner": (configure(peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
+    "trainable tokens": (
+        configure(trainable_token_indices=[1]),
+        "found no token_adapter.trainable_tokens_delta, though",
+    ),
+    "token tensor": (
+        put("model.embed_tokens.token_adapter.trainable_tokens_delta"),
+        "trainable_tokens_delta: adapter_config.json has no trainable_token_indices",
+    ),
+    "token rows": (
+        lambda m: [
+            configure(trainable_token_indices=[1])(m),
+            put("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 16))(m),
+        ],
+        "trainable_tokens_delta has 2 rows, expected 1 from trainable_token_indices",
+    ),
+    "modules_to_save": (configure(modules_to_save=["score"]), "found no tensor of modules_to_save ['score']"),
+    "saved by one": (
+        lambda m: [configure(modules_to_save=["score"])(m), put("score.weight")(m)],
+        "found no score.weight, which ",
+    ),
+    "saved embeddings of one": (put("model.embed_tokens.weight"), "found no model.embed_tokens.weight, which"),
+    "saved parameter": (
+        put("model.embed_tokens.scale"),
+        "embed_tokens.scale: unknown tensor, expected a module of modules_to_save",
+    ),
+    "embedding lora alone": (
+        put("model.embed_tokens.lora_embedding_A"),
+        "has lora_embedding_A alone, expected lora_embedding_A and",
+    ),
+    "kinds of fields": (configure(target_modules=3), "target_modules is 3, expected list or str"),
+    "regex": (configure(target_modules="(q_proj"), "target_modules is not a regular expression"),
+    "pattern": (configure(rank_pattern={"(q": 3}), "a pattern is not a regular expression"),
+    "manifest": (
+        lambda m: (m / "manifest.json").write_text(json.dumps({"files": {WEIGHTS: {"size": 1, "sha256": "0"}}})),
+        "adapter_model.safetensors is not what manifest.json says",
+    ),
+    "manifest, missing": (
+        lambda m: (m / "manifest.json").write_text(
+            json.dumps({"files": {"tokenizer.json": {"size": 1, "sha256": "0"}}})
+        ),
+        "tokenizer.json is missing, manifest.json lists it",
+    ),
+    "target_parameters": (configure(target_parameters=["experts.w"]), "LoRA on bare parameters"),
+    "layer_replication": (
+        configure(layer_replication=[[0, 2], [0, 2]]),
+        "layer_replication is [[0, 2], [0, 2]]: it changes",
+    ),
+    "unknown option": (configure(use_warp=True), "use_warp is True: a soup has no rule for this option"),
+    "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the base's own weights"),
+    "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
+    "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x', expected"),
+    "not json": (write("adapter_config.json", "{"), "adapter_config.json is not JSON"),
+    "list": (write("adapter_config.json", "[]"), "adapter_config.json holds a list, expected a mapping"),
+    "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json is not JSON"),
+    "no config": (rename("adapter_config.json", "x"), "found neither adapter_config.json nor config.json"),
+    "no weights": (rename("adapter_model.safetensors", "x"), "adapter_model.safetensors is missing"),
+    "pickled": (rename("adapter_model.safetensors", "adapter_model.bin"), "which is pickled and never read"),
+    "truncated": (truncate, "adapter_model.safetensors: found "),
+    "not safetensors": (write(WEIGHTS, "nonsense that is long enough"), "adapter_model.safetensors: found "),
+    "empty": (lambda m: edit_tensors(m, lambda tensors: tensors.clear()), "holds no tensors"),
+    "nan": (poison, f"{Q0}.lora_A.weight holds values that are not finite"),
+    "half": (drop(f"{Q0}.lora_B.weight"), f"{Q0} has lora_A alone"),
+    "infinite": (
+        lambda m: edit_tensors(m, lambda t: t[f"base_model.model.{Q0}.lora_B.weight"].fill_(-math.inf)),
+        "not finite",
+    ),
+    "half a convolution": (
+        put(f"{Q0}.lora_A.weight", (2, 16, 1, 1)),
+        f"{Q0} has lora_A [2, 16, 1, 1] and lora_B [16, 2], expected two matrices, or a convolution's",
+    ),
+    "groups": (
+        lambda m: [put(f"{Q0}.lora_A.weight", (2, 16, 1))(m), put(f"{Q0}.lora_B.weight", (16, 1, 1))(m)],
+        "expected rank 2 from adapter_config.json: the two files do not belong together; convolutions in groups are not",
+    ),
+    "integers": (put(f"{Q0}.lora_A.weight", (2, 16), torch.int8), "is I8 of shape [2, 16], expected one of F64, F32"),
+    "rank": (put(f"{Q0}.lora_A.weight", (3, 16)), f"{Q0} has lora_A [3, 16] and lora_B [16, 2], expected rank 2"),
+    "width": (put(f"{Q0}.lora_A.weight", (2, 15)), f"{Q0} maps 15 to 16 features"),
+    "unknown tensor": (put(f"{Q0}.lora_C.weight"), f"{Q0}.lora_C.weight: unknown tensor"),
+    "not targeted": (configure(target_modules=["v_proj"]), f"{Q0} is not among the target_modules"),
+    "other base": (other_base, "names the base 'org/other@main'"),
+    "other revision": (lambda m: [edit(m, revision="v2"), (m / "fingerprint.json").unlink()], "@v2'"),
+    "other fingerprint": (write("fingerprint.json", '{"base": "abc"}'), "was trained on base abc…"),
+    "bad fingerprint": (write("fingerprint.json", '{"base": 1}'), "base is 1, expected the SHA-256"),
+    "task": (configure(task_type="SEQ_2_SEQ_LM"), "has task_type 'SEQ_2_SEQ_LM'"),
+}
+
+
+class TestRefusals:
+    @pytest.fixture(scope="class")
+    def pair(self, base, tmp_path_factory) -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp("pair")
+        return train(base, root / "good", 0, target_modules=["q_proj", "v_proj", "o_proj"]), train(
+            base, root / "bad", 1
+        )
+
+    @pytest.mark.parametrize("case", REFUSALS)
+    def test_one_line_that_names_the_folder(self, case, pair, folder, capsys) -> None:
+        import shutil
+
+        good, bad = (Path(shutil.copytree(member, folder / member.name)) for member in pair)
+        spoil, line = REFUSALS[case]
+        spoil(bad)
+        assert main([str(folder / "soup"), str(good), str(bad)]) == 2
+        captured = capsys.readouterr()
+        shown = [text for text in captured.err.splitlines() if not text.startswith("warning: ")]
+        assert len(shown) == 1 and shown[0].startswith("salsa soup: ") and line in shown[0] and str(bad) in shown[0]
+        assert captured.out == "" and not (folder / "soup").exists()
+
+    def test_fingerprints_decide_over_names_and_one_that_is_missing_is_warned_of(
+        self, base, folder: Path, caplog
+    ) -> None:
+        members = [train(base, folder / "a", 0), train(base, folder / "b", 1)]
+        edit(members[1], base_model_name_or_path="the/same/elsewhere")
+        soup(folder / "soup", members)
+        assert not caplog.messages
+        edit(
+            members[1],
+            base_model_name_or_path=json.loads((members[0] / "adapter_config.json").read_text())[
+                "base_model_name_or_path"
+            ],
+        )
+        (members[1] / "fingerprint.json").unlink()
+        soup(folder / "soup", members)
+        assert caplog.messages == [
+            f"warning: {members[1]} has no fingerprint.json: that its base is the others' is believed, not checked"
+        ]
+
+    @pytest.mark.parametrize(
+        ("weights", "line"),
+        [
+            ([0.5], "found 1 (0.5), expected 2"),
+            ([0.5, 0.3, 0.2], "found 3"),
+            ([math.nan, 1], "expected finite numbers"),
+            ([math.inf, -math.inf], "expected finite numbers"),
+            ([0.5, 0.4], "0.5, 0.4 sum to 0.9, expected 1"),
+        ],
+    )
+    def test_weights(self, base, folder: Path, weights: list[float], line: str) -> None:
+        members = [train(base, folder / "a", 0), train(base, folder / "b", 1)]
+        with pytest.raises(SalsaError) as caught:
+            soup(folder / "soup", members, weights)
+        assert line in str(caught.value) and not (folder / "soup").exists()
+        if not math.isclose(sum(weights), 0.9):
+            with pytest.raises(SalsaError):
+                StackedAdapter.load(members).state_dict(weights)
+
+    def test_no_members_names_and_strategy(self, base, folder: Path) -> None:
+        member = train(base, folder / "a", 0)
+        with pytest.raises(SalsaError, match="expected at least one"):
+            soup(folder / "soup", [])
+        with pytest.raises(SalsaError, match="names: found 2, expected 1"):
+            StackedAdapter.load([member], ["a", "b"])
+        with pytest.raises(SalsaError, match="found 'slurp', expected one of linear"):
+            soup(folder / "soup", [member], strategy="slurp")
+        (folder / "file").touch()
+        with pytest.raises(SalsaError, match="is a file"):
+            soup(folder / "file", [member])
