@@ -188,8 +188,12 @@ def check_out(folder: Path, members: Sequence[Member]) -> None:
 
 
 def make_room(folder: Path) -> None:
-    """Take an earlier soup's other files away, its configuration first: from here on the folder opens nowhere."""
-    for name in (CONFIG, SUMMARY, FINGERPRINT, *TOKENIZER):
+    """Take an earlier soup's other files away, its configuration first: from here on the folder opens nowhere.
+
+    Its summary goes last: where there is none, a tokenizer in the folder is not a soup's, and stays.
+    """
+    ours = (CONFIG, FINGERPRINT, *TOKENIZER, SUMMARY) if (folder / SUMMARY).exists() else (CONFIG,)
+    for name in ours:
         (folder / name).unlink(missing_ok=True)
 
 

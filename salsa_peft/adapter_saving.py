@@ -6,7 +6,6 @@ whole or not at all, soup.json after them and adapter_config.json last, so that 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import time
@@ -32,10 +31,11 @@ from .adapter_folders import (
     write_json,
 )
 from .adapter_tensors import Member
+from .checkpoint_output import LOCK
 from .config import require
 from .float_arrays import Array
 from .recompression import moments, recompress, squared_norm
-from .runs import sync_folder
+from .runs import locked, sync_folder
 from .safetensors_files import BITS, NAMES, make_header, writing
 from .soup_config import config_fields
 from .soup_summary import Tally, errors, relative, summarise
@@ -71,24 +71,38 @@ def save(
 ) -> dict[str, Any]:
     """Write the folder and return the summary, which is its soup.json too.
 
-    Raises SalsaError, and leaves nothing new behind, for what cannot be averaged or written; an earlier soup in the folder stays
-    until the new weights are there.
+    Raises SalsaError, and leaves nothing new behind, for what cannot be averaged or written, and for a folder that another process
+    writes; an earlier soup in the folder stays until the new weights are there.
     """
-    start = time.perf_counter()
     code, ranks = dtype_code(options.dtype, stacks.dtype), kept_ranks(stacks.shapes, options.rank)
     check_out(folder, members)
-    tally = Tally(np.zeros((len(members), len(members))))
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_remains(folder)
-    try:
-        with float_arrays.one_thread():
-            write_weights(folder, sections(members, stacks, weights, code, ranks, tally, options.progress))
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
+    with locked(folder):
+        try:
+            check_out(folder, members)  # again: until now another process may have written there
+            remove_remains(folder)
+            return _save(members, stacks, folder, weights, options, code, ranks)
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
                 folder.rmdir()
-        raise
+
+
+def _save(
+    members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], options: SaveOptions,
+    code: str, ranks: dict[str, int],
+) -> dict[str, Any]:  # fmt: skip
+    """What `save` does in a folder that is locked."""
+    start = time.perf_counter()
+    tally = Tally(np.zeros((len(members), len(members))))
+    with float_arrays.one_thread():
+        write_weights(folder, sections(members, stacks, weights, code, ranks, tally, options.progress))
+    summary = summarise(members, weights, tally.gram, ranks)
+    rounding = relative(tally.rounding, sum(tally.norms.values()) - sum(tally.lost.values()))
+    summary |= {"strategy": options.strategy, "dtype": NAMES[code], "rounding": rounding, "rank": options.rank}
+    summary |= {"error": errors(tally) if options.rank else None, **options.more}
+    summary |= {"bytes": (folder / WEIGHTS).stat().st_size, "seconds": round(time.perf_counter() - start, 3)}
+    write_json(folder / SUMMARY, summary)  # from here on what lies beside the weights is known as ours
     for name in TOKENIZER:
         source = members[0].folder / name
         if source.is_file():
@@ -96,12 +110,6 @@ def save(
     fingerprints = {member.fingerprint for member in members}
     if len(fingerprints) == 1 and None not in fingerprints:
         write_json(folder / FINGERPRINT, {"base": fingerprints.pop()})
-    summary = summarise(members, weights, tally.gram, ranks)
-    rounding = relative(tally.rounding, sum(tally.norms.values()) - sum(tally.lost.values()))
-    summary |= {"strategy": options.strategy, "dtype": NAMES[code], "rounding": rounding, "rank": options.rank}
-    summary |= {"error": errors(tally) if options.rank else None, **options.more}
-    summary |= {"bytes": (folder / WEIGHTS).stat().st_size, "seconds": round(time.perf_counter() - start, 3)}
-    write_json(folder / SUMMARY, summary)
     write_json(folder / CONFIG, config_fields(members, ranks))
     sync_folder(folder)
     return summary

@@ -9,13 +9,15 @@ are chosen is in strategies.py, "I want to add a strategy" a row there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
+from salsa_peft.adapter_folders import check_out
 from salsa_peft.checks import HUB_ID
 from salsa_peft.config import require
+from salsa_peft.hub_errors import said_in_a_line
 from salsa_peft.stacked_adapter import StackedAdapter, check_weights
 from salsa_peft.strategies import STRATEGIES, Ask, Choice, Measure
 
@@ -64,51 +66,97 @@ def soup(
     """Average adapters, or checkpoints, into the folder `out` (weights: uniform unless given); the summary, also out/soup.json.
 
     Members are folders or Hub ids, all of one kind. `options` are Options' fields; `names` are what the summary calls the members
-    (default: their folders' names); `progress` is told (done, in all), modules or bytes. Raises SalsaError for what cannot be averaged; then nothing is written.
+    (default: the ends of their paths); `progress` is told (done, in all), modules or bytes. Raises SalsaError for what cannot be
+    averaged; then nothing is written.
     """
     known = [field.name for field in dataclasses.fields(Options)]
     wrong = next((name for name in options if name not in known), None)
     require(wrong is None, f"{wrong}: found no such option of a soup, expected one of {', '.join(known)}")
     asked = Options(**options)
-    require(
-        asked.strategy in STRATEGIES,
-        f"strategy: found {asked.strategy!r}, expected one of {', '.join(STRATEGIES)}",
-    )
     require(bool(members), "members: found none, expected at least one adapter or checkpoint")
     folders = [local(member) for member in members]
-    kind = kind_of(folders)
     given = [1 / len(folders)] * len(folders) if weights is None else list(weights)
     total = sum(check_weights(given, len(folders)))
     if asked.normalize:
         require(total != 0, f"weights: found {given}, which sum to 0 and can't be normalised, expected another sum")
         given = [weight / total for weight in given]
     check_weights(given, len(folders), sum_to_one=True)
-    made = _adapters if kind == ADAPTERS else _checkpoints
-    return made(Path(out), folders, given, asked, names, progress)
+    names = called(members) if names is None else names
+    if kind_of(folders) == CHECKPOINTS:
+        return _checkpoints(Path(out), folders, given, asked, check(Path(out), folders, asked), names, progress)
+    stacked = StackedAdapter.load(folders, names)
+    return _adapters(Path(out), stacked, given, asked, check(Path(out), folders, asked, stacked), progress)
+
+
+def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAdapter | None = None) -> Path | None:
+    """Raise SalsaError for whatever can be refused before weights are looked for; → the base's folder, where one is used.
+
+    stacked: the members, where they are adapters and have been read.
+    """
+    require(
+        asked.strategy in STRATEGIES,
+        f"strategy: found {asked.strategy!r}, expected one of {', '.join(STRATEGIES)}",
+    )
+    require(asked.steps > 0, f"steps: found {asked.steps}, expected at least 1")
+    require(asked.step_size > 0, f"step_size: found {asked.step_size}, expected more than 0")
+    if kind_of(folders) == CHECKPOINTS:
+        for name in ("rank", "dtype", "merge", "quantized_base"):
+            value = getattr(asked, name)
+            require(not value, f"{name}: found {value} with checkpoints as members, expected none: it is for adapters")
+        require(
+            asked.strategy != "slerp" or asked.base is not None,
+            "strategy slerp: found checkpoints and no base, expected the base that they were trained from: the angle is that of what"
+            " each added to it",
+        )
+        return None if asked.base is None else local(asked.base)
+    require(
+        asked.device == "cpu", f"device: found {asked.device}, expected cpu: adapters are small; it is for checkpoints"
+    )
+    require(asked.rank is None or asked.rank > 0, f"rank: found {asked.rank}, expected at least 1")
+    members = (stacked or StackedAdapter.load(folders)).members
+    if not asked.merge:
+        require(
+            asked.quantized_base is None,
+            f"quantized_base: found {asked.quantized_base} without merge, expected both: an adapter's soup does not read the base",
+        )
+        check_out(out, members)
+        return None
+    for name, why in (("rank", "is exact and has no rank"), ("dtype", "has the base's")):
+        value = getattr(asked, name)
+        require(value is None, f"{name}: found {value} with merge, expected none: a merged soup {why}")
+    return local(*base_of(members[0].config, folders[0], asked.base))
+
+
+def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:
+    """The base's folder or Hub id, and its revision: as given, else what an adapter's configuration names. Raises SalsaError for none."""
+    if given is not None:
+        return given, None
+    named = config["base_model_name_or_path"]
+    require(
+        bool(named), f"base: found none, and {folder / ADAPTER_CONFIG} names none, expected the base's folder or Hub id"
+    )
+    return named, config["revision"]
 
 
 def _choose(asked: Options, weights: list[float], gram: Callable[[], Any]) -> Choice:
     return STRATEGIES[asked.strategy](Ask(weights, gram, asked.measure, asked.steps, asked.step_size))
 
 
-def _adapters(out: Path, folders: list[Path], weights: list[float], asked: Options, names: Sequence[str] | None,
+def _adapters(out: Path, stacked: StackedAdapter, weights: list[float], asked: Options, base: Path | None,
               progress: Progress | None) -> dict[str, Any]:  # fmt: skip
-    stacked = StackedAdapter.load(folders, names)
-    require(
-        asked.device == "cpu", f"device: found {asked.device}, expected cpu: adapters are small; it is for checkpoints"
-    )
-    require(
-        asked.merge or asked.quantized_base is None,
-        f"quantized_base: found {asked.quantized_base} without merge, expected both: an adapter's soup does not read the base",
-    )
     choice = _choose(asked, weights, stacked.gram)
+    more = _chosen(weights, choice, asked)
     used = [i for i, weight in enumerate(choice.weights) if weight]
-    if 0 < len(used) < len(folders):  # a block of zeros would be rank for nothing
-        left_out = [stacked.members[i].name for i in range(len(folders)) if i not in used]
-        stacked = StackedAdapter.load([folders[i] for i in used], [stacked.members[i].name for i in used])
+    members = stacked.members
+    if 0 < len(used) < len(members):  # a block of zeros would be rank for nothing
+        more["left_out"] = [members[i].name for i in range(len(members)) if i not in used]
+        stacked = StackedAdapter.load([members[i].folder for i in used], [members[i].name for i in used])
         choice = Choice([choice.weights[i] for i in used], choice.tried)
-    else:
-        left_out = []
+    if base is not None:
+        from salsa_peft import merged_soup
+
+        return merged_soup.merge(out, base, stacked, choice.weights, strategy=asked.strategy,
+                                 quantized_base=asked.quantized_base, progress=progress, more=more)  # fmt: skip
     done = 0
 
     def tell(modules: int, total: int) -> None:
@@ -117,54 +165,32 @@ def _adapters(out: Path, folders: list[Path], weights: list[float], asked: Optio
         if progress is not None:
             progress(done, total)
 
-    more = _chosen(weights, choice, asked) | ({"left_out": left_out} if left_out else {})
-    if not asked.merge:
-        return stacked.save(
-            out, choice.weights, strategy=asked.strategy, rank=asked.rank, dtype=asked.dtype, progress=tell, more=more
-        )
-    require(
-        asked.rank is None,
-        f"rank: found {asked.rank} with merge, expected none: a merged soup is exact and has no rank",
+    return stacked.save(
+        out, choice.weights, strategy=asked.strategy, rank=asked.rank, dtype=asked.dtype, progress=tell, more=more
     )
-    require(asked.dtype is None, f"dtype: found {asked.dtype} with merge, expected none: a merged soup has the base's")
-    named = stacked.members[0].config["base_model_name_or_path"]
-    base = asked.base if asked.base is not None else named
-    require(
-        bool(base),
-        f"base: found none, and {folders[0] / ADAPTER_CONFIG} names none, expected the base's folder or Hub id",
-    )
-    from salsa_peft import merged_soup
-
-    return merged_soup.merge(out, local(str(base)), stacked, choice.weights, strategy=asked.strategy,
-                             quantized_base=asked.quantized_base, progress=progress, more=more)  # fmt: skip
 
 
-def _checkpoints(out: Path, folders: list[Path], weights: list[float], asked: Options, names: Sequence[str] | None,
+def _checkpoints(out: Path, folders: list[Path], weights: list[float], asked: Options, base: Path | None, names: Sequence[str],
                  progress: Progress | None) -> dict[str, Any]:  # fmt: skip
     from salsa_peft import checkpoint_soup
-
-    for name in ("rank", "dtype", "merge", "quantized_base"):
-        value = getattr(asked, name)
-        require(not value, f"{name}: found {value} with checkpoints as members, expected none: it is for adapters")
-    base = None if asked.base is None else local(str(asked.base))
-    require(
-        asked.strategy != "slerp" or base is not None,
-        "strategy slerp: found checkpoints and no base, expected the base that they were trained from: the angle is that of what each"
-        " added to it",
-    )
 
     def gram() -> Any:
         assert base is not None
         return checkpoint_soup.gram(folders, base, device=asked.device)
 
     choice = _choose(asked, weights, gram)
-    rest = 1 - sum(choice.weights)  # of the base: Σ w_i δ_i added to it is Σ w_i θ_i + (1 − Σ w_i) θ_base
-    with_base = base is not None and abs(rest) > 1e-9
-    return checkpoint_soup.average(
-        out, [*folders, *([base] if with_base and base is not None else [])], [*choice.weights, *([rest] if with_base else [])],
-        names=None if names is None else [*names, *(["base"] if with_base else [])], device=asked.device, base=base,
-        strategy=asked.strategy, progress=progress, more=_chosen(weights, choice, asked),
-    )  # fmt: skip
+    members, shares, called = list(folders), list(choice.weights), list(names)
+    rest = 1 - sum(shares)  # of the base: Σ w_i δ_i added to it is Σ w_i θ_i + (1 − Σ w_i) θ_base
+    if base is not None and abs(rest) > 1e-9:
+        members, shares, called = [*members, base], [*shares, rest], [*called, "base"]
+    return checkpoint_soup.average(out, members, shares, names=called, device=asked.device, base=base, strategy=asked.strategy,
+                                   progress=progress, more=_chosen(weights, choice, asked))  # fmt: skip
+
+
+def called(members: Sequence[Path | str]) -> list[str]:
+    """What a summary calls the members: the ends of their paths or ids, where these differ."""
+    ends = [str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
+    return ends if len(set(ends)) == len(ends) else [str(member) for member in members]
 
 
 def _chosen(weights: list[float], choice: Choice, asked: Options) -> dict[str, Any]:
@@ -193,8 +219,8 @@ def kind_of(folders: Sequence[Path]) -> str:
     return kinds[0]
 
 
-def local(member: Path | str) -> Path:
-    """A folder as it is; a Hub id → its files in the Hub's cache. Raises SalsaError for what is neither."""
+def local(member: Path | str, revision: str | None = None) -> Path:
+    """A folder as it is; a Hub id → its files in the Hub's cache. Raises SalsaError for what is neither, or not to be had."""
     if Path(member).is_dir():
         return Path(member)
     require(
@@ -203,4 +229,5 @@ def local(member: Path | str) -> Path:
     )
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(member), allow_patterns=MEMBER_FILES))
+    with said_in_a_line(f"{member} (which is no folder here)"):
+        return Path(snapshot_download(str(member), revision=revision, allow_patterns=MEMBER_FILES))

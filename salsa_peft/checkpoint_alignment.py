@@ -31,8 +31,10 @@ def align(head: Checkpoint, other: Checkpoint) -> dict[str, Place]:
     """
     _check_config(head, other)
     _check_vocabulary(head, other)
-    places = dict(other.tensors)
-    for name in sorted(head.tensors.keys() ^ other.tensors.keys()):
+    places, mine, yours = dict(other.tensors), _both_embeddings(head), _both_embeddings(other)
+    if mine is not None and yours is not None:
+        places[mine] = places.pop(yours)
+    for name in sorted(head.tensors.keys() ^ places.keys()):
         lacks, has = (other, head) if name in head.tensors else (head, other)
         partner = tied_partner(has, name)
         if partner is None or has.tied is False or lacks.tied is False or partner not in other.tensors:
@@ -54,6 +56,12 @@ def align(head: Checkpoint, other: Checkpoint) -> dict[str, Place]:
         same = there.entry.dtype == entry.dtype or (there.entry.dtype in FLOATS and entry.dtype in FLOATS)
         require(same, f"{there.file.path}: {name}: found {there.entry.dtype}, expected {entry.dtype} as in {file.path}")
     return places
+
+
+def _both_embeddings(checkpoint: Checkpoint) -> str | None:
+    """The one tensor that is input and output embeddings of a tied model, under either name."""
+    names = [name for name in checkpoint.tensors if name.endswith((HEAD, *EMBEDDINGS))]
+    return names[0] if checkpoint.tied and len(names) == 1 else None
 
 
 def check_tied(checkpoint: Checkpoint) -> None:
@@ -109,23 +117,57 @@ def _check_config(head: Checkpoint, other: Checkpoint) -> None:
                     f"{other.folder / CONFIG}: {field}: found {yours[field]!r:.80}, expected {mine[field]!r:.80} as in {head.folder}:"
                     " members of a soup are of one architecture",
                 )
+        known = _rope(mine)
+        for field, value in _rope(yours).items():
+            require(
+                known.get(field, value) == value,
+                f"{other.folder / CONFIG}: {field} of the rotary embeddings: found {value!r:.80}, expected {known.get(field)!r:.80} as in"
+                f" {head.folder}: members of a soup are of one architecture",
+            )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings as Transformers 5 writes them (rope_parameters), also where 4 did (rope_theta, rope_scaling)."""
+    given = config.get("rope_parameters")
+    if isinstance(given, dict):  # of layers of several kinds, the ones that version 4's fields are about
+        given = given.get("full_attention", given)
+    elif "rope_theta" in config or "rope_scaling" in config:
+        given = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+        given |= config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        return {}
+    kind = str(given.get("rope_type", given.get("type", "default")))
+    renamed = {"mrope": "default", "su": "longrope"}.get(kind, kind)
+    return {key: value for key, value in given.items() if key != "type"} | {"rope_type": renamed}
 
 
 def _check_vocabulary(head: Checkpoint, other: Checkpoint) -> None:
-    """A token that both have has the same number in both: rows of embeddings are averaged by number."""
+    """A token that both have has the same number in both, and a number the same token: rows of embeddings are averaged by number."""
     mine, yours = (checkpoint.folder / "tokenizer.json" for checkpoint in (head, other))
     if not (mine.is_file() and yours.is_file()) or mine.read_bytes() == yours.read_bytes():
         return
-    known = _vocabulary(mine)
-    for token, number in _vocabulary(yours).items():
+    known, others = vocabulary(mine), vocabulary(yours)
+    tokens: dict[int, set[str]] = {}
+    for token, number in known.items():
+        tokens.setdefault(number, set()).add(token)
+    for token, number in others.items():
         require(
             known.get(token, number) == number,
             f"{yours}: token {token!r:.40}: found number {number}, expected {known.get(token)} as in {mine}: members of a soup share"
             " the vocabulary",
         )
+    shared = {number for token, number in others.items() if known.get(token) == number}
+    for token, number in others.items():
+        there = "" if number in shared else min(tokens.get(number, {""}))
+        require(
+            there == "",
+            f"{yours}: number {number}: found token {token!r:.40}, expected {there!r:.40} as in {mine}: members of a soup share the"
+            " vocabulary",
+        )
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token → number by a tokenizer.json."""
     content = read_mapping(path)
     model, added = content.get("model"), content.get("added_tokens")
     given = model.get("vocab") if isinstance(model, dict) else None

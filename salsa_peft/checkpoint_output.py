@@ -1,7 +1,8 @@
 """A checkpoint in the making: shards that appear whole, a journal of those that are done, config.json last.
 
 A killed run, started again with the same members, keeps the shards that its journal names and ends with the same bytes; what is left
-of another soup is not taken. Until config.json is there, the folder opens nowhere. Imports no torch.
+of another soup is not taken. Until config.json is there, the folder opens nowhere. A whole earlier soup in the folder stays until the
+new one is whole too: that is made in a folder inside, so the disk holds both. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from salsa_peft.fingerprints import canonical
 from salsa_peft.runs import locked, sync_folder, write_atomic
 from salsa_peft.safetensors_files import Buffer, writing
 
-JOURNAL, SUMMARY, LOCK = ".soup-journal.json", "soup.json", ".lock"
+JOURNAL, SUMMARY, LOCK, NEXT = ".soup-journal.json", "soup.json", ".lock", ".soup-next"
 FOREIGN = ("adapter_config.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -28,22 +30,44 @@ COPIED = (
     "preprocessor_config.json", "video_preprocessor_config.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """What goes with a checkpoint beside weights and configuration: no card, no optimizer, no state of a training, no code."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Of the tokenizer whose vocabulary lies beside them."""
 Make = Callable[[Callable[[Buffer], None]], dict[str, Any]]
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all)."""
 
 
 class Output:
-    """The folder of a checkpoint in the making; `done` are its finished shards with what was measured while they were made."""
+    """A checkpoint in the making, for the folder `target`; `done` are its finished shards with what was measured while they were made.
 
-    def __init__(self, folder: Path, key: str, done: dict[str, dict[str, Any]]) -> None:
-        self.folder, self.key, self.done = folder, key, done
+    It is made in `folder`: the target itself, or a folder inside while the target holds an earlier soup.
+    """
+
+    def __init__(self, target: Path, folder: Path, key: str, done: dict[str, dict[str, Any]]) -> None:
+        self.target, self.folder, self.key, self.done = target, folder, key, done
         self.kept = len(done)
         """Shards that an earlier, killed run had finished."""
         self.others: list[str] = []
+        self.begun = False
+        """Whether anything was written or removed: until then a refusal leaves all as it was."""
+
+    def begin(self) -> None:
+        """At the first write: all else of an earlier soup that was in the making is removed, the journal written."""
+        if self.begun:
+            return
+        self.begun = True
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / NEXT, ignore_errors=True)
+        for path in self.folder.glob(".*.tmp"):  # of writes that were killed: the lock says that none is under way
+            path.unlink()
+        _clear(self.folder, keep=set(self.done))
+        self.note()
 
     def shard(self, name: str, header: bytes, make: Make) -> dict[str, Any]:
         """A weight file, made by `make(write)` unless it is done, and what `make` measured (JSON-able)."""
+        self.begin()
         if name not in self.done:
             with writing(self.folder / name, header) as write:
                 measured = make(write)
@@ -59,6 +83,7 @@ class Output:
 
     def write(self, name: str, content: bytes | str) -> None:
         """A file beside the weights, noted first, so that nothing is there that the journal does not name."""
+        self.begin()
         if name not in self.others:
             self.others.append(name)
             self.note()
@@ -74,9 +99,21 @@ class Output:
         self.write(
             SUMMARY, json.dumps(dict(summary) | {"files": files}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
-        write_atomic(self.folder / CONFIG, config)
-        (self.folder / JOURNAL).unlink()
-        sync_folder(self.folder)
+        if self.folder != self.target:
+            self._take_place()
+        write_atomic(self.target / CONFIG, config)
+        (self.target / JOURNAL).unlink()
+        sync_folder(self.target)
+
+    def _take_place(self) -> None:
+        """The earlier soup goes, its config.json first, and the new files come; after a kill the journal tells what is there."""
+        (self.target / CONFIG).unlink(missing_ok=True)
+        os.replace(self.folder / JOURNAL, self.target / JOURNAL)
+        _clear(self.target)
+        for name in (*self.done, *self.others):
+            (self.target / name).parent.mkdir(exist_ok=True)
+            os.replace(self.folder / name, self.target / name)
+        shutil.rmtree(self.folder)
 
 
 @contextlib.contextmanager
@@ -84,7 +121,8 @@ def making(folder: Path, identity: Mapping[str, Any], sources: Sequence[Path], s
     """The output of a soup that `identity` tells from all others, from the checkpoints or adapters in `sources`; `size` in bytes.
 
     Raises SalsaError for a folder that holds anything else than a soup, is a source, is being written, or has no room. A refusal
-    (SalsaError) inside leaves nothing behind; after a kill or any other error the next run goes on.
+    (SalsaError) inside leaves nothing of the new soup behind, and a whole earlier one as it was; one before the first write leaves
+    a killed run's shards too. After a kill or any other error the next run goes on.
     """
     for source in sources:
         require(
@@ -96,13 +134,16 @@ def making(folder: Path, identity: Mapping[str, Any], sources: Sequence[Path], s
     with locked(folder):
         key = hashlib.sha256(canonical(dict(identity)).encode()).hexdigest()
         try:
-            output = _begin(folder, key)
-            _check_room(folder, size - sum(entry["size"] for entry in output.done.values()))
-            yield output
-        except SalsaError:
-            _clear(folder)
-            (folder / JOURNAL).unlink(missing_ok=True)
-            raise
+            output = _output(folder, key)
+            _check_room(output, size - sum(entry["size"] for entry in output.done.values()))
+            try:
+                yield output
+            except SalsaError:
+                if output.begun:
+                    _clear(output.folder)
+                    (output.folder / JOURNAL).unlink(missing_ok=True)
+                    shutil.rmtree(folder / NEXT, ignore_errors=True)
+                raise
         finally:
             (folder / LOCK).unlink(missing_ok=True)
             if new and not any(folder.iterdir()):
@@ -123,15 +164,20 @@ def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 
 def copy_others(output: Output, source: Path, first: Path | None = None) -> None:
-    """Tokenizer files and their like from `source`; `first` goes before it where it has a tokenizer."""
-    found = _others(source)
-    if first is not None and (given := _others(first)):
-        tokenizer = any(name.startswith("tokenizer") for name in given)
-        found = {
-            name: path for name, path in found.items() if not tokenizer or name.endswith("generation_config.json")
-        } | given
+    """Tokenizer files and their like from `source`; `first` goes before it, its tokenizer where that has a vocabulary of its own."""
+    found, given = _others(source), {} if first is None else _others(first)
+    if has_vocabulary(given):
+        found = {name: path for name, path in found.items() if name.endswith("generation_config.json")}
+    else:
+        given = {name: path for name, path in given.items() if name not in SETTINGS}
+    found |= given
     for name, path in sorted(found.items()):
         output.copy(path, name)
+
+
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Whether files of these names make a tokenizer, not its settings alone."""
+    return any(name in VOCABULARIES or name.endswith((".model", ".tiktoken")) for name in names)
 
 
 def _others(folder: Path) -> dict[str, Path]:
@@ -155,11 +201,10 @@ def _check_free(folder: Path) -> None:
     )
 
 
-def _begin(folder: Path, key: str) -> Output:
-    """What can be kept of the same soup's earlier run, all else of an earlier soup removed; the journal written."""
-    (folder / CONFIG).unlink(missing_ok=True)
-    for path in folder.glob(".*.tmp"):  # of writes that were killed: the lock says that none is under way
-        path.unlink()
+def _output(target: Path, key: str) -> Output:
+    """Where the soup is made, and what can be kept of its own earlier run; nothing is changed."""
+    whole = (target / CONFIG).is_file() and (target / SUMMARY).is_file() and not (target / JOURNAL).exists()
+    folder = target / NEXT if whole else target
     done: dict[str, dict[str, Any]] = {}
     journal = read_mapping(folder / JOURNAL) if (folder / JOURNAL).is_file() else {}
     if journal.get("key") == key:
@@ -167,34 +212,42 @@ def _begin(folder: Path, key: str) -> Output:
             file = folder / name
             if file.is_file() and (file.stat().st_size, file.stat().st_mtime_ns) == (entry["size"], entry["mtime_ns"]):
                 done[name] = entry
-    _clear(folder, keep=set(done))
-    output = Output(folder, key, done)
-    output.note()
-    return output
+    _ours(target)
+    return Output(target, folder, key, done)
 
 
-def _clear(folder: Path, keep: set[str] | frozenset[str] = frozenset()) -> None:
-    """Remove the files that journal and summary name, all of our own making."""
+def _ours(folder: Path) -> set[str]:
+    """The files that journal and summary name, all of our own making. Raises SalsaError for one that lies elsewhere."""
     names: set[str] = set()
     if (folder / JOURNAL).is_file():
         journal = read_mapping(folder / JOURNAL)
         names |= {*journal.get("done", {}), *journal.get("others", [])}
     if (folder / SUMMARY).is_file():
         names |= {SUMMARY, *read_mapping(folder / SUMMARY).get("files", [])}
-    for name in sorted(
-        names - keep, key=lambda name: (name == SUMMARY, name)
-    ):  # while it is there, the rest is known as ours
-        path = folder / name
+    for name in names:
         require(
-            folder.resolve() in path.resolve().parents,
+            folder.resolve() in (folder / name).resolve().parents,
             f"{folder / SUMMARY}: found {name!r:.80} among its files; remove it by hand",
         )
-        path.unlink(missing_ok=True)
+    return names
+
+
+def _clear(folder: Path, keep: set[str] | frozenset[str] = frozenset()) -> None:
+    """Remove our own files, the summary last: while it is there, the rest is known as ours."""
+    names = _ours(folder)
+    for name in sorted(names - keep, key=lambda name: (name == SUMMARY, name)):
+        (folder / name).unlink(missing_ok=True)
     for parent in {(folder / name).parent for name in names} - {folder}:
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
 
 
-def _check_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    require(free > size, f"{folder}: found {free:,} free bytes on its disk, expected {size:,} for the soup; make room")
+def _check_room(output: Output, size: int) -> None:
+    """What is removed at the first write counts as free."""
+    freed = [output.folder / name for name in _ours(output.folder) - set(output.done)]
+    free = shutil.disk_usage(output.target).free + sum(path.stat().st_size for path in freed if path.is_file())
+    beside = " beside the earlier one" if output.folder != output.target else ""
+    require(
+        free > size,
+        f"{output.target}: found {free:,} free bytes on its disk, expected {size:,} for the soup{beside}; make room",
+    )

@@ -188,9 +188,9 @@ def _figures(
     return {"weights": list(weights), "sum": math.fsum(weights), "members": members, "pairs": pairs, "norm": total}
 
 
-def root(square: float) -> float:
-    """Rounding may leave a sum of squares just under zero."""
-    return math.sqrt(max(square, 0.0))
+def root(square: float) -> float | None:
+    """Rounding may leave a sum of squares just under zero; None where it passed float64's range."""
+    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else None
 
 
 def check_weights(weights: Sequence[float], members: int) -> list[float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from salsa_peft.config import NAME, SEED, Recipe, Reference, SalsaError, Source, parse_reference, require
 from salsa_peft.messages import path_text, short
-from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, find_module, placed, split_function
+from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_function, placed
 from salsa_peft.soup_options import placed_measure
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
@@ -211,11 +211,7 @@ def _check_reward(recipe: Recipe) -> None:
     """Functions' modules and classifiers' folders are there; the critic has the reward adapter that it starts from."""
     for part in recipe.reward.parts:
         if part.kind == "function":
-            folder, module, _ = split_function(part.value)
-            where = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
-            require(
-                find_module(folder, module) is not None, f"reward.model: found no module {module} {where}, expected one"
-            )
+            check_function("reward.model", part.value)
         elif part.kind == "classifier":
             _check_classifier(part)
     require(

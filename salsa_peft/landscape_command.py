@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config import Landscape, SalsaError, require
+from salsa_peft.averaging import ADAPTERS, called, kind_of, local
+from salsa_peft.config import Landscape, require
 from salsa_peft.runs import write_atomic
-from salsa_peft.soup import Parser, add_measure, names
+from salsa_peft.soup import Parser, add_measure, in_a_line, join_weights, parse_weights, whole
+from salsa_peft.stacked_adapter import StackedAdapter
 
 EPILOG = """  salsa landscape OUT SEED_0 SEED_1 --measure sft_loss --data held_out.jsonl
   salsa landscape OUT SEED_0 SEED_1 SEED_2 --measure reward --reward REWARD --data prompts.jsonl --resolution 6
@@ -31,12 +34,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "members", metavar="MEMBER", nargs="+", help="two or three adapters, or checkpoints: folders or Hub ids"
     )
-    made.add_argument("--alphas", type=float, nargs="+", help="points of the line (default: -0.5 to 1.5 by 0.25)")
+    made.add_argument("--alphas", metavar="α,α", help="points of the line (default: -0.5 to 1.5 by 0.25)")
     made.add_argument(
-        "--scales", type=float, nargs="*", help="adapters: points of the control, base + λ · the first member's delta"
+        "--scales", metavar="λ,λ", help="adapters: points of the control, base + λ · the first member's delta"
     )
     made.add_argument(
-        "--resolution", type=int, default=4, help="steps along an edge of the plane's triangle (default: 4)"
+        "--resolution", type=whole, default=4, help="steps along an edge of the plane's triangle (default: 4)"
     )
     made.add_argument("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
     add_measure(made)
@@ -46,46 +49,51 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 and one line on stderr."""
-    args = parser().parse_args(argv)
-    try:
-        found = measured(args)
-    except SalsaError as error:
-        if args.debug:
-            raise
-        print(f"salsa landscape: {error}", file=sys.stderr)
-        return 2
+    args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv, ("--alphas", "--scales")))
+    return in_a_line("salsa landscape", args, told)
+
+
+def told(args: argparse.Namespace) -> None:
+    """Measure, and say what the line gave."""
+    found = measured(args)
     for line in found["lines"]:
         print(f"{line['name']}")
         for point in line["points"]:
             print(f"  {point['at']:g}: {point['scores'][found['measures'][0]]['mean']:.5g}")
     print(f"written to {args.out}")
-    return 0
 
 
-def section_of(args: argparse.Namespace, kind: str) -> Landscape:
-    """Which points are measured. Raises SalsaError for other than two or three members."""
+def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
+    """Which points are measured; without --scales the control is among them if members can be shrunk. Raises SalsaError for other
+    than two or three members."""
     n = len(args.members)
     require(n in (2, 3), f"members: found {n}, expected two (a line) or three (a plane, and the line of the first two)")
     require(args.measure is not None, "--measure: found none, expected sft_loss, reward or module:name")
-    require(args.resolution > 0, f"--resolution: found {args.resolution}, expected at least 1")
     require(
-        not args.scales or kind == "adapters",
+        not args.scales or kind == ADAPTERS,
         "--scales: found checkpoints as members, expected adapters: what a checkpoint added to its base is not known here",
     )
     chosen: dict[str, Any] = {"line": [0, 1], "plane": [0, 1, 2] if n == 3 else None, "resolution": args.resolution}
-    chosen |= {} if args.alphas is None else {"alphas": args.alphas}
-    if kind != "adapters" or args.scales is not None:
-        chosen["scales"] = args.scales or []
+    for option, text in (("alphas", args.alphas), ("scales", args.scales)):
+        if text is not None:
+            chosen[option] = parse_weights(text, f"--{option}")
+            require(all(map(math.isfinite, chosen[option])), f"--{option}: found {text}, expected finite numbers")
+    if args.scales is None and not shrinks:
+        chosen["scales"] = []
     return Landscape(**chosen)
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every point; write landscape.json, line-….svg and .png, plane-…."""
-    from salsa_peft.averaging import kind_of, local
-
     folders = [local(member) for member in args.members]
-    kind = kind_of(folders)
-    section, called = section_of(args, kind), names(args.members)
+    kind, names = kind_of(folders), called(args.members)
+    require(
+        args.out.resolve() not in [folder.resolve() for folder in folders],
+        f"{args.out}: found a member, expected another folder",
+    )
+    # what is averaged directly (a score head) has no base to shrink to
+    section = section_of(args, kind, kind == ADAPTERS and not StackedAdapter.load(folders).members[0].direct)
+    args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.landscape import measure_points, points
     from salsa_peft.measures import of_command
 
@@ -95,9 +103,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         value = measure([weights.get(position, 0.0) for position in range(len(folders))])
         return {name: {"mean": value, "low": value, "high": value}}  # one number: no interval
 
-    found = measure_points(points(section, called), score, "landscape")
-    found |= {"measures": [name], "members": called, "kind": kind, "data": args.data}
-    args.out.mkdir(parents=True, exist_ok=True)
+    found = measure_points(points(section, names), score, "landscape")
+    found |= {"measures": [name], "members": names, "kind": kind, "data": args.data}
     write_atomic(args.out / RESULT, json.dumps(found, indent=2))
     draw(found, args.out)
     return found

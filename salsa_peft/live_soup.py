@@ -99,7 +99,8 @@ class LiveCheckpoints:
             missing = next((name for name in self.parameters if name not in member.tensors), None)
             require(
                 missing is None,
-                f"{member.folder}: found no tensor {missing}, which the model has, expected a checkpoint of the same architecture",
+                f"{member.folder}: found no tensor {missing}, as Transformers names it; expected a checkpoint of the model's architecture"
+                " with its names (load it and save it again, where it has others)",
             )
 
     @torch.no_grad()

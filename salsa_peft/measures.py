@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import adapters, data, rewards
+from .averaging import base_of, local
+from .checkpoint_alignment import align
 from .checkpoint_folders import read_checkpoint
 from .config import Generation, Model, SalsaError, Source, require
 from .function_reward import load_function
@@ -184,14 +186,16 @@ def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
     """The measure that `salsa soup --measure` asks for. Raises SalsaError for data or a reward that it needs."""
     tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
     if kind == "adapters":
-        named = args.base or StackedAdapter.load(folders[:1]).members[0].config["base_model_name_or_path"]
-        require(bool(named), f"--base: found none, and {folders[0]} names none, expected the base's folder or Hub id")
+        named = local(*base_of(StackedAdapter.load(folders[:1]).members[0].config, folders[0], args.base))
         tokenizer = load_tokenizer(str(tokenizer_of or named))
         live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders)
     else:
         tokenizer = load_tokenizer(str(folders[0]))
         model = load_base(str(folders[0]), Model(), tokenizer).eval()
-        live = LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders])
+        read = [read_checkpoint(folder) for folder in folders]
+        for other in read[1:]:
+            align(read[0], other)
+        live = LiveCheckpoints(model, read)
     if ":" in args.measure:
         return FunctionMeasure(live, load_function(args.measure), args.measure)
     require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")

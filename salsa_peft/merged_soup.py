@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from salsa_peft.checkpoint_alignment import EMBEDDINGS, check_tied, tied_partner
+from salsa_peft.checkpoint_alignment import EMBEDDINGS, check_tied, tied_partner, vocabulary
 from salsa_peft.checkpoint_folders import FLOATS, INDEX, Checkpoint, check_manifest, check_plain, read_checkpoint
 from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, making
 from salsa_peft.config import SalsaError, require
@@ -82,6 +82,7 @@ def merge(
     edits = _edits(checkpoint, source, stacked, numbers)
     size = sum(map(source.size_of, checkpoint.files))
     folders = [member.folder for member in stacked.members]
+    _check_tokenizer(checkpoint, source, folders[0])
     with making(
         out, _identity(checkpoint, stacked, numbers, quantized_base), [checkpoint.folder, *folders], size
     ) as output:
@@ -129,6 +130,22 @@ def _check_fingerprint(checkpoint: Checkpoint, stacked: StackedAdapter) -> None:
     require(
         found == known.fingerprint,
         f"{checkpoint.folder}: found base {found[:12]}…, expected {str(known.fingerprint)[:12]}…, which {known.folder} was trained on",
+    )
+
+
+def _check_tokenizer(checkpoint: Checkpoint, source: PlainBase, member: Path) -> None:
+    """Raise SalsaError where the member's tokenizer, which goes with the merge, has new tokens that the base has no rows for."""
+    path, own = member / "tokenizer.json", checkpoint.folder / "tokenizer.json"
+    name = next((name for name in checkpoint.tensors if name.endswith(EMBEDDINGS)), None)
+    if name is None or not path.is_file():
+        return
+    known = vocabulary(own) if own.is_file() else {}  # a base's own may have more than rows: Gemma 3's image token
+    rows, tokens = source.shape(name)[0], {token: n for token, n in vocabulary(path).items() if known.get(token) != n}
+    last = max(tokens, key=lambda token: tokens[token], default="")
+    require(
+        tokens.get(last, 0) < rows,
+        f"{path}: found token {last!r:.40} with number {tokens.get(last)}, expected less than {rows}, the rows of {name} in"
+        f" {checkpoint.folder}: resize the base's embeddings as in training and save it, or remove the tokenizer",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "it would begin anew in the middle of a run; set micro_batch_size and rollout_batch_size"),
 }  # fmt: skip
 """TrainingArguments that PPO can't have otherwise, and why."""
+FOLLOWS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""TrainingArguments that follow from the batch fields, and their defaults."""
 
 
 @pydantic.dataclasses.dataclass(config=STRICT, kw_only=True)
@@ -77,6 +80,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         self.check_options("")
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
+        given = {name: getattr(self, name) for name in FOLLOWS}
         self.per_device_train_batch_size = self.gradient_accumulation_steps = 1  # until the processes are counted
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
@@ -87,6 +91,10 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
             f"SalsaPPOConfig: found {self.n_gpu} GPUs in one process, expected one; use accelerate launch",
         )
         self._share_out()
+        for name, usual in FOLLOWS.items():
+            if given[name] not in (usual, getattr(self, name)):
+                print(f"{name}: found {given[name]}, which is not read: {getattr(self, name)} follows from batch_size = {self.batch_size},"
+                      " num_mini_batches and micro_batch_size", file=sys.stderr)  # fmt: skip
         require(
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens: found {self.min_new_tokens}, expected at most max_new_tokens = {self.max_new_tokens}",

@@ -239,6 +239,10 @@ class ResumableTrainer(SavingTrainer):
         if (self.terminated or self.halted) and self._saved != self.state.global_step:
             self._save_checkpoint(self.model_wrapped, None)
         if self.terminated:
+            self._say(
+                f"SIGTERM: checkpoint-{self.state.global_step} is saved in {self.args.output_dir}; train(resume_from_checkpoint=True)"
+                " goes on from it"
+            )
             raise SystemExit(128 + signal.SIGTERM)
         if self.halted:
             raise SalsaError(f"{self.halted}; checkpoint-{self.state.global_step} is saved in {self.args.output_dir}")

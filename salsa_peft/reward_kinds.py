@@ -5,6 +5,7 @@ A function is looked up by its file alone: nothing of the user's runs, and nothi
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -112,6 +113,36 @@ def find_module(folder: str | None, module: str) -> Path | None:
             return None
         search = list(spec.submodule_search_locations or [])
     return Path(spec.origin) if spec is not None and spec.origin is not None and os.path.isfile(spec.origin) else None
+
+
+def check_function(where: str, value: str) -> None:
+    """Raise SalsaError where a function's module is not there, or has nothing of its name."""
+    folder, module, name = split_function(value)
+    place = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
+    file = find_module(folder, module)
+    require(file is not None, f"{where}: found no module {module} {place}, expected one")
+    assert file is not None
+    require(defines(file, name), f"{where}: found no {name} in {module} {place}, expected a function of that name")
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a module's file seems to have `name` (of a dotted one the first part), read and not run; what it may get in ways that
+    can't be read (a star import, setattr) counts as there."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return True  # importing it will say what is wrong
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return (
+        bool({name.split(".")[0], "*"} & found) or file.suffix != ".py" or "setattr" in file.read_text(errors="ignore")
+    )
 
 
 def placed(value: str, folder: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from salsa_peft.averaging import kind_of, local, soup
+from salsa_peft.averaging import Options, called, check, kind_of, local, soup
 from salsa_peft.config import SalsaError, require
 from salsa_peft.progress import bar
 from salsa_peft.soup_options import MEASURED
@@ -35,25 +35,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def join_weights(argv: Sequence[str]) -> list[str]:
+def join_weights(argv: Sequence[str], options: Collection[str] = ("--weights",)) -> list[str]:
     """`--weights 1.5 -0.5` as one argument: argparse takes -0.5,1.5 for an option, folders for numbers."""
     rest, joined = list(argv), []
     while rest:
         token = rest.pop(0)
-        if token == "--weights" and rest:
+        if token in options and rest:
             numbers = [rest.pop(0)]
             while rest and re.fullmatch(r"[-+.,\deE]*\d[-+.,\deE]*", rest[0]):
                 numbers.append(rest.pop(0))
-            token = f"--weights={','.join(numbers)}"
+            token = f"{token}={','.join(numbers)}"
         joined.append(token)
     return joined
 
 
-def parse_weights(text: str) -> list[float]:
+def parse_weights(text: str, option: str = "--weights") -> list[float]:
     try:
-        return [float(number) for number in text.split(",") if number.strip()]
+        return [float(number) for number in text.split(",")]
     except ValueError:
-        raise SalsaError(f"--weights: found {text}, expected numbers such as 0.25,0.75") from None
+        raise SalsaError(f"{option}: found {text}, expected numbers such as 0.25,0.75") from None
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: of the factors (default: the members')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
-    add("--quantized-base", choices=["nf4"], help="with --merge: the base as a QLoRA adapter saw it")
+    add("--quantized-base", choices=["nf4", "nf4-double"], help="with --merge: the base as a QLoRA adapter saw it")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are added up (default: cpu)")
     add_measure(made)
     add("--steps", type=int, default=20, help="learned: steps of Adam (default: 20)")
@@ -93,28 +100,34 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
         metavar="REWARD",
         help="measure reward: a reward adapter's or a sequence classifier's folder or Hub id",
     )
-    add("--limit", type=int, default=128, help="rows of --data, the first (default: 128)")
-    add("--max-length", type=int, default=1024, help="tokens of a chat (default: 1024)")
-    add("--max-new-tokens", type=int, default=128, help="measure reward: tokens of a response (default: 128)")
+    add("--limit", type=whole, default=128, help="rows of --data, the first (default: 128)")
+    add("--max-length", type=whole, default=1024, help="tokens of a chat (default: 1024)")
+    add("--max-new-tokens", type=whole, default=128, help="measure reward: tokens of a response (default: 128)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 and one line on stderr."""
     args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv))
+    return in_a_line("salsa soup", args, cook)
+
+
+def in_a_line(prog: str, args: argparse.Namespace, work: Callable[[argparse.Namespace], None]) -> int:
+    """Do it: 0; 2 and one line for what a user can mend, files and disks among it; 130 where it was interrupted."""
     try:
-        summary = cook(args)
-    except SalsaError as error:
+        work(args)
+    except (SalsaError, OSError) as error:
         if args.debug:
             raise
-        print(f"salsa soup: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    print_summary(summary)
-    print(f"written to {args.out}")
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command again goes on where it can", file=sys.stderr)
+        return 130
     return 0
 
 
-def cook(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments ask for → the summary."""
+def cook(args: argparse.Namespace) -> None:
+    """Make the soup that the arguments ask for, and say what it is."""
     weights = None if args.weights is None else parse_weights(args.weights)
     measured = args.strategy in MEASURED
     require(
@@ -122,24 +135,35 @@ def cook(args: argparse.Namespace) -> dict[str, Any]:
         f"--measure: found {args.measure or 'none'} with strategy {args.strategy}, expected "
         + ("sft_loss, reward or module:name" if measured else "none: it is for greedy and learned"),
     )
+    require(
+        args.strategy != "greedy" or weights is None,
+        f"--weights: found {args.weights} with strategy greedy, expected none: it chooses them",
+    )
+    require(
+        measured or (args.data is None and args.reward is None),
+        f"--data, --reward: found one with strategy {args.strategy}, expected none: they are for greedy and learned",
+    )
+    options: dict[str, Any] = {
+        "strategy": args.strategy, "steps": args.steps, "step_size": args.step_size, "normalize": args.normalize, "rank": args.rank,
+        "dtype": args.dtype, "merge": args.merge, "base": args.base, "quantized_base": args.quantized_base, "device": args.device,
+    }  # fmt: skip
     folders = [local(member) for member in args.members]
-    measure = None
     if measured:
+        check(args.out, folders, Options(**options))  # before a model is loaded
         from salsa_peft.measures import of_command
 
-        measure = of_command(args, folders, kind_of(folders))
+        options["measure"] = of_command(args, folders, kind_of(folders))
     with bar(1, "soup") as update:
-        return soup(
-            args.out, folders, weights, names=names(args.members), strategy=args.strategy, measure=measure, steps=args.steps,
-            step_size=args.step_size, normalize=args.normalize, rank=args.rank, dtype=args.dtype, merge=args.merge, base=args.base,
-            quantized_base=args.quantized_base, device=args.device, progress=lambda done, total: update(done=done, total=total),
-        )  # fmt: skip
-
-
-def names(members: Sequence[str]) -> list[str]:
-    """What the summary calls the members: their last parts where these differ."""
-    last = [member.rstrip("/").rsplit("/", 1)[-1] for member in members]
-    return last if len(set(last)) == len(last) else [str(member) for member in members]
+        summary = soup(
+            args.out,
+            folders,
+            weights,
+            names=called(args.members),
+            progress=lambda done, total: update(done=done, total=total),
+            **options,
+        )
+    print_summary(summary)
+    print(f"written to {args.out}")
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -160,7 +184,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"  {member['name']}: weight {member['weight']:g}{rank}{norm}")
     for pair in summary["pairs"]:
         cosine = "" if pair["cosine"] is None else f", cosine {pair['cosine']:.4f}"
-        print(f"  {pair['a']} – {pair['b']}: distance {pair['distance']:.4g}{cosine}")
+        distance = "beyond float64" if pair["distance"] is None else f"{pair['distance']:.4g}"
+        print(f"  {pair['a']} – {pair['b']}: distance {distance}{cosine}")
     if summary["norm"] is not None:
         print(f"  soup: norm of delta {summary['norm']:.4g}")
     if summary.get("error"):

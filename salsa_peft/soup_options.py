@@ -7,9 +7,8 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from .fields import STRICT, Count, Positive, require
-from .messages import path_text
 from .reference_kinds import Soup
-from .reward_kinds import FUNCTION, find_module, placed, split_function
+from .reward_kinds import FUNCTION, check_function, placed
 
 MEASURES = ("sft_loss", "reward")
 MEASURED = ("greedy", "learned")
@@ -67,12 +66,7 @@ class SoupSection(Soup):
             f"{where}.measure: found {self.measure!r:.60} with strategy learned, expected sft_loss: it alone has a gradient; or take greedy",
         )
         if not known:
-            folder, module, _ = split_function(self.measure)
-            place = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
-            require(
-                find_module(folder, module) is not None,
-                f"{where}.measure: found no module {module} {place}, expected one",
-            )
+            check_function(f"{where}.measure", self.measure)
 
 
 def placed_measure(value: object, folder: str) -> object:

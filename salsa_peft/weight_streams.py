@@ -120,6 +120,8 @@ class Mix:
         self.weights, self.pivot, self.device = weights, pivot, device
         self.others = [i for i in range(members) if i != pivot]
         self.sum = 1.0 if weights is None else math.fsum(weights)
+        self.mean = weights is not None and min(weights) >= 0 and self.sum <= 1 + 1e-6
+        """Of members of one dtype it is no larger than they are."""
         self.products = [[0.0] * members for _ in range(members)]
         self._buffers: dict[torch.dtype, list[torch.Tensor]] = {}
 
@@ -131,9 +133,9 @@ class Mix:
         buffers = self._wide(wide, step)
         for first in range(0, len(values[0]), step):
             block = [value[first : first + step].to(self.device) for value in values]
-            wrong = self._block(block, [buffer[: len(block[0])] for buffer in buffers], out, first)
-            if wrong is not None:
-                _refuse(run, start + first, block, wrong)
+            into = None if out is None else out[first : first + step]
+            if not self._block(block, [buffer[: len(block[0])] for buffer in buffers], into):
+                _refuse(run, start + first, block, into, self.weights)
 
     def _wide(self, dtype: torch.dtype, step: int) -> list[torch.Tensor]:
         if dtype not in self._buffers or len(self._buffers[dtype][0]) < step:
@@ -142,22 +144,21 @@ class Mix:
             ]
         return self._buffers[dtype]
 
-    def _block(
-        self, block: list[torch.Tensor], wide: list[torch.Tensor], out: torch.Tensor | None, first: int
-    ) -> str | None:
-        """One step; what is wrong with it, or None."""
+    def _block(self, block: list[torch.Tensor], wide: list[torch.Tensor], out: torch.Tensor | None) -> bool:
+        """One step; whether all its values, and those of the sum, are finite."""
         total, differences = wide[0].copy_(block[self.pivot]), wide[1:]
         for i, difference in zip(self.others, differences, strict=True):
             difference.copy_(block[i]).sub_(total)
         products = self._products(differences)
         if not all(map(math.isfinite, products)):
             if not all(bool(value.isfinite().all()) for value in block):
-                return "found a value that is not finite"
-            products = self._products(
-                [difference.double() for difference in differences]
-            )  # their squares pass float32's range
+                return False
+            # the squares, or the differences themselves, pass float32's range
+            total = block[self.pivot].to(torch.float64, copy=True)
+            differences = [block[i].to(torch.float64, copy=True).sub_(total) for i in self.others]
+            products = self._products(differences)
         if not differences and not math.isfinite(float(torch.dot(total, total))) and not bool(total.isfinite().all()):
-            return "found a value that is not finite"
+            return False
         pairs, moves = iter(products), []
         for at, i in enumerate(self.others):
             for j in self.others[: at + 1]:
@@ -165,15 +166,20 @@ class Mix:
                 self.products[i][j] += product
                 self.products[j][i] += product if i != j else 0.0
             moves.append(product != 0 or bool(differences[at].any()))  # a small difference's square may be 0
-        return None if out is None else self._sum(total, differences, moves, out[first : first + len(total)])
+        if out is None:
+            return True
+        self._sum(total, differences, moves, out)
+        if self.mean and all(map(math.isfinite, products)) and all(value.dtype == out.dtype for value in block):
+            return True
+        square, largest = float(torch.dot(total, total)), torch.finfo(out.dtype).max
+        held = math.isfinite(square) and square <= largest * largest  # so is every value; else they are looked at
+        return held or bool(out.isfinite().all())
 
     @staticmethod
     def _products(differences: list[torch.Tensor]) -> list[float]:
         return [float(torch.dot(one, other)) for at, one in enumerate(differences) for other in differences[: at + 1]]
 
-    def _sum(
-        self, total: torch.Tensor, differences: list[torch.Tensor], moves: list[bool], out: torch.Tensor
-    ) -> str | None:
+    def _sum(self, total: torch.Tensor, differences: list[torch.Tensor], moves: list[bool], out: torch.Tensor) -> None:
         assert self.weights is not None
         if abs(self.sum - 1) > 1e-6:
             total.mul_(self.sum)
@@ -181,17 +187,24 @@ class Mix:
             if moved and self.weights[i] != 0:  # adding nothing: −0.0 + 0.0 would lose its sign
                 total.add_(difference, alpha=self.weights[i])
         out.copy_(total)
-        if out.dtype == torch.float16 and not bool(out.isfinite().all()):  # the other dtypes hold what float32 does
-            return "found a weighted sum that float16 cannot hold"
-        return None
 
 
-def _refuse(run: Run, start: int, block: list[torch.Tensor], wrong: str) -> None:
-    """Raise SalsaError that names the file and the tensor of the first value that is not finite (or the block's first)."""
-    bad = next(((i, ~value.isfinite()) for i, value in enumerate(block) if not bool(value.isfinite().all())), None)
-    member, element = (0, start) if bad is None else (bad[0], start + int(bad[1].nonzero()[0]))
-    file = run.places[member].file.path
-    raise SalsaError(f"{file}: {run.name_of(element)}: {wrong}, expected finite ones; train or save that model again")
+def _refuse(
+    run: Run, start: int, block: list[torch.Tensor], out: torch.Tensor | None, weights: Sequence[float] | None
+) -> None:
+    """Raise SalsaError that names the file and the tensor of the first value that is not finite: a member's, or else of the sum."""
+    for place, value in zip(run.places, block, strict=True):
+        if not bool(value.isfinite().all()):
+            name = run.name_of(start + int((~value.isfinite()).nonzero()[0]))
+            raise SalsaError(
+                f"{place.file.path}: {name}: found a value that is not finite, expected finite ones; train or save that model again"
+            )
+    assert out is not None and weights is not None
+    name, shown = run.name_of(start + int((~out.isfinite()).nonzero()[0])), ", ".join(map(str, weights))
+    raise SalsaError(
+        f"{run.places[0].file.path}: {name}: found a weighted sum that {NAMES[run.dtype]} cannot hold (weights {shown}), expected finite"
+        " values; take weights of a mean (0 or more, sum 1), or a first member of a wider dtype"
+    )
 
 
 def stream(

@@ -16,6 +16,7 @@ from made_checkpoints import (
     Tensors,
     again,
     files,
+    read,
     values,
     write,
 )
@@ -77,6 +78,16 @@ def tokens(folder: Path) -> None:
         (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
 
 
+def renamed_token(folder: Path) -> None:
+    for place, vocabulary in ((folder, {"a": 0, "c": 1}), (folder.parent / "a", {"a": 0, "b": 1})):
+        (place / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+
+
+def other_rope(folder: Path) -> None:
+    edit_config(rope_theta=10000.0, rope_scaling=None)(folder)
+    edit_config(rope_parameters={"rope_theta": 500000.0, "rope_type": "default"})(folder.parent / "a")
+
+
 REFUSED = {
     "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"extra: found no such tensor in .*/a, expected the same names"),
     "other shape": (again(lambda t: t.update(scale=torch.zeros(2).bfloat16())), r"b/model.safetensors: scale: found shape \[2\]"),
@@ -85,6 +96,8 @@ REFUSED = {
     "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads: found 4, expected 2"),
     "vocabulary": (edit_config(vocab_size=41), r"b/config.json: vocab_size: found 41, expected 40"),
     "tokens": (tokens, r"b/tokenizer.json: token 'b': found number 2, expected 1"),
+    "a number's token": (renamed_token, r"b/tokenizer.json: number 1: found token 'c', expected 'b' as in"),
+    "rotary embeddings": (other_rope, r"b/config.json: rope_theta of the rotary embeddings: found 10000.0, expected 500000.0"),
     "quantised": (edit_config(quantization_config={"quant_method": "awq"}), r"b/config.json: found quantization_config \(awq\)"),
     "FP8": (again(lambda t: t.update(scale=t["scale"].float().to(torch.float8_e4m3fn))), r"scale: found F8_E4M3, expected BF16"),
     "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w: found U8"),
@@ -196,3 +209,88 @@ def test_a_full_disk_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(checkpoint_output.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(SalsaError, match=r"out: found 10 free bytes on its disk"):
         average(tmp_path / "out", [a, b], [0.5, 0.5])
+
+
+def test_the_same_rotary_embeddings_of_two_versions(tmp_path: Path) -> None:
+    """Transformers 4's fields against 5's."""
+    a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
+    edit_config(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 8.0})(a)
+    edit_config(rope_parameters={"rope_theta": 500000, "rope_type": "linear", "factor": 8})(b)
+    average(tmp_path / "out", [a, b], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_sum_that_its_dtype_cannot_hold_is_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Finite members, the second tensor of a block; weights are to blame, not a training."""
+    large = torch.finfo(dtype).max * 0.9
+    folders = [
+        write(tmp_path / name, {"a": torch.ones(3, dtype=dtype), "b": torch.tensor([1, value, 1], dtype=dtype)})
+        for name, value in (("one", large), ("two", -large))
+    ]
+    line = rf"b: found a weighted sum that {str(dtype)[6:]} cannot hold \(weights 1.5, -0.5\)"
+    with pytest.raises(SalsaError, match=line) as caught:
+        average(tmp_path / "out", folders, [1.5, -0.5])
+    assert "train" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_that_float64_cannot_hold_are_null(tmp_path: Path) -> None:
+    """2^600 squared; and in bf16 a difference that float32 cannot hold, of a mean that it can."""
+    for name, dtype, pair, mean in (
+        ("wide", torch.float64, (2.0**600, 3 * 2.0**600), 2.0**601),
+        ("narrow", torch.bfloat16, (2.0**127, -(2.0**127)), 0.0),
+    ):
+        folders = [write(tmp_path / name / str(i), {"w": torch.full((9,), x, dtype=dtype)}) for i, x in enumerate(pair)]
+        summary = average(tmp_path / name / "out", folders, [0.5, 0.5])
+        assert torch.equal(read(tmp_path / name / "out")["w"], torch.full((9,), mean, dtype=dtype))
+        distance = summary["pairs"][0]["distance"]
+        assert distance is None if name == "wide" else distance == 3 * 2.0**128
+
+
+def test_a_refusal_leaves_an_earlier_soup_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in a later shard, no room for both, a member whose manifest says other bytes; and then one that is whole replaces it."""
+    a, b, c = (write(tmp_path / name, values(i), 3) for i, name in enumerate("abc"))
+    poison(math.nan)(d := write(tmp_path / "d", values(3)))
+    out = tmp_path / "out"
+    average(out, [a, b], [0.5, 0.5])
+    before = files(out, ())
+    with pytest.raises(SalsaError, match="not finite"):
+        average(out, [a, d], [0.5, 0.5])
+    assert files(out, ()) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_output.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
+        with pytest.raises(SalsaError, match="for the soup beside the earlier one"):
+            average(out, [a, c], [0.5, 0.5])
+    assert files(out, ()) == before
+    average(out, [a, c], [0.5, 0.5])
+    average(tmp_path / "fresh", [a, c], [0.5, 0.5])
+    assert files(out) == files(tmp_path / "fresh")
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "fresh").iterdir()}
+
+
+def test_a_refusal_before_the_first_write_leaves_a_killed_runs_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1))
+    out, note = tmp_path / "out", checkpoint_output.Output.note
+
+    def stop(self: checkpoint_output.Output) -> None:
+        note(self)
+        if len(self.done) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_output.Output, "note", stop)
+        with pytest.raises(KeyboardInterrupt):
+            average(out, [a, b], [0.5, 0.5])
+    before = files(out, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_output.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
+        with pytest.raises(SalsaError, match="free bytes"):
+            average(out, [a, b], [0.5, 0.5])
+    (b / "manifest.json").write_text(json.dumps({"files": {CONFIG: {"size": 1, "sha256": "0"}}}))
+    with pytest.raises(SalsaError, match=r"expected 1 by manifest\.json"):
+        average(out, [a, b], [0.25, 0.75])
+    (b / "manifest.json").unlink()
+    assert files(out, ()) == before
+    assert average(out, [a, b], [0.5, 0.5])["shards_kept"] == 2

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,10 @@ def test_tied_embeddings_may_be_saved_twice(tmp_path: Path) -> None:
             SalsaError, match=r"c/model.safetensors: lm_head.weight: found other values than model.embed_tokens"
         ):
             average(tmp_path / "none", members, [0.5, 0.5])
+    alone = dict(single[1])
+    alone["lm_head.weight"] = alone.pop("model.embed_tokens.weight")
+    average(tmp_path / "alone", [a, write(tmp_path / "head", alone, config=tied)], [0.5, 0.5])
+    assert files(tmp_path / "alone") == files(tmp_path / "out")
     silent = {key: value for key, value in PLAIN.items() if key != "tie_word_embeddings"}
     e, f = write(tmp_path / "e", single[0], config=silent), write(tmp_path / "f", odd, config=silent)
     with pytest.raises(
@@ -432,3 +437,35 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["weights"] == [0.25, 0.75]
     assert main([str(tmp_path / "x"), str(a), str(tmp_path / "no")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_killed_while_it_takes_an_earlier_soups_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before every rename: the earlier soup is whole, or config.json is gone; the next run ends with the same bytes."""
+    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1), 2)
+    average(tmp_path / "whole", [a, b], [0.25, 0.75])
+    average(tmp_path / "earlier", [b, a], [0.5, 0.5])
+    expected, earlier, replace = files(tmp_path / "whole"), files(tmp_path / "earlier"), os.replace
+    kept = []
+    for moment in range(1, 100):
+        out, count = tmp_path / str(moment), 0
+        shutil.copytree(tmp_path / "earlier", out)
+
+        def stop(source: Any, target: Any, moment: int = moment) -> None:
+            nonlocal count
+            count += 1
+            if count == moment:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stop)
+        try:
+            average(out, [a, b], [0.25, 0.75])
+            break
+        except KeyboardInterrupt:
+            there = {path.name for path in out.iterdir() if path.is_file()}
+            assert CONFIG not in there or earlier.keys() <= there
+        finally:
+            monkeypatch.setattr(os, "replace", replace)
+        kept.append(average(out, [a, b], [0.25, 0.75])["shards_kept"])
+        assert files(out) == expected
+    assert kept[:8] == [0, 0, 0, 1, 1, 2, 2, 3] and kept[-1] == 3

@@ -83,7 +83,7 @@ def test_line_and_plane_of_adapters_are_those_of_their_checkpoints(made: Path, t
     ("words", "line"),
     [
         (["a0"], "members: found 1, expected two (a line) or three"),
-        (["a0", "a1", "--resolution", "0"], "--resolution: found 0, expected at least 1"),
+        (["a0", "a1", "--alphas", "0,nan"], "--alphas: found 0,nan, expected finite numbers"),
         (["c0", "c1", "--scales", "0.5"], "--scales: found checkpoints as members, expected adapters"),
         (["a0", "c1"], "expected members of one kind"),
         (["a0", "nowhere/at/all"], "found no such folder"),
@@ -91,7 +91,7 @@ def test_line_and_plane_of_adapters_are_those_of_their_checkpoints(made: Path, t
 )
 def test_what_cannot_be_drawn_is_refused_in_a_line(made: Path, tmp_path: Path, words: list[str], line: str,
                                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    members = [str(made / word) if len(word) == 2 else word for word in words]
+    members = [str(made / word) if word[1:].isdigit() else word for word in words]
     assert landscape_command.main([str(tmp_path / "out"), *members, "--measure", f"{made}/my_measure:logit"]) == 2
     found = capsys.readouterr().err.strip()
     assert line in found and found.startswith("salsa landscape: ") and "\n" not in found

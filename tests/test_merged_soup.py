@@ -320,3 +320,26 @@ def test_without_bitsandbytes_the_line_says_so(tmp_path: Path, monkeypatch: pyte
     base = llama()
     folder, member = save(base, tmp_path / "base"), train(base, tmp_path / "a", 1)
     refused(tmp_path, r"base: found no bitsandbytes .*pip install bitsandbytes", folder, member, quantized_base="nf4")
+
+
+def test_the_members_tokenizer_goes_with_it_where_it_is_one_and_fits(tmp_path: Path) -> None:
+    """Settings alone do not replace the base's; a new token past the base's 32 rows is refused, the base's own is not."""
+    base = llama()
+    folder, member = save(base, tmp_path / "base"), train(base, tmp_path / "a", 1)
+
+    def tokenizer(*tokens: int) -> str:
+        return json.dumps({"model": {"vocab": {f"t{number}": number for number in tokens}}})
+
+    (folder / "tokenizer.json").write_text(tokenizer(0, 32))
+    (folder / "tokenizer_config.json").write_text('{"of": "the base"}')
+    (member / "tokenizer_config.json").write_text('{"of": "the member"}')
+    (member / "chat_template.jinja").write_text("x")
+    merge(tmp_path / "settings", folder, StackedAdapter.load([member]), [1.0])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "settings" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "settings" / "chat_template.jinja").exists()
+    (member / "tokenizer.json").write_text(tokenizer(0, 31, 32))
+    merge(tmp_path / "fits", folder, StackedAdapter.load([member]), [1.0])
+    assert (tmp_path / "fits" / "tokenizer.json").read_text() == tokenizer(0, 31, 32)
+    (member / "tokenizer.json").write_text(tokenizer(0, 40))
+    refused(tmp_path, r"a/tokenizer.json: found token 't40' with number 40, expected less than 32", folder, member)

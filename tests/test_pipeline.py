@@ -91,14 +91,17 @@ def test_every_stage_left_what_it_should(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sets", "stage"),
+    "sets",
     [
-        ({"strategy": "greedy", "measure": "reward", "members": [0, 1, 2], "limit": 8}, "soup"),
-        ({"strategy": "learned", "steps": 2, "limit": 8, "rank": 4}, "soup"),
+        pytest.param(
+            {"strategy": "greedy", "measure": "reward", "members": [0, 1, 2], "limit": 8},
+            marks=pytest.mark.slow,
+            id="greedy",
+        ),
+        pytest.param({"strategy": "learned", "steps": 2, "limit": 8, "rank": 4}, id="learned"),
     ],
-    ids=["greedy", "learned"],
 )
-def test_soups_whose_weights_are_found(run: Path, sets: dict[str, Any], stage: str) -> None:
+def test_soups_whose_weights_are_found(run: Path, sets: dict[str, Any]) -> None:
     """From the seeds of the run, in a folder of its own; the run's own soup stays."""
     words = [word for key, value in sets.items() for word in ("--set", f"soup.{key}={json.dumps(value)}")]
     before = {path.parent for path in (run / "soup").glob("*/manifest.json")}

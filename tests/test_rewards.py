@@ -624,7 +624,9 @@ def load(tmp_path: Path, monkeypatch: Any) -> Any:
     """load(text, …) → the recipe with `text` after it; own_score.py with function f lies beside it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "own_score.py").write_text("import no_such_module\ndef f(completions): return [0.0]\n")
+    (tmp_path / "recipes" / "own_score.py").write_text(
+        "import no_such_module\ndef f(completions): return [0.0]\ng = f\n"
+    )
 
     def make(text: str = "", *overrides: str) -> Any:
         (tmp_path / "recipes" / "tiny.yaml").write_text(RECIPE + text)
@@ -679,6 +681,10 @@ class TestRecipe:
             ("reward: own_score:g:h", "reward.model: found 'own_score:g:h', expected a function as module:name"),
             ("reward: own_score.py:f", "expected a function as module:name, such as my_rewards:score, without .py"),
             ("reward: ':f'", "expected a function as module:name"),
+            (
+                "reward: own_score:h",
+                "reward.model: found no h in own_score in '.*recipes', expected a function of that name",
+            ),
             ("reward: other_score:f", "found no module other_score in the recipe's folder or on Python's path"),
             ("reward: ./away/own_score:f", "found no module own_score in '.*away', expected one"),
             ("reward: adaptor", "found 'adaptor', expected adapter, module:name .*did you mean adapter"),

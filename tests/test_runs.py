@@ -220,8 +220,16 @@ def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:
     ]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(recipe.__file__).parent.parent)])
     environment = {**os.environ, "PYTHONPATH": path}
+    # a shell's background job has SIGINT ignored, and its children with it: this one is as in a terminal, wherever the tests run
+    as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen(
-        argv, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        argv,
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_in_a_terminal,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from made_members import Q0, WEIGHTS, edit, edit_tensors, make_llama, train
 from transformers import LlamaForCausalLM
 
 from salsa_peft.config import SalsaError
+from salsa_peft.runs import locked
 from salsa_peft.soup import StackedAdapter, main, soup
 
 
@@ -243,3 +245,31 @@ class TestRefusals:
         (folder / "file").touch()
         with pytest.raises(SalsaError, match="is a file"):
             soup(folder / "file", [member])
+
+    def test_a_folder_that_another_process_writes(self, base, folder: Path) -> None:
+        """Neither is disturbed: the other's temporary file stays; afterwards no lock is left."""
+        member, out = train(base, folder / "a", 0), folder / "soup"
+        soup(out, [member])
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert ".lock" not in before
+        with locked(out):
+            (out / f".{WEIGHTS}.1.tmp").write_text("the other's")
+            with pytest.raises(SalsaError, match=rf"in use by .*pid {os.getpid()}"):
+                soup(out, [member])
+            assert (out / f".{WEIGHTS}.1.tmp").exists()
+            assert all((out / name).read_bytes() == content for name, content in before.items())
+        soup(out, [member])
+        assert {path.name for path in out.iterdir()} == before.keys()
+
+    def test_a_tokenizer_that_is_no_soups_stays(self, base, folder: Path) -> None:
+        """An earlier soup's goes, where the members have none."""
+        member, other, out = train(base, folder / "a", 0), train(base, folder / "b", 1), folder / "soup"
+        out.mkdir()
+        (out / "tokenizer.json").write_text("mine")
+        soup(out, [member])
+        assert (out / "tokenizer.json").read_text() == "mine"
+        (other / "tokenizer.json").write_text("the other's")
+        soup(folder / "again", [other])
+        assert (folder / "again" / "tokenizer.json").read_text() == "the other's"
+        soup(folder / "again", [member])
+        assert not (folder / "again" / "tokenizer.json").exists()

@@ -264,7 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--select", default="", help=f"beginnings of names, by commas, of {', '.join(ORDER)}")
+    parser.add_argument("--select", default="", help=f"names or their first parts, by commas, of {', '.join(ORDER)}")
     parser.add_argument("--raw", type=Path, help="a file to which every measurement is added as it comes")
     parser.add_argument("--cpu", type=int, help="the one core that all processes may use")
     parser.add_argument(
@@ -287,7 +287,8 @@ def main() -> None:
     if not args.peer_python:
         raise SystemExit("--peer-python: found none, expected the Python of an environment with trl 1.12.0")
     machine = facts(args)
-    chosen = [name for name in ORDER if name.startswith(tuple(args.select.split(",")))]
+    asked = args.select.split(",")
+    chosen = [name for name in ORDER if not args.select or any(f"{name}/".startswith(f"{one}/") for one in asked)]
     raw = []
     for turn in range(args.rounds):
         for name in chosen if turn % 2 == 0 else chosen[::-1]:

@@ -1,4 +1,4 @@
-"""A soup of two checkpoints against mergekit's linear merge and against `cp` of one of them. Prints one JSON line.
+"""Soups against PEFT, mergekit and `cp`. Prints one JSON line.
 
     python tests/benchmarks/soup_vs_peers.py --mergekit-python VENV/bin/python [--gigabytes 2] [--repeats 3] [--folder TMP]
 
@@ -7,13 +7,15 @@ three start from a warm cache. Whole processes are timed, Python's start include
 not fsync, ours does: `cp_sync` is cp and sync of what it wrote, `ours_unsynced` is ours with fsync made a no-op. Peak RSS is
 the kernel's (ru_maxrss of os.wait4). The result is held against the float64 mean rounded to bf16, all of it.
 Targets: at least 5 times faster than mergekit, at most 2.5 times cp, peak RSS under 300 MB, and no difference but ties, each at
-most 1 ulp of the largest |w_i x_i|. Without --mergekit-python that row is left out. The adapters' part is in soup_vs_peft.py.
+most 1 ulp of the largest |w_i x_i|. Without --mergekit-python that row is left out.
+The adapters' part is soup_vs_peft.py's: recompression against PEFT's svd, and a 7B model's adapters file to file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -159,7 +161,9 @@ def exactness(folder: Path, result: Path) -> dict[str, Any]:
                 tensor, exact, one, other = (t[wrong].double() for t in (tensor, exact, *terms))
                 largest = torch.maximum(one.abs(), other.abs())
                 error = (tensor - exact.bfloat16().double()).abs()
-                ulp, ulp_of_terms = (2.0 ** (number.abs().log2().floor() - 7) for number in (exact, largest))
+                ulp, ulp_of_terms = (
+                    2.0 ** (number.abs().clamp(min=2.0**-120).log2().floor() - 7) for number in (exact, largest)
+                )
                 tie = (tensor - exact).abs() <= ulp / 2 + largest * 2.0**-21
                 found["no_ties"] += int((~tie).sum())
                 for name_of, unit in (("largest_ulp", ulp), ("largest_ulp_of_terms", ulp_of_terms)):
@@ -185,8 +189,14 @@ def measure(gigabytes: float, repeats: int, mergekit: str | None, parent: str | 
             raise SystemExit(
                 f"{folder}: found {free / 1e9:.1f} GB free, expected {6 * gigabytes:.0f}; pass --folder on another disk"
             )
-        for number, member in enumerate("ab"):
-            make_checkpoint(folder / member, number, gigabytes)
+        for number, member in enumerate("ab"):  # in another process: a child's peak RSS begins with its parent's
+            made = multiprocessing.get_context("spawn").Process(
+                target=make_checkpoint, args=(folder / member, number, gigabytes)
+            )
+            made.start()
+            made.join()
+            if made.exitcode:
+                raise SystemExit(f"{folder / member}: the checkpoint was not made")
         found: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in (folder / "a").iterdir())}
         found["runs"] = runs = compare(folder, repeats, mergekit)
         found["ours_against_float64"] = exactness(folder, folder / "ours")
@@ -213,7 +223,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", metavar="TMP", help="where the checkpoints are made (default: the system's)")
     args = parser.parse_args()
-    found = {"checkpoints": measure(args.gigabytes, args.repeats, args.mergekit_python, args.folder)}
+    adapters = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("soup_vs_peft.py"))], check=True, capture_output=True, text=True
+    )
+    found = {
+        "adapters": json.loads(adapters.stdout),
+        "checkpoints": measure(args.gigabytes, args.repeats, args.mergekit_python, args.folder),
+    }
     print(
         json.dumps(
             found | {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version()}
