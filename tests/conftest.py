@@ -40,6 +40,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    """made_members.make_llama: the base of made-up adapters."""
+    from made_members import make_llama
+
+    return make_llama()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a soup's members lie."""
+    return tmp_path
+
+
 @pytest.fixture
 def make_base(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
     """tiny.make_base with the tokenizer."""

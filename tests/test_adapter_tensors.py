@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_members import make_llama, open_plain, train
+from made_members import open_plain, train
 from peft import LoraConfig
-from transformers import LlamaForCausalLM
 
 from salsa_peft import float_arrays
 from salsa_peft.adapter_folders import DEFAULTS
 from salsa_peft.adapter_tensors import read_member, target_rule
 from salsa_peft.safetensors_files import NAMES
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    return make_llama()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 def test_scaling_is_what_peft_gives_its_own_layers(base, folder: Path) -> None:

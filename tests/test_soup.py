@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from made_members import (
     WEIGHTS2,
     edit_tensors,
     logits,
-    make_llama,
     merged_delta,
     open_plain,
     train,
@@ -33,17 +31,6 @@ from transformers import LlamaForCausalLM
 
 from salsa_peft.config import SalsaError
 from salsa_peft.soup import STRATEGIES, StackedAdapter, main, soup
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    return make_llama()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 class TestExactRule:

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_members import OPTIONS, PROPERTY, Q0, logits, make_llama, open_plain, train
+from made_members import OPTIONS, PROPERTY, Q0, logits, open_plain, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from salsa_peft.config import SalsaError
 from salsa_peft.stacked_adapter import StackedAdapter
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    return make_llama()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 class TestLive:

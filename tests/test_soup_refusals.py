@@ -5,29 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from made_members import Q0, WEIGHTS, edit, edit_tensors, make_llama, train
-from transformers import LlamaForCausalLM
+from made_members import Q0, WEIGHTS, edit, edit_tensors, train
 
 from salsa_peft.config import SalsaError
 from salsa_peft.runs import locked
 from salsa_peft.soup import StackedAdapter, main, soup
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    return make_llama()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 def drop(key: str) -> Callable[[Path], None]:
