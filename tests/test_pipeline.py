@@ -90,16 +90,14 @@ def test_every_stage_left_what_it_should(run: Path) -> None:
     assert set(evaluation["datasets"]) == {"in", "out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sets",
     [
-        pytest.param(
-            {"strategy": "greedy", "measure": "reward", "members": [0, 1, 2], "limit": 8},
-            marks=pytest.mark.slow,
-            id="greedy",
-        ),
-        pytest.param({"strategy": "learned", "steps": 2, "limit": 8, "rank": 4}, id="learned"),
+        {"strategy": "greedy", "measure": "reward", "members": [0, 1, 2], "limit": 8},
+        {"strategy": "learned", "steps": 2, "limit": 8, "rank": 4},
     ],
+    ids=["greedy", "learned"],
 )
 def test_soups_whose_weights_are_found(run: Path, sets: dict[str, Any]) -> None:
     """From the seeds of the run, in a folder of its own; the run's own soup stays."""

@@ -73,7 +73,7 @@ def unbroken(make_run: Any) -> dict[str, str]:
     return digests(trainer)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_every_checkpoint_leads_to_the_same_end(make_run: Any, tmp_path: Path, full: bool) -> None:
     """Also one in the middle of an update, one at an epoch's end, and the last."""
     first = make_run("a", full=full, save_steps=1, save_total_limit=None)
