@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from salsa_peft import stacked_adapter
 from salsa_peft.checkpoint_alignment import align, check_tied
 from salsa_peft.checkpoint_folders import (
     CONFIG,
@@ -195,15 +196,10 @@ def root(square: float) -> float | None:
 
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
     """As floats. Raises SalsaError for other than one finite number for each member, or zeros alone."""
-    shown = ", ".join(str(weight) for weight in weights)
     require(members > 0, "a soup of no members: expected at least one checkpoint")
-    require(
-        len(weights) == members, f"weights: found {len(weights)} ({shown}), expected {members}: one for each member"
-    )
-    finite = all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights)
-    require(finite, f"weights: found {shown}, expected finite numbers")
-    require(any(weight != 0 for weight in weights), f"weights: found {shown}, expected at least one that is not 0")
-    return [float(weight) for weight in weights]
+    numbers = stacked_adapter.check_weights(weights, members)
+    require(any(numbers), f"weights: found {', '.join(map(str, weights))}, expected at least one that is not 0")
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:

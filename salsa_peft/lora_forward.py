@@ -23,13 +23,6 @@ def install(model: nn.Module) -> None:
             vars(layer)["forward"] = MethodType(forward, layer)
 
 
-def remove(model: nn.Module) -> None:
-    """Give the layers PEFT's own forward back."""
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            vars(layer).pop("forward", None)
-
-
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As peft.tuners.lora.Linear.forward (PEFT 0.21) up to rounding: x (…, in) → (…, out)."""
     active = self.active_adapters

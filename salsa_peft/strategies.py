@@ -144,5 +144,3 @@ STRATEGIES: dict[str, Callable[[Ask], Choice]] = {
     "greedy": greedy,
     "learned": learned,
 }
-MEASURED = ("greedy", "learned")
-"""Those that need a measure."""

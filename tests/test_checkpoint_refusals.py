@@ -217,6 +217,7 @@ def test_the_same_rotary_embeddings_of_two_versions(tmp_path: Path) -> None:
     edit_config(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 8.0})(a)
     edit_config(rope_parameters={"rope_theta": 500000, "rope_type": "linear", "factor": 8})(b)
     average(tmp_path / "out", [a, b], [0.5, 0.5])
+    assert (tmp_path / "out" / CONFIG).read_bytes() == (a / CONFIG).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
