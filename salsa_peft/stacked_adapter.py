@@ -20,6 +20,7 @@ from . import direct_parts, float_arrays
 from .adapter_folders import check_one_base
 from .adapter_saving import SaveOptions, save
 from .adapter_tensors import TOKENS, Member, check_same_direct, read_member
+from .checkpoint_folders import default_names
 from .config import SalsaError, require
 from .recompression import moments
 from .soup_config import config_fields
@@ -51,11 +52,9 @@ class StackedAdapter:
         Only headers are read: values are looked at when they are used. Raises SalsaError for what cannot be averaged.
         """
         require(bool(members), "a soup of no members: expected at least one adapter folder")
-        if names is None:
-            names = [Path(member).resolve().name for member in members]
-            names = names if len(set(names)) == len(names) else [str(member) for member in members]
-        require(len(names) == len(members), f"names: found {len(names)}, expected {len(members)}: one for each member")
-        read = [read_member(Path(member), name) for member, name in zip(members, names, strict=True)]
+        folders = [Path(member) for member in members]
+        names = default_names(folders, names)
+        read = [read_member(folder, name) for folder, name in zip(folders, names, strict=True)]
         check_one_base(read)
         check_same_direct(read)
         return cls(read, Stacks(read))
