@@ -4,7 +4,12 @@ Nothing here may start a thread (pyarrow brings one idle one, of its allocator) 
 notes are switched off: a stage has one bar, and its figures are in its folder.
 """
 
+# ruff: noqa: E402
+import logging
 import warnings
+
+for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which say on import what of theirs this machine can't use
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import datasets
 import peft  # noqa: F401
@@ -19,3 +24,4 @@ datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+warnings.filterwarnings("ignore", message=r"`past_key_values` is deprecated")  # from 5.24 on; 5.17 knows no other name

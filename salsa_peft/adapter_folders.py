@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import SalsaError, require
+from .errors import SalsaError, require
 from .runs import MANIFEST, read_manifest, sha256
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from .adapter_folders import (
 )
 from .adapter_tensors import Member
 from .checkpoint_output import LOCK
-from .config import require
+from .errors import require
 from .float_arrays import Array
 from .recompression import moments, recompress, squared_norm
 from .runs import locked, sync_folder

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from . import float_arrays
 from .adapter_folders import CONFIG, PICKLED, TARGETS, WEIGHTS, WHY, check_manifest, read_config, read_fingerprint
-from .config import SalsaError, require
+from .errors import SalsaError, require
 from .float_arrays import DTYPES, Array
 from .safetensors_files import SafetensorsFile
 

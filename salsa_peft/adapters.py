@@ -200,9 +200,19 @@ class Toggle:
                 vars(layer).update(_active_adapter=adapter, _disable_adapters=disabled)
 
 
-def active(model: PeftModel, name: str | None) -> contextlib.AbstractContextManager[None]:
-    """`Toggle` for one use."""
+def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
+    """`Toggle` for one use. A model of full weights is what it is: it has None alone."""
+    if not isinstance(model, PeftModel):
+        require(name is None, f"adapter {name!r}: found a {type(model).__name__} of full weights, expected adapters on it")
+        return contextlib.nullcontext()
     return Toggle(model)(name)
+
+
+def in_float32(model: nn.Module) -> None:
+    """What is trained is float32: TRL (1.16) casts the adapters of a quantised base to bfloat16, which swallows small steps."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def remove_dropout(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.checkpoint_folders import CONFIG, FLOATS, Checkpoint, Place, read_mapping, text_part
-from salsa_peft.config import SalsaError, require
+from salsa_peft.errors import SalsaError, require
 from salsa_peft.safetensors_files import fill
 
 ARCHITECTURE = (

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.config import SalsaError, require
+from salsa_peft.errors import SalsaError, require
 from salsa_peft.fingerprints import sha256
 from salsa_peft.safetensors_files import Entry, SafetensorsFile
 
@@ -203,3 +204,15 @@ def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[
         return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
     require(len(names) == len(folders), f"names: found {len(names)}, expected {len(folders)}: one for each member")
     return list(names)
+
+
+def check_weights(weights: Sequence[float], members: int, *, sum_to_one: bool = False) -> list[float]:
+    """Negative weights extrapolate. A sum of 1 is asked of a soup, not of a shrunk delta or a point of a landscape."""
+    shown = ", ".join(str(weight) for weight in weights)
+    if len(weights) != members:
+        raise SalsaError(f"weights: found {len(weights)} ({shown}), expected {members}: one for each member")
+    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
+        raise SalsaError(f"weights: found {shown}, expected finite numbers")
+    if sum_to_one and abs(sum(weights) - 1) > 1e-6:
+        raise SalsaError(f"weights: {shown} sum to {sum(weights):.9g}, expected 1: change one of them")
+    return [float(weight) for weight in weights]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.checkpoint_folders import CONFIG, INDEX, read_mapping
-from salsa_peft.config import SalsaError, require
+from salsa_peft.errors import SalsaError, require
 from salsa_peft.fingerprints import canonical
 from salsa_peft.runs import locked, sync_folder, write_atomic
-from salsa_peft.safetensors_files import Buffer, writing
+from salsa_peft.safetensors_files import Writer, writing
 
 JOURNAL, SUMMARY, LOCK, NEXT = ".soup-journal.json", "soup.json", ".lock", ".soup-next"
 FOREIGN = ("adapter_config.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -33,7 +33,7 @@ COPIED = (
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Of the tokenizer whose vocabulary lies beside them."""
-Make = Callable[[Callable[[Buffer], None]], dict[str, Any]]
+Make = Callable[[Writer], dict[str, Any]]
 Progress = Callable[[int, int], None]
 """Told (bytes written, bytes in all)."""
 

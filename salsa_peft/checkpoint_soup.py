@@ -2,22 +2,23 @@
 
 What is written has member 0's files: the same shards, headers, dtypes, tied weights, index, configuration and tokenizer. Members may
 be cut into other shards and be of other float dtypes. Left out: quantised weights, members of another architecture or vocabulary.
+On a CPU torch is not imported, and NumPy not before there is something to add.
     python -m salsa_peft.checkpoint_soup OUT MEMBER MEMBER … [--weights 0.25,0.75]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft import stacked_adapter
+from salsa_peft import checkpoint_folders
 from salsa_peft.checkpoint_alignment import align, check_tied
 from salsa_peft.checkpoint_folders import (
     CONFIG,
@@ -30,14 +31,13 @@ from salsa_peft.checkpoint_folders import (
     read_checkpoint,
 )
 from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, making
-from salsa_peft.config import SalsaError, require
-from salsa_peft.safetensors_files import Buffer, SafetensorsFile
-from salsa_peft.weight_streams import check_device, stream
+from salsa_peft.errors import SalsaError, require
+from salsa_peft.safetensors_files import SafetensorsFile, Writer
 
 if TYPE_CHECKING:
     import torch
 
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Counted up when the same members would give other bytes: a killed soup of an older version is not gone on with."""
 
 
@@ -59,6 +59,8 @@ def average(
     cosines of what each member adds to it, else distances alone. Raises SalsaError naming file and tensor; then nothing is left
     behind. A killed call, made again, goes on at the first shard that is not whole.
     """
+    from salsa_peft.weight_streams import check_device
+
     begun, out = time.perf_counter(), Path(out)
     numbers = check_weights(weights, len(members))
     check_device(device)
@@ -92,6 +94,8 @@ def gram(
     """⟨θ_i − θ_base, θ_j − θ_base⟩, all tensors as one vector: (members, members), float64. Streamed; nothing is written."""
     import torch
 
+    from salsa_peft.weight_streams import check_device, stream
+
     check_device(device)
     read = [read_checkpoint(Path(folder)) for folder in (base, *members)]
     rows, tell = _rows(read, [1.0] * len(read), None), counter(progress, size_of(read[0]))
@@ -124,13 +128,15 @@ def _shards(
     output: Output, head: Checkpoint, rows: Sequence[Row], device: str, progress: Progress | None
 ) -> list[list[float]]:
     """Write what is not there yet; the products of the differences from the member of the largest weight, all shards added up."""
+    from salsa_peft.weight_streams import stream
+
     weights = [row.weight for row in rows]
     pivot = max(range(len(rows)), key=lambda i: abs(weights[i]))
     total = [[0.0] * len(rows) for _ in rows]
     tell = counter(progress, size_of(head))
     for name, file in head.files.items():
 
-        def make(write: Callable[[Buffer], None], file: SafetensorsFile = file) -> dict[str, Any]:
+        def make(write: Writer, file: SafetensorsFile = file) -> dict[str, Any]:
             places = [row.places for row in rows]
             layout = {tensor: Place(file, entry) for tensor, entry in file.entries.items()}
             products = stream(
@@ -197,13 +203,15 @@ def root(square: float) -> float | None:
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
     """As floats. Raises SalsaError for other than one finite number for each member, or zeros alone."""
     require(members > 0, "a soup of no members: expected at least one checkpoint")
-    numbers = stacked_adapter.check_weights(weights, members)
+    numbers = checkpoint_folders.check_weights(weights, members)
     require(any(numbers), f"weights: found {', '.join(map(str, weights))}, expected at least one that is not 0")
     return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The arithmetic alone, without the soup command's strategies and Hub ids: 0, or 2 and one line on stderr."""
+    import argparse
+
     parser = argparse.ArgumentParser(prog="python -m salsa_peft.checkpoint_soup")
     parser.add_argument("out", type=Path)
     parser.add_argument("members", type=Path, nargs="+")
@@ -222,4 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # NumPy, which is not loaded yet, is spared threads that only wait
     raise SystemExit(main())

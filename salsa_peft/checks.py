@@ -120,10 +120,10 @@ def check(recipe: Recipe) -> None:
     require(NAME.match(recipe.name) is not None, f"name: found {short(recipe.name)}, {NAME_EXPECTED}")
     seeds = recipe.sft.seeds
     require(len(set(seeds)) == len(seeds), f"sft.seeds: found {short(seeds)}, expected no seed twice")
-    recipe.sft.check("sft")
-    recipe.reward.check("reward")
+    recipe.sft.check("sft", recipe.num_processes)
+    recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
-    recipe.ppo.check("ppo")
+    recipe.ppo.check("ppo", recipe.num_processes)
     recipe.soup.check("soup", len(seeds))
     require(
         len(set(recipe.reward.seeds)) == len(recipe.reward.seeds),
@@ -136,16 +136,52 @@ def check(recipe: Recipe) -> None:
         taken = name in ("base", "soup") or SEED.match(name)
         require(not taken, f"policies.{name}: found a name that means something else, expected another one")
         for reference in policy.references(f"policies.{name}"):
-            _check_reference(f"policies.{name}.reference", reference, len(seeds))
+            _check_reference(f"policies.{name}.reference", reference, recipe)
     _check_landscape(recipe)
     _check_prompt_set(recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts)
     _check_evaluate(recipe)
     _check_present(recipe)
     _check_files(recipe)
-    require(
-        recipe.adapter is not None,
-        "adapter: found none, which means full weights; that mode is not in this version, expected an adapter: add --lora",
-    )
+    _check_mode(recipe)
+    _check_sharded(recipe)
+
+
+def _check_mode(recipe: Recipe) -> None:
+    """What adapters alone have, or full weights alone."""
+    if recipe.adapter is not None:
+        require(
+            recipe.offload == "none",
+            f"offload: found {recipe.offload} with adapters, expected none: references share the base, nothing waits",
+        )
+        return
+    for key, found, idle in (
+        ("model.quantization", recipe.model.quantization, None),
+        ("soup.rank", recipe.soup.rank, None),
+        ("ppo.value", recipe.ppo.value, "head"),
+    ):
+        require(
+            found == idle,
+            f"{key}: found {found} with full weights, expected {idle or 'none'}: it is for adapters; add --lora",
+        )
+
+
+def _check_sharded(recipe: Recipe) -> None:
+    """What needs every process to hold what is trained whole."""
+    ppo, seeds = recipe.ppo, recipe.reward.seeds
+    optims = {f"{name}.optim": getattr(recipe, name).optim for name in ("sft", "reward", "ppo")}
+    for key, found, fits, expected in (
+        ("model.quantization", recipe.model.quantization, recipe.model.quantization is None, "none"),
+        ("precision", recipe.precision, recipe.precision != "stochastic", "master"),
+        ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, "one seed"),
+        ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
+        ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
+        *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
+    ):
+        require(
+            fits or not recipe.sharded,
+            f"{key}: found {found} with accelerate {recipe.accelerate}, which cuts weights in pieces, expected {expected}; or set"
+            " accelerate=ddp",
+        )
 
 
 NAME_EXPECTED = "expected letters, digits, dots, - and _, starting with a letter or digit, at most 64"
@@ -190,7 +226,9 @@ def _check_toy(recipe: Recipe) -> None:
         require(not used or rows >= size, f"{found}, expected at least {batch} = {size}; raise it or lower {batch}")
 
 
-def _check_reference(where: str, reference: Reference, seeds: int) -> None:
+def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
+    seeds, adapters = len(recipe.sft.seeds), recipe.adapter is not None
+    what = "a LoRA adapter" if adapters else "a checkpoint"
     for member in reference.members:
         require(
             member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds"
@@ -200,11 +238,11 @@ def _check_reference(where: str, reference: Reference, seeds: int) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         require(
             "/" in reference.path,
-            f"{where}: found {short(reference.path)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or an adapter's"
+            f"{where}: found {short(reference.path)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or {what}'s"
             f" folder or Hub id (namespace/name){hint}",
         )
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            _check_path(where, reference.path, "a LoRA adapter", file)
+        for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
+            _check_path(where, reference.path, what, file)
 
 
 def _check_reward(recipe: Recipe) -> None:
@@ -264,7 +302,7 @@ def _check_evaluate(recipe: Recipe) -> None:
     for index, model in enumerate(recipe.evaluate.models):
         known = model in recipe.policies
         for reference in [] if known else parse_reference(f"evaluate.models[{index}]", model):
-            _check_reference(f"evaluate.models[{index}]", reference, len(recipe.sft.seeds))
+            _check_reference(f"evaluate.models[{index}]", reference, recipe)
     models = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"

@@ -5,8 +5,10 @@ Responses are decoded and encoded anew, unless tokenizer and template are the po
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,7 @@ class ClassifierReward:
             policy_tokenizer,
         )
         self.micro_batch_size, self.name, self.tally, self.noted = micro_batch_size, name, Tally(), False
+        self.present: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # offload.py sets it
         self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
             tokenizer.chat_template == policy_tokenizer.chat_template
@@ -63,10 +66,11 @@ class ClassifierReward:
         """→ (B,), float32; micro-batches of like length."""
         sequences = self._fit(self.encode(responses, rows))
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
-        scores = torch.empty(len(sequences), device=self.classifier.device)
-        for start in range(0, len(order), self.micro_batch_size):
-            part = order[start : start + self.micro_batch_size]
-            scores[part] = self._forward([sequences[row] for row in part])
+        with self.present():
+            scores = torch.empty(len(sequences), device=self.classifier.device)
+            for start in range(0, len(order), self.micro_batch_size):
+                part = order[start : start + self.micro_batch_size]
+                scores[part] = self._forward([sequences[row] for row in part])
         return scores.to(responses.response_ids.device)
 
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:

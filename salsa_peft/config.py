@@ -82,8 +82,11 @@ class Model:
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are float32 always."""
+    quantization: Literal["nf4", "nf4-double"] | None = None
+    """QLoRA (Dettmers et al., 2023): the frozen base's linear layers in 4 bits, `double` quantises their scales too. Adapters only."""
     attn_implementation: str | None = None
-    """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' choice."""
+    """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' choice. auto: flash_attention_2 on CUDA where the package
+    flash-attn is installed, else sdpa. Paper A.1: flash attention."""
     max_length: Count = 1024
     """Tokens of a training sequence (SFT, reward) and of prompt + response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
@@ -133,7 +136,7 @@ class Training:
     batch_size: Count = 8
     """Rows of one optimizer step, global (PPO: responses of one rollout batch)."""
     micro_batch_size: Count | None = None
-    """Rows of one forward. None: the whole batch."""
+    """Rows of one forward. None: the whole batch, or a process's share of it."""
     weight_decay: NonNegative = 0.0
     """AdamW's."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -142,16 +145,22 @@ class Training:
     """As in Transformers."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
+    optim: Literal["adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    """As in Transformers. The paged ones (bitsandbytes, CUDA; on a CPU adamw_torch_fused is taken, and said) give way to activations where the
+    card is full. `precision: stochastic` brings its own."""
     gradient_checkpointing: bool = False
     """Trade time for memory."""
 
-    def check(self, section: str) -> None:
-        """Raise SalsaError where the batch does not divide into micro-batches."""
-        micro = self.micro_batch_size or self.batch_size
+    def check(self, section: str, processes: int = 1) -> None:
+        """Raise SalsaError where the batch does not divide into micro-batches of so many processes."""
+        micro = self.micro_batch_size
+        parts = (micro or 1) * processes
+        factors = [f"micro_batch_size {micro}"] * (micro is not None) + [f"num_processes {processes}"] * (processes > 1)
         require(
-            self.batch_size % micro == 0,
-            f"{section}.batch_size: found {self.batch_size}, expected a multiple of micro_batch_size {micro};"
-            f" set {section}.batch_size={math.ceil(self.batch_size / micro) * micro} or another micro_batch_size",
+            self.batch_size % parts == 0,
+            f"{section}.batch_size: found {self.batch_size}, expected a multiple of {' × '.join(factors)};"
+            f" set {section}.batch_size={math.ceil(self.batch_size / parts) * parts}"
+            f"{' or another micro_batch_size' if micro is not None else ''}",
         )
 
 
@@ -226,9 +235,10 @@ class PPO(PPOOptions, Training):
     eval_limit: Count = 64
     """Prompts of such an evaluation, the first."""
 
-    def check(self, section: str) -> None:
+    def check(self, section: str, processes: int = 1) -> None:
         """Batches must divide, and max_steps end with an update: what a cut one learned would be in no log."""
         self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
+        self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
         steps = self.steps_per_update
         require(
@@ -315,11 +325,23 @@ class Recipe:
     """Where PPO's figures go besides metrics.jsonl, as in TrainingArguments: tensorboard, trackio, wandb …"""
     threads: Count | None = None
     """CPU threads of a stage's process. None: PyTorch's choice."""
+    precision: Literal["auto", "master", "stochastic"] = "auto"
+    """Of trained full weights (adapters are float32 always). master: float32 weights and AdamW under bf16 autocast. stochastic: bf16
+    weights, rounded stochastically, and 8-bit AdamW (torchao, the extra `full`). auto: master where memory.py finds room, else stochastic."""
+    offload: Literal["none", "frozen"] = "none"
+    """frozen: references and reward models of full weights wait in the CPU's memory while the policy generates and trains."""
+    num_processes: Count = 1
+    """Processes of the training stages (sft, reward, ppo), one for each GPU: more than one are started by `accelerate launch`."""
+    accelerate: Literal["ddp", "fsdp2", "zero3"] = "ddp"
+    """How several processes share the work: a file of recipes/accelerate. One process shares with none, whatever stands here."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)
     """merged: policies are saved as plain Transformers checkpoints too."""
     model: Model = dataclasses.field(default_factory=Model)
     adapter: Adapter | None = None
     """Set by --lora. None: full weights."""
+    sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Policies that differ in one number: sweeps.py. They are written into `policies` when the recipe is read, so that a recipe as it
+    ran has none."""
     toy: Toy | None = None
     data: Data = dataclasses.field(default_factory=Data)
     sft: SFT = dataclasses.field(default_factory=SFT)
@@ -330,3 +352,15 @@ class Recipe:
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
     generation: Generation = dataclasses.field(default_factory=Generation)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+
+    @property
+    def mode(self) -> Literal["full", "lora", "qlora"]:
+        """What is trained: all weights, adapters, or adapters on a base in 4 bits."""
+        if self.adapter is None:
+            return "full"
+        return "lora" if self.model.quantization is None else "qlora"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a piece of what is trained."""
+        return self.num_processes > 1 and self.accelerate != "ddp"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 
 from . import adapters, data
 from .config import Evaluate, Recipe, parse_reference
 from .generation import respond
 from .landscape import measures
 from .progress import bar
-from .references import attach_reference
+from .references import attach_reference, mixture, move_to
 from .rewards import Reward, decode
 from .rollout import Responses
 from .runs import Job, write_atomic
@@ -49,9 +51,28 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
     return attach_reference(model, reference, seeds_of(inputs), inputs.get("soup"), adapter).adapter
 
 
-def answer(model: PeftModel, adapter: str | None, rows: list[dict[str, Any]], rewards: Mapping[str, Reward],
+def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
+    """One model, and for each name that answers what gives it the name's weights: → the adapter to activate, already on the base;
+    full weights are read into the model (→ None)."""
+    recipe, inputs = job.recipe, job.inputs
+    if recipe.adapter is not None:
+        shared = adapters.attach(bench.base(), seeds_of(inputs)[0], "start")
+        attached = {name: attach(shared, name, recipe, inputs) for name in model_names(recipe)}
+        return shared, {name: functools.partial(lambda adapter: adapter, adapter) for name, adapter in attached.items()}
+    model = bench.base()
+
+    def read(name: str) -> None:
+        if name in recipe.policies:
+            return move_to(model, [inputs[f"ppo/{name}"]], [1.0])
+        (reference,) = parse_reference("evaluate.models", name)
+        return move_to(model, *mixture(bench, reference, inputs))
+
+    return model, {name: functools.partial(read, name) for name in model_names(recipe)}
+
+
+def answer(model: nn.Module, adapter: str | None, rows: list[dict[str, Any]], rewards: Mapping[str, Reward],
            bench: Workbench, seed: int) -> Answers:  # fmt: skip
-    """One response to every prompt, in the prompts' order, with its scores and its length."""
+    """One response to every prompt, in the prompts' order, with its scores and its length; from `adapter`, or the model's full weights."""
     generation, tokenizer = bench.recipe.generation, bench.tokenizer
     tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
     answers: Answers = [{} for _ in rows]
@@ -99,27 +120,30 @@ def run(job: Job) -> dict[str, Any]:
     """Write evaluation.json and answers.jsonl."""
     recipe, section = job.recipe, job.recipe.evaluate
     bench = Workbench.of(job)
-    # 1. one base, an adapter for everything that answers
+    # 1. one model for everything that answers
     others = [name for name in model_names(recipe) if name not in recipe.policies]
     bench.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
-    model = adapters.attach(bench.base(), seeds_of(job.inputs)[0], "start")
+    model, answering = cast(job, bench)
     rewards = measures(job, model, bench)
-    answering = {name: attach(model, name, recipe, job.inputs) for name in model_names(recipe)}
     # 2. every model answers every set of prompts
     sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {name: fitting(job, bench, data.prompts(source, columns=columns)) for name, source in sources.items()}
-    summary: dict[str, Any] = {}
-    lines: list[str] = []
+    answers: dict[str, dict[str, Answers]] = {dataset: {} for dataset in sets}
     with bar(len(sets) * len(answering), job.unit.id) as update:
-        for dataset, rows in sets.items():
-            answers: dict[str, Answers] = {}
-            for name, adapter in answering.items():
-                answers[name] = answer(model, adapter, rows, rewards, bench, section.seed)
-                entries = ({"dataset": dataset, "model": name, **row} for row in answers[name])
-                lines += [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        for name, take in answering.items():
+            adapter = take()
+            for dataset, rows in sets.items():
+                answers[dataset][name] = answer(model, adapter, rows, rewards, bench, section.seed)
                 update(1)
-            # 3. means, wins, losses, ties
-            summary[dataset] = summarize(answers, pairs(section, list(recipe.policies)), list(rewards))
+    # 3. means, wins, losses, ties
+    compared = pairs(section, list(recipe.policies))
+    summary = {dataset: summarize(found, compared, list(rewards)) for dataset, found in answers.items()}
+    lines = [
+        json.dumps({"dataset": dataset, "model": name, **row}, ensure_ascii=False) + "\n"
+        for dataset, found in answers.items()
+        for name, rows in found.items()
+        for row in rows
+    ]
     result = {
         "measures": list(rewards),
         "models": list(answering),

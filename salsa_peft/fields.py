@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
+from .errors import SalsaError as SalsaError
+from .errors import require as require
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -16,13 +19,3 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-class SalsaError(ValueError):
-    """Something the user can mend: one line that says what was found, what was expected and what to do."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise SalsaError(message) unless condition."""
-    if not condition:
-        raise SalsaError(message)

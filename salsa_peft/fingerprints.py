@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config import SalsaError, require
+from salsa_peft.errors import SalsaError, require
 
 
 def canonical(data: Any) -> str:

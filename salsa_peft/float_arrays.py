@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import require
+from .errors import require
 from .safetensors_files import Buffer, SafetensorsFile, fill
 
 Array = NDArray[Any]
@@ -53,8 +53,19 @@ def narrow(values: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(DTYPES[dtype], copy=False)
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        bits = np.ascontiguousarray(round_to_odd(values) if values.dtype == np.float64 else values, np.float32).view(
+            np.uint32
+        )
     return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+
+
+def round_to_odd(values: Array) -> Array:
+    """float64 → float32, towards zero and the last bit set where it is not exact: rounded again, to 16 bits, it is as if rounded once."""
+    found = values.astype(np.float32)
+    back, bits = found.astype(np.float64), found.view(np.uint32)
+    bits -= np.abs(back) > np.abs(values)
+    bits |= back != values
+    return found
 
 
 def as_bytes(values: Array) -> Buffer:

@@ -1,22 +1,26 @@
 """The landscape stage: mean score along the line between two seeds and on the plane of three (paper, Figure 2).
 
-A point is n scalars on the blocks of one stacked adapter: no adapter is made for it, and the deltas are interpolated exactly.
-The control stands beside the line: base + λ·δ of one seed, the same blocks with another weight.
+A point is n scalars on the blocks of one stacked adapter: no adapter is made for it, and the deltas are interpolated exactly. Of full
+weights a point is read from the seeds' checkpoints. The control stands beside the line: base + λ·δ of one seed.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 
 from . import adapters, data
+from .checkpoint_folders import read_checkpoint
 from .config import Generation, Landscape
 from .generation import respond
+from .live_soup import LiveCheckpoints
 from .progress import bar
 from .rewards import FunctionReward, Reward, Rows, of_recipe
 from .runs import Job, write_atomic
@@ -27,7 +31,7 @@ from .workbench import Workbench, fitting, seeds_of
 POINT = "landscape"
 
 
-def measures(job: Job, model: PeftModel, bench: Workbench) -> dict[str, Reward]:
+def measures(job: Job, model: nn.Module, bench: Workbench) -> dict[str, Reward]:
     """What scores responses: the recipe's reward, and in the embedded world its gold reward."""
     recipe = job.recipe
     rewards = {"reward": of_recipe(recipe, model, job.inputs, bench.tokenizer, recipe.generation.batch_size)}
@@ -38,9 +42,10 @@ def measures(job: Job, model: PeftModel, bench: Workbench) -> dict[str, Reward]:
     return rewards
 
 
-def mean_scores(model: PeftModel, adapter: str | None, rows: Rows, prompts: Sequence[Sequence[int]],
+def mean_scores(model: nn.Module, adapter: str | None, rows: Rows, prompts: Sequence[Sequence[int]],
                 rewards: Mapping[str, Reward], bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Measure → mean score with its interval over prompts (rows, and their token ids), of one response each from `adapter`."""
+    """Measure → mean score with its interval over prompts (rows, and their token ids), of one response each from `adapter`, or from the
+    full weights that the model has."""
     generation: Generation = bench.recipe.generation
     scores: dict[str, list[float]] = {name: [] for name in rewards}
     with adapters.active(model, adapter):
@@ -100,24 +105,36 @@ def run(job: Job) -> dict[str, Any]:
         job, bench, data.prompts(sources[questions], columns=job.recipe.reward.reads_columns)[: section.limit]
     )
     tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(rows, 1)]
-    # 2. one base, one stacked adapter of every seed that a point needs
+    # 2. one model that moves between all seeds that a point needs
     bench.check(job.inputs)
     seeds = seeds_of(job.inputs)
-    positions = sorted(seeds)
-    stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
-    model = adapters.attach(bench.base(), seeds[positions[0]], "start")
-    stacked.attach(model, POINT, [0.0] * len(positions))
+    model, adapter, move = moving(bench, seeds)
     rewards = measures(job, model, bench)
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
-        stacked.set_weights(model, POINT, [weights.get(position, 0.0) for position in positions])
-        return mean_scores(model, POINT, rows, tokens, rewards, bench, section.seed)
+        move([weights.get(position, 0.0) for position in sorted(seeds)])
+        return mean_scores(model, adapter, rows, tokens, rewards, bench, section.seed)
 
     # 3. every point; one that two of the figures share is measured once
     result = measure_points(points(section), score, job.unit.id)
     result |= {"questions": questions, "n": len(rows), "sampling_seed": section.seed, "measures": list(rewards)}
     write_atomic(job.folder / "landscape.json", json.dumps(result, indent=2))
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(rows)}
+
+
+def moving(bench: Workbench, seeds: Mapping[int, Path]) -> tuple[Any, str | None, Callable[[list[float]], None]]:
+    """A model, the adapter to activate (full weights: None), and what moves it to base + Σ w δ of the seeds, by position."""
+    positions = sorted(seeds)
+    if bench.recipe.adapter is None:
+        model: Any = bench.base()
+        live = LiveCheckpoints(
+            model, [read_checkpoint(folder) for folder in (*(seeds[p] for p in positions), bench.folder)]
+        )
+        return model, None, lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)])
+    stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
+    model = adapters.attach(bench.base(), seeds[positions[0]], "start")
+    stacked.attach(model, POINT, [0.0] * len(positions))
+    return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights)
 
 
 def measure_points(

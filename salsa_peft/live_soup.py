@@ -107,10 +107,10 @@ class LiveCheckpoints:
     def set(self, weights: Sequence[float]) -> None:
         """Every tensor is the weighted mean, added up in float32 and rounded once to the model's dtype."""
         for name, parameter in self.parameters.items():
-            total = torch.zeros(parameter.shape)
+            total = torch.zeros(parameter.shape, device=parameter.device)
             for member, weight in zip(self.members, weights, strict=True):
                 if weight:
-                    total.add_(member.read(name).float(), alpha=weight)
+                    total.add_(member.read(name).to(parameter.device).float(), alpha=weight)
             parameter.copy_(total)
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:

@@ -155,11 +155,11 @@ _NO_SLOPE = "strategy learned: found the measure {}, which has no slope, expecte
 
 
 def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
-    """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base."""
+    """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base, or of these checkpoints."""
     recipe, section = job.recipe, job.recipe.soup
     bench = Workbench.of(job)
     bench.check(job.inputs)
-    live = _on_base(bench.base(), folders)
+    live: LiveSoup = _on_base(bench.base(), folders) if recipe.adapter else _checkpoints(bench.base(), folders)
     if section.measure == "sft_loss":
         rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["held_out"])[: section.limit]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size
@@ -182,6 +182,14 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path]) -> LiveAdapters:
     return live
 
 
+def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpoints:
+    """A model of the members' architecture that moves between them."""
+    read = [read_checkpoint(folder) for folder in folders]
+    for other in read[1:]:
+        align(read[0], other)
+    return LiveCheckpoints(model.eval(), read)
+
+
 def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
     """The measure that `salsa soup --measure` asks for. Raises SalsaError for data or a reward that it needs."""
     tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
@@ -191,11 +199,7 @@ def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
         live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders)
     else:
         tokenizer = load_tokenizer(str(folders[0]))
-        model = load_base(str(folders[0]), Model(), tokenizer).eval()
-        read = [read_checkpoint(folder) for folder in folders]
-        for other in read[1:]:
-            align(read[0], other)
-        live = LiveCheckpoints(model, read)
+        live = _checkpoints(load_base(str(folders[0]), Model(), tokenizer), folders)
     if ":" in args.measure:
         return FunctionMeasure(live, load_function(args.measure), args.measure)
     require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")

@@ -6,7 +6,9 @@ What differs between full weights and adapters stays in this file and adapters.p
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
 from . import adapters, sharding
 from .config import Model, SalsaError, require
@@ -37,8 +45,36 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def device() -> torch.device:
-    """Where a stage runs."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where a stage runs: with several processes each has the GPU of its number on this machine."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
+def attention(model: Model) -> str | None:
+    """Transformers' name of the attention: `auto` → flash_attention_2 on CUDA where flash-attn is installed, else sdpa."""
+    if model.attn_implementation != "auto":
+        return model.attn_implementation
+    there = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if there else "sdpa"
+
+
+def quantisation(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """nf4 of the linear layers, computed in `dtype`; output embeddings and score heads stay as they are. Raises SalsaError without
+    bitsandbytes."""
+    if model.quantization is None:
+        return None
+    require(
+        importlib.util.find_spec("bitsandbytes") is not None,
+        f"model.quantization: found {model.quantization} and no bitsandbytes, which it runs on; pip install 'salsa-peft[qlora]'",
+    )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.quantization == "nf4-double",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
 
 
 def _padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -79,23 +115,39 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
     return tokenizer
 
 
-def _pretrained(auto: Any, base: str, model: Model, **options: Any) -> Any:
+def _pretrained(auto: Any, base: str, model: Model, trained: torch.dtype | None, **options: Any) -> Any:
+    """Frozen in the recipe's dtype or 4 bits; `trained`: all weights require a gradient, in that dtype."""
+    dtype = trained or resolve_dtype(model.dtype)
     loaded = auto.from_pretrained(
         base,
-        revision=model.revision,
-        dtype=resolve_dtype(model.dtype),
-        attn_implementation=model.attn_implementation,
+        dtype=dtype,
+        attn_implementation=attention(model),
+        quantization_config=quantisation(model, dtype),
+        device_map={"": device()},
         trust_remote_code=False,
         use_safetensors=True,
         **options,
     )
-    return loaded.to(device())
+    if model.quantization is not None and loaded.device.type == "cpu":
+        keep_layout(loaded)
+    return loaded.requires_grad_(trained is not None)
 
 
-def load_base(base: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal language model, frozen, without the generation settings (top-p, penalties) that it came with."""
-    loaded = _pretrained(AutoModelForCausalLM, base, model)
-    loaded.requires_grad_(False)
+def keep_layout(model: nn.Module) -> None:
+    """bitsandbytes (0.50) packs a layer's 4 bits anew for AVX-512 at its first forward in eval mode, and has no backward for that layout:
+    adapters trained after a rollout would get wrong gradients in silence."""
+    module: Any
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_base(
+    base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
+    penalties) that it came with."""
+    loaded = _pretrained(AutoModelForCausalLM, base, model, trained)
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -108,10 +160,11 @@ def load_base(base: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> Pr
     return loaded
 
 
-def load_classifier(base: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The base with a linear head on its last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
-    loaded = _pretrained(AutoModelForSequenceClassification, base, model, num_labels=1)
-    loaded.requires_grad_(False)
+def load_classifier(
+    base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal model's folder with a linear head on the last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
+    loaded = _pretrained(AutoModelForSequenceClassification, base, model, trained, num_labels=1)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
     return loaded
@@ -172,6 +225,27 @@ def check_head(model: nn.Module) -> None:
         error <= 1e-2 * max(1.0, expected.float().abs().max().item()),
         f"{kind}: found logits that are not head × trunk (they differ by {error:.3g}): {unlike}",
     )
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """In place. Not .to(): buffers (rotary frequencies) stay exact."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase,
+                    weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    """An ordinary Transformers checkpoint with its tokenizer, in shards of 5 GB.
+
+    weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given.
+    """
+    if weights is not None and dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    model.save_pretrained(folder, max_shard_size="5GB", state_dict=weights)
+    if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

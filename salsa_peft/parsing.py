@@ -7,26 +7,28 @@ Each layer is checked for unknown keys by itself, so a message names the layer t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from salsa_peft import checks
+from salsa_peft import checks, sweeps
 from salsa_peft.checks import bundled
 from salsa_peft.config import Recipe, SalsaError, Source, require
 from salsa_peft.messages import explain, nearest, short
 from salsa_peft.yaml_text import parse_yaml, read_yaml
 
 ATOMIC = {"reference"}  # replaced whole by a later layer: {soup: …} and {shrunk: …} don't merge
-NAMED = (("policies",), ("evaluate", "prompts"))  # mappings of names: a later layer's null takes an entry out
+NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"))  # of names: a later layer's null takes an entry out
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
         layers.append(layer)
         data = _place(data, keys, layer.data, text)
     data = _without_nulls(data)
+    with _placed(layers, path.name):
+        data = sweeps.expand(data)
     return Loaded(_validated(data, layers, path.name), data, path, lora, changes)
 
 
@@ -104,7 +108,15 @@ def _preset(name: str) -> Layer:
 
 def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
     check_keys(label, "", data, Recipe)
-    return Layer(label, checks.absolute(data, folder))
+    return Layer(label, _absolute(data, folder))
+
+
+def _absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Local paths made absolute, in a sweep's `reference:` as in a policy's."""
+    data = checks.absolute(data, folder)
+    if "sweep" in data:
+        data["sweep"] = checks.absolute({"policies": data["sweep"]}, folder)["policies"]
+    return data
 
 
 def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
@@ -120,7 +132,7 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
     for name in reversed(keys):
         nested = {name: nested}
     check_keys("--set", "", nested, Recipe)
-    return Layer("--set", checks.absolute(nested, os.getcwd())), keys
+    return Layer("--set", _absolute(nested, os.getcwd())), keys
 
 
 def _split(key: str, data: Any) -> list[str]:
@@ -212,12 +224,19 @@ def _validated(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
         more = len({explain(dict(entry))[0] for entry in error.errors(include_url=False)}) - 1
         rest = f" (and {more} more)" if more else ""
         raise SalsaError(f"{_origin(key, layers, file)}: {key}: {message}{rest}") from error
-    try:
+    with _placed(layers, file):
         checks.check(recipe)
+    return recipe
+
+
+@contextlib.contextmanager
+def _placed(layers: list[Layer], file: str) -> Iterator[None]:
+    """An error `key: …` gets the layer that said the key in front."""
+    try:
+        yield
     except SalsaError as error:
         key = str(error).partition(":")[0]
         raise SalsaError(f"{_origin(key, layers, file)}: {error}") from error
-    return recipe
 
 
 def _origin(key: str, layers: list[Layer], file: str) -> str:

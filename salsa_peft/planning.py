@@ -10,31 +10,40 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from salsa_peft import memory
+from salsa_peft.architectures import of_recipe
+from salsa_peft.cards import Card
 from salsa_peft.checks import is_local
 from salsa_peft.config import PPO, Recipe, Source, Training
 from salsa_peft.parsing import Loaded
 from salsa_peft.runs import Step
 
+TRAINING = ("sft", "reward", "ppo")
 COUNTABLE = 500_000_000  # bytes of a jsonl file that the plan reads to count its rows
 
 
-def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]) -> None:
-    """Print the plan on standard output; writes nothing else."""
+MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
+
+
+def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str], card: Card | None) -> None:
+    """Print the plan on standard output; writes nothing else. card: what the stages' needs are held against."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"results: {run}"))
     console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
     console.print()
     _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
     _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
+    _print_memory(console, loaded.recipe, card)
     changed = [[key, _plain(before), _plain(after)] for key, before, after in loaded.changes]
     if changed:
         _print(console, ["--lora changed", "from", "to"], changed)
 
 
-def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
+def _print(console: Console, header: list[str], rows: list[list[str]], narrow: int = 28) -> None:
     if not console.is_terminal:  # plain lines, whatever the width
+        widths = [max(narrow, *map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in [header, *rows]:
-            console.print(Text("  ".join(cell.ljust(28) if cell is not row[-1] else cell for cell in row).rstrip()))
+            console.print(Text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
     else:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for title in header:
@@ -43,6 +52,37 @@ def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
             table.add_row(*map(Text, row))
         console.print(table)
     console.print()
+
+
+def _print_memory(console: Console, recipe: Recipe, card: Card | None) -> None:
+    """What each stage needs of a GPU at its peak, and what would make it fit."""
+    size = of_recipe(recipe)
+    if size is None:
+        console.print(Text(f"memory: known when the config.json of {recipe.model.base} is at hand\n"))
+        return
+    rows = []
+    room = None if card is None else float(card.bytes)
+    for stage in memory.stages_of(recipe):
+        found = memory.need(recipe, stage, size, room)
+        helps = None if room is None else memory.advice(recipe, stage, size, room)
+        held = (
+            memory.choose_precision(recipe, stage, room, size)
+            if recipe.mode == "full" and stage in TRAINING
+            else recipe.mode
+        )
+        fits = "" if room is None else "fits" if helps is None else f"too large; {helps}"
+        parts = [_bytes(getattr(found, part)) for part in MEMORY]
+        rows.append([stage, f"{found.phase} ({held})", *parts, _bytes(found.total), fits])
+    against = "no card" if card is None else f"{card.name}, {card.bytes / memory.GIB:.0f} GiB"
+    header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "in all", against]
+    _print(console, header, rows, narrow=9)
+
+
+def _bytes(number: float) -> str:
+    if number == 0:
+        return "–"
+    unit, name = (memory.GIB, "GiB") if number >= memory.GIB / 10 else (2**20, "MiB")
+    return f"{number / unit:.1f} {name}"
 
 
 def _row(step: Step, asked: set[str]) -> list[str]:

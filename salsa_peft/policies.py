@@ -6,21 +6,25 @@ import dataclasses
 import json
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
-from . import adapters, checkpoints, data, rewards
-from .config import PPOOptions, Recipe, Sampling
+from accelerate.utils import broadcast_object_list
+
+from . import adapters, averaging, checkpoints, data, models, rewards
+from .config import PPOOptions, Sampling
 from .ppo import SalsaPPOTrainer
 from .ppo_config import SalsaPPOConfig
-from .references import Frozen, attach_reference
+from .references import Frozen, attach_reference, freeze, mixture, move_to
 from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, quiet, seeds_of, training_arguments
+from .workbench import Bar, Workbench, quiet, seeds_of
 
 
-def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
+def ppo_config(bench: Workbench, policy: str, folder: Path) -> SalsaPPOConfig:
     """A policy's SalsaPPOConfig: the `ppo` and `generation` sections and the policy's own β."""
+    recipe = bench.recipe
     section, own = recipe.ppo, recipe.policies[policy].kl_coef
-    arguments = training_arguments(section, folder, section.seed)  # type: ignore[arg-type]
+    arguments = bench.arguments(section, folder, section.seed)
     for derived in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         del arguments[derived]
     engine = {field.name: getattr(section, field.name) for field in dataclasses.fields(PPOOptions)}
@@ -34,30 +38,43 @@ def ppo_config(recipe: Recipe, policy: str, folder: str) -> SalsaPPOConfig:
     asked = section.eval_prompts is not None
     logs = {"logging_strategy": "no", "report_to": recipe.report_to or "none", "eval_steps": section.eval_steps}
     logs["eval_strategy"] = "steps" if asked else "no"
+    logs["offload"] = recipe.offload
     return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so)."""
-    recipe, name = job.recipe, job.unit.name
-    # 1. one base; the policy starts at seed-0
-    bench = Workbench.of(job)
+def play(bench: Workbench, job: Job) -> tuple[Any, list[Frozen]]:
+    """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, or a model each."""
     seeds = seeds_of(job.inputs)
-    model = adapters.attach(bench.base(), seeds[0], "policy", trainable=True)
-    # 2. references and reward, frozen adapters on the same base
-    wanted = recipe.policies[name].references(f"policies.{name}")
+    wanted = bench.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
     bench.check(job.inputs, wanted)
-    references: list[Frozen] = []
-    for index, reference in enumerate(wanted):
-        references.append(attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}"))
+    if bench.recipe.adapter is not None:
+        model: Any = adapters.attach(bench.base(), seeds[0], "policy", trainable=True)
+        return model, [
+            attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}")
+            for index, reference in enumerate(wanted)
+        ]
+    model, frozen = bench.trainable(seeds[0]), []
+    for reference in wanted:
+        own = bench.base()
+        move_to(own, *mixture(bench, reference, job.inputs))
+        frozen.append(freeze(model, own, reference.label))
+    return model, frozen
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so) or checkpoint."""
+    recipe, name = job.recipe, job.unit.name
+    # 1. the policy starts at seed-0; references and reward are frozen, with adapters all on one base
+    bench = Workbench.of(job)
+    model, references = play(bench, job)
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
     reward = rewards.of_recipe(recipe, model, job.inputs, bench.tokenizer, micro)
-    # 3. PPO
+    # 2. PPO
     source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
     prompts = data.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
-        ppo_config(recipe, name, str(job.folder)),
+        ppo_config(bench, name, job.folder),
         prompts,
         references=references,
         reward=reward,
@@ -66,16 +83,14 @@ def run(job: Job) -> dict[str, Any]:
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     quiet(trainer)
-    checkpoint, passed = checkpoints.last_whole(job.folder)
-    for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
-        print(line, file=sys.stderr, flush=True)
-    if checkpoint is None:  # what is there is not whole, and the stage's own
-        for folder in checkpoints.checkpoints(job.folder):
-            shutil.rmtree(folder)
+    (checkpoint,) = broadcast_object_list([checkpoint_of(job) if trainer.is_world_process_zero() else None])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # 4. the policy, its value head, what was run
+    # 3. the policy in the base's dtype, its value head, what was run
+    if recipe.adapter is None:
+        trainer.saved_dtype = models.resolve_dtype(recipe.model.dtype)
+        if not recipe.sharded:
+            models.round_weights(model, trainer.saved_dtype)
     trainer.save_model(str(job.folder))
-    bench.sign(job.folder)
     facts = {
         "reference": ", ".join(reference.label for reference in references),
         "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.kl_coef},
@@ -84,11 +99,25 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.skipped,
     }
+    if not trainer.is_world_process_zero():
+        return facts
+    bench.sign(job.folder)
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
-    if "merged" in recipe.export:
+    if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model, reward
         merge(bench, job)
     return facts
+
+
+def checkpoint_of(job: Job) -> Path | None:
+    """The checkpoint to go on from, said; None where there is none: what is there is not whole and goes, it is the stage's own."""
+    checkpoint, passed = checkpoints.last_whole(job.folder)
+    for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
+        print(line, file=sys.stderr, flush=True)
+    if checkpoint is None:
+        for folder in checkpoints.checkpoints(job.folder):
+            shutil.rmtree(folder)
+    return checkpoint
 
 
 def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
@@ -101,9 +130,9 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
 
 
 def merge(bench: Workbench, job: Job) -> None:
-    """The policy merged into the base, in the base's dtype, as a plain Transformers checkpoint: <folder>/merged."""
-    merged = adapters.attach(bench.base(), job.folder, "policy")
-    with adapters.active(merged, "policy"):
-        plain: Any = merged.merge_and_unload(adapter_names=["policy"])  # type: ignore[operator]
-    plain.save_pretrained(job.folder / "merged")
+    """The policy merged into the base, in its files' dtype, as a plain Transformers checkpoint: <folder>/merged. Never into 4 bits: of a
+    quantised base into what its 4 bits stand for."""
+    averaging.soup(
+        job.folder / "merged", [job.folder], merge=True, base=bench.folder, quantized_base=job.recipe.model.quantization
+    )
     bench.tokenizer.save_pretrained(job.folder / "merged")

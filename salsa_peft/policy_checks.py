@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from . import adapters
 from .config import SalsaError, require
 from .logprobs import head_of
-from .models import causal_lm, check_head
+from .models import causal_lm, check_head, keep_layout
+from .precision import OPTIMIZER, ROUNDING, rounds_stochastically
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 NOISE = ("drop", "jitter", "noise")
 """Parts of the names that configurations give to what is random in training mode."""
@@ -35,9 +36,28 @@ def check_model(model: Any) -> None:
         isinstance(model, PeftModel | PreTrainedModel),
         f"model: found {type(model).__name__}, expected a PeftModel with the policy active, or a PreTrainedModel",
     )
+    keep_layout(model)  # before anything runs
+    check_layout(model)
     if isinstance(model, PeftModel):
         check_adapters(model)
     check_head(model)
+
+
+def check_layout(model: PeftModel | PreTrainedModel) -> None:
+    """Raise SalsaError for quantised weights without an adapter; and for 4-bit layers that have run on a CPU in eval mode, where
+    bitsandbytes packs them for a product without a backward."""
+    quantised = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
+    require(
+        isinstance(model, PeftModel) or not quantised,
+        f"model: found {', '.join(quantised[:1])} quantised, which does not train, expected float weights, or an adapter over them",
+    )
+    layers = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    packed = [name for name, layer in layers if vars(layer.weight.quant_state).get("packing_format_for_cpu")]
+    require(
+        not packed,
+        f"model: found {', '.join(packed[:1])} packed for inference by bitsandbytes, which has no backward for that; load the model again,"
+        " and make the trainer before it generates",
+    )
 
 
 def check_adapters(model: PeftModel) -> None:
@@ -71,8 +91,10 @@ def check_adapters(model: PeftModel) -> None:
     )
 
 
-def check_trained(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise SalsaError unless what trains is right: LoRA factors alone or full weights, float32, one network in both modes.
+def check_trained(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
+) -> None:
+    """Raise SalsaError unless what trains is right: LoRA factors alone or full weights, that move, one network in both modes.
 
     To be called when all adapters are attached and dropout is off.
     """
@@ -88,22 +110,23 @@ def check_trained(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedToken
             f"model: found {', '.join(outside[:1])} trainable, expected a frozen base under the adapter: references share it;"
             " requires_grad_(False)",
         )
-    check_precision(trained)
+    check_precision(trained, args)
     head_of(causal_lm(model), 1.0, int(tokenizer.eos_token_id))
     check_noise(model)
 
 
-def check_precision(trained: dict[str, torch.nn.Parameter]) -> None:
-    """Raise SalsaError for trained weights that are not float32: PPO's steps are smaller than bf16 or fp16 can hold.
-
-    At 2e-6 AdamW moved bf16 weights 450 times less than float32 ones. The one place for an optimizer with a rounding of its own.
-    """
-    rounded = [(name, parameter.dtype) for name, parameter in trained.items() if parameter.dtype != torch.float32]
+def check_precision(trained: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
+    """Raise SalsaError for trained weights in fp16, and in bf16 unless the optimizer rounds at random: PPO's steps are smaller than these
+    can hold (precision.py)."""
+    held = {torch.float32, torch.bfloat16} if rounds_stochastically(args) else {torch.float32}
+    rounded = [(name, parameter.dtype) for name, parameter in trained.items() if parameter.dtype not in held]
     if rounded:
         name, dtype = rounded[0]
+        remedy = f"bf16 weights, optim='{OPTIMIZER}', optim_args='{ROUNDING}=True' (torchao)"
         raise SalsaError(
             f"model: found {name} in {str(dtype).removeprefix('torch.')}, expected trained weights in float32: small steps would be"
-            " rounded away; load with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base"
+            " rounded away; load with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base, or take an"
+            f" optimizer that rounds at random: {remedy}"
         )
 
 

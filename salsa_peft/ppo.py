@@ -77,7 +77,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         policy = with_value_head(model, args, self.reward)
         adapters.remove_dropout(model)  # that of the adapters attached here too
         self._train_only(model, policy)
-        check_trained(model, processing_class)
+        check_trained(model, processing_class, args)
         lora_forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
         self.encoder = Encoder.of([causal_lm(model), *frozen], args, processing_class)
@@ -109,8 +109,6 @@ class SalsaPPOTrainer(ResumableTrainer):
             processing_class=processing_class,
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
-        for reference in frozen:  # Trainer has moved the policy
-            reference.to(args.device)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = False
         sharding.check(self.accelerator, args)
         backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)
@@ -187,8 +185,9 @@ class SalsaPPOTrainer(ResumableTrainer):
         old_logprobs, old_values, advantages, returns = (
             field[rows, :width] for field in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
-        hidden, values = model(part.input_ids, part.attention_mask)
-        logprobs, _ = response_logprobs(hidden, part, self.maker.head(), self.args.min_new_tokens)
+        with self.accelerator.autocast():  # the head too, as in the rollout: the first ratio is 1
+            hidden, values = model(part.input_ids, part.attention_mask)
+            logprobs, _ = response_logprobs(hidden, part, self.maker.head(), self.args.min_new_tokens)
         return losses.ppo_loss(
             logprobs, response_values(values, part), old_logprobs, old_values, advantages, returns, part.response_mask,
             tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value, vf_coef=self.args.vf_coef,

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -45,6 +45,7 @@ class _Checked(PPOOptions, Sampling):
     batch_size: Count
     micro_batch_size: Count | None
     eval_samples: Annotated[int, Field(ge=0)]
+    offload: Literal["none", "frozen"]
 
 
 @dataclass
@@ -65,6 +66,9 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     """Responses of one forward and backward. None: a process's whole share of the minibatch."""
     eval_samples: int = 4
     """Responses of each evaluation that eval_completions.jsonl keeps."""
+    offload: Literal["none", "frozen"] = "none"
+    """frozen: references and classifiers with weights of their own wait in the CPU's memory, and are on the device one at a time while
+    they score. Adapters have none to offload."""
     guards: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
     """As PPOOptions has it; on a command line (HfArgumentParser) as JSON."""
     rollout_options: dict[str, Any] | str | None = dataclasses.field(default_factory=dict, kw_only=True)  # type: ignore[assignment]
@@ -113,27 +117,9 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
 
     def _share_out(self) -> None:
         """The micro-batch of one process and the accumulation steps, from the global batches and the number of processes."""
-        world = self.world_size
-        share, rest = divmod(self.minibatch_size, world)
-        require(
-            rest == 0,
-            f"batch_size / num_mini_batches: found minibatches of {self.minibatch_size} responses for {world} processes,"
-            " expected a multiple of them",
-        )
-        micro = self.micro_batch_size or share
-        require(
-            share % micro == 0,
-            f"micro_batch_size: found {micro}, expected a divisor of {share}, the responses of a minibatch that each of"
-            f" {world} processes has",
-        )
-        self.per_device_train_batch_size = micro
-        self.gradient_accumulation_steps = share // micro
-        local = self.batch_size // world
-        rollout = self.rollout_batch_size or local
-        require(
-            world == 1 or local % rollout == 0,
-            f"rollout_batch_size: found {rollout}, expected a divisor of {local}, the responses that each of {world} processes has",
-        )
+        share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
+        self.per_device_train_batch_size = self.micro_batch_size or share
+        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
 
     @property
     def minibatch_size(self) -> int:

@@ -115,6 +115,29 @@ class PPOOptions:
             f" {self.num_mini_batches} = {minibatch} responses",
         )
 
+    def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int) -> int:
+        """Responses of a minibatch that each process has. Raises SalsaError unless they are as many in each, and cut into micro-batches."""
+        share, rest = divmod(batch_size // self.num_mini_batches, processes)
+        require(
+            rest == 0,
+            f"{prefix}batch_size / num_mini_batches: found minibatches of {batch_size // self.num_mini_batches} responses for"
+            f" {processes} processes, expected a multiple of them; set"
+            f" {prefix}batch_size={math.ceil(batch_size / (self.num_mini_batches * processes)) * self.num_mini_batches * processes}",
+        )
+        micro, local = micro_batch_size or share, batch_size // processes
+        require(
+            share % micro == 0,
+            f"{prefix}micro_batch_size: found {micro}, expected a divisor of {share}, the responses of a minibatch that each of"
+            f" {processes} processes has",
+        )
+        rollout = self.rollout_batch_size or local
+        require(
+            processes == 1 or local % rollout == 0,
+            f"{prefix}rollout_batch_size: found {rollout}, expected a divisor of {local}, the responses that each of {processes}"
+            " processes has",
+        )
+        return share
+
     def check_options(self, prefix: str) -> None:
         """Raise SalsaError for options that contradict one another; `prefix` stands before keys."""
         parse(self.guards, f"{prefix}guards")

@@ -17,7 +17,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from . import adapters, checkpoints, ppo_setting, sharding
 from .config import SalsaError
-from .models import PolicyWithValueHead, causal_lm, load_weights
+from .models import PolicyWithValueHead, causal_lm, load_weights, save_checkpoint
 from .ppo_config import SalsaPPOConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class SavingTrainer(Trainer):
     model: PolicyWithValueHead  # type: ignore[assignment]
     processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
     policy_name: str | None
+    saved_dtype: torch.dtype | None = None
+    """Of full weights that are sharded, once they are trained; None: as they are held."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as an ordinary PEFT adapter or checkpoint with the tokenizer, the value head (and adapter) beside it; no pickles.
@@ -54,8 +56,7 @@ class SavingTrainer(Trainer):
             if self.model.value_adapter is not None:
                 adapters.save(policy, self.model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
         else:
-            policy.save_pretrained(folder, state_dict=weights)
-            self.processing_class.save_pretrained(folder)
+            save_checkpoint(policy, folder, self.processing_class, weights, self.saved_dtype)
         head = {name: tensor.detach().cpu() for name, tensor in head.items()}
         save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
 

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from . import adapters
+from .models import causal_lm
 from .references import Frozen
 from .rewards import AdapterReward, ClassifierReward, FunctionReward, Reward, WeightedReward
 
@@ -71,7 +72,9 @@ def take_rates(optimizer: Any, scheduler: Any, made: Mapping[str, Any], args: Sa
         key = "value_head_learning_rate" if place == head else "learning_rate"
         before, now = made[key], vars(args)[key]
         if before != now:
-            group.update(lr=now * (group["lr"] / before if before else 1.0), initial_lr=now)
+            rate = now * (float(group["lr"]) / before if before else 1.0)
+            held = isinstance(group["lr"], Tensor)  # torchao's optimizers take no other
+            group.update(lr=torch.full_like(group["lr"], rate) if held else rate, initial_lr=now)
             rates[place : place + 1] = [now] * bool(rates)
     if rates:
         scheduler.load_state_dict(
@@ -82,7 +85,9 @@ def take_rates(optimizer: Any, scheduler: Any, made: Mapping[str, Any], args: Sa
 def identity(model: Any, policy: str | None, references: Iterable[Frozen], reward: Reward, prompts: Iterable[Prompt]) -> dict[str, Any]:  # fmt: skip
     """What no option names, as digests of samples, so that paths may be others: the policy's adapter (`policy`; None: full
     weights) and its base, the references, models in the reward, the prompts' tokens."""
-    found: dict[str, Any] = {"policy": "weights" if policy is None else "adapter"}
+    dtype = str(causal_lm(model).dtype).removeprefix("torch.")
+    weights = "weights" if dtype == "float32" else f"weights in {dtype}"
+    found: dict[str, Any] = {"policy": weights if policy is None else "adapter"}
     if isinstance(model, PeftModel) and policy is not None:
         config = model.peft_config[policy]
         if isinstance(config, LoraConfig):

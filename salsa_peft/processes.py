@@ -47,6 +47,8 @@ class Result:
     seconds: float
     peak_mb: float
     """Largest resident memory of the process."""
+    gpu_peak_mb: float | None = None
+    """What PyTorch's allocator held of its GPU at most; None without one."""
 
 
 def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
@@ -63,7 +65,12 @@ def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
         _end(process)
         raise
     if report is None:
-        raise StageError(f"{job.unit.id} failed: {_death(process.exitcode)}")
+        raise StageError(f"{job.unit.id} failed: {death(process.exitcode)}")
+    return settled(report, job.unit.id, log, debug=debug)
+
+
+def settled(report: dict[str, Any], unit: str, log: Path, *, debug: bool) -> Result:
+    """What a stage's process reported. Raises StageError for an error, whose trace is then in `log`."""
     if "line" in report:
         if report["trace"]:
             write_atomic(log, report["trace"])
@@ -73,7 +80,7 @@ def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
             if report["trace"] and not report["known"]
             else ""
         )
-        raise StageError(f"{job.unit.id} failed: {report['line']}{hint}")
+        raise StageError(f"{unit} failed: {report['line']}{hint}")
     return Result(**report)
 
 
@@ -116,7 +123,8 @@ def _end(process: Any) -> None:
         process.join()
 
 
-def _death(code: int | None) -> str:
+def death(code: int | None) -> str:
+    """How a process ended that left no report."""
     if code is None or code >= 0:
         return f"its process ended with code {code} and without a result"
     name = signal.Signals(-code).name
@@ -131,20 +139,25 @@ def _child(sender: Connection, job: Job) -> None:
     os.dup2(2, 1)  # standard output is the command's own
     if job.recipe.threads is not None and "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(job.recipe.threads)
+    report = worked(job)
+    with contextlib.suppress(BrokenPipeError):
+        sender.send(report)
+    sender.close()
+
+
+def worked(job: Job) -> dict[str, Any]:
+    """Run the job's function in this process → what to report: facts and costs, or the error."""
     start = time.perf_counter()
     try:
         module, name = job.unit.run.split(":")
         facts = getattr(importlib.import_module(module), name)(job)
         json.dumps(facts, allow_nan=False)
         seconds = time.perf_counter() - start
-        report: dict[str, Any] = {"facts": facts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb(), 1)}
+        return {"facts": facts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb(), 1), "gpu_peak_mb": gpu_peak_mb()}
     except Exception as error:
         known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error, job.recipe.model.base)
         line = known or f"{type(error).__name__}: {error}"
-        report = {"line": " ".join(line.split())[:1000], "known": known is not None, "trace": traceback.format_exc()}
-    with contextlib.suppress(BrokenPipeError):
-        sender.send(report)
-    sender.close()
+        return {"line": " ".join(line.split())[:1000], "known": known is not None, "trace": traceback.format_exc()}
 
 
 def _end_with_parent() -> None:
@@ -163,6 +176,14 @@ def peak_mb() -> float:
     """Largest resident memory of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def gpu_peak_mb() -> float | None:
+    """What this process's allocator held of its GPU at most, in MB; None where it used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_reserved() / 1e6, 1)
 
 
 @contextlib.contextmanager

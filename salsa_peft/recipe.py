@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft import processes, runs, units
+from salsa_peft import cards, launching, processes, runs, units
 from salsa_peft.config import Recipe, SalsaError, require
 from salsa_peft.messages import duration, nearest, one_line
 from salsa_peft.parsing import Loaded, load_recipe, names
@@ -33,14 +34,16 @@ class Stage(NamedTuple):
     units: Callable[[Recipe, str], list[runs.Unit]]
     resumes: bool = False
     """Whether it goes on from its own checkpoints; what is unfinished in its folder is left to it."""
+    trains: bool = False
+    """Whether the recipe's num_processes share its work; other stages have one process."""
 
 
 STAGES = {
     "toy": Stage("salsa_peft.stages:toy", units.toy_units),
-    "sft": Stage("salsa_peft.sft:run", units.sft_units),
-    "reward": Stage("salsa_peft.reward_model:run", units.reward_units),
+    "sft": Stage("salsa_peft.sft:run", units.sft_units, trains=True),
+    "reward": Stage("salsa_peft.reward_model:run", units.reward_units, trains=True),
     "soup": Stage("salsa_peft.stages:soup", units.soup_units),
-    "ppo": Stage("salsa_peft.policies:run", units.ppo_units, resumes=True),
+    "ppo": Stage("salsa_peft.policies:run", units.ppo_units, resumes=True, trains=True),
     "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units),
     "report": Stage("salsa_peft.stages:report", units.report_units),
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
     try:
         with processes.signals():
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set)
+            for line in cards.check_device(loaded.recipe, cards.cards()) if not args.dry_run else ():
+                say(f"warning: {line}")
             run = run_folder(loaded, args.output_dir)
             work = [unit for stage in stages.values() for unit in stage.units(loaded.recipe, stage.run)]
             asked = selected(work, args.stages, "--stages") if args.stages is not None else {unit.id for unit in work}
@@ -63,14 +68,16 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             if args.dry_run or not run.exists():  # a refusal comes before anything is written
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
+                check_processes(loaded.recipe, {} if args.dry_run else steps, asked)
             if args.dry_run:
                 from salsa_peft.planning import show_plan
 
-                show_plan(loaded, run, steps, asked)
+                show_plan(loaded, run, steps, asked, args.gpu or next(iter(cards.cards()), None))
                 return 0
             with runs.locked(run):
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
+                check_processes(loaded.recipe, steps, asked)
                 execute(loaded, run, steps, asked, args.debug)
                 for path in runs.prune(run, stages, steps) if args.prune else []:
                     say(f"pruned {path.relative_to(run)}")
@@ -118,10 +125,16 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
         runs.write_begun(step, steps)
     inputs = {name: steps[name].folder for name in unit.inputs}
     job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
-    result = processes.run_in_process(job, run / "logs" / f"{unit.id.replace('/', '-')}.log", debug=debug)
-    runs.write_manifest(step, steps, started=started, versions=runs.versions(), **dataclasses.asdict(result))
+    several = recipe.num_processes > 1 and STAGES[unit.stage].trains
+    make = launching.run if several else processes.run_in_process
+    result = make(job, run / "logs" / f"{unit.id.replace('/', '-')}.log", debug=debug)
+    planned = None if result.gpu_peak_mb is None else cards.planned_mb(recipe, unit.stage)
+    facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned}
+    runs.write_manifest(step, steps, started=started, versions=runs.versions(), **facts)
     runs.tidy(step.folder)
-    say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB")
+    gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
+    gpu += "" if planned is None else f" (planned {planned:.0f})"
+    say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB{gpu}")
 
 
 def _empty(folder: Path) -> None:
@@ -154,11 +167,18 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
             )
 
 
+def check_processes(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> None:
+    """Raise SalsaError where a unit that will be made wants more processes than this machine can run."""
+    made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
+    if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
+        launching.check(recipe)
+
+
 def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
-    """runs/<name>-<preset>, or --output-dir; absolute."""
-    folder = Path(
-        os.path.abspath(output_dir or os.path.join("runs", f"{loaded.recipe.name}-{loaded.preset or 'lora'}"))
-    )
+    """runs/<name>, with adapters runs/<name>-<preset>, or --output-dir; absolute."""
+    mode = loaded.recipe.mode
+    name = loaded.recipe.name if mode == "full" else f"{loaded.recipe.name}-{loaded.preset or mode}"
+    folder = Path(os.path.abspath(output_dir or os.path.join("runs", name)))
     above = next(path for path in (folder, *folder.parents) if path.exists())
     require(above.is_dir(), f"--output-dir: found {above}, which is a file, expected a folder")
     require(os.access(above, os.W_OK), f"--output-dir: {above} cannot be written to; choose another folder")
@@ -185,6 +205,12 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--gpu",
+        type=_card,
+        metavar="GIB",
+        help="with --dry-run: the memory of a GPU to plan for (default: the one that is there)",
+    )
     parser.add_argument("--stages", type=_comma, metavar="A,B", help="only these stages or units: sft,ppo/salsa")
     parser.add_argument(
         "--force", action="append", default=[], metavar="STAGE", help="do a stage or unit again, and what hangs on it"
@@ -215,6 +241,8 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
         parser.error(
             f"found {len(args.words)} recipes ({' '.join(args.words) or 'none'}), expected one: a YAML file or a bundled name"
         )
+    if args.gpu is not None and not args.dry_run:
+        parser.error("found --gpu without --dry-run, expected both: it plans for a card, it chooses none")
     args.recipe = args.words[0]
     return args
 
@@ -225,6 +253,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Print it and leave."""
         self.exit(2, f"{self.prog}: {one_line(message)} (--help says more)\n")
+
+
+def _card(text: str) -> cards.Card:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < 10_000:
+        raise argparse.ArgumentTypeError(f"found {text}, expected GiB such as 24")
+    return cards.Card("--gpu", int(size * 2**30))
 
 
 def _comma(text: str) -> list[str]:

@@ -1,12 +1,13 @@
 """References: what the KL term looks at: an adapter on the shared base, none (the base itself), or frozen weights of their own.
 
-In adapter mode every kind is the base plus a weighted sum of seeds' deltas: seed-N one member at 1, the soup its members
-at weights of sum 1, `shrunk` one member at a scale, `base` no member. So K references cost K thin adapters and no copy of
-the base.
+Every kind is the base plus a weighted sum of seeds' deltas: seed-N one member at 1, the soup its members at weights of sum 1,
+`shrunk` one member at a scale, `base` no member. So K references of adapters cost K thin adapters and no copy of the base; of full
+weights each is a frozen model, read from checkpoints.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from . import adapters
+from .checkpoint_folders import read_checkpoint
 from .config import Reference, SalsaError, require
 from .hub_errors import said_in_a_line
+from .live_soup import LiveCheckpoints
 from .models import causal_lm, check_head
 from .stacked_adapter import StackedAdapter
+from .workbench import Workbench, local, seeds_of
 
 EXPECTED = (
     "expected 'base', an adapter's name, an adapter's or a checkpoint's folder or Hub id, or a PreTrainedModel; of a PeftModel pass the"
@@ -54,6 +58,25 @@ def attach_reference(
     else:
         StackedAdapter.load([seeds[member] for member in reference.members]).attach(model, name, reference.weights)
     return Frozen(reference.label, name)
+
+
+def mixture(bench: Workbench, reference: Reference, inputs: Mapping[str, Path]) -> tuple[list[Path], list[float]]:
+    """A recipe's reference of full weights → the checkpoints it is the weighted sum of: base + Σ w δ = (1 − Σ w) θ_base + Σ w θ."""
+    if reference.soup:
+        return [inputs["soup"]], [1.0]
+    if reference.path is not None:
+        return [local(bench.recipe, reference.path)], [1.0]
+    seeds, weights = seeds_of(inputs), list(reference.weights)
+    folders = [seeds[member] for member in reference.members]
+    rest = 1 - math.fsum(weights)
+    if abs(rest) > 1e-9:
+        folders, weights = [*folders, bench.folder], [*weights, rest]
+    return folders, weights
+
+
+def move_to(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
+    """Give a model of full weights, in place, the weighted sum of checkpoints. Raises SalsaError for ones that don't fit it."""
+    LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders]).set(weights)
 
 
 def as_references(

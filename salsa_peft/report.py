@@ -54,7 +54,7 @@ class ReportInput:
     base: str
     versions: dict[str, str]
     units: list[dict[str, Any]]
-    """{"unit", "key", "seconds", "peak_mb", "skipped"}; seconds and peak_mb may be None."""
+    """{"unit", "key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb", "skipped"}; seconds and megabytes may be None."""
     seeds: dict[str, dict[str, Any]]
     reward: dict[str, Any]
     soup: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The reward stage: an adapter that starts as a copy of seed-0's and a score head, trained by TRL's RewardTrainer; or a soup of such.
+"""The reward stage: seed-0's adapter, or weights, copied, and a score head, trained by TRL's RewardTrainer; or a soup of such.
 
 Loss −log σ(R(x, y_w) − R(x, y_l)); the head is linear on the last token that counts, without bias (paper 3.1, A.2).
 """
@@ -16,25 +16,25 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 
 from . import adapters, data
 from .config import require
+from .models import load_weights
 from .runs import Job, write_atomic
 from .statistics import mean_interval
-from .workbench import Bar, Workbench, note_left_out, quiet, training_arguments
+from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet
 
 SPLIT_SEED = 0
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train one adapter, or one for each of `reward.seeds` and average them; save adapter and head as one ordinary PEFT adapter."""
+    """Train one reward model, or one for each of `reward.seeds` and average them; save it with its head as one ordinary PEFT adapter, or
+    as a sequence classifier's checkpoint."""
     seeds = job.recipe.reward.seeds
-    if len(seeds) == 1:
-        _, metrics = train(job, seeds[0], job.folder)
-    else:
-        metrics = average(job, seeds)
-    write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+    trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else average(job, seeds)
+    if trainer.is_world_process_zero():
+        write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
 
 
-def average(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
+def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     """The soup of a reward model for each seed: one start and one held-out set, other orders of the data (WARM, section 3)."""
     from .averaging import soup
 
@@ -43,12 +43,17 @@ def average(job: Job, seeds: Sequence[int]) -> dict[str, Any]:
         trainer, found = train(job, seed, job.folder / f"seed-{seed}")
         members.append({"seed": seed, **found})
     names = [f"seed-{seed}" for seed in seeds]
-    soup(job.folder / "cooked", [job.folder / name for name in names], names=names)
-    for file in (job.folder / "cooked").iterdir():
-        file.rename(job.folder / file.name)
-    (job.folder / "cooked").rmdir()
-    trainer.model = PeftModel.from_pretrained(Workbench.of(job).classifier(), job.folder).to(trainer.model.device)
-    return {**members[-1], "seed": None, **held_out(trainer), "members": members}
+    if trainer.is_world_process_zero():
+        soup(job.folder / "cooked", [job.folder / name for name in names], names=names)
+        for file in (job.folder / "cooked").iterdir():
+            file.rename(job.folder / file.name)
+        (job.folder / "cooked").rmdir()
+    trainer.accelerator.wait_for_everyone()
+    if isinstance(trainer.model, PeftModel):
+        trainer.model = PeftModel.from_pretrained(Workbench.of(job).classifier(), job.folder).to(trainer.model.device)
+    else:
+        load_weights(trainer.model, job.folder)
+    return trainer, {**members[-1], "seed": None, **held_out(trainer), "members": members}
 
 
 def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -59,25 +64,24 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
     rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"])
-    # 2. the base with a score head, its adapter a copy of seed-0's
+    # 2. a score head on a copy of seed-0
     bench = Workbench.of(job)
-    torch.manual_seed(SPLIT_SEED)
-    config, tensors = adapters.read(job.inputs["sft/seed-0"])
-    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
-    model = get_peft_model(bench.classifier(), config)
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model) | tensors)
+    model = start(bench, job.inputs["sft/seed-0"])
     # 3. the trainer
     trainer: Any = RewardTrainer(
         model=model,
         args=RewardConfig(
-            **training_arguments(section, folder / "trainer", seed),
-            per_device_eval_batch_size=section.micro_batch_size or section.batch_size,
+            **bench.arguments(section, folder / "trainer", seed),
+            per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=recipe.model.max_length,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, folder)],
     )
+    if recipe.mode == "qlora":
+        adapters.in_float32(model)
+        copy_adapter(model, job.inputs["sft/seed-0"])
     # 4. a share of the pairs that are short enough is held out
     fitting = len(trainer.train_dataset)
     kept_out = max(1, round(section.held_out * fitting))
@@ -92,15 +96,32 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
     # 5. train, save, measure
     quiet(trainer)
-    result = trainer.train()
-    bench.save(model, "default", folder)
+    loss = mean_loss(trainer, trainer.train().training_loss)
+    bench.save(trainer, folder)
     return trainer, {
         **held_out(trainer),
-        "loss": result.training_loss,
+        "loss": loss,
         "pairs": {"train": fitting - kept_out, "held_out": kept_out},
         "left_out": len(rows) - fitting,
         "steps": trainer.state.global_step,
     }
+
+
+def start(bench: Workbench, seed: Path) -> Any:
+    """A new score head on seed-0: on its weights, or on the base under a copy of its adapter."""
+    torch.manual_seed(SPLIT_SEED)
+    if bench.recipe.adapter is None:
+        return bench.classifier(seed)
+    config, _ = adapters.read(seed)
+    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
+    model = get_peft_model(bench.classifier(), config)
+    copy_adapter(model, seed)
+    return model
+
+
+def copy_adapter(model: Any, folder: Path) -> None:
+    """The factors of the adapter in `folder`; the score head stays."""
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model) | adapters.read(folder)[1])
 
 
 def held_out(trainer: Any) -> dict[str, Any]:
@@ -114,7 +135,7 @@ def held_out(trainer: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def held_out_margins(trainer: Any) -> list[float]:
-    """R(chosen) − R(rejected) of every pair of the trainer's evaluation set."""
+    """R(chosen) − R(rejected) of every pair of the trainer's evaluation set, in its order, in all processes."""
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():
@@ -124,5 +145,5 @@ def held_out_margins(trainer: Any) -> list[float]:
             .float()
         )
         chosen, rejected = scores.chunk(2)
-        margins += (chosen - rejected).tolist()
+        margins += trainer.accelerator.gather_for_metrics(chosen - rejected).tolist()
     return margins

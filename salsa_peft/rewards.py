@@ -211,13 +211,14 @@ def of_recipe(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], toke
     """What a recipe's `reward:` says; `inputs` has the reward stage's folder under "reward" where that trains one."""
     parts = []
     for part in recipe.reward.parts:
-        if part.kind == ADAPTER:
+        if part.kind == ADAPTER and recipe.adapter is not None:
             reward = as_reward(inputs["reward"], model, tokenizer, micro_batch_size)
         elif part.kind == "function":
             reward = FunctionReward(load_function(part.value), tokenizer)
-        else:
+        else:  # with full weights the reward stage's own is a classifier too
+            path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
             reward = load_classifier_reward(
-                part.value, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype
+                path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype
             )
         parts.append(Part(reward, part.weight, part.name))
     return parts[0].reward if len(parts) == 1 and parts[0].weight == 1 else WeightedReward(parts)

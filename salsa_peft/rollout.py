@@ -103,25 +103,19 @@ def response_logprobs(
     return scatter(result.logprobs, responses.response_mask), scatter(result.entropy, responses.response_mask)
 
 
-def reference_kls(policy: Tensor | None, policy_logprobs: Tensor, references: Iterator[tuple[Tensor, Head]], responses: Responses,
-                  head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to the references, averaged over them (paper eq. 5), (B, T).
+def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses, head: Head, other: Head,
+                 min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
 
-    `references` yields one reference's states (B, P + T, H) and its head at a time, so that one of them is held. `policy`: the
-    policy's own states, which only the estimator `full` reads.
+    `policy`: the policy's own states at the tokens that count (N, H), which only the estimator `full` reads.
     """
-    total, count = torch.zeros_like(policy_logprobs), 0
-    for hidden, other in references:
-        if estimator == "full":
-            assert policy is not None
-            states = response_states(policy, responses), response_states(hidden, responses)
-            forbidden = forbidden_eos(responses, min_new_tokens)
-            kl = scatter(full_kl(*states, forbidden, head, other), responses.response_mask)
-        else:
-            logprobs, _ = response_logprobs(hidden, responses, other, min_new_tokens)
-            kl = KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
-        total, count = total + kl, count + 1
-    return total / count
+    if estimator == "full":
+        assert policy is not None
+        forbidden = forbidden_eos(responses, min_new_tokens)
+        kl = full_kl(policy, response_states(reference, responses), forbidden, head, other)
+        return scatter(kl, responses.response_mask)
+    logprobs, _ = response_logprobs(reference, responses, other, min_new_tokens)
+    return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
 
 
 @torch.no_grad()

@@ -21,10 +21,11 @@ from .config import SalsaError
 from .generation import Recording, row_seeds
 from .logprobs import Head, head_of
 from .models import PolicyWithValueHead, causal_lm, hidden_states
+from .offload import place
 from .prompts import Prompt
 from .references import Frozen
 from .rewards import Reward, RunningScale, decode, take_figures
-from .rollout import Responses, concatenate, reference_kls, response_logprobs, response_values, widen
+from .rollout import Responses, concatenate, kl_to_reference, response_logprobs, response_states, response_values, widen
 from .sharding import gathered, keep_whole
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class RolloutMaker:
                  args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
+        self.present = place(references, reward, args)
         self.scale = RunningScale()
         self.folder = Path(str(args.output_dir))
 
@@ -144,6 +146,7 @@ class RolloutMaker:
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
         """A micro-batch's rows, responses and what was recorded of them."""
         recording = Recording.of(self.model.value_head) if self.args.old_logprobs == "rollout" else None
+        # autocast keeps what it casts of weights that train as long as its outermost context lasts: once for all tokens of this call
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
@@ -153,17 +156,18 @@ class RolloutMaker:
     ) -> tuple[Tensor, ...]:
         """Log-probs, entropies, values, KL, all (B, T), and scores (B,)."""
         shares = self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
-        shape = responses.response_mask.shape
-        parts = []
+        parts, own = [], []
         for share in shares:
             index = torch.tensor(share, device=self.accelerator.device)
-            part = responses.rows(index)
-            given = [tensor[index, : part.response_ids.shape[1]] for tensor in recorded] if recorded else None
+            parts.append(responses.rows(index))
+            given = [tensor[index, : parts[-1].response_ids.shape[1]] for tensor in recorded] if recorded else None
             with self.accelerator.autocast():
-                parts.append((share, self._score_part(part, given)))
+                own.append(self._score_part(parts[-1], given))
+        kls = self._kl(parts, [states for states, *_ in own], [logprobs for _, logprobs, *_ in own])
         scores = self._rewarded(responses, rows, shares)
-        tables = torch.zeros(4, *shape, device=self.accelerator.device)
-        for share, columns in self._gathered(parts):
+        mine = [(share, (*columns, kl)) for share, (_, *columns), kl in zip(shares, own, kls, strict=True)]
+        tables = torch.zeros(4, *responses.response_mask.shape, device=self.accelerator.device)
+        for share, columns in self._gathered(mine):
             for table, column in zip(tables, columns, strict=True):
                 table[torch.tensor(share, device=table.device), : column.shape[1]] = column.float()
         return *tables, scores
@@ -181,23 +185,36 @@ class RolloutMaker:
             scores[torch.tensor(taken, device=scores.device)] = part
         return scores
 
-    def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor, ...]:
-        """A micro-batch's log-probs, entropies, values and KL, (b, t) each; the first three taken from `given` where there."""
-        args, head, hidden = self.args, self.head(), None
+    def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """A micro-batch's policy states at the tokens that count (N, H), where the KL estimator reads them; log-probs, entropies and
+        values, (b, t) each, taken from `given` where there."""
+        args, kept = self.args, None
         if given is None:
             hidden, states = self.model(part.input_ids, part.attention_mask)
-            logprobs, entropy = response_logprobs(hidden, part, head, args.min_new_tokens, with_entropy=True)
+            logprobs, entropy = response_logprobs(hidden, part, self.head(), args.min_new_tokens, with_entropy=True)
             values = response_values(states, part)
+            kept = response_states(hidden, part) if args.kl_estimator == "full" else None
         else:
             logprobs, entropy, values = given
             if self.model.value_adapter is not None:
                 values = response_values(self.model.values(None, part.input_ids, part.attention_mask), part)
-        states_of = (
-            (self._states(reference, part), self.head(reference.model) if reference.model is not None else head)
-            for reference in self.references
-        )
-        kl = reference_kls(hidden, logprobs, states_of, part, head, args.min_new_tokens, args.kl_estimator)
-        return logprobs, entropy, values * part.response_mask, kl
+        return kept, logprobs, entropy, values * part.response_mask
+
+    def _kl(
+        self, parts: Sequence[Responses], states: Sequence[Tensor | None], logprobs: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """KL to the references, averaged over them (paper eq. 5), (b, t) for each micro-batch. A reference scores all of them before
+        the next one, so that one model besides the policy need be on the device."""
+        args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
+        for reference, present in zip(self.references, self.present, strict=True):
+            with present(), self.accelerator.autocast():
+                other = head if reference.model is None else self.head(reference.model)
+                for total, part, own, table in zip(totals, parts, states, logprobs, strict=True):
+                    hidden = self._states(reference, part)
+                    total += kl_to_reference(
+                        own, table, hidden, part, head, other, args.min_new_tokens, args.kl_estimator
+                    )
+        return [total / len(self.references) for total in totals]
 
     def figures(self) -> dict[str, float]:
         """What the reward has to log besides the scores of the last batch (means over all processes)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -20,12 +19,15 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import salsa_peft
-from salsa_peft.config import Recipe, SalsaError
+from salsa_peft.errors import SalsaError
 from salsa_peft.fingerprints import base_fingerprint as base_fingerprint
 from salsa_peft.fingerprints import canonical, fingerprint, sha256
+
+if TYPE_CHECKING:
+    from salsa_peft.config import Recipe
 
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
 MANIFEST, BEGUN = "manifest.json", "begun.json"
@@ -115,6 +117,8 @@ def sync_folder(folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of salsa-peft and the libraries that results depend on; "none" for one that is not installed."""
+    import importlib.metadata
+
     found = {"salsa-peft": salsa_peft.__version__}
     for name in VERSIONS:
         try:

@@ -11,11 +11,13 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.config import SalsaError, require
+from salsa_peft.errors import SalsaError, require
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,8 @@ NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16
          "U16": "uint16", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 """Safetensors' name of a dtype → torch's."""
 Buffer = bytes | bytearray | memoryview
+EARLY = 2**25
+"""Bytes of which the disk is told to begin."""
 
 
 class Entry(NamedTuple):
@@ -133,30 +137,52 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+class Writer:
+    """Takes the bytes that follow a file's header: one after the other by calling it, or each at its place by `at`, from any thread."""
+
+    def __init__(self, descriptor: int, begin: int) -> None:
+        self.descriptor, self.begin = descriptor, begin
+        self.written = self._early = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, content: Buffer) -> None:
+        self.at(self.written, content)
+        self.all_before(self.written)
+
+    def at(self, place: int, content: Buffer) -> None:
+        """At the byte `place` behind the header."""
+        rest, begin = memoryview(content), self.begin + place
+        done = 0
+        while done < len(rest):
+            done += os.pwrite(self.descriptor, rest[done:], begin + done)
+        with self._lock:
+            self.written += done
+
+    def all_before(self, place: int) -> None:
+        """All bytes before this one are there: the disk may begin with them, so that the fsync at the end finds little to do."""
+        if sys.platform == "linux" and place - self._early >= EARLY:
+            begin, self._early = self.begin + self._early, place
+            os.posix_fadvise(self.descriptor, begin, self.begin + place - begin, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
-def writing(path: Path, header: bytes) -> Iterator[Callable[[Buffer], None]]:
-    """Gives the function that writes the next bytes of a file that appears under its name when all are there, or not at all.
+def writing(path: Path, header: bytes) -> Iterator[Writer]:
+    """Gives the Writer of a file that appears under its name when all bytes are there, or not at all. Its room is taken beforehand.
 
     Raises SalsaError where more or fewer bytes came than the header says.
     """
     entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
     expected = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    written = 0
+    start = len(header).to_bytes(8, "little") + header
     try:
         with temporary.open("wb", buffering=0) as file:
-
-            def write(content: Buffer) -> None:
-                nonlocal written
-                rest = memoryview(content)
-                while len(rest):
-                    done = file.write(rest)
-                    rest, written = rest[done:], written + done
-
-            write(len(header).to_bytes(8, "little") + header)
-            written = 0
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, len(start) + expected)
+            Writer(file.fileno(), 0)(start)
+            write = Writer(file.fileno(), len(start))
             yield write
-            require(written == expected, f"{path}: {written} bytes were written, expected {expected}")
+            require(write.written == expected, f"{path}: {write.written} bytes were written, expected {expected}")
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

@@ -1,4 +1,4 @@
-"""The sft stage: one seed, an adapter trained on demonstrations by TRL's SFTTrainer, loss on the assistant's tokens only.
+"""The sft stage: one seed, an adapter or all weights trained on demonstrations by TRL's SFTTrainer, loss on the assistant's tokens only.
 
 A seed sets the initialisation of the adapter, the order of the data, and (`sft.subset`) which share of it this seed sees.
 """
@@ -10,14 +10,14 @@ import random
 from typing import Any
 
 from . import data
-from .adapters import lora_config
+from .adapters import in_float32, lora_config
 from .config import require
 from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, note_left_out, quiet, training_arguments
+from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter."""
+    """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter or checkpoint."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -29,19 +29,20 @@ def run(job: Job) -> dict[str, Any]:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
     bench = Workbench.of(job)
-    assert recipe.adapter is not None
     trainer: Any = SFTTrainer(
-        model=bench.base(),
+        model=bench.base() if recipe.adapter else bench.trainable(),
         args=SFTConfig(
-            **training_arguments(section, job.folder / "trainer", seed),
+            **bench.arguments(section, job.folder / "trainer", seed),
             assistant_only_loss=True,
             max_length=recipe.model.max_length,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
-        peft_config=lora_config(recipe.adapter),
+        peft_config=lora_config(recipe.adapter) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
+    if recipe.mode == "qlora":
+        in_float32(trainer.model)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
     require(
@@ -53,8 +54,8 @@ def run(job: Job) -> dict[str, Any]:
     note_left_out(job, len(rows) - kept, len(rows), limit)
     # 3. train and save
     quiet(trainer)
-    result = trainer.train()
-    bench.save(trainer.model, "default", job.folder)
+    loss = mean_loss(trainer, trainer.train().training_loss)
+    bench.save(trainer, job.folder)
     log = [row for row in trainer.state.log_history if "loss" in row]
     metrics = {
         "seed": seed,
@@ -62,8 +63,9 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": len(rows) - kept,
         "epochs": section.num_train_epochs,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
-        "last_loss": log[-1]["loss"] if log else result.training_loss,
+        "train_loss": loss,
+        "last_loss": log[-1]["loss"] if log else loss,
     }
-    write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+    if trainer.is_world_process_zero():
+        write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics

@@ -21,6 +21,7 @@ from .config import require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import Trainer
 
     from .ppo_config import SalsaPPOConfig
 
@@ -159,6 +160,14 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def whole(trainer: Trainer) -> dict[str, Tensor] | None:
+    """All weights of what a Trainer trains, in the first process, where they are sharded; None where each process holds them whole.
+    Called in all processes alike."""
+    if trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
 def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Any:

@@ -11,7 +11,6 @@ Left out: merging into the base.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,9 @@ from . import direct_parts, float_arrays
 from .adapter_folders import check_one_base
 from .adapter_saving import SaveOptions, save
 from .adapter_tensors import TOKENS, Member, check_same_direct, read_member
+from .checkpoint_folders import check_weights as check_weights
 from .checkpoint_folders import default_names
-from .config import SalsaError, require
+from .errors import SalsaError, require
 from .recompression import moments
 from .soup_config import config_fields
 from .soup_summary import summarise
@@ -233,15 +233,3 @@ def layer_of(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> 
         f"{module}: adapter {adapter_name!r} is merged into the base: unmerge it, its weights would have no effect",
     )
     return layer
-
-
-def check_weights(weights: Sequence[float], members: int, *, sum_to_one: bool = False) -> list[float]:
-    """Negative weights extrapolate. A sum of 1 is asked of a soup, not of a shrunk delta or a point of a landscape."""
-    shown = ", ".join(str(weight) for weight in weights)
-    if len(weights) != members:
-        raise SalsaError(f"weights: found {len(weights)} ({shown}), expected {members}: one for each member")
-    if not all(isinstance(weight, int | float) and math.isfinite(weight) for weight in weights):
-        raise SalsaError(f"weights: found {shown}, expected finite numbers")
-    if sum_to_one and abs(sum(weights) - 1) > 1e-6:
-        raise SalsaError(f"weights: {shown} sum to {sum(weights):.9g}, expected 1: change one of them")
-    return [float(weight) for weight in weights]

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import float_arrays
 from .adapter_tensors import PREFIX, Member
-from .config import require
+from .errors import require
 from .float_arrays import Array
 from .recompression import Moments
 

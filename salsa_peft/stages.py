@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from . import runs
+from .adapter_folders import FINGERPRINT
 from .runs import Job
+
+COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
+MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
+"""What the report calls them."""
 
 
 def toy(job: Job) -> dict[str, Any]:
@@ -29,8 +34,9 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """The seeds' soup, an ordinary PEFT adapter: exact unless a rank is asked for, its weights given or found by a measure."""
+    """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
     from .averaging import soup as cook
+    from .workbench import Workbench
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"
@@ -40,10 +46,14 @@ def soup(job: Job) -> dict[str, Any]:
         from .measures import of_recipe
 
         measure = of_recipe(job, folders)
+    base = None if job.recipe.adapter is not None else Workbench.of(job).folder  # of checkpoints: where deltas begin
     summary = cook(
         cooked, folders, section.resolved, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
-        step_size=section.step_size, rank=section.rank,
+        step_size=section.step_size, rank=section.rank, base=base,
     )  # fmt: skip
+    signs = {(folder / FINGERPRINT).read_bytes() for folder in folders}
+    if job.recipe.adapter is None and len(signs) == 1:  # a soup of adapters has it already
+        runs.write_atomic(cooked / FINGERPRINT, signs.pop())
     for file in cooked.iterdir():
         shutil.move(file, job.folder / file.name)
     cooked.rmdir()
@@ -52,14 +62,22 @@ def soup(job: Job) -> dict[str, Any]:
 
 def _told(soup: dict[str, Any]) -> dict[str, Any]:
     """soup.json → what the report's table says of it."""
+
+    def norm(row: dict[str, Any]) -> str:
+        return "" if row["norm"] is None else f", norm of delta {row['norm']:.4g}"
+
+    adapters = "ranks" in soup
     members = {
-        m["name"]: f"weight {m['weight']:g}, rank {m['ranks']}, norm of delta {m['norm']:.4g}" for m in soup["members"]
+        m["name"]: f"weight {m['weight']:g}" + (f", rank {m['ranks']}" if adapters else "") + norm(m)
+        for m in soup["members"]
     }
     pairs = {
-        f"{p['a']} – {p['b']}": f"distance {p['distance']:.4g}, cosine {p['cosine'] or 0.0:.4f}" for p in soup["pairs"]
+        f"{p['a']} – {p['b']}": f"distance {p['distance']:.4g}"
+        + ("" if p["cosine"] is None else f", cosine {p['cosine']:.4f}")
+        for p in soup["pairs"]
     }
-    whole = f"{soup['strategy']}, {soup['modules']} modules, rank {soup['ranks']}, norm of delta {soup['norm']:.4g}"
-    return {**members, **pairs, "soup": whole}
+    size = f"{soup['modules']} modules, rank {soup['ranks']}" if adapters else f"{soup['parameters']:,} parameters"
+    return {**members, **pairs, "soup": f"{soup['strategy']}, {size}{norm(soup)}"}
 
 
 def _reward(job: Job) -> dict[str, Any]:
@@ -99,14 +117,15 @@ def report(job: Job) -> dict[str, Any]:
         )
 
     manifests = {unit: _json(folder / runs.MANIFEST) for unit, folder in job.inputs.items()}
-    units = [{"unit": unit, "key": m["key"], "seconds": m["seconds"], "peak_mb": m["peak_mb"], "skipped": False}
-             for unit, m in manifests.items()]  # fmt: skip
+    units = [
+        {"unit": unit, "skipped": False, **{name: m.get(name) for name in COSTS}} for unit, m in manifests.items()
+    ]
     landscape, evaluation = job.inputs.get("landscape"), job.inputs["evaluate"]
     base = job.recipe.model.base or "the embedded world's"
     result = ReportInput(
         name=job.recipe.name,
         recipe_yaml=job.recipe_yaml,
-        mode="LoRA",
+        mode=MODES[job.recipe.mode],
         base=Path(base).name if Path(base).is_dir() else base,
         versions=runs.versions(),
         units=units,

@@ -73,6 +73,11 @@ def _of_references(references: list[Reference]) -> list[str]:
     return [_seed(member) for reference in references for member in reference.members] + soup
 
 
+def _precision(recipe: Recipe) -> dict[str, Any]:
+    """Of a stage that trains full weights; adapters have one precision."""
+    return {"precision": recipe.precision} if recipe.adapter is None else {}
+
+
 def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     """The embedded world: base, tokenizer and data."""
     return [Unit(stage="toy", name="toy", run=run, slice={"toy": dataclasses.asdict(recipe.toy)})] if recipe.toy else []
@@ -88,6 +93,7 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
             "adapter": dataclasses.asdict(recipe.adapter) if recipe.adapter else None,
             "demonstrations": files.source(recipe.data.demonstrations),
             "sft": {**dataclasses.asdict(recipe.sft), "seeds": [seed]},
+            **_precision(recipe),
         }
         units.append(
             Unit(
@@ -117,6 +123,7 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
         "model": files.model(recipe),
         "preferences": files.source(recipe.data.preferences),
         "reward": {name: value for name, value in dataclasses.asdict(recipe.reward).items() if name != "model"},
+        **_precision(recipe),
     }
     inputs = _inputs(recipe, _seed(0))
     return [Unit(stage="reward", name="reward", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
@@ -130,7 +137,11 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     if section.strategy != "linear" or section.rank is not None:
         parts |= {"strategy": section.strategy, "rank": section.rank}
     if not section.measured:
-        return [Unit(stage="soup", name="soup", run=run, inputs=members, slice=parts)]
+        base = (
+            {} if recipe.adapter is not None else {"model": files.model(recipe)}
+        )  # of checkpoints: where deltas begin
+        inputs = members if recipe.adapter is not None else _inputs(recipe, *members)
+        return [Unit(stage="soup", name="soup", run=run, inputs=inputs, slice=parts | base, files=tuple(files.paths))]
     parts |= {
         "measure": files.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
@@ -160,6 +171,7 @@ def ppo_units(recipe: Recipe, run: str) -> list[Unit]:
             "references": [files.reference(reference) for reference in references],
             "reward": files.reward(recipe),
             "export": list(recipe.export),
+            **_precision(recipe),
         }
         inputs = _inputs(recipe, _seed(0), *_reward(recipe), *_of_references(references))
         units.append(

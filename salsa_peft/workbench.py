@@ -1,4 +1,4 @@
-"""What every stage needs before its own work: the base's folder, its tokenizer, the base itself, its fingerprint, a bar.
+"""What every stage needs before its own work: the base's folder, its tokenizer, the base itself, its fingerprint, precision, a bar.
 
 A Hub repository is fetched here, at the stage's start, into the Hub's own cache; from then on a base is a local folder.
 """
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from . import adapters, models
+from . import adapters, memory, models, precision, sharding
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -35,6 +36,7 @@ class Workbench:
     folder: Path
     name: str
     tokenizer: PreTrainedTokenizerBase
+    stage: str = ""
 
     @classmethod
     def of(cls, job: Job) -> Workbench:
@@ -51,33 +53,71 @@ class Workbench:
                 Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
                 model.base,
             )
-        return cls(job.recipe, folder, name, models.load_tokenizer(str(folder), chat_template=model.chat_template))
+        tokenizer = models.load_tokenizer(str(folder), chat_template=model.chat_template)
+        return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
     def base(self) -> PreTrainedModel:
         """The causal language model, frozen."""
         return self._named(models.load_base(str(self.folder), self.recipe.model, self.tokenizer))
 
-    def classifier(self) -> PreTrainedModel:
-        """The base with a score head."""
-        return self._named(models.load_classifier(str(self.folder), self.recipe.model, self.tokenizer))
+    def trainable(self, start: Path | None = None) -> PreTrainedModel:
+        """Full weights to train: the base's, or those of a checkpoint."""
+        dtype = precision.weights_dtype(self.precision())
+        return self._named(models.load_base(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+
+    def classifier(self, start: Path | None = None) -> PreTrainedModel:
+        """The base with a score head, frozen; `start`: a checkpoint's full weights with a score head, to train."""
+        dtype = None if start is None else precision.weights_dtype(self.precision())
+        return self._named(models.load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
     def _named(self, model: PreTrainedModel) -> PreTrainedModel:
         model.name_or_path = str(self.folder) if self.recipe.model.base is None else self.name
         return model
 
-    def save(self, model: PeftModel, adapter: str, folder: Path, **options: Any) -> None:
-        """An adapter with its tokenizer and the fingerprint of the base it belongs to."""
-        self.sign(folder)
-        adapters.save(model, adapter, folder, self.tokenizer, **options)
+    def precision(self) -> str:
+        """master | stochastic, of the full weights that this stage trains: as the recipe says, or what this card has room for."""
+        card = torch.cuda.get_device_properties(models.device()).total_memory if torch.cuda.is_available() else None
+        return memory.choose_precision(self.recipe, self.stage, card)
+
+    def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
+        """What transformers.TrainingArguments and its heirs take from a recipe's section, precision included, which is said."""
+        found = training_arguments(section, folder, seed, self.recipe.num_processes)
+        if self.recipe.mode == "full":
+            chosen = self.precision()
+            found |= precision.arguments(chosen)
+            if chosen == "master":  # AdamW of the recipe's choice
+                found["optim"] = _optimizer(section.optim)
+            held = str(precision.weights_dtype(chosen)).removeprefix("torch.")
+            print(
+                f"{self.stage}  precision {chosen}: weights in {held}, optimizer {found['optim']}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return found
+
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """What was trained, with tokenizer and the base's fingerprint: an adapter, or full weights in the recipe's dtype (which the model
+        then has too, unless it is sharded). The first process writes, the others wait for it."""
+        model: Any = trainer.model
+        weights, dtype = sharding.whole(trainer), models.resolve_dtype(self.recipe.model.dtype)
+        if weights is None and not isinstance(model, PeftModel):
+            models.round_weights(model, dtype)
+        if trainer.is_world_process_zero():
+            self.sign(folder)
+            if isinstance(model, PeftModel):
+                adapters.save(model, "default", folder, self.tokenizer, state_dict=weights)
+            else:
+                models.save_checkpoint(model, folder, self.tokenizer, weights, dtype)
+        trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError for an adapter of another base, by the fingerprint beside it; one without is noted.
+        """Raise SalsaError for an adapter or checkpoint of another base, by the fingerprint beside it; one without is noted.
 
-        Every input but the embedded world is an adapter's folder.
+        Every input but the embedded world is such a folder.
         """
         base = base_fingerprint(self.folder)
         folders = [folder for unit, folder in inputs.items() if unit != "toy"]
-        folders += [adapters.local_folder(reference.path) for reference in references if reference.path is not None]
+        folders += [local(self.recipe, reference.path) for reference in references if reference.path is not None]
         for folder in folders:
             file = folder / "fingerprint.json"
             if not file.is_file():
@@ -86,36 +126,36 @@ class Workbench:
             found = str(json.loads(file.read_text(encoding="utf-8")).get("base"))
             require(
                 found == base,
-                f"{folder}: found an adapter of another base (fingerprint {found[:12]} …), expected one of {self.name}"
+                f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {self.name}"
                 f" ({base[:12]} …)",
             )
 
     def sign(self, folder: Path) -> None:
-        """fingerprint.json beside an adapter: the base it belongs to."""
+        """fingerprint.json beside an adapter or checkpoint: the base it belongs to."""
         write_atomic(folder / "fingerprint.json", json.dumps({"base": base_fingerprint(self.folder)}))
 
 
 def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:
-    """Position in sft.seeds → adapter folder, of a job's inputs."""
+    """Position in sft.seeds → its folder, of a job's inputs."""
     return {int(unit.rsplit("-", 1)[1]): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
 
 
-def training_arguments(section: Training, folder: Path, seed: int) -> dict[str, Any]:
-    """What transformers.TrainingArguments and its heirs take from a recipe's section: no checkpoints, no reports, quiet."""
-    import torch
-
-    micro = section.micro_batch_size or section.batch_size
+def training_arguments(section: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
+    """What transformers.TrainingArguments and its heirs take from a recipe's section: no checkpoints, no reports, quiet. The section's
+    batch is that of all processes together."""
+    micro = section.micro_batch_size or section.batch_size // processes
     return {
         "output_dir": str(folder),
         "learning_rate": section.learning_rate,
         "num_train_epochs": section.num_train_epochs,
         "max_steps": section.max_steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": section.batch_size // micro,
+        "gradient_accumulation_steps": section.batch_size // (micro * processes),
         "weight_decay": section.weight_decay,
         "warmup_steps": section.warmup_ratio,
         "lr_scheduler_type": section.lr_scheduler_type,
         "max_grad_norm": section.max_grad_norm,
+        "optim": _optimizer(section.optim),
         "gradient_checkpointing": section.gradient_checkpointing,
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
@@ -127,7 +167,28 @@ def training_arguments(section: Training, folder: Path, seed: int) -> dict[str, 
         "logging_strategy": "steps",
         "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
     }
+
+
+def _optimizer(name: str) -> str:
+    if not name.startswith("paged") or torch.cuda.is_available():
+        return name
+    print(
+        f"optim: found {name} and no CUDA device, whose memory it pages; adamw_torch_fused is taken",
+        file=sys.stderr,
+        flush=True,
+    )
+    return "adamw_torch_fused"
+
+
+def local(recipe: Recipe, path: str) -> Path:
+    """The folder of a reference, a Hub id fetched: an adapter's files, or with full weights a checkpoint's."""
+    if recipe.adapter is not None or Path(path).is_dir():
+        return adapters.local_folder(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=MODEL_FILES))
 
 
 def note_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
@@ -152,6 +213,14 @@ def fitting(job: Job, bench: Workbench, rows: list[dict[str, Any]]) -> list[dict
 def quiet(trainer: Trainer) -> None:
     """Take away the callback that prints the Trainer's logs: they are in log.jsonl."""
     trainer.remove_callback(PrinterCallback)
+
+
+def mean_loss(trainer: Trainer, loss: float) -> float:
+    """Trainer's loss of the whole training, of all processes: of the steps since its last log it counts this one's alone."""
+    if trainer.accelerator.num_processes == 1:
+        return loss
+    own = torch.tensor(loss, dtype=torch.float64, device=trainer.accelerator.device)
+    return trainer.accelerator.reduce(own, "mean").item()
 
 
 class Bar(TrainerCallback):
@@ -184,5 +253,5 @@ class Bar(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Closes the bar, writes the log."""
         self.context.__exit__(None, None, None)
-        if self.folder is not None:
+        if self.folder is not None and state.is_world_process_zero:
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log_history))

@@ -55,7 +55,12 @@ def parse_yaml(text: str, where: str) -> Any:
         return _document(iter(events), where)
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise SalsaError(f"{where}: not YAML{line}: {error.problem or error.context}") from error
+        problem = str(error.problem or error.context)
+        if (
+            "nesting depth" in problem
+        ):  # PyYAML 6.0.4 has a limit of its own, above ours, and meets it while it reads ahead
+            problem = f"nested deeper than {MAX_DEPTH} levels"
+        raise SalsaError(f"{where}: not YAML{line}: {problem}") from error
     except yaml.YAMLError as error:
         raise SalsaError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     except UnicodeEncodeError as error:

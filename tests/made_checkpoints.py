@@ -68,7 +68,8 @@ def assert_rounded(found: Tensors, members: list[Tensors], weights: list[float])
         exact = mean64(members, weights, name)
         terms = torch.stack([m[name].double().abs() * abs(w) for m, w in zip(members, weights, strict=True)]).sum(0)
         wide = 2.0**-22 if tensor.element_size() == 2 else 2.0**-50
-        half = 0.5 * torch.finfo(tensor.dtype).eps * 2.0 ** exact.abs().clamp(min=2.0**-120).log2().floor()
+        has = torch.finfo(tensor.dtype)
+        half = 0.5 * has.eps * 2.0 ** exact.abs().clamp(min=has.smallest_normal).log2().floor()
         assert bool(((tensor.double() - exact).abs() <= half + wide * terms).all()), name
 
 

@@ -77,6 +77,8 @@ def synthetic(
                 "key": f"{7919 * (i + 3):012x}",
                 "seconds": 3.7 * i + 2.25,
                 "peak_mb": 431.0 + 7 * i,
+                "gpu_peak_mb": None,
+                "gpu_planned_mb": None,
                 "skipped": i < 2,
             }
             for i, unit in enumerate(

@@ -31,7 +31,7 @@ from salsa_peft.config import SalsaError
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny tensor is several pieces and blocks, none of which ends where a tensor does."""
     monkeypatch.setitem(weight_streams.PIECE, "cpu", 200)
-    monkeypatch.setattr(weight_streams, "BLOCK", 7)
+    monkeypatch.setitem(weight_streams.BLOCK, "cpu", 7)
 
 
 def edit_config(**changes: Any) -> Change:

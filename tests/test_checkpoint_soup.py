@@ -37,7 +37,7 @@ from salsa_peft.safetensors_files import as_bytes, code_of, make_header, writing
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny tensor is several pieces and blocks, none of which ends where a tensor does."""
     monkeypatch.setitem(weight_streams.PIECE, "cpu", 200)
-    monkeypatch.setattr(weight_streams, "BLOCK", 7)
+    monkeypatch.setitem(weight_streams.BLOCK, "cpu", 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)

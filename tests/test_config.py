@@ -195,9 +195,14 @@ def test_the_layer_that_said_it_is_named(load):
     assert "(and 1 more)" in said(load, "ppo.learning_rate=fast", "sft.learning_rate=fast")
 
 
-def test_no_adapter_and_unknown_presets(load):
-    assert "full weights" in said(load, lora=None)
-    assert "add --lora" in said(load, lora=None)
+def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_presets(load):
+    assert load(lora=None).recipe.mode == "full"
+    for key, value in (("model.quantization", "nf4"), ("soup.rank", "4"), ("ppo.value", "adapter")):
+        line = said(load, f"{key}={value}", lora=None)
+        assert f"{key}: found {value} with full weights, expected" in line and "add --lora" in line
+        assert load(f"{key}={value}").recipe.mode in ("lora", "qlora")
+    assert "offload: found frozen with adapters" in said(load, "offload=frozen")
+    assert load("offload=frozen", lora=None).recipe.offload == "frozen"
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
 
 

@@ -96,14 +96,12 @@ def test_readmes_commands_are_what_ci_runs() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_parses_with_lora_and_is_refused_without(path: Path) -> None:
-    """Full weights are not in this version, and the line says so."""
+def test_a_recipe_says_what_lora_changes_and_is_found_by_name(path: Path) -> None:
+    """In every mode it parses: test_recipes.py."""
     loaded = load_recipe(str(path), lora="lora", overrides=[])
     assert loaded.recipe.adapter is not None
     assert {change[0] for change in loaded.changes} >= {"adapter.r", "sft.learning_rate", "ppo.learning_rate"}
     assert load_recipe(path.stem, lora="lora", overrides=[]).recipe == loaded.recipe
-    with pytest.raises(ValueError, match="--lora"):
-        load_recipe(str(path), lora=None, overrides=[])
 
 
 def test_the_wheel_carries_recipes_adapters_and_templates(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 import salsa_peft
 from salsa_peft import cli, parsing, recipe
-from salsa_peft.config import SalsaError
 from salsa_peft.units import report_units
 
 RECIPE = """
@@ -241,5 +240,4 @@ def test_bundled_recipes_and_presets_parse():
     for name in parsing.names("recipes"):
         for preset in parsing.names("adapters"):
             assert parsing.load_recipe(name, lora=preset, overrides=[]).recipe.name
-        with pytest.raises(SalsaError, match="add --lora"):
-            parsing.load_recipe(name, lora=None, overrides=[])
+        assert parsing.load_recipe(name, lora=None, overrides=[]).recipe.mode == "full"

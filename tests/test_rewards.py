@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from salsa_peft import adapters, data, recipe, rewards, stages, units
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
-from salsa_peft.config import Recipe, Reward, SalsaError, Source
+from salsa_peft.config import Adapter, Recipe, Reward, SalsaError, Source
 from salsa_peft.function_reward import load_function
 from salsa_peft.parsing import load_recipe
 from salsa_peft.reward_kinds import find_module, parse_reward
@@ -795,7 +795,7 @@ class TestRecipe:
         model, rm = make_adapter(make_base(), "policy", 1), saved(tmp_path / "rm")
 
         def make(said: Any, inputs: dict[str, Path]) -> Any:
-            made_of = Recipe(name="x", reward=Reward(model=said))
+            made_of = Recipe(name="x", adapter=Adapter(), reward=Reward(model=said))
             return rewards.of_recipe(made_of, model, inputs, tokenizer, 2)
 
         adapter = make("adapter", {"reward": reward_folder})

@@ -4,8 +4,11 @@
 
 Two random bf16 checkpoints with Llama's names and shapes, two shards each, are made in a temporary folder and read once, so that all
 three start from a warm cache. Whole processes are timed, Python's start included, in turn within every repeat; medians. `cp` does
-not fsync, ours does: `cp_sync` is cp and sync of what it wrote, `ours_unsynced` is ours with fsync made a no-op. Peak RSS is
-the kernel's (ru_maxrss of os.wait4). The result is held against the float64 mean rounded to bf16, all of it.
+not fsync, ours does: `cp_sync` is cp and sync of what it wrote, `ours_unsynced` is ours with fsync made a no-op. On a virtual machine
+the first touch of a page that the host has not given yet, or has taken back since it was freed, costs more than what is written into
+it (2 GB of page cache: 5 s, later 0.6 s), and who comes first would pay it. So before every run, of whomever, a process of its own
+touches memory for 3.5 times a checkpoint and ends. Peak RSS is the kernel's (ru_maxrss of os.wait4). The result is held against the
+float64 mean rounded to bf16, all of it.
 Targets: at least 5 times faster than mergekit, at most 2.5 times cp, peak RSS under 300 MB, and no difference but ties, each at
 most 1 ulp of the largest |w_i x_i|. Without --mergekit-python that row is left out.
 The adapters' part is soup_vs_peft.py's: recompression against PEFT's svd, and a 7B model's adapters file to file.
@@ -30,7 +33,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = (0.3, 0.7)
 TARGETS = {"times_mergekit": 5.0, "times_cp": 2.5, "peak_mb": 300.0}
-UNSYNCED = "import os; os.fsync = lambda descriptor: None; from salsa_peft.checkpoint_soup import main; raise SystemExit(main())"
+UNSYNCED = """
+import os
+os.environ["OPENBLAS_NUM_THREADS"], os.fsync = "1", lambda descriptor: None
+from salsa_peft.checkpoint_soup import main
+raise SystemExit(main())
+"""
 
 
 def make_checkpoint(folder: Path, seed: int, gigabytes: float) -> None:
@@ -63,6 +71,22 @@ def make_checkpoint(folder: Path, seed: int, gigabytes: float) -> None:
               "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": vocabulary,
               "tie_word_embeddings": False, "torch_dtype": "bfloat16", "dtype": "bfloat16"}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+
+
+TOUCH = """
+import mmap, sys
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size)
+for place in range(0, size, mmap.PAGESIZE):
+    memory[place] = 1
+"""
+
+
+def touch(size: float) -> None:
+    """Have the machine hold that many bytes of free memory, at most half of what is available."""
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    subprocess.run([sys.executable, "-c", TOUCH, str(int(min(size, available / 2)))], check=True)
 
 
 def run(command: list[str], environment: dict[str, str]) -> dict[str, float]:
@@ -115,6 +139,7 @@ def compare(folder: Path, repeats: int, mergekit: str | None) -> dict[str, Any]:
             for path in (*(folder / "a").glob("*.safetensors"), *(folder / "b").glob("*.safetensors")):
                 warm(path)
             os.sync()  # so that nobody waits for what another wrote
+            touch(3.5 * sum(path.stat().st_size for path in (folder / "a").iterdir()))
             runs.setdefault(name, []).append(run(command, environment))
             if name not in ("ours", "mergekit") or repeat < repeats - 1:
                 shutil.rmtree(folder / name)
@@ -223,6 +248,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", metavar="TMP", help="where the checkpoints are made (default: the system's)")
     args = parser.parse_args()
+    load = os.getloadavg()
     adapters = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("soup_vs_peft.py"))], check=True, capture_output=True, text=True
     )
@@ -230,11 +256,8 @@ def main() -> int:
         "adapters": json.loads(adapters.stdout),
         "checkpoints": measure(args.gigabytes, args.repeats, args.mergekit_python, args.folder),
     }
-    print(
-        json.dumps(
-            found | {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version()}
-        )
-    )
+    found |= {"load_before": load, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    print(json.dumps(found | {"python": platform.python_version()}))
     return 0
 
 

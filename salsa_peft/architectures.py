@@ -1,0 +1,155 @@
+"""A decoder's sizes by its config.json: parameters, linear layers, KV cache. Counted, not loaded; imports no torch.
+
+Exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and what is built like them (tests hold them against Transformers); for others the
+same field names are taken for the same things. Left out: mixtures of experts, state spaces, encoders.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import Recipe
+
+KNOWN: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "mistralai/Mistral-7B-v0.1": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "google/gemma-2b": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
+        "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""The paper's bases, which are gated on the Hub: facts of their published config.json, so that a plan needs no access."""
+TIED = ("gemma", "gemma2", "gemma3_text")
+"""Architectures whose output embeddings are the input's where config.json says nothing."""
+
+
+class Linear(NamedTuple):
+    """A linear layer of every decoder layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What config.json says of a decoder."""
+
+    kind: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool
+    norms: int
+    """Weights of the norms of one layer."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Architecture:
+        """Raises KeyError for one that is no such decoder."""
+        config = config.get("text_config", config)
+        kind, hidden, heads = (
+            str(config.get("model_type", "")),
+            int(config["hidden_size"]),
+            int(config["num_attention_heads"]),
+        )
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        of_heads = 2 * head_dim if kind in ("qwen3", "gemma3_text") else 0  # of queries and of keys
+        return cls(
+            kind=kind,
+            hidden=hidden,
+            inner=int(config["intermediate_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=head_dim,
+            vocabulary=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", kind in TIED)),
+            qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
+            norms=(4 if kind in ("gemma2", "gemma3_text") else 2) * hidden + of_heads,
+        )
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Of one layer: what nf4 quantises and all-linear adapts."""
+        h, wide, narrow = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return [
+            Linear("q_proj", h, wide, self.qkv_bias), Linear("k_proj", h, narrow, self.qkv_bias),
+            Linear("v_proj", h, narrow, self.qkv_bias), Linear("o_proj", wide, h, self.qkv_bias and self.kind == "llama"),
+            Linear("gate_proj", h, self.inner, False), Linear("up_proj", h, self.inner, False),
+            Linear("down_proj", self.inner, h, False),
+        ]  # fmt: skip
+
+    @property
+    def in_linears(self) -> int:
+        """Parameters of all layers' linear weights."""
+        return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        """All of them, tied embeddings once."""
+        biases = self.layers * sum(linear.outputs for linear in self.linears if linear.bias)
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.in_linears + biases + self.layers * self.norms + self.hidden + embeddings
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest weight."""
+        return max(self.vocabulary * self.hidden, *(linear.inputs * linear.outputs for linear in self.linears))
+
+    @property
+    def kv_per_token(self) -> int:
+        """Keys' and values' numbers of one token, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def adapter(self, rank: int, modules: str | list[str]) -> int:
+        """Parameters of a LoRA adapter of this rank."""
+        chosen = [one for one in self.linears if modules == "all-linear" or one.name in modules]
+        return self.layers * sum(rank * (one.inputs + one.outputs) for one in chosen)
+
+
+def of_recipe(recipe: Recipe) -> Architecture | None:
+    """The base's; None where its config.json is not at hand, or is of nothing like these."""
+    base = recipe.model.base
+    if base is None:
+        toy = recipe.toy
+        assert toy is not None
+        sizes = {"hidden_size": toy.hidden_size, "intermediate_size": 2 * toy.hidden_size, "num_hidden_layers": toy.num_layers,
+                 "num_attention_heads": toy.num_heads, "vocab_size": 66, "model_type": "llama"}  # fmt: skip
+        return Architecture.of(sizes)
+    found = _config(base, recipe.model.revision)
+    try:
+        return None if found is None else Architecture.of(found)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _config(base: str, revision: str | None) -> dict[str, Any] | None:
+    """config.json of a folder, or of a Hub id that is in the cache or known; nothing is fetched."""
+    path = Path(base) / "config.json"
+    if not Path(base).is_absolute():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return KNOWN.get(base)
+        path = Path(cached)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,67 @@
+"""The GPUs that are here, as nvidia-smi names them, and whether a recipe can do without one. Imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import NamedTuple
+
+from .architectures import of_recipe
+from .config import Recipe, require
+from .memory import CONTEXT, GIB, need, stages_of
+
+LARGE = 2_000_000_000
+"""Parameters of a base that no CPU trains in a lifetime."""
+
+
+class Card(NamedTuple):
+    """A GPU."""
+
+    name: str
+    bytes: int
+
+
+def cards() -> list[Card]:
+    """None where nvidia-smi is missing, fails or takes more than five seconds."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+    return [Card(name.strip(), int(size) * 2**20) for name, size in rows if size.strip().isdigit()]
+
+
+def planned_mb(recipe: Recipe, stage: str) -> float | None:
+    """What memory.py says a stage holds of the GPU that is here, without CUDA's own; None for one that holds no base."""
+    size, there = of_recipe(recipe), cards()
+    if size is None or stage not in stages_of(recipe):
+        return None
+    found = need(recipe, stage, size, there[0].bytes if there else None)
+    return round((found.total - CONTEXT) / 1e6, 1)
+
+
+def check_device(recipe: Recipe, there: list[Card]) -> list[str]:
+    """Raise SalsaError for a large base without a GPU, and for more processes than GPUs; → warnings of stages that won't fit, a line each."""
+    size = of_recipe(recipe)
+    if size is None:
+        return []
+    needs = {stage: need(recipe, stage, size, there[0].bytes if there else None) for stage in stages_of(recipe)}
+    most = max(needs.values(), key=lambda one: one.total)
+    require(
+        bool(there) or size.parameters < LARGE,
+        f"model.base: found a model of {size.parameters / 1e9:.1f} B parameters and no CUDA GPU (nvidia-smi names none), expected one of"
+        f" about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu 24 shows what each stage needs of one of 24",
+    )
+    require(
+        not there or recipe.num_processes <= len(there),
+        f"num_processes: found {recipe.num_processes} and {len(there)} GPUs, expected no more than these",
+    )
+    return [
+        f"{stage} may not fit: about {found.total / GIB:.1f} GiB in {found.phase}, {there[0].name} has {there[0].bytes / GIB:.0f};"
+        " --dry-run says what would help"
+        for stage, found in needs.items()
+        if there and found.total > there[0].bytes
+    ]

@@ -1,0 +1,27 @@
+"""salsa_peft.worker on CPUs that accelerate is made to take for an accelerator, as distributed_run.py does: FSDP2 and ZeRO-3 without GPUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    from accelerate.state import DistributedType, PartialState
+
+    from salsa_peft import worker, workbench
+
+    arguments = workbench.training_arguments
+
+    def on_what_is_there(*given: Any) -> dict[str, Any]:
+        """Trainer's arguments without use_cpu, of which accelerate would make DDP."""
+        return {**arguments(*given), "use_cpu": False}
+
+    with (
+        patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
+        patch.object(workbench, "training_arguments", on_what_is_there),
+    ):
+        worker.main(Path(sys.argv[1]))

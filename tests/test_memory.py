@@ -1,0 +1,289 @@
+"""What a recipe needs of a GPU: counted by hand, held against Transformers and PEFT, and the advice that follows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from salsa_peft import cards, memory, recipe
+from salsa_peft.architectures import KNOWN, Architecture, of_recipe
+from salsa_peft.config import Recipe, SalsaError
+from salsa_peft.memory import GIB, Need, advice, choose_precision, need
+from salsa_peft.parsing import load_recipe
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 70,
+}  # fmt: skip
+LLAMA, MISTRAL, GEMMA = KNOWN
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{base: (config["model_type"].capitalize(), config) for base, config in KNOWN.items()},
+    "llama": ("Llama", SMALL), "llama tied": ("Llama", SMALL | {"tie_word_embeddings": True}),
+    "llama biases": ("Llama", SMALL | {"attention_bias": True}), "mistral": ("Mistral", SMALL), "gemma": ("Gemma", SMALL | {"head_dim": 32}),
+    "qwen2": ("Qwen2", SMALL), "qwen3": ("Qwen3", SMALL | {"head_dim": 32}),
+}  # fmt: skip
+
+
+def meta(name: str) -> tuple[Any, Architecture]:
+    """A model of the architecture without memory, and what is counted of its configuration."""
+    kind, sizes = ARCHITECTURES[name]
+    config = getattr(transformers, f"{kind}Config")(
+        **{key: value for key, value in sizes.items() if key != "model_type"}
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model, Architecture.of(json.loads(config.to_json_string(use_diff=False)))
+
+
+def paper(name: str = "llama2_full", lora: str | None = None, *overrides: str) -> tuple[Recipe, Architecture]:
+    """A recipe of the paper and its base."""
+    found = load_recipe(name, lora=lora, overrides=list(overrides)).recipe
+    size = of_recipe(found)
+    assert size is not None
+    return found, size
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parameters_are_those_that_transformers_makes(name: str) -> None:
+    """All, in linear layers, the largest, the cache of a token."""
+    model, size = meta(name)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert size.in_linears == sum(module.weight.numel() for module in linear)
+    assert size.largest == max(parameter.numel() for parameter in model.parameters())
+    keys = model.model.layers[0].self_attn.k_proj.weight.shape[0]
+    assert size.kv_per_token == 2 * len(model.model.layers) * keys
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"]])
+def test_an_adapters_parameters_are_those_that_peft_makes(modules: Any) -> None:
+    """Of every linear layer, or of those named."""
+    model, size = meta("gemma")
+    with torch.device("meta"):
+        peft = get_peft_model(model, LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
+    assert size.adapter(4, modules) == sum(p.numel() for p in peft.parameters() if p.requires_grad)
+
+
+def test_the_papers_bases_need_no_access() -> None:
+    """Their sizes are known; a local folder's own config.json goes before, and what is not at hand is said to be so."""
+    assert round(paper("llama2_full")[1].parameters / 1e9, 2) == 6.74
+    assert round(paper("mistral_full")[1].parameters / 1e9, 2) == 7.24
+    assert round(paper("gemma_full")[1].parameters / 1e9, 2) == 2.51
+    assert of_recipe(load_recipe("llama2_full", lora=None, overrides=["model.base=someone/unknown"]).recipe) is None
+    assert of_recipe(load_recipe("quickstart", lora=None, overrides=["toy.hidden_size=32"]).recipe).hidden == 32  # type: ignore[union-attr]
+
+
+def test_weights_of_each_mode_by_hand() -> None:
+    """Of ppo with one reference and a reward model of Llama-2-7B: three models; or one base, and adapters of 40.0 M in float32."""
+    full, size = paper("llama2_full", None, "precision=stochastic")
+    found = need(full, "ppo", size)
+    assert found.weights == 3 * 2 * size.parameters
+    assert found.gradients == 2 * size.parameters and found.phase == "step"
+    assert found.optimizer == pytest.approx(size.parameters * (2 + 8 / 256) + 12 * size.largest)
+    master = need(paper("llama2_full", None, "precision=master")[0], "sft", size)
+    assert master.weights == (4 + 2) * size.parameters and (master.gradients, master.optimizer) == (
+        4 * size.parameters,
+        8 * size.parameters,
+    )
+    lora, _ = paper("llama2_full", "lora")
+    adapter = size.adapter(16, "all-linear")
+    assert adapter == 39_976_960
+    one = memory._Stage(lora, "ppo", size, "master").held("train")
+    assert one == (
+        2 * size.parameters + 4 * adapter * (1 + 2 + 1),
+        4 * adapter,
+        8 * adapter,
+    )  # policy, soup of two, reward
+    several, _ = paper("mistral_mkl", "lora")
+    assert memory._Stage(several, "ppo", size, "master").roles()[1] == 2 * size.parameters, (
+        "a second reference, a second base"
+    )
+    quantised = memory._Stage(paper("llama2_full", "qlora")[0], "ppo", size, "master").base()
+    rest = size.parameters - size.in_linears
+    assert quantised == pytest.approx(size.in_linears * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * rest)
+
+
+def test_nf4_takes_what_bitsandbytes_takes() -> None:
+    """Bytes of a quantised layer and its scales."""
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which has the 4-bit base")
+    for name, double in (("nf4", False), ("nf4-double", True)):
+        packed, state = bnb.functional.quantize_4bit(
+            torch.randn(512, 1024), quant_type="nf4", compress_statistics=double
+        )
+        held = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
+        assert held == pytest.approx(memory.NF4[name] * 512 * 1024, rel=1e-3)
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """Bytes that a tiny bf16 Llama's forward saves for its backward, weights left out: within 15%, with and without checkpointing."""
+    config = transformers.LlamaConfig(**SMALL | {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6})
+    model = transformers.LlamaForCausalLM(config).bfloat16().train()
+    size = Architecture.of(json.loads(config.to_json_string(use_diff=False)))
+    full, _ = paper("llama2_full", None, "precision=stochastic")
+    stage, tokens = memory._Stage(full, "sft", size, "stochastic"), 4 * 256
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def kept(checkpointing: bool) -> int:
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            states = model.model(input_ids=torch.randint(70, (4, 256)), use_cache=False)[0]
+        assert states.requires_grad
+        return sum(seen.values())
+
+    assert stage.activations(tokens, False) == pytest.approx(kept(False), rel=0.15)
+    layers = (
+        stage.activations(tokens, True) - 2 * tokens * stage.layer() * 2
+    )  # what is kept, less the one that is made anew
+    assert layers == pytest.approx(kept(True), rel=0.15)
+
+
+def test_a_phase_and_an_option_cost_what_they_should() -> None:
+    """Generation has the cache and no gradients; checkpointing, smaller batches, offloading and more cards make less."""
+    full, size = paper("llama2_full", None, "precision=stochastic")
+    phases = {one.phase: one for one in memory._Stage(full, "ppo", size, "stochastic").phases()}
+    assert set(phases) == {"generate", "score", "train", "step"}
+    assert phases["generate"].kv_cache == 2 * (2 * 32 * 4096) * 8 * 2048 and phases["generate"].gradients == 0
+    assert phases["train"].gradients > 0 and phases["train"].kv_cache == 0
+
+    def total(*overrides: str, lora: str | None = None) -> float:
+        return need(paper("llama2_full", lora, *overrides)[0], "ppo", size).total
+
+    offloaded = memory._Stage(paper("llama2_full", None, "offload=frozen")[0], "ppo", size, "stochastic")
+    models = {phase: offloaded.held(phase)[0] / (2 * size.parameters) for phase in ("generate", "score", "train")}
+    assert models == {"generate": 1, "score": 2, "train": 1}  # the policy, and one frozen model at a time
+    assert total("precision=stochastic", "offload=frozen") < total("precision=stochastic")
+    assert total(lora="qlora") < total(lora="lora") < total("precision=stochastic") < total("precision=master")
+    more = "ppo.gradient_checkpointing=false"
+    assert total(more, "ppo.micro_batch_size=8", lora="lora") > total(more, lora="lora") > total(lora="lora")
+    assert total("precision=master", "num_processes=4", "accelerate=fsdp2") < total("precision=master")
+    mistral, other = paper("mistral_full", "lora")
+    assert (
+        need(mistral, "ppo", other).kv_cache * 4 == need(paper("llama2_full", "lora")[0], "ppo", size).kv_cache
+    )  # 8 heads of 32
+
+
+def test_what_the_papers_jobs_need() -> None:
+    """7B: LoRA in 24 GiB, QLoRA in 16, full weights with reference and reward in 80, float32 masters not."""
+    size = paper()[1]
+    for lora, card in (("lora", 24), ("qlora", 16)):
+        job = paper("llama2_full", lora, "model.max_length=1024", "generation.max_new_tokens=512")[0]
+        assert all(need(job, stage, size).total < card * GIB for stage in memory.stages_of(job))
+    full = paper()[0]
+    assert [choose_precision(full, "ppo", card and card * GIB, size) for card in (None, 80, 141, 192)] == [
+        "master", "stochastic", "stochastic", "master",
+    ]  # fmt: skip
+    assert need(full, "ppo", size, 80 * GIB).total < 80 * GIB
+    assert choose_precision(full, "sft", 141 * GIB, size) == "master"
+    assert choose_precision(paper("llama2_full", None, "precision=master")[0], "ppo", GIB, size) == "master"
+
+
+@pytest.mark.parametrize("card", [6, 12, 16, 24, 40, 80])
+@pytest.mark.parametrize("lora", [None, "lora", "qlora"])
+def test_the_advice_makes_it_fit(lora: str | None, card: int) -> None:
+    """What is said, done to the recipe, fits; where nothing is said it fits already."""
+    job, size = paper("llama2_full", lora, "ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")
+    for stage in memory.stages_of(job):
+        said = advice(job, stage, size, card * GIB)
+        if said is None:
+            assert need(job, stage, size, card * GIB).total <= card * GIB
+        elif said.startswith("--"):
+            words = said.split()
+            preset = ("qlora" if "qlora" in words else "lora") if "--lora" in words else lora
+            sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+            helped, _ = paper(
+                "llama2_full", preset, "ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8", *sets
+            )
+            assert need(helped, stage, size, card * GIB).total <= card * GIB, (stage, said)
+        else:
+            assert card < 12, (stage, said)
+
+
+def test_a_large_model_without_a_gpu_stops_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code 2, one line that says what it needs, nothing written; a small one goes on, a plan too."""
+    monkeypatch.setattr(cards, "cards", list)
+    folder = tmp_path / "run"
+    assert recipe.main(["llama2_full", "--lora", "--output-dir", str(folder)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert (
+        "\n" not in line
+        and "found a model of 6.7 B parameters and no CUDA GPU" in line
+        and "about 24 GiB for ppo" in line
+    )
+    assert not folder.exists()
+    assert cards.check_device(load_recipe("smollm2", lora="lora", overrides=[]).recipe, []) == []
+    there = [cards.Card("A", 16 * GIB)]
+    warned = cards.check_device(paper("llama2_full", "lora")[0], there)
+    assert any(line.startswith("ppo may not fit: about 23.") and "A has 16" in line for line in warned)
+    with pytest.raises(SalsaError, match="num_processes: found 2 and 1 GPUs"):
+        cards.check_device(paper("llama2_full", "lora", "num_processes=2")[0], there)
+
+
+def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and MiB; no card where it is missing, slow or broken."""
+    monkeypatch.setattr(cards.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    def answers(text: str, code: int = 0) -> None:
+        monkeypatch.setattr(
+            cards.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, stdout=text)
+        )
+
+    answers("NVIDIA H200, 143771\nNVIDIA A10, Inc., 23028\n")
+    assert cards.cards() == [cards.Card("NVIDIA H200", 143771 * 2**20), cards.Card("NVIDIA A10, Inc.", 23028 * 2**20)]
+    answers("NVIDIA-SMI has failed", 9)
+    assert cards.cards() == []
+
+    def slow(*_: Any, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 5)
+
+    monkeypatch.setattr(cards.subprocess, "run", slow)
+    assert cards.cards() == []
+
+
+def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--gpu, or the card that is there; what does not fit with what would help."""
+    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("NVIDIA X", 80 * GIB)])
+    assert recipe.main(["llama2_full", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "NVIDIA X, 80 GiB" in plan and "step (stochastic)" in plan and "67.6 GiB" in plan and "fits" in plan
+    assert recipe.main(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
+    plan = capsys.readouterr().out
+    assert "--gpu, 24 GiB" in plan and "too large; --lora" in plan
+    assert recipe.main(["smollm2", "--lora", "--dry-run"]) == 0
+    assert (
+        "memory: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand"
+        in capsys.readouterr().out
+    )
+    for words, line in (
+        (["--gpu", "24"], "found --gpu without --dry-run"),
+        (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            recipe.main(["llama2_full", *words])
+        assert caught.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_the_measured_peak_stands_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the card that is there, without CUDA's own; none for a stage without a base."""
+    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", 80 * GIB)])
+    job, size = paper("llama2_full", "lora")
+    found: Need = need(job, "ppo", size, 80 * GIB)
+    assert cards.planned_mb(job, "ppo") == pytest.approx((found.total - memory.CONTEXT) / 1e6, abs=0.1)
+    assert cards.planned_mb(job, "soup") is None
