@@ -116,7 +116,7 @@ class _Stage:
         lists = [policy.references("reference") for policy in self.recipe.policies.values()]
         soup = len(self.recipe.soup.members)
         counted = [[soup if one.soup else len(one.members) for one in each] for each in lists]
-        return max(counted, key=sum, default=[])
+        return max(counted, key=len if self.full else sum, default=[])  # models of their own, or adapters' ranks
 
     def roles(self) -> tuple[list[float], float]:
         """Frozen weights of each model or adapter beside the one that is trained or answers, and of the base that all share."""

@@ -239,8 +239,9 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
 
     weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given.
     """
-    if weights is not None and dtype is not None:
-        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    if weights is not None:
+        tied = model.all_tied_weights_keys or {}  # copies of what they are tied to
+        weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
     model.save_pretrained(folder, max_shard_size="5GB", state_dict=weights)
     if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
         model.config.dtype = dtype

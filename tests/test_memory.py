@@ -102,6 +102,8 @@ def test_weights_of_each_mode_by_hand() -> None:
         4 * adapter,
         8 * adapter,
     )  # policy, soup of two, reward
+    several, mistral = paper("mistral_mkl")  # beside a soup of two, which is one model
+    assert len(memory._Stage(several, "ppo", mistral, "stochastic").roles()[0]) == 2 + 1
     several, _ = paper("mistral_mkl", "lora")
     assert memory._Stage(several, "ppo", size, "master").roles()[1] == 2 * size.parameters, (
         "a second reference, a second base"
@@ -172,6 +174,17 @@ def test_a_phase_and_an_option_cost_what_they_should() -> None:
     more = "ppo.gradient_checkpointing=false"
     assert total(more, "ppo.micro_batch_size=8", lora="lora") > total(more, lora="lora") > total(lora="lora")
     assert total("precision=master", "num_processes=4", "accelerate=fsdp2") < total("precision=master")
+    stage = {kind: memory._Stage(full, "ppo", size, kind) for kind in ("master", "stochastic")}
+    layers = {kind: one.activations(100, True) for kind, one in stage.items()}
+    assert layers["master"] - layers["stochastic"] == 100 * 32 * 4096 * 2  # float32 weights, a float32 residual stream
+    ddp = memory._Stage(paper("llama2_full", None, "num_processes=2")[0], "ppo", size, "stochastic")
+    assert ddp.held("train")[1] == 2 * stage["stochastic"].held("train")[1]  # buckets beside the gradients
+    lora = paper("llama2_full", "lora")[0]
+    pair, one = (memory._Stage(lora, name, size, "master").phases()[0].activations for name in ("reward", "sft"))
+    assert pair == 2 * one  # chosen and rejected
+    quantised = memory._Stage(paper("llama2_full", "qlora")[0], "sft", size, "master")
+    assert quantised.forward(0) == 2 * 4096 * 11008  # the largest layer out of its 4 bits
+    assert memory._Stage(lora, "ppo", size, "master").phases()[0].logits == 4 * 4 * 8 * 32000
     mistral, other = paper("mistral_full", "lora")
     assert (
         need(mistral, "ppo", other).kv_cache * 4 == need(paper("llama2_full", "lora")[0], "ppo", size).kv_cache

@@ -87,9 +87,11 @@ def test_it_stands_beside_policies_and_can_be_set_or_taken_out(load: Any) -> Non
 
 def test_numbers_in_names_are_short_and_tell_values_apart(load: Any) -> None:
     """%g where that is the number, all digits where not; no + (a policy's name has none); weights without binary dust."""
-    found = policies(load("{alpha: {values: [-0.5, 0.9, 0.1234567, 0.1234568, 1e-7]}, kl_coef: {values: [1e20, 2.0]}}"))
+    found = policies(
+        load("{alpha: {values: [-0.5, 0.9, 0.1234567, 0.1234568, 1e-7]}, kl_coef: {values: [1e20, 2.0, -0.0]}}")
+    )
     assert list(found) == [
-        "alpha--0.5", "alpha-0.9", "alpha-0.1234567", "alpha-0.1234568", "alpha-1e-07", "kl-1e20", "kl-2"
+        "alpha--0.5", "alpha-0.9", "alpha-0.1234567", "alpha-0.1234568", "alpha-1e-07", "kl-1e20", "kl-2", "kl-0"
     ]  # fmt: skip
     assert found["alpha-0.9"][0] == {"soup": {"members": [0, 1], "weights": [0.1, 0.9]}}
     assert found["alpha--0.5"][0] == {"soup": {"members": [0, 1], "weights": [1.5, -0.5]}}
