@@ -17,7 +17,6 @@ FAKE = {
     name: stage._replace(run="launched_stages:run" if stage.trains else "fake_stages:run")
     for name, stage in STAGES.items()
 }
-POLICY = "launched_stages:policy"
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -44,17 +43,12 @@ def run(job: Job) -> dict[str, Any]:
     if action == "save":
         save_on_sigterm(job, rank)
     if rank == 0:
-        write_atomic(job.folder / "result.txt", f"{job.recipe.num_processes} {job.unit.slice == json_again(job.unit.slice)}")
+        write_atomic(job.folder / "result.txt", "done")
     return {"rank": rank, "inputs": sorted(job.inputs), "world": int(os.environ["WORLD_SIZE"])}
 
 
-def json_again(value: Any) -> Any:
-    """Through JSON and back."""
-    return json.loads(json.dumps(value))
-
-
 def save_on_sigterm(job: Job, rank: int) -> None:
-    """As the ppo stage: note the signal, save for longer than the launcher would wait... a while, end with 143."""
+    """As the ppo stage: note the signal, save for a while, end with 143."""
     got: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: got.append(1))
     write_atomic(job.folder / f"waits-{rank}", str(os.getpid()))

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import DistributedType, PartialState
 
-    from salsa_peft import worker, workbench
+    from salsa_peft import workbench, worker
 
     arguments = workbench.training_arguments
 

@@ -1,0 +1,22 @@
+"""`salsa run` for test_launching.py: FSDP2 on CPUs, by tests/sharded_worker.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from salsa_peft import launching, recipe
+from salsa_peft.config import Recipe
+
+launch = launching.command
+
+
+def command(given: Recipe, folder: Path, threads: str) -> list[str]:
+    """With a worker that accelerate takes for a GPU's."""
+    words = launch(given, folder, threads)
+    return ["sharded_worker" if word == "salsa_peft.worker" and given.sharded else word for word in words]
+
+
+if __name__ == "__main__":
+    launching.command, launching.check = command, lambda _: None
+    sys.exit(recipe.main())
