@@ -8,7 +8,11 @@ notes are switched off: a stage has one bar, and its figures are in its folder.
 import logging
 import warnings
 
-for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which say on import what of theirs this machine can't use
+for name in (
+    "torchao",
+    "bitsandbytes",
+    "torch.utils._pytree",
+):  # they say on import what this machine can't use of theirs
     logging.getLogger(name).setLevel(logging.ERROR)
 
 import datasets

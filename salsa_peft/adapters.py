@@ -203,7 +203,9 @@ class Toggle:
 def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
     """`Toggle` for one use. A model of full weights is what it is: it has None alone."""
     if not isinstance(model, PeftModel):
-        require(name is None, f"adapter {name!r}: found a {type(model).__name__} of full weights, expected adapters on it")
+        require(
+            name is None, f"adapter {name!r}: found a {type(model).__name__} of full weights, expected adapters on it"
+        )
         return contextlib.nullcontext()
     return Toggle(model)(name)
 

@@ -44,7 +44,7 @@ def planned_mb(recipe: Recipe, stage: str) -> float | None:
 
 
 def check_device(recipe: Recipe, there: list[Card]) -> list[str]:
-    """Raise SalsaError for a large base without a GPU, and for more processes than GPUs; → warnings of stages that won't fit, a line each."""
+    """Raise SalsaError for a large base without a GPU; → warnings of stages that won't fit, a line each."""
     size = of_recipe(recipe)
     if size is None:
         return []
@@ -54,10 +54,6 @@ def check_device(recipe: Recipe, there: list[Card]) -> list[str]:
         bool(there) or size.parameters < LARGE,
         f"model.base: found a model of {size.parameters / 1e9:.1f} B parameters and no CUDA GPU (nvidia-smi names none), expected one of"
         f" about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu 24 shows what each stage needs of one of 24",
-    )
-    require(
-        not there or recipe.num_processes <= len(there),
-        f"num_processes: found {recipe.num_processes} and {len(there)} GPUs, expected no more than these",
     )
     return [
         f"{stage} may not fit: about {found.total / GIB:.1f} GiB in {found.phase}, {there[0].name} has {there[0].bytes / GIB:.0f};"

@@ -85,7 +85,7 @@ def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Archi
 
 def _sharded(recipe: Recipe) -> int:
     """Pieces that trained weights, gradients and states are cut into."""
-    return recipe.num_processes if recipe.accelerate in ("fsdp2", "zero3") else 1
+    return recipe.num_processes if recipe.sharded else 1
 
 
 class _Stage:

@@ -153,7 +153,12 @@ def worked(job: Job) -> dict[str, Any]:
         facts = getattr(importlib.import_module(module), name)(job)
         json.dumps(facts, allow_nan=False)
         seconds = time.perf_counter() - start
-        return {"facts": facts, "seconds": round(seconds, 3), "peak_mb": round(peak_mb(), 1), "gpu_peak_mb": gpu_peak_mb()}
+        return {
+            "facts": facts,
+            "seconds": round(seconds, 3),
+            "peak_mb": round(peak_mb(), 1),
+            "gpu_peak_mb": gpu_peak_mb(),
+        }
     except Exception as error:
         known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error, job.recipe.model.base)
         line = known or f"{type(error).__name__}: {error}"

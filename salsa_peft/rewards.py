@@ -217,9 +217,7 @@ def of_recipe(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], toke
             reward = FunctionReward(load_function(part.value), tokenizer)
         else:  # with full weights the reward stage's own is a classifier too
             path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
-            reward = load_classifier_reward(
-                path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype
-            )
+            reward = load_classifier_reward(path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)
         parts.append(Part(reward, part.weight, part.name))
     return parts[0].reward if len(parts) == 1 and parts[0].weight == 1 else WeightedReward(parts)
 

@@ -117,9 +117,7 @@ def report(job: Job) -> dict[str, Any]:
         )
 
     manifests = {unit: _json(folder / runs.MANIFEST) for unit, folder in job.inputs.items()}
-    units = [
-        {"unit": unit, "skipped": False, **{name: m.get(name) for name in COSTS}} for unit, m in manifests.items()
-    ]
+    units = [{"unit": unit, "skipped": False, **{name: m.get(name) for name in COSTS}} for unit, m in manifests.items()]
     landscape, evaluation = job.inputs.get("landscape"), job.inputs["evaluate"]
     base = job.recipe.model.base or "the embedded world's"
     result = ReportInput(

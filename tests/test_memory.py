@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from salsa_peft import cards, memory, recipe
 from salsa_peft.architectures import KNOWN, Architecture, of_recipe
-from salsa_peft.config import Recipe, SalsaError
+from salsa_peft.config import Recipe
 from salsa_peft.memory import GIB, Need, advice, choose_precision, need
 from salsa_peft.parsing import load_recipe
 
@@ -245,8 +245,6 @@ def test_a_large_model_without_a_gpu_stops_at_once(
     there = [cards.Card("A", 16 * GIB)]
     warned = cards.check_device(paper("llama2_full", "lora")[0], there)
     assert any(line.startswith("ppo may not fit: about 23.") and "A has 16" in line for line in warned)
-    with pytest.raises(SalsaError, match="num_processes: found 2 and 1 GPUs"):
-        cards.check_device(paper("llama2_full", "lora", "num_processes=2")[0], there)
 
 
 def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
