@@ -25,6 +25,7 @@ def load() -> Any:
     return module
 
 
+@pytest.mark.slow  # 20 s
 def test_it_measures_every_phase() -> None:
     """One JSON line."""
     words = [
