@@ -238,3 +238,29 @@ def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkey
     workbench.local(Recipe(name="a"), "someone/model")
     workbench.local(Recipe(name="a", adapter=Adapter()), "someone/adapter")
     assert "*.safetensors" in asked[0] and "adapter_model.safetensors" in asked[1]
+
+
+def test_full_weights_are_saved_in_the_bases_dtype(whole: Callable[..., Path], tmp_path: Path) -> None:
+    """Trained as float32 masters, kept in bf16: seeds, reward model, soup and policies, each moved from what it started from."""
+    words = [
+        "model.dtype=bfloat16",
+        "sft.learning_rate=1e-3",
+        "reward.learning_rate=1e-3",
+        "ppo.learning_rate=1e-3",
+        "landscape=null",
+    ]
+    stages = ["--stages", "toy,sft,reward,soup,ppo/salsa"]
+    folder = whole("llama", *(part for word in words for part in ("--set", word)), *stages)
+    found = {
+        name: load_file(unit(folder, name) / "model.safetensors")
+        for name in ("sft/seed-0", "reward", "soup", "ppo/salsa")
+    }
+    assert {tensor.dtype for tensors in found.values() for tensor in tensors.values()} == {torch.bfloat16}
+    assert read(unit(folder, "ppo/salsa") / "config.json")["dtype"] == "bfloat16"
+    assert load_file(unit(folder, "ppo/salsa") / "value_head.safetensors")["weight"].dtype == torch.float32
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = load_file(tmp_path / "base" / "model.safetensors")[name].bfloat16()
+    start = found["sft/seed-0"][name]
+    assert (
+        (start != base).any() and (found["reward"][name] != start).any() and (found["ppo/salsa"][name] != start).any()
+    )
