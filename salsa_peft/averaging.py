@@ -15,9 +15,9 @@ from typing import Any
 
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
 from salsa_peft.adapter_folders import check_out
-from salsa_peft.checks import HUB_ID
 from salsa_peft.config import require
 from salsa_peft.hub_errors import said_in_a_line
+from salsa_peft.paths import HUB_ID
 from salsa_peft.stacked_adapter import StackedAdapter, check_weights
 from salsa_peft.strategies import STRATEGIES, Ask, Choice, Measure
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import cards, processes
-from salsa_peft.checks import bundled
 from salsa_peft.config import Recipe, require
 from salsa_peft.parsing import ADAPTER
+from salsa_peft.paths import bundled
 from salsa_peft.runs import Job, Unit, write_atomic
 
 JOB, LAUNCHER_LOG = "job.json", "launcher.log"
@@ -64,8 +64,8 @@ def gpus() -> int:
 
 
 def run(job: Job, log: Path, *, debug: bool = False) -> processes.Result:
-    """As processes.run_in_process, in the recipe's number of processes. Facts and seconds are the first one's, peak_mb is the sum of all:
-    what the machine needs. Raises StageError with the first error of any of them, after all of them have ended."""
+    """As processes.run_in_process, in the recipe's number of processes. Facts and seconds are the first one's, peak_mb is the sum of all,
+    what the machine needs; gpu_peak_mb the largest, what a card needs. Raises StageError with the first error of any of them, after all of them have ended."""
     log.parent.mkdir(parents=True, exist_ok=True)
     for left in log.parent.glob(f".{log.stem}.*"):  # of a command that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -210,5 +210,7 @@ def _outcome(job: Job, folder: Path, code: int, log: Path, debug: bool) -> proce
     if failed:
         traces = [f"process {rank}:\n{reports[rank]['trace']}" for rank in failed]
         return processes.settled({**reports[failed[0]], "trace": "\n".join(traces)}, job.unit.id, log, debug=debug)
-    whole = {**reports[0], "peak_mb": round(sum(report["peak_mb"] for report in reports.values()), 1)}
+    memory = round(sum(report["peak_mb"] for report in reports.values()), 1)
+    cards_memory = [report["gpu_peak_mb"] for report in reports.values() if report["gpu_peak_mb"] is not None]
+    whole = {**reports[0], "peak_mb": memory, "gpu_peak_mb": max(cards_memory, default=None)}
     return processes.settled(whole, job.unit.id, log, debug=debug)

@@ -21,10 +21,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from salsa_peft import checks, sweeps
-from salsa_peft.checks import bundled
+from salsa_peft import checks, paths, sweeps
 from salsa_peft.config import Recipe, SalsaError, Source, require
 from salsa_peft.messages import explain, nearest, short
+from salsa_peft.paths import bundled
 from salsa_peft.yaml_text import parse_yaml, read_yaml
 
 ATOMIC = {"reference"}  # replaced whole by a later layer: {soup: …} and {shrunk: …} don't merge
@@ -113,9 +113,9 @@ def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
 
 def _absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     """Local paths made absolute, in a sweep's `reference:` as in a policy's."""
-    data = checks.absolute(data, folder)
+    data = paths.absolute(data, folder)
     if "sweep" in data:
-        data["sweep"] = checks.absolute({"policies": data["sweep"]}, folder)["policies"]
+        data["sweep"] = paths.absolute({"policies": data["sweep"]}, folder)["policies"]
     return data
 
 
@@ -153,7 +153,7 @@ def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dic
     for position, key in enumerate(keys[:-1]):
         nested = nested[key]
         there = inner.get(key)
-        if isinstance(there, str) and checks.is_source(keys[: position + 1]):
+        if isinstance(there, str) and paths.is_source(keys[: position + 1]):
             there = {"path": there}
         where = ".".join(keys[: position + 1])
         fits = there is None or isinstance(there, dict)

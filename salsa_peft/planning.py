@@ -13,9 +13,9 @@ from rich.text import Text
 from salsa_peft import memory
 from salsa_peft.architectures import of_recipe
 from salsa_peft.cards import Card
-from salsa_peft.checks import is_local
 from salsa_peft.config import PPO, Recipe, Source, Training
 from salsa_peft.parsing import Loaded
+from salsa_peft.paths import is_local
 from salsa_peft.runs import Step
 
 TRAINING = ("sft", "reward", "ppo")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from salsa_peft.checks import TOY_PROMPTS, is_local
+from salsa_peft.checks import TOY_PROMPTS
 from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, parse_reference
+from salsa_peft.paths import is_local
 from salsa_peft.reward_kinds import RewardPart, find_module, split_function
 from salsa_peft.runs import Unit
 

@@ -62,8 +62,8 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
 
 
 def _tokenizer(folder: str) -> Any:
-    from salsa_peft.checks import bundled
     from salsa_peft.models import load_tokenizer
+    from salsa_peft.paths import bundled
 
     return load_tokenizer(folder, chat_template=str(bundled("recipes") / "chat_templates" / "chatml.jinja"))
 

@@ -1,0 +1,195 @@
+"""A recipe's local paths: made absolute, told from Hub ids, looked for, and the first row of a data file held against its kind.
+
+Every refusal is a SalsaError `key: found …, expected …`. What the Hub holds is seen at the stage's start, not here. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from salsa_peft.config import NAME, SEED, Recipe, SalsaError, Source, require
+from salsa_peft.messages import path_text, short
+from salsa_peft.reward_kinds import placed
+from salsa_peft.soup_options import placed_measure
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".yaml")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+COLUMNS = {
+    "demonstrations": ("`messages`", [{"messages"}]),
+    "preferences": ("`chosen` and `rejected`", [{"chosen", "rejected"}]),
+    "prompts": ("`prompt`, `messages` or `turns`", [{"prompt"}, {"messages"}, {"turns"}]),
+    "held_out": ("`messages`", [{"messages"}]),
+}
+EXPECTED_ROWS = "expected one JSON object a line"
+EXPECTED_DATA = "a .jsonl, .json or .parquet file, a folder or a Hub id"
+
+
+def bundled(kind: str) -> Path:
+    """The folder of the recipes or adapters that come along: package data in a wheel, beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / f"_{kind}"
+    return inside if inside.is_dir() else package.parent / kind
+
+
+def is_local(value: str) -> bool:
+    """Whether a value of a recipe whose paths are absolute is a path (then absolute) rather than a Hub id."""
+    return os.path.isabs(value)
+
+
+def is_source(keys: list[str]) -> bool:
+    """Whether a data source stands at these keys, so that bare text is its path."""
+    return (len(keys) == 2 and keys[0] == "data") or (len(keys) == 3 and keys[:2] == ["evaluate", "prompts"])
+
+
+def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A copy of departures whose local paths are absolute, relative ones taken from `folder`."""
+    data = copy.deepcopy(data)
+    if not isinstance(data.get("reward", {}), dict | None):
+        data["reward"] = {"model": data["reward"]}
+    _change(data, "reward", "model", lambda value: _reward(value, folder))
+    _change(data, "soup", "measure", lambda value: placed_measure(value, folder))
+    _change(data, "model", "base", lambda value: _path(value, folder))
+    _change(data, "model", "chat_template", lambda value: _template(value, folder))
+    for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
+        for name, source in named.items():
+            named[name] = _path(source, folder)
+            _change(named, name, "path", lambda value: _path(value, folder))
+    policies = _mapping(data.get("policies"))
+    for name in policies:
+        _change(policies, name, "reference", lambda value: _references(value, folder))
+    for key in ("models", "pairs"):
+        _change(data, "evaluate", key, lambda value: _references(value, folder, bare=False))
+    return data
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _change(data: dict[str, Any], section: str, key: str, change: Callable[[Any], Any]) -> None:
+    inner = data.get(section)
+    if isinstance(inner, dict) and key in inner:
+        inner[key] = change(inner[key])
+
+
+def _path(value: Any, folder: str) -> Any:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return value
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
+    looks_local = value[0] in "./~" or value.lower().endswith(LOCAL_SUFFIXES) or value.count("/") > 1
+    return path if looks_local or os.path.exists(path) else value
+
+
+def _template(value: Any, folder: str) -> Any:
+    if isinstance(value, str) and NAME.match(value) and not value.endswith(".jinja"):
+        path = bundled("recipes") / "chat_templates" / f"{value}.jinja"
+        return str(path) if path.is_file() else value
+    return _path(value, folder)
+
+
+def _references(value: Any, folder: str, bare: bool = True) -> Any:
+    """Paths made absolute; without `bare`, a word without a slash is a policy's name."""
+    if isinstance(value, list):
+        return [_references(entry, folder, bare) for entry in value]
+    named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value) or not (bare or "/" in value))
+    return value if named else _path(value, folder)
+
+
+def _reward(value: Any, folder: str) -> Any:
+    """Paths made absolute, also those of functions' modules."""
+    if isinstance(value, list):
+        return [_reward(entry, folder) for entry in value]
+    if isinstance(value, dict):
+        return {key: _reward(entry, folder) if key == "model" else entry for key, entry in value.items()}
+    if not isinstance(value, str) or value == "adapter":
+        return value
+    return placed(value, folder) if ":" in value else _path(value, folder)
+
+
+def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
+    """(key, kind, source) of every dataset that the recipe names."""
+    for kind in COLUMNS:
+        source = getattr(recipe.data, kind)
+        if source is not None:
+            yield f"data.{kind}", kind, source
+    for name, source in recipe.evaluate.prompts.items():
+        yield f"evaluate.prompts.{name}", "prompts", source
+
+
+def check_files(recipe: Recipe) -> None:
+    """Base, chat template and data are there, and data has its columns."""
+    model = recipe.model
+    if model.base is not None:
+        check_path("model.base", model.base, "a model's folder", "config.json")
+    if model.chat_template is not None:
+        folder = bundled("recipes") / "chat_templates"
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
+        require(
+            is_local(model.chat_template) and os.path.isfile(model.chat_template),
+            f"model.chat_template: found {path_text(model.chat_template)}, which is no file, expected a Jinja file or one of ours: {known}",
+        )
+    for key, kind, source in sources(recipe):
+        if is_local(source.path) and not os.path.isdir(source.path):
+            require(
+                os.path.isfile(source.path),
+                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
+            )
+            require(
+                source.path.lower().endswith(DATA_SUFFIXES),
+                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
+            )
+            _check_columns(key, kind, source.path)
+        elif not is_local(source.path):
+            _check_hub_id(key, source.path, EXPECTED_DATA)
+
+
+def check_path(where: str, path: str, what: str, file: str) -> None:
+    """A folder that holds `file`, or what can be a Hub id."""
+    if not is_local(path):
+        _check_hub_id(where, path, f"{what} or a Hub id")
+        return
+    require(os.path.isdir(path), f"{where}: found {path_text(path)}, which is no folder, expected {what} or a Hub id")
+    require(os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {path_text(path)}, expected {what}")
+
+
+def _check_hub_id(where: str, value: str, expected: str) -> None:
+    fits = HUB_ID.match(value) is not None and "--" not in value and ".." not in value
+    require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
+
+
+def _first_row(path: str) -> Any:
+    """Of a .jsonl or .json file (a list, or one object after another); of a .parquet file its columns alone."""
+    if path.lower().endswith(".parquet"):
+        return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
+    with open(path, "rb") as file:
+        if path.lower().endswith(".json"):
+            text = file.read(10_000_000).decode("utf-8", "ignore").strip().removeprefix("[").lstrip()
+            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
+        line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
+        return json.loads(line) if line else None
+
+
+def _check_columns(where: str, kind: str, path: str) -> None:
+    """The first row of a local file has the columns of its kind."""
+    expected, choices = COLUMNS[kind]
+    name, form = short(Path(path).name), "parquet" if path.lower().endswith(".parquet") else "JSON"
+    try:
+        row = _first_row(path)
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"
+        raise SalsaError(f"{where}: {name} cannot be read: {why}; {EXPECTED_ROWS}") from error
+    if not isinstance(row, dict):
+        raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
+    columns = ", ".join(map(str, list(row)[:12])) or "none"
+    fits = any(choice <= set(row) for choice in choices)
+    require(fits, f"{where}: found the columns {columns} in {name}, expected {expected}")
+    alone = isinstance(row.get("chosen"), str) and "prompt" not in row and kind == "preferences"
+    require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")
