@@ -107,6 +107,11 @@ class Architecture:
         return self.in_linears + biases + self.layers * self.norms + self.hidden + embeddings
 
     @property
+    def head(self) -> int:
+        """Of them the output embeddings', which a sequence classifier has not."""
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
     def largest(self) -> int:
         """Parameters of the largest weight."""
         return max(self.vocabulary * self.hidden, *(linear.inputs * linear.outputs for linear in self.linears))
@@ -131,7 +136,12 @@ def of_recipe(recipe: Recipe) -> Architecture | None:
         sizes = {"hidden_size": toy.hidden_size, "intermediate_size": 2 * toy.hidden_size, "num_hidden_layers": toy.num_layers,
                  "num_attention_heads": toy.num_heads, "vocab_size": 66, "model_type": "llama"}  # fmt: skip
         return Architecture.of(sizes)
-    found = _config(base, recipe.model.revision)
+    return of_base(base, recipe.model.revision)
+
+
+def of_base(base: str, revision: str | None = None) -> Architecture | None:
+    """A folder's, or a Hub id's that is in the cache or known; None as above."""
+    found = _config(base, revision)
     try:
         return None if found is None else Architecture.of(found)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

@@ -1,14 +1,16 @@
-"""The GPUs that are here, as nvidia-smi names them, and whether a recipe can do without one. Imports no torch."""
+"""The GPUs that a process here can use, as nvidia-smi names them, and whether a recipe can do without one. Imports no torch."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Collection
 from typing import NamedTuple
 
 from .architectures import of_recipe
 from .config import Recipe, require
-from .memory import CONTEXT, GIB, need, stages_of
+from .memory import CONTEXT, GIB, STAGES, need, stages_of
 
 LARGE = 2_000_000_000
 """Parameters of a base that no CPU trains in a lifetime."""
@@ -22,16 +24,38 @@ class Card(NamedTuple):
 
 
 def cards() -> list[Card]:
-    """None where nvidia-smi is missing, fails or takes more than five seconds."""
+    """Those that CUDA_VISIBLE_DEVICES leaves; none where nvidia-smi is missing, fails or takes more than five seconds."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return [Card(name.strip(), int(size) * 2**20) for name, size in rows if size.strip().isdigit()]
+    found: dict[str, Card] = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+        identity, _, rest = line.partition(",")
+        name, _, size = rest.rpartition(",")
+        if size.strip().isdigit():
+            found[identity.strip()] = Card(name.strip(), int(size) * 2**20)
+    return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _visible(found: dict[str, Card], words: str | None) -> list[Card]:
+    """Of cards by UUID those that CUDA_VISIBLE_DEVICES names, by number or by the start of a UUID, in its order. A part of a card (MIG)
+    is taken for the first whole one: how large it is nvidia-smi's list does not say."""
+    there = list(found.values())
+    if words is None or not there:
+        return there
+    chosen: list[Card] = []
+    for word in filter(None, map(str.strip, words.split(","))):
+        if word.startswith("MIG"):
+            chosen.append(there[0])
+        elif word.isdigit():
+            chosen += there[int(word) : int(word) + 1]
+        else:
+            chosen += [card for identity, card in found.items() if identity.startswith(word)][:1]
+    return chosen
 
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
@@ -43,12 +67,13 @@ def planned_mb(recipe: Recipe, stage: str) -> float | None:
     return round((found.total - CONTEXT) / 1e6, 1)
 
 
-def check_device(recipe: Recipe, there: list[Card]) -> list[str]:
-    """Raise SalsaError for a large base without a GPU; → warnings of stages that won't fit, a line each."""
+def check_device(recipe: Recipe, there: list[Card], stages: Collection[str] = STAGES) -> list[str]:
+    """Raise SalsaError for a large base without a GPU; → warnings of stages that won't fit, a line each. stages: those that will run."""
     size = of_recipe(recipe)
-    if size is None:
+    asked = [stage for stage in stages_of(recipe) if stage in stages]
+    if size is None or not asked:
         return []
-    needs = {stage: need(recipe, stage, size, there[0].bytes if there else None) for stage in stages_of(recipe)}
+    needs = {stage: need(recipe, stage, size, there[0].bytes if there else None) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from salsa_peft import memory
-from salsa_peft.architectures import of_recipe
+from salsa_peft.architectures import Architecture, of_recipe
 from salsa_peft.cards import Card
-from salsa_peft.config import PPO, Recipe, Source, Training
+from salsa_peft.config import PPO, Adapter, Recipe, Source, Training
 from salsa_peft.parsing import Loaded
 from salsa_peft.paths import is_local
 from salsa_peft.runs import Step
 
 TRAINING = ("sft", "reward", "ppo")
 COUNTABLE = 500_000_000  # bytes of a jsonl file that the plan reads to count its rows
-
-
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
+PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
+"""Preset → quantisation of its base."""
+OF_FULL_WEIGHTS = ("offload", "precision")
 
 
 def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str], card: Card | None) -> None:
@@ -64,7 +67,7 @@ def _print_memory(console: Console, recipe: Recipe, card: Card | None) -> None:
     room = None if card is None else float(card.bytes)
     for stage in memory.stages_of(recipe):
         found = memory.need(recipe, stage, size, room)
-        helps = None if room is None else memory.advice(recipe, stage, size, room)
+        helps = None if room is None else advice(recipe, stage, size, room)
         held = (
             memory.choose_precision(recipe, stage, room, size)
             if recipe.mode == "full" and stage in TRAINING
@@ -76,6 +79,8 @@ def _print_memory(console: Console, recipe: Recipe, card: Card | None) -> None:
     against = "no card" if card is None else f"{card.name}, {card.bytes / memory.GIB:.0f} GiB"
     header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "in all", against]
     _print(console, header, rows, narrow=9)
+    for one in memory.uncounted(recipe):
+        console.print(Text(f"not counted: {one}\n"))
 
 
 def _bytes(number: float) -> str:
@@ -163,3 +168,75 @@ def _updates(ppo: PPO, rows: int | None) -> str:
         return "updates known when the data is there"
     updates = math.ceil(rows // ppo.batch_size * ppo.num_train_epochs)
     return f"about {updates} updates ({rows} rows × {ppo.num_train_epochs:g} epochs)"
+
+
+def advice(recipe: Recipe, stage: str, size: Architecture, card: float) -> str | None:
+    """What would make a stage fit a card (bytes): the first single change that does, else several in that order; None where it fits,
+    words without a change where nothing does."""
+
+    def fits(preset: str, settings: dict[str, str]) -> bool:
+        return memory.need(changed(recipe, preset, settings), stage, size, card).total <= card
+
+    if fits("", {}):
+        return None
+    offered = _changes(recipe, stage)
+    for preset, setting in offered:
+        if fits(preset, setting):
+            return _words(recipe, preset, setting)
+    taken, settings = "", dict[str, str]()
+    for preset, setting in offered:
+        taken = preset or taken
+        settings = {
+            key: value for key, value in (settings | setting).items() if not taken or key not in OF_FULL_WEIGHTS
+        }
+        if fits(taken, settings):
+            return _words(recipe, taken, settings)
+    return "a larger card, or a smaller model.max_length"
+
+
+def changed(recipe: Recipe, preset: str, settings: dict[str, str]) -> Recipe:
+    """The recipe with a preset's adapter ("": as it is; r 16 on all linears where it has none) and some of its settings."""
+    if preset:
+        model = dataclasses.replace(recipe.model, quantization=PRESETS[preset])
+        recipe = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), model=model, offload="none")
+    for key, text in settings.items():
+        section, _, name = key.rpartition(".")
+        value: Any = int(text) if text.isdigit() else True if text == "true" else text
+        if section:
+            value = dataclasses.replace(getattr(recipe, section), **{name: value})
+        recipe = dataclasses.replace(recipe, **{section or name: value})
+    return recipe
+
+
+def _changes(recipe: Recipe, stage: str) -> list[tuple[str, dict[str, str]]]:
+    """(preset, setting), one of the two, from what costs least to what costs most; sizes that divide what they are parts of."""
+    found: list[tuple[str, dict[str, str]]] = []
+    if stage in TRAINING:
+        section: Training = getattr(recipe, stage)
+        if not section.gradient_checkpointing:
+            found.append(("", {f"{stage}.gradient_checkpointing": "true"}))
+        micro = memory.micro_batch(section, recipe.num_processes, recipe.ppo.num_mini_batches if stage == "ppo" else 1)
+        found += [("", {f"{stage}.micro_batch_size": str(smaller)}) for smaller in _divisors(micro)]
+    if recipe.mode == "full" and stage == "ppo" and recipe.offload == "none":
+        found.append(("", {"offload": "frozen"}))
+    if recipe.mode == "full" and stage in TRAINING and recipe.precision == "master" and not recipe.sharded:
+        found.append(("", {"precision": "stochastic"}))
+    key = "ppo.rollout_batch_size" if stage == "ppo" else "generation.batch_size"
+    rows = memory.rollout_batch(recipe) if stage == "ppo" else recipe.generation.batch_size
+    found += [("", {key: str(smaller)}) for smaller in _divisors(rows) if stage not in ("sft", "reward")]
+    found += [("lora", {})] * (recipe.mode == "full") + [("qlora", {})] * (
+        recipe.mode != "qlora" and not recipe.sharded
+    )
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    """Those that are smaller, the largest first."""
+    return [part for part in range(number - 1, 0, -1) if number % part == 0]
+
+
+def _words(recipe: Recipe, preset: str, settings: dict[str, str]) -> str:
+    """What to add to the command."""
+    mode = [f"--lora{'' if preset == 'lora' else ' ' + preset}"] * bool(preset)
+    idle = {"offload": "none"} if preset and recipe.offload != "none" else {}  # refused with adapters
+    return " ".join([*mode, *(f"--set {key}={value}" for key, value in {**idle, **settings}.items())])

@@ -59,8 +59,6 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
     try:
         with processes.signals():
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set)
-            for line in cards.check_device(loaded.recipe, cards.cards()) if not args.dry_run else ():
-                say(f"warning: {line}")
             run = run_folder(loaded, args.output_dir)
             work = [unit for stage in stages.values() for unit in stage.units(loaded.recipe, stage.run)]
             asked = selected(work, args.stages, "--stages") if args.stages is not None else {unit.id for unit in work}
@@ -68,7 +66,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             if args.dry_run or not run.exists():  # a refusal comes before anything is written
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
-                check_processes(loaded.recipe, {} if args.dry_run else steps, asked)
+                check_machine(loaded.recipe, {} if args.dry_run else steps, asked)
             if args.dry_run:
                 from salsa_peft.planning import show_plan
 
@@ -77,7 +75,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             with runs.locked(run):
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
-                check_processes(loaded.recipe, steps, asked)
+                for line in check_machine(loaded.recipe, steps, asked):
+                    say(f"warning: {line}")
                 execute(loaded, run, steps, asked, args.debug)
                 for path in runs.prune(run, stages, steps) if args.prune else []:
                     say(f"pruned {path.relative_to(run)}")
@@ -167,11 +166,13 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
             )
 
 
-def check_processes(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> None:
-    """Raise SalsaError where a unit that will be made wants more processes than this machine can run."""
+def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> list[str]:
+    """Raise SalsaError where a unit that will be made wants a GPU that is not there, or more processes than this machine can run;
+    → warnings, a line each."""
     made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
         launching.check(recipe)
+    return cards.check_device(recipe, cards.cards(), made) if made else []
 
 
 def run_folder(loaded: Loaded, output_dir: str | None) -> Path:

@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from salsa_peft import launching, processes
@@ -31,6 +32,7 @@ def main(folder: Path) -> None:
     job, preload = launching.read_job(folder)
     for module in preload:
         importlib.import_module(module)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")  # DeepSpeed calls what torch renamed
     report = processes.worked(job)
     launching.write_report(folder, rank, report)
     if "line" in report:

@@ -20,7 +20,17 @@ if __name__ == "__main__":
         """Trainer's arguments without use_cpu, of which accelerate would make DDP."""
         return {**arguments(*given), "use_cpu": False}
 
+    quiet = workbench.quiet
+
+    def cut_small_ones_too(trainer: Any) -> None:
+        """Called by the stages before they train; or ZeRO-3 would leave small weights whole, which all are here."""
+        quiet(trainer)
+        if trainer.accelerator.state.deepspeed_plugin is not None:
+            found = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
     with (
+        patch.object(workbench, "quiet", cut_small_ones_too),
         patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
         patch.object(workbench, "training_arguments", on_what_is_there),
     ):

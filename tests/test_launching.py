@@ -30,15 +30,16 @@ policies: {ppo: {reference: seed-0}}
 UNIT = "sft/seed-0"
 
 
-def environment(**more: str) -> dict[str, str]:
-    """The tests' modules for the processes to import."""
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+def environment() -> dict[str, str]:
+    """With the tests' modules for the processes to import."""
+    paths = [str(HERE), str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    more = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        **more,
+        "DS_ACCELERATOR": "cpu",
     }
+    return os.environ | more
 
 
 def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from salsa_peft import cards, memory, recipe
+from salsa_peft import memory
 from salsa_peft.architectures import KNOWN, Architecture, of_recipe
 from salsa_peft.config import Recipe
-from salsa_peft.memory import GIB, Need, advice, choose_precision, need
+from salsa_peft.memory import GIB, Need, choose_precision, need
 from salsa_peft.parsing import load_recipe
 
 SMALL = {
@@ -58,6 +57,7 @@ def test_parameters_are_those_that_transformers_makes(name: str) -> None:
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert size.in_linears == sum(module.weight.numel() for module in linear)
+    assert size.head == (0 if model.config.tie_word_embeddings else model.lm_head.weight.numel())
     assert size.largest == max(parameter.numel() for parameter in model.parameters())
     keys = model.model.layers[0].self_attn.k_proj.weight.shape[0]
     assert size.kv_per_token == 2 * len(model.model.layers) * keys
@@ -125,7 +125,7 @@ def test_nf4_takes_what_bitsandbytes_takes() -> None:
 
 
 def test_activations_are_what_autograd_keeps() -> None:
-    """Bytes that a tiny bf16 Llama's forward saves for its backward, weights left out: within 15%, with and without checkpointing."""
+    """Bytes that a tiny bf16 Llama's forward saves for its backward, weights left out: within 10%, with and without checkpointing."""
     config = transformers.LlamaConfig(**SMALL | {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6})
     model = transformers.LlamaForCausalLM(config).bfloat16().train()
     size = Architecture.of(json.loads(config.to_json_string(use_diff=False)))
@@ -148,11 +148,8 @@ def test_activations_are_what_autograd_keeps() -> None:
         assert states.requires_grad
         return sum(seen.values())
 
-    assert stage.activations(tokens, False) == pytest.approx(kept(False), rel=0.15)
-    layers = (
-        stage.activations(tokens, True) - 2 * tokens * stage.layer() * 2
-    )  # what is kept, less the one that is made anew
-    assert layers == pytest.approx(kept(True), rel=0.15)
+    for checkpointing in (False, True):
+        assert stage.activations(tokens, checkpointing) == pytest.approx(kept(checkpointing), rel=0.1), checkpointing
 
 
 def test_a_phase_and_an_option_cost_what_they_should() -> None:
@@ -180,15 +177,16 @@ def test_a_phase_and_an_option_cost_what_they_should() -> None:
     ddp = memory._Stage(paper("llama2_full", None, "num_processes=2")[0], "ppo", size, "stochastic")
     assert ddp.held("train")[1] == 2 * stage["stochastic"].held("train")[1]  # buckets beside the gradients
     lora = paper("llama2_full", "lora")[0]
-    pair, one = (memory._Stage(lora, name, size, "master").phases()[0].activations for name in ("reward", "sft"))
-    assert pair == 2 * one  # chosen and rejected
+    pair, one = (memory._Stage(lora, name, size, "master").phases()[0] for name in ("reward", "sft"))
+    assert pair.activations == 2 * (
+        one.activations + one.logits
+    )  # chosen and rejected; a layer made anew is more than logits
     quantised = memory._Stage(paper("llama2_full", "qlora")[0], "sft", size, "master")
     assert quantised.forward(0) == 2 * 4096 * 11008  # the largest layer out of its 4 bits
-    assert memory._Stage(lora, "ppo", size, "master").phases()[0].logits == 4 * 4 * 8 * 32000
+    assert memory._Stage(lora, "ppo", size, "master").phases()[0].logits == 8 * 4 * 8 * 32000
     mistral, other = paper("mistral_full", "lora")
-    assert (
-        need(mistral, "ppo", other).kv_cache * 4 == need(paper("llama2_full", "lora")[0], "ppo", size).kv_cache
-    )  # 8 heads of 32
+    cache = memory._Stage(mistral, "ppo", other, "master").phases()[0].kv_cache
+    assert cache * 4 == phases["generate"].kv_cache  # 8 heads of 32
 
 
 def test_what_the_papers_jobs_need() -> None:
@@ -206,95 +204,46 @@ def test_what_the_papers_jobs_need() -> None:
     assert choose_precision(paper("llama2_full", None, "precision=master")[0], "ppo", GIB, size) == "master"
 
 
-@pytest.mark.parametrize("card", [6, 12, 16, 24, 40, 80])
-@pytest.mark.parametrize("lora", [None, "lora", "qlora"])
-def test_the_advice_makes_it_fit(lora: str | None, card: int) -> None:
-    """What is said, done to the recipe, fits; where nothing is said it fits already."""
-    job, size = paper("llama2_full", lora, "ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")
-    for stage in memory.stages_of(job):
-        said = advice(job, stage, size, card * GIB)
-        if said is None:
-            assert need(job, stage, size, card * GIB).total <= card * GIB
-        elif said.startswith("--"):
-            words = said.split()
-            preset = ("qlora" if "qlora" in words else "lora") if "--lora" in words else lora
-            sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
-            helped, _ = paper(
-                "llama2_full", preset, "ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8", *sets
-            )
-            assert need(helped, stage, size, card * GIB).total <= card * GIB, (stage, said)
-        else:
-            assert card < 12, (stage, said)
+def test_what_is_not_the_recipes_own_base_counts_too(tmp_path: Path) -> None:
+    """A classifier of the user's as the reward, whole; one whose size is not at hand is named, as vLLM's share is."""
+    tmp_path.joinpath("config.json").write_text(json.dumps(KNOWN[MISTRAL] | {"id2label": {"0": "score"}}))
+    tmp_path.joinpath("tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    plain, size = paper("llama2_full", "lora")
+    other = Architecture.of(KNOWN[MISTRAL])
+    for mode, stage in (("lora", "ppo"), ("lora", "evaluate"), (None, "landscape")):
+        both, _ = paper("llama2_full", mode, f"reward.model=[adapter, {tmp_path}]", "precision=stochastic")
+        alone, _ = paper("llama2_full", mode, "precision=stochastic")
+        more = need(both, stage, size).weights - need(alone, stage, size).weights
+        assert more == 2 * (other.parameters - 32000 * 4096), (mode, stage)
+    assert memory.uncounted(plain) == memory.uncounted(both) == []
+    unknown, _ = paper("llama2_full", "lora", "reward.model=someone/unknown", "ppo.rollout_backend=vllm")
+    assert [line.split(",")[0] for line in memory.uncounted(unknown)] == ["someone/unknown", "vLLM beside ppo"]
 
 
-def test_a_large_model_without_a_gpu_stops_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Code 2, one line that says what it needs, nothing written; a small one goes on, a plan too."""
-    monkeypatch.setattr(cards, "cards", list)
-    folder = tmp_path / "run"
-    assert recipe.main(["llama2_full", "--lora", "--output-dir", str(folder)]) == 2
-    line = capsys.readouterr().err.strip()
-    assert (
-        "\n" not in line
-        and "found a model of 6.7 B parameters and no CUDA GPU" in line
-        and "about 24 GiB for ppo" in line
-    )
-    assert not folder.exists()
-    assert cards.check_device(load_recipe("smollm2", lora="lora", overrides=[]).recipe, []) == []
-    there = [cards.Card("A", 16 * GIB)]
-    warned = cards.check_device(paper("llama2_full", "lora")[0], there)
-    assert any(line.startswith("ppo may not fit: about 23.") and "A has 16" in line for line in warned)
+def test_optimizers_and_a_value_adapter() -> None:
+    """Eight-bit states, roots that the unfused AdamW takes of all weights at once, an adapter more with a forward of its own."""
+    size = paper()[1]
 
-
-def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names and MiB; no card where it is missing, slow or broken."""
-    monkeypatch.setattr(cards.shutil, "which", lambda name: f"/usr/bin/{name}")
-
-    def answers(text: str, code: int = 0) -> None:
-        monkeypatch.setattr(
-            cards.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, stdout=text)
+    def states(optim: str, lora: str | None = None) -> Need:
+        found = memory._Stage(
+            paper("llama2_full", lora, f"sft.optim={optim}", "precision=master")[0], "sft", size, "master"
         )
+        return found.phases()[-1]
 
-    answers("NVIDIA H200, 143771\nNVIDIA A10, Inc., 23028\n")
-    assert cards.cards() == [cards.Card("NVIDIA H200", 143771 * 2**20), cards.Card("NVIDIA A10, Inc.", 23028 * 2**20)]
-    answers("NVIDIA-SMI has failed", 9)
-    assert cards.cards() == []
-
-    def slow(*_: Any, **__: Any) -> None:
-        raise subprocess.TimeoutExpired("nvidia-smi", 5)
-
-    monkeypatch.setattr(cards.subprocess, "run", slow)
-    assert cards.cards() == []
-
-
-def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """--gpu, or the card that is there; what does not fit with what would help."""
-    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("NVIDIA X", 80 * GIB)])
-    assert recipe.main(["llama2_full", "--dry-run"]) == 0
-    plan = capsys.readouterr().out
-    assert "NVIDIA X, 80 GiB" in plan and "step (stochastic)" in plan and "67.6 GiB" in plan and "fits" in plan
-    assert recipe.main(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
-    plan = capsys.readouterr().out
-    assert "--gpu, 24 GiB" in plan and "too large; --lora" in plan
-    assert recipe.main(["smollm2", "--lora", "--dry-run"]) == 0
-    assert (
-        "memory: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand"
-        in capsys.readouterr().out
+    count = size.parameters
+    assert states("adamw_torch_fused").optimizer == states("paged_adamw_32bit").optimizer == 8 * count
+    assert states("adamw_torch").optimizer == 12 * count
+    assert states("paged_adamw_8bit").optimizer == (2 + 8 / 256) * count
+    assert states("paged_adamw_8bit", "lora").optimizer == (2 + 8 / 256) * size.adapter(16, "all-linear")
+    assert states("adamw_torch_fused").weights == 4 * count  # autocast's copies are gone by then
+    adapter = 4 * size.adapter(16, "all-linear")
+    head, own = (
+        memory._Stage(paper("llama2_full", "lora", f"ppo.value={value}")[0], "ppo", size, "master")
+        for value in ("head", "adapter")
     )
-    for words, line in (
-        (["--gpu", "24"], "found --gpu without --dry-run"),
-        (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            recipe.main(["llama2_full", *words])
-        assert caught.value.code == 2 and line in capsys.readouterr().err
-
-
-def test_the_measured_peak_stands_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the card that is there, without CUDA's own; none for a stage without a base."""
-    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", 80 * GIB)])
-    job, size = paper("llama2_full", "lora")
-    found: Need = need(job, "ppo", size, 80 * GIB)
-    assert cards.planned_mb(job, "ppo") == pytest.approx((found.total - memory.CONTEXT) / 1e6, abs=0.1)
-    assert cards.planned_mb(job, "soup") is None
+    assert [b - a for a, b in zip(head.held("train"), own.held("train"), strict=True)] == [
+        adapter,
+        adapter,
+        2 * adapter,
+    ]
+    assert own.activations(7, False) == 2 * head.activations(7, False)

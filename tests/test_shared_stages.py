@@ -76,44 +76,60 @@ def check_equal(one: Path, two: Path, tolerance: float = 1e-4) -> None:
         for file in a.glob("*.safetensors"):
             weights, others = load_file(file), load_file(b / file.name)
             assert weights.keys() == others.keys()
-            assert all((weights[key] - others[key]).abs().max() <= tolerance for key in weights), (name, file.name)
+            apart = sum((weights[key] - others[key]).square().sum() for key in weights) ** 0.5
+            # not each by itself: where a gradient is next to nothing Adam's first steps go by the sign of its rounding
+            assert apart <= tolerance * sum(tensor.square().sum() for tensor in weights.values()) ** 0.5, file
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process makes, by mode; made when first asked for."""
+    out = tmp_path_factory.mktemp("one")
+
+    def get(mode: str) -> Path:
+        return out / mode if (out / mode).exists() else made(out / mode, MODES[mode])
+
+    return get
+
+
+MODES: dict[str, list[str]] = {"lora": ["--lora"], "full": []}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_adapters_are_what_one_process_makes(tmp_path: Path) -> None:
-    """SFT with accumulation, reward with held-out margins, PPO with an eval set. Then a PPO of the same run that is stopped by SIGTERM: it
-    saves, and goes on."""
-    one, two = made(tmp_path / "one", ["--lora"]), made(tmp_path / "two", ["--lora"], num_processes=2)
-    check_equal(one, two)
-    words = words_of(two, ["--lora"], num_processes=2, ppo__num_train_epochs=40)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero3"])
+def test_two_processes_make_what_one_makes(one: Any, tmp_path: Path, how: str, mode: str) -> None:
+    """SFT with accumulation, reward with held-out margins, PPO with an eval set; copies in both, or pieces (of the frozen base too)."""
+    if how == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    check_equal(one(mode), made(tmp_path / "two", MODES[mode], num_processes=2, accelerate=how))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_policy_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """SIGTERM to the command: both processes save, and the same command ends what it began."""
+    words = words_of(tmp_path / "two", ["--lora"], num_processes=2, ppo__num_train_epochs=40)
     process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
-    before = set(two.glob("ppo/both/*"))
-    while process.poll() is None and not [
-        f for p in set(two.glob("ppo/both/*")) - before for f in p.glob("metrics.jsonl")
-    ]:
+    while process.poll() is None and not list((tmp_path / "two").glob("ppo/both/*/metrics.jsonl")):
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == 143
     err = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False).stderr
     assert err.count("ppo/both  goes on from checkpoint-") == 1 and "ppo/both … done" in err, err[-2000:]
-    (folder,) = set(two.glob("ppo/both/*")) - before
-    assert [json.loads(line)["update"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(
-        range(1, 81)
-    )
+    rows = (unit(tmp_path / "two", "ppo/both") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["update"] for row in rows] == list(range(1, 81))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_full_weights_are_what_one_process_makes(tmp_path: Path) -> None:
-    """Copies in each process; and in pieces by FSDP2, saved whole, in the recipe's dtype."""
+def test_pieces_are_saved_in_the_recipes_dtype(tmp_path: Path) -> None:
+    """Trained in float32."""
     from safetensors.torch import load_file
 
-    one, two = made(tmp_path / "one", []), made(tmp_path / "two", [], num_processes=2)
-    check_equal(one, two)
-    check_equal(one, made(tmp_path / "cut", [], num_processes=2, accelerate="fsdp2"))
     half = made(tmp_path / "half", [], num_processes=2, accelerate="fsdp2", model__dtype="bfloat16")
-    for name in (UNIT, "ppo/both"):
+    for name in (UNIT, "reward", "ppo/both"):
         weights = load_file(unit(half, name) / "model.safetensors")
         assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.bfloat16"}
         assert read(unit(half, name) / "config.json")["dtype"] == "bfloat16"
@@ -121,9 +137,7 @@ def test_full_weights_are_what_one_process_makes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_adapters_in_pieces(tmp_path: Path) -> None:
-    """FSDP2, which holds the frozen base in pieces too; and an ensemble of reward models in two processes."""
-    one = made(tmp_path / "one", ["--lora"])
-    check_equal(one, made(tmp_path / "two", ["--lora"], num_processes=2, accelerate="fsdp2"))
-    seeds = {"reward__seeds": [0, 1]}
-    check_equal(made(one, ["--lora"], **seeds), made(tmp_path / "several", ["--lora"], num_processes=2, **seeds))
+def test_several_reward_models(tmp_path: Path) -> None:
+    """The first process averages them, both measure the average."""
+    several = made(tmp_path / "one", ["--lora"], reward__seeds=[0, 1])
+    check_equal(several, made(tmp_path / "two", ["--lora"], num_processes=2, reward__seeds=[0, 1]))
