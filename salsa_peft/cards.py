@@ -73,12 +73,15 @@ def check_device(recipe: Recipe, there: list[Card], stages: Collection[str] = ST
     asked = [stage for stage in stages_of(recipe) if stage in stages]
     if size is None or not asked:
         return []
-    needs = {stage: need(recipe, stage, size, there[0].bytes if there else None) for stage in asked}
+    card = (
+        float(there[0].bytes) if there else 0.0
+    )  # no card: the least is asked for, which is bf16 weights where `auto` may choose
+    needs = {stage: need(recipe, stage, size, card) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,
         f"model.base: found a model of {size.parameters / 1e9:.1f} B parameters and no CUDA GPU (nvidia-smi names none), expected one of"
-        f" about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu 24 shows what each stage needs of one of 24",
+        f" at least about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu 24 shows what each stage needs of one of 24",
     )
     return [
         f"{stage} may not fit: about {found.total / GIB:.1f} GiB in {found.phase}, {there[0].name} has {there[0].bytes / GIB:.0f};"

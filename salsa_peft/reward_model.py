@@ -39,7 +39,9 @@ def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     from .averaging import soup
 
     members = []
+    trainer: Any = None
     for seed in seeds:
+        trainer = None  # the one before gives its memory back first
         trainer, found = train(job, seed, job.folder / f"seed-{seed}")
         members.append({"seed": seed, **found})
     names = [f"seed-{seed}" for seed in seeds]

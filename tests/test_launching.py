@@ -50,7 +50,7 @@ def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:
     as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen(
         [*argv, "--stages", f"toy,{UNIT}", *words], cwd=folder, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, preexec_fn=as_in_a_terminal,
+        text=True, preexec_fn=as_in_a_terminal, start_new_session=True,
     )  # fmt: skip
 
 
@@ -107,7 +107,10 @@ def test_a_signal_reaches_both_which_may_save(tmp_path: Path, number: int, code:
     """Both get it, once; the command's code is as with one process."""
     process = command(tmp_path, _0="save", _1="save")
     there = pids(tmp_path)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # from a terminal, to all of its foreground
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     assert process.wait(30) == code
     assert all(gone(pid) for pid in there)
     assert process.stderr is not None and process.stderr.read().endswith("the same command goes on where it was\n")
