@@ -91,12 +91,22 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
     changes = _changes(before, middle, data)
     for text in overrides:
         layer, keys = _override(text, data)
+        require(
+            keys[0] != "adapter" or data.get("adapter") is not None,
+            f"--set {text}: found full weights, which have no adapter, expected a recipe with adapters; add --lora",
+        )
         layers.append(layer)
         data = _place(data, keys, layer.data, text)
     data = _without_nulls(data)
     with _placed(layers, path.name):
         data = sweeps.expand(data)
-    return Loaded(_validated(data, layers, path.name), data, path, lora, changes)
+    recipe = _validated(data, layers, path.name)
+    require(  # such as a QLoRA run's saved recipe under --lora lora
+        lora not in ("lora", "qlora") or recipe.mode == lora,
+        f"--lora {lora}: found model.quantization {recipe.model.quantization or 'none'}, expected"
+        f" {'none' if lora == 'lora' else '4 bits'}; take --lora {recipe.mode}, or leave the key to the preset",
+    )
+    return Loaded(recipe, data, path, lora, changes)
 
 
 def _preset(name: str) -> Layer:

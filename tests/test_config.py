@@ -200,7 +200,12 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
     for key, value in (("model.quantization", "nf4"), ("soup.rank", "4"), ("ppo.value", "adapter")):
         line = said(load, f"{key}={value}", lora=None)
         assert f"{key}: found {value} with full weights, expected" in line and "add --lora" in line
-        assert load(f"{key}={value}").recipe.mode in ("lora", "qlora")
+        preset = "qlora" if key == "model.quantization" else "lora"
+        assert load(f"{key}={value}", lora=preset).recipe.mode == preset
+    line = said(load, "model.quantization=nf4")
+    assert "--lora lora: found model.quantization nf4, expected none; take --lora qlora" in line
+    assert "expected 4 bits; take --lora lora" in said(load, "model.quantization=null", lora="qlora")
+    assert "--set adapter.r=8: found full weights" in said(load, "adapter.r=8", lora=None)
     assert "offload: found frozen with adapters" in said(load, "offload=frozen")
     assert load("offload=frozen", lora=None).recipe.offload == "frozen"
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
