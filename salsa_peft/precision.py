@@ -26,14 +26,13 @@ class Precision(NamedTuple):
     weights: torch.dtype
     autocast: bool
     """bf16 arithmetic over float32 weights, on CUDA. Weights in bf16 need none, and would pay for a float32 copy of what forward returns."""
-    optim: str
-    """Of transformers.TrainingArguments, as the next."""
-    optim_args: str | None
+    optimizer: dict[str, str]
+    """Of transformers.TrainingArguments; nothing where any AdamW will do."""
 
 
 PRECISIONS = {
-    "master": Precision(torch.float32, True, "adamw_torch", None),
-    "stochastic": Precision(torch.bfloat16, False, OPTIMIZER, f"{ROUNDING}=True"),
+    "master": Precision(torch.float32, True, {}),
+    "stochastic": Precision(torch.bfloat16, False, {"optim": OPTIMIZER, "optim_args": f"{ROUNDING}=True"}),
 }
 """Name → how full weights are trained; both hold the value head in float32. With gradient and moments a weight takes 16 bytes, or 6; the
 weights that autocast casts (2 bytes) and activations come on top."""
@@ -48,14 +47,10 @@ def arguments(precision: str) -> dict[str, Any]:
     """What transformers.TrainingArguments takes for it. Raises SalsaError where torchao is missing and needed."""
     chosen = PRECISIONS[precision]
     require(
-        chosen.optim != OPTIMIZER or find_spec("torchao") is not None,
+        not chosen.optimizer or find_spec("torchao") is not None,
         f"precision: found {precision} without torchao, which has its optimizer; pip install 'salsa-peft[full]'",
     )
-    return {
-        "bf16": chosen.autocast and torch.cuda.is_available(),
-        "optim": chosen.optim,
-        "optim_args": chosen.optim_args,
-    }
+    return {"bf16": chosen.autocast and torch.cuda.is_available(), **chosen.optimizer}
 
 
 def rounds_stochastically(args: TrainingArguments) -> bool:

@@ -85,8 +85,6 @@ class Workbench:
         if self.recipe.mode == "full":
             chosen = self.precision()
             found |= precision.arguments(chosen)
-            if chosen == "master":  # AdamW of the recipe's choice
-                found["optim"] = _optimizer(section.optim)
             held = str(precision.weights_dtype(chosen)).removeprefix("torch.")
             print(
                 f"{self.stage}  precision {chosen}: weights in {held}, optimizer {found['optim']}",

@@ -38,7 +38,8 @@ def make_adapter(model: Any, name: str, seed: int, **options: Any) -> PeftModel:
         model = get_peft_model(model, config, adapter_name=name)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapters.parameters(model, name):
-        parameter.data.normal_(std=0.2, generator=generator)
+        drawn = torch.empty(parameter.shape).normal_(std=0.2, generator=generator)  # on the CPU, wherever the model is
+        parameter.data.copy_(drawn)
     return model
 
 

@@ -10,13 +10,11 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -93,27 +91,6 @@ def device(card: Card) -> torch.device:
 def on_gpu(device: torch.device) -> dict[str, Any]:
     """SalsaPPOConfig's arguments for it."""
     return {"use_cpu": device.type == "cpu"}
-
-
-@pytest.fixture
-def make_adapter() -> Callable[..., PeftModel]:
-    """tiny.make_adapter's, also on a model that is on the GPU already, whose numbers a CPU's generator does not draw."""
-    from salsa_peft import adapters
-
-    def make(model: Any, name: str, seed: int, **options: Any) -> PeftModel:
-        config = LoraConfig(
-            **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options)
-        )
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in adapters.parameters(model, name):
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        return model
-
-    return make
 
 
 @pytest.fixture
