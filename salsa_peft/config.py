@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from .fields import NAME, SEED, STRICT, Count, NonNegative, Positive, SalsaError, Seed, Share, require
+from .judge_section import Judge, as_judge
 from .ppo_options import PPOOptions, Sampling
 from .reference_kinds import Reference, Soup, parse_reference
 from .reward_kinds import RewardPart, parse_reward
@@ -29,6 +30,7 @@ __all__ = [
     "Data",
     "Evaluate",
     "Generation",
+    "Judge",
     "Landscape",
     "Model",
     "PPOOptions",
@@ -299,7 +301,7 @@ class Landscape:
 
 @dataclass(config=STRICT, kw_only=True)
 class Evaluate:
-    """Responses of seed-0, soup and every policy on held-out prompts."""
+    """Answers of seed-0, soup and every policy to held-out questions, scored and judged."""
 
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
     """Name → prompts. Empty: the embedded world's two sets."""
@@ -307,6 +309,11 @@ class Evaluate:
     """Pairs to compare. Empty: every policy and the soup against seed-0, and every two policies."""
     models: list[str] = dataclasses.field(default_factory=list)
     """Also these, as references are written: base, seed-1 … (strings only). seed-0, soup and policies are always in."""
+    temperature: Literal["category"] | NonNegative = "category"
+    """Of the answers. category: FastChat's for the categories of MT-Bench (0 for math, 0.7 for writing …), generation.temperature for all
+    other questions. A number: for all; 0 takes the likeliest token."""
+    judge: Annotated[Judge | None, BeforeValidator(as_judge)] = None
+    """Who compares the answers of `pairs`. None: nobody, scores alone are compared."""
     samples: Count = 5
     """Prompts whose responses the report shows side by side."""
     seed: Seed = 0
