@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 
+from salsa_peft import search
 from salsa_peft.config import NAME, SEED, Recipe, Reference, parse_reference, require
 from salsa_peft.messages import short
 from salsa_peft.paths import check_files, check_path, is_local
@@ -204,7 +205,11 @@ def _check_evaluate(recipe: Recipe) -> None:
         known = model in recipe.policies
         for reference in [] if known else parse_reference(f"evaluate.models[{index}]", model):
             _check_reference(f"evaluate.models[{index}]", reference, recipe)
-    models = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    answering = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    search.check(recipe, answering, _prompt_sets(recipe))
+    models = [*answering, *search.candidates(recipe)]
+    if recipe.evaluate.judge is not None:
+        recipe.evaluate.judge.check("evaluate.judge")
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: found {short(pair)}, expected two different names")

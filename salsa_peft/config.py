@@ -18,6 +18,7 @@ from .judge_section import Judge, as_judge
 from .ppo_options import PPOOptions, Sampling
 from .reference_kinds import Reference, Soup, parse_reference
 from .reward_kinds import RewardPart, parse_reward
+from .search import Search
 from .soup_options import SoupSection
 from .toy_section import Toy
 
@@ -306,7 +307,7 @@ class Evaluate:
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
     """Name → prompts. Empty: the embedded world's two sets."""
     pairs: list[list[str]] = dataclasses.field(default_factory=list)
-    """Pairs to compare. Empty: every policy and the soup against seed-0, and every two policies."""
+    """Pairs to compare; a searched policy is the candidate picked. Empty: every policy and the soup against seed-0, and every two policies."""
     models: list[str] = dataclasses.field(default_factory=list)
     """Also these, as references are written: base, seed-1 … (strings only). seed-0, soup and policies are always in."""
     temperature: Literal["category"] | NonNegative = "category"
@@ -349,6 +350,8 @@ class Recipe:
     sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Policies that differ in one number: sweeps.py. They are written into `policies` when the recipe is read, so that a recipe as it
     ran has none."""
+    search: Search | None = None
+    """Each policy at several KL coefficients, and which is picked: search.py. The candidates are written into `policies` too."""
     toy: Toy | None = None
     data: Data = dataclasses.field(default_factory=Data)
     sft: SFT = dataclasses.field(default_factory=SFT)

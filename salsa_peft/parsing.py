@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from salsa_peft import checks, paths, sweeps
+from salsa_peft import checks, paths, search, sweeps
 from salsa_peft.config import Recipe, SalsaError, Source, require
 from salsa_peft.messages import explain, nearest, short
 from salsa_peft.paths import bundled
@@ -99,7 +99,7 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
         data = _place(data, keys, layer.data, text)
     data = _without_nulls(data)
     with _placed(layers, path.name):
-        data = sweeps.expand(data)
+        data = search.expand(sweeps.expand(data))
     recipe = _validated(data, layers, path.name)
     require(  # such as a QLoRA run's saved recipe under --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,

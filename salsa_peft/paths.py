@@ -67,6 +67,7 @@ def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
         _change(policies, name, "reference", lambda value: _references(value, folder))
     for key in ("models", "pairs"):
         _change(data, "evaluate", key, lambda value: _references(value, folder, bare=False))
+    _change(data, "evaluate", "judge", lambda value: _judge(value, folder))
     return data
 
 
@@ -112,6 +113,15 @@ def _reward(value: Any, folder: str) -> Any:
     if not isinstance(value, str) or value == "adapter":
         return value
     return placed(value, folder) if ":" in value else _path(value, folder)
+
+
+def _judge(value: Any, folder: str) -> Any:
+    """Paths made absolute; an endpoint's name of a model is none."""
+    if not isinstance(value, dict):
+        return value
+    model = {"local": _path, "function": placed_measure}.get(str(value.get("kind")), lambda name, _: name)
+    change = {"model": model, "prompts": _path, "references": _path}
+    return {key: change[key](entry, folder) if key in change else entry for key, entry in value.items()}
 
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:

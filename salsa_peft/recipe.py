@@ -45,7 +45,8 @@ STAGES = {
     "soup": Stage("salsa_peft.stages:soup", units.soup_units),
     "ppo": Stage("salsa_peft.policies:run", units.ppo_units, resumes=True, trains=True),
     "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
-    "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units),
+    "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units, resumes=True),
+    "judge": Stage("salsa_peft.judging:run", units.judge_units),
     "report": Stage("salsa_peft.stages:report", units.report_units),
 }
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
 MANIFEST, BEGUN = "manifest.json", "begun.json"
 ON_THE_WAY = re.compile(
-    r"(checkpoint-\d+|\.partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
+    r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
 )  # what a stage in the making holds, and no result
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
@@ -104,6 +104,11 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file; only \\n ends a line, for U+2028 and its like stand unescaped in JSON, and in what people write."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def sync_folder(folder: Path) -> None:

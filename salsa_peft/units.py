@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from salsa_peft import search
 from salsa_peft.checks import TOY_PROMPTS
 from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, parse_reference
 from salsa_peft.paths import is_local
@@ -218,6 +219,8 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
         "models": [model if model in recipe.policies else None for model in options.models],
         "references": [files.reference(reference) for reference in references],
         "pairs": options.pairs,
+        "temperature": options.temperature,
+        **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
         "reward": files.reward(recipe),
         "seed": options.seed,
         "generation": dataclasses.asdict(recipe.generation),
@@ -227,8 +230,30 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
 
 
+def judge_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The judge's verdicts on the answers, where the recipe has a judge; how fast it is asked counts for nothing."""
+    judge = recipe.evaluate.judge
+    if judge is None:
+        return []
+    files = _Files()
+    idle: dict[str, Any] = dict.fromkeys(("api_key_env", "concurrency", "timeout", "retries"))
+    place: dict[str, Any] = {"function": files.function, "local": files.path}
+    model = place[judge.kind](judge.model) if judge.kind in place else judge.model
+    told: dict[str, Any] = {
+        "prompts": files.path(judge.prompts),
+        "references": files.path(judge.references),
+        "model": model,
+    }
+    parts = {
+        "judge": {**dataclasses.asdict(judge), **idle, **told},
+        "pairs": search.pairs(recipe),
+        **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
+    }
+    return [Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), slice=parts, files=tuple(files.paths))]
+
+
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The report of everything."""
-    units = [toy_units, sft_units, reward_units, soup_units, ppo_units, landscape_units, evaluate_units]
+    units = [toy_units, sft_units, reward_units, soup_units, ppo_units, landscape_units, evaluate_units, judge_units]
     inputs = tuple(unit.id for make in units for unit in make(recipe, ""))
     return [Unit(stage="report", name="report", run=run, inputs=inputs, slice={"samples": recipe.evaluate.samples})]
