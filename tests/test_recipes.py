@@ -79,8 +79,23 @@ def test_the_ablations() -> None:
     assert load_recipe("mistral_mkl", lora=None, overrides=[]).recipe.policies["mkl"].reference == ["seed-0", "seed-1"]
 
 
+SETS = {  # of Table 5 and Figure 4b, Figure 4a, and A.4; the others: Tables 1 to 4 and Figure 5
+    "mistral_mkl": ["mt_bench", "arena_hard_v0.1"],
+    "mistral_alpha": ["arena_hard_v0.1"],
+    "llama2_low_kl": ["mt_bench", "arena_hard_v0.1"],
+}
+
+
+def test_the_best_beta_of_each_alpha() -> None:
+    """Figure 4a: every α at each β, the judge picks by wins over PPO."""
+    found = load_recipe("mistral_alpha", lora=None, overrides=[]).recipe
+    assert found.search is not None and (found.search.by, found.search.against) == ("judge", "ppo")
+    assert [a for a, b in found.evaluate.pairs if b == "ppo"] == found.search.methods
+    assert len(found.policies) == 1 + 2 * 5
+
+
 def test_the_papers_landscapes_and_prompts() -> None:
-    """Figure 2 is on MT-Bench: the line of Gemma, line and plane of Llama2; UltraFeedback's whole test set is answered."""
+    """Figure 2 is on MT-Bench: the line of Gemma, line and plane of Llama2; every table and figure has the sets that the paper judges, whole."""
     for name, plane in (("llama2_full", [0, 1, 2]), ("gemma_full", None)):
         landscape = load_recipe(name, lora=None, overrides=[]).recipe.landscape
         assert landscape is not None
@@ -92,8 +107,12 @@ def test_the_papers_landscapes_and_prompts() -> None:
         )
     for name in PAPERS:
         found = load_recipe(name, lora=None, overrides=[]).recipe
-        held_out = found.evaluate.prompts["ultrafeedback"]
-        assert (held_out.split, held_out.limit, found.soup.resolved) == ("test_prefs", None, [0.5, 0.5])
+        sets = found.evaluate.prompts
+        assert list(sets) == SETS.get(name, ["mt_bench", "arena_hard_v0.1", "ultrafeedback"])
+        assert {source.limit for source in sets.values()} == {None} and found.soup.resolved == [0.5, 0.5]
+        assert "ultrafeedback" not in sets or sets["ultrafeedback"].split == "test_prefs"
+        judge = found.evaluate.judge
+        assert judge is not None and (judge.kind, judge.model, judge.prompt) == ("openai", "gpt-4-turbo", "figure7")
         assert len(found.sft.seeds) == (3 if name in ("llama2_full", "llama2_members") else 2)
 
 
