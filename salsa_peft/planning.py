@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft import memory
+from salsa_peft import judge_costs, memory
 from salsa_peft.architectures import Architecture, of_recipe
 from salsa_peft.cards import Card
 from salsa_peft.config import PPO, Adapter, Recipe, Source, Training
@@ -37,6 +37,10 @@ def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]
     _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
     _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
     _print_memory(console, loaded.recipe, card)
+    answered = steps["evaluate"]
+    asked_of_judge = judge_costs.told(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
+    if asked_of_judge is not None:
+        console.print(Text(f"{asked_of_judge}\n"))
     changed = [[key, _plain(before), _plain(after)] for key, before, after in loaded.changes]
     if changed:
         _print(console, ["--lora changed", "from", "to"], changed)
