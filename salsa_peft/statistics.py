@@ -1,31 +1,32 @@
-"""Scores and verdicts → means, rates, intervals and tests. Numpy and scipy only.
+"""Scores and verdicts → means, rates, intervals and tests: what the stages and the report import from. Numpy and scipy only.
 
-Every interval is a 95% one over PROMPTS: it says how far the number would move with other questions, not with other
-training seeds. One run is one replicate; nothing here can see the spread between replicates. Left out: corrections
-for many comparisons (the report says how many there are) and clustered questions (MT-Bench's turns are judged apart,
-as in the paper).
+An interval is over QUESTIONS: it says how far the number would move with other questions, not with other training seeds.
+One run is one replicate; only `over_seeds` sees the spread between replicates. Intervals and tests themselves: intervals.py;
+a judge's verdicts in both orders: judged.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm, t
 
-CONFIDENCE = 0.95
+from .intervals import (
+    CONFIDENCE,
+    Estimate,
+    holm,
+    mean_interval,
+    numbered,
+    paired,
+    paired_difference,
+    resampled,
+    sign_flip,
+    sign_test,
+    tango,
+)
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95% interval over n prompts; `dataclasses.asdict` gives the EST of the JSON files."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
+__all__ = ["CONFIDENCE", "Estimate", "Verdicts", "compare", "holm", "mean_interval", "paired_difference", "rates"]
 
 
 @dataclass(frozen=True)
@@ -43,48 +44,32 @@ class Verdicts:
     high: float
     """95% interval of the adjusted rate."""
     p_value: float
-    """Exact two-sided sign test: wins against losses, ties left out; 1 where every comparison is a tie."""
+    """Exact two-sided test of wins against losses, ties left out; 1 where every comparison is a tie."""
 
     @property
     def n(self) -> int:
         return self.wins + self.losses + self.ties
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> Estimate:
-    """mean ± t(0.975, n − 1) · s / √n, s with n − 1.
+def compare(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    margin: float = 0.0,
+    clusters: Sequence[Hashable] | None = None,
+) -> Verdicts:
+    """Verdicts of a scorer: a wins where a − b > margin, loses where b − a > margin, anything between is a tie.
 
-    One value has no spread to estimate: low = high = mean, a point and not a certainty, which the report's warning
-    about small n says in words. Raises ValueError on no values and on NaN or infinity: a hole in the scores is the
-    caller's to name.
+    Counts are over values; clusters (questions, their turns the values) are what interval and test go by.
     """
-    array = np.asarray(values, dtype=np.float64).ravel()
-    if array.size == 0:
-        raise ValueError("no values: an interval needs at least one score")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"{int((~np.isfinite(array)).sum())} of {array.size} values are NaN or infinite: finite scores expected"
-        )
-    mean, n = float(array.mean()), int(array.size)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * array.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
-    return Estimate(mean, mean - half, mean + half, n)
-
-
-def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> Estimate:
-    """The t-interval of a − b, question by question: what the questions share in difficulty cancels."""
-    return mean_interval(np.subtract(*_paired(a, b)))
-
-
-def compare(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, margin: float = 0.0) -> Verdicts:
-    """Verdicts of a scorer: a wins where a − b > margin, loses where b − a > margin, anything between is a tie."""
-    difference = np.subtract(*_paired(a, b))
+    difference = np.subtract(*paired(a, b))
     if not np.isfinite(difference).all():
         raise ValueError("scores to compare hold NaN or infinity: finite scores expected")
-    wins, losses = int((difference > margin).sum()), int((difference < -margin).sum())
-    return rates(wins, losses, difference.size - wins - losses)
+    nets = (difference > margin).astype(np.int64) - (difference < -margin)
+    return clustered(nets, range(nets.size) if clusters is None else clusters)[0]
 
 
 def rates(wins: int, losses: int, ties: int) -> Verdicts:
-    """Counts, from a scorer or a judge → `Verdicts`.
+    """Counts, from a scorer or a judge → `Verdicts`, each judgment a question of its own.
 
     The interval of the adjusted rate is Tango's (1998) score interval for (W − L)/N, mapped by ½ + d/2: the
     per-question values are 1, ½ and 0, and unlike a t-interval or a bootstrap of them it keeps its width where all
@@ -93,35 +78,25 @@ def rates(wins: int, losses: int, ties: int) -> Verdicts:
     n = wins + losses + ties
     if min(wins, losses, ties) < 0 or n == 0:
         raise ValueError(f"{wins} wins, {losses} losses, {ties} ties: counts that sum to at least 1 expected")
-    low, high = (0.5 + bound / 2 for bound in _tango(wins, losses, n))
-    p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return Verdicts(wins, losses, ties, wins / n, (wins + ties / 2) / n, low, high, p_value)
+    low, high = (0.5 + bound / 2 for bound in tango(wins, losses, n))
+    return Verdicts(wins, losses, ties, wins / n, (wins + ties / 2) / n, low, high, sign_test(wins, losses))
 
 
-def _paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first, second = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
-    if first.size != second.size:
-        raise ValueError(f"{first.size} and {second.size} scores: the same questions expected, in the same order")
-    if first.size == 0:
-        raise ValueError("no scores to compare: at least one question expected")
-    return first, second
+def clustered(nets: np.ndarray, clusters: Sequence[Hashable]) -> tuple[Verdicts, str]:
+    """Verdicts 1, −1 or 0 (N,), N ≥ 1, with the question of each → `Verdicts` and its interval's kind, "tango" or "bootstrap".
 
-
-def _tango(wins: int, losses: int, n: int) -> tuple[float, float]:
-    """The δ at which |W − L − nδ| = z √(n (2 q̂ + δ − δ²)); q̂ is the likeliest share of losses where the true
-    difference is δ.
+    One judgment a question: as `rates`. Else the bootstrap over questions (`resampled`) and the sign-flip test; where all
+    questions agree, Tango's interval as if each were one judgment, the most that turns can hang together.
     """
-    z = float(norm.ppf((1 + CONFIDENCE) / 2))
-    observed = (wins - losses) / n
-
-    def gap(delta: float, sign: float) -> float:
-        b = -wins - losses + (2 * n - wins + losses) * delta
-        c = -losses * delta * (1 - delta)
-        share = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
-        return float(wins - losses - n * delta - sign * z * np.sqrt(n * max(2 * share + delta * (1 - delta), 0.0)))
-
-    # Where all verdicts agree, the variance at the observed rate is 0 and so is the gap: not the root that is meant.
-    off = 1e-7
-    low = -1.0 if losses == n else brentq(gap, -1.0, observed - off, args=(1.0,))
-    high = 1.0 if wins == n else brentq(gap, observed + off, 1.0, args=(-1.0,))
-    return float(low), float(high)
+    number = numbered(clusters, nets.size)
+    wins, losses = int((nets > 0).sum()), int((nets < 0).sum())
+    plain = rates(wins, losses, nets.size - wins - losses)
+    sizes = np.bincount(number)
+    if sizes.max() == 1:
+        return plain, "tango"
+    sums = np.bincount(number, nets).astype(np.int64)
+    questions, bounds = sizes.size, resampled(sums, sizes)
+    alike = tango(wins * questions / nets.size, losses * questions / nets.size, questions)
+    low, high = (0.5 + bound / 2 for bound in bounds or alike)
+    counts = (plain.wins, plain.losses, plain.ties, plain.win_rate, plain.adjusted_win_rate)
+    return Verdicts(*counts, low, high, sign_flip(sums)), "bootstrap" if bounds else "tango"

@@ -111,3 +111,38 @@ def test_rates_of_the_papers_tables() -> None:
             assert f"{100 * verdicts.adjusted_win_rate:.2f}" == f"{float(row['printed_adjusted']):.2f}" or (
                 100 * verdicts.adjusted_win_rate == pytest.approx(float(row["printed_adjusted"]), abs=0.0051)
             )
+
+
+def test_mean_over_clusters_by_hand() -> None:
+    # (1, 3), (5, 7), (6): mean 4.4, sums of the deviations −4.8, 3.2 and 1.6: √(3/2 · 35.84) / 5 and t(0.975, 2) = 4.3027
+    estimate = mean_interval([1, 3, 5, 7, 6], clusters=["x", "x", "y", "y", "z"])
+    assert (estimate.mean, estimate.n) == (4.4, 3)
+    assert estimate.high - 4.4 == pytest.approx(4.302653 * math.sqrt(1.5 * 35.84) / 5, abs=1e-5)
+    # a cluster of equal values is one value; one cluster is a point
+    twice = mean_interval([1, 1, 2, 2, 4, 4], clusters=[0, 0, 1, 1, 2, 2])
+    assert asdict(twice) == pytest.approx(asdict(mean_interval([1, 2, 4])))
+    assert mean_interval([1, 2], clusters=["q", "q"]) == Estimate(1.5, 1.5, 1.5, 1)
+    assert paired_difference([3, 3, 2], [1, 1, 1], clusters=[7, 7, 8]).n == 2
+
+
+def test_clusters_of_one_change_nothing() -> None:
+    values, other = np.random.default_rng(0).normal(size=(2, 50)).tolist()
+    for of in (lambda **k: mean_interval(values, **k), lambda **k: paired_difference(values, other, **k)):
+        assert asdict(of(clusters=[("set", i) for i in range(50)])) == pytest.approx(asdict(of()))
+    assert compare(values, other, 0.1, clusters=range(50)) == compare(values, other, 0.1)
+    with pytest.raises(ValueError, match="2 clusters for 50 values"):
+        mean_interval(values, clusters=[0, 1])
+
+
+def test_turns_of_a_question_are_one_draw() -> None:
+    # every question wins or loses both its turns: 2 · 40 judgments know no more than 40
+    once = [1.0] * 24 + [0.0] * 16
+    twice = compare(np.repeat(once, 2), np.full(80, 0.5), clusters=np.repeat(np.arange(40), 2).tolist())
+    alone = compare(once, [0.5] * 40)
+    assert (twice.wins, twice.losses, twice.n) == (48, 32, 80)
+    assert twice.p_value == pytest.approx(alone.p_value)
+    assert (twice.low, twice.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+    assert twice.high - twice.low > 1.3 * (rates(48, 32, 0).high - rates(48, 32, 0).low)
+    # where all questions agree a bootstrap has no width: Tango's of as many judgments as questions
+    agreed = compare([1.0] * 20, [0.0] * 20, clusters=np.repeat(np.arange(10), 2).tolist())
+    assert (agreed.low, agreed.high) == (rates(10, 0, 0).low, 1)

@@ -1,0 +1,163 @@
+"""Means, intervals and tests of numbers that come one by one or in clusters (the turns of a question). Numpy and scipy only.
+
+Every interval is a 95% one. What is drawn is seeded and does not depend on the order of the rows: the same numbers give
+the same interval, and a with b the mirror image of b with a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binom, binomtest, norm, t
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95% interval over n prompts; `dataclasses.asdict` gives the EST of the JSON files."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    """What the interval is over: values, or clusters where they come in clusters."""
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """mean ± t(0.975, n − 1) · s / √n, s with n − 1; with clusters, mean ± t(0.975, G − 1) · √(G/(G−1) Σ_g e_g²) / N.
+
+    e_g is the sum of value − mean over cluster g of G (Liang and Zeger 1986): each value counts alike in the mean, whole
+    clusters in its spread, whatever ties the values of one together. Clusters of one value each give the first formula.
+    One value (cluster) has no spread to estimate: low = high = mean, a point and not a certainty, which the report's
+    warning about small n says in words. Raises ValueError on no values and on NaN or infinity: a hole in the scores is
+    the caller's to name.
+    """
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if array.size == 0:
+        raise ValueError("no values: an interval needs at least one score")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"{int((~np.isfinite(array)).sum())} of {array.size} values are NaN or infinite: finite scores expected"
+        )
+    mean, n = float(array.mean()), int(array.size)
+    if clusters is None:
+        error = float(array.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    else:
+        sums = np.bincount(numbered(clusters, array.size), array - mean)
+        n = sums.size
+        error = float(np.sqrt(n / (n - 1) * np.square(sums).sum()) / array.size) if n > 1 else 0.0
+    half = float(t.ppf(TAILS[1], n - 1)) * error if n > 1 else 0.0
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def paired_difference(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None
+) -> Estimate:
+    """The t-interval of a − b, question by question: what the questions share in difficulty cancels."""
+    return mean_interval(np.subtract(*paired(a, b)), clusters)
+
+
+def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two (N,) of the same N ≥ 1; ValueError where they are not."""
+    first, second = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
+    if first.size != second.size:
+        raise ValueError(f"{first.size} and {second.size} scores: the same questions expected, in the same order")
+    if first.size == 0:
+        raise ValueError("no scores to compare: at least one question expected")
+    return first, second
+
+
+def numbered(clusters: Sequence[Hashable], n: int) -> np.ndarray:
+    """(n,) number of each value's cluster, by first appearance; ValueError where there are not n."""
+    if len(clusters) != n:
+        raise ValueError(f"{len(clusters)} clusters for {n} values: one for each value expected")
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.int64)
+
+
+def tango(wins: float, losses: float, n: float) -> tuple[float, float]:
+    """Tango's (1998) score interval for (W − L)/n: the δ at which |W − L − nδ| = z √(n (2 q̂ + δ − δ²)).
+
+    q̂ is the likeliest share of losses where the true difference is δ. n = 0 gives its limit, (−1, 1).
+    """
+    if n == 0:
+        return -1.0, 1.0
+    z = float(norm.ppf(TAILS[1]))
+    observed = (wins - losses) / n
+
+    def gap(delta: float, sign: float) -> float:
+        b = -wins - losses + (2 * n - wins + losses) * delta
+        c = -losses * delta * (1 - delta)
+        share = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+        return float(wins - losses - n * delta - sign * z * np.sqrt(n * max(2 * share + delta * (1 - delta), 0.0)))
+
+    # Where all verdicts agree, the variance at the observed rate is 0 and so is the gap: not the root that is meant.
+    off = 1e-7
+    low = -1.0 if losses == n else brentq(gap, -1.0, observed - off, args=(1.0,))
+    high = 1.0 if wins == n else brentq(gap, observed + off, 1.0, args=(-1.0,))
+    return float(low), float(high)
+
+
+def resampled(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """Percentile bootstrap of Σ nets / Σ sizes over questions, a question's judgments always together.
+
+    nets, sizes (G,): wins − losses and judgments (at least 1) of each question. Questions alike in both are
+    interchangeable, so a resample is one multinomial draw over the kinds of questions: 10,000 of them in milliseconds,
+    whatever G. None where all questions have the same rate: a bootstrap would call that a certainty.
+    """
+    kinds, counts = np.unique(np.stack([nets, sizes], axis=1), axis=0, return_counts=True)
+    if np.unique(kinds[:, 0] / kinds[:, 1]).size == 1:
+        return None
+    # One of the two mirror images is drawn for both.
+    table = np.column_stack([kinds, counts])
+    mirror = np.array(sorted([-net, size, count] for net, size, count in table.tolist()))
+    sign = -1 if mirror.tolist() < table.tolist() else 1
+    drawn = table if sign == 1 else mirror
+    draws = np.random.default_rng(seed).multinomial(nets.size, drawn[:, 2] / nets.size, size=RESAMPLES)
+    low, high = sign * np.quantile((draws @ drawn[:, 0]) / (draws @ drawn[:, 1]), TAILS[::sign])
+    return float(low), float(high)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided sign test, ties left out; 1 where there are only ties. Judgments are taken as independent."""
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def sign_flip(nets: np.ndarray) -> float:
+    """Two-sided test of questions' nets (wins − losses, integers): P(|Σ ±net_g| ≥ |Σ net_g|), each sign with ½.
+
+    Assumed under the null: swapping the two models in all of a question's turns at once is as likely as not. How the
+    turns of a question hang together does not matter, questions are independent. Exact for any number of them: nets are
+    small integers, so the sum's distribution is a product of binomials, one for each size of net (Fisher's permutation
+    test by generating functions). One judgment a question makes it the sign test.
+    """
+    sizes, counts = np.unique(np.abs(nets[nets != 0]).astype(np.int64), return_counts=True)
+    chances = np.ones(1)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        ups = np.zeros(size * count + 1)
+        ups[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, ups)
+    total = chances.size - 1  # Σ |net|; place k holds the sum 2k − total
+    far = np.abs(2 * np.arange(total + 1) - total) >= abs(int(nets.sum()))
+    return min(1.0, float(chances[far].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down correction, in the order given: the k-th smallest of m times m − k + 1, never falling, at most 1.
+
+    Raises ValueError on what is not a probability.
+    """
+    wrong = [p for p in p_values if not 0 <= p <= 1]
+    if wrong:
+        raise ValueError(f"p-value {wrong[0]}: numbers from 0 to 1 expected")
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = least
+    return corrected
