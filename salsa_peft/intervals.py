@@ -105,22 +105,28 @@ def tango(wins: float, losses: float, n: float) -> tuple[float, float]:
 
 
 def resampled(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile bootstrap of Σ nets / Σ sizes over questions, a question's judgments always together.
+    """Percentile bootstrap of Σ nets / Σ sizes over G questions, and over K runs where there are several.
 
-    nets, sizes (G,): wins − losses and judgments (at least 1) of each question. Questions alike in both are
-    interchangeable, so a resample is one multinomial draw over the kinds of questions: 10,000 of them in milliseconds,
-    whatever G. None where all questions have the same rate: a bootstrap would call that a certainty.
+    nets, sizes (K, G): wins − losses and judgments of each question in each run. A question's judgments stay together, in
+    all runs (Owen's pigeonhole bootstrap, 2007): its difficulty is the runs' in common. K − 1 of K runs are drawn, which
+    gives the mean of few runs the right variance (Rao and Wu 1988). Questions alike in all of it are interchangeable, so a
+    resample is one multinomial draw over the kinds of questions: 10,000 of them in milliseconds, whatever G. None where
+    all have the same rate: a bootstrap would call that a certainty.
     """
-    kinds, counts = np.unique(np.stack([nets, sizes], axis=1), axis=0, return_counts=True)
-    if np.unique(kinds[:, 0] / kinds[:, 1]).size == 1:
+    runs, questions = nets.shape
+    if np.unique(nets[sizes > 0] / sizes[sizes > 0]).size == 1:
         return None
+    rows, counts = np.unique(np.concatenate([nets, sizes]).T, axis=0, return_counts=True)
+    kinds = np.column_stack([rows, counts])
     # One of the two mirror images is drawn for both.
-    table = np.column_stack([kinds, counts])
-    mirror = np.array(sorted([-net, size, count] for net, size, count in table.tolist()))
-    sign = -1 if mirror.tolist() < table.tolist() else 1
-    drawn = table if sign == 1 else mirror
-    draws = np.random.default_rng(seed).multinomial(nets.size, drawn[:, 2] / nets.size, size=RESAMPLES)
-    low, high = sign * np.quantile((draws @ drawn[:, 0]) / (draws @ drawn[:, 1]), TAILS[::sign])
+    mirror = np.array(sorted((kinds * ([-1] * runs + [1] * (runs + 1))).tolist()))
+    sign = -1 if mirror.tolist() < kinds.tolist() else 1
+    kinds = kinds if sign == 1 else mirror
+    random = np.random.default_rng(seed)
+    draws = random.multinomial(questions, kinds[:, -1] / questions, size=RESAMPLES)
+    drawn = random.multinomial(max(runs - 1, 1), np.full(runs, 1 / runs), size=RESAMPLES)
+    top, bottom = (((draws @ kinds[:, at : at + runs]) * drawn).sum(axis=1) for at in (0, runs))
+    low, high = sign * np.quantile(top / np.maximum(bottom, 1), TAILS[::sign])
     return float(low), float(high)
 
 

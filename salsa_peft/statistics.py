@@ -1,102 +1,26 @@
-"""Scores and verdicts → means, rates, intervals and tests: what the stages and the report import from. Numpy and scipy only.
+"""Scores and verdicts → means, rates, intervals and tests: the one place that stages and report import them from.
 
-An interval is over QUESTIONS: it says how far the number would move with other questions, not with other training seeds.
-One run is one replicate; only `over_seeds` sees the spread between replicates. Intervals and tests themselves: intervals.py;
-a judge's verdicts in both orders: judged.py.
+Numpy and scipy only. An interval is over QUESTIONS: it says how far the number would move with other questions, not with
+other training seeds. One run is one replicate; only `over_seeds` sees the spread between replicates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from .intervals import Estimate, holm, mean_interval, paired_difference
+from .judged import Judged, JudgedPair, OverSeeds, judged_pair, over_seeds
+from .verdicts import Verdicts, compare, rates
 
-import numpy as np
-
-from .intervals import (
-    CONFIDENCE,
-    Estimate,
-    holm,
-    mean_interval,
-    numbered,
-    paired,
-    paired_difference,
-    resampled,
-    sign_flip,
-    sign_test,
-    tango,
-)
-
-__all__ = ["CONFIDENCE", "Estimate", "Verdicts", "compare", "holm", "mean_interval", "paired_difference", "rates"]
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What N comparisons of a with b said, as in the paper's Tables 2–4, and the interval the paper does not give."""
-
-    wins: int
-    losses: int
-    ties: int
-    win_rate: float
-    """W / N: ties count against both, so the two models' rates do not sum to 1."""
-    adjusted_win_rate: float
-    """(W + T/2) / N: ½ means no difference; the two models' rates sum to 1."""
-    low: float
-    high: float
-    """95% interval of the adjusted rate."""
-    p_value: float
-    """Exact two-sided test of wins against losses, ties left out; 1 where every comparison is a tie."""
-
-    @property
-    def n(self) -> int:
-        return self.wins + self.losses + self.ties
-
-
-def compare(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    margin: float = 0.0,
-    clusters: Sequence[Hashable] | None = None,
-) -> Verdicts:
-    """Verdicts of a scorer: a wins where a − b > margin, loses where b − a > margin, anything between is a tie.
-
-    Counts are over values; clusters (questions, their turns the values) are what interval and test go by.
-    """
-    difference = np.subtract(*paired(a, b))
-    if not np.isfinite(difference).all():
-        raise ValueError("scores to compare hold NaN or infinity: finite scores expected")
-    nets = (difference > margin).astype(np.int64) - (difference < -margin)
-    return clustered(nets, range(nets.size) if clusters is None else clusters)[0]
-
-
-def rates(wins: int, losses: int, ties: int) -> Verdicts:
-    """Counts, from a scorer or a judge → `Verdicts`, each judgment a question of its own.
-
-    The interval of the adjusted rate is Tango's (1998) score interval for (W − L)/N, mapped by ½ + d/2: the
-    per-question values are 1, ½ and 0, and unlike a t-interval or a bootstrap of them it keeps its width where all
-    verdicts agree (20 wins of 20 is not [1, 1]) and never leaves [0, 1]. shared/data/paper_tables.json uses the same.
-    """
-    n = wins + losses + ties
-    if min(wins, losses, ties) < 0 or n == 0:
-        raise ValueError(f"{wins} wins, {losses} losses, {ties} ties: counts that sum to at least 1 expected")
-    low, high = (0.5 + bound / 2 for bound in tango(wins, losses, n))
-    return Verdicts(wins, losses, ties, wins / n, (wins + ties / 2) / n, low, high, sign_test(wins, losses))
-
-
-def clustered(nets: np.ndarray, clusters: Sequence[Hashable]) -> tuple[Verdicts, str]:
-    """Verdicts 1, −1 or 0 (N,), N ≥ 1, with the question of each → `Verdicts` and its interval's kind, "tango" or "bootstrap".
-
-    One judgment a question: as `rates`. Else the bootstrap over questions (`resampled`) and the sign-flip test; where all
-    questions agree, Tango's interval as if each were one judgment, the most that turns can hang together.
-    """
-    number = numbered(clusters, nets.size)
-    wins, losses = int((nets > 0).sum()), int((nets < 0).sum())
-    plain = rates(wins, losses, nets.size - wins - losses)
-    sizes = np.bincount(number)
-    if sizes.max() == 1:
-        return plain, "tango"
-    sums = np.bincount(number, nets).astype(np.int64)
-    questions, bounds = sizes.size, resampled(sums, sizes)
-    alike = tango(wins * questions / nets.size, losses * questions / nets.size, questions)
-    low, high = (0.5 + bound / 2 for bound in bounds or alike)
-    counts = (plain.wins, plain.losses, plain.ties, plain.win_rate, plain.adjusted_win_rate)
-    return Verdicts(*counts, low, high, sign_flip(sums)), "bootstrap" if bounds else "tango"
+__all__ = [
+    "Estimate",
+    "Judged",
+    "JudgedPair",
+    "OverSeeds",
+    "Verdicts",
+    "compare",
+    "holm",
+    "judged_pair",
+    "mean_interval",
+    "over_seeds",
+    "paired_difference",
+    "rates",
+]
