@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, Count, NonNegative, Positive, require
-from .messages import short
+from .fields import STRICT, Count, NonNegative, Positive, SalsaError, require
+from .judge_prompts import read_prompts, read_references
+from .messages import path_text, short
+from .reward_kinds import check_function
 
 KINDS = ("openai", "local", "reward", "function")
 """The rows of judges.JUDGES."""
@@ -22,7 +28,8 @@ class Judge:
     """openai: any endpoint that speaks OpenAI's chat protocol. local: a chat model in this process. reward: the recipe's reward, its scores
     compared. function: your own, module:name."""
     model: str | None = None
-    """openai: the endpoint's name of the model. local: a chat model's folder or Hub id. function: module:name, as in reward.model."""
+    """openai: the endpoint's name of the model. local: a chat model's folder or Hub id. function: module:name, as in reward.model; its
+    signature stands in judges.py."""
     base_url: str | None = None
     """openai: where the endpoint is, such as http://localhost:8000/v1. None: the package openai's own."""
     api_key_env: str = "OPENAI_API_KEY"
@@ -39,7 +46,7 @@ class Judge:
     max_tokens: Count = 2048
     """Of one judgment (FastChat: 2048)."""
     concurrency: Count = 8
-    """openai: requests under way at once. local: games judged in one batch."""
+    """openai: requests under way at once. local: games judged in one batch. function: games in one call."""
     timeout: Positive = 120.0
     """openai: seconds for one request."""
     retries: Annotated[int, Field(ge=0)] = 6
@@ -47,7 +54,8 @@ class Judge:
     ask_again: Annotated[int, Field(ge=0)] = 1
     """Times an answer without a verdict is asked again before it counts as missing."""
     budget: Count | None = None
-    """openai: requests that may be sent in all; what is left over counts as missing and is asked by the next run. None: no limit."""
+    """openai: requests that one run may send in all, retries too; what is left over counts as missing and is asked by the next run.
+    None: no limit."""
     margin: NonNegative = 0.0
     """reward: a difference of scores up to this is a tie."""
 
@@ -67,8 +75,64 @@ class Judge:
             self.prompt != "fastchat" or self.prompts is not None,
             f"{where}.prompts: found nothing, expected the path of FastChat's judge_prompts.jsonl; or set {where}.prompt=figure7",
         )
+        if self.base_url is not None:
+            _check_address(f"{where}.base_url", self.base_url)
+        require(
+            self.api_key_env.isidentifier() and self.api_key_env.isascii(),
+            f"{where}.api_key_env: expected the name of an environment variable, such as OPENAI_API_KEY, and never the key itself",
+        )
 
 
 def as_judge(value: Any) -> Any:
     """Bare text is the kind."""
     return {"kind": value} if isinstance(value, str) else value
+
+
+def _check_address(where: str, url: str) -> None:
+    """Raise SalsaError for what is no address; one that holds a password is not shown."""
+    try:
+        parts = urlsplit(url)
+        host, secret = parts.hostname, parts.username is not None or bool(parts.query)
+    except ValueError as error:
+        raise SalsaError(f"{where}: expected an address such as http://localhost:8000/v1") from error
+    require(
+        not secret,
+        f"{where}: found a password or a query in it, expected an address alone: recipes are saved; a key goes into the environment",
+    )
+    fits = parts.scheme in ("http", "https") and bool(host)
+    require(fits, f"{where}: found {short(url)}, expected an address such as http://localhost:8000/v1")
+
+
+def check(section: Judge, where: str) -> None:
+    """What local files show, once their paths are absolute: prompts, references, the function's module, a local model's folder.
+
+    Raises SalsaError. Imports neither torch nor the function's module.
+    """
+    section.check(where)
+    if section.prompt == "fastchat" and section.kind in ("openai", "local"):
+        read_prompts(str(section.prompts))
+    if section.references is not None:
+        read_references(section.references)
+    if section.kind == "function":
+        check_function(f"{where}.model", str(section.model))
+    if section.kind == "local" and os.path.isabs(str(section.model)):
+        require(
+            (Path(str(section.model)) / "config.json").is_file(),
+            f"{where}.model: found no config.json in {path_text(str(section.model))}, expected a chat model's folder or Hub id",
+        )
+
+
+def check_ready(section: Judge, where: str) -> None:
+    """Raise SalsaError where this machine lacks what the judge openai needs: the package, or the key of the default endpoint."""
+    if section.kind != "openai":
+        return
+    require(
+        importlib.util.find_spec("openai") is not None,
+        f"{where}.kind: found openai and no package openai, which it asks through; pip install 'salsa-peft[judge]'",
+    )
+    own = section.base_url is not None or bool(os.environ.get("OPENAI_BASE_URL"))
+    require(
+        own or bool(os.environ.get(section.api_key_env, "").strip()),
+        f"{where}.api_key_env: found no environment variable {section.api_key_env}, expected the key for OpenAI's endpoint in it;"
+        f" export {section.api_key_env}=…, or set {where}.base_url to an endpoint of your own",
+    )

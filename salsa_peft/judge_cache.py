@@ -1,0 +1,102 @@
+"""Replies of judges in one SQLite file: what was answered once is never asked again.
+
+A reply is on the disk, in a transaction of its own, before it is used. SQLite's rollback journal, not its write-ahead log: that one needs
+shared memory, which run folders on network disks lack, and judges are slower than an fsync. Left out: prompts, which runs have in their
+judgments, and replies that were none (errors, refusals).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import SalsaError, require
+from .messages import one_line, path_text
+
+VERSION = 1
+TABLE = (
+    "CREATE TABLE replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL,"
+    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+)
+WAIT = 60.0
+"""Seconds that another process may hold the file."""
+
+
+class Reply(NamedTuple):
+    """What a judge said."""
+
+    text: str
+    finish: str
+    """stop | length …, as the endpoint says."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def key_of(endpoint: str, model: str, messages: list[dict[str, str]], parameters: Mapping[str, Any], attempt: int) -> str:  # fmt: skip
+    """SHA-256 of all that a reply depends on. Raises ValueError for NaN."""
+    asked = [endpoint, model, messages, dict(parameters), attempt]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+class Cache:
+    """key → Reply. Safe against kill -9 at any moment, and against another process with the same file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        with self._explained():
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = sqlite3.connect(":memory:" if path is None else path, timeout=WAIT, isolation_level=None)
+            self.file.execute("PRAGMA synchronous = FULL")
+            with self.file:
+                self.file.execute("BEGIN IMMEDIATE")
+                version = self.file.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    self.file.execute(TABLE)
+                    self.file.execute(f"PRAGMA user_version = {VERSION}")
+        require(
+            version in (0, VERSION),
+            f"{self._name}: found a cache of version {version}, expected {VERSION}; move it away, judges are then asked anew",
+        )
+
+    def get(self, key: str) -> Reply | None:
+        """The reply to it, None where there is none."""
+        with self._explained():
+            row = self.file.execute(
+                "SELECT text, finish, prompt_tokens, completion_tokens FROM replies WHERE key = ?", [key]
+            ).fetchone()
+        return None if row is None else Reply(*row)
+
+    def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
+        """Keep them, all or none; returns what is kept: where another process was first, what that one has."""
+        with self._explained(), self.file:
+            self.file.execute("BEGIN IMMEDIATE")
+            self.file.executemany(
+                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)",
+                [(key, *reply) for key, reply in replies.items()],
+            )
+        kept = {key: self.get(key) for key in replies}
+        return {key: reply for key, reply in kept.items() if reply is not None}
+
+    def close(self) -> None:
+        self.file.close()
+
+    @property
+    def _name(self) -> str:
+        return path_text(str(self.path or "the judge's cache"))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors as one line."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise SalsaError(
+                f"{self._name}: found {one_line(error)}, expected a cache of judgments that can be read and written;"
+                " make room there, or move the file away (judges are then asked anew)"
+            ) from error

@@ -1,0 +1,164 @@
+"""A chat model in this process as judge: its own chat template, batches of like length padded on the left, greedy or sampled.
+
+At a temperature each row is sampled from a seed of its own, the request's: the same in whatever batch. The model is loaded when the first
+request comes that the cache does not know.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from .chat_judge import Messages, Outcome
+from .config import Judge, require
+from .fingerprints import fingerprint
+from .generation import WITHOUT_FLOAT64, choose, uniform_numbers
+from .hub_errors import said_in_a_line
+from .judge_cache import Reply
+from .models import device, positions, resolve_dtype
+from .rollout import pad_prompts
+
+WHERE = "evaluate.judge.model"
+FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+ROOM = 64
+"""Tokens that must be left for a judgment; a prompt that leaves fewer is too long."""
+
+
+class Row(NamedTuple):
+    """A request as the model reads it."""
+
+    key: str
+    ids: list[int]
+    room: int
+    """Tokens that the judgment may have."""
+
+
+class LocalModel:
+    """Asks requests; counts them in `calls`."""
+
+    def __init__(self, section: Judge, calls: dict[str, int]) -> None:
+        self.section, self.calls = section, calls
+        self.folder = _folder(str(section.model))
+        self.identity = fingerprint(self.folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+        require(
+            self.tokenizer.chat_template is not None,
+            f"{WHERE}: found no chat template in {section.model}, expected a chat model's folder or Hub id",
+        )
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.model: Any = None
+        self.ends: list[int] = []
+
+    @property
+    def address(self) -> tuple[str, str]:
+        """By what the model is, not where: another one in the same folder is asked anew."""
+        return "local", self.identity
+
+    def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
+        if self.model is None:
+            self.model = self._load()
+        longest = min(int(self.tokenizer.model_max_length), positions(self.model.config) or sys.maxsize)
+        rows = []
+        for key, messages in requests.items():
+            ids = self.encode(messages)
+            room = min(self.section.max_tokens, longest - len(ids))
+            if room < min(ROOM, self.section.max_tokens):
+                done({key: Outcome(None, f"its prompt is too long for the judge, which reads {longest} tokens")})
+            else:
+                rows.append(Row(key, ids, room))
+        rows.sort(key=lambda row: (row.room, -len(row.ids)))
+        for _, of in itertools.groupby(
+            rows, key=lambda row: row.room
+        ):  # so that no row is cut for its neighbour's sake
+            alike = list(of)
+            for start in range(0, len(alike), self.section.concurrency):
+                done(self._answer(alike[start : start + self.section.concurrency]))
+
+    def encode(self, messages: Messages) -> list[int]:
+        """By the model's chat template; where that has no system messages, the system's text stands before the user's. A special token
+        spelled out in an answer stays text."""
+        messages = [{**message, "content": self._plain(message["content"])} for message in messages]
+        try:
+            encoded = self._templated(messages)
+        except TemplateError:
+            joined = "\n\n".join(message["content"] for message in messages)
+            encoded = self._templated([{"role": "user", "content": joined}])
+        return list(encoded["input_ids"])
+
+    def _templated(self, messages: Messages) -> Any:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+
+    def _plain(self, text: str) -> str:
+        for token in self.special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def _load(self) -> Any:
+        with said_in_a_line(str(self.section.model)):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
+            )
+        said = (
+            model.generation_config.eos_token_id
+        )  # a chat model's turn can end with another token than its tokenizer's EOS
+        found = {self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None}
+        self.ends = sorted(found)
+        require(
+            bool(self.ends), f"{WHERE}: found no token that ends a turn in {self.section.model}, expected a chat model"
+        )
+        return model.to(device()).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _answer(self, batch: Sequence[Row]) -> dict[str, Outcome]:
+        room = batch[0].room
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
+        ids, mask = pad_prompts([row.ids for row in batch], pad, self.model.device)
+        settings = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=self.ends, pad_token_id=pad)
+        processors = LogitsProcessorList()
+        if self.section.temperature > 0:
+            seeds = [int(row.key[:15], 16) for row in batch]
+            processors.append(Drawing(seeds, room, self.section.temperature, self.model.device))
+        self.model.generation_config = settings  # not what it came with: penalties, top-p
+        tokens = self.model.generate(input_ids=ids, attention_mask=mask.long(), logits_processor=processors)
+        self.calls["asked"] += len(batch)
+        found = {}
+        for row, said in zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((at for at, token in enumerate(said) if token in self.ends), None)
+            text = self.tokenizer.decode(said[:end], skip_special_tokens=True)
+            length = len(said) if end is None else end + 1
+            found[row.key] = Outcome(Reply(text, "length" if end is None else "stop", len(row.ids), length))
+        return found
+
+
+class Drawing(LogitsProcessor):
+    """Chooses each row's token by the inverse CDF at the row's own uniform numbers: leaves it as the one finite logit."""
+
+    def __init__(self, seeds: Sequence[int], length: int, temperature: float, place: torch.device) -> None:
+        uniforms = uniform_numbers(seeds, length)
+        self.uniforms = uniforms if place.type in WITHOUT_FLOAT64 else uniforms.to(place)
+        self.temperature, self.step = temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits (B, V) of the next token → −∞ but for one 0 a row."""
+        token = choose((scores.float() / self.temperature).softmax(-1), self.uniforms[:, self.step])
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+
+def _folder(name: str) -> Path:
+    """A folder as it is; a Hub id → its files in the Hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    with said_in_a_line(name):
+        return Path(snapshot_download(name, allow_patterns=FILES))
