@@ -38,7 +38,9 @@ def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]
     _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
     _print_memory(console, loaded.recipe, card)
     answered = steps["evaluate"]
-    asked_of_judge = judge_costs.told(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
+    asked_of_judge = judge_costs.told(
+        loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None
+    )
     if asked_of_judge is not None:
         console.print(Text(f"{asked_of_judge}\n"))
     changed = [[key, _plain(before), _plain(after)] for key, before, after in loaded.changes]

@@ -145,7 +145,7 @@ def pick(recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[
         return None
     methods = {}
     for method, names in candidates(recipe).items():
-        tried = [
+        tried: list[dict[str, Any]] = [
             {"policy": name, "kl_coef": beta} | {key: rates[name][key] for key in ("adjusted_win_rate", "low", "high")}
             for name, beta in names.items()
         ]

@@ -244,7 +244,7 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
         "references": files.path(judge.references),
         "model": model,
     }
-    parts = {
+    parts: dict[str, Any] = {
         "judge": {**dataclasses.asdict(judge), **idle, **told},
         "pairs": search.pairs(recipe),
         **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
