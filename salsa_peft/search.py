@@ -102,7 +102,7 @@ def check(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> None:
     require(judged, "search.by: found judge and no evaluate.judge, expected one; or set search.by=reward")
     require(
         section.against in models,
-        f"search.against: found {short(section.against)}, expected what answers; {nearest(section.against, models, 'models')}",
+        f"search.against: found {short(section.against)}, expected what answers; {nearest(section.against, list(models), 'models')}",
     )
     own = [name for names in candidates(recipe).values() for name in names]
     require(

@@ -22,15 +22,16 @@ policies: {ppo: {reference: seed-0}, salsa: {reference: soup}}
 """
 JUDGE = '''
 def longer(questions, first, second):
-    """The longer answer; "even" ties whatever it stands beside, "biased" makes the judge take what it sees first, "mute" silences it."""
+    """The longer answer; "even" ties whatever it stands beside, "biased" makes the judge take what it sees first, "mute" silences it, "shy" when it is
+    seen first; "fair" seen first ties."""
     said = []
     for question, a, b in zip(questions, first, second, strict=True):
         both = a + b
-        if "mute" in both:
+        if "mute" in both or "shy" in a:
             said.append(None)
         elif "biased" in both:
             said.append("A")
-        elif "even" in both:
+        elif "even" in both or "fair" in a:
             said.append("C")
         else:
             said.append("A" if len(a) > len(b) else "B" if len(b) > len(a) else "C")
@@ -132,6 +133,17 @@ def test_a_win_needs_both_games(judge: Any) -> None:
     assert pair["p_holm"] >= pair["p_value"] - 1e-12
     assert verdicts["datasets"]["mine"]["questions"] == 4 and verdicts["datasets"]["mine"]["turns"] == 2
     assert verdicts["judge"] == {"kind": "function", "model": verdicts["judge"]["model"], "prompt": "figure7"}
+
+
+def test_a_game_that_is_missing_and_a_game_that_ties(judge: Any) -> None:
+    """One game without a verdict is enough; one tie of two makes half a tie; lengths are the judged turn's."""
+    answers = {"salsa": [["shy"], ["fair"], ["one", "three"]], "ppo": [["longer"], ["longer"], ["a", "bb"]]}
+    folder = judge({"mine": answers}, f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n")
+    found = [(row["first"], row["second"], row["winner"], row["tie_kind"], row["lengths"]) for row in json_lines(folder / "judgments.jsonl")]  # fmt: skip
+    assert found[:2] == [("missing", "b", "missing", None, [3, 6]), ("tie", "b", "tie", "half", [4, 6])]
+    assert [lengths for *_, lengths in found[2:]] == [[3, 1], [5, 2]]
+    pair = json.loads((folder / "verdicts.json").read_text())["datasets"]["mine"]["pairs"][0]
+    assert pair["missing"] == 1 and pair["tie_kinds"] == {"agreed": 0, "half": 1, "flipped": 0}
 
 
 def test_lengths_and_answers_keep_their_sides(judge: Any) -> None:
