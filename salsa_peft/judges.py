@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from .chat_judge import CALLS, ChatJudge
 from .config import Judge, SalsaError, require
-from .function_reward import load_function
 from .judge_prompts import Game as Game
 from .judge_prompts import Ruling as Ruling
 from .judge_section import check_ready
@@ -159,6 +158,8 @@ def _reward(section: Judge, cache: Path | None, say: Say) -> Judging:
 
 
 def _function(section: Judge, cache: Path | None, say: Say) -> Judging:
+    from .function_reward import load_function  # which imports torch
+
     return FunctionJudge(str(section.model), load_function(str(section.model)), section.concurrency)
 
 

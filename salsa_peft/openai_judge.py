@@ -26,6 +26,8 @@ PAUSE, LONGEST_PAUSE, LONGEST_WAIT = 0.5, 60.0, 600.0
 PATIENCE = 10
 """Requests in a row that no retry mended, after which the endpoint counts as gone."""
 NO_KEY = "none"
+DEFAULT = "https://api.openai.com/v1"
+"""The package's own; OPENAI_BASE_URL goes before it, as there."""
 
 
 class Endpoint:
@@ -38,7 +40,8 @@ class Endpoint:
             self.key.isascii() and self.key.isprintable() and " " not in self.key,
             f"{WHERE}.api_key_env: found a key in {section.api_key_env} that no header can carry, expected printable ASCII without spaces",
         )
-        base = urlsplit(str(openai.AsyncOpenAI(api_key=self.key, base_url=section.base_url).base_url))
+        self.base_url = section.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT
+        base = urlsplit(self.base_url)
         self.endpoint = base._replace(netloc=base.netloc.rpartition("@")[2], query="", fragment="").geturl().rstrip("/")
         self.limit = "max_tokens"
         """What the endpoint calls it; OpenAI's newer models say max_completion_tokens."""
@@ -56,7 +59,7 @@ class Endpoint:
     async def _all(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
         """`concurrency` workers, each taking the next request."""
         waiting, errors, self.not_before = iter(requests.items()), [], 0.0
-        options = {"api_key": self.key, "base_url": self.section.base_url, "max_retries": 0, "timeout": self.section.timeout}  # fmt: skip
+        options = {"api_key": self.key, "base_url": self.base_url, "max_retries": 0, "timeout": self.section.timeout}  # fmt: skip
         async with openai.AsyncOpenAI(**options) as client:  # type: ignore[arg-type]
             try:
                 async with asyncio.TaskGroup() as group:
