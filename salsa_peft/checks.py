@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from salsa_peft import search
+from salsa_peft import judge_section, search
 from salsa_peft.config import NAME, SEED, Recipe, Reference, parse_reference, require
 from salsa_peft.messages import short
 from salsa_peft.paths import check_files, check_path, is_local
@@ -209,7 +209,7 @@ def _check_evaluate(recipe: Recipe) -> None:
     search.check(recipe, answering, _prompt_sets(recipe))
     models = [*answering, *search.candidates(recipe)]
     if recipe.evaluate.judge is not None:
-        recipe.evaluate.judge.check("evaluate.judge")
+        judge_section.check(recipe.evaluate.judge, "evaluate.judge")
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: found {short(pair)}, expected two different names")

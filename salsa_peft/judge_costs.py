@@ -23,6 +23,14 @@ VERDICT = 250
 COUNTABLE = 500_000_000
 """Bytes of a file that is read for it."""
 
+ON_THE_HUB = {
+    ("lighteval/mt-bench", "train"): (80, (75, 101)),
+    ("HuggingFaceH4/mt_bench_prompts", "train"): (80, (75, 101)),
+    ("lmarena-ai/arena-hard-auto-v0.1", "train"): (500, (102,)),
+    ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): (2000, (150,)),
+}
+"""(Hub id, split) of the paper's sets → questions, and tokens up to each turn: means of the first two's own texts, of the last a guess."""
+
 
 class Cost(NamedTuple):
     """Of one recipe's judge."""
@@ -81,7 +89,10 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 
 
 def _asked(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens of the questions up to it) of each turn of a local jsonl file."""
+    """(turn, tokens of the questions up to it) of each turn of a local jsonl file, or of one of the paper's sets."""
+    if (source.path, source.split) in ON_THE_HUB:
+        questions, lengths = ON_THE_HUB[source.path, source.split]
+        return list(enumerate(lengths, 1)) * min(questions, source.limit or questions)
     readable = is_local(source.path) and source.path.lower().endswith(".jsonl")
     if not readable or os.path.getsize(source.path) > COUNTABLE:
         return None

@@ -44,9 +44,15 @@ def test_a_search_by_the_judge_is_counted_too(recipe: Any) -> None:
     assert by_reward is not None and by_reward.calls == 2 * 2 * 3
 
 
-def test_questions_of_the_hub_are_not_known_yet(recipe: Any) -> None:
+def test_the_papers_sets_are_known(recipe: Any) -> None:
+    """160 turns of MT-Bench, 500 questions of Arena-Hard, 2,000 of UltraFeedback's test set, as Tables 2 to 4 count them."""
+    found = cost(load_recipe("mistral_full", lora=None, overrides=[]).recipe, None)
+    assert found is not None and found.calls == 2 * 4 * (160 + 500 + 2000)
+
+
+def test_other_questions_of_the_hub_are_not_known_yet(recipe: Any) -> None:
     """Nor those of the embedded world before it is there."""
-    assert cost(recipe("evaluate.prompts={mt_bench: lighteval/mt-bench}"), None) is None
+    assert cost(recipe("evaluate.prompts={mine: me/questions}"), None) is None
     assert cost(load_recipe("quickstart", lora="lora", overrides=["evaluate.judge=reward"]).recipe, None) is None
 
 
