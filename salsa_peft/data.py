@@ -153,22 +153,41 @@ def as_messages(prompt: Any, where: str) -> Messages:
 def prompts(source: Source, *, columns: bool = False) -> list[dict[str, Any]]:
     """→ rows {prompt}, messages that end before the assistant speaks; with `columns`, the row's others too, for a reward function.
 
-    Columns: `prompt` (messages or text), else `messages` (its last assistant turn and what follows is cut off), else
-    `turns` (MT-Bench: the first).
+    Of several turns the first.
     """
     rows = []
     for number, row in load(source):
-        where = f"{source.path}, row {number}"
-        name = column(row, ["prompt", "messages", "turns"], where)
-        value = row[name][0] if name == "turns" and row[name] else row[name]
-        messages = as_messages(value, f"{where}, {name}")
-        while name == "messages" and messages and messages[-1]["role"] != "user":
-            messages.pop()
-        require(bool(messages), f"{where}, {name}: found no user turn, expected one")
-        spoken = messages[-1]["role"] == "assistant"
-        require(not spoken, f"{where}, {name}: found a last turn of assistant, expected user: the policy answers next")
+        messages, _ = conversation(row, f"{source.path}, row {number}")
         rows.append({**row, "prompt": messages} if columns else {"prompt": messages})
     return rows
+
+
+def conversation(row: dict[str, Any], where: str) -> tuple[Messages, tuple[str, ...]]:
+    """A row → the messages before the first answer, and the texts of all user's turns that are answered, the first of them among the messages.
+
+    Columns: `prompt` (messages, text, or the texts of several turns), else `messages` (its last assistant turn and what follows is cut
+    off), else `turns` (texts, or {content}). Raises SalsaError that names `where`.
+    """
+    name = column(row, ["prompt", "messages", "turns"], where)
+    value = row[name]
+    if name == "turns" or (isinstance(value, list) and value and all(isinstance(turn, str) for turn in value)):
+        require(
+            isinstance(value, list) and bool(value),
+            f"{where}, {name}: found {str(value)[:60]!r}, expected a list of user's turns",
+        )
+        turns = []
+        for turn in value:
+            text = turn.get("content") if isinstance(turn, dict) else turn
+            require(isinstance(text, str), f"{where}, {name}: found {str(text)[:60]!r}, expected text")
+            turns.append(str(text))
+        return as_messages(turns[0], f"{where}, {name}"), tuple(turns)
+    messages = as_messages(value, f"{where}, {name}")
+    while name == "messages" and messages and messages[-1]["role"] != "user":
+        messages.pop()
+    require(bool(messages), f"{where}, {name}: found no user turn, expected one")
+    spoken = messages[-1]["role"] == "assistant"
+    require(not spoken, f"{where}, {name}: found a last turn of assistant, expected user: the policy answers next")
+    return messages, (messages[-1]["content"],)
 
 
 def prompt_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:

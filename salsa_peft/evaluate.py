@@ -1,10 +1,14 @@
-"""The evaluate stage: responses of seed-0, soup and every policy on held-out prompts, scored and compared pair by pair."""
+"""The evaluate stage: answers of seed-0, soup and every policy to held-out questions, scored and compared pair by pair.
+
+Answers are on the disk a batch at a time: a stage that was killed goes on with what is missing.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,32 +17,24 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from . import adapters, data
-from .config import Evaluate, Recipe, parse_reference
-from .generation import respond
+from . import adapters, data, fastchat_files, search
+from .answers import Rows, answer, clusters, fitting_questions
+from .config import Recipe, parse_reference
 from .landscape import measures
 from .progress import bar
+from .questions import Question, questions
 from .references import attach_reference, mixture, move_to
-from .rewards import Reward, decode
-from .rollout import Responses
 from .runs import Job, write_atomic
 from .statistics import compare, mean_interval, paired_difference
-from .workbench import Workbench, fitting, seeds_of
+from .workbench import Workbench, seeds_of
 
-Answers = list[dict[str, Any]]
+PARTIAL = "partial"
+"""Folder of answers on the way, a file a model and set."""
 
 
 def model_names(recipe: Recipe) -> list[str]:
     """Everything that answers: seed-0, soup, what evaluate.models adds, every policy."""
     return list(dict.fromkeys(["seed-0", "soup", *recipe.evaluate.models, *recipe.policies]))
-
-
-def pairs(section: Evaluate, policies: list[str]) -> list[tuple[str, str]]:
-    """Who is compared with whom: as given, else soup and every policy against seed-0, and every later policy against each
-    earlier one."""
-    if section.pairs:
-        return [(a, b) for a, b in section.pairs]
-    return [(name, "seed-0") for name in ["soup", *policies]] + [(b, a) for a, b in itertools.combinations(policies, 2)]
 
 
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
@@ -70,86 +66,139 @@ def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], 
     return model, {name: functools.partial(read, name) for name in model_names(recipe)}
 
 
-def answer(model: nn.Module, adapter: str | None, rows: list[dict[str, Any]], rewards: Mapping[str, Reward],
-           bench: Workbench, seed: int) -> Answers:  # fmt: skip
-    """One response to every prompt, in the prompts' order, with its scores and its length; from `adapter`, or the model's full weights."""
-    generation, tokenizer = bench.recipe.generation, bench.tokenizer
-    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
-    answers: Answers = [{} for _ in rows]
-    with adapters.active(model, adapter):
-        for indices, responses in respond(model, tokens, generation, tokenizer, seed, generation.batch_size):
-            asked = [rows[row] for row in indices]
-            scores = {name: reward(responses, asked).tolist() for name, reward in rewards.items()}
-            for place, row in enumerate(indices):
-                answers[row] = _answer(
-                    responses, place, {name: values[place] for name, values in scores.items()}, tokenizer
-                )
-                answers[row] |= {"index": row, "prompt": data.show(rows[row]["prompt"])}
-    return answers
-
-
-def _answer(responses: Responses, place: int, scores: dict[str, float], tokenizer: Any) -> dict[str, Any]:
-    ids, mask = responses.response_ids[place : place + 1], responses.response_mask[place : place + 1]
-    length, empty = int(responses.lengths[place]), bool(responses.empty[place])
-    return {"response": decode(tokenizer, ids, mask)[0], "scores": scores, "length": length, "empty": empty}
-
-
-def summarize(answers: Mapping[str, Answers], compared: list[tuple[str, str]], names: list[str]) -> dict[str, Any]:
-    """One set of prompts: each model's means with intervals, each pair's verdicts by every measure."""
+def summarize(answers: Mapping[str, Rows], compared: search.Pairs, names: list[str]) -> dict[str, Any]:
+    """One set of questions: each model's means with intervals, each pair's verdicts by every measure; over all turns, clustered by question."""
 
     def scores(model: str, measure: str) -> list[float]:
         return [row["scores"][measure] for row in answers[model]]
 
+    rows = next(iter(answers.values()))
+    of = clusters(rows)
     models = {
         model: {
-            "scores": {measure: asdict(mean_interval(scores(model, measure))) for measure in names},
-            "response_length": asdict(mean_interval([row["length"] for row in rows])),
-            "empty_share": sum(row["empty"] for row in rows) / len(rows),
+            "scores": {measure: asdict(mean_interval(scores(model, measure), of)) for measure in names},
+            "response_length": asdict(mean_interval([row["length"] for row in found], of)),
+            "empty_share": sum(row["empty"] for row in found) / len(found),
         }
-        for model, rows in answers.items()
+        for model, found in answers.items()
     }
     verdicts = []
     for (a, b), measure in itertools.product(compared, names):
         x, y = scores(a, measure), scores(b, measure)
-        difference = asdict(paired_difference(x, y))
-        verdicts.append({"a": a, "b": b, "measure": measure, **asdict(compare(x, y)), "difference": difference})
-    return {"n": len(next(iter(answers.values()))), "models": models, "pairs": verdicts}
+        difference = asdict(paired_difference(x, y, of))
+        verdicts.append(
+            {"a": a, "b": b, "measure": measure, **asdict(compare(x, y, clusters=of)), "difference": difference}
+        )
+    turns = max(row["turn"] for row in rows)
+    return {"n": len({row["index"] for row in rows}), "turns": turns, "models": models, "pairs": verdicts}
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Write evaluation.json and answers.jsonl."""
-    recipe, section = job.recipe, job.recipe.evaluate
-    bench = Workbench.of(job)
+def compared(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> tuple[search.Pairs, dict[str, Any] | None]:
+    """(pairs, what a search found): candidates against the opponent first, then the pairs. Where the reward picks, a searched policy is the
+    candidate picked; where the judge will, each of them."""
+    section, wanted = recipe.search, search.pairs(recipe)
+    if section is None:
+        return wanted, None
+    trials = search.trials(recipe)
+    if section.by == "judge":
+        return list(dict.fromkeys(trials + search.spread(wanted, recipe))), None
+    sets = section.questions or list(answers)
+    rates = {}
+    for a, b in trials:
+        x, y = ([row["scores"]["reward"] for name in sets for row in answers[name][model]] for model in (a, b))
+        of = [(name, row["index"]) for name in sets for row in answers[name][a]]
+        rates[a] = asdict(compare(x, y, clusters=of if len(set(of)) < len(of) else None))
+    found = search.pick(recipe, rates, list(answers))
+    return list(dict.fromkeys(trials + search.picked(wanted, found))), found
+
+
+def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """(index, turn) → row, of answers on the way; a last line that was torn is left out."""
+    found = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        found[row["index"], row["turn"]] = row
+    return found
+
+
+def keep(path: Path, rows: Rows) -> None:
+    """Append a batch, so that it outlives a kill; on a line of its own, whatever a torn one left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def ask(job: Job, bench: Workbench, sets: Mapping[str, list[Question]]) -> tuple[dict[str, dict[str, Rows]], list[str]]:
+    """Set of questions → model → its answers, and the names of the measures."""
+    recipe = job.recipe
     # 1. one model for everything that answers
     others = [name for name in model_names(recipe) if name not in recipe.policies]
     bench.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
     model, answering = cast(job, bench)
     rewards = measures(job, model, bench)
-    # 2. every model answers every set of prompts
-    sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
-    sets = {name: fitting(job, bench, data.prompts(source, columns=columns)) for name, source in sources.items()}
-    answers: dict[str, dict[str, Answers]] = {dataset: {} for dataset in sets}
-    with bar(len(sets) * len(answering), job.unit.id) as update:
-        for name, take in answering.items():
+    # 2. every model answers every set of questions
+    answers: dict[str, dict[str, Rows]] = {dataset: {} for dataset in sets}
+    turns = sum(len(question.turns) for questions in sets.values() for question in questions)
+    with bar(turns * len(answering), job.unit.id) as update:
+        for number, (name, take) in enumerate(answering.items()):
+            paths = {dataset: job.folder / PARTIAL / dataset / f"{number}.jsonl" for dataset in sets}
+            known = {dataset: read_partial(path) for dataset, path in paths.items()}
+            update(sum(map(len, known.values())), model=name)
             adapter = take()
-            for dataset, rows in sets.items():
-                answers[dataset][name] = answer(model, adapter, rows, rewards, bench, section.seed)
-                update(1)
+            for dataset, questions in sets.items():
+
+                def kept(rows: Rows, path: Path = paths[dataset]) -> None:
+                    keep(path, rows)
+                    update(len(rows))
+
+                answers[dataset][name] = answer(
+                    model, adapter, questions, rewards, bench, recipe.evaluate.seed, known[dataset], kept
+                )
+    return answers, list(rewards)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Write evaluation.json, questions.jsonl, answers.jsonl and FastChat's files."""
+    recipe, bench = job.recipe, Workbench.of(job)
+    sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
+    sets = {name: fitting_questions(job, bench, questions(source, columns=columns)) for name, source in sources.items()}
+    answers, measured = ask(job, bench, sets)
     # 3. means, wins, losses, ties
-    compared = pairs(section, list(recipe.policies))
-    summary = {dataset: summarize(found, compared, list(rewards)) for dataset, found in answers.items()}
-    lines = [
-        json.dumps({"dataset": dataset, "model": name, **row}, ensure_ascii=False) + "\n"
-        for dataset, found in answers.items()
-        for name, rows in found.items()
-        for row in rows
-    ]
+    pairs, found = compared(recipe, answers)
     result = {
-        "measures": list(rewards),
-        "models": list(answering),
+        "measures": measured,
+        "models": model_names(recipe),
         "temperature": recipe.generation.temperature,
-        "datasets": summary,
+        "datasets": {dataset: summarize(given, pairs, measured) for dataset, given in answers.items()},
+        "search": found,
     }
-    write_atomic(job.folder / "answers.jsonl", "".join(lines))
+    for dataset, given in answers.items():
+        fastchat_files.write(job.folder / "data" / dataset, sets[dataset], given)
+    asked = (
+        {"dataset": name, "index": index, **_shown(one)} for name, of in sets.items() for index, one in enumerate(of)
+    )
+    said = (
+        {"dataset": name, "model": model, **row}
+        for name, given in answers.items()
+        for model, rows in given.items()
+        for row in rows
+    )
+    write_atomic(job.folder / "questions.jsonl", fastchat_files.lines(asked))
+    write_atomic(job.folder / "answers.jsonl", fastchat_files.lines(said))
     write_atomic(job.folder / "evaluation.json", json.dumps(result, indent=2))
-    return {name: len(rows) for name, rows in sets.items()}
+    return {name: len(of) for name, of in sets.items()}
+
+
+def _shown(one: Question) -> dict[str, Any]:
+    return {
+        "question_id": one.id,
+        "category": one.category,
+        "messages": one.messages,
+        "turns": list(one.turns),
+        "reference": one.reference,
+    }

@@ -93,9 +93,10 @@ class Sampler(LogitsProcessor):
             self.check()
         early = self.step < self.sampling.min_new_tokens
         forbidden = torch.full((len(scores),), early, device=scores.device)
-        logp = sampled_distribution(scores, forbidden, self.sampling.temperature, self.eos)
+        greedy = self.sampling.temperature == 0  # of an evaluation; PPO has none such
+        logp = sampled_distribution(scores, forbidden, 1.0 if greedy else self.sampling.temperature, self.eos)
         probabilities = logp.exp()
-        token = choose(probabilities, self.uniforms[:, self.step])
+        token = logp.argmax(-1, keepdim=True) if greedy else choose(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
             self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
             self.recording.entropy.append(entropy_of(logp, probabilities))
@@ -164,12 +165,18 @@ def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
 
 
 def respond(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
-            batch_size: int) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
+            batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
+            known: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
     """Responses of the active adapter to many prompts, those of like length together → (indices into prompts, responses).
 
-    What is drawn for a prompt depends on its place and the seed alone, so that two models differ by their weights only.
+    What is drawn for a prompt depends on its place, the turn and the seed alone, so that two models differ by their weights only. places: the
+    prompts' own numbers, by default their indices. known: of the indices of a batch, whether it may be passed over; the others are
+    the same then as without.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    parts = (seed,) if turn == 1 else (seed, turn)
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, row_seeds(rows, seed))
+        if not known(rows):
+            seeds = row_seeds([row if places is None else places[row] for row in rows], *parts)
+            yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seeds)

@@ -6,14 +6,13 @@ arena/<set>-vs-<b>/model_judgment/<judge>/<a>.jsonl       arena-hard-auto's show
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import Judge
+from .fastchat_files import lines, plain
 from .runs import write_atomic
 
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}
@@ -25,8 +24,7 @@ BASELINE_SECOND = {"a": "A>B", "b": "B>A", "tie": "A=B", "missing": None}
 
 def judge_name(section: Judge) -> str:
     """What the files of a judge are called: the last part of its model's name, or its kind."""
-    last = (section.model or section.kind).rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"[^A-Za-z0-9._-]", "-", last)
+    return plain(section.model or section.kind)
 
 
 def write(folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, str]]) -> None:
@@ -38,19 +36,24 @@ def write(folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts:
         files.setdefault(pair, []).append(fastchat(row, told, [judge, section.prompt], now))
         if row["turn"] == 1:  # its questions have one turn
             arena = (
-                folder / "arena" / f"{row['dataset']}-vs-{row['b']}" / "model_judgment" / judge / f"{row['a']}.jsonl"
+                folder
+                / "arena"
+                / f"{row['dataset']}-vs-{plain(row['b'])}"
+                / "model_judgment"
+                / judge
+                / f"{plain(row['a'])}.jsonl"
             )
             files.setdefault(arena, []).append(arena_hard(row, told, judge))
-    for path, lines in files.items():
-        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for path, of in files.items():
+        write_atomic(path, lines(of))
 
 
 def fastchat(row: dict[str, Any], told: tuple[str, str], judge: list[str], now: float) -> dict[str, Any]:
     """A line of FastChat's gen_judgment.py in its mode pairwise; a game without a verdict is its "error", which show_result.py drops."""
     return {
         "question_id": row["question_id"],
-        "model_1": row["a"],
-        "model_2": row["b"],
+        "model_1": plain(row["a"]),
+        "model_2": plain(row["b"]),
         "g1_winner": WINNER[row["first"]],
         "g2_winner": WINNER[row["second"]],
         "judge": judge,
@@ -73,8 +76,8 @@ def arena_hard(row: dict[str, Any], told: tuple[str, str], judge: str) -> dict[s
         "uid": row["question_id"],
         "category": row["category"],
         "judge": judge,
-        "model": row["a"],
-        "baseline": row["b"],
+        "model": plain(row["a"]),
+        "baseline": plain(row["b"]),
         "games": [
             game(BASELINE_FIRST[row["second"]], row["told"][1], told[1]),
             game(BASELINE_SECOND[row["first"]], row["told"][0], told[0]),

@@ -17,16 +17,16 @@ from typing import Any
 from torch import nn
 
 from . import adapters, data
+from .answers import answer, fitting_questions, means
 from .checkpoint_folders import read_checkpoint
-from .config import Generation, Landscape
-from .generation import respond
+from .config import Landscape
 from .live_soup import LiveCheckpoints
 from .progress import bar
-from .rewards import FunctionReward, Reward, Rows, of_recipe
+from .questions import Question, questions
+from .rewards import FunctionReward, Reward, of_recipe
 from .runs import Job, write_atomic
 from .stacked_adapter import StackedAdapter
-from .statistics import mean_interval
-from .workbench import Workbench, fitting, seeds_of
+from .workbench import Workbench, seeds_of
 
 POINT = "landscape"
 
@@ -42,17 +42,12 @@ def measures(job: Job, model: nn.Module, bench: Workbench) -> dict[str, Reward]:
     return rewards
 
 
-def mean_scores(model: nn.Module, adapter: str | None, rows: Rows, prompts: Sequence[Sequence[int]],
-                rewards: Mapping[str, Reward], bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Measure → mean score with its interval over prompts (rows, and their token ids), of one response each from `adapter`, or from the
-    full weights that the model has."""
-    generation: Generation = bench.recipe.generation
-    scores: dict[str, list[float]] = {name: [] for name in rewards}
-    with adapters.active(model, adapter):
-        for indices, responses in respond(model, prompts, generation, bench.tokenizer, seed, generation.batch_size):
-            for name, reward in rewards.items():
-                scores[name] += reward(responses, [rows[row] for row in indices]).tolist()
-    return {name: asdict(mean_interval(values)) for name, values in scores.items()}
+def mean_scores(model: nn.Module, adapter: str | None, questions: Sequence[Question], rewards: Mapping[str, Reward],
+                bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Measure → mean score with its interval over questions, of one answer to each turn from `adapter`, or from the full weights that the
+    model has."""
+    rows = answer(model, adapter, questions, rewards, bench, seed)
+    return {name: asdict(means(rows, name)) for name in rewards}
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
@@ -98,13 +93,11 @@ def run(job: Job) -> dict[str, Any]:
     section = job.recipe.landscape
     assert section is not None
     bench = Workbench.of(job)
-    # 1. the prompts, the same at each point
+    # 1. the questions, the same at each point
     sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
-    questions = section.prompts or next(iter(sources))
-    rows = fitting(
-        job, bench, data.prompts(sources[questions], columns=job.recipe.reward.reads_columns)[: section.limit]
-    )
-    tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(rows, 1)]
+    chosen = section.prompts or next(iter(sources))
+    columns = job.recipe.reward.reads_columns
+    asked = fitting_questions(job, bench, questions(sources[chosen], columns=columns)[: section.limit])
     # 2. one model that moves between all seeds that a point needs
     bench.check(job.inputs)
     seeds = seeds_of(job.inputs)
@@ -113,13 +106,13 @@ def run(job: Job) -> dict[str, Any]:
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
         move([weights.get(position, 0.0) for position in sorted(seeds)])
-        return mean_scores(model, adapter, rows, tokens, rewards, bench, section.seed)
+        return mean_scores(model, adapter, asked, rewards, bench, section.seed)
 
     # 3. every point; one that two of the figures share is measured once
     result = measure_points(points(section), score, job.unit.id)
-    result |= {"questions": questions, "n": len(rows), "sampling_seed": section.seed, "measures": list(rewards)}
+    result |= {"questions": chosen, "n": len(asked), "sampling_seed": section.seed, "measures": list(rewards)}
     write_atomic(job.folder / "landscape.json", json.dumps(result, indent=2))
-    return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(rows)}
+    return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(asked)}
 
 
 def moving(bench: Workbench, seeds: Mapping[int, Path]) -> tuple[Any, str | None, Callable[[list[float]], None]]:

@@ -164,3 +164,9 @@ def picked(compared: Pairs, found: Mapping[str, Any] | None) -> Pairs:
     best = {method: told["best"] for method, told in (found or {"methods": {}})["methods"].items()}
     named = ((best.get(a, a), best.get(b, b)) for a, b in compared)
     return list(dict.fromkeys(pair for pair in named if pair[0] != pair[1]))
+
+
+def spread(compared: Pairs, recipe: Recipe) -> Pairs:
+    """Pairs with every candidate in the place of each searched policy."""
+    of = candidates(recipe)
+    return [(x, y) for a, b in compared for x in of.get(a, [a]) for y in of.get(b, [b]) if x != y]

@@ -193,6 +193,7 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
     parts = {
         "model": files.model(recipe),
         "landscape": {**dataclasses.asdict(landscape), "prompts": chosen},
+        "temperature": recipe.evaluate.temperature,
         "prompts": files.source(source),
         "reward": files.reward(recipe),
         "generation": dataclasses.asdict(recipe.generation),

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from salsa_peft import adapters, evaluate, landscape
-from salsa_peft.config import Evaluate, Generation, Landscape, Policy, Recipe
+from salsa_peft.answers import answer
+from salsa_peft.config import Evaluate, Generation, Landscape, Model, Policy, Recipe
 from salsa_peft.data import prompt_tokens
 from salsa_peft.generation import respond
+from salsa_peft.questions import Question
 from salsa_peft.rollout import Responses
 from salsa_peft.stacked_adapter import StackedAdapter
 
@@ -106,7 +108,9 @@ class TestMeasure:
 
 def bench_of(tokenizer: Any) -> Any:
     """What mean_scores and answer take of a Workbench."""
-    recipe = SimpleNamespace(generation=Generation(max_new_tokens=8, batch_size=3))
+    recipe = SimpleNamespace(
+        generation=Generation(max_new_tokens=8, batch_size=3), model=Model(max_length=64), evaluate=Evaluate()
+    )
     return SimpleNamespace(recipe=recipe, tokenizer=tokenizer)
 
 
@@ -120,6 +124,14 @@ def place_of(responses: Responses, rows: Any) -> torch.Tensor:
     for row, ids, mask in zip(rows, responses.prompt_ids, responses.prompt_mask, strict=True):
         assert ids[mask].tolist() == row["ids"]
     return torch.tensor([float(row["place"]) for row in rows])
+
+
+def asked(rows: list[dict[str, Any]]) -> list[Question]:
+    """Questions of one turn, the rows' other columns kept."""
+    return [
+        Question(number, None, row["prompt"], (row["prompt"][-1]["content"],), None, row)
+        for number, row in enumerate(rows)
+    ]
 
 
 def chats(count: int) -> list[dict[str, Any]]:
@@ -140,21 +152,19 @@ class TestOnAModel:
         stacked = StackedAdapter.load([tmp_path / "seed-0", tmp_path / "seed-1"])
         model = adapters.attach(make_base(), tmp_path / "seed-0", "start")
         stacked.attach(model, "landscape", [0.0, 0.0])
-        tokens = [[1, 3, 10, 4], [1, 3, 9, 12, 4], [1, 3, 30, 31, 4], [1, 4]]
-        rows = [{"ids": ids, "place": number} for number, ids in enumerate(tokens)]
+        rows = [{**row, "ids": prompt_tokens(row, tokenizer), "place": at} for at, row in enumerate(chats(4))]
+        questions = asked(rows)
         measures, found = {"sum": token_sum, "place": place_of}, {}
         for weights in ([1.0, 0.0], [0.25, 0.75], [0.0, 0.0]):
             stacked.set_weights(model, "landscape", weights)
-            found[weights[0]] = landscape.mean_scores(
-                model, "landscape", rows, tokens, measures, bench_of(tokenizer), 5
-            )
+            found[weights[0]] = landscape.mean_scores(model, "landscape", questions, measures, bench_of(tokenizer), 5)
             stacked.save(tmp_path / "soup", weights)
             plain = adapters.attach(make_base(), tmp_path / "soup", "soup")
-            expected = landscape.mean_scores(plain, "soup", rows, tokens, measures, bench_of(tokenizer), 5)
+            expected = landscape.mean_scores(plain, "soup", questions, measures, bench_of(tokenizer), 5)
             assert found[weights[0]]["sum"] == pytest.approx(expected["sum"])
             assert expected["sum"]["n"] == 4
             assert expected["place"]["mean"] == 1.5
-        assert found[0.0] == landscape.mean_scores(model, None, rows, tokens, measures, bench_of(tokenizer), 5)
+        assert found[0.0] == landscape.mean_scores(model, None, questions, measures, bench_of(tokenizer), 5)
         assert len({round(score["sum"]["mean"], 3) for score in found.values()}) == 3
 
     def test_answers_stand_in_the_prompts_order(self, make_base: Any, make_adapter: Any, tokenizer: Any) -> None:
@@ -171,7 +181,7 @@ class TestOnAModel:
         rows = [
             {**row, "ids": ids, "place": number} for number, (row, ids) in enumerate(zip(rows, tokens, strict=True))
         ]
-        answers = evaluate.answer(model, "other", rows, {"sum": token_sum, "place": place_of}, bench, 3)
+        answers = answer(model, "other", asked(rows), {"sum": token_sum, "place": place_of}, bench, 3)
         assert [entry["index"] for entry in answers] == list(range(8))
         for row, entry in enumerate(answers):
             assert entry["prompt"] == rows[row]["prompt"][0]["content"]
@@ -185,8 +195,8 @@ def answers_of(scores: list[float], lengths: list[int], empty: list[bool] | None
     """What evaluate.answer gives, made by hand."""
     empties = empty or [False] * len(scores)
     return [
-        {"scores": {"reward": s, "gold": -s}, "length": n, "empty": e}
-        for s, n, e in zip(scores, lengths, empties, strict=True)
+        {"index": at, "turn": 1, "scores": {"reward": s, "gold": -s}, "length": n, "empty": e}
+        for at, (s, n, e) in enumerate(zip(scores, lengths, empties, strict=True))
     ]
 
 
@@ -229,13 +239,6 @@ class TestEvaluate:
         # differences 2, 0, −4, 4: mean ½
         assert (by_reward["difference"]["mean"], by_gold["difference"]["mean"]) == (0.5, -0.5)
         json.dumps(found, allow_nan=False)
-
-    def test_pairs_unless_they_are_given(self) -> None:
-        """Soup and every policy against seed-0; of two policies, the later against the earlier."""
-        found = evaluate.pairs(Evaluate(), ["ppo", "salsa", "mkl"])
-        assert found == [("soup", "seed-0"), ("ppo", "seed-0"), ("salsa", "seed-0"), ("mkl", "seed-0"),
-                         ("salsa", "ppo"), ("mkl", "ppo"), ("mkl", "salsa")]  # fmt: skip
-        assert evaluate.pairs(Evaluate(pairs=[["salsa", "ppo"]]), ["ppo", "salsa"]) == [("salsa", "ppo")]
 
     def test_who_answers(self) -> None:
         """Everything once, in the report's order."""

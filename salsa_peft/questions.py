@@ -1,0 +1,90 @@
+"""Questions for evaluation: MT-Bench, Arena-Hard and any prompts, in the forms that FastChat, arena-hard-auto and the Hub have them.
+
+Of a conversation with several user's turns (`turns`, or `prompt` as a list of texts) all are asked, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .config import Source
+from .data import Messages, conversation, load
+from .errors import require
+from .messages import short
+
+TEMPERATURES: Mapping[str, float] = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "arena-hard-200": 0.0,
+}
+"""Category → temperature of its answers, as in FastChat's llm_judge."""
+IDS = ("question_id", "uid", "prompt_id")
+"""Columns that name a question: FastChat's, arena-hard-auto's, the Hub's; the last is of a text, which may come twice."""
+
+
+class Question(NamedTuple):
+    """What is asked, turn by turn."""
+
+    id: int | str
+    """As the data has it; else its row's number."""
+    category: str | None
+    messages: Messages
+    """Before the first answer; the user's turn last."""
+    turns: tuple[str, ...]
+    """The user's texts that are answered; the first is the last of `messages`."""
+    reference: list[Any] | None
+    """Reference answers by turn, for judges."""
+    row: dict[str, Any]
+    """The data's other columns, where a reward function asks for them."""
+
+    def conversation(self, answers: list[str]) -> Messages:
+        """What stands before the next answer, given those so far."""
+        found = list(self.messages)
+        for answer, turn in zip(answers, self.turns[1:], strict=False):
+            found += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+        return found
+
+
+def questions(source: Source, *, columns: bool = False) -> list[Question]:
+    """The questions of a source; `columns`: with the data's others. Raises SalsaError with row and column, also where an id comes twice."""
+    found, numbers, seen, by_row = [], [], dict[Any, int](), False
+    for number, row in load(source):
+        where = f"{source.path}, row {number}"
+        messages, turns = conversation(row, where)
+        name = next((key for key in IDS if isinstance(row.get(key), int | str)), None)
+        identity = number if name is None else row[name]
+        twice = identity in seen
+        require(
+            not twice or name == IDS[-1],
+            f"{where}, {name}: found {short(identity)}, which row {seen.get(identity)} has too, expected each question once",
+        )
+        by_row |= twice
+        seen[identity] = number
+        numbers.append(number)
+        category = row.get("category")
+        reference = row.get("reference")
+        found.append(
+            Question(
+                id=identity,
+                category=category if isinstance(category, str) else None,
+                messages=messages,
+                turns=turns,
+                reference=reference if isinstance(reference, list) and reference else None,
+                row=row if columns else {},
+            )
+        )
+    return [one._replace(id=number) for one, number in zip(found, numbers, strict=True)] if by_row else found
+
+
+def temperature(question: Question, chosen: float | str, otherwise: float) -> float:
+    """Of its answers. chosen: evaluate.temperature, a number or "category"; otherwise: generation.temperature."""
+    if not isinstance(chosen, str):
+        return float(chosen)
+    return TEMPERATURES.get(question.category or "", otherwise)
