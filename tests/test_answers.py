@@ -1,0 +1,267 @@
+"""Answers turn by turn on a tiny model: what each turn sees, how it is sampled, and that a stage that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from salsa_peft import answers, evaluate, fastchat_files, generation
+from salsa_peft.answers import answer
+from salsa_peft.config import Evaluate, Generation, Model, Sampling
+from salsa_peft.data import prompt_tokens
+from salsa_peft.generation import generate, row_seeds
+from salsa_peft.questions import Question
+from salsa_peft.rollout import Responses
+from salsa_peft.runs import json_lines
+
+WORDS = ["owl", "saw", "fig", "cod", "oak"]
+
+
+def question(at: int, turns: int = 2, category: str | None = None) -> Question:
+    """Its first turn's length goes up and down, so that batches by length change the order."""
+    texts = ("copy " + " ".join(WORDS[: 1 + (3 * at) % 5]), *(f"sort {WORDS[at % 5]}" for _ in range(turns - 1)))
+    return Question(81 + at, category, [{"role": "user", "content": texts[0]}], texts, None, {})
+
+
+def bench_of(tokenizer: Any, temperature: Any = "category", max_length: int = 64, **generation: Any) -> Any:
+    """What answer takes of a Workbench."""
+    sampling = Generation(**({"max_new_tokens": 6, "batch_size": 3} | generation))
+    recipe = SimpleNamespace(
+        generation=sampling, model=Model(max_length=max_length), evaluate=Evaluate(temperature=temperature)
+    )
+    return SimpleNamespace(recipe=recipe, tokenizer=tokenizer)
+
+
+def prompt_length(responses: Responses, rows: Any) -> torch.Tensor:
+    """A score that shows what was before the answer."""
+    return responses.prompt_mask.sum(-1).float()
+
+
+@pytest.fixture
+def model(make_base: Any, make_adapter: Any) -> Any:
+    """A base whose adapter answers."""
+    return make_adapter(make_base(), "policy", 1)
+
+
+REWARDS = {"reward": prompt_length}
+
+
+def tokens_of(messages: Any, tokenizer: Any) -> list[int]:
+    """As a model sees them."""
+    return prompt_tokens({"prompt": messages}, tokenizer)
+
+
+def test_the_second_turn_sees_the_first_answer(model: Any, tokenizer: Any) -> None:
+    """Its prompt is question, own answer, question; its seed is its own; a row for each turn, in order."""
+    asked, bench = [question(at) for at in range(4)], bench_of(tokenizer)
+    rows = answer(model, "policy", asked, REWARDS, bench, 5)
+    assert [(row["index"], row["turn"], row["question_id"]) for row in rows] == [
+        (i, t, 81 + i) for i in range(4) for t in (1, 2)
+    ]
+    for at, one in enumerate(asked):
+        first, second = rows[2 * at : 2 * at + 2]
+        before = tokens_of(one.conversation([first["response"]]), tokenizer)
+        assert first["response"] and second["scores"]["reward"] == len(before) > first["scores"]["reward"]
+        alone = generate(model, [before], bench.recipe.generation, tokenizer, row_seeds([at], 5, 2))
+        expected = alone.response_ids[0][alone.response_mask[0]].tolist()
+        assert second["response"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert second["length"] == len(expected) and second["prompt"] == one.turns[1]
+
+
+def test_one_turn_is_drawn_as_it_always_was(model: Any, tokenizer: Any) -> None:
+    """The first turn's seed is the place's and the run's alone."""
+    asked, bench = [question(at, 1) for at in range(3)], bench_of(tokenizer)
+    rows = answer(model, "policy", asked, REWARDS, bench, 5)
+    for at, one in enumerate(asked):
+        alone = generate(
+            model, [tokens_of(one.messages, tokenizer)], bench.recipe.generation, tokenizer, row_seeds([at], 5)
+        )
+        assert rows[at]["response"] == tokenizer.decode(
+            alone.response_ids[0][alone.response_mask[0]], skip_special_tokens=True
+        )
+
+
+def test_each_category_has_its_temperature(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one temperature; a question keeps its seed whatever batch it is in."""
+    seen: dict[float, set[int]] = {}
+    inner = generation.generate
+
+    def spy(model: Any, prompts: Any, sampling: Sampling, tokenizer: Any, seeds: Any, **more: Any) -> Responses:
+        seen.setdefault(sampling.temperature, set()).update(seeds)
+        return inner(model, prompts, sampling, tokenizer, seeds, **more)
+
+    monkeypatch.setattr(generation, "generate", spy)
+    asked = [question(at, 1, name) for at, name in enumerate(["math", "writing", None, "coding", "stem", "writing"])]
+    answer(model, "policy", asked, REWARDS, bench_of(tokenizer), 5)
+    assert seen == {
+        0.0: set(row_seeds([0, 3], 5)), 0.7: set(row_seeds([1, 5], 5)), 1.0: set(row_seeds([2], 5)), 0.1: set(row_seeds([4], 5)),
+    }  # fmt: skip
+    seen.clear()
+    answer(model, "policy", asked, REWARDS, bench_of(tokenizer, temperature=0.3), 5)
+    assert list(seen) == [0.3]
+
+
+def test_temperature_0_takes_the_likeliest_token(model: Any, tokenizer: Any) -> None:
+    """Whatever the seed; EOS forbidden where a response is too short."""
+    prompt = tokens_of(question(1).messages, tokenizer)
+    sampling = Sampling(max_new_tokens=5, min_new_tokens=5, temperature=0.0)
+    one, two = (generate(model, [prompt], sampling, tokenizer, [seed]).response_ids[0].tolist() for seed in (1, 2))
+    ids = list(prompt)
+    for token in one:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].float()
+        logits[tokenizer.eos_token_id] = -torch.inf
+        assert token == int(logits.argmax())
+        ids.append(token)
+    assert one == two and len(one) == 5
+
+
+def test_a_conversation_that_leaves_little_room(model: Any, tokenizer: Any) -> None:
+    """A later answer gets what is left, or none at all, and then counts as empty."""
+    one = question(2, 3)
+    first = len(tokens_of(one.messages, tokenizer))
+    free = bench_of(tokenizer, min_new_tokens=6)
+    told = answer(model, "policy", [one], REWARDS, free, 5)
+    before = len(tokens_of(one.conversation([told[0]["response"]]), tokenizer))
+    tight = answer(model, "policy", [one], REWARDS, bench_of(tokenizer, max_length=before + 2, min_new_tokens=6), 5)
+    assert [row["length"] for row in tight[:2]] == [6, 2] and first + 6 <= before + 2
+    assert (tight[2]["length"], tight[2]["empty"], tight[2]["response"]) == (1, True, "")
+    assert tight[2]["scores"]["reward"] == before + 1  # cut from the left to what there is room for
+
+
+def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Whole batches that are there are not asked again, a torn line is; the rows are the same to the bit."""
+    asked, bench = [question(at, 2, "writing" if at % 2 else None) for at in range(7)], bench_of(tokenizer)
+    whole = answer(model, "policy", asked, REWARDS, bench, 5)
+    path, batches = tmp_path / "partial" / "0.jsonl", 0
+
+    def stops(rows: Any) -> None:
+        nonlocal batches
+        evaluate.keep(path, rows)
+        batches += 1
+        if batches == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, "policy", asked, REWARDS, bench, 5, {}, stops)
+    path.write_bytes(path.read_bytes()[:-20])  # the last line is torn
+    known = evaluate.read_partial(path)
+    assert 3 <= len(known) < 9
+    rows: list[Any] = []
+    calls = 0
+    inner = generation.generate
+
+    def counted(*given: Any, **more: Any) -> Responses:
+        nonlocal calls
+        calls += 1
+        return inner(*given, **more)
+
+    monkeypatch.setattr(generation, "generate", counted)
+    again = answer(
+        model, "policy", asked, REWARDS, bench, 5, known, lambda part: (rows.extend(part), evaluate.keep(path, part))
+    )
+    assert (
+        again == whole and calls == 6 - 2
+    )  # (2 batches of 4 questions + 1 of 3) of each of two turns, two of them whole
+    assert evaluate.read_partial(path) == {(row["index"], row["turn"]): row for row in whole}
+    assert (
+        answer(
+            model,
+            "policy",
+            asked,
+            REWARDS,
+            bench,
+            5,
+            evaluate.read_partial(path),
+            lambda part: pytest.fail("asked again"),
+        )
+        == whole
+    )
+
+
+def test_fastchats_files(tmp_path: Path) -> None:
+    """question.jsonl and model_answer as gen_model_answer.py writes them; a path is no file's name; two of one name don't mix."""
+    asked = [question(0), question(1)._replace(reference=["x", "y"])]
+    said = [{"question_id": 81 + at, "turn": turn, "response": f"{at}{turn}"} for at in (0, 1) for turn in (1, 2)]
+    fastchat_files.write(tmp_path, asked, {"salsa": said, "/a/b/salsa": said[:2]})
+    lines = json_lines(tmp_path / "model_answer" / "salsa.jsonl")
+    assert [(line["question_id"], line["choices"]) for line in lines] == [
+        (81, [{"index": 0, "turns": ["01", "02"]}]), (82, [{"index": 0, "turns": ["11", "12"]}]),
+    ]  # fmt: skip
+    assert (
+        lines[0].keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        and lines[0]["model_id"] == "salsa"
+    )
+    assert len({line["answer_id"] for line in lines}) == 2
+    assert len(json_lines(tmp_path / "model_answer" / "salsa-2.jsonl")) == 1
+    questions = json_lines(tmp_path / "question.jsonl")
+    assert questions[0] == {"question_id": 81, "category": "general", "turns": list(asked[0].turns)}
+    assert questions[1]["reference"] == ["x", "y"]
+
+
+def test_intervals_are_over_questions() -> None:
+    """Two turns of a question are one cluster; of one turn each there is none."""
+    rows = [{"index": at, "turn": turn, "scores": {"reward": float(at)}} for at in range(5) for turn in (1, 2)]
+    assert answers.clusters(rows) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    one = [row for row in rows if row["turn"] == 1]
+    assert answers.clusters(one) is None
+    wide, narrow = answers.means(one, "reward"), answers.means(rows, "reward")
+    assert (narrow.mean, narrow.low, narrow.high) == pytest.approx((wide.mean, wide.low, wide.high))
+
+
+def search_recipe(tmp_path: Path, line: str) -> Any:
+    """The embedded world's recipe with a search."""
+    from salsa_peft.parsing import load_recipe
+
+    text = "name: s\ntoy: {}\nmodel: {max_length: 32}\ngeneration: {max_new_tokens: 10}\nsft: {batch_size: 32}\n"
+    text += "policies: {ppo: {reference: seed-0}, salsa: {reference: soup}}\nevaluate: {pairs: [[salsa, ppo]]"
+    (tmp_path / "s.yaml").write_text(f"{text}{', judge: reward' if 'judge' in line else ''}}}\nsearch: {line}\n")
+    return load_recipe(str(tmp_path / "s.yaml"), lora="lora", overrides=[]).recipe
+
+
+def scored(*values: float) -> list[dict[str, Any]]:
+    """Answers to as many questions."""
+    return [{"index": at, "turn": 1, "scores": {"reward": value}} for at, value in enumerate(values)]
+
+
+def test_the_reward_picks_over_all_questions_together(tmp_path: Path) -> None:
+    """One set is lost and one is won more clearly; a set that is named alone picks otherwise."""
+    given = {
+        "in": {"seed-0": scored(0, 0, 0), "salsa-kl-0.1": scored(1, -1, -1), "salsa-kl-0.5": scored(1, 1, -1), "ppo": scored(0, 0, 0)},
+        "out": {"seed-0": scored(0, 0, 0), "salsa-kl-0.1": scored(1, 1, 1), "salsa-kl-0.5": scored(1, -1, -1), "ppo": scored(0, 0, 0)},
+    }  # fmt: skip
+    pairs, found = evaluate.compared(search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa]}"), given)
+    assert found is not None and found["methods"]["salsa"]["best"] == "salsa-kl-0.1"
+    assert [one["adjusted_win_rate"] for one in found["methods"]["salsa"]["tried"]] == pytest.approx([4 / 6, 3 / 6])
+    assert pairs == [("salsa-kl-0.1", "seed-0"), ("salsa-kl-0.5", "seed-0"), ("salsa-kl-0.1", "ppo")]
+    _, alone = evaluate.compared(
+        search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa], questions: [in]}"), given
+    )
+    assert alone is not None and alone["methods"]["salsa"]["best"] == "salsa-kl-0.5"
+
+
+def test_where_the_judge_picks_every_candidate_is_scored(tmp_path: Path) -> None:
+    """In the pairs of its policy too."""
+    given = {"in": {name: scored(0.0) for name in ("seed-0", "salsa-kl-0.1", "salsa-kl-0.5", "ppo")}}
+    pairs, found = evaluate.compared(
+        search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa], by: judge}"), given
+    )
+    assert found is None
+    assert pairs == [
+        ("salsa-kl-0.1", "seed-0"),
+        ("salsa-kl-0.5", "seed-0"),
+        ("salsa-kl-0.1", "ppo"),
+        ("salsa-kl-0.5", "ppo"),
+    ]
+
+
+def test_a_partial_file_that_is_not_there(tmp_path: Path) -> None:
+    """Nothing is known."""
+    assert evaluate.read_partial(tmp_path / "none.jsonl") == {}
+    evaluate.keep(tmp_path / "a" / "0.jsonl", [{"index": 0, "turn": 1, "response": "\u2028"}])
+    assert json.dumps(evaluate.read_partial(tmp_path / "a" / "0.jsonl")[0, 1]["response"]) == '"\\u2028"'
