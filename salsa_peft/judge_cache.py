@@ -77,7 +77,7 @@ class Cache:
         with self._explained(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(
-                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO replies VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
                 [(key, *reply) for key, reply in replies.items()],
             )
         kept = {key: self.get(key) for key in replies}

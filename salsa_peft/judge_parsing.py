@@ -31,24 +31,29 @@ def read_verdict(text: str) -> str | None:
     text = text.rpartition("</think>")[2]
     if "<think>" in text:  # cut before it came to an answer
         text = text.partition("<think>")[0]
-    found = list(BRACKET.finditer(text))
-    verdict = None
-    while found:
-        count = 1
-        while count < len(found) and _together(text[found[count - 1].end() : found[count].start()]):
-            count += 1
-        sentence, found = found[:count], found[count:]
-        if len({one[1].upper() for one in sentence}) == 1:
-            said = [one for one in sentence if not _quoted(text, one)]
-            verdict = VERDICTS[said[-1][1].upper()] if said else verdict
-    return verdict
+    sentences: list[list[re.Match[str]]] = []
+    for bracket in BRACKET.finditer(text):
+        if sentences and _together(text, sentences[-1][-1], bracket):
+            sentences[-1].append(bracket)
+        else:
+            sentences.append([bracket])
+    of_one = [sentence for sentence in sentences if len({bracket[1].upper() for bracket in sentence}) == 1]
+    said = [bracket for sentence in of_one for bracket in sentence if not _quoted(text, bracket)]
+    return VERDICTS[said[-1][1].upper()] if said else None
 
 
-def _together(gap: str) -> bool:
-    """Whether what stands between two brackets leaves them in one sentence, or in one list of a line each."""
-    after = gap.rpartition("\n")[2]
-    within = len(gap) <= LONGEST_GAP and SENTENCE_END.search(gap) is None
-    return within and ("\n" not in gap or LINE_START.fullmatch(after) is not None)
+def _together(text: str, first: re.Match[str], second: re.Match[str]) -> bool:
+    """Whether two brackets stand in one sentence, or begin two lines of a list."""
+    gap = text[first.end() : second.start()]
+    before, newline, after = gap.rpartition("\n")
+    if len(gap) > LONGEST_GAP or (newline and not LINE_START.fullmatch(after)):
+        return False
+    lines = (
+        bool(newline)
+        and "\n" not in before
+        and LINE_START.fullmatch(text[max(0, first.start() - 8) : first.start()].rpartition("\n")[2])
+    )
+    return bool(lines) or SENTENCE_END.search(before + newline if newline else gap) is None
 
 
 def _quoted(text: str, bracket: re.Match[str]) -> bool:
