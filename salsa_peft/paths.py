@@ -6,6 +6,7 @@ Every refusal is a SalsaError `key: found …, expected …`. What the Hub holds
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import os
@@ -28,6 +29,8 @@ COLUMNS = {
     "prompts": ("`prompt`, `messages` or `turns`", [{"prompt"}, {"messages"}, {"turns"}]),
     "held_out": ("`messages`", [{"messages"}]),
 }
+COUNTABLE = 500_000_000
+"""Bytes of a file that is read to count its rows; of one JSON list a tenth."""
 EXPECTED_ROWS = "expected one JSON object a line"
 EXPECTED_DATA = "a .jsonl, .json or .parquet file, a folder or a Hub id"
 
@@ -173,6 +176,33 @@ def check_path(where: str, path: str, what: str, file: str) -> None:
 def _check_hub_id(where: str, value: str, expected: str) -> None:
     fits = HUB_ID.match(value) is not None and "--" not in value and ".." not in value
     require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
+
+
+def count_rows(source: Source) -> int | None:
+    """Rows of a local file (at most its limit); None where they are not known before the stage starts, or would take long to count."""
+    if not is_local(source.path) or not os.path.isfile(source.path):
+        return None
+    status = os.stat(source.path)
+    rows = _count(source.path, status.st_size, status.st_mtime_ns)
+    return None if rows is None else min(rows, source.limit or rows)
+
+
+@functools.cache
+def _count(path: str, size: int, _: int) -> int | None:
+    """Of a file as it is: its size, and when it was changed."""
+    try:
+        if path.lower().endswith(".parquet"):
+            return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
+        if size > COUNTABLE:
+            return None
+        with open(path, "rb") as file:
+            begins = next((line for line in file if line.strip()), b"").lstrip()
+            if path.lower().endswith(".json") and begins.startswith(b"["):
+                file.seek(0)
+                return len(json.load(file)) if size <= COUNTABLE // 10 else None
+            return bool(begins) + sum(1 for line in file if line.strip())
+    except (OSError, ValueError, RecursionError):
+        return None  # the check of its columns, or the stage, says what is wrong with it
 
 
 def _first_row(path: str) -> Any:

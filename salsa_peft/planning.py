@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft import judge_costs, memory
+from salsa_peft import disk, judge_costs, memory
 from salsa_peft.architectures import Architecture, of_recipe
 from salsa_peft.cards import Card
-from salsa_peft.config import PPO, Adapter, Recipe, Source, Training
+from salsa_peft.config import PPO, Adapter, Recipe, Training
 from salsa_peft.parsing import Loaded
-from salsa_peft.paths import is_local
+from salsa_peft.paths import count_rows
 from salsa_peft.runs import Step
 
 TRAINING = ("sft", "reward", "ppo")
-COUNTABLE = 500_000_000  # bytes of a jsonl file that the plan reads to count its rows
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
 PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
 """Preset → quantisation of its base."""
@@ -37,6 +35,7 @@ def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]
     _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
     _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
     _print_memory(console, loaded.recipe, card)
+    console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
     answered = steps["evaluate"]
     asked_of_judge = judge_costs.told(
         loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None
@@ -103,21 +102,6 @@ def _row(step: Step, asked: set[str]) -> list[str]:
 
 def _plain(value: object) -> str:
     return "–" if value is None else str(value)
-
-
-def count_rows(source: Source | None) -> int | None:
-    """Rows of a local jsonl file (at most its limit); None where they are not known before the stage starts."""
-    if source is None:
-        return None
-    if (
-        not is_local(source.path)
-        or not source.path.lower().endswith(".jsonl")
-        or os.path.getsize(source.path) > COUNTABLE
-    ):
-        return None
-    with open(source.path, "rb") as file:
-        rows = sum(1 for line in file if line.strip())
-    return min(rows, source.limit or rows)
 
 
 def _arithmetic(recipe: Recipe) -> list[list[str]]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft import cards, launching, processes, runs, units
+from salsa_peft import cards, disk, launching, processes, runs, units
 from salsa_peft.config import Recipe, SalsaError, require
 from salsa_peft.judge_section import check_ready
 from salsa_peft.messages import duration, nearest, one_line
@@ -169,14 +169,16 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
 
 
 def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> list[str]:
-    """Raise SalsaError where a unit that will be made wants a GPU that is not there, more processes than this machine can run, or a key
-    that is not set; → warnings, a line each."""
+    """Raise SalsaError where a unit that will be made wants a GPU that is not there, more processes than this machine can run, more room
+    than the disk has, or a key that is not set; → warnings, a line each."""
     made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if "judge" in made and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
         launching.check(recipe)
-    return cards.check_device(recipe, cards.cards(), made) if made else []
+    warnings = cards.check_device(recipe, cards.cards(), made) if made else []
+    disk.check(recipe, steps, asked)
+    return warnings
 
 
 def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
