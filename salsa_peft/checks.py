@@ -7,11 +7,12 @@ the stage's start, not here. Imports no torch.
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from salsa_peft import judge_section, search
 from salsa_peft.config import NAME, SEED, Recipe, Reference, parse_reference, require
 from salsa_peft.messages import short
-from salsa_peft.paths import check_files, check_path, is_local
+from salsa_peft.paths import check_files, check_path, count_rows, is_local
 from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_function
 
 TOY_PROMPTS = ("in", "out")
@@ -32,7 +33,6 @@ def check(recipe: Recipe) -> None:
         f"reward.seeds: found {short(recipe.reward.seeds)}, expected no seed twice",
     )
     _check_lengths(recipe)
-    _check_toy(recipe)
     for name, policy in recipe.policies.items():
         _check_name("policies", name)
         taken = name in ("base", "soup") or SEED.match(name)
@@ -44,6 +44,7 @@ def check(recipe: Recipe) -> None:
     _check_evaluate(recipe)
     _check_present(recipe)
     check_files(recipe)
+    _check_rows(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
 
@@ -112,20 +113,30 @@ def _check_lengths(recipe: Recipe) -> None:
     )
 
 
-def _check_toy(recipe: Recipe) -> None:
-    """The embedded world's sizes against the batches that are cut from them."""
-    toy, sft, reward, ppo = recipe.toy, recipe.sft, recipe.reward, recipe.ppo
-    if toy is None:
-        return
-    sizes = {
-        "demonstrations": (round(toy.demonstrations * sft.subset), "sft.batch_size", sft.batch_size),
-        "preferences": (round(toy.preferences * (1 - reward.held_out)), "reward.batch_size", reward.batch_size),
-        "prompts": (toy.prompts, "ppo.batch_size", ppo.batch_size if recipe.policies else 1),
-    }
-    for key, (rows, batch, size) in sizes.items():
-        found = f"toy.{key}: found {getattr(toy, key)}, {rows} of them to train on"
-        used = getattr(recipe.data, key) is None and (key != "preferences" or reward.trained)
-        require(not used or rows >= size, f"{found}, expected at least {batch} = {size}; raise it or lower {batch}")
+def _check_rows(recipe: Recipe) -> None:
+    """The embedded world's sizes, and rows of local files, against the batches that are cut from them. How many are too long is seen by
+    the stage."""
+    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
+    wanted = {"demonstrations": ("sft", sft), "preferences": ("reward", reward), "prompts": ("ppo", ppo)}
+    for key, (stage, section) in wanted.items():
+        source, toy = getattr(recipe.data, key), recipe.toy
+        rows = count_rows(source) if source is not None else None if toy is None else getattr(toy, key)
+        used = {"preferences": reward.trained, "prompts": bool(recipe.policies)}.get(key, True)
+        if rows is None or not used:
+            continue
+        share, why = rows, ""
+        if key == "demonstrations" and sft.subset < 1:
+            share, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
+        elif key == "preferences":
+            share, why = rows - reward.held_out_of(rows), f" (reward.held_out {reward.held_out:g})"
+        found = (
+            f"toy.{key}: found {rows}" if source is None else f"data.{key}: found {rows} in {Path(source.path).name}"
+        )
+        require(
+            share >= section.batch_size,
+            f"{found}, {share} of them to train on{why}, expected at least {stage}.batch_size = {section.batch_size}; add some or lower"
+            f" {stage}.batch_size",
+        )
 
 
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:

@@ -201,6 +201,10 @@ class Reward(Training):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the pairs kept from training, for the accuracy that the metrics give."""
 
+    def held_out_of(self, pairs: int) -> int:
+        """Pairs that are held out of so many: one at least, where there is one."""
+        return min(pairs, max(1, round(self.held_out * pairs)))
+
     @property
     def parts(self) -> list[RewardPart]:
         """The parsed model: one part, or those of a weighted sum."""

@@ -115,7 +115,7 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     shares = (
         None if demonstrations is None else demonstrations * sft.subset,
-        None if pairs is None else pairs * (1 - reward.held_out),
+        None if pairs is None else pairs - reward.held_out_of(pairs),
     )
     rows = [
         [f"sft, each of {len(sft.seeds)} seeds", _batch(sft), _steps(sft, shares[0])],

@@ -6,6 +6,7 @@ Loss −log σ(R(x, y_w) − R(x, y_l)); the head is linear on the last token th
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from . import adapters, data
-from .config import require
+from .config import Recipe, require
 from .models import load_weights
 from .runs import Job, write_atomic
 from .statistics import mean_interval
 from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet
 
 SPLIT_SEED = 0
+FEW = 30
+"""Held-out pairs of which fewer say little: of 30 Wilson's interval is up to 0.34 wide."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -31,6 +34,9 @@ def run(job: Job) -> dict[str, Any]:
     trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else average(job, seeds)
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+        if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW:
+            count = f"{pairs} pair{'s' * (pairs > 1)}"
+            print(f"{job.unit.id}  warning: accuracy measured on {count} only", file=sys.stderr, flush=True)
     return metrics
 
 
@@ -86,12 +92,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         copy_adapter(model, job.inputs["sft/seed-0"])
     # 4. a share of the pairs that are short enough is held out
     fitting = len(trainer.train_dataset)
-    kept_out = max(1, round(section.held_out * fitting))
-    require(
-        fitting - kept_out >= section.batch_size,
-        f"data.preferences: found {fitting} pairs within model.max_length = {recipe.model.max_length} tokens ({len(rows)} in all), {kept_out} of"
-        f" them held out, expected at least reward.batch_size = {section.batch_size} more to train on",
-    )
+    kept_out = count_held_out(recipe, len(rows), fitting)
     limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
     note_left_out(job, len(rows) - fitting, len(rows), limit)
     parts = trainer.train_dataset.train_test_split(test_size=kept_out, seed=SPLIT_SEED)
@@ -107,6 +108,19 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         "left_out": len(rows) - fitting,
         "steps": trainer.state.global_step,
     }
+
+
+def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
+    """Pairs that are held out, of those that are short enough. Raises SalsaError where the others don't fill a batch."""
+    section = recipe.reward
+    kept_out = section.held_out_of(fitting)
+    require(
+        fitting - kept_out >= section.batch_size,
+        f"data.preferences: found {pairs} pairs, {pairs - fitting} longer than model.max_length = {recipe.model.max_length} tokens and"
+        f" {kept_out} held out (reward.held_out {section.held_out:g}), which leaves {fitting - kept_out} to train on, expected at least"
+        f" reward.batch_size = {section.batch_size}; add pairs, raise model.max_length or lower reward.batch_size",
+    )
+    return kept_out
 
 
 def start(bench: Workbench, seed: Path) -> Any:
@@ -129,10 +143,16 @@ def copy_adapter(model: Any, folder: Path) -> None:
 def held_out(trainer: Any) -> dict[str, Any]:
     """Accuracy and margin on the held-out pairs, with intervals."""
     margins = held_out_margins(trainer)
-    return {
-        "accuracy": {"held_out": asdict(mean_interval([float(margin > 0) for margin in margins]))},
-        "margin": {"held_out": asdict(mean_interval(margins))},
-    }
+    return {"accuracy": {"held_out": accuracy(margins)}, "margin": {"held_out": asdict(mean_interval(margins))}}
+
+
+def accuracy(margins: Sequence[float]) -> dict[str, float]:
+    """Share of pairs whose chosen response scores more, with Wilson's 95% interval, which few pairs, all of them right, leave wide."""
+    from scipy.stats import binomtest
+
+    found = binomtest(sum(margin > 0 for margin in margins), len(margins))
+    interval = found.proportion_ci(method="wilson")
+    return {"mean": found.statistic, "low": float(interval.low), "high": float(interval.high), "n": len(margins)}
 
 
 @torch.no_grad()

@@ -287,7 +287,7 @@ def test_columns(load, tmp_path):
     ):
         (tmp_path / "wrong.jsonl").write_text(content)
         assert words in said(load, f"data.prompts={wrong}")
-    rows(tmp_path / "p.jsonl", {"turns": ["a"]})
+    rows(tmp_path / "p.jsonl", *[{"turns": ["a"]}] * 8)
     recipe = load("data.prompts=p.jsonl", "evaluate.prompts.mine=p.jsonl", "evaluate.prompts.mine.limit=3").recipe
     assert recipe.data.prompts is not None
     assert recipe.data.prompts.path == str(tmp_path / "p.jsonl")
@@ -298,7 +298,7 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
     (tmp_path / "there").mkdir()
     (tmp_path / "here").mkdir()
     for folder in ("there", "here"):
-        rows(tmp_path / folder / "d.jsonl", {"messages": []})
+        rows(tmp_path / folder / "d.jsonl", *[{"messages": []}] * 8)
         (tmp_path / folder / "base").mkdir()
         (tmp_path / folder / "base" / "config.json").write_text("{}")
     (tmp_path / "there" / "r.yaml").write_text(
@@ -454,10 +454,10 @@ def test_columns_of_other_files(load, tmp_path):
     """A .json list or objects, a .parquet file; what cannot be read as one is one line too."""
     pandas = pytest.importorskip("pandas")
     pandas.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "wrong.parquet")
-    pandas.DataFrame({"prompt": ["a"]}).to_parquet(tmp_path / "good.parquet")
+    pandas.DataFrame({"prompt": ["a"] * 8}).to_parquet(tmp_path / "good.parquet")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     (tmp_path / "wrong.json").write_text('[\n  {"text": "a"}]')
-    (tmp_path / "good.json").write_text('[{"prompt": "a"}, {"prompt": "b"}]')
+    (tmp_path / "good.json").write_text(json.dumps([{"prompt": "a"}] * 8))
     (tmp_path / "cut.json").write_text('[{"prompt": ')
     (tmp_path / "none.json").write_text("[]")
     for file in ("good.json", "good.parquet"):
@@ -468,6 +468,43 @@ def test_columns_of_other_files(load, tmp_path):
     ):  # fmt: skip
         with pytest.raises(SalsaError, match=f"data.prompts: .*{expected}"):
             load(f"data.prompts={file}")
+
+
+def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
+    """Of local files all rows are counted, less what no seed or reward model trains on; a limit, and files that nothing reads."""
+    row = {"messages": [], "prompt": "q", "chosen": "a", "rejected": "b"}
+    pandas = pytest.importorskip("pandas")
+    rows(tmp_path / "9.jsonl", *[row] * 9)
+    (tmp_path / "list.json").write_text(json.dumps([row] * 9, indent=1))
+    pandas.DataFrame({key: [value] * 9 for key, value in row.items()}).to_parquet(tmp_path / "9.parquet")
+    (tmp_path / "one a line.json").write_text("\n".join(["", *[json.dumps(row)] * 9, ""]))
+    for file in ("9.jsonl", "list.json", "9.parquet", "one a line.json"):
+        given = [f"data.{kind}={file}" for kind in ("demonstrations", "preferences", "prompts")]
+        assert load(*given).recipe.data.prompts.path.endswith(file)
+        for more, line in (
+            (
+                "sft.batch_size=10",
+                f"data.demonstrations: found 9 in {file}, 9 of them to train on, expected at least sft.batch_size = 10",
+            ),
+            (
+                "sft.subset=0.5",
+                f"9 in {file}, 4 of them to train on (sft.subset 0.5), expected at least sft.batch_size = 8; add some or lower",
+            ),
+            (
+                "reward.batch_size=9",
+                "9 in "
+                + file
+                + ", 8 of them to train on (reward.held_out 0.05), expected at least reward.batch_size = 9",
+            ),
+            (
+                "ppo.batch_size=16",
+                f"data.prompts: found 9 in {file}, 9 of them to train on, expected at least ppo.batch_size = 16",
+            ),
+            ("data.preferences.limit=8", "data.preferences: found 8 in"),
+        ):
+            assert line in said(load, *given, more), (file, more)
+    assert load("data.prompts=9.jsonl", "ppo.batch_size=16", "policies.ppo=null", "policies.salsa=null")
+    assert load("data.preferences=9.jsonl", "reward.batch_size=16", "reward.model=org/classifier")
 
 
 def test_text_pairs_need_a_prompt(load, tmp_path):
@@ -505,7 +542,7 @@ def test_max_steps_of_ppo_are_whole_updates(load):
         ("toy.prompts=100", "toy.prompts: found 100, 100 of them to train on, expected at least ppo.batch_size = 128"),
         (
             "toy.demonstrations=40",
-            "toy.demonstrations: found 40, 20 of them to train on, expected at least sft.batch_size = 32",
+            "toy.demonstrations: found 40, 20 of them to train on (sft.subset 0.5), expected at least sft.batch_size = 32",
         ),
         ("policies.a25={reference: soups}", "policies.a25.reference: found 'soups', expected seed-N, base, soup"),
     ],

@@ -194,7 +194,7 @@ def test_the_plans_updates_are_rollout_batches(here, capsys):
 
 
 def test_local_paths_are_in_no_slice(here):
-    (here / "d.jsonl").write_text('{"messages": []}\n')
+    (here / "d.jsonl").write_text('{"messages": []}\n' * 8)
     (here / "a").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (here / "a" / name).write_text("{}")

@@ -1,0 +1,58 @@
+"""The reward stage's own figures: pairs that train, and accuracy of few held-out ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from salsa_peft import reward_model
+from salsa_peft.errors import SalsaError
+from salsa_peft.parsing import load_recipe
+
+
+def test_what_is_left_of_the_pairs_is_said_plainly() -> None:
+    """How many there are, how many are too long, held out, left, needed; of none that fits none is held out."""
+    recipe = load_recipe("quickstart", lora="lora", overrides=["reward.batch_size=8", "reward.held_out=0.1"]).recipe
+    assert reward_model.count_held_out(recipe, 20, 9) == 1
+    assert reward_model.count_held_out(recipe, 100, 100) == 10
+    for fitting, told in ((8, "12 longer than model.max_length = 32 tokens and 1 held out (reward.held_out 0.1), which leaves 7 to train"),
+                          (0, "20 longer than model.max_length = 32 tokens and 0 held out (reward.held_out 0.1), which leaves 0 to train")):  # fmt: skip
+        with pytest.raises(SalsaError) as caught:
+            reward_model.count_held_out(recipe, 20, fitting)
+        assert (
+            f"data.preferences: found 20 pairs, {told} on, expected at least reward.batch_size = 8; add pairs"
+            in str(caught.value)
+        )
+
+
+def test_accuracy_of_few_pairs_has_wilsons_interval() -> None:
+    """1 of 1 is anything from 0.21 up; by hand: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)."""
+    z, n, p = 1.959964, 4, 0.75
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    found = reward_model.accuracy([2.0, -1.0, 0.5, 3.0])
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    assert found == {"mean": 0.75, "low": pytest.approx(low, abs=1e-6), "high": pytest.approx(high, abs=1e-6), "n": 4}
+    assert reward_model.accuracy([1.0]) == {
+        "mean": 1.0,
+        "low": pytest.approx(1 / (1 + z * z), abs=1e-6),
+        "high": 1.0,
+        "n": 1,
+    }
+    assert reward_model.accuracy([0.0])["mean"] == 0, "a tie is not right"
+
+
+@pytest.mark.parametrize(("pairs", "said"), [(1, "1 pair only"), (29, "29 pairs only"), (30, None)])
+def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """At the end of the stage, on the terminal; the metrics are written all the same."""
+    trainer = SimpleNamespace(is_world_process_zero=lambda: True)
+    metrics = {"accuracy": {"held_out": reward_model.accuracy([1.0] * pairs)}}
+    monkeypatch.setattr(reward_model, "train", lambda *_: (trainer, metrics))
+    recipe = load_recipe("quickstart", lora="lora", overrides=[]).recipe
+    job: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, unit=SimpleNamespace(id="reward"))
+    assert reward_model.run(job) == json.loads((tmp_path / "metrics.json").read_text())
+    found = capsys.readouterr().err
+    assert found == ("" if said is None else f"reward  warning: accuracy measured on {said}\n")
