@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from .memory import CONTEXT, GIB, STAGES, need, stages_of
 
 LARGE = 2_000_000_000
 """Parameters of a base that no CPU trains in a lifetime."""
+
+SOLD = (16, 24, 40, 48, 80, 141, 192)
+"""GiB of cards that there are."""
 
 
 class Card(NamedTuple):
@@ -39,6 +43,11 @@ def cards() -> list[Card]:
         if size.strip().isdigit():
             found[identity.strip()] = Card(name.strip(), int(size) * 2**20)
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _sold(size: float) -> int:
+    """GiB of the smallest card that holds so many bytes."""
+    return next((card for card in SOLD if card * GIB >= size), math.ceil(size / GIB))
 
 
 def _visible(found: dict[str, Card], words: str | None) -> list[Card]:
@@ -81,7 +90,7 @@ def check_device(recipe: Recipe, there: list[Card], stages: Collection[str] = ST
     require(
         bool(there) or size.parameters < LARGE,
         f"model.base: found a model of {size.parameters / 1e9:.1f} B parameters and no CUDA GPU (nvidia-smi names none), expected one of"
-        f" at least about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu 24 shows what each stage needs of one of 24",
+        f" at least about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu {_sold(most.total)} shows what each stage needs",
     )
     return [
         f"{stage} may not fit: about {found.total / GIB:.1f} GiB in {found.phase}, {there[0].name} has {there[0].bytes / GIB:.0f};"

@@ -52,10 +52,15 @@ def check(recipe: Recipe) -> None:
 def _check_mode(recipe: Recipe) -> None:
     """What adapters alone have, or full weights alone."""
     if recipe.adapter is not None:
-        require(
-            recipe.offload == "none",
-            f"offload: found {recipe.offload} with adapters, expected none: references share the base, nothing waits",
-        )
+        for key, given, unused, why in (
+            ("offload", recipe.offload, "none", "references share the base, nothing waits"),
+            ("precision", recipe.precision, "auto", "it is for full weights, adapters train in float32"),
+        ):
+            require(
+                given == unused,
+                f"{key}: found {given} with adapters, expected {unused}: {why}; `lora: {{{key}: {unused}}}` in the recipe, or --set"
+                f" {key}={unused}, takes it back",
+            )
         return
     for key, found, idle in (
         ("model.quantization", recipe.model.quantization, None),

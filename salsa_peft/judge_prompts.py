@@ -24,8 +24,6 @@ Verdict = str | None
 """A | B | tie; None: missing."""
 NEED_REFERENCES = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that FastChat judges by a reference answer."""
-CHARACTERS, EXPLANATION = 4, 250
-"""Of a token, and tokens of a judgment, about: for `estimate`."""
 
 
 class Game(NamedTuple):
@@ -222,15 +220,3 @@ def _clean(game: Game) -> Game:
 
     references = None if game.references is None else clean(tuple(text or "" for text in game.references))
     return game._replace(turns=clean(game.turns), a=clean(game.a), b=clean(game.b), references=references)
-
-
-def estimate(section: Judge, games: int, question: float, answer: float, turns: int = 1) -> tuple[int, int]:
-    """Games, and characters of a question and of an answer (means, of one turn) → calls, and tokens in and out, about; asking again is
-    not counted. 0 for judges that read no text as tokens."""
-    if section.kind not in ("openai", "local"):
-        return 0, 0
-    calls = min(games, section.budget or games) if section.kind == "openai" else games
-    asked, answers = ("x" * round(question),) * turns, ("x" * round(answer),) * turns
-    told = renderer(section)(Game(asked, answers, answers, turns))
-    shown = (len(told.system) + len(told.user)) / CHARACTERS
-    return calls, round(calls * (shown + min(EXPLANATION, section.max_tokens)))

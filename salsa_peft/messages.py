@@ -75,3 +75,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def name_number(value: float) -> str:
+    """A number in a policy's name: as short as %g where that is the number, else with all its digits; never a +."""
+    text = f"{value:g}"
+    return (text if float(text) == value else repr(value)).replace("+", "")

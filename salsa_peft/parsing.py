@@ -50,6 +50,8 @@ class Loaded:
     preset: str | None
     changes: list[tuple[str, Any, Any]]
     """(key, before, after) of what the preset and the recipe's `lora:` section changed; before is None where nothing was."""
+    taken_back: frozenset[str] = frozenset()
+    """Keys that the recipe's `lora:` section sets, and no `--set` after it."""
 
     @property
     def folder(self) -> Path:
@@ -88,9 +90,10 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
     data = before
     for layer in middle:
         data = merge(data, layer.data)
-    changes = _changes(before, middle, data)
+    changes, back = _changes(before, middle, data), set(section or ())
     for text in overrides:
         layer, keys = _override(text, data)
+        back.discard(keys[0])
         require(
             keys[0] != "adapter" or data.get("adapter") is not None,
             f"--set {text}: found full weights, which have no adapter, expected a recipe with adapters; add --lora",
@@ -106,7 +109,7 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
         f"--lora {lora}: found model.quantization {recipe.model.quantization or 'none'}, expected"
         f" {'none' if lora == 'lora' else '4 bits'}; take --lora {recipe.mode}, or leave the key to the preset",
     )
-    return Loaded(recipe, data, path, lora, changes)
+    return Loaded(recipe, data, path, lora, changes, frozenset(back))
 
 
 def _preset(name: str) -> Layer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,22 @@ TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
 PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
 """Preset → quantisation of its base."""
-OF_FULL_WEIGHTS = ("offload", "precision")
+OF_FULL_WEIGHTS = {"offload": "none", "precision": "auto"}
+"""Keys that are refused with adapters → what they must be there."""
+
+
+NOTHING = "a larger card, or a smaller model.max_length"
+ORDER = (
+    "gradient_checkpointing",
+    "micro_batch_size",
+    "offload",
+    "precision",
+    "rollout_batch_size",
+    "batch_size",
+    "lora",
+    "qlora",
+)
+"""Changes by what they cost, the least first."""
 
 
 def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str], card: Card | None) -> None:
@@ -34,7 +51,7 @@ def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]
     console.print()
     _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
     _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
-    _print_memory(console, loaded.recipe, card)
+    _print_memory(console, loaded, card)
     console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
     answered = steps["evaluate"]
     asked_of_judge = judge_costs.told(
@@ -62,8 +79,9 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
     console.print()
 
 
-def _print_memory(console: Console, recipe: Recipe, card: Card | None) -> None:
-    """What each stage needs of a GPU at its peak, and what would make it fit."""
+def _print_memory(console: Console, loaded: Loaded, card: Card | None) -> None:
+    """What each stage needs of a GPU at its peak, what would make it fit, and what all of them."""
+    recipe = loaded.recipe
     size = of_recipe(recipe)
     if size is None:
         console.print(Text(f"memory: known when the config.json of {recipe.model.base} is at hand\n"))
@@ -72,7 +90,7 @@ def _print_memory(console: Console, recipe: Recipe, card: Card | None) -> None:
     room = None if card is None else float(card.bytes)
     for stage in memory.stages_of(recipe):
         found = memory.need(recipe, stage, size, room)
-        helps = None if room is None else advice(recipe, stage, size, room)
+        helps = None if room is None else advice(recipe, [stage], size, room, loaded.taken_back)
         held = (
             memory.choose_precision(recipe, stage, room, size)
             if recipe.mode == "full" and stage in TRAINING
@@ -84,6 +102,15 @@ def _print_memory(console: Console, recipe: Recipe, card: Card | None) -> None:
     against = "no card" if card is None else f"{card.name}, {card.bytes / memory.GIB:.0f} GiB"
     header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "in all", against]
     _print(console, header, rows, narrow=9)
+    together = None if room is None else advice(recipe, memory.stages_of(recipe), size, room, loaded.taken_back)
+    if together is not None:
+        console.print(
+            Text(
+                f"all stages fit with: {together}\n"
+                if together != NOTHING
+                else f"no change makes all stages fit: {NOTHING}\n"
+            )
+        )
     for one in memory.uncounted(recipe):
         console.print(Text(f"not counted: {one}\n"))
 
@@ -160,19 +187,24 @@ def _updates(ppo: PPO, rows: int | None) -> str:
     return f"about {updates} updates ({rows} rows × {ppo.num_train_epochs:g} epochs)"
 
 
-def advice(recipe: Recipe, stage: str, size: Architecture, card: float) -> str | None:
-    """What would make a stage fit a card (bytes): the first single change that does, else several in that order; None where it fits,
-    words without a change where nothing does."""
+def advice(
+    recipe: Recipe, stages: Sequence[str], size: Architecture, card: float, taken_back: Collection[str] = ()
+) -> str | None:
+    """What would make stages fit a card (bytes), all of them: the first single change that does, else several, each as small as will do;
+    None where they fit, NOTHING where nothing does. taken_back: keys that adding an adapter sets by itself."""
 
     def fits(preset: str, settings: dict[str, str]) -> bool:
-        return memory.need(changed(recipe, preset, settings), stage, size, card).total <= card
+        other = changed(recipe, preset, settings)
+        return all(memory.need(other, stage, size, card).total <= card for stage in stages)
 
     if fits("", {}):
         return None
-    offered = _changes(recipe, stage)
+    offered = sorted(
+        (one for stage in stages for one in _changes(recipe, stage)), key=lambda one: ORDER.index(_kind(*one))
+    )
     for preset, setting in offered:
         if fits(preset, setting):
-            return _words(recipe, preset, setting)
+            return _words(recipe, preset, setting, taken_back)
     taken, settings = "", dict[str, str]()
     for preset, setting in offered:
         taken = preset or taken
@@ -180,15 +212,33 @@ def advice(recipe: Recipe, stage: str, size: Architecture, card: float) -> str |
             key: value for key, value in (settings | setting).items() if not taken or key not in OF_FULL_WEIGHTS
         }
         if fits(taken, settings):
-            return _words(recipe, taken, settings)
-    return "a larger card, or a smaller model.max_length"
+            return _words(recipe, taken, _least(settings, offered, partial(fits, taken)), taken_back)
+    return NOTHING
+
+
+def _least(
+    settings: dict[str, str], offered: list[tuple[str, dict[str, str]]], fits: Callable[[dict[str, str]], bool]
+) -> dict[str, str]:
+    """Without the settings that are not needed, the others at the first value offered that will do."""
+    for key in list(settings):
+        without = {name: value for name, value in settings.items() if name != key}
+        values = [setting[key] for _, setting in offered if key in setting]
+        tries = [without, *({**settings, key: value} for value in values)]
+        settings = next((one for one in tries if fits(one)), settings)
+    return settings
+
+
+def _kind(preset: str, setting: dict[str, str]) -> str:
+    return preset or next(iter(setting)).rpartition(".")[2]
 
 
 def changed(recipe: Recipe, preset: str, settings: dict[str, str]) -> Recipe:
     """The recipe with a preset's adapter ("": as it is; r 16 on all linears where it has none) and some of its settings."""
     if preset:
         model = dataclasses.replace(recipe.model, quantization=PRESETS[preset])
-        recipe = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), model=model, offload="none")
+        recipe = dataclasses.replace(
+            recipe, adapter=recipe.adapter or Adapter(), model=model, offload="none", precision="auto"
+        )
     for key, text in settings.items():
         section, _, name = key.rpartition(".")
         value: Any = int(text) if text.isdigit() else True if text == "true" else text
@@ -225,8 +275,9 @@ def _divisors(number: int) -> list[int]:
     return [part for part in range(number - 1, 0, -1) if number % part == 0]
 
 
-def _words(recipe: Recipe, preset: str, settings: dict[str, str]) -> str:
+def _words(recipe: Recipe, preset: str, settings: dict[str, str], taken_back: Collection[str] = ()) -> str:
     """What to add to the command."""
     mode = [f"--lora{'' if preset == 'lora' else ' ' + preset}"] * bool(preset)
-    idle = {"offload": "none"} if preset and recipe.offload != "none" else {}  # refused with adapters
+    found = {"offload": recipe.offload, "precision": recipe.precision} if preset else {}
+    idle = {key: OF_FULL_WEIGHTS[key] for key in found if found[key] != OF_FULL_WEIGHTS[key] and key not in taken_back}
     return " ".join([*mode, *(f"--set {key}={value}" for key, value in {**idle, **settings}.items())])

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from .errors import require
 from .fields import STRICT, NonNegative
-from .messages import nearest, short
+from .messages import name_number, nearest, short
 
 if TYPE_CHECKING:
     from .config import Recipe
@@ -82,9 +82,7 @@ def _numbers(value: Any) -> bool:
 
 
 def _names(method: str, betas: Iterable[float]) -> dict[str, float]:
-    from .sweeps import number
-
-    return {f"{method}-kl-{number(beta)}": beta for beta in betas}
+    return {f"{method}-kl-{name_number(beta)}": beta for beta in betas}
 
 
 def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .config import SFT, parse_reference
 from .errors import SalsaError, require
-from .messages import nearest, short
+from .messages import name_number, nearest, short
 
 References = Iterator[Any]
 """What `reference:` says, one for each value."""
@@ -112,10 +112,10 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
     several, betas = _betas(f"{where}.kl_coef", given.get("kl_coef"))
     references = make(where, values, seeds, **{key: given[key] for key in options if key in given})
     for value, reference in zip(values, references, strict=True):
-        name = f"{PREFIX.get(kind, kind)}-{number(value)}"
+        name = f"{PREFIX.get(kind, kind)}-{name_number(value)}"
         for beta in [value] if kind == "kl_coef" else betas:
             own = {} if beta is None else {"kl_coef": beta}
-            yield (f"{name}-kl-{number(beta or 0.0)}" if several else name), {"reference": reference, **own}
+            yield (f"{name}-kl-{name_number(beta or 0.0)}" if several else name), {"reference": reference, **own}
 
 
 def _betas(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
@@ -127,12 +127,6 @@ def _betas(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
     betas = _numbers(where, value if several else [value], expected, value)
     require(min(betas) >= 0, f"{where}: found {short(value)}, expected at least 0")
     return several, betas
-
-
-def number(value: float) -> str:
-    """A number in a policy's name: as short as %g where that is the number, else with all its digits; never a +."""
-    text = f"{value:g}"
-    return (text if float(text) == value else repr(value)).replace("+", "")
 
 
 def _numbers(where: str, value: Any, expected: str = "a list of numbers", shown: Any = None) -> list[float]:

@@ -207,6 +207,7 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
     assert "expected 4 bits; take --lora lora" in said(load, "model.quantization=null", lora="qlora")
     assert "--set adapter.r=8: found full weights" in said(load, "adapter.r=8", lora=None)
     assert "offload: found frozen with adapters" in said(load, "offload=frozen")
+    assert "precision: found master with adapters, expected auto" in said(load, "precision=master")
     assert load("offload=frozen", lora=None).recipe.offload == "frozen"
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
 

@@ -13,7 +13,7 @@ import pytest
 
 from salsa_peft.config import Judge, SalsaError
 from salsa_peft.judge_parsing import read_verdict
-from salsa_peft.judge_prompts import FIELDS, REMINDER, Game, estimate, figure7, read_prompts, read_references, renderer
+from salsa_peft.judge_prompts import FIELDS, REMINDER, Game, figure7, read_prompts, read_references, renderer
 from salsa_peft.judge_section import check
 
 ONE = Game(("Why is it blue?",), ("Rayleigh.",), ("Paint.",), 1)
@@ -247,32 +247,10 @@ class TestVerdict:
         assert read_verdict("[[" * 100_000) is None
 
 
-class TestEstimate:
-    """For a plan: how many calls, about how many tokens."""
-
-    def test_of_games_and_lengths(self) -> None:
-        """A quarter of the characters that are shown, and an explanation."""
-        section = Judge(kind="openai", model="m", max_tokens=100)
-        calls, tokens = estimate(section, 10, question=400, answer=4000)
-        bare = len(figure7(ONE._replace(turns=("",), a=("",), b=("",))).user) + len(figure7(ONE).system)
-        assert (calls, tokens) == (10, round(10 * ((bare + 400 + 2 * 4000) / 4 + 100)))
-        assert estimate(section, 10, 400, 4000, turns=2)[1] - tokens > 10 * (3 * 400 + 2 * 4000) / 4
-        assert estimate(Judge(kind="openai", model="m", budget=3), 10, 1, 1)[0] == 3
-
-    def test_others_cost_no_tokens(self, prompts: Path) -> None:
-        assert (
-            estimate(Judge(kind="reward"), 10, 1, 1)
-            == estimate(Judge(kind="function", model="a:b"), 10, 1, 1)
-            == (0, 0)
-        )
-        assert estimate(of_fastchat(prompts), 5, 100, 100)[0] == 5
-
-    def test_without_torch(self) -> None:
-        """The dry run imports it."""
-        code = "import sys, salsa_peft.judge_prompts, salsa_peft.judge_parsing, salsa_peft.judge_section; print('torch' in sys.modules)"
-        assert (
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-        )
+def test_without_torch() -> None:
+    """The dry run imports it."""
+    code = "import sys, salsa_peft.judge_prompts, salsa_peft.judge_parsing, salsa_peft.judge_section; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 class TestSection:
