@@ -119,7 +119,10 @@ def test_the_wheel_carries_recipes_adapters_and_templates(tmp_path: Path) -> Non
     }
     data |= {f"salsa_peft/_adapters/{path.name}" for path in (ROOT / "adapters").iterdir()}
     data |= {f"salsa_peft/templates/{path.name}" for path in (PACKAGE / "templates").iterdir()}
-    code = {f"salsa_peft/{path.name}" for path in PACKAGE.glob("*.py")} | {"salsa_peft/py.typed"}
+    code = {f"salsa_peft/{path.name}" for path in PACKAGE.glob("*.py")} | {
+        "salsa_peft/py.typed",
+        "salsa_peft/paper_tables.json",
+    }
     ours = {name for name in names if ".dist-info/" not in name}
     assert ours == data | code
     entry = next(name for name in names if name.endswith("entry_points.txt"))

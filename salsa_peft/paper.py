@@ -1,0 +1,217 @@
+"""The paper's Tables 1 to 5 (Chegini et al. 2024, arXiv 2411.01798) from its own counts: rates, the intervals it leaves out, what does not agree.
+
+paper_tables.json holds what the paper counted and printed, nothing that is computed. Intervals are over judgments, each taken as
+independent, from one training seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from salsa_peft.statistics import Verdicts, holm, rates
+from salsa_peft.text import p_value, percent
+
+CUT = 0.01 + 1e-9
+"""Points between a printed rate and its counts' that rounding, or cutting at the last digit, explains."""
+BASES = {"llama27b": "Llama2-7B", "mistral7b": "Mistral-7B", "gemma2b": "Gemma-2B"}
+"""A base's name, letters and digits alone → what the paper calls it."""
+SETS = {"mtbench": "MT-Bench", "arenahard": "Arena-Hard", "ultrafeedback": "UltraFeedback"}
+MODELS = {"salsa": "SALSA", "ppo": "PPO", "seed-0": "SFT", "mkl": "MKL"}
+"""Of a recipe's models, what the paper calls them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair on one set of questions: a over b."""
+
+    table: int
+    model: str
+    dataset: str
+    """What the counts can be of."""
+    labelled: str
+    """What the paper prints; another one where two labels are swapped."""
+    a: str
+    b: str
+    verdicts: Verdicts
+    missing: int
+    """Judgments that the set has and the table does not (FastChat drops those without a verdict)."""
+    p_holm: float
+    """Corrected over the cells of the same pair in the tables of the same kind: nine, of Table 5 two."""
+    printed: tuple[str, str]
+    """Win rate and adjusted win rate, %."""
+    flags: tuple[str, ...]
+    """What does not agree with the counts."""
+
+    def turned(self) -> Cell:
+        """b over a. What is printed of that is in the flags alone where it is wrong."""
+        counts = self.verdicts
+        return replace(
+            self, a=self.b, b=self.a, verdicts=rates(counts.losses, counts.wins, counts.ties), printed=("", "")
+        )
+
+
+@cache
+def _facts() -> Any:
+    return json.loads(files("salsa_peft").joinpath("paper_tables.json").read_text(encoding="utf-8"))
+
+
+@cache
+def cells() -> tuple[Cell, ...]:
+    """Tables 2 to 5 in the paper's order, a pair once."""
+    facts = _facts()
+    rows, possible = facts["tables"], facts["judgments"]
+    found = []
+    for row in rows:
+        verdicts = rates(row["wins"], row["losses"], row["ties"])
+        total = row["wins"] + row["losses"] + row["ties"]
+        dataset = _dataset(row, rows, possible)
+        flags = [_swapped(row, total, possible)] * (dataset != row["dataset"])
+        flags += [words for words in (_wrong(row, turn, rows) for turn in (0, 1)) if words]
+        printed = row["printed"]
+        found.append(
+            Cell(row["table"], row["model"], dataset, row["dataset"], row["a"], row["b"], verdicts, possible[dataset] - total, 1.0,
+                 (printed["win_rate"][0], printed["adjusted_win_rate"][0]), tuple(flags))
+        )  # fmt: skip
+    groups: dict[tuple[str, str, bool], list[int]] = {}
+    for at, cell in enumerate(found):
+        groups.setdefault((cell.a, cell.b, cell.table == 5), []).append(at)
+    for places in groups.values():
+        for at, p in zip(places, holm([found[at].verdicts.p_value for at in places]), strict=True):
+            found[at] = replace(found[at], p_holm=p)
+    return tuple(found)
+
+
+def _dataset(row: dict[str, Any], rows: list[dict[str, Any]], possible: dict[str, int]) -> str:
+    """The set that a row can be of: its own, or, where it has more judgments than that has, the one that it was swapped with."""
+
+    def count(one: dict[str, Any]) -> int:
+        return int(one["wins"] + one["losses"] + one["ties"])
+
+    same = [one for one in rows if all(one[key] == row[key] for key in ("table", "model", "a", "b"))]
+    if all(count(one) <= possible[one["dataset"]] for one in same):
+        return str(row["dataset"])
+    order = sorted((one["dataset"] for one in same), key=lambda name: possible[name])
+    return str(dict(zip((count(one) for one in sorted(same, key=count)), order, strict=True))[count(row)])
+
+
+def _swapped(row: dict[str, Any], total: int, possible: dict[str, int]) -> str:
+    most = possible[row["dataset"]]
+    why = (
+        f"{total} judgments can't be {row['dataset']}'s {most}"
+        if total > most
+        else f"{total} judgments are those of another set"
+    )
+    return f"labelled {row['dataset']}: {why}; the labels of Table {row['table']} are swapped"
+
+
+def _computed(row: dict[str, Any], turn: int) -> dict[str, float]:
+    wins, losses = (row["wins"], row["losses"])[:: -1 if turn else 1]
+    verdicts = rates(wins, losses, row["ties"])
+    return {"win_rate": 100 * verdicts.win_rate, "adjusted_win_rate": 100 * verdicts.adjusted_win_rate}
+
+
+def _wrong(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> str:
+    """What is printed of a over b (turn 0) or b over a (turn 1) and is not what the counts give, and whose it may be."""
+    computed = _computed(row, turn)
+    off = [key for key in computed if abs(float(row["printed"][key][turn]) - computed[key]) > CUT]
+    if not off:
+        return ""
+    twin = next((other for other in rows if other is not row and (other["a"], other["b"]) == (row["a"], row["b"])
+                 and all(other["printed"][key][turn] == row["printed"][key][turn] for key in off)), None)  # fmt: skip
+    a, b = (row["a"], row["b"])[:: -1 if turn else 1]
+    told = [
+        f"{key.replace('_', ' ')} printed {row['printed'][key][turn]}, the counts give {computed[key]:.2f}"
+        for key in off
+    ]
+    same = f" (the same as {twin['model']}'s in Table {twin['table']})" if twin else ""
+    return f"{a} over {b}: {'; '.join(told)}{same}"
+
+
+def table1() -> list[tuple[Cell, str]]:
+    """Table 1's cells with what it prints of their adjusted win rate."""
+    return [
+        (next(cell for cell in cells() if cell.table < 5 and (cell.model, cell.dataset, cell.a, cell.b)
+              == (row["model"], row["dataset"], row["a"], row["b"])), row["printed"])
+        for row in _facts()["table1"]
+    ]  # fmt: skip
+
+
+def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
+    """The paper's cell of a run's pair, a over b; None where it has none. base: a Hub id or a folder's name; the others as a recipe names them."""
+
+    def known(names: dict[str, str], name: str) -> str | None:
+        letters = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
+        return next((told for start, told in names.items() if letters.startswith(start)), None)
+
+    wanted = (known(BASES, base), known(SETS, dataset))
+    pair = (MODELS.get(a), MODELS.get(b))
+    for cell in cells():
+        if (cell.model, cell.dataset) == wanted and None not in pair:
+            if (cell.a, cell.b) == pair:
+                return cell
+            if (cell.b, cell.a) == pair:
+                return cell.turned()
+    return None
+
+
+def flags() -> list[str]:
+    """Everything in the tables that does not agree with their counts."""
+    found = [f"Table {cell.table}, {cell.model}, {flag}" if flag.startswith("labelled") else f"Table {cell.table}, {cell.model}, {cell.labelled}, {flag}"
+             for cell in cells() for flag in cell.flags]  # fmt: skip
+    return found + [
+        f"Table 1, {cell.model}, {cell.dataset}, {cell.a} over {cell.b}: printed {printed}, the counts give {percent(cell.verdicts.adjusted_win_rate)}"
+        for cell, printed in table1()
+        if abs(float(printed) - 100 * cell.verdicts.adjusted_win_rate) > CUT
+    ]
+
+
+def show(console: Console) -> None:
+    """`salsa report --paper`: every table from its counts."""
+    console.print(Text(f"{_facts()['source']}.\nIntervals: Tango's (1998) score interval of W − L over N, as a win rate; p: exact sign test, ties left out;"
+                       " Holm over a pair's cells. Over judgments of one training seed, each taken as independent."))  # fmt: skip
+    one = _table("Table 1, adjusted win rate, %", "model", "questions", "pair", "printed", "counts [95%]", "p, Holm")
+    for cell, printed in table1():
+        one.add_row(cell.model, cell.dataset, f"{cell.a} – {cell.b}", printed, _interval(cell), p_value(cell.p_holm))
+    console.print(one)
+    for number in (2, 3, 4, 5):
+        of = [cell for cell in cells() if cell.table == number]
+        title = f"Table {number}, {of[0].model}"
+        table = _table(title, "questions", "pair", "win", "loss", "tie", "missing", "win rate, printed", "counts", "adjusted, printed", "counts [95%]", "p", "p, Holm")  # fmt: skip
+        for cell in of:
+            v = cell.verdicts
+            table.add_row(cell.dataset + ("*" if cell.flags else ""), f"{cell.a} – {cell.b}", str(v.wins), str(v.losses), str(v.ties), str(cell.missing), cell.printed[0],
+                          f"{100 * v.win_rate:.2f}", cell.printed[1], _interval(cell), p_value(v.p_value), p_value(cell.p_holm))  # fmt: skip
+        console.print(table)
+    console.print(Text("* Does not agree:" if flags() else "Everything printed agrees with its counts."))
+    for flag in flags():
+        console.print(Text(f"  {flag}"))
+    for a, b in (("SALSA", "PPO"), ("SALSA", "SFT")):
+        of = [cell for cell, _ in table1() if (cell.a, cell.b) == (a, b)]
+        above, held = sum(cell.verdicts.low > 0.5 for cell in of), sum(cell.p_holm < 0.05 and cell.verdicts.adjusted_win_rate > 0.5 for cell in of)  # fmt: skip
+        console.print(
+            Text(
+                f"{a} over {b}: {above} of {len(of)} intervals lie above 50%, {held} of {len(of)} with p < 0.05 after Holm."
+            )
+        )
+
+
+def _table(title: str, *header: str) -> Table:
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+    left = ("model", "questions", "pair")
+    for name in header:
+        table.add_column(Text(name), justify="left" if name in left else "right", no_wrap=name in left)
+    return table
+
+
+def _interval(cell: Cell) -> str:
+    v = cell.verdicts
+    return f"{100 * v.adjusted_win_rate:.2f} [{percent(v.low)}, {percent(v.high)}]"
