@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import adapters, data
+from .comparisons import clusters
 from .config import Sampling
 from .generation import respond
 from .questions import Question, temperature
@@ -152,11 +153,6 @@ def fitting_questions(job: Job, bench: Workbench, questions: Sequence[Question])
     """Those whose first turn leaves room for a whole answer within model.max_length; the others are noted. Raises SalsaError for none."""
     rows = [{"prompt": question.messages, "question": question} for question in questions]
     return [row["question"] for row in fitting(job, bench, rows)]
-
-
-def clusters(rows: Sequence[Mapping[str, Any]]) -> list[int] | None:
-    """The question of each row, for intervals over questions; None where each has one turn."""
-    return [row["index"] for row in rows] if any(row["turn"] > 1 for row in rows) else None
 
 
 def means(rows: Sequence[Mapping[str, Any]], measure: str) -> Any:

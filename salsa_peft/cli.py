@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,22 +15,14 @@ HELP = """usage: salsa COMMAND …
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   the whole of SALSA from one recipe
   salsa soup OUT MEMBER MEMBER …                            average adapters, or checkpoints
   salsa landscape OUT MEMBER MEMBER [MEMBER] …              a measure along the line or on the plane between them
-  salsa report RUN_FOLDER|RECIPE …                          make the report of a finished run again
+  salsa report RUN [RUN …] | --paper                        the report of a finished run again, several in one; the paper's tables
 
 `salsa COMMAND --help` says more; `salsa --version`."""
 
 
 def report(argv: list[str]) -> int:
-    """Make the report stage again: of a run's folder (it holds its resolved recipe), or of a recipe with run's own options."""
-    words = [
-        index
-        for index, word in enumerate(argv)
-        if os.path.isdir(word) and os.path.isfile(os.path.join(word, "recipe.yaml"))
-    ]
-    if words and "--output-dir" not in argv:
-        folder = argv[words[0]]
-        argv = [*argv[: words[0]], os.path.join(folder, "recipe.yaml"), *argv[words[0] + 1 :], "--output-dir", folder]
-    return recipe.main([*argv, "--stages", "report", "--force", "report"], prog="salsa report")
+    """salsa_peft.report."""
+    return importlib.import_module("salsa_peft.report").main(argv) or 0
 
 
 def soup(argv: list[str]) -> int:

@@ -319,8 +319,8 @@ class Evaluate:
     other questions. A number: for all; 0 takes the likeliest token."""
     judge: Annotated[Judge | None, BeforeValidator(as_judge)] = None
     """Who compares the answers of `pairs`. None: nobody, scores alone are compared."""
-    samples: Count = 5
-    """Prompts whose responses the report shows side by side."""
+    samples: Count = 20
+    """Questions of each set whose answers the report shows side by side: its first ones."""
     seed: Seed = 0
     """Sampling seed; the landscape's own, so that a seed or the soup scores the same in both."""
 

@@ -1,4 +1,4 @@
-"""The evaluate stage: answers of seed-0, soup and every policy to held-out questions, scored and compared pair by pair.
+"""The evaluate stage: answers of seed-0, soup and every policy to held-out questions, scored.
 
 Answers are on the disk a batch at a time: a stage that was killed goes on with what is missing.
 """
@@ -6,7 +6,6 @@ Answers are on the disk a batch at a time: a stage that was killed goes on with 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -17,15 +16,16 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from . import adapters, data, fastchat_files, search
-from .answers import Rows, answer, clusters, fitting_questions
+from . import adapters, data, fastchat_files
+from .answers import Rows, answer, fitting_questions
+from .comparisons import clusters
 from .config import Recipe, parse_reference
 from .landscape import measures
 from .progress import bar
 from .questions import Question, questions
 from .references import attach_reference, mixture, move_to
 from .runs import Job, write_atomic
-from .statistics import compare, mean_interval, paired_difference
+from .statistics import mean_interval
 from .workbench import Workbench, seeds_of
 
 PARTIAL = "partial"
@@ -66,50 +66,20 @@ def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], 
     return model, {name: functools.partial(read, name) for name in model_names(recipe)}
 
 
-def summarize(answers: Mapping[str, Rows], compared: search.Pairs, names: list[str]) -> dict[str, Any]:
-    """One set of questions: each model's means with intervals, each pair's verdicts by every measure; over all turns, clustered by question."""
-
-    def scores(model: str, measure: str) -> list[float]:
-        return [row["scores"][measure] for row in answers[model]]
-
+def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
+    """One set of questions: each model's means with intervals, over all turns, clustered by question. Pairs: comparisons.py."""
     rows = next(iter(answers.values()))
     of = clusters(rows)
     models = {
         model: {
-            "scores": {measure: asdict(mean_interval(scores(model, measure), of)) for measure in names},
+            "scores": {name: asdict(mean_interval([row["scores"][name] for row in found], of)) for name in names},
             "response_length": asdict(mean_interval([row["length"] for row in found], of)),
             "empty_share": sum(row["empty"] for row in found) / len(found),
         }
         for model, found in answers.items()
     }
-    verdicts = []
-    for (a, b), measure in itertools.product(compared, names):
-        x, y = scores(a, measure), scores(b, measure)
-        difference = asdict(paired_difference(x, y, of))
-        verdicts.append(
-            {"a": a, "b": b, "measure": measure, **asdict(compare(x, y, clusters=of)), "difference": difference}
-        )
     turns = max(row["turn"] for row in rows)
-    return {"n": len({row["index"] for row in rows}), "turns": turns, "models": models, "pairs": verdicts}
-
-
-def compared(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> tuple[search.Pairs, dict[str, Any] | None]:
-    """(pairs, what a search found): candidates against the opponent first, then the pairs. Where the reward picks, a searched policy is the
-    candidate picked; where the judge will, each of them."""
-    section, wanted = recipe.search, search.pairs(recipe)
-    if section is None:
-        return wanted, None
-    trials = search.trials(recipe)
-    if section.by == "judge":
-        return list(dict.fromkeys(trials + search.spread(wanted, recipe))), None
-    sets = section.questions or list(answers)
-    rates = {}
-    for a, b in trials:
-        x, y = ([row["scores"]["reward"] for name in sets for row in answers[name][model]] for model in (a, b))
-        of = [(name, row["index"]) for name in sets for row in answers[name][a]]
-        rates[a] = asdict(compare(x, y, clusters=of if len(set(of)) < len(of) else None))
-    found = search.pick(recipe, rates, list(answers))
-    return list(dict.fromkeys(trials + search.picked(wanted, found))), found
+    return {"n": len({row["index"] for row in rows}), "turns": turns, "models": models}
 
 
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
@@ -168,14 +138,12 @@ def run(job: Job) -> dict[str, Any]:
     sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {name: fitting_questions(job, bench, questions(source, columns=columns)) for name, source in sources.items()}
     answers, measured = ask(job, bench, sets)
-    # 3. means, wins, losses, ties
-    pairs, found = compared(recipe, answers)
+    # 3. means
     result = {
         "measures": measured,
         "models": model_names(recipe),
         "temperature": recipe.generation.temperature,
-        "datasets": {dataset: summarize(given, pairs, measured) for dataset, given in answers.items()},
-        "search": found,
+        "datasets": {dataset: summarize(given, measured) for dataset, given in answers.items()},
     }
     for dataset, given in answers.items():
         fastchat_files.write(job.folder / "data" / dataset, sets[dataset], given)

@@ -42,7 +42,7 @@ def win_rates(name: str, title: str, pairs: Sequence[Mapping[str, Any]], styles:
             rate, low, high = (100 * pair[key] for key in ("adjusted_win_rate", "low", "high"))
             _interval(axes, row, rate, low, high, styles[pair["a"]], low <= 50 <= high)
             axes.annotate(f"{rate:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", size=9)
-        _rows(axes, [f"{pair['a']} over {pair['b']}" for pair in pairs])
+        _rows(axes, [pair.get("label") or f"{pair['a']} over {pair['b']}" for pair in pairs])
         axes.set(title=title, xlabel="adjusted win rate of the first model, %")
 
     return panel(name, f"{title}: adjusted win rates", draw, 0.27 * len(pairs) + 0.95)
@@ -177,6 +177,51 @@ def curve(
         axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
 
     return panel(name, f"{title} of each policy over training", draw, 2.8)
+
+
+def ablation(
+    name: str,
+    title: str,
+    points: Sequence[Mapping[str, Any]],
+    xlabel: str,
+    log: bool,
+    styles: Mapping[str, Look],
+) -> Panel:
+    """Adjusted win rate against one number that policies differ in (the paper's Fig. 4a, 5): a line through the best at each, for each name."""
+    names = list(dict.fromkeys(point["name"] for point in points))
+    spare = dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False))
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(50, color=MUTED, lw=1.1)
+        for one in names:
+            look = {**spare, **styles}[one] if one in styles or one in spare else KNOWN["salsa"]
+            mine = sorted((point for point in points if point["name"] == one), key=lambda point: point["x"])
+            best = {
+                point["x"]: max(other["adjusted_win_rate"] for other in mine if other["x"] == point["x"])
+                for point in mine
+            }
+            axes.plot(list(best), [100 * rate for rate in best.values()], color=look.color, ls=look.dash, label=one)
+            for point in mine:
+                low, high, rate = (100 * point[key] for key in ("low", "high", "adjusted_win_rate"))
+                axes.plot([point["x"]] * 2, [low, high], color=look.color, lw=1.6, alpha=0.6)
+                axes.plot(
+                    point["x"],
+                    rate,
+                    marker=look.marker,
+                    ms=7,
+                    color=look.color,
+                    mfc=PAPER if low <= 50 <= high else look.color,
+                )
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        axes.set(title=title, xlabel=xlabel, ylabel="adjusted win rate, %")
+        if len(names) > 1:
+            axes.legend(loc="best", ncols=2)
+
+    return panel(name, f"{title}: adjusted win rate", draw, 3.0)
 
 
 def distributions(

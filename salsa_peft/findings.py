@@ -13,7 +13,7 @@ from typing import Any
 
 from salsa_peft.panels import MEASURES
 from salsa_peft.statistics import compare, paired_difference
-from salsa_peft.text import estimate, percent, signed
+from salsa_peft.text import estimate, p_value, percent, signed
 
 FEW = 30
 """Fewer prompts than this are warned of: the t-interval leans on the mean being near normal."""
@@ -88,21 +88,22 @@ def difference(
                     "high": 1 - pair["low"],
                 },
             }
-    found: dict[str, dict[int, float]] = {a: {}, b: {}}
+    found: dict[str, dict[tuple[int, int], float]] = {a: {}, b: {}}
     for row in answers:
         if row["dataset"] == dataset and row["model"] in found and row["scores"].get(measure) is not None:
-            found[row["model"]][row["index"]] = row["scores"][measure]
+            found[row["model"]][row["index"], row["turn"]] = row["scores"][measure]
     both = sorted(found[a].keys() & found[b].keys())
     if not both:
         return None
     first, second = [found[a][i] for i in both], [found[b][i] for i in both]
-    verdicts = compare(first, second)
+    of = [index for index, _ in both] if any(turn > 1 for _, turn in both) else None
+    verdicts = compare(first, second, clusters=of)
     return {
         "dataset": dataset,
         "measure": measure,
         "a": a,
         "b": b,
-        **asdict(paired_difference(first, second)),
+        **asdict(paired_difference(first, second, of)),
         "rate": {key: getattr(verdicts, key) for key in ("adjusted_win_rate", "low", "high")},
     }
 
@@ -167,6 +168,31 @@ def finding(
         for dataset, told in others.items()
     ]
     return [*lead, REPLICATE], more + (_along(landscape) if landscape else [])
+
+
+def of_judge(told: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The judge's verdicts as sentences: the first set of questions, and a point for each other one. told: report_judge.judged."""
+    sentences = []
+    for dataset, data in told["datasets"].items():
+        turns = f", {data['turns']} turns each" if data["turns"] > 1 else ""
+        pairs = "; ".join(f"{pair['a']} over {pair['b']} {_rate(pair, policies)}" for pair in data["pairs"])
+        sentences.append(f"On {data['questions']} questions of “{dataset}”{turns}, by adjusted win rate: {pairs}.")
+    lead = [f"Judged by {told['judge']} in both orders. {sentences[0]}"] if sentences else []
+    return lead, sentences[1:]
+
+
+def _rate(pair: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
+    control = is_control(pair["b"], policies)
+    if pair["n"] == 0:
+        return "without any verdict"
+    text = f"{percent(pair['adjusted_win_rate'])}% [{percent(pair['low'])}, {percent(pair['high'])}]"
+    if pair["low"] <= 0.5 <= pair["high"]:
+        return f"{text}, not distinguishable from 50%" + (": no evidence here that averaging helps" if control else "")
+    better = pair["a"] if pair["adjusted_win_rate"] > 0.5 else pair["b"]
+    text += f", {better} preferred" + (
+        "" if pair["p_holm"] < 0.05 else f" (p {p_value(pair['p_holm'])} over the pairs of this set, Holm: not shown)"
+    )
+    return text + (", the control without averaging" if control and better == pair["b"] else "")
 
 
 def untuned(one: Mapping[str, Any], policies: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import judge_files, search
+from . import comparisons, judge_files, search
 from .config import Recipe
 from .judges import Game, Ruling, judge_of
 from .progress import bar
@@ -148,7 +148,8 @@ def run(job: Job) -> dict[str, Any]:
     """Write judgments.jsonl, verdicts.json and the files that FastChat and arena-hard-auto read."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
-    found, known = read(job.inputs["evaluate"]), _search_by_reward(job.inputs["evaluate"])
+    found = read(job.inputs["evaluate"])
+    known = comparisons.searched(recipe, comparisons.by_set(json_lines(job.inputs["evaluate"] / "answers.jsonl")))
     judge = judge_of(section, cache=job.folder.parents[1] / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
     rows: list[dict[str, Any]] = []
     prompts: list[tuple[str, str]] = []
@@ -179,11 +180,6 @@ def run(job: Job) -> dict[str, Any]:
     }
     write_atomic(job.folder / "verdicts.json", json.dumps(result, indent=2))
     return {**judge.calls, "judgments": len(rows), "missing": sum(row["winner"] == "missing" for row in rows)}
-
-
-def _search_by_reward(folder: Path) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).get("search")
-    return found
 
 
 def _search_by_judge(recipe: Recipe, rows: Sequence[dict[str, Any]], sets: list[str]) -> dict[str, Any] | None:

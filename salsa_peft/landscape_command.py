@@ -113,7 +113,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def draw(found: Mapping[str, Any], folder: Path) -> None:
     """The figures, each as SVG and PNG."""
     from salsa_peft.panels import looks
-    from salsa_peft.report import draw_landscape
+    from salsa_peft.report_figures import draw_landscape
 
     ends = [end for line in found["lines"] for end in line["ends"]]
     for panel in draw_landscape(found, looks([*ends, "soup"])):

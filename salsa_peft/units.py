@@ -219,9 +219,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
         "prompts": {name: files.source(source) for name, source in options.prompts.items()},
         "models": [model if model in recipe.policies else None for model in options.models],
         "references": [files.reference(reference) for reference in references],
-        "pairs": options.pairs,
         "temperature": options.temperature,
-        **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
         "reward": files.reward(recipe),
         "seed": options.seed,
         "generation": dataclasses.asdict(recipe.generation),
@@ -257,4 +255,6 @@ def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The report of everything."""
     units = [toy_units, sft_units, reward_units, soup_units, ppo_units, landscape_units, evaluate_units, judge_units]
     inputs = tuple(unit.id for make in units for unit in make(recipe, ""))
-    return [Unit(stage="report", name="report", run=run, inputs=inputs, slice={"samples": recipe.evaluate.samples})]
+    search_section = None if recipe.search is None else dataclasses.asdict(recipe.search)
+    parts = {"samples": recipe.evaluate.samples, "pairs": search.pairs(recipe), "search": search_section}
+    return [Unit(stage="report", name="report", run=run, inputs=inputs, slice=parts)]

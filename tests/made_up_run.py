@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from salsa_peft.report import PolicyReport, ReportInput
+from salsa_peft import judging
+from salsa_peft.report_input import PolicyReport, ReportInput
 from salsa_peft.statistics import compare, mean_interval, paired_difference
 
 SKILL = {"seed-0": 0.76, "base": 0.30, "soup": 0.825, "ppo": 0.81, "salsa": 0.845, "shrunk": 0.85, "mkl": 0.83}
@@ -33,10 +34,12 @@ def synthetic(
                 {
                     "dataset": dataset,
                     "index": i,
+                    "turn": 1,
                     "prompt": f"list {2 + i % 3} fruit (question {i})",
                     "model": model,
                     "response": " ".join(rng.choice(["mopa", "tiru", "kesh", "lun", "bado"], 2 + i % 3)),
                     "scores": {m: float(scores[model][m][i]) for m in measures},
+                    "length": 2 + i % 3,
                 }
                 for i in range(n)
             ]
@@ -79,7 +82,7 @@ def synthetic(
                 "peak_mb": 431.0 + 7 * i,
                 "gpu_peak_mb": None,
                 "gpu_planned_mb": None,
-                "skipped": i < 2,
+                "inputs": ["sft/seed-0", "soup"] if i > 5 else [],
             }
             for i, unit in enumerate(
                 [
@@ -165,3 +168,42 @@ def landscape(rng: np.random.Generator, measures: list[str]) -> dict[str, Any]:
         "lines": lines,
         "plane": {"members": ["seed-0", "seed-1", "seed-2"], "points": plane},
     }
+
+
+JUDGED = (("salsa", "ppo"), ("salsa", "seed-0"), ("ppo", "seed-0"), ("salsa", "shrunk"))
+
+
+def with_judge(
+    run: ReportInput, pairs: tuple[tuple[str, str], ...] = JUDGED, seed: int = 0, words: str = "[[A]]"
+) -> ReportInput:
+    """The same run with a second turn in its first set and a judge who flips every eighth pair and says nothing of every twentieth."""
+    rng = np.random.default_rng(seed)
+    first = next(iter(run.evaluation["datasets"]))
+    again = [{**row, "turn": 2, "prompt": "and why?"} for row in run.answers if row["dataset"] == first]
+    answers = [{**row, "question_id": 81 + row["index"], "category": "writing"} for row in [*run.answers, *again]]
+    score = {(row["dataset"], row["index"], row["turn"], row["model"]): row["scores"]["reward"] for row in answers}
+    judgments = []
+    for dataset, index, turn in dict.fromkeys(key[:3] for key in score):
+        for a, b in pairs:
+            gap = score[dataset, index, turn, a] - score[dataset, index, turn, b] + rng.normal(0, 0.3)
+            won = "a" if gap > 0.2 else "b" if gap < -0.2 else "tie"
+            other = {"a": "b", "b": "a", "tie": "a"}[won] if rng.random() < 1 / 8 else won
+            games = ("missing", won) if rng.random() < 1 / 20 else (won, other)
+            judgments.append(
+                {"dataset": dataset, "question_id": 81 + index, "index": index, "category": "writing", "turn": turn, "a": a, "b": b,
+                 "first": games[0], "second": games[1],
+                 "winner": "missing" if "missing" in games else games[0] if games[0] == games[1] else "tie",
+                 "tie_kind": None if "missing" in games or games[0] == games[1] != "tie" else "agreed" if games[0] == games[1] else "half" if "tie" in games else "flipped",
+                 "lengths": [3 + int(rng.integers(9)), 3 + int(rng.integers(9))], "told": [f"better: {words}", ""]}
+            )  # fmt: skip
+    questions = {
+        name: judging.Dataset([{"turns": ["?"] * (2 if name == first else 1)}] * data["n"], {})
+        for name, data in run.evaluation["datasets"].items()
+    }
+    verdicts = {
+        "judge": {"kind": "local", "model": "/home/somebody/judges/tiny-judge", "prompt": "figure7"},
+        "calls": {"asked": 400, "cached": 8, "retried": 0, "prompt_tokens": 61000, "completion_tokens": 4200},
+        "datasets": judging.verdicts(judgments, questions),
+        "search": None,
+    }
+    return replace(run, answers=answers, judgments=judgments, verdicts=verdicts, limit=4)

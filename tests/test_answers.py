@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import answers, evaluate, fastchat_files, generation
+from salsa_peft import answers, comparisons, evaluate, fastchat_files, generation
 from salsa_peft.answers import answer
 from salsa_peft.config import Evaluate, Generation, Model, Sampling
 from salsa_peft.data import prompt_tokens
@@ -235,33 +234,45 @@ def test_the_reward_picks_over_all_questions_together(tmp_path: Path) -> None:
         "in": {"seed-0": scored(0, 0, 0), "salsa-kl-0.1": scored(1, -1, -1), "salsa-kl-0.5": scored(1, 1, -1), "ppo": scored(0, 0, 0)},
         "out": {"seed-0": scored(0, 0, 0), "salsa-kl-0.1": scored(1, 1, 1), "salsa-kl-0.5": scored(1, -1, -1), "ppo": scored(0, 0, 0)},
     }  # fmt: skip
-    pairs, found = evaluate.compared(search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa]}"), given)
+    recipe = search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa]}")
+    found = comparisons.searched(recipe, given)
     assert found is not None and found["methods"]["salsa"]["best"] == "salsa-kl-0.1"
     assert [one["adjusted_win_rate"] for one in found["methods"]["salsa"]["tried"]] == pytest.approx([4 / 6, 3 / 6])
-    assert pairs == [("salsa-kl-0.1", "seed-0"), ("salsa-kl-0.5", "seed-0"), ("salsa-kl-0.1", "ppo")]
-    _, alone = evaluate.compared(
+    assert comparisons.wanted(recipe, found) == [
+        ("salsa-kl-0.1", "seed-0"),
+        ("salsa-kl-0.5", "seed-0"),
+        ("salsa-kl-0.1", "ppo"),
+    ]
+    alone = comparisons.searched(
         search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa], questions: [in]}"), given
     )
     assert alone is not None and alone["methods"]["salsa"]["best"] == "salsa-kl-0.5"
 
 
-def test_where_the_judge_picks_every_candidate_is_scored(tmp_path: Path) -> None:
-    """In the pairs of its policy too."""
+def test_where_the_judge_picks_scores_do_not(tmp_path: Path) -> None:
+    """Its pick stands in the pairs then."""
     given = {"in": {name: scored(0.0) for name in ("seed-0", "salsa-kl-0.1", "salsa-kl-0.5", "ppo")}}
-    pairs, found = evaluate.compared(
-        search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa], by: judge}"), given
-    )
-    assert found is None
-    assert pairs == [
-        ("salsa-kl-0.1", "seed-0"),
-        ("salsa-kl-0.5", "seed-0"),
-        ("salsa-kl-0.1", "ppo"),
-        ("salsa-kl-0.5", "ppo"),
-    ]
+    recipe = search_recipe(tmp_path, "{kl_coef: [0.1, 0.5], methods: [salsa], by: judge}")
+    assert comparisons.searched(recipe, given) is None
+    by_judge = {"methods": {"salsa": {"best": "salsa-kl-0.5"}}}
+    assert comparisons.wanted(recipe, by_judge)[-1] == ("salsa-kl-0.5", "ppo")
 
 
-def test_a_partial_file_that_is_not_there(tmp_path: Path) -> None:
-    """Nothing is known."""
-    assert evaluate.read_partial(tmp_path / "none.jsonl") == {}
-    evaluate.keep(tmp_path / "a" / "0.jsonl", [{"index": 0, "turn": 1, "response": "\u2028"}])
-    assert json.dumps(evaluate.read_partial(tmp_path / "a" / "0.jsonl")[0, 1]["response"]) == '"\\u2028"'
+def test_pairs_are_clustered_by_question() -> None:
+    """Counts over turns, the interval over questions: of two questions whose turns agree as of two judgments each seen twice."""
+    rows = {
+        name: [
+            {"index": at, "turn": turn, "scores": {"reward": value}}
+            for turn in (1, 2)
+            for at, value in enumerate(values)
+        ]
+        for name, values in {"a": (1.0, 0.0, 3.0), "b": (0.0, 1.0, 0.0)}.items()
+    }
+    (pair,) = comparisons.pairs(rows, [("a", "b")], ["reward"])
+    assert (pair["wins"], pair["losses"], pair["difference"]["n"]) == (4, 2, 3)
+    single = {name: of[:3] for name, of in rows.items()}
+    (once,) = comparisons.pairs(single, [("a", "b")], ["reward"])
+    assert (once["wins"], once["losses"], once["difference"]["mean"]) == (2, 1, pair["difference"]["mean"])
+    assert once["difference"]["low"] == pytest.approx(
+        pair["difference"]["low"]
+    )  # turns add nothing that questions lack

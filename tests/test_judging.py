@@ -76,9 +76,9 @@ def rows(answers: dict[str, list[list[str]]], name: str = "mine") -> tuple[list[
 
 @pytest.fixture
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """judge(answers, more of the recipe, evaluate's search) → the stage's folder after it ran with the function above as judge."""
+    """judge(answers, more of the recipe) → the stage's folder after it ran with the function above as judge."""
 
-    def make(sets: dict[str, dict[str, list[list[str]]]], more: str, found: Any = None) -> Path:
+    def make(sets: dict[str, dict[str, list[list[str]]]], more: str) -> Path:
         (tmp_path / "my_judge.py").write_text(JUDGE)
         monkeypatch.delitem(sys.modules, "my_judge", raising=False)
         (tmp_path / "j.yaml").write_text(TEXT + more)
@@ -90,7 +90,6 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         made = [rows(answers, name) for name, answers in sets.items()]
         for file, place in (("questions.jsonl", 0), ("answers.jsonl", 1)):
             (evaluated / file).write_text("".join(json.dumps(row) + "\n" for pair in made for row in pair[place]))
-        (evaluated / "evaluation.json").write_text(json.dumps({"search": found}))
         judging.run(Job(recipe=recipe, unit=unit, folder=folder, inputs={"evaluate": evaluated}, recipe_yaml=""))
         return folder
 
@@ -209,13 +208,13 @@ def test_a_search_by_the_judge_judges_candidates_first(judge: Any) -> None:
     ]  # fmt: skip
 
 
-def test_a_search_by_the_reward_comes_from_the_evaluation(judge: Any) -> None:
-    """Its pick is taken over."""
-    answers = {"salsa-kl-0.2": [["12345"]], "ppo": [["1"]]}
-    pick = {"methods": {"salsa": {"best": "salsa-kl-0.2", "tried": []}}}
+def test_a_search_by_the_reward_picks_from_the_scores(judge: Any) -> None:
+    """And the candidate picked is judged in its policy's place."""
+    answers = {"seed-0": [["12"]], "salsa-kl-0.01": [["1"]], "salsa-kl-0.2": [["12345"]], "ppo": [["1"]]}
     more = f"search: {{kl_coef: [0.01, 0.2], methods: [salsa]}}\nevaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n"
-    folder = judge({"mine": answers}, more, pick)
+    folder = judge({"mine": answers}, more)
     assert {(row["a"], row["b"]) for row in json_lines(folder / "judgments.jsonl")} == {("salsa-kl-0.2", "ppo")}
+    assert json.loads((folder / "verdicts.json").read_text())["search"]["methods"]["salsa"]["best"] == "salsa-kl-0.2"
 
 
 def test_a_conversation_before_the_first_answer_is_shown() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import adapters, evaluate, landscape
+from salsa_peft import adapters, comparisons, evaluate, landscape
 from salsa_peft.answers import answer
 from salsa_peft.config import Evaluate, Generation, Landscape, Model, Policy, Recipe
 from salsa_peft.data import prompt_tokens
@@ -207,7 +207,7 @@ class TestEvaluate:
             "a": answers_of([3, 2, 0, 5], [2, 4, 6, 8], [True, False, False, False]),
             "b": answers_of([1, 2, 4, 1], [1, 1, 1, 1]),
         }
-        found = evaluate.summarize(answers, [("a", "b")], ["reward", "gold"])
+        found = evaluate.summarize(answers, ["reward", "gold"])
         assert found["n"] == 4
         assert list(found["models"]) == ["a", "b"]
         a, b = found["models"]["a"], found["models"]["b"]
@@ -222,7 +222,7 @@ class TestEvaluate:
             1,
             0,
         )
-        by_reward, by_gold = found["pairs"]
+        by_reward, by_gold = comparisons.pairs(answers, [("a", "b")], ["reward", "gold"])
         assert (by_reward["a"], by_reward["b"], by_reward["measure"], by_gold["measure"]) == (
             "a",
             "b",

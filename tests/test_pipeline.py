@@ -259,6 +259,52 @@ def test_a_second_run_skips_everything_and_a_damaged_file_is_redone(run: Path) -
     assert "adapter_model.safetensors" not in command(run, "--dry-run").stdout
 
 
+def test_a_judge_later_and_two_runs_in_one_report(run: Path, tmp_path: Path) -> None:
+    """Only what is new is made; the runs' own numbers stand in the joined page; one run twice is refused."""
+    other = tmp_path / "judged"
+    shutil.copytree(run, other)
+    done = command(
+        other,
+        "--set",
+        "evaluate.judge=reward",
+        "--set",
+        'evaluate.pairs=[["salsa", "ppo"]]',
+        "--stages",
+        "judge,report",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = [line for line in done.stderr.splitlines() if "… done" in line]
+    assert [line.split(" …")[0] for line in made][-2:] == ["judge", "report"]
+    (pair,) = read(unit(other, "judge") / "verdicts.json")["datasets"]["in"]["pairs"]
+    rate = f"{100 * pair['adjusted_win_rate']:.1f} [{100 * pair['low']:.1f}, {100 * pair['high']:.1f}]"
+    page = (other / "report.html").read_text("utf-8")
+    assert "What the judge says" in page and rate.split()[0] in page and rate.split(" ", 1)[1] in page
+    report = [sys.executable, "-m", "salsa_peft.report", str(run), str(other), "--output-dir", str(tmp_path / "joined")]
+    done = subprocess.run(report, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "joined" / "report.html")), done.stderr
+    cells = read(tmp_path / "joined" / "summary.json")["cells"]
+    (mine,) = [cell for cell in cells if cell["by"] == "reward" and cell["dataset"] == "in"]
+    assert [mine[key] for key in ("wins", "losses", "ties", "low", "high")] == [
+        pair[key] for key in ("wins", "losses", "ties", "low", "high")
+    ]
+    (gold,) = [
+        cell
+        for cell in cells
+        if (cell["by"], cell["dataset"], cell["a"], cell["b"]) == ("gold reward", "in", "salsa", "ppo")
+    ]
+    known = next(
+        one
+        for one in read(unit(run, "report") / "summary.json")["evaluation"]["datasets"]["in"]["pairs"]
+        if (one["a"], one["b"], one["measure"]) == ("salsa", "ppo", "gold")
+    )
+    counts = ("wins", "losses", "ties", "low", "high")
+    assert [gold[key] for key in counts] == pytest.approx([known[key] for key in counts])
+    twice = subprocess.run(
+        [*report[:-2], str(run)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert twice.returncode == 2 and "again" in twice.stderr
+
+
 def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted(
     run: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -17,9 +17,10 @@ import pytest
 from made_up_run import synthetic
 from markdown_it import MarkdownIt
 
-from salsa_peft import findings
+from salsa_peft import findings, runs
 from salsa_peft import text as words
-from salsa_peft.report import ReportInput, write_report
+from salsa_peft.report_input import ReportInput
+from salsa_peft.report_page import write_report
 
 HOSTILE = (
     "<script>alert(1)</script> | a `b`\n```\n# not a heading\n````\n{{ 7 * 7 }} {% raw %} "
@@ -40,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in ("meta", "link", "img", "br"):
+        if tag not in ("meta", "link", "img", "br", "input"):
             self.open.append(tag)
         self.resources += [value or "" for key, value in attrs if key in ("src", "srcset", "href", "data", "action")]
 
@@ -258,10 +259,9 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
 
 def test_a_line_separator_in_an_answer_is_no_new_line(tmp_path: Path) -> None:
     """U+2028, U+2029 and U+0085 stand unescaped in JSON lines; the report stage reads them back."""
-    from salsa_peft.stages import _lines
 
     rows = [{"response": "a\u2028b\u2029c\u0085d"}, {"response": "e"}]
     (tmp_path / "answers.jsonl").write_text(
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
     )
-    assert _lines(tmp_path / "answers.jsonl") == rows
+    assert runs.json_lines(tmp_path / "answers.jsonl") == rows

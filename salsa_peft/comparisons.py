@@ -1,0 +1,62 @@
+"""Answers that have scores → who is better by each measure, pair by pair, and the KL coefficient that a search by the reward picks.
+
+Taken from answers.jsonl whenever they are wanted: another pair in the recipe asks no model anything. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from . import search
+from .config import Recipe
+from .statistics import compare, paired_difference
+
+Rows = Sequence[Mapping[str, Any]]
+"""Of answers.jsonl, one model's answers to one set of questions, in order: turn by turn, index by index."""
+
+
+def clusters(rows: Rows) -> list[int] | None:
+    """The question of each row, for intervals over questions; None where each has one turn."""
+    return [row["index"] for row in rows] if any(row["turn"] > 1 for row in rows) else None
+
+
+def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Set of questions → model → its rows."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in answers:
+        found.setdefault(row["dataset"], {}).setdefault(row["model"], []).append(row)
+    return found
+
+
+def pairs(answers: Mapping[str, Rows], wanted: search.Pairs, measures: Sequence[str]) -> list[dict[str, Any]]:
+    """One set of questions: each pair's verdicts by every measure and the mean difference; over all turns, clustered by question."""
+    found = []
+    for (a, b), measure in itertools.product(wanted, measures):
+        x, y = ([row["scores"][measure] for row in answers[model]] for model in (a, b))
+        of = clusters(answers[a])
+        difference = asdict(paired_difference(x, y, of))
+        found.append(
+            {"a": a, "b": b, "measure": measure, **asdict(compare(x, y, clusters=of)), "difference": difference}
+        )
+    return found
+
+
+def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any] | None:
+    """What a search by the reward tried and picked (`search.pick`), over all questions of its sets; None without one, or where the judge picks."""
+    section = recipe.search
+    if section is None or section.by == "judge":
+        return None
+    sets, rates = section.questions or list(answers), {}
+    for a, b in search.trials(recipe):
+        x, y = ([row["scores"]["reward"] for name in sets for row in answers[name][model]] for model in (a, b))
+        of = [(name, row["index"]) for name in sets for row in answers[name][a]]
+        rates[a] = asdict(compare(x, y, clusters=of if len(set(of)) < len(of) else None))
+    return search.pick(recipe, rates, list(answers))
+
+
+def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> search.Pairs:
+    """Candidates against the opponent first, then the recipe's pairs, a searched policy by the candidate that was picked."""
+    return list(dict.fromkeys(search.trials(recipe) + search.picked(search.pairs(recipe), found)))
