@@ -18,6 +18,7 @@ from salsa_peft.adapter_folders import check_out
 from salsa_peft.config import require
 from salsa_peft.hub_errors import said_in_a_line
 from salsa_peft.paths import HUB_ID
+from salsa_peft.runs import read_manifest
 from salsa_peft.stacked_adapter import StackedAdapter, check_weights
 from salsa_peft.strategies import STRATEGIES, Ask, Choice, Measure
 
@@ -188,9 +189,14 @@ def _checkpoints(out: Path, folders: list[Path], weights: list[float], asked: Op
 
 
 def called(members: Sequence[Path | str]) -> list[str]:
-    """What a summary calls the members: the ends of their paths or ids, where these differ."""
-    ends = [str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
+    """What a summary calls the members: of a run's folders their units (sft/seed-0), else the ends of their paths or ids, where these differ."""
+    ends = [_unit(Path(member)) or str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
     return ends if len(set(ends)) == len(ends) else [str(member) for member in members]
+
+
+def _unit(folder: Path) -> str | None:
+    """Of a folder that a run finished, what it is there."""
+    return (read_manifest(folder) or {}).get("unit")
 
 
 def _chosen(weights: list[float], choice: Choice, asked: Options) -> dict[str, Any]:

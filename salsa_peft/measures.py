@@ -7,6 +7,7 @@ only it can be `learned` by. "I want to add a measure" is a class here, and a ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,6 @@ from .workbench import Workbench, fitting
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -191,7 +191,9 @@ def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpo
 
 
 def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
-    """The measure that `salsa soup --measure` asks for. Raises SalsaError for data or a reward that it needs."""
+    """The measure that `salsa soup --measure` asks for. Raises SalsaError for data, a function or a reward that it needs, before a model is loaded."""
+    function = load_function(args.measure) if ":" in args.measure else None
+    rows = _rows(args) if function is None else []
     tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
     if kind == "adapters":
         named = local(*base_of(StackedAdapter.load(folders[:1]).members[0].config, folders[0], args.base))
@@ -200,15 +202,24 @@ def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
     else:
         tokenizer = load_tokenizer(str(folders[0]))
         live = _checkpoints(load_base(str(folders[0]), Model(), tokenizer), folders)
-    if ":" in args.measure:
-        return FunctionMeasure(live, load_function(args.measure), args.measure)
+    if function is not None:
+        return FunctionMeasure(live, function, args.measure)
+    if args.measure == "sft_loss":
+        return SFTLoss(live, rows, tokenizer, args.max_length, 8)
+    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
+    sampling = Generation(max_new_tokens=args.max_new_tokens, batch_size=16)
+    return RewardScore(live, rows, tokens, rewards.as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
+
+
+def _rows(args: Namespace) -> Any:
+    """The held-out chats or prompts of a measure that reads some."""
     require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")
     require(args.data is not None, f"--data: found none, expected held-out rows for the measure {args.measure}")
+    require(args.measure != "reward" or args.reward is not None, "--reward: found none, expected what scores responses")
+    file = Path(args.data).suffix.lower() in data.FILES
+    require(
+        not file or Path(args.data).is_file(),
+        f"--data: found no file {args.data}, expected jsonl, json, parquet or a Hub id",
+    )
     source = Source(path=args.data, limit=args.limit)
-    if args.measure == "sft_loss":
-        return SFTLoss(live, data.demonstrations(source), tokenizer, args.max_length, 8)
-    require(args.reward is not None, "--reward: found none, expected what scores responses")
-    asked = data.prompts(source)
-    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(asked, 1)]
-    sampling = Generation(max_new_tokens=args.max_new_tokens, batch_size=16)
-    return RewardScore(live, asked, tokens, rewards.as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
+    return data.demonstrations(source) if args.measure == "sft_loss" else data.prompts(source)

@@ -183,6 +183,56 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
     )
 
 
+def test_a_batch_that_is_known_in_part_is_asked_whole(model: Any, tokenizer: Any) -> None:
+    """Of four questions in batches of three one is known, in either turn."""
+    asked, bench = [question(at) for at in range(4)], bench_of(tokenizer)
+    whole = answer(model, "policy", asked, REWARDS, bench, 5)
+    for turn in (1, 2):
+        known = {
+            (row["index"], row["turn"]): row for row in whole if (row["index"], row["turn"]) in ((1, 1), (1, turn))
+        }
+        assert answer(model, "policy", asked, REWARDS, bench, 5, known) == whole
+
+
+def test_a_reward_sees_the_conversation_and_what_there_was_room_for(model: Any, tokenizer: Any) -> None:
+    """Columns: the messages up to the answer. Tokens: the end of a conversation that is too long, not its start. Known ones are not kept again."""
+    one, seen = question(2, 3), []
+
+    def reward(responses: Responses, rows: Any) -> torch.Tensor:
+        ids = responses.prompt_ids[0][responses.prompt_mask[0]].tolist()
+        seen.append((rows[0]["prompt"], ids))
+        return torch.zeros(1)
+
+    free = bench_of(tokenizer, min_new_tokens=6)
+    told = answer(model, "policy", [one], {"reward": reward}, free, 5)
+    for turn, (messages, ids) in enumerate(seen, 1):
+        assert messages == one.conversation([row["response"] for row in told[: turn - 1]])
+        assert ids == tokens_of(messages, tokenizer)
+    seen.clear()
+    longest = len(tokens_of(one.conversation([told[0]["response"]]), tokenizer)) + 2
+    tight = bench_of(tokenizer, max_length=longest, min_new_tokens=6)
+    rows = answer(model, "policy", [one], {"reward": reward}, tight, 5)
+    messages, ids = seen[2]
+    assert rows[2]["empty"] and ids == tokens_of(messages, tokenizer)[-(longest - 1) :] and len(ids) == longest - 1
+    known = {(row["index"], row["turn"]): row for row in rows}
+    assert (
+        answer(model, "policy", [one], {"reward": reward}, tight, 5, known, lambda part: pytest.fail("kept again"))
+        == rows
+    )
+
+
+def test_a_torn_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:
+    """What is kept after it stands on a line of its own."""
+    path = tmp_path / "0.jsonl"
+    evaluate.keep(path, [{"index": 0, "turn": 1}, {"index": 1, "turn": 1}])
+    path.write_bytes(path.read_bytes()[:-8])
+    evaluate.keep(path, [{"index": 1, "turn": 1, "again": True}])
+    assert evaluate.read_partial(path) == {
+        (0, 1): {"index": 0, "turn": 1},
+        (1, 1): {"index": 1, "turn": 1, "again": True},
+    }
+
+
 def test_fastchats_files(tmp_path: Path) -> None:
     """question.jsonl and model_answer as gen_model_answer.py writes them; a path is no file's name; two of one name don't mix."""
     asked = [question(0), question(1)._replace(reference=["x", "y"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,3 +261,41 @@ class TestRefusals:
         assert (folder / "again" / "tokenizer.json").read_text() == "the other's"
         soup(folder / "again", [member])
         assert not (folder / "again" / "tokenizer.json").exists()
+
+
+def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
+    """sft/seed-0 by its manifest; others by the ends of their paths; all by their paths where two are alike."""
+    from salsa_peft.averaging import called
+
+    for name in ("a/0123", "b/4567", "c/plain", "d/plain"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, unit in (("a/0123", "sft/seed-0"), ("b/4567", "sft/seed-1")):
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"unit": unit, "files": {}}))
+    folders = [tmp_path / name for name in ("a/0123", "b/4567", "c/plain")]
+    assert called(folders) == ["sft/seed-0", "sft/seed-1", "plain"]
+    alike = [tmp_path / "c/plain", tmp_path / "d/plain"]
+    assert called(alike) == [str(path) for path in alike]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--measure", "sft_loss"], "--data: found none, expected held-out rows"),
+        (["--measure", "sft_loss", "--data", "none.jsonl"], "--data: found no file none.jsonl"),
+        (["--measure", "reward", "--data", "none.jsonl"], "--reward: found none, expected what scores responses"),
+        (["--measure", "no_such_module:f"], "found no module no_such_module"),
+        (["--measure", "loss"], "--measure: found loss, expected"),
+    ],
+)
+def test_what_a_measure_needs_is_looked_for_before_a_model_is_loaded(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from argparse import Namespace
+
+    from salsa_peft import measures
+
+    monkeypatch.setattr(measures, "load_tokenizer", lambda name: pytest.fail("loaded"))
+    given = {"measure": None, "data": None, "reward": None, "limit": 8, "base": None}
+    given |= {words[at].removeprefix("--"): words[at + 1] for at in range(0, len(words), 2)}
+    with pytest.raises(SalsaError, match=re.escape(said)):
+        measures.of_command(Namespace(**given), [Path("a"), Path("b")], "adapters")
