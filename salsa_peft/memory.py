@@ -107,6 +107,13 @@ def uncounted(recipe: Recipe) -> list[str]:
     if recipe.policies and recipe.ppo.rollout_backend == "vllm" and options.get("mode", "colocate") == "colocate":
         share = options.get("gpu_memory_utilization", 0.3)
         found.append(f"vLLM beside ppo, which takes {share:.0%} of the card (rollout_options: gpu_memory_utilization)")
+    judge = recipe.evaluate.judge
+    if judge is not None and judge.kind == "local":
+        size = of_base(str(judge.model))
+        weights = "" if size is None else f", {2 * size.parameters / GIB:.1f} GiB of weights in bf16 and its KV cache"
+        found.append(
+            f"the judge {judge.model}, alone in its stage{weights} (evaluate.judge.concurrency games in a batch)"
+        )
     return found
 
 

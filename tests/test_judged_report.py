@@ -257,6 +257,7 @@ def test_a_pairs_rows_either_way_round(run: ReportInput) -> None:
         turned.ties,
         turned.missing,
     )
+    assert [row.length_a for row in rows] == [row.length_b for row in back] != [row.length_a for row in back]
     assert first.mean_length_a == turned.mean_length_b and first.first_position_rate == pytest.approx(
         turned.first_position_rate
     )

@@ -211,13 +211,18 @@ def test_what_is_not_the_recipes_own_base_counts_too(tmp_path: Path) -> None:
     plain, size = paper("llama2_full", "lora")
     other = Architecture.of(KNOWN[MISTRAL])
     for mode, stage in (("lora", "ppo"), ("lora", "evaluate"), (None, "landscape")):
-        both, _ = paper("llama2_full", mode, f"reward.model=[adapter, {tmp_path}]", "precision=stochastic")
-        alone, _ = paper("llama2_full", mode, "precision=stochastic")
+        held = () if mode else ("precision=stochastic",)
+        both, _ = paper("llama2_full", mode, f"reward.model=[adapter, {tmp_path}]", *held)
+        alone, _ = paper("llama2_full", mode, *held)
         more = need(both, stage, size).weights - need(alone, stage, size).weights
         assert more == 2 * (other.parameters - 32000 * 4096), (mode, stage)
     assert memory.uncounted(plain) == memory.uncounted(both) == []
     unknown, _ = paper("llama2_full", "lora", "reward.model=someone/unknown", "ppo.rollout_backend=vllm")
     assert [line.split(",")[0] for line in memory.uncounted(unknown)] == ["someone/unknown", "vLLM beside ppo"]
+    judged, _ = paper("llama2_full", "lora", f"evaluate.judge={{kind: local, model: {MISTRAL}}}")
+    assert memory.uncounted(judged) == [
+        f"the judge {MISTRAL}, alone in its stage, 13.5 GiB of weights in bf16 and its KV cache (evaluate.judge.concurrency games in a batch)"
+    ]
 
 
 def test_optimizers_and_a_value_adapter() -> None:
@@ -225,9 +230,8 @@ def test_optimizers_and_a_value_adapter() -> None:
     size = paper()[1]
 
     def states(optim: str, lora: str | None = None) -> Need:
-        found = memory._Stage(
-            paper("llama2_full", lora, f"sft.optim={optim}", "precision=master")[0], "sft", size, "master"
-        )
+        held = () if lora else ("precision=master",)
+        found = memory._Stage(paper("llama2_full", lora, f"sft.optim={optim}", *held)[0], "sft", size, "master")
         return found.phases()[-1]
 
     count = size.parameters
