@@ -245,7 +245,7 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     parts: dict[str, Any] = {
         "judge": {**dataclasses.asdict(judge), **idle, **told},
-        "pairs": search.pairs(recipe),
+        "pairs": [list(pair) for pair in search.pairs(recipe)],
         **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
     }
     return [Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), slice=parts, files=tuple(files.paths))]
@@ -256,5 +256,9 @@ def report_units(recipe: Recipe, run: str) -> list[Unit]:
     units = [toy_units, sft_units, reward_units, soup_units, ppo_units, landscape_units, evaluate_units, judge_units]
     inputs = tuple(unit.id for make in units for unit in make(recipe, ""))
     search_section = None if recipe.search is None else dataclasses.asdict(recipe.search)
-    parts = {"samples": recipe.evaluate.samples, "pairs": search.pairs(recipe), "search": search_section}
+    parts = {
+        "samples": recipe.evaluate.samples,
+        "pairs": [list(pair) for pair in search.pairs(recipe)],
+        "search": search_section,
+    }
     return [Unit(stage="report", name="report", run=run, inputs=inputs, slice=parts)]

@@ -189,7 +189,8 @@ def test_memory_is_of_the_machine_and_of_a_card(tmp_path: Path) -> None:
 def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: str) -> None:
     """Refused where it is read; with one process it runs."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    preset = "qlora" if "model.quantization=nf4" in sets else "lora"
+    of_mode = {"model.quantization=nf4": "qlora", "precision=stochastic": None}
+    preset = next((mode for word, mode in of_mode.items() if word in sets), "lora")
     with pytest.raises(SalsaError, match=message):
         load_recipe(str(tmp_path / "tiny.yaml"), lora=preset, overrides=sets)
     load_recipe(str(tmp_path / "tiny.yaml"), lora=preset, overrides=[*sets, "num_processes=1"])
