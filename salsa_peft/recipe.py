@@ -135,7 +135,8 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
     runs.tidy(step.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned is None else f" (planned {planned:.0f})"
-    say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB{gpu}")
+    together = f" in {recipe.num_processes} processes together" if several else ""
+    say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB{together}{gpu}")
 
 
 def _empty(folder: Path) -> None:
@@ -172,11 +173,11 @@ def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) 
     """Raise SalsaError where a unit that will be made wants a GPU that is not there, more processes than this machine can run, more room
     than the disk has, or a key that is not set; → warnings, a line each."""
     made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
-    if "judge" in made and recipe.evaluate.judge is not None:
-        check_ready(recipe.evaluate.judge, "evaluate.judge")
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
         launching.check(recipe)
     warnings = cards.check_device(recipe, cards.cards(), made) if made else []
+    if "judge" in made and recipe.evaluate.judge is not None:
+        check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
     return warnings
 

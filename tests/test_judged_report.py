@@ -239,6 +239,12 @@ class TestAblations:
                 replace(told, verdicts={**told.verdicts, "search": {**search, "datasets": ["other"]}})
             )
         )
+        methods = {**search["methods"], "ppo": {"best": "ppo-kl-0.2", "tried": []}}
+        llama = replace(
+            told, base="Llama-2-7b-hf", verdicts={**told.verdicts, "search": {**search, "methods": methods}}
+        )
+        found = report_judge._beside(llama, "mt_bench", {"a": "salsa-kl-0.01", "b": "ppo-kl-0.2"})["paper"]
+        assert found and found["adjusted_win_rate"] == 0.525
         summary = write_report(tmp_path, told)
         page = Page((tmp_path / "report.html").read_text("utf-8")).text
         assert summary["search"] == search and "61.0 [51.0, 71.0]" in page and page.count("picked") >= 2

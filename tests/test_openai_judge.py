@@ -159,7 +159,7 @@ FAULTS = {
     "429": refusal(429),
     "408": refusal(408),
     "409": refusal(409),
-    "time-out": Fault(body=completion("[[A]]"), hang=0.4),
+    "time-out": Fault(body=completion("[[A]]"), hang=2.0),
     "cut in the body": Fault(body=completion("[[A]] " + "x" * 500), cut=200),
     "cut before the body": Fault(body=completion("[[A]]"), cut=0),
     "no JSON": Fault(body=b'{"choices": [{"mess'),
@@ -186,7 +186,7 @@ class TestFaults:
             return (fault_of(request) if times == 0 else None) or honest(request, times)
 
         with serving(script) as server:
-            rulings, calls, said = judging(server, games(2 * len(FAULTS)), timeout=0.3)
+            rulings, calls, said = judging(server, games(2 * len(FAULTS)), timeout=1.5)
             assert dict(zip(FAULTS, right(rulings)[::2], strict=True)) == dict.fromkeys(FAULTS, True)
             assert all(right(rulings)) and not said
             assert (calls["asked"], calls["retried"]) == (2 * len(FAULTS), len(FAULTS))
@@ -204,7 +204,7 @@ class TestFaults:
             return (None if mended else fault_of(request)) or honest(request, times)
 
         with serving(script) as server:
-            rulings, calls, said = judging(server, games(2 * len(FAULTS)), timeout=0.3, retries=2, concurrency=8)
+            rulings, calls, said = judging(server, games(2 * len(FAULTS)), timeout=1.5, retries=2, concurrency=8)
             assert {ruling.verdict for ruling in rulings[::2]} == {None} and right(rulings)[1::2] == [True] * len(
                 FAULTS
             )
