@@ -228,17 +228,27 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
+def saved_recipe(path: Path) -> Recipe:
+    """A run's recipe.yaml as it ran: what it names need not be there any more. Raises SalsaError."""
+    return _typed(_without_nulls(read_yaml(str(path))), [], str(path))
+
+
 def _validated(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
+    recipe = _typed(data, layers, file)
+    with _placed(layers, file):
+        checks.check(recipe)
+    return recipe
+
+
+def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
     try:
-        recipe = ADAPTER.validate_json(json.dumps(data), strict=True)
+        recipe: Recipe = ADAPTER.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key, message = explain(dict(first))
         more = len({explain(dict(entry))[0] for entry in error.errors(include_url=False)}) - 1
         rest = f" (and {more} more)" if more else ""
         raise SalsaError(f"{_origin(key, layers, file)}: {key}: {message}{rest}") from error
-    with _placed(layers, file):
-        checks.check(recipe)
     return recipe
 
 

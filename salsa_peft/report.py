@@ -18,7 +18,7 @@ from pathlib import Path
 from salsa_peft import recipe, runs
 from salsa_peft.errors import SalsaError, require
 from salsa_peft.messages import one_line
-from salsa_peft.parsing import load_recipe
+from salsa_peft.parsing import saved_recipe
 
 JOINED = "joined"
 """Folder of several runs' report, beside the first of them."""
@@ -82,21 +82,12 @@ def _joined(words: Sequence[str]) -> int:
     found = []
     for name in args.runs:
         folder = Path(os.path.abspath(name))
-        loaded = load_recipe(str(folder / "recipe.yaml"), lora=None, overrides=[])
-        work = [
-            unit
-            for stage in recipe.STAGES.values()
-            for unit in stage.units(loaded.recipe, stage.run)
-            if unit.stage != "report"
-        ]
-        steps = runs.plan(work, folder)
-        for step in steps.values():
-            require(
-                step.why is None,
-                f"{name}: found {step.unit.id} not finished ({step.why}), expected a finished run; salsa run {name}/recipe.yaml --output-dir {name}",
-            )
-        inputs = {unit: step.folder for unit, step in steps.items()}
-        found.append(Run(gather(loaded.recipe, inputs, recipe.resolved_yaml(loaded)), folder))
+        saved = folder / "recipe.yaml"
+        try:
+            told = gather(saved_recipe(saved), runs.finished(folder), saved.read_text(encoding="utf-8"))
+        except KeyError as error:
+            raise SalsaError(f"{name}: found results without {error}, of an earlier salsa_peft, expected this one's; salsa run {name}/recipe.yaml --output-dir {name}") from error  # fmt: skip
+        found.append(Run(told, folder))
     out = Path(os.path.abspath(args.output_dir or found[0].folder.parent / JOINED))
     require(not _is_run(str(out)), f"--output-dir: {out} is a run's folder, expected another one")
     out.mkdir(parents=True, exist_ok=True)

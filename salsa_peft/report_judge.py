@@ -25,12 +25,16 @@ SWEPT = re.compile(r"(alpha|members|scale)-([\d.e-]+?)(?:-kl-[\d.e-]+)?\Z")
 
 
 def judged(run: ReportInput) -> dict[str, Any] | None:
-    """Who judged, and each set's pairs with the paper's cells; None without a judge."""
+    """Who judged, and each set's pairs with the paper's cells, candidates that a search passed over left to its own table; None without a judge."""
     if run.verdicts is None:
         return None
     judge, calls = run.verdicts["judge"], run.verdicts["calls"]
+    passed = passed_over(run)
     datasets = {
-        name: {**data, "pairs": [_beside(run, name, pair) for pair in data["pairs"]]}
+        name: {
+            **data,
+            "pairs": [_beside(run, name, pair) for pair in data["pairs"] if passed.isdisjoint((pair["a"], pair["b"]))],
+        }
         for name, data in run.verdicts["datasets"].items()
     }
     pairs = list(dict.fromkeys((pair["a"], pair["b"]) for data in datasets.values() for pair in data["pairs"]))
@@ -68,6 +72,12 @@ def searched(run: ReportInput) -> dict[str, Any] | None:
     """What a search over β tried, and picked (paper, Section 4: for each method the β of highest win rate)."""
     found: dict[str, Any] | None = (run.verdicts or {}).get("search") or run.evaluation.get("search")
     return found
+
+
+def passed_over(run: ReportInput) -> set[str]:
+    """Candidates of a search that were not picked."""
+    tried = (searched(run) or {"methods": {}})["methods"].values()
+    return {one["policy"] for told in tried for one in told["tried"] if one["policy"] != told["best"]}
 
 
 def method(run: ReportInput, name: str) -> str:

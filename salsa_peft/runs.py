@@ -242,6 +242,30 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, 
     return steps
 
 
+def finished(run: Path) -> dict[str, Path]:
+    """Unit id → its folder, of what the run's newest report was made from, whatever the keys would be by now (other versions, data that moved).
+
+    Raises SalsaError where there is no finished report, or something that it was made from is gone.
+    """
+    there = {
+        path: found for path in run.glob(f"report/*/{MANIFEST}") if (found := read_manifest(path.parent)) is not None
+    }
+    if not there:
+        raise SalsaError(
+            f"{run}: found no finished report, expected a finished run; salsa run {run}/recipe.yaml --output-dir {run}"
+        )
+    folders = {}
+    for unit, wanted in there[max(there, key=lambda path: path.stat().st_mtime_ns)]["inputs"].items():
+        places = [path.parent for path in sorted(run.glob(f"{unit}/*/{MANIFEST}"))]
+        fits = [place for place in places if digest(read_manifest(place) or {"files": {}}) == wanted]
+        if not fits:
+            raise SalsaError(
+                f"{run}: found no {unit} that its report was made from, expected it; salsa run {run}/recipe.yaml --output-dir {run}"
+            )
+        folders[unit] = fits[0]
+    return folders
+
+
 def prune(run: Path, stages: Iterable[str], steps: dict[str, Step]) -> list[Path]:
     """Remove the folders of keys that the plan has not, among those of its stages; returns them."""
     keep = {step.folder for step in steps.values()}

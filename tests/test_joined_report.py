@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from made_up_run import synthetic, with_judge
 from test_report import HOSTILE, Page
 
 from salsa_peft import report
+from salsa_peft import runs as runs_of
 from salsa_peft.errors import SalsaError
 from salsa_peft.intervals import sign_flip
 from salsa_peft.joined_report import Run, replicates, table, write_joined
@@ -209,11 +213,36 @@ class TestCommand:
         assert "found --paper x, expected it alone" in capsys.readouterr().err
 
     def test_what_is_no_finished_run_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Before anything is written; a run is what its newest report was made from, whatever keys would be now."""
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "recipe.yaml").write_text("name: r\ntoy: {}\npolicies: {ppo: {reference: seed-0}}\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "a: found toy not finished (new), expected a finished run" in capsys.readouterr().err
+        assert "a: found no finished report, expected a finished run" in capsys.readouterr().err
         assert report.main([str(tmp_path / "a"), str(tmp_path / "none")]) == 2
         assert "none: found no recipe.yaml" in capsys.readouterr().err
+        (tmp_path / "a" / "recipe.yaml").write_text("name: r\nbeta: 1\n")
+        assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+        assert "recipe.yaml: beta: found 1" in capsys.readouterr().err
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+    def test_the_newest_report_says_what_belongs_to_it(self, tmp_path: Path) -> None:
+        """By what files hold; one that is gone is named."""
+
+        def unit(name: str, key: str, inputs: dict[str, str], at: int, files: Any) -> dict[str, Any]:
+            folder = tmp_path / name / key
+            folder.mkdir(parents=True)
+            manifest = {"unit": name, "key": key, "inputs": inputs, "files": files}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+            os.utime(folder / "manifest.json", (at, at))
+            return manifest
+
+        old, new = (unit("sft/seed-0", key, {}, 1, {"x": {"size": size}}) for key, size in (("1", 1), ("2", 2)))
+        unit("report", "8", {"sft/seed-0": runs_of.digest(new)}, 20, {})
+        unit("report", "9", {"sft/seed-0": runs_of.digest(old)}, 10, {})
+        assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "2"}
+        os.utime(tmp_path / "report" / "9" / "manifest.json", (30, 30))
+        assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "1"}
+        shutil.rmtree(tmp_path / "sft" / "seed-0" / "1")
+        with pytest.raises(SalsaError, match="found no sft/seed-0 that its report was made from"):
+            runs_of.finished(tmp_path)

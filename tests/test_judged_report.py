@@ -239,6 +239,10 @@ class TestAblations:
                 replace(told, verdicts={**told.verdicts, "search": {**search, "datasets": ["other"]}})
             )
         )
+        data = run.verdicts["datasets"]["in"]
+        extra = [{**data["pairs"][0], "a": name, "b": "seed-0"} for name in ("salsa-kl-0.01", "salsa-kl-0.05")]
+        more = replace(told, verdicts={**told.verdicts, "datasets": {"in": {**data, "pairs": extra}}})
+        assert report_judge.judged(more)["pairs"] == [("salsa-kl-0.01", "seed-0")]  # type: ignore[index]
         methods = {**search["methods"], "ppo": {"best": "ppo-kl-0.2", "tried": []}}
         llama = replace(
             told, base="Llama-2-7b-hf", verdicts={**told.verdicts, "search": {**search, "methods": methods}}
