@@ -126,7 +126,7 @@ FIELDS["pair-math-v1-multi-turn"] = FIELDS["pair-v2-multi-turn"] | {"ref_answer_
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
     """FastChat's judge_prompts.jsonl → its four pairwise prompts. Raises SalsaError where one is missing or has other fields."""
-    found = {row["name"]: row for row in _rows(path) if isinstance(row.get("name"), str)}
+    found = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
     lacking = sorted(set(FIELDS) - set(found))
     require(
         not lacking,
@@ -158,7 +158,7 @@ def _fields(template: str) -> set[str]:
 def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
     """FastChat's reference_answer/<judge>.jsonl → question id, as text → answers by turn."""
     found = {}
-    for row in _rows(path):
+    for row in _rows(path, "reference answers"):
         try:
             turns = row["choices"][0]["turns"]
             found[str(row["question_id"])] = tuple(str(turn) for turn in turns)
@@ -169,12 +169,12 @@ def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _rows(path: str | Path) -> list[dict[str, Any]]:
+def _rows(path: str | Path, what: str) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     except FileNotFoundError as error:
-        raise SalsaError(f"{path_text(str(path))}: found no such file, expected FastChat's") from error
+        raise SalsaError(f"{path_text(str(path))}: found no such file, expected FastChat's {what}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise SalsaError(f"{path_text(str(path))}: found no JSON lines, expected one JSON object a line") from error
     require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -103,6 +104,14 @@ def _check_address(where: str, url: str) -> None:
     require(fits, f"{where}: found {short(url)}, expected an address such as http://localhost:8000/v1")
 
 
+def _read(reader: Callable[[str], Any], path: str, key: str) -> None:
+    """An error of a file gets its key in front."""
+    try:
+        reader(path)
+    except SalsaError as error:
+        raise SalsaError(f"{key}: {error}") from error
+
+
 def check(section: Judge, where: str) -> None:
     """What local files show, once their paths are absolute: prompts, references, the function's module, a local model's folder.
 
@@ -110,9 +119,9 @@ def check(section: Judge, where: str) -> None:
     """
     section.check(where)
     if section.prompt == "fastchat" and section.kind in ("openai", "local"):
-        read_prompts(str(section.prompts))
+        _read(read_prompts, str(section.prompts), f"{where}.prompts")
     if section.references is not None:
-        read_references(section.references)
+        _read(read_references, section.references, f"{where}.references")
     if section.kind == "function":
         check_function(f"{where}.model", str(section.model))
     if section.kind == "local" and os.path.isabs(str(section.model)):

@@ -43,7 +43,7 @@ def explain(error: dict[str, Any]) -> tuple[str, str]:
     for part in error["loc"]:
         if isinstance(part, int):
             key += f"[{part}]"
-        elif not part.startswith(("list[", "dict[", "function-", "constrained-")) and part not in (
+        elif not part.startswith(("list[", "dict[", "function-", "constrained-", "literal[")) and part not in (
             "str",
             "int",
             "float",

@@ -144,6 +144,11 @@ REFUSED = [
     ("landscape.line=[0,0]", ["landscape.line: found [0, 0], expected 2 different positions"]),
     ("landscape.plane=[0,1,2]", ["landscape.plane: found [0, 1, 2], expected 3 different positions 0 to 1"]),
     ("landscape.prompts=inn", ["landscape.prompts: found 'inn', expected one of evaluate.prompts: in, out"]),
+    ("evaluate.temperature=cat", ["evaluate.temperature: found 'cat', expected 'category'"]),
+    (
+        "evaluate.judge={kind: openai, model: x, prompt: fastchat, prompts: /nowhere}",
+        ["evaluate.judge.prompts: '/nowhere': found no such file"],
+    ),
     ("evaluate.pairs=[[salsa,pp]]", ["evaluate.pairs[0]: found 'pp'", "did you mean ppo?"]),
     ("evaluate.pairs=[[salsa]]", ["evaluate.pairs[0]: found ['salsa'], expected two different names"]),
     ("evaluate.models=[seed-9]", ["evaluate.models[0]: found seed-9"]),
