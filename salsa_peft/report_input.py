@@ -13,6 +13,7 @@ from typing import Any
 from salsa_peft import comparisons, runs
 from salsa_peft.adapter_folders import FINGERPRINT
 from salsa_peft.config import Recipe
+from salsa_peft.questions import TEMPERATURES
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
@@ -65,6 +66,8 @@ class ReportInput:
     """The same for runs that differ in their training seeds alone."""
     training_seeds: str = ""
     """What they differ in, in words."""
+    temperature: str = "1"
+    """Of the answers, in words."""
     samples: int = 20
     """Questions of each set that are shown: its first ones, whatever came of them."""
     limit: int | None = None
@@ -105,6 +108,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         fingerprint=_fingerprint(inputs["soup"]),
         replicate_of=same,
         training_seeds=seeds,
+        temperature=_temperature(recipe, answers),
         samples=recipe.evaluate.samples,
         limit=recipe.generation.max_new_tokens,
     )
@@ -122,6 +126,15 @@ def _compared(
         for name, data in evaluation["datasets"].items()
     }
     return {**evaluation, "datasets": datasets, "search": found}
+
+
+def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
+    """evaluate.temperature, as it was met."""
+    chosen, otherwise = recipe.evaluate.temperature, recipe.generation.temperature
+    if chosen != "category":
+        return f"{chosen:g}"
+    by_category = any(row["category"] in TEMPERATURES for row in answers)
+    return f"{otherwise:g}" + (", MT-Bench’s categories at FastChat’s" if by_category else "")
 
 
 def identity(recipe: Recipe) -> tuple[str, str]:

@@ -246,3 +246,21 @@ class TestCommand:
         shutil.rmtree(tmp_path / "sft" / "seed-0" / "1")
         with pytest.raises(SalsaError, match="found no sft/seed-0 that its report was made from"):
             runs_of.finished(tmp_path)
+
+
+def test_what_a_page_says_of_the_temperature(tmp_path: Path) -> None:
+    """A number, or FastChat's by category where a question has one."""
+    from salsa_peft.parsing import load_recipe
+    from salsa_peft.report_input import _temperature
+
+    (tmp_path / "r.yaml").write_text(
+        "name: r\ntoy: {}\ngeneration: {temperature: 0.9}\npolicies: {ppo: {reference: seed-0}}\n"
+    )
+
+    def told(category: str | None, *words: str) -> str:
+        recipe = load_recipe(str(tmp_path / "r.yaml"), lora="lora", overrides=list(words)).recipe
+        return _temperature(recipe, [{"category": category}])
+
+    assert told(None) == told("arena-hard-v0.1") == "0.9"
+    assert told("math") == "0.9, MT-Bench’s categories at FastChat’s"
+    assert told("math", "evaluate.temperature=0.3") == "0.3"
