@@ -140,6 +140,7 @@ def check_resumed(out: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_give_what_one_gives(one: Any, tmp_path: Path) -> None:
     """DDP and FSDP2, adapters and full weights: accumulation, whitened rewards, scaled scores, checkpointed activations, an eval set,

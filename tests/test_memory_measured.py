@@ -104,7 +104,12 @@ def trainer_of(mode: str, checkpointing: bool, folder: Path, tokenizer: Any, mon
 
 @pytest.mark.parametrize(
     ("mode", "checkpointing"),
-    [("lora", False), ("lora", True), ("stochastic", True), ("master", False)],
+    [
+        ("lora", True),
+        pytest.param("lora", False, marks=pytest.mark.slow),
+        pytest.param("stochastic", True, marks=pytest.mark.slow),
+        pytest.param("master", False, marks=pytest.mark.slow),
+    ],
 )
 def test_the_plan_is_what_ppo_holds(
     mode: str, checkpointing: bool, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch

@@ -131,7 +131,9 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
         check(weights)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind", ["mistral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS if kind != "mistral")]
+)
 def test_full_weights(whole: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """From seeds to report: the soup is the average of the seeds' checkpoints, the references are what they are called."""
     folder = whole(kind, "--set", "sft.learning_rate=1e-3", "--set", "ppo.learning_rate=1e-4")
@@ -168,7 +170,9 @@ def test_full_weights(whole: Callable[..., Path], tmp_path: Path, kind: str) -> 
     )
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma"])  # Llama's is test_pipeline.py
+@pytest.mark.parametrize(
+    "kind", ["gemma", pytest.param("mistral", marks=pytest.mark.slow)]
+)  # Llama's is test_pipeline.py
 def test_lora(whole: Callable[..., Path], kind: str) -> None:
     """The same recipe with adapters."""
     folder = whole(kind, "--lora")

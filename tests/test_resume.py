@@ -188,6 +188,7 @@ def die_inside_a_save(call: int, moment: str) -> None:
     salsa_peft.adapters.save_file = wrap(salsa_peft.adapters.save_file, True)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments(make_run: Any, tmp_path: Path, unbroken: dict[str, str]) -> None:
     """kill -9 again and again over one run, 12 times by the clock and 8 inside a save; then the same command ends as if undisturbed."""
     out = tmp_path / "digests.json"

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from salsa_peft import adapters, data, recipe, rewards, stages, units
+from salsa_peft import adapters, data, recipe, report_input, rewards
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
 from salsa_peft.config import Adapter, Recipe, Reward, SalsaError, Source
 from salsa_peft.function_reward import load_function
 from salsa_peft.parsing import load_recipe
 from salsa_peft.reward_kinds import find_module, parse_reward
 from salsa_peft.rollout import Responses, pad_prompts
-from salsa_peft.runs import Job, plan
+from salsa_peft.runs import plan
 
 WORDS = ["owl", "saw", "fig", "cod", "oak", "copy", "name", "user", "assistant", "system", "?", "!"]
 CHAT = "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [end]' }}{% endfor %}"
@@ -830,9 +830,7 @@ class TestRecipe:
         (tmp_path / "metrics.json").write_text('{"loss": 0.5}')
 
         def told(said: Any, inputs: dict[str, Path]) -> dict[str, Any]:
-            one = Recipe(name="x", reward=Reward(model=said))
-            unit = units.report_units(one, "")[0]
-            return stages._reward(Job(recipe=one, unit=unit, folder=tmp_path, inputs=inputs, recipe_yaml=""))
+            return report_input._reward(Recipe(name="x", reward=Reward(model=said)), inputs)
 
         assert told("adapter", {"reward": tmp_path}) == {"loss": 0.5}
         assert told("/home/me/own_score:f", {}) == {"f": "1 · function own_score:f"}
