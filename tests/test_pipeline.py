@@ -342,6 +342,7 @@ def until(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_policy_that_was_killed_goes_on_and_ends_the_same(run: Path, tmp_path: Path) -> None:
     """kill -9 of the command in one policy, SIGTERM in the next; the same command then leaves the same bytes."""
     folder = tmp_path / "again"
