@@ -165,7 +165,7 @@ def curve(
                 ls=look.dash,
                 label=policy,
                 marker=look.marker,
-                markevery=(0.08, 0.23),
+                markevery=(0.08, 0.23) if len(values) > 3 else 1,
                 ms=5,
             )
         if log:

@@ -222,11 +222,11 @@ def warnings(
     open_ones = sum(pair["difference"]["low"] <= 0 <= pair["difference"]["high"] for pair in pairs)
     if open_ones:
         found.append(
-            f"In {open_ones} of {len(pairs)} pairwise comparisons the interval of the difference includes 0: "
+            f"By scores, in {open_ones} of the {len(pairs)} comparisons under “Wins and losses” the interval of the difference includes 0: "
             "no difference was shown there."
         )
     if len(pairs) > 1:
-        found.append(f"p-values and intervals are not corrected for the {len(pairs)} comparisons made.")
+        found.append(f"By scores, p-values and intervals are not corrected for the {len(pairs)} comparisons made.")
     return found
 
 
@@ -263,8 +263,9 @@ def _along(landscape: Mapping[str, Any]) -> list[str]:
             best = max(at, key=lambda x: float(at[x]["mean"]))
             text.append(
                 f"The control line, {one['ends'][0]} + λ · (what {one['ends'][1]} learned), no averaging in it: "
-                f"its best of {len(at)} points is "
-                f"λ = {best:g} with {estimate(at[best])} (the best of several, so its height is flattered)."
+                + (f"its best of {len(at)} points is " if len(at) > 1 else "its one point is ")
+                + f"λ = {best:g} with {estimate(at[best])}"
+                + (" (the best of several, so its height is flattered)." if len(at) > 1 else ".")
             )
     return text
 

@@ -130,6 +130,16 @@ def resampled(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
+def widened(bounds: tuple[float, float], wins: float, losses: float, n: float) -> tuple[float, float]:
+    """The bootstrap's bounds of (W − L)/n, out to Tango's of judgments that are independent where those are wider.
+
+    Where few questions are decided a percentile bootstrap is far too narrow (one loss of 80: it never draws a win, so its upper bound is the
+    even rate itself).
+    """
+    low, high = tango(wins, losses, n)
+    return min(bounds[0], low), max(bounds[1], high)
+
+
 def sign_test(wins: int, losses: int) -> float:
     """Exact two-sided sign test, ties left out; 1 where there are only ties. Judgments are taken as independent."""
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0

@@ -85,18 +85,22 @@ def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
                 if cells:
                     rows.append({"model": name, "base": same[0].told.base, "dataset": dataset, "by": by, "runs": len(same), "cells": cells})  # fmt: skip
     for pair in dict.fromkeys(pair for row in rows for pair in row["cells"]):
-        there = [row["cells"][pair] for row in rows if pair in row["cells"]]
+        there = [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
         for cell, p in zip(there, holm([cell["p_value"] for cell in there]), strict=True):
             cell["p_holm"] = p
     return rows
 
 
 def _by(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Who judged → the runs."""
+    """Who judged → the runs; judges whose names are alike and who are not (another folder, another prompt) get a number."""
     found: dict[str, list[Run]] = {}
+    who: dict[str, Any] = {}
     for run in runs:
         measure = findings.headline(run.told.evaluation)
-        by = MEASURES.get(measure, measure) if run.told.verdicts is None else report_judge.by_whom(run.told.verdicts["judge"])  # fmt: skip
+        judge: Any = measure if run.told.verdicts is None else run.told.verdicts["judge"]
+        name = MEASURES.get(measure, measure) if run.told.verdicts is None else report_judge.by_whom(judge)
+        names = (name, *(f"{name} ({number})" for number in range(2, len(runs) + 2)))
+        by = next(one for one in names if who.setdefault(one, judge) == judge)
         found.setdefault(by, []).append(run)
     return found
 
@@ -117,14 +121,26 @@ def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
 
 
 def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] | None:
-    """The rate over all runs of a group and their questions."""
-    judged = [
-        rows
-        for run in runs
-        if (rows := _rows(run.told, dataset, a, b)) and any(row.winner != "missing" for row in rows)
-    ]
-    if not judged:
+    """The rate over all runs of a group and their questions; None where no run compared the pair, rates None where none has a verdict."""
+    given = [rows for run in runs if (rows := _rows(run.told, dataset, a, b))]
+    judged = [rows for rows in given if any(row.winner != "missing" for row in rows)]
+    missing = sum(row.winner == "missing" for rows in given for row in rows)
+    if not given:
         return None
+    if not judged:
+        nothing = dict.fromkeys(("adjusted_win_rate", "low", "high", "spread", "paper"))
+        return {
+            "a": a,
+            "b": b,
+            "runs": 0,
+            "wins": 0,
+            "losses": 0,
+            "ties": 0,
+            "missing": missing,
+            "rates": [],
+            "p_value": 1.0,
+            **nothing,
+        }
     found, kept = over_seeds(judged), [row for rows in judged for row in rows if row.winner != "missing"]
     nets: dict[Any, int] = {}
     for row in kept:
@@ -141,10 +157,11 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
     return {
         "a": a,
         "b": b,
+        "runs": len(judged),
         "wins": winners.count("a"),
         "losses": winners.count("b"),
         "ties": winners.count("tie"),
-        "missing": sum(map(len, judged)) - len(kept),
+        "missing": missing,
         "adjusted_win_rate": found.adjusted_win_rate,
         "low": found.low,
         "high": found.high,
@@ -166,7 +183,7 @@ def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]])
     """For each pair in how many cells it is above 50%, and in how many after Holm's correction."""
     told = []
     for pair in pairs:
-        cells = [row["cells"][pair] for row in rows if pair in row["cells"]]
+        cells = [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
         above, below = sum(cell["low"] > 0.5 for cell in cells), sum(cell["high"] < 0.5 for cell in cells)
         held = sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells)
         of = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
@@ -182,6 +199,12 @@ def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Mapping[st
     for name, of in groups:
         few = over_seeds([[Judged(0, 1, "a", "a", 0, 0)]] * len(of)).warning
         found += [f"{name}: {few}."] if few else []
+    for row in rows:
+        least = min(cell["runs"] for cell in row["cells"].values())
+        if least < row["runs"]:
+            found.append(
+                f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have no verdict on a pair and are in no rate of it."
+            )
     judges = list(dict.fromkeys(row["by"] for row in rows))
     if len(judges) > 1:
         found.append(
@@ -219,8 +242,8 @@ def _draw(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -
     styles, drawn = panels.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):
         cells = [
-            {**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"} for row in rows if pair in row["cells"]
+            {**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"} for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]
         ]
         title = f"{pair[0]} over {pair[1]}"
-        drawn.append(figures.win_rates(f"joined-{number}", title, cells, styles))
+        drawn += [figures.win_rates(f"joined-{number}", title, cells, styles)] if cells else []
     return drawn

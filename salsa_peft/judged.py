@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .intervals import numbered, resampled, tango
+from .intervals import numbered, resampled, tango, widened
 from .length_control import length_controlled
 from .verdicts import Verdicts, clustered
 
@@ -55,7 +55,8 @@ class JudgedPair:
     low: float
     high: float
     interval: str
-    """`tango`: a judgment a question (or all of a question's the same in all), `bootstrap`: over questions, turns together."""
+    """`tango`: a judgment a question (or all of a question's the same in all), `bootstrap`: over questions, turns together, never narrower than
+    Tango's of independent judgments."""
     p_value: float
     """Exact sign test; where questions have several turns its clustered form, `intervals.sign_flip`."""
     worst_low: float
@@ -178,7 +179,10 @@ def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
         low, high = only.low, only.high
     else:
         share = len(names) * mean
-        bounds = resampled(nets, sizes, seed) or tango(max(share, 0), max(-share, 0), len(names))
+        found, wins = resampled(nets, sizes, seed), [row.winner for rows in kept for row in rows].count("a")
+        bounds = tango(max(share, 0), max(-share, 0), len(names))
+        if found is not None:
+            bounds = widened(found, wins, wins - int(nets.sum()), int(sizes.sum()))
         low, high = (0.5 + bound / 2 for bound in bounds)
     each = 0.5 + nets.sum(axis=1) / sizes.sum(axis=1) / 2
     return OverSeeds(

@@ -12,8 +12,8 @@ from scipy.special import expit
 
 from .intervals import TAILS
 
-FEW = 20
-"""Fewer questions than this fit no two parameters that mean anything."""
+FEW, DECIDED = 20, 10
+"""Fewer questions, or judgments that are no ties, than this fit no two parameters that mean anything."""
 RESAMPLES = 2_000
 RIDGE = 0.1
 """½ RIDGE φ² is added to the loss: a slope of standard deviation 3.2 beforehand, little against data, enough where length alone
@@ -29,11 +29,17 @@ def length_controlled(
     outcomes (N,): 1, ½, 0 (a tie counts half to each: Papke and Wooldridge's fractional response, 1996); differences (N,):
     length of a's answer − length of b's, in tokens; questions (N,): 0-based number of each judgment's question. The
     interval is a percentile bootstrap over questions, s kept. None where the rate can't be estimated: fewer than 20
-    questions, lengths or outcomes all alike, one model's answers always the longer (equal length is then a guess).
+    questions or 10 decided judgments, lengths or outcomes all alike, one model's answers always the longer (equal length is then a guess).
     """
     spread, count = float(differences.std()), int(np.unique(questions).size)
     one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0
-    if count < FEW or spread == 0 or one_sided or np.unique(outcomes).size == 1:
+    if (
+        count < FEW
+        or np.count_nonzero(outcomes != 0.5) < DECIDED
+        or spread == 0
+        or one_sided
+        or np.unique(outcomes).size == 1
+    ):
         return None
     x = np.tanh(differences / spread)
     best = fit(np.ones((1, outcomes.size)), x, outcomes, np.zeros(2))

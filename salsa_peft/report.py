@@ -90,7 +90,10 @@ def _joined(words: Sequence[str]) -> int:
         found.append(Run(told, folder))
     out = Path(os.path.abspath(args.output_dir or found[0].folder.parent / JOINED))
     require(not _is_run(str(out)), f"--output-dir: {out} is a run's folder, expected another one")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SalsaError(f"--output-dir: {out} can't be made ({error.strerror}); choose another folder") from error
     write_joined(out, found)
     print(out / "report.html", flush=True)
     return 0

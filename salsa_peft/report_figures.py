@@ -29,7 +29,8 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
     }
     for dataset, data in (run.verdicts or {"datasets": {}})["datasets"].items():
         tag, title = text.file_name(dataset), f"Win rates by the judge, “{dataset}”"
-        drawn["judged"].append(figures.win_rates(f"judged-{tag}", title, data["pairs"], styles))
+        told = [pair for pair in data["pairs"] if pair["n"]]
+        drawn["judged"] += [figures.win_rates(f"judged-{tag}", title, told, styles)] if told else []
     if run.evaluation.get("datasets"):
         drawn["ablations"] = _ablations(run, styles)
     for dataset, data in run.evaluation.get("datasets", {}).items():

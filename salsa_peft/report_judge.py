@@ -164,8 +164,8 @@ def warnings(run: ReportInput) -> list[str]:
     if run.verdicts["judge"]["kind"] == "reward":
         found.append("The judge is the recipe's reward, which the policies were trained on: it flatters them.")
     for name, data in run.verdicts["datasets"].items():
-        told = _spoken(data["pairs"])
-        found += [f"“{name}”: {line}" for line in told]
+        same = [line for pair in data["pairs"] for line in _alike(run, name, pair["a"], pair["b"])]
+        found += [f"“{name}”: {line}" for line in [*_spoken(data["pairs"]), *same]]
     tried = searched(run)
     if tried is not None and set(tried["datasets"]) & set((run.verdicts or run.evaluation)["datasets"]):
         found.append(
@@ -188,6 +188,18 @@ def _spoken(pairs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     first = _mean(pairs, "first_position_rate")
     if first is not None and abs(first - 0.5) > 0.1:
         yield f"{100 * first:.0f}% of the games that somebody won went to the answer shown first (50% without position bias)."
+
+
+def _alike(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[str]:
+    """Answers that are the same to the letter, which can only tie."""
+    said: dict[str, dict[tuple[int, int], str]] = {a: {}, b: {}}
+    for row in run.answers:
+        if row["dataset"] == dataset and row["model"] in said:
+            said[row["model"]][row["index"], row["turn"]] = row["response"]
+    both = said[a].keys() & said[b].keys()
+    same = sum(said[a][place] == said[b][place] for place in both)
+    if same > 0.2 * len(both):
+        yield f"{same} of {len(both)} answers of {a} and {b} are the same to the letter: whom the judge prefers there says nothing of them."
 
 
 def _mean(pairs: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -262,6 +262,12 @@ def finished(run: Path) -> dict[str, Path]:
             raise SalsaError(
                 f"{run}: found no {unit} that its report was made from, expected it; salsa run {run}/recipe.yaml --output-dir {run}"
             )
+        for name, entry in (read_manifest(fits[0]) or {"files": {}})["files"].items():
+            file = fits[0] / name
+            if not file.is_file() or file.stat().st_size != entry.get("size"):
+                raise SalsaError(
+                    f"{run}: found {unit}/{fits[0].name}/{name} missing or changed, expected it as it was written; salsa run {run}/recipe.yaml --output-dir {run}"
+                )
         folders[unit] = fits[0]
     return folders
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .intervals import numbered, paired, resampled, sign_flip, sign_test, tango
+from .intervals import numbered, paired, resampled, sign_flip, sign_test, tango, widened
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def rates(wins: int, losses: int, ties: int) -> Verdicts:
 def clustered(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[Verdicts, str]:
     """Verdicts 1, −1 or 0 (N,), N ≥ 1, with the question of each → `Verdicts` and its interval's kind, "tango" or "bootstrap".
 
-    One judgment a question: as `rates`. Else the bootstrap over questions (`resampled`) and the sign-flip test; where all
+    One judgment a question: as `rates`. Else the bootstrap over questions (`resampled`), out to Tango's interval of independent judgments (`widened`), and the sign-flip test; where all
     questions agree, Tango's interval as if each were one judgment, the most that turns can hang together.
     """
     number = numbered(clusters, nets.size)
@@ -78,6 +78,6 @@ def clustered(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> 
     sums = np.bincount(number, nets).astype(np.int64)
     questions, bounds = sizes.size, resampled(sums[None], sizes[None], seed)
     alike = tango(wins * questions / nets.size, losses * questions / nets.size, questions)
-    low, high = (0.5 + bound / 2 for bound in bounds or alike)
+    low, high = (0.5 + bound / 2 for bound in (alike if bounds is None else widened(bounds, wins, losses, nets.size)))
     counts = (plain.wins, plain.losses, plain.ties, plain.win_rate, plain.adjusted_win_rate)
     return Verdicts(*counts, low, high, sign_flip(sums)), "bootstrap" if bounds else "tango"

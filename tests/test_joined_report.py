@@ -112,8 +112,8 @@ def test_the_page(runs: list[Run], tmp_path: Path) -> None:
 def test_the_finding_counts(runs: list[Run]) -> None:
     from salsa_peft.joined_report import finding
 
-    cells = [{"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.04}, {"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.06},
-             {"low": 0.4, "high": 0.6, "adjusted_win_rate": 0.5, "p_holm": 1.0}, {"low": 0.3, "high": 0.4, "adjusted_win_rate": 0.35, "p_holm": 0.01}]  # fmt: skip
+    cells = [{"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.04, "runs": 1}, {"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.06, "runs": 1},
+             {"low": 0.4, "high": 0.6, "adjusted_win_rate": 0.5, "p_holm": 1.0, "runs": 1}, {"low": 0.3, "high": 0.4, "adjusted_win_rate": 0.35, "p_holm": 0.01, "runs": 1}]  # fmt: skip
     (said,) = finding([{"cells": {PAIR: cell}} for cell in cells], [PAIR])
     assert "above 50% in 2 of 4 cells, below in 1; above with p < 0.05 after Holm’s correction over them in 1." in said
 
@@ -142,6 +142,45 @@ def test_other_judges_have_other_rows(runs: list[Run], tmp_path: Path) -> None:
     assert cell["wins"] == wins and cell["wins"] + cell["losses"] + cell["ties"] == sum(
         want[key] for key in ("wins", "losses", "ties")
     )
+
+
+def silent(run: Run, seeds: str) -> Run:
+    """The same run, its judge without a verdict."""
+    mute = {"first": "missing", "second": "missing", "winner": "missing", "tie_kind": None}
+    return Run(
+        replace(run.told, judgments=[{**row, **mute} for row in run.told.judgments], training_seeds=seeds),
+        Path(f"/runs/{seeds}"),
+    )
+
+
+def test_runs_without_a_verdict_are_told(runs: list[Run], tmp_path: Path) -> None:
+    """Beside others they are in no rate and counted as missing; alone they have a row without one."""
+    alone, beside = table(replicates([silent(runs[2], "s")])), table(replicates([runs[0], silent(runs[1], "t")]))
+    for row in alone:
+        cell = row["cells"][PAIR]
+        assert (cell["runs"], cell["adjusted_win_rate"], cell["missing"]) == (
+            0,
+            None,
+            60 if row["dataset"] == "in" else 30,
+        )
+    before = table(replicates([runs[0]]))[0]["cells"][PAIR]
+    cell = beside[0]["cells"][PAIR]
+    assert (cell["runs"], cell["rates"]) == (1, before["rates"]) and cell["missing"] == 60 + before["missing"]
+    summary = write_joined(tmp_path, [runs[0], silent(runs[1], "t"), silent(runs[2], "s")])
+    assert any("llama, in, by local tiny-judge: 1 of 2 runs have no verdict" in line for line in summary["warnings"])
+    assert "in 0 of 2 cells" in summary["finding"][0] or "in 1 of 2 cells" in summary["finding"][0]
+    for name in ("report.html", "report.md"):
+        assert "60 without a verdict" in Page((tmp_path / name).read_text("utf-8")).text
+
+
+def test_judges_of_one_name_who_are_not_one(runs: list[Run]) -> None:
+    """Another folder or another prompt: another row."""
+    verdicts = runs[1].told.verdicts
+    assert verdicts is not None
+    for judge in ({"model": "/elsewhere/tiny-judge"}, {"prompt": "fastchat"}):
+        other = replace(runs[1].told, verdicts={**verdicts, "judge": {**verdicts["judge"], **judge}})
+        found = table(replicates([runs[0], Run(other, runs[1].folder)]))
+        assert [row["by"] for row in found] == ["local tiny-judge"] * 2 + ["local tiny-judge (2)"] * 2
 
 
 def test_a_searched_policy_by_its_own_name(runs: list[Run]) -> None:
@@ -234,6 +273,8 @@ class TestCommand:
             folder.mkdir(parents=True)
             manifest = {"unit": name, "key": key, "inputs": inputs, "files": files}
             (folder / "manifest.json").write_text(json.dumps(manifest))
+            for file, entry in files.items():
+                (folder / file).write_bytes(b"." * entry["size"])
             os.utime(folder / "manifest.json", (at, at))
             return manifest
 
@@ -243,6 +284,9 @@ class TestCommand:
         assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "2"}
         os.utime(tmp_path / "report" / "9" / "manifest.json", (30, 30))
         assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "1"}
+        (tmp_path / "sft" / "seed-0" / "1" / "x").write_text("longer")
+        with pytest.raises(SalsaError, match="found sft/seed-0/1/x missing or changed"):
+            runs_of.finished(tmp_path)
         shutil.rmtree(tmp_path / "sft" / "seed-0" / "1")
         with pytest.raises(SalsaError, match="found no sft/seed-0 that its report was made from"):
             runs_of.finished(tmp_path)

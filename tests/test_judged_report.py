@@ -102,6 +102,47 @@ def test_what_to_know_of_the_judge(run: ReportInput) -> None:
     assert "flatters" in told[0] and "60% of judgments" in told[1] and "80% of the games" in told[2] and len(told) == 3
 
 
+def test_answers_that_are_the_same_are_said(run: ReportInput) -> None:
+    """From a fifth of them on."""
+    said = {
+        row["index"]: row["response"]
+        for row in run.answers
+        if row["model"] == "ppo" and row["turn"] == 1 and row["dataset"] == "in"
+    }
+    twins = [
+        {**row, "response": said[row["index"]]} if row["model"] == "salsa" and row["dataset"] == "in" else row
+        for row in run.answers
+    ]
+    (line,) = [
+        line
+        for line in report_judge.warnings(replace(run, answers=twins))
+        if "to the letter" in line and "salsa and ppo" in line
+    ]
+    assert line.startswith("“in”: 80 of 80 answers of salsa and ppo are the same to the letter")
+
+
+def test_no_verdict_is_no_rate(run: ReportInput, tmp_path: Path) -> None:
+    """A dash in the tables, nothing in the figure."""
+    assert run.verdicts is not None
+    none = {
+        "n": 0,
+        "wins": 0,
+        "losses": 0,
+        "ties": 0,
+        "missing": 40,
+        "win_rate": 0.0,
+        "adjusted_win_rate": 0.5,
+        "low": 0.0,
+        "high": 1.0,
+    }
+    pair = {**run.verdicts["datasets"]["in"]["pairs"][0], **none, "length_controlled": None}
+    verdicts = {**run.verdicts, "datasets": {"in": {**run.verdicts["datasets"]["in"], "pairs": [pair]}}}
+    write_report(tmp_path, replace(run, verdicts=verdicts, landscape=None, policies={}))
+    page = Page((tmp_path / "report.html").read_text("utf-8")).text
+    assert "50.0 [0.0, 100.0]" not in page + (tmp_path / "report.md").read_text("utf-8")
+    assert "without any verdict" in page and not list((tmp_path / "figures").glob("judged-*"))
+
+
 def test_without_verdicts_there_is_no_such_section(tmp_path: Path) -> None:
     """Scores and their pairs stand as ever."""
     write_report(tmp_path, synthetic(n=31, policies=("ppo",), gold=False, small=True))

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salsa_peft.statistics import Estimate, compare, mean_interval, paired_difference, rates
+from salsa_peft.intervals import tango
+from salsa_peft.statistics import (
+    Estimate,
+    Judged,
+    compare,
+    judged_pair,
+    mean_interval,
+    over_seeds,
+    paired_difference,
+    rates,
+)
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "data" / "paper_tables.json"
 
@@ -146,3 +156,25 @@ def test_turns_of_a_question_are_one_draw() -> None:
     # where all questions agree a bootstrap has no width: Tango's of as many judgments as questions
     agreed = compare([1.0] * 20, [0.0] * 20, clusters=np.repeat(np.arange(10), 2).tolist())
     assert (agreed.low, agreed.high) == (rates(10, 0, 0).low, 1)
+
+
+def test_few_decided_questions_have_no_narrow_interval() -> None:
+    """One loss of 80 turns: out to Tango's of 80, as wide to the other side; two replicates likewise; no rate at equal length of 9 decided."""
+
+    def rows(losses: int, turns: int = 2, run: int = 0) -> list[Judged]:
+        lost = {(at, 1) for at in range(losses)}
+        return [
+            Judged(at, turn, *["b" if (at, turn) in lost else "tie"] * 2, 5 + (at + run) % 3, 5 + at % 2)
+            for at in range(40)
+            for turn in range(1, turns + 1)
+        ]
+
+    found = judged_pair(rows(1))
+    low, high = (0.5 + bound / 2 for bound in tango(0, 1, 80))
+    assert found.interval == "bootstrap" and (found.low, found.high) == pytest.approx((low, high)) and high > 0.51
+    none, ten = judged_pair(rows(0)), judged_pair(rows(10))
+    assert none.low < 0.47 and none.high > 0.53 and ten.high < 0.5  # enough of them is enough
+    assert judged_pair(rows(9)).length_controlled is None is not ten.length_controlled
+    two = over_seeds([rows(1, 1), rows(1, 1, 1)])
+    assert (two.low, two.high) == pytest.approx(tuple(0.5 + bound / 2 for bound in tango(0, 2, 80)), abs=0.005)
+    assert two.high > 0.51
