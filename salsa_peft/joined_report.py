@@ -242,7 +242,9 @@ def _draw(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -
     styles, drawn = panels.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):
         cells = [
-            {**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"} for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]
+            {**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"}
+            for row in rows
+            if pair in row["cells"] and row["cells"][pair]["runs"]
         ]
         title = f"{pair[0]} over {pair[1]}"
         drawn += [figures.win_rates(f"joined-{number}", title, cells, styles)] if cells else []

@@ -9,7 +9,6 @@ The pages themselves: report_page.py and joined_report.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,16 @@ from pathlib import Path
 from salsa_peft import recipe, runs
 from salsa_peft.errors import SalsaError, require
 from salsa_peft.messages import one_line
+from salsa_peft.parsing import names as bundled_names
 from salsa_peft.parsing import saved_recipe
 
+HELP = """usage: salsa report RUN [RUN …] | --paper
+
+  salsa report RUN                             the report of a finished run's folder again
+  salsa report RUN RUN … [--output-dir DIR]    several runs in one: models × questions; into `joined` beside the first, or DIR
+  salsa report RECIPE --lora …                 the same by a recipe, with `salsa run`'s options
+  salsa report --paper                         the paper's Tables 1 to 5 from their counts, and what does not agree"""
+NO_RUN = "found no recipe.yaml in it, expected the folder of a finished run"
 JOINED = "joined"
 """Folder of several runs' report, beside the first of them."""
 NARROWEST = 165
@@ -29,32 +36,48 @@ NARROWEST = 165
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; 2 for what the user can mend, else `salsa run`'s code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    folders = [word for word in words if _is_run(word)]
-    several = len(folders) > 1 or (
-        len(folders) == 1 and sum(not word.startswith("-") for word in words) > 1 and not _options(words)
-    )
+    if words and set(words) & {"-h", "--help"}:
+        print(HELP)
+        return 0
     try:
         if "--paper" in words:
             require(words == ["--paper"], f"--paper: found {' '.join(words)}, expected it alone")
             return _paper()
-        if several:
-            return _joined(words)
+        names = _names(words)
+        if names is not None and len(names) > 1:
+            return _joined(names, words)
+        if names is not None and names and not _is_recipe(names[0]):
+            require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
+            require("--output-dir" not in words, f"--output-dir: found it with one run, expected none: its report goes into {names[0]}; it is for several")  # fmt: skip
     except SalsaError as error:
         recipe.say(one_line(error))
         return 2
-    if folders and "--output-dir" not in words:
-        at = words.index(folders[0])
-        words = [*words[:at], os.path.join(folders[0], "recipe.yaml"), *words[at + 1 :], "--output-dir", folders[0]]
+    at = next((place for place, word in enumerate(words) if _is_run(word)), None)
+    if at is not None and "--output-dir" not in words:
+        words = [*words[:at], os.path.join(words[at], "recipe.yaml"), *words[at + 1 :], "--output-dir", words[at]]
     return recipe.main([*words, "--stages", "report", "--force", "report"], prog="salsa report")
+
+
+def _names(words: Sequence[str]) -> list[str] | None:
+    """The runs, where nothing else but --output-dir is said; None: a recipe with `salsa run`'s options."""
+    names, rest = [], iter(words)
+    for word in rest:
+        if word == "--output-dir":
+            next(rest, None)
+        elif word.startswith("-"):
+            return None
+        else:
+            names.append(word)
+    return names
+
+
+def _is_recipe(word: str) -> bool:
+    """A recipe's file, or a bundled one's name."""
+    return os.path.isfile(word) or word.removesuffix(".yaml") in bundled_names("recipes")
 
 
 def _is_run(word: str) -> bool:
     return os.path.isdir(word) and os.path.isfile(os.path.join(word, "recipe.yaml"))
-
-
-def _options(words: Sequence[str]) -> bool:
-    """Whether `salsa run`'s options are among them, whose values are no runs."""
-    return any(word.startswith("--") for word in words)
 
 
 def _paper() -> int:
@@ -67,20 +90,16 @@ def _paper() -> int:
     return 0
 
 
-def _joined(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="salsa report", description="Several finished runs in one report.", allow_abbrev=False
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-    parser.add_argument("--output-dir", help=f"where it goes (default: {JOINED} beside the first run)")
-    args = parser.parse_args(words)
+def _joined(names: Sequence[str], words: Sequence[str]) -> int:
+    out_dir = words[words.index("--output-dir") + 1] if "--output-dir" in words[:-1] else None
+    require(out_dir != "" and words[-1] != "--output-dir", "--output-dir: found nothing, expected a folder")
     from salsa_peft.joined_report import Run, write_joined
     from salsa_peft.report_input import gather
 
-    for name in args.runs:
-        require(_is_run(name), f"{name}: found no recipe.yaml in it, expected the folder of a finished run")
+    for name in names:
+        require(_is_run(name), f"{name}: {NO_RUN}")
     found = []
-    for name in args.runs:
+    for name in names:
         folder = Path(os.path.abspath(name))
         saved = folder / "recipe.yaml"
         try:
@@ -88,7 +107,7 @@ def _joined(words: Sequence[str]) -> int:
         except KeyError as error:
             raise SalsaError(f"{name}: found results without {error}, of an earlier salsa_peft, expected this one's; salsa run {name}/recipe.yaml --output-dir {name}") from error  # fmt: skip
         found.append(Run(told, folder))
-    out = Path(os.path.abspath(args.output_dir or found[0].folder.parent / JOINED))
+    out = Path(os.path.abspath(out_dir or found[0].folder.parent / JOINED))
     require(not _is_run(str(out)), f"--output-dir: {out} is a run's folder, expected another one")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -265,6 +265,32 @@ class TestCommand:
         assert "recipe.yaml: beta: found 1" in capsys.readouterr().err
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
+    def test_what_can_not_be_meant(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One line each; a run's folder stands for its recipe, with whatever options."""
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "recipe.yaml").write_text("name: r\n")
+        run, seen = str(tmp_path / "a"), []
+        for words, said in (
+            ([run, "--output-dir", "x"], "--output-dir: found it with one run"),
+            ([run, run, "--output-dir"], "--output-dir: found nothing"),
+            (["/nope"], "/nope: found no recipe.yaml in it"),
+            ([str(tmp_path)], "found no recipe.yaml in it"),
+        ):
+            assert report.main(words) == 2
+            err = capsys.readouterr().err
+            assert said in err and err.count("\n") == 1
+        assert report.main(["--help"]) == 0 and "--paper" in capsys.readouterr().out
+        monkeypatch.setattr(report.recipe, "main", lambda words, prog: seen.append(words) or 0)
+        redo = ["--stages", "report", "--force", "report"]
+        for words, meant in (
+            ([run], [f"{run}/recipe.yaml", "--output-dir", run]),
+            ([run, "--debug"], [f"{run}/recipe.yaml", "--debug", "--output-dir", run]),
+            (["quickstart", "--lora", "--set", "a=b"], ["quickstart", "--lora", "--set", "a=b"]),
+        ):
+            assert report.main(words) == 0 and seen.pop() == [*meant, *redo]
+
     def test_the_newest_report_says_what_belongs_to_it(self, tmp_path: Path) -> None:
         """By what files hold; one that is gone is named."""
 
