@@ -105,7 +105,7 @@ def trainer_of(mode: str, checkpointing: bool, folder: Path, tokenizer: Any, mon
 @pytest.mark.parametrize(
     ("mode", "checkpointing"),
     [
-        ("lora", True),
+        pytest.param("lora", True, marks=pytest.mark.slow),
         pytest.param("lora", False, marks=pytest.mark.slow),
         pytest.param("stochastic", True, marks=pytest.mark.slow),
         pytest.param("master", False, marks=pytest.mark.slow),

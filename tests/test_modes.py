@@ -171,7 +171,7 @@ def test_full_weights(whole: Callable[..., Path], tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize(
-    "kind", ["gemma", pytest.param("mistral", marks=pytest.mark.slow)]
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mistral", "gemma")]
 )  # Llama's is test_pipeline.py
 def test_lora(whole: Callable[..., Path], kind: str) -> None:
     """The same recipe with adapters."""
