@@ -111,10 +111,13 @@ def _datasets(run: ReportInput) -> dict[str, Any]:
 
 
 def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
-    """Of methods: a searched policy by its own name, whichever β was picked in a run."""
+    """Of methods: a searched policy by its own name, whichever β was picked in a run; candidates that were passed over are left out."""
     found = []
     for run in runs:
+        passed = report_judge.passed_over(run.told)
         for pair in _datasets(run.told).get(dataset, {"pairs": []})["pairs"]:
+            if not passed.isdisjoint((pair["a"], pair["b"])):
+                continue
             named = (report_judge.method(run.told, pair["a"]), report_judge.method(run.told, pair["b"]))
             found += [named] if named[0] != named[1] and named not in found and named[::-1] not in found else []
     return found

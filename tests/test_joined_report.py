@@ -193,17 +193,24 @@ def test_a_searched_policy_by_its_own_name(runs: list[Run]) -> None:
         verdicts = run.told.verdicts
         assert verdicts is not None
         tried = [{"policy": best, "kl_coef": 0.1, "adjusted_win_rate": 0.6, "low": 0.5, "high": 0.7}]
+        tried.append({**tried[0], "policy": "salsa-kl-9"})
         search = {
             "by": "judge",
             "datasets": ["in"],
             "against": "seed-0",
             "methods": {"salsa": {"best": best, "tried": tried}},
         }
-        datasets = {name: {**data, "pairs": renamed(data["pairs"])} for name, data in verdicts["datasets"].items()}
+        datasets = {
+            name: {**data, "pairs": [{**data["pairs"][0], "a": "salsa-kl-9"}, *renamed(data["pairs"])]}
+            for name, data in verdicts["datasets"].items()
+        }
         told = replace(
             run.told,
             verdicts={**verdicts, "datasets": datasets, "search": search},
-            judgments=renamed(run.told.judgments),
+            judgments=[
+                *renamed(run.told.judgments),
+                *({**row, "a": "salsa-kl-9"} for row in run.told.judgments if row["a"] == "salsa"),
+            ],
         )
         return Run(told, run.folder)
 
