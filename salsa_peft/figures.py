@@ -189,12 +189,12 @@ def ablation(
 ) -> Panel:
     """Adjusted win rate against one number that policies differ in (the paper's Fig. 4a, 5): a line through the best at each, for each name."""
     names = list(dict.fromkeys(point["name"] for point in points))
-    spare = dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False))
+    looks = {**dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False)), **styles}
 
     def draw(axes: Axes) -> None:
         axes.axhline(50, color=MUTED, lw=1.1)
         for one in names:
-            look = {**spare, **styles}[one] if one in styles or one in spare else KNOWN["salsa"]
+            look = looks.get(one, KNOWN["salsa"])
             mine = sorted((point for point in points if point["name"] == one), key=lambda point: point["x"])
             best = {
                 point["x"]: max(other["adjusted_win_rate"] for other in mine if other["x"] == point["x"])

@@ -16,12 +16,11 @@ import numpy as np
 from salsa_peft import figures, findings, panels, paper, report_judge, text
 from salsa_peft.errors import require
 from salsa_peft.intervals import sign_flip
+from salsa_peft.judged import NET, seeds_warning
 from salsa_peft.panels import MEASURES, Panel
 from salsa_peft.report_input import ReportInput
 from salsa_peft.report_page import write_pages
 from salsa_peft.statistics import Judged, holm, over_seeds
-
-NET = {"a": 1, "b": -1, "tie": 0}
 
 
 class Run(NamedTuple):
@@ -200,7 +199,7 @@ def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]])
 def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for name, of in groups:
-        few = over_seeds([[Judged(0, 1, "a", "a", 0, 0)]] * len(of)).warning
+        few = seeds_warning(len(of))
         found += [f"{name}: {few}."] if few else []
     for row in rows:
         least = min(cell["runs"] for cell in row["cells"].values())

@@ -193,11 +193,12 @@ def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
         high=high,
         rates=each.tolist(),
         spread=float(each.std(ddof=1)) if len(runs) > 1 else None,
-        warning=_warning(len(runs)),
+        warning=seeds_warning(len(runs)),
     )
 
 
-def _warning(runs: int) -> str | None:
+def seeds_warning(runs: int) -> str | None:
+    """What an interval over so many training seeds does not see; None for enough of them."""
     if runs == 1:
         return "one training seed: the interval is over questions alone and cannot say what another seed would give"
     if runs < FEW_RUNS:

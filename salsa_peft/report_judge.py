@@ -1,7 +1,7 @@
 """A judge's verdicts → the report's tables and the points of its ablation figures (paper: Tables 1 to 5, Figures 1, 4, 5).
 
-Where a run has no judge, the pairs of its headline measure stand in the same tables. The paper's cell stands beside a run's where
-base, questions and models are the paper's.
+Where a run has no judge, the pairs of its headline measure are what ablations and a joined report go by. The paper's cell stands beside a
+run's where base, questions and models are the paper's.
 """
 
 from __future__ import annotations
