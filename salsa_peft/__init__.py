@@ -1,6 +1,6 @@
 """salsa_peft: RLHF whose KL reference is a model soup (SALSA), with one base and many adapters.
 
-    from salsa_peft import SalsaPPOTrainer, SalsaPPOConfig, soup
+    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, use_reference
 
 Names are loaded when they are first used: importing the package imports no torch, so a recipe's errors come at once.
 """
@@ -15,9 +15,10 @@ __version__ = "0.1.0"
 _NAMES = {
     "SalsaPPOTrainer": "salsa_peft.ppo",
     "SalsaPPOConfig": "salsa_peft.ppo_config",
+    "use_reference": "salsa_peft.trl_reference",
 }
 
-__all__ = ["SalsaPPOConfig", "SalsaPPOTrainer", "__version__"]
+__all__ = ["SalsaPPOConfig", "SalsaPPOTrainer", "__version__", "use_reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import SalsaError, require
+from .fingerprints import FINGERPRINT as FINGERPRINT
+from .fingerprints import read_fingerprint as read_fingerprint
 from .runs import MANIFEST, read_manifest, sha256
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FINGERPRINT, SUMMARY = "fingerprint.json", "soup.json"
+SUMMARY = "soup.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -108,16 +110,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         "save the adapter with path_initial_model_for_weight_conversion first",
     )
     return config
-
-
-def read_fingerprint(folder: Path) -> str | None:
-    """SHA-256 of the base that the adapter was trained on; None where the folder does not say."""
-    path = folder / FINGERPRINT
-    if not path.exists():
-        return None
-    base = read_json(path).get("base")
-    require(isinstance(base, str), f"{path}: base is {base!r}, expected the SHA-256 of the base: write it again")
-    return str(base)
 
 
 def check_manifest(folder: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import Adapter, SalsaError, require
+from .fingerprints import FINGERPRINT
 from .runs import write_atomic
 from .sharding import placed
 
@@ -62,7 +63,7 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     require(bool(HUB_ID.match(path)), f"{path}: found no such folder, expected an adapter's folder or a Hub id")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=[WEIGHTS, CONFIG, "fingerprint.json"]))
+    return Path(snapshot_download(path, revision=revision, allow_patterns=[WEIGHTS, CONFIG, FINGERPRINT]))
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -133,6 +134,23 @@ def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> P
     with active(model, None):
         model.add_adapter(name, config)
     return model
+
+
+@contextlib.contextmanager
+def taken_off(model: PeftModel, name: str) -> Iterator[None]:
+    """Remove a frozen adapter; where the context ends in an error it is there again. What else requires grad stays as it is."""
+    config, weights = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.delete_adapter(name)
+    for parameter, required in trainable:  # PEFT's delete_adapter activates, and so trains, another
+        parameter.requires_grad_(required)
+    try:
+        yield
+    except BaseException:
+        _add(model, name, config)  # type: ignore[arg-type]
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+        set_trainable(model, name, False)
+        raise
 
 
 def score_head(folder: Path) -> nn.Linear:

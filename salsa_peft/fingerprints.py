@@ -9,6 +9,25 @@ from typing import Any
 
 from salsa_peft.errors import SalsaError, require
 
+FINGERPRINT = "fingerprint.json"
+"""Beside an adapter or a checkpoint: the base that it was trained on."""
+
+
+def read_fingerprint(folder: Path) -> str | None:
+    """SHA-256 of the base that the weights in a folder were trained on; None where the folder does not say. Raises SalsaError for a
+    file that says something else."""
+    path = folder / FINGERPRINT
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SalsaError(f"{path} is not JSON ({error}): save it again") from None
+    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a mapping: save it again")
+    base = content.get("base")
+    require(isinstance(base, str), f"{path}: base is {base!r}, expected the SHA-256 of the base: write it again")
+    return str(base)
+
 
 def canonical(data: Any) -> str:
     """JSON that is the same for the same data. Raises ValueError for NaN, TypeError for what JSON has not."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from . import adapters
+from . import adapters, same_base
 from .checkpoint_folders import read_checkpoint
 from .config import Reference, SalsaError, require
 from .hub_errors import said_in_a_line
@@ -80,12 +80,15 @@ def move_to(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[f
 
 
 def as_references(
-    model: PeftModel | PreTrainedModel, references: Sequence[str | Path | Frozen | PreTrainedModel]
+    model: PeftModel | PreTrainedModel,
+    references: Sequence[str | Path | Frozen | PreTrainedModel],
+    names: Sequence[str] | None = None,
 ) -> list[Frozen]:
     """What a library user passes → frozen references.
 
     On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. With either kind of policy: a model, or
-    a checkpoint's folder or Hub id. Raises SalsaError for an empty list and for what can be no reference of this policy.
+    a checkpoint's folder or Hub id. names: of adapters that are attached for it. Raises SalsaError for an empty list, for what can be no
+    reference of this policy, and for weights of another base (by their fingerprint; what has none is said).
     """
     one = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
     require(
@@ -93,10 +96,11 @@ def as_references(
         f"references: found {one}, expected a list of them",
     )
     require(bool(references), "references: found none, expected at least one ('base' is the model without its adapter)")
-    return [_as_reference(model, reference, index) for index, reference in enumerate(references)]
+    wishes = names or [f"reference-{index}" for index in range(len(references))]
+    return [_as_reference(model, reference, wish) for reference, wish in zip(references, wishes, strict=True)]
 
 
-def _as_reference(model: Any, reference: Any, index: int) -> Frozen:
+def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
     if isinstance(reference, Frozen):
         known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
         require(
@@ -105,7 +109,7 @@ def _as_reference(model: Any, reference: Any, index: int) -> Frozen:
         )
         return reference
     if isinstance(reference, PreTrainedModel):
-        return freeze(model, reference, reference.name_or_path or f"reference-{index}")
+        return freeze(model, reference, reference.name_or_path or wish)
     if not isinstance(reference, str | Path):
         raise SalsaError(f"references: found {type(reference).__name__}, {EXPECTED}")
     name = str(reference)
@@ -119,9 +123,10 @@ def _as_reference(model: Any, reference: Any, index: int) -> Frozen:
         return Frozen("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
-            name = adapters.free_name(model, f"reference-{index}")
+            name = adapters.free_name(model, wish)
             with said_in_a_line(str(reference)):
                 attached = adapters.local_folder(str(reference))
+            same_base.check(attached, same_base.of_model(model), str(causal_lm(model).name_or_path))
             adapters.attach(model, attached, name)
         adapters.set_trainable(model, name, False)
         return Frozen(str(reference), name)

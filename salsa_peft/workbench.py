@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from . import adapters, memory, models, precision, sharding
+from . import adapters, memory, models, precision, same_base, sharding
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
+from .fingerprints import FINGERPRINT
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
 
@@ -117,20 +118,11 @@ class Workbench:
         folders = [folder for unit, folder in inputs.items() if unit != "toy"]
         folders += [local(self.recipe, reference.path) for reference in references if reference.path is not None]
         for folder in folders:
-            file = folder / "fingerprint.json"
-            if not file.is_file():
-                print(f"{folder}: no fingerprint.json, so that its base can't be checked", file=sys.stderr, flush=True)
-                continue
-            found = str(json.loads(file.read_text(encoding="utf-8")).get("base"))
-            require(
-                found == base,
-                f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {self.name}"
-                f" ({base[:12]} …)",
-            )
+            same_base.check(folder, base, self.name)
 
     def sign(self, folder: Path) -> None:
         """fingerprint.json beside an adapter or checkpoint: the base it belongs to."""
-        write_atomic(folder / "fingerprint.json", json.dumps({"base": base_fingerprint(self.folder)}))
+        write_atomic(folder / FINGERPRINT, json.dumps({"base": base_fingerprint(self.folder)}))
 
 
 def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:

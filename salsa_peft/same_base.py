@@ -1,0 +1,52 @@
+"""Whether an adapter or a checkpoint was trained on this base: fingerprint.json beside it against the base's own files.
+
+PEFT loads an adapter of another base in silence where shapes agree, so this is asked wherever weights come from a folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import require
+from .fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
+from .models import causal_lm
+
+
+def of_model(model: Any) -> str | None:
+    """The fingerprint of the base that a model in memory was made of, by the files that its name_or_path leads to; None where it
+    leads to none. A folder that was trained from another says which in its own fingerprint.json."""
+    name = str(causal_lm(model).name_or_path or "")
+    folder = Path(name) if name and Path(name).is_dir() else _cached(name)
+    if folder is None:
+        return None
+    return read_fingerprint(folder) or (base_fingerprint(folder) if any(folder.glob("*.safetensors")) else None)
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a Hub id's files in the Hub's cache."""
+    if not name or name.startswith((".", "/")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check(folder: Path, base: str | None, name: str) -> None:
+    """Raise SalsaError where the weights in `folder` are of another base than the fingerprint `base`, which people call `name`; what can't
+    be checked is said."""
+    found = read_fingerprint(folder)
+    if found is None or base is None:
+        what = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: no files at hand to take a fingerprint of"
+        print(f"{what}, so that its base can't be checked", file=sys.stderr, flush=True)
+        return
+    require(
+        found == base,
+        f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {name} ({base[:12]} …)",
+    )
