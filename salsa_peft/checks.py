@@ -10,10 +10,11 @@ import difflib
 from pathlib import Path
 
 from salsa_peft import judge_section, search
-from salsa_peft.config import NAME, SEED, Recipe, Reference, parse_reference, require
+from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, parse_reference, require
 from salsa_peft.messages import short
 from salsa_peft.paths import check_files, check_path, count_rows, is_local
 from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_function
+from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
 
 TOY_PROMPTS = ("in", "out")
 
@@ -27,6 +28,8 @@ def check(recipe: Recipe) -> None:
     recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
     recipe.ppo.check("ppo", recipe.num_processes)
+    for algorithm in ALGORITHMS:
+        getattr(recipe, algorithm).check(algorithm)
     recipe.soup.check("soup", len(seeds))
     require(
         len(set(recipe.reward.seeds)) == len(recipe.reward.seeds),
@@ -37,8 +40,10 @@ def check(recipe: Recipe) -> None:
         _check_name("policies", name)
         taken = name in ("base", "soup") or SEED.match(name)
         require(not taken, f"policies.{name}: found a name that means something else, expected another one")
-        for reference in policy.references(f"policies.{name}"):
+        references = policy.references(f"policies.{name}")
+        for reference in references:
             _check_reference(f"policies.{name}.reference", reference, recipe)
+        _check_algorithm(f"policies.{name}", policy, len(references), recipe)
     _check_landscape(recipe)
     _check_prompt_set(recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts)
     _check_evaluate(recipe)
@@ -47,6 +52,27 @@ def check(recipe: Recipe) -> None:
     _check_rows(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
+
+
+def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe) -> None:
+    """What TRL's trainers have no place for."""
+    algorithm = policy.algorithm
+    if algorithm == "ppo":
+        return
+    require(
+        policy.kl_coef != 0,
+        f"{where}.kl_coef: found 0 for {algorithm}, whose trainer then looks at no reference, expected more than 0",
+    )
+    require(
+        references == 1 or algorithm != "grpo",
+        f"{where}.reference: found {references} of them for grpo, whose KL estimator k3 of a mean is not the mean of k3, expected one, such as"
+        " soup",
+    )
+    require(
+        algorithm in PREFERENCES or recipe.generation.min_new_tokens == 0,
+        f"generation.min_new_tokens: found {recipe.generation.min_new_tokens} with a policy by {algorithm}, expected 0: TRL scores responses"
+        " as if EOS had been allowed",
+    )
 
 
 def _check_mode(recipe: Recipe) -> None:
@@ -76,7 +102,7 @@ def _check_mode(recipe: Recipe) -> None:
 def _check_sharded(recipe: Recipe) -> None:
     """What needs every process to hold what is trained whole."""
     ppo, seeds = recipe.ppo, recipe.reward.seeds
-    optims = {f"{name}.optim": getattr(recipe, name).optim for name in ("sft", "reward", "ppo")}
+    optims = {f"{name}.optim": getattr(recipe, name).optim for name in ("sft", "reward", "ppo", *ALGORITHMS)}
     for key, found, fits, expected in (
         ("model.quantization", recipe.model.quantization, recipe.model.quantization is None, "none"),
         ("precision", recipe.precision, recipe.precision != "stochastic", "master"),
@@ -123,10 +149,11 @@ def _check_rows(recipe: Recipe) -> None:
     the stage."""
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     wanted = {"demonstrations": ("sft", sft), "preferences": ("reward", reward), "prompts": ("ppo", ppo)}
+    algorithms = {policy.algorithm for policy in recipe.policies.values()}
     for key, (stage, section) in wanted.items():
         source, toy = getattr(recipe.data, key), recipe.toy
         rows = count_rows(source) if source is not None else None if toy is None else getattr(toy, key)
-        used = {"preferences": reward.trained, "prompts": bool(recipe.policies)}.get(key, True)
+        used = {"preferences": reward.trained, "prompts": "ppo" in algorithms}.get(key, True)
         if rows is None or not used:
             continue
         share, why = rows, ""
@@ -142,6 +169,12 @@ def _check_rows(recipe: Recipe) -> None:
             f"{found}, {share} of them to train on{why}, expected at least {stage}.batch_size = {section.batch_size}; add some or lower"
             f" {stage}.batch_size",
         )
+    for algorithm in sorted(algorithms - {"ppo"}):
+        key = "preferences" if algorithm in PREFERENCES else "prompts"
+        source, section = getattr(recipe.data, key), getattr(recipe, algorithm)
+        rows = count_rows(source) if source is not None else None if recipe.toy is None else getattr(recipe.toy, key)
+        if rows is not None:
+            section.check_rows(rows, algorithm)
 
 
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
@@ -237,12 +270,13 @@ def _check_evaluate(recipe: Recipe) -> None:
 
 def _check_present(recipe: Recipe) -> None:
     """Without the embedded world, base, template and data must be named."""
+    algorithms = {policy.algorithm for policy in recipe.policies.values()}
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
         "data.demonstrations": recipe.data.demonstrations,
-        "data.preferences": recipe.data.preferences or not recipe.reward.trained,
-        "data.prompts": recipe.data.prompts or not (recipe.policies or recipe.soup.reads == "prompts"),
+        "data.preferences": recipe.data.preferences or not (recipe.reward.trained or {*PREFERENCES} & algorithms),
+        "data.prompts": recipe.data.prompts or not (algorithms - {*PREFERENCES} or recipe.soup.reads == "prompts"),
         "data.held_out": recipe.data.held_out or recipe.soup.reads != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,
     }

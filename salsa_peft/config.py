@@ -21,10 +21,16 @@ from .reward_kinds import RewardPart, parse_reward
 from .search import Search
 from .soup_options import SoupSection
 from .toy_section import Toy
+from .training_options import Training
+from .trl_options import DPO, GRPO, KTO, RLOO
 
 __all__ = [
+    "DPO",
+    "GRPO",
+    "KTO",
     "NAME",
     "PPO",
+    "RLOO",
     "SEED",
     "SFT",
     "Adapter",
@@ -127,47 +133,6 @@ class Data:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Training:
-    """What every training stage shares, in TrainingArguments' names."""
-
-    learning_rate: Positive = 5e-5
-    """Peak."""
-    num_train_epochs: Positive = 1.0
-    """Passes over the data."""
-    max_steps: int = -1
-    """Optimizer steps; −1: what the epochs give."""
-    batch_size: Count = 8
-    """Rows of one optimizer step, global (PPO: responses of one rollout batch)."""
-    micro_batch_size: Count | None = None
-    """Rows of one forward. None: the whole batch, or a process's share of it."""
-    weight_decay: NonNegative = 0.0
-    """AdamW's."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps in which the rate rises."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """As in Transformers."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are clipped to this norm."""
-    optim: Literal["adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """As in Transformers. The paged ones (bitsandbytes, CUDA; on a CPU adamw_torch_fused is taken, and said) give way to activations where the
-    card is full. `precision: stochastic` brings its own."""
-    gradient_checkpointing: bool = False
-    """Trade time for memory."""
-
-    def check(self, section: str, processes: int = 1) -> None:
-        """Raise SalsaError where the batch does not divide into micro-batches of so many processes."""
-        micro = self.micro_batch_size
-        parts = (micro or 1) * processes
-        factors = [f"micro_batch_size {micro}"] * (micro is not None) + [f"num_processes {processes}"] * (processes > 1)
-        require(
-            self.batch_size % parts == 0,
-            f"{section}.batch_size: found {self.batch_size}, expected a multiple of {' × '.join(factors)};"
-            f" set {section}.batch_size={math.ceil(self.batch_size / parts) * parts}"
-            f"{' or another micro_batch_size' if micro is not None else ''}",
-        )
-
-
-@dataclass(config=STRICT, kw_only=True)
 class SFT(Training):
     """Supervised fine-tuning of the seeds (TRL's SFTTrainer, loss on the assistant's tokens only)."""
 
@@ -262,12 +227,15 @@ class PPO(PPOOptions, Training):
 
 @dataclass(config=STRICT, kw_only=True)
 class Policy:
-    """One PPO run."""
+    """A policy, trained from seed-0."""
 
     reference: Any
     """seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | an adapter's path | a list of these."""
     kl_coef: NonNegative | None = None
-    """β at the start. None: ppo.kl_coef."""
+    """β at the start. None: kl_coef of its algorithm's section."""
+    algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"
+    """ppo: ours. The others: TRL's trainers with this reference; dpo and kto learn from `data.preferences`, rloo and grpo from `data.prompts` and
+    `reward`, as ppo does. Its settings are the section of that name."""
 
     def references(self, where: str) -> list[Reference]:
         """The parsed reference list."""
@@ -362,6 +330,10 @@ class Recipe:
     reward: Reward = dataclasses.field(default_factory=Reward)
     soup: SoupSection = dataclasses.field(default_factory=SoupSection)
     ppo: PPO = dataclasses.field(default_factory=PPO)
+    dpo: DPO = dataclasses.field(default_factory=DPO)
+    kto: KTO = dataclasses.field(default_factory=KTO)
+    rloo: RLOO = dataclasses.field(default_factory=RLOO)
+    grpo: GRPO = dataclasses.field(default_factory=GRPO)
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
     generation: Generation = dataclasses.field(default_factory=Generation)

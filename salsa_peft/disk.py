@@ -22,6 +22,7 @@ from .architectures import Architecture, of_recipe
 from .config import Adapter, Recipe, SalsaError
 from .paths import count_rows
 from .runs import Step
+from .trl_options import ALGORITHMS
 
 AT_ONCE = 3
 """Checkpoints of a policy: two are kept, the next is whole before the oldest goes."""
@@ -82,6 +83,8 @@ def written(recipe: Recipe, stage: str, size: Architecture, card: float | None) 
     if stage == "ppo":
         return _policy(recipe, size, card, width)
     kept = {"toy": 4.0 * size.parameters, "sft": one * count, "soup": one * count}.get(stage, 0.0)
+    if stage in ALGORITHMS:  # TRL's: no checkpoints
+        kept = one * count + (width * size.parameters if recipe.adapter and "merged" in recipe.export else 0.0)
     if stage == "soup" and recipe.adapter is not None:
         rank = recipe.soup.rank or recipe.adapter.r * len(recipe.soup.members)
         kept = one * size.adapter(rank, recipe.adapter.target_modules)

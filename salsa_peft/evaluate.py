@@ -26,6 +26,7 @@ from .questions import Question, questions
 from .references import attach_reference, mixture, move_to
 from .runs import Job, write_atomic
 from .statistics import mean_interval
+from .units import policy_id
 from .workbench import Workbench, seeds_of
 
 PARTIAL = "partial"
@@ -40,7 +41,7 @@ def model_names(recipe: Recipe) -> list[str]:
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
     """The adapter that answers as `name`: a policy, or what a reference of that name is."""
     if name in recipe.policies:
-        adapters.attach(model, inputs[f"ppo/{name}"], f"model-{len(model.peft_config)}")
+        adapters.attach(model, inputs[policy_id(recipe, name)], f"model-{len(model.peft_config)}")
         return list(model.peft_config)[-1]
     (reference,) = parse_reference("evaluate.models", name)
     adapter = f"model-{len(model.peft_config)}"
@@ -59,7 +60,7 @@ def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], 
 
     def read(name: str) -> None:
         if name in recipe.policies:
-            return move_to(model, [inputs[f"ppo/{name}"]], [1.0])
+            return move_to(model, [inputs[policy_id(recipe, name)]], [1.0])
         (reference,) = parse_reference("evaluate.models", name)
         return move_to(model, *mixture(bench, reference, inputs))
 

@@ -117,9 +117,12 @@ def comparisons(
     if not evaluation.get("datasets"):
         return []
     names = order(evaluation, policies)
-    salsa = _role("salsa", "soup", names, policies)
-    pairs = [("soup", "seed-0"), (salsa, _role("ppo", "seed-0", names, policies))]
-    pairs += [(salsa, control) for control in policies if is_control(control, policies) and control != salsa]
+    pairs = [("soup", "seed-0")]
+    for algorithm in dict.fromkeys(policy.algorithm for policy in policies.values()):
+        of = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
+        salsa = _role("salsa", "soup", of)
+        pairs.append((salsa, _role("ppo", "seed-0", of)))
+        pairs += [(salsa, control) for control in of if is_control(control, of) and control != salsa]
     pairs += [("soup", control) for control in ("base", "shrunk") if control in names and control not in policies]
     measure = headline(evaluation)
     wanted = [(a, b) for a, b in pairs if a in names and b in names and a != b]
@@ -270,10 +273,8 @@ def _along(landscape: Mapping[str, Any]) -> list[str]:
     return text
 
 
-def _role(name: str, reference: str, names: Sequence[str], policies: Mapping[str, Any]) -> str:
+def _role(name: str, reference: str, policies: Mapping[str, Any]) -> str:
     """The policy called `name`, else the first whose reference is `reference`, else "" (which is no model)."""
-    return (
-        name
-        if name in names
-        else next((policy for policy, told in policies.items() if told.reference == reference), "")
-    )
+    if name in policies:
+        return name
+    return next((policy for policy, told in policies.items() if told.reference == reference), "")

@@ -73,7 +73,8 @@ def need(recipe: Recipe, stage: str, size: Architecture, card: float | None = No
 
 def stages_of(recipe: Recipe) -> list[str]:
     """Those of the recipe that hold the base on a GPU."""
-    there = {"reward": recipe.reward.trained, "ppo": bool(recipe.policies), "landscape": recipe.landscape is not None}
+    by_ppo = any(policy.algorithm == "ppo" for policy in recipe.policies.values())
+    there = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
     return [stage for stage in STAGES if there.get(stage, True)]
 
 
@@ -103,8 +104,15 @@ def uncounted(recipe: Recipe) -> list[str]:
         for part in recipe.reward.parts
         if part.kind == "classifier" and of_base(part.value) is None
     ]
+    others = sorted({policy.algorithm for policy in recipe.policies.values()} - {"ppo"})
+    if others:
+        found.append(f"{', '.join(others)}: policies that TRL's trainers train")
     options = recipe.ppo.rollout_options
-    if recipe.policies and recipe.ppo.rollout_backend == "vllm" and options.get("mode", "colocate") == "colocate":
+    if (
+        "ppo" in stages_of(recipe)
+        and recipe.ppo.rollout_backend == "vllm"
+        and options.get("mode", "colocate") == "colocate"
+    ):
         share = options.get("gpu_memory_utilization", 0.3)
         found.append(f"vLLM beside ppo, which takes {share:.0%} of the card (rollout_options: gpu_memory_utilization)")
     judge = recipe.evaluate.judge
@@ -146,7 +154,9 @@ class _Stage:
 
     def references(self) -> list[int]:
         """Of the policy that has most: members of each reference."""
-        lists = [policy.references("reference") for policy in self.recipe.policies.values()]
+        lists = [
+            policy.references("reference") for policy in self.recipe.policies.values() if policy.algorithm == "ppo"
+        ]
         soup = len(self.recipe.soup.members)
         counted = [[soup if one.soup else len(one.members) for one in each] for each in lists]
         return max(counted, key=len if self.full else sum, default=[])  # models of their own, or adapters' ranks

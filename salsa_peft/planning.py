@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from salsa_peft.config import PPO, Adapter, Recipe, Training
 from salsa_peft.parsing import Loaded
 from salsa_peft.paths import count_rows
 from salsa_peft.runs import Step
+from salsa_peft.trl_options import ALGORITHMS
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
@@ -59,7 +61,10 @@ def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]
     )
     if asked_of_judge is not None:
         console.print(Text(f"{asked_of_judge}\n"))
-    changed = [[key, _plain(before), _plain(after)] for key, before, after in loaded.changes]
+    idle = {*ALGORITHMS} - {policy.algorithm for policy in loaded.recipe.policies.values()}
+    changed = [
+        [key, _plain(before), _plain(after)] for key, before, after in loaded.changes if key.split(".")[0] not in idle
+    ]
     if changed:
         _print(console, ["--lora changed", "from", "to"], changed)
 
@@ -149,13 +154,23 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
     ]
     if reward.trained:
         rows.append(["reward", _batch(reward), _steps(reward, shares[1])])
-    if recipe.policies:
+    by: Counter[str] = Counter(policy.algorithm for policy in recipe.policies.values())
+    if by["ppo"]:
         minibatch = ppo.batch_size // ppo.num_mini_batches
         micro = ppo.micro_batch_size or minibatch
         parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
         batch = f"{ppo.batch_size} responses = {parts}"
         per_update = f"{ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps an update"
-        rows.append([f"ppo, each of {len(recipe.policies)} policies", batch, f"{_updates(ppo, prompts)}, {per_update}"])
+        rows.append([f"ppo, each of {by['ppo']} policies", batch, f"{_updates(ppo, prompts)}, {per_update}"])
+    for algorithm in [one for one in ALGORITHMS if by[one]]:
+        section = getattr(recipe, algorithm)
+        rows.append(
+            [
+                f"{algorithm}, each of {by[algorithm]} policies",
+                _batch(section),
+                _steps(section, section.rows_of(pairs, prompts)),
+            ]
+        )
     return rows
 
 

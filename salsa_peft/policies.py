@@ -42,13 +42,13 @@ def ppo_config(bench: Workbench, policy: str, folder: Path) -> SalsaPPOConfig:
     return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
 
 
-def play(bench: Workbench, job: Job) -> tuple[Any, list[Frozen]]:
-    """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, or a model each."""
+def play(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[Frozen]]:
+    """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, the policy's called `name`, or a model each."""
     seeds = seeds_of(job.inputs)
     wanted = bench.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
     bench.check(job.inputs, wanted)
     if bench.recipe.adapter is not None:
-        model: Any = adapters.attach(bench.base(), seeds[0], "policy", trainable=True)
+        model: Any = adapters.attach(bench.base(), seeds[0], name, trainable=True)
         return model, [
             attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}")
             for index, reference in enumerate(wanted)

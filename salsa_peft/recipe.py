@@ -1,4 +1,4 @@
-"""The whole of SALSA from one recipe: seeds → reward model → soup → PPO → landscape → evaluation → report.
+"""The whole of SALSA from one recipe: seeds → reward model → soup → policies → landscape → evaluation → report.
 
     python -m salsa_peft.recipe quickstart --lora
     python -m salsa_peft.recipe my.yaml --lora --set ppo.learning_rate=1e-5 --dry-run
@@ -44,7 +44,11 @@ STAGES = {
     "sft": Stage("salsa_peft.sft:run", units.sft_units, trains=True),
     "reward": Stage("salsa_peft.reward_model:run", units.reward_units, trains=True),
     "soup": Stage("salsa_peft.stages:soup", units.soup_units),
-    "ppo": Stage("salsa_peft.policies:run", units.ppo_units, resumes=True, trains=True),
+    "ppo": Stage("salsa_peft.policies:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
+    "dpo": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["dpo"]),
+    "kto": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["kto"]),
+    "rloo": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["rloo"]),
+    "grpo": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["grpo"]),
     "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.judging:run", units.judge_units),

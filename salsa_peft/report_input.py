@@ -14,6 +14,7 @@ from salsa_peft import comparisons, runs
 from salsa_peft.adapter_folders import FINGERPRINT
 from salsa_peft.config import Recipe
 from salsa_peft.questions import TEMPERATURES
+from salsa_peft.units import policy_id
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
@@ -34,6 +35,9 @@ class PolicyReport:
     """The rows of metrics.jsonl."""
     completions: list[dict[str, Any]]
     """Rows of completions.jsonl; the first and the last are shown."""
+    algorithm: str = "ppo"
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the stage of one of TRL's algorithms measured; {} of ppo."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         seeds={name: _json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
         reward=_reward(recipe, inputs),
         soup=_soup(_json(inputs["soup"] / "soup.json")),
-        policies={name: _policy(folder) for name, folder in in_stage("ppo").items()},
+        policies={
+            name: _policy(inputs[policy_id(recipe, name)])
+            for name in recipe.policies
+            if policy_id(recipe, name) in inputs
+        },
         landscape=_json(landscape / "landscape.json") if landscape else None,
         evaluation=_compared(recipe, _json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
@@ -155,8 +163,12 @@ def identity(recipe: Recipe) -> tuple[str, str]:
 
 def _policy(folder: Path) -> PolicyReport:
     facts = _json(folder / "policy.json")
+    reference, beta, algorithm = facts["reference"], facts["kl_coef"]["start"], facts.get("algorithm", "ppo")
+    if algorithm != "ppo":
+        told = {name: value for name, value in facts.items() if name not in ("algorithm", "reference", "kl_coef")}
+        return PolicyReport(reference, beta, [], [], algorithm, told)
     rows, completions = (runs.json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
-    return PolicyReport(facts["reference"], facts["kl_coef"]["start"], rows, completions)
+    return PolicyReport(reference, beta, rows, completions)
 
 
 def _soup(soup: dict[str, Any]) -> dict[str, Any]:

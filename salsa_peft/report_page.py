@@ -99,6 +99,7 @@ def context(run: ReportInput) -> dict[str, Any]:
                 *((name, text.flatten(metrics)) for name, metrics in run.seeds.items()),
                 ("reward", text.flatten(run.reward)),
                 ("soup", text.flatten(run.soup)),
+                *((name, text.flatten(policy.facts)) for name, policy in run.policies.items()),
             )
             if rows
         },
@@ -139,7 +140,9 @@ def summarise(run: ReportInput, told: Mapping[str, Any]) -> dict[str, Any]:
             },
             "policies": {
                 name: {
+                    "algorithm": policy.algorithm,
                     "reference": policy.reference,
+                    "facts": policy.facts,
                     "kl_coef": policy.kl_coef,
                     "training": told["training"].get(name),
                     "curves": {"episode": [row["episode"] for row in policy.metrics]}
@@ -174,7 +177,8 @@ def training(policy: PolicyReport) -> dict[str, Any]:
 
 def what(name: str, run: ReportInput) -> str:
     if name in run.policies:
-        return f"PPO from seed-0, reference {run.policies[name].reference}, β {run.policies[name].kl_coef:g}"
+        policy = run.policies[name]
+        return f"{policy.algorithm.upper()} from seed-0, reference {policy.reference}, β {policy.kl_coef:g}"
     if name.startswith("seed-"):
         return "one SFT run"
     return {

@@ -7,6 +7,8 @@ and `name`, `description` and `threads` are in none. Local paths don't count, th
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from salsa_peft import search
@@ -15,6 +17,7 @@ from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, pa
 from salsa_peft.paths import is_local
 from salsa_peft.reward_kinds import RewardPart, find_module, split_function
 from salsa_peft.runs import Unit
+from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
 
 
 class _Files:
@@ -156,30 +159,42 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     return [Unit(stage="soup", name="soup", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
 
 
-def ppo_units(recipe: Recipe, run: str) -> list[Unit]:
-    """One PPO run per policy; it starts at seed-0."""
-    units = []
-    for name, policy in recipe.policies.items():
-        files = _Files()
-        references = policy.references(f"policies.{name}")
-        beta = recipe.ppo.kl_coef if policy.kl_coef is None else policy.kl_coef
-        without = {"save_steps": None, "shown_every": None}  # what the result does not depend on
-        parts = {
-            "model": files.model(recipe),
+def policy_id(recipe: Recipe, name: str) -> str:
+    """The unit that trains a policy: ppo/salsa, dpo/salsa-dpo."""
+    return f"{recipe.policies[name].algorithm}/{name}"
+
+
+def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
+    """One training per policy of an algorithm; it starts at seed-0."""
+    return [_policy(recipe, run, name) for name, policy in recipe.policies.items() if policy.algorithm == algorithm]
+
+
+def _policy(recipe: Recipe, run: str, name: str) -> Unit:
+    files, policy = _Files(), recipe.policies[name]
+    algorithm, references = policy.algorithm, policy.references(f"policies.{name}")
+    section = getattr(recipe, algorithm)
+    beta = section.kl_coef if policy.kl_coef is None else policy.kl_coef
+    parts: dict[str, Any] = {
+        "model": files.model(recipe),
+        algorithm: {**dataclasses.asdict(section), "kl_coef": beta},
+        "references": [files.reference(reference) for reference in references],
+        "export": list(recipe.export),
+        **_precision(recipe),
+    }
+    if algorithm in PREFERENCES:
+        parts["preferences"] = files.source(recipe.data.preferences)
+    else:
+        parts |= {
             "prompts": files.source(recipe.data.prompts),
-            "eval_prompts": files.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or "")),
-            "ppo": {**dataclasses.asdict(recipe.ppo), "kl_coef": beta, **without},
             "generation": {**dataclasses.asdict(recipe.generation), "batch_size": None},
-            "references": [files.reference(reference) for reference in references],
             "reward": files.reward(recipe),
-            "export": list(recipe.export),
-            **_precision(recipe),
         }
-        inputs = _inputs(recipe, _seed(0), *_reward(recipe), *_of_references(references))
-        units.append(
-            Unit(stage="ppo", name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths))
-        )
-    return units
+    if algorithm == "ppo":
+        parts["ppo"] |= {"save_steps": None, "shown_every": None}  # what the result does not depend on
+        parts["eval_prompts"] = files.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
+    rewards = [] if algorithm in PREFERENCES else _reward(recipe)
+    inputs = _inputs(recipe, _seed(0), *rewards, *_of_references(references))
+    return Unit(stage=algorithm, name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths))
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -224,7 +239,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
         "seed": options.seed,
         "generation": dataclasses.asdict(recipe.generation),
     }
-    policies = [f"ppo/{name}" for name in recipe.policies]
+    policies = [policy_id(recipe, name) for name in recipe.policies]
     inputs = _inputs(recipe, _seed(0), "soup", *_of_references(references), *_reward(recipe), *policies)
     return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
 
@@ -251,9 +266,24 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     return [Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), slice=parts, files=tuple(files.paths))]
 
 
+POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
+    algorithm: functools.partial(policy_units, algorithm=algorithm) for algorithm in ("ppo", *ALGORITHMS)
+}
+"""Algorithm, which is a stage's name too → its policies."""
+
+
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The report of everything."""
-    units = [toy_units, sft_units, reward_units, soup_units, ppo_units, landscape_units, evaluate_units, judge_units]
+    units = [
+        toy_units,
+        sft_units,
+        reward_units,
+        soup_units,
+        *POLICY_UNITS.values(),
+        landscape_units,
+        evaluate_units,
+        judge_units,
+    ]
     inputs = tuple(unit.id for make in units for unit in make(recipe, ""))
     search_section = None if recipe.search is None else dataclasses.asdict(recipe.search)
     parts = {

@@ -1,0 +1,230 @@
+"""The stages dpo, kto, rloo and grpo: one policy of the recipe, trained from seed-0 by TRL's own trainer against its references.
+
+With the soup as reference they are SALSA's idea in another algorithm (the paper's future work). A policy of these stages that was killed begins
+again; several processes share nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import adapters, data, models, rewards
+from .policies import merge, play
+from .reward_model import SPLIT_SEED, accuracy
+from .rollout import pad_responses
+from .runs import Job, write_atomic
+from .statistics import mean_interval
+from .trl_reference import use_reference
+from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet, seeds_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .references import Frozen
+    from .rewards import Reward
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so) or checkpoint."""
+    recipe, algorithm = job.recipe, job.unit.stage
+    # 1. the policy starts at seed-0; references are frozen, with adapters all on one base
+    bench = Workbench.of(job)
+    model, references = play(bench, job, "default")  # the one name that TRL knows
+    # 2. TRL's trainer, whose reference is then ours
+    trainer, held_out, facts = TRAINERS[algorithm](bench, job, model, references)
+    if recipe.mode == "qlora":  # TRL casts adapters to bfloat16
+        adapters.in_float32(model)
+        adapters.load(model, "default", seeds_of(job.inputs)[0])
+    use_reference(trainer, references)
+    quiet(trainer)
+    # 3. train, measure, save
+    loss = mean_loss(trainer, trainer.train().training_loss)
+    facts = {
+        "algorithm": algorithm,
+        "reference": ", ".join(reference.label for reference in references),
+        "kl_coef": {"start": trainer.beta, "end": trainer.beta},
+        "steps": trainer.state.global_step,
+        **facts,
+        "loss": loss,
+        **last_figures(trainer),
+        **({} if held_out is None else margins(trainer, held_out)),
+    }
+    bench.save(trainer, job.folder)
+    write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
+    if "merged" in recipe.export and recipe.adapter is not None:
+        del trainer, model
+        merge(bench, job)
+    return facts
+
+
+Made = tuple[Any, "Dataset | None", dict[str, Any]]
+"""A trainer, pairs that are held out, facts of the data."""
+
+
+def arguments(bench: Workbench, job: Job) -> dict[str, Any]:
+    """What the configurations of TRL's four trainers take alike."""
+    section = getattr(job.recipe, job.unit.stage)
+    own = job.recipe.policies[job.unit.name].kl_coef
+    return {
+        **bench.arguments(section, job.folder / "trainer", section.seed),
+        "beta": section.kl_coef if own is None else own,
+        "disable_dropout": True,
+    }
+
+
+def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
+    """The preferences that fit, and those of them that are held out: the reward stage's own where the shares are the same."""
+    from datasets import Dataset
+
+    section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
+    rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"])
+    sides = ("chosen", "rejected")
+
+    def fits(row: dict[str, Any]) -> bool:
+        given: list[Any] = [bench.tokenizer.apply_chat_template(row[side], return_dict=True) for side in sides]
+        return max(len(encoded["input_ids"]) for encoded in given) <= longest
+
+    kept = [row for row in rows if fits(row)]
+    note_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
+    section.check_rows(len(kept), job.unit.stage)
+    count = section.held_out_of(len(kept))
+    parts = Dataset.from_list(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
+    facts = {"pairs": {"train": len(kept) - count, "held_out": count}, "left_out": len(rows) - len(kept)}
+    return parts["train"], parts["test"], facts
+
+
+def dpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+    """Pairs as they are."""
+    from trl import DPOConfig, DPOTrainer
+
+    train, test, facts = pairs(bench, job)
+    trainer = DPOTrainer(
+        model,
+        ref_model=references[0].model,  # of full weights; else TRL would load another one
+        args=DPOConfig(
+            **arguments(bench, job),
+            loss_type=[job.recipe.dpo.loss_type],
+            max_length=job.recipe.model.max_length,
+            per_device_eval_batch_size=1,
+        ),
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=bench.tokenizer,
+        callbacks=[Bar(job.unit.id, job.folder)],
+    )
+    return trainer, test, facts
+
+
+def kto(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+    """Of each pair a desirable and an undesirable response."""
+    from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
+
+    train, _, facts = pairs(bench, job)
+    trainer = KTOTrainer(
+        model,
+        ref_model=references[0].model,
+        args=KTOConfig(
+            **arguments(bench, job),
+            desirable_weight=job.recipe.kto.desirable_weight,
+            undesirable_weight=job.recipe.kto.undesirable_weight,
+            max_length=job.recipe.model.max_length,
+        ),
+        train_dataset=maybe_unpair_preference_dataset(train.map(maybe_extract_prompt)),
+        processing_class=bench.tokenizer,
+        callbacks=[Bar(job.unit.id, job.folder)],
+    )
+    return trainer, None, facts
+
+
+def rloo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+    """Responses that are sampled and scored by the recipe's reward."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    return sampled(bench, job, model, RLOOTrainer, RLOOConfig)
+
+
+def grpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+    """The same."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    return sampled(bench, job, model, GRPOTrainer, GRPOConfig)
+
+
+def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -> Made:
+    """RLOO and GRPO differ in their loss alone."""
+    from datasets import Dataset
+
+    recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
+    longest = recipe.model.max_length - recipe.generation.max_new_tokens
+    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
+    rows = data.prompts(source, columns=recipe.reward.reads_columns)
+    kept = [row for row in rows if len(data.prompt_tokens(row, bench.tokenizer)) <= longest]
+    why = f"prompts longer than {longest} tokens, model.max_length less generation.max_new_tokens"
+    note_left_out(job, len(rows) - len(kept), len(rows), why)
+    section.check_rows(len(kept), job.unit.stage)
+    reward = rewards.of_recipe(
+        recipe, model, job.inputs, bench.tokenizer, section.micro_batch_size or section.batch_size
+    )
+    made = trainer(
+        model,
+        args=config(
+            **arguments(bench, job),
+            num_generations=section.num_generations,
+            max_completion_length=recipe.generation.max_new_tokens,
+            temperature=recipe.generation.temperature,
+        ),
+        reward_funcs=as_function(reward, bench),
+        train_dataset=Dataset.from_list(kept),
+        processing_class=bench.tokenizer,
+        callbacks=[Bar(job.unit.id, job.folder)],
+    )
+    return made, None, {"prompts": len(kept), "left_out": len(rows) - len(kept)}
+
+
+def as_function(reward: Reward, bench: Workbench) -> Callable[..., list[float]]:
+    """One of our rewards as TRL calls one: prompts, completion_ids, columns → a score each."""
+    idle = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+    def score(prompts: list[Any], completion_ids: list[list[int]], **given: Any) -> list[float]:
+        columns = {name: values for name, values in given.items() if name not in idle}
+        rows = [
+            {"prompt": prompt, **{name: values[i] for name, values in columns.items()}}
+            for i, prompt in enumerate(prompts)
+        ]
+        asked = [data.prompt_tokens(row, bench.tokenizer) for row in rows]
+        responses = pad_responses(asked, completion_ids, bench.tokenizer, models.device())
+        return reward(responses, rows).tolist()
+
+    score.__name__ = "reward"
+    return score
+
+
+def last_figures(trainer: Any) -> dict[str, float]:
+    """What the trainer logged last of how far the policy is from its reference, and of what it earns."""
+    wanted = ("kl", "reward", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    rows = [row for row in trainer.state.log_history if set(wanted) & set(row)]
+    return {name: rows[-1][name] for name in wanted if rows and name in rows[-1]}
+
+
+@torch.no_grad()
+def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
+    """Of DPO's implicit reward β log π/π_ref on the held-out pairs: how often the chosen response has more, and by how much, with 95% intervals."""
+    model = trainer.model.eval()
+    for batch in trainer.get_eval_dataloader():  # a pair each
+        trainer.compute_loss(model, trainer._prepare_inputs(batch))
+    found = trainer._metrics["eval"].pop("rewards/margins")
+    assert len(found) == len(held_out)
+    return {"accuracy": {"held_out": accuracy(found)}, "margin": {"held_out": asdict(mean_interval(found))}}
+
+
+TRAINERS: dict[str, Callable[[Workbench, Job, Any, list[Frozen]], Made]] = {
+    "dpo": dpo,
+    "kto": kto,
+    "rloo": rloo,
+    "grpo": grpo,
+}
