@@ -10,9 +10,10 @@ import difflib
 from pathlib import Path
 
 from salsa_peft import judge_section, search
-from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, parse_reference, require
+from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, SalsaError, parse_reference, require
 from salsa_peft.messages import short
 from salsa_peft.paths import check_files, check_path, count_rows, is_local
+from salsa_peft.results import unit_of
 from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_function
 from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
 
@@ -25,6 +26,7 @@ def check(recipe: Recipe) -> None:
     seeds = recipe.sft.seeds
     require(len(set(seeds)) == len(seeds), f"sft.seeds: found {short(seeds)}, expected no seed twice")
     recipe.sft.check("sft", recipe.num_processes)
+    _check_taken(recipe)
     recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
     recipe.ppo.check("ppo", recipe.num_processes)
@@ -47,11 +49,35 @@ def check(recipe: Recipe) -> None:
     _check_landscape(recipe)
     _check_prompt_set(recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts)
     _check_evaluate(recipe)
+    _check_hub(recipe)
     _check_present(recipe)
     check_files(recipe)
     _check_rows(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
+
+
+def _check_taken(recipe: Recipe) -> None:
+    """Seeds that are taken from somewhere: one for each position, weights of the mode's kind."""
+    given, seeds = recipe.sft.from_, recipe.sft.seeds
+    if given is None:
+        return
+    require(
+        len(given) == len(seeds),
+        f"sft.from: found {len(given)} seeds, and {len(seeds)} in sft.seeds, expected one for each",
+    )
+    for index, path in enumerate(given):
+        if path is not None:
+            _check_weights(f"sft.from[{index}]", path, recipe)
+
+
+def _check_weights(where: str, path: str, recipe: Recipe) -> None:
+    """A folder's files, or the form of a Hub id."""
+    adapters = recipe.adapter is not None
+    what = "a LoRA adapter" if adapters else "a checkpoint"
+    require("/" in path, f"{where}: found {short(path)}, expected {what}'s folder or Hub id (namespace/name)")
+    for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
+        check_path(where, path, what, file)
 
 
 def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe) -> None:
@@ -150,6 +176,8 @@ def _check_rows(recipe: Recipe) -> None:
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     wanted = {"demonstrations": ("sft", sft), "preferences": ("reward", reward), "prompts": ("ppo", ppo)}
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
+    if None not in (recipe.sft.from_ or [None]):
+        del wanted["demonstrations"]
     for key, (stage, section) in wanted.items():
         source, toy = getattr(recipe.data, key), recipe.toy
         rows = count_rows(source) if source is not None else None if toy is None else getattr(toy, key)
@@ -192,8 +220,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
             f"{where}: found {short(reference.path)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or {what}'s"
             f" folder or Hub id (namespace/name){hint}",
         )
-        for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
-            check_path(where, reference.path, what, file)
+        _check_weights(where, reference.path, recipe)
 
 
 def _check_reward(recipe: Recipe) -> None:
@@ -202,7 +229,7 @@ def _check_reward(recipe: Recipe) -> None:
         if part.kind == "function":
             check_function("reward.model", part.value)
         elif part.kind == "classifier":
-            _check_classifier(part)
+            _check_classifier(part, recipe)
     require(
         recipe.ppo.value == "head" or recipe.reward.trained,
         "ppo.value: found adapter, which starts from the reward adapter, but reward.model trains none; expected head, or adapter"
@@ -210,13 +237,20 @@ def _check_reward(recipe: Recipe) -> None:
     )
 
 
-def _check_classifier(part: RewardPart) -> None:
+def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
     near = difflib.get_close_matches(part.value, ["adapter"], 1)
     require(
         "/" in part.value,
-        f"reward.model: found {short(part.value)}, expected adapter, module:name (a function), or a sequence classifier's folder or"
+        f"reward.model: found {short(part.value)}, expected adapter, module:name (a function), or a reward adapter's or a sequence classifier's folder or"
         f" Hub id (namespace/name){'; did you mean adapter?' if near else ''}",
     )
+    if is_local(part.value) and (Path(part.value) / "adapter_config.json").is_file():
+        require(
+            recipe.adapter is not None,
+            f"reward.model: found {short(Path(part.value).name)}, an adapter, with full weights, expected a sequence classifier; or add --lora",
+        )
+        check_path("reward.model", part.value, "a reward adapter", "adapter_model.safetensors")
+        return
     check_path("reward.model", part.value, "a sequence classifier", "config.json")
     if is_local(part.value):
         check_classifier_folder("reward.model", part.value)
@@ -268,13 +302,30 @@ def _check_evaluate(recipe: Recipe) -> None:
             require(name in models, f"{where}: found {short(name)}, expected one of {', '.join(models)}{hint}")
 
 
+def _check_hub(recipe: Recipe) -> None:
+    """Results that there will be, and a base that others can load."""
+    section = recipe.hub
+    section.check("hub")
+    for name in section.push:
+        try:
+            unit_of(recipe, name)
+        except SalsaError as error:
+            raise SalsaError(f"hub.push: {error}") from error
+    base = recipe.model.base
+    require(
+        not section.push or section.base_model is not None or (base is not None and not is_local(base)),
+        f"hub.base_model: found none, and the base is {'the embedded world' if base is None else 'a folder'} of this machine, expected its id on"
+        " the Hub, namespace/name",
+    )
+
+
 def _check_present(recipe: Recipe) -> None:
     """Without the embedded world, base, template and data must be named."""
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
-        "data.demonstrations": recipe.data.demonstrations,
+        "data.demonstrations": recipe.data.demonstrations or None not in (recipe.sft.from_ or [None]),
         "data.preferences": recipe.data.preferences or not (recipe.reward.trained or {*PREFERENCES} & algorithms),
         "data.prompts": recipe.data.prompts or not (algorithms - {*PREFERENCES} or recipe.soup.reads == "prompts"),
         "data.held_out": recipe.data.held_out or recipe.soup.reads != "held_out",

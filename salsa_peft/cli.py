@@ -1,4 +1,4 @@
-"""The `salsa` command: `salsa run`, `salsa soup`, `salsa landscape`, `salsa report`. Each is also `python -m salsa_peft.<module>`."""
+"""The `salsa` command: `salsa run`, `salsa soup`, `salsa landscape`, `salsa report`, `salsa hub`. Each is also `python -m salsa_peft.<module>`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ HELP = """usage: salsa COMMAND …
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   the whole of SALSA from one recipe
   salsa soup OUT MEMBER MEMBER …                            average adapters, or checkpoints
   salsa landscape OUT MEMBER MEMBER [MEMBER] …              a measure along the line or on the plane between them
+  salsa hub push RUN ITEM … --to NAMESPACE/NAME             soup, policies, seeds, reward to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        the report of a finished run again, several in one; the paper's tables
 
 `salsa COMMAND --help` says more; `salsa --version`."""
@@ -35,11 +36,17 @@ def landscape(argv: list[str]) -> int:
     return importlib.import_module("salsa_peft.landscape_command").main(argv) or 0
 
 
+def hub(argv: list[str]) -> int:
+    """salsa_peft.hub."""
+    return importlib.import_module("salsa_peft.hub").main(argv) or 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": recipe.main,
     "soup": soup,
     "landscape": landscape,
     "report": report,
+    "hub": hub,
 }
 
 

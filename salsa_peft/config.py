@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from .fields import NAME, SEED, STRICT, Count, NonNegative, Positive, SalsaError, Seed, Share, require
+from .hub_options import Hub
 from .judge_section import Judge, as_judge
 from .ppo_options import PPOOptions, Sampling
 from .reference_kinds import Reference, Soup, parse_reference
@@ -144,6 +145,13 @@ class SFT(Training):
     """Paper A.1."""
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each seed trains on its own random share of the rows. 1: all (the paper)."""
+    from_: list[str | None] | None = None
+    """`from` in a recipe: seeds that are there already, such as published soups: a folder or Hub id for each position; null: trained here.
+    LoRA adapters of the base, with full weights checkpoints. None: all are trained."""
+
+    def taken(self, position: int) -> str | None:
+        """Where a seed is taken from; None: it is trained."""
+        return None if self.from_ is None else self.from_[position]
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -338,6 +346,13 @@ class Recipe:
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
     generation: Generation = dataclasses.field(default_factory=Generation)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    hub: Hub = dataclasses.field(default_factory=Hub)
+
+    def as_data(self) -> dict[str, Any]:
+        """What a recipe's file says: every value, under the keys that it has there."""
+        data = dataclasses.asdict(self)
+        data["sft"]["from"] = data["sft"].pop("from_")  # which Python keeps for itself
+        return data
 
     @property
     def mode(self) -> Literal["full", "lora", "qlora"]:

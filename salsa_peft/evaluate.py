@@ -24,9 +24,9 @@ from .landscape import measures
 from .progress import bar
 from .questions import Question, questions
 from .references import attach_reference, mixture, move_to
+from .results import policy_id
 from .runs import Job, write_atomic
 from .statistics import mean_interval
-from .units import policy_id
 from .workbench import Workbench, seeds_of
 
 PARTIAL = "partial"

@@ -100,7 +100,7 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
         )
         layers.append(layer)
         data = _place(data, keys, layer.data, text)
-    data = _without_nulls(data)
+    data = _numbered(_without_nulls(data))
     with _placed(layers, path.name):
         data = search.expand(sweeps.expand(data))
     recipe = _validated(data, layers, path.name)
@@ -119,7 +119,16 @@ def _preset(name: str) -> Layer:
     return _layer(f"adapters/{path.name}", read_yaml(str(path)), str(path.parent))
 
 
+def python_names(data: dict[str, Any]) -> dict[str, Any]:
+    """`sft.from` under the name that its field has, since Python keeps the word for itself."""
+    sft = data.get("sft")
+    if not isinstance(sft, dict) or "from" not in sft:
+        return data
+    return {**data, "sft": {("from_" if key == "from" else key): value for key, value in sft.items()}}
+
+
 def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
+    data = python_names(data)
     check_keys(label, "", data, Recipe)
     return Layer(label, _absolute(data, folder))
 
@@ -137,6 +146,7 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
     key, equals, value = text.partition("=")
     require(bool(equals), f"{label}: expected key=value, such as ppo.learning_rate=1e-6")
     keys = _split(key.strip(), data)
+    keys = ["sft", "from_", *keys[2:]] if keys[:2] == ["sft", "from"] else keys
     require(len(keys) <= 8, f"{label}: found a key of {len(keys)} parts, expected fewer")
     require(all(keys), f"{label}: expected key=value with a key such as ppo.learning_rate")
     nested: Any = parse_yaml(value, label)
@@ -144,6 +154,7 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
         keys = ["reward", "model"]
     for name in reversed(keys):
         nested = {name: nested}
+    nested = python_names(nested)
     check_keys("--set", "", nested, Recipe)
     return Layer("--set", _absolute(nested, os.getcwd())), keys
 
@@ -204,6 +215,14 @@ def _without_nulls(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _numbered(data: dict[str, Any]) -> dict[str, Any]:
+    """Seeds that are taken from somewhere, and have no numbers of their own, numbered by position."""
+    sft = data.get("sft")
+    if not isinstance(sft, dict) or not isinstance(sft.get("from_"), list) or "seeds" in sft:
+        return data
+    return {**data, "sft": {**sft, "seeds": list(range(len(sft["from_"])))}}
+
+
 def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
     """Raise SalsaError for the first key of `value` that the dataclasses of `hint` don't have, naming the nearest."""
     while typing.get_origin(hint) is typing.Annotated:
@@ -219,7 +238,9 @@ def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
         known = [field.name for field in dataclasses.fields(hint)]
         for key, entry in value.items():
             if key not in known:
-                raise SalsaError(f"{label}: {_join(where, key)}: unknown key; {nearest(key, known)}")
+                raise SalsaError(
+                    f"{label}: {_join(where, key)}: unknown key; {nearest(key, [name.rstrip('_') for name in known])}"
+                )
             check_keys(label, _join(where, key), entry, hints[key])
 
 
@@ -230,7 +251,7 @@ def _join(where: str, key: str) -> str:
 
 def saved_recipe(path: Path) -> Recipe:
     """A run's recipe.yaml as it ran: what it names need not be there any more. Raises SalsaError."""
-    return _typed(_without_nulls(read_yaml(str(path))), [], str(path))
+    return _typed(_without_nulls(python_names(read_yaml(str(path)))), [], str(path))
 
 
 def _validated(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
@@ -246,6 +267,7 @@ def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key, message = explain(dict(first))
+        key = key.replace("sft.from_", "sft.from")
         more = len({explain(dict(entry))[0] for entry in error.errors(include_url=False)}) - 1
         rest = f" (and {more} more)" if more else ""
         raise SalsaError(f"{_origin(key, layers, file)}: {key}: {message}{rest}") from error

@@ -58,6 +58,7 @@ def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     if not isinstance(data.get("reward", {}), dict | None):
         data["reward"] = {"model": data["reward"]}
     _change(data, "reward", "model", lambda value: _reward(value, folder))
+    _change(data, "sft", "from_", lambda value: _each_path(value, folder))
     _change(data, "soup", "measure", lambda value: placed_measure(value, folder))
     _change(data, "model", "base", lambda value: _path(value, folder))
     _change(data, "model", "chat_template", lambda value: _template(value, folder))
@@ -90,6 +91,10 @@ def _path(value: Any, folder: str) -> Any:
     path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     looks_local = value[0] in "./~" or value.lower().endswith(LOCAL_SUFFIXES) or value.count("/") > 1
     return path if looks_local or os.path.exists(path) else value
+
+
+def _each_path(value: Any, folder: str) -> Any:
+    return [_path(entry, folder) for entry in value] if isinstance(value, list) else value
 
 
 def _template(value: Any, folder: str) -> Any:

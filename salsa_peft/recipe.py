@@ -53,6 +53,7 @@ STAGES = {
     "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.judging:run", units.judge_units),
     "report": Stage("salsa_peft.stages:report", units.report_units),
+    "hub": Stage("salsa_peft.hub_push:run", units.hub_units),
 }
 
 
@@ -110,9 +111,11 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
     for name, step in steps.items():
         if name in asked:
             _do(step, steps, loaded.recipe, recipe_yaml, run, debug)
-    for folder in report:  # a copy under a name that stays; its folder has report.md, summary.json and the figures too
-        runs.write_atomic(run / REPORT, (folder / REPORT).read_bytes())
-        print(run / REPORT, flush=True)
+        if (
+            step.folder in report
+        ):  # a copy under a name that stays; its folder has report.md, summary.json and the figures too
+            runs.write_atomic(run / REPORT, (step.folder / REPORT).read_bytes())
+            print(run / REPORT, flush=True)
 
 
 def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool) -> None:
@@ -183,7 +186,16 @@ def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) 
     if "judge" in made and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
+    if "hub" in asked and steps and not logged_in():
+        warnings.append("hub.push: found no login; what is pushed will be pending: `hf auth login`, or set HF_TOKEN")
     return warnings
+
+
+def logged_in() -> bool:
+    """Whether there is a token for the Hub."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
 
 
 def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
@@ -200,9 +212,7 @@ def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
 def resolved_yaml(loaded: Loaded) -> str:
     """Every value of the recipe as it ran, defaults included; itself a recipe that runs without --lora."""
     how = f" --lora {loaded.preset}" if loaded.preset else ""
-    return f"# {loaded.path.name}{how}, with every default; runs as it is.\n" + dump_yaml(
-        dataclasses.asdict(loaded.recipe)
-    )
+    return f"# {loaded.path.name}{how}, with every default; runs as it is.\n" + dump_yaml(loaded.recipe.as_data())
 
 
 def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:

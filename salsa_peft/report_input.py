@@ -14,7 +14,7 @@ from salsa_peft import comparisons, runs
 from salsa_peft.adapter_folders import FINGERPRINT
 from salsa_peft.config import Recipe
 from salsa_peft.questions import TEMPERATURES
-from salsa_peft.units import policy_id
+from salsa_peft.results import policy_id
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
@@ -102,7 +102,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         ],
         seeds={name: _json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
         reward=_reward(recipe, inputs),
-        soup=_soup(_json(inputs["soup"] / "soup.json")),
+        soup=soup_rows(_json(inputs["soup"] / "soup.json")),
         policies={
             name: _policy(inputs[policy_id(recipe, name)])
             for name in recipe.policies
@@ -171,7 +171,7 @@ def _policy(folder: Path) -> PolicyReport:
     return PolicyReport(reference, beta, rows, completions)
 
 
-def _soup(soup: dict[str, Any]) -> dict[str, Any]:
+def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
     """soup.json → what the report's table says of it."""
 
     def norm(row: dict[str, Any]) -> str:

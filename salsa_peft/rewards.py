@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from . import adapters
+from . import adapters, same_base
 from .classifier_reward import ClassifierReward, load_classifier_reward
 from .config import Recipe, SalsaError, require
 from .function_reward import FunctionReward, Rows, Tally, decode, load_function
@@ -195,11 +195,19 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
         folder = adapters.local_folder(name)
         if not (folder / adapters.CONFIG).is_file():
             return load_classifier_reward(name, tokenizer, micro_batch_size)
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        same_base.check(folder, same_base.of_model(model), str(causal_lm(model).name_or_path))
+    else:
         raise SalsaError(
             f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
         )
     return AdapterReward(model, folder, micro_batch_size)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or Hub id holds a PEFT adapter, and no whole model."""
+    with said_in_a_line(name):
+        return (adapters.local_folder(name) / adapters.CONFIG).is_file()
 
 
 def _last(path: str) -> str:
@@ -215,6 +223,8 @@ def of_recipe(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], toke
             reward = as_reward(inputs["reward"], model, tokenizer, micro_batch_size)
         elif part.kind == "function":
             reward = FunctionReward(load_function(part.value), tokenizer)
+        elif part.kind == "classifier" and is_adapter(part.value):
+            reward = _from_name(part.value, model, tokenizer, micro_batch_size)
         else:  # with full weights the reward stage's own is a classifier too
             path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
             reward = load_classifier_reward(path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)

@@ -1,4 +1,5 @@
-"""The sft stage: one seed, an adapter or all weights trained on demonstrations by TRL's SFTTrainer, loss on the assistant's tokens only.
+"""The sft stage: one seed, an adapter or all weights trained on demonstrations by TRL's SFTTrainer, loss on the assistant's tokens only; or taken
+from a folder or the Hub.
 
 A seed sets the initialisation of the adapter, the order of the data, and (`sft.subset`) which share of it this seed sees.
 """
@@ -7,13 +8,16 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
-from . import data
-from .adapters import in_float32, lora_config
+from . import data, same_base
+from .adapters import CONFIG, WEIGHTS, in_float32, lora_config, read
 from .config import require
-from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet
+from .fingerprints import FINGERPRINT, base_fingerprint
+from .runs import BEGUN, MANIFEST, Job, write_atomic
+from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -22,7 +26,10 @@ def run(job: Job) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     recipe, section = job.recipe, job.recipe.sft
-    seed = section.seeds[int(job.unit.name.removeprefix("seed-"))]
+    position = int(job.unit.name.removeprefix("seed-"))
+    seed, taken = section.seeds[position], section.taken(position)
+    if taken is not None:
+        return take(job, taken)
     # 1. this seed's demonstrations
     rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["demonstrations"])
     if section.subset < 1:
@@ -68,4 +75,32 @@ def run(job: Job) -> dict[str, Any]:
     }
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics
+
+
+def take(job: Job, path: str) -> dict[str, Any]:
+    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint. Raises SalsaError for one of another base, and for
+    what is no such thing in safetensors."""
+    bench = Workbench.of(job)
+    folder = local(job.recipe, path)
+    same_base.check(folder, base_fingerprint(bench.folder), bench.name)
+    if job.recipe.adapter is not None:
+        read(folder)
+        names = [WEIGHTS, CONFIG, FINGERPRINT]
+    else:
+        names = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
+        require(
+            any(name.endswith(".safetensors") for name in names),
+            f"{path}: found no safetensors file, expected a checkpoint's weights in one (other formats are not read)",
+        )
+    for name in names:
+        if (folder / name).is_file() and name not in (MANIFEST, BEGUN):
+            shutil.copyfile(folder / name, job.folder / name)
+    bench.tokenizer.save_pretrained(job.folder)
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    metrics = {
+        "from": Path(path).name if Path(path).is_absolute() else path,
+        **({} if commit is None else {"commit": commit}),
+    }
+    write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics

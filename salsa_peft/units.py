@@ -15,6 +15,7 @@ from salsa_peft import search
 from salsa_peft.checks import TOY_PROMPTS
 from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, parse_reference
 from salsa_peft.paths import is_local
+from salsa_peft.results import policy_id, unit_of
 from salsa_peft.reward_kinds import RewardPart, find_module, split_function
 from salsa_peft.runs import Unit
 from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
@@ -92,14 +93,17 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     """One fine-tuning per seed."""
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
-        files = _Files()
-        parts = {
+        files, taken = _Files(), recipe.sft.taken(position)
+        section = {name: value for name, value in dataclasses.asdict(recipe.sft).items() if name != "from_"}
+        parts: dict[str, Any] = {
             "model": files.model(recipe),
             "adapter": dataclasses.asdict(recipe.adapter) if recipe.adapter else None,
             "demonstrations": files.source(recipe.data.demonstrations),
-            "sft": {**dataclasses.asdict(recipe.sft), "seeds": [seed]},
+            "sft": {**section, "seeds": [seed]},
             **_precision(recipe),
         }
+        if taken is not None:
+            parts = {"model": parts["model"], "from": files.path(taken)}
         units.append(
             Unit(
                 stage="sft",
@@ -157,11 +161,6 @@ def soup_units(recipe: Recipe, run: str) -> list[Unit]:
         parts |= {"reward": files.reward(recipe), "generation": dataclasses.asdict(recipe.generation)}
     inputs = _inputs(recipe, *(_reward(recipe) if section.measure == "reward" else []), *members)
     return [Unit(stage="soup", name="soup", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
-
-
-def policy_id(recipe: Recipe, name: str) -> str:
-    """The unit that trains a policy: ppo/salsa, dpo/salsa-dpo."""
-    return f"{recipe.policies[name].algorithm}/{name}"
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
@@ -264,6 +263,18 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
         **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
     }
     return [Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), slice=parts, files=tuple(files.paths))]
+
+
+def hub_units(recipe: Recipe, run: str) -> list[Unit]:
+    """Pushing what the `hub` section names, after the report; what it is called and where it goes counts."""
+    if not recipe.hub.push:
+        return []
+    inputs = tuple(unit_of(recipe, name)[1] for name in recipe.hub.push)
+    return [
+        Unit(
+            stage="hub", name="hub", run=run, inputs=("report", *inputs), slice={"hub": dataclasses.asdict(recipe.hub)}
+        )
+    ]
 
 
 POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {

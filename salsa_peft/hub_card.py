@@ -1,0 +1,193 @@
+"""A published result's model card: what it is, how to load it in three lines, where it comes from, what was measured, the whole recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData, metadata_load, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from . import runs, text
+from .config import Recipe, Source
+from .fingerprints import read_fingerprint
+from .hub_files import FIGURE, Item, recipe_yaml
+from .report_input import place, soup_rows
+from .trl_options import PREFERENCES
+
+TITLES = {
+    "soup": "a model soup",
+    "policy": "a policy",
+    "seed": "an SFT seed",
+    "reward": "a reward model",
+}
+CLASSES = {True: "AutoModelForSequenceClassification", False: "AutoModelForCausalLM"}
+"""Whether it is a reward model → Transformers' class; PEFT's has Peft after Auto."""
+
+
+def card(item: Item, repo: str, *, online: bool = False) -> str:
+    """README.md of a result. online: the base's licence may be asked of the Hub where it is not at hand."""
+    environment = Environment(
+        loader=PackageLoader("salsa_peft"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= text.FILTERS
+    data = metadata(item, repo, licence_of(item, online))
+    page = environment.get_template("card.md.jinja").render(
+        item=item, repo=repo, title=TITLES[item.kind], load=loading(item, repo), lineage=lineage(item),
+        scores=scores(item), compared=compared(item), measured=measured(item), figure=FIGURE if item.figure else None,
+        recipe=recipe_yaml(item.recipe), versions=runs.versions(), finding=item.summary.get("finding", []),
+    )  # fmt: skip
+    return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page.rstrip()}\n"
+
+
+def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
+    """What the Hub's search goes by."""
+    kind = item.kind
+    relation = "adapter" if item.adapter else "merge" if kind == "soup" else "finetune"
+    method = (
+        item.recipe.policies[item.name].algorithm
+        if kind == "policy"
+        else {"seed": "sft", "reward": "reward-model"}.get(kind, "model-soup")
+    )
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=row["dataset"], dataset_name=row["dataset"], metric_type=row["measure"],
+            metric_name=f"mean {row['measure']}", metric_value=round(row["mean"], 4),
+        )
+        for row in scores(item)
+    ]  # fmt: skip
+    return ModelCardData(
+        base_model=item.base,
+        base_model_relation=relation,
+        library_name="peft" if item.adapter else "transformers",
+        pipeline_tag="text-classification" if kind == "reward" else "text-generation",
+        license=licence,
+        datasets=[source.path for source in used(item).values() if not os.path.isabs(source.path)] or None,
+        tags=list(
+            dict.fromkeys(["salsa", "salsa_peft", method, "rlhf", "trl", *(["peft", "lora"] if item.adapter else [])])
+        ),
+        model_name=repo.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def licence_of(item: Item, online: bool) -> str | None:
+    """The base's, by its own card: in its folder, in the Hub's cache, or asked of the Hub; None where it can't be known."""
+    base = item.recipe.model.base
+    own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
+    cached = try_to_load_from_cache(item.base, "README.md")
+    for path in (own, cached if isinstance(cached, str) else None):
+        if path is not None and Path(path).is_file():
+            found = (metadata_load(path) or {}).get("license")
+            return None if found is None else str(found)
+    if not online:
+        return None
+    try:
+        told = model_info(item.base).card_data
+    except (HTTPError, OSError):  # the base's page is no condition for a push
+        return None
+    return None if told is None else told.get("license")
+
+
+def loading(item: Item, repo: str) -> str:
+    """Three lines of plain PEFT, or of plain Transformers."""
+    name, package = CLASSES[item.kind == "reward"], "peft" if item.adapter else "transformers"
+    name = name.replace("Auto", "AutoPeft", 1) if item.adapter else name
+    more = ", num_labels=1" if item.kind == "reward" and item.adapter else ""
+    return (
+        f"from {package} import {name}\n"
+        "from transformers import AutoTokenizer\n"
+        f'model, tokenizer = {name}.from_pretrained("{repo}"{more}), AutoTokenizer.from_pretrained("{repo}")'
+    )
+
+
+def used(item: Item) -> dict[str, Source]:
+    """The data that a result was made from, seeds' included."""
+    data, algorithm = item.recipe.data, item.recipe.policies[item.name].algorithm if item.kind == "policy" else ""
+    names = ["demonstrations"]
+    names += ["preferences"] * (
+        item.kind == "reward" or algorithm in PREFERENCES or (bool(algorithm) and item.recipe.reward.trained)
+    )
+    names += ["prompts"] * (bool(algorithm) and algorithm not in PREFERENCES)
+    return {name: source for name in names if (source := getattr(data, name)) is not None}
+
+
+def lineage(item: Item) -> list[tuple[str, str]]:
+    """Where it comes from: (what, which), base first."""
+    recipe, kind = item.recipe, item.kind
+    rows = [("base", f"{item.base}, revision {recipe.model.revision or 'main'}")]
+    fingerprint = read_fingerprint(item.folder)
+    if fingerprint is not None:
+        rows.append(("base's fingerprint", f"{fingerprint[:16]}… (SHA-256, in fingerprint.json)"))
+    for name, source in used(item).items():
+        limit = "" if source.limit is None else f", {source.limit} rows"
+        rows.append((f"data: {name}", f"{place(source.path)}, split {source.split}{limit}"))
+    if recipe.toy is not None:
+        rows.append(("data", "salsa_peft's embedded world"))
+    members = (
+        recipe.soup.members
+        if kind == "soup"
+        else [int(item.name.removeprefix("seed-"))]
+        if kind == "seed"
+        else range(len(recipe.sft.seeds))
+    )
+    rows += [(f"seed-{member}", seed(recipe, member)) for member in members]
+    if kind == "soup":
+        found = own_figures(item)
+        weights = ", ".join(f"{member['weight']:g}·{member['name']}" for member in found["members"])
+        rows.append(("soup", f"{found['strategy']}: {weights}"))
+    if kind == "policy":
+        policy = own_figures(item)
+        section = getattr(recipe, recipe.policies[item.name].algorithm)
+        rows += [
+            ("algorithm", recipe.policies[item.name].algorithm.upper() + ", from seed-0"),
+            ("reference", str(policy.get("reference", ""))),
+            ("KL coefficient β", " → ".join(f"{policy['kl_coef'][end]:g}" for end in ("start", "end"))),
+            ("training", hyperparameters(section)),
+        ]
+    if kind in ("reward", "policy") and recipe.reward.trained:
+        rows.append(("reward model", f"from seed-0, {hyperparameters(recipe.reward)}"))
+    return rows
+
+
+def seed(recipe: Recipe, position: int) -> str:
+    """One SFT run in words, or where it was taken from."""
+    if (taken := recipe.sft.taken(position)) is not None:
+        return f"taken from {place(taken)}"
+    return f"SFT, random seed {recipe.sft.seeds[position]}, {hyperparameters(recipe.sft)}"
+
+
+def hyperparameters(section: Any) -> str:
+    """Of a training section."""
+    length = f"{section.max_steps} steps" if section.max_steps > 0 else f"{section.num_train_epochs:g} epochs"
+    return f"learning rate {section.learning_rate:g}, batch {section.batch_size}, {length}, {section.lr_scheduler_type} schedule"
+
+
+def own_figures(item: Item) -> dict[str, Any]:
+    """What the stage itself measured."""
+    name = {"soup": "soup.json", "policy": "policy.json"}.get(item.kind, "metrics.json")
+    path = item.folder / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def measured(item: Item) -> list[tuple[str, str]]:
+    """The same as rows."""
+    found = own_figures(item)
+    return text.flatten(soup_rows(found) if item.kind == "soup" else found)
+
+
+def scores(item: Item) -> list[dict[str, Any]]:
+    """Of this model's answers, in the run's evaluation: {dataset, measure, mean, low, high, n}."""
+    rows = []
+    for dataset, found in item.summary.get("evaluation", {}).get("datasets", {}).items():
+        for measure, value in found["models"].get(item.name, {}).get("scores", {}).items():
+            rows.append({"dataset": dataset, "measure": measure, **value})
+    return rows
+
+
+def compared(item: Item) -> list[dict[str, Any]]:
+    """Pairs of the report that this model is one of: {dataset, measure, a, b, mean, low, high, n, rate}."""
+    return [one for one in item.summary.get("comparisons", []) if item.name in (one["a"], one["b"])]

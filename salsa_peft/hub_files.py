@@ -1,0 +1,185 @@
+"""A run's result → what of it is published: weights in safetensors, configuration, tokenizer, figures of its own; no log, no data, no path of
+this machine, no pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from . import runs
+from .adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
+from .config import Recipe
+from .errors import SalsaError, require
+from .fingerprints import FINGERPRINT
+from .results import unit_of
+from .yaml_text import dump_yaml
+
+PUBLISHED = (
+    CONFIG, WEIGHTS, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    FINGERPRINT, SUMMARY, "metrics.json", "policy.json", "value_head.safetensors", *TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+"""Names of files that belong to a result; nothing else leaves the machine."""
+RECIPE, CARD, FIGURE = "recipe.yaml", "README.md", "figure.png"
+FIGURES = {
+    "soup": ("line-*", "scores-*"),
+    "policy": ("scores-*", "training-score*"),
+    "seed": ("scores-*",),
+    "reward": ("distribution-*",),
+}
+"""Kind → the report's figure that stands on its card, the first that is there."""
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{24,}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    """A result of a run, to be published."""
+
+    name: str
+    """As the command or the recipe calls it: soup, salsa, seed-0, reward."""
+    kind: str
+    """soup | policy | seed | reward"""
+    unit: str
+    folder: Path
+    recipe: Recipe
+    base: str
+    """The base's id on the Hub."""
+    summary: dict[str, Any]
+    """The report's summary.json; {} where the run has none."""
+    figure: Path | None
+
+    @property
+    def adapter(self) -> bool:
+        """Whether it is a PEFT adapter; else a checkpoint."""
+        return (self.folder / CONFIG).is_file()
+
+
+def items(
+    run: Path, recipe: Recipe, names: Iterable[str], base_model: str | None, folders: dict[str, Path]
+) -> list[Item]:
+    """Results by name. folders: unit id → its finished folder. Raises SalsaError for names that are none, for results that are not there or
+    changed since they were made, and for a base that nobody else could load."""
+    base = base_model or recipe.model.base
+    require(
+        base is not None and not os.path.isabs(base),
+        f"base: found {'the embedded world' if base is None else Path(base).name}, which is on this machine alone, expected the base's id on"
+        " the Hub: --base-model namespace/name, or hub.base_model in the recipe",
+    )
+    report = folders.get("report")
+    summary = json.loads((report / "summary.json").read_text(encoding="utf-8")) if report else {}
+    found = []
+    for name in names:
+        kind, unit = unit_of(recipe, name)
+        folder = folders.get(unit)
+        if folder is None:
+            raise SalsaError(
+                f"{name}: found no finished {unit} in {run}, expected one; salsa run {run}/recipe.yaml --output-dir {run}"
+            )
+        check_whole(folder)
+        figures = (
+            [path for pattern in FIGURES[kind] for path in sorted((report / "figures").glob(f"{pattern}.png"))]
+            if report
+            else []
+        )
+        found.append(
+            Item(
+                name=name,
+                kind=kind,
+                unit=unit,
+                folder=folder,
+                recipe=recipe,
+                base=str(base),
+                summary=summary,
+                figure=figures[0] if figures else None,
+            )
+        )
+    return found
+
+
+def folders_of(run: Path) -> dict[str, Path]:
+    """Unit id → its folder: what the newest report was made from, and the report; without one the newest finished folder of each unit."""
+    reports = sorted(run.glob(f"report/*/{runs.MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+    if reports:
+        return {**runs.finished(run), "report": reports[-1].parent}
+    made: dict[str, Path] = {}
+    for path in sorted(
+        [*run.glob(f"*/*/{runs.MANIFEST}"), *run.glob(f"*/*/*/{runs.MANIFEST}")],
+        key=lambda path: path.stat().st_mtime_ns,
+    ):
+        manifest = runs.read_manifest(path.parent)
+        if manifest is not None:
+            made[str(manifest["unit"])] = path.parent
+    return made
+
+
+def check_whole(folder: Path) -> None:
+    """Raise SalsaError where a result is not as it was made: nothing broken is published."""
+    for name, entry in (runs.read_manifest(folder) or {"files": {}})["files"].items():
+        file = folder / name
+        same = file.is_file() and file.stat().st_size == entry["size"] and runs.sha256(file) == entry["sha256"]
+        require(
+            same,
+            f"{file}: found it missing or changed since it was made, expected it as {runs.MANIFEST} says; make it again",
+        )
+
+
+def published(item: Item, card: str) -> dict[str, Path | bytes]:
+    """Name in the repository → a file as it is, or bytes: what had a path of this machine, the recipe, the card.
+
+    Raises SalsaError for a result without safetensors, and where a token of the Hub stands in any text.
+    """
+    there = sorted(path for path in item.folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in PUBLISHED))
+    files: dict[str, Path | bytes] = {path.name: path for path in there}
+    require(
+        any(name.endswith(".safetensors") and name != "value_head.safetensors" for name in files),
+        f"{item.folder}: found no weights in safetensors, expected them; others are not published",
+    )
+    for path in there:
+        if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == CONFIG:
+                content["base_model_name_or_path"] = item.base
+            clean = without_paths(content)
+            if clean != json.loads(path.read_text(encoding="utf-8")):
+                files[path.name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    files[RECIPE] = recipe_yaml(item.recipe).encode()
+    files[CARD] = card.encode()
+    if item.figure is not None:
+        files[FIGURE] = item.figure
+    check_secrets(files)
+    return dict(sorted(files.items()))
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, paths of this machine by their last part."""
+    return dump_yaml(without_paths(recipe.as_data()))
+
+
+def without_paths(value: Any) -> Any:
+    """JSON-able data whose absolute paths are their last parts."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def check_secrets(files: dict[str, Path | bytes]) -> None:
+    """Raise SalsaError where a text that would be published holds the token that is in use, or looks as if it held one."""
+    from huggingface_hub import get_token
+
+    token = (get_token() or "").encode()
+    for name, content in files.items():
+        if name.endswith((".safetensors", ".png")):
+            continue
+        raw = content if isinstance(content, bytes) else content.read_bytes()
+        found = (token and token in raw) or (TOKEN.search(raw) and name != "tokenizer.json")
+        require(
+            not found,
+            f"{name}: found a token of the Hub in it, expected none; take it out where it comes from, and revoke it",
+        )

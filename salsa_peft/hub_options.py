@@ -1,0 +1,42 @@
+"""The `hub` section: what a run pushes to the Hub when it is finished. No token stands in a recipe: it is the Hub's login, or HF_TOKEN."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from pydantic.dataclasses import dataclass
+
+from .fields import NAME, STRICT, require
+from .messages import short
+
+REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,38}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
+"""namespace/name."""
+REPO_EXPECTED = "expected namespace/name, of letters, digits, dots, - and _"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Hub:
+    """Pushing, after the report. A push that fails is noted, and `salsa hub push RUN` makes up for it."""
+
+    push: list[str] = dataclasses.field(default_factory=list)
+    """Results, a repository each: soup, reward, seed-N, a policy's name. Empty: none."""
+    namespace: str | None = None
+    """User or organisation. None: whose login it is."""
+    name: str | None = None
+    """Repositories are called <name>-<result>. None: as the recipe, with -lora or -qlora."""
+    private: bool = True
+    """Whether only you and those you let see them."""
+    base_model: str | None = None
+    """The base's id on the Hub, for a base that is a local folder here. None: model.base."""
+
+    def check(self, where: str) -> None:
+        """Raise SalsaError for names that the Hub would not take."""
+        for key in ("namespace", "name"):
+            value = getattr(self, key)
+            fits = value is None or NAME.match(value) is not None
+            require(fits, f"{where}.{key}: found {short(value)}, expected letters, digits, dots, - and _, at most 64")
+        fits = self.base_model is None or REPO_ID.match(self.base_model) is not None
+        require(fits, f"{where}.base_model: found {short(self.base_model)}, {REPO_EXPECTED}")
+        for value in self.push:
+            require(self.push.count(value) == 1, f"{where}.push: found {short(value)} twice, expected each once")
