@@ -82,9 +82,17 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
 
 def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe) -> None:
     """What TRL's trainers have no place for."""
-    algorithm = policy.algorithm
+    algorithm, moving = policy.algorithm, any(one.sync_every is not None for one in policy.references(where))
+    require(
+        not moving or not recipe.sharded,
+        f"{where}.reference: found sync_every with accelerate {recipe.accelerate}, which cuts weights in pieces, expected none",
+    )
     if algorithm == "ppo":
         return
+    require(
+        not moving or recipe.adapter is not None,
+        f"{where}.reference: found sync_every with {algorithm} and full weights, expected ppo, or adapters (add --lora)",
+    )
     require(
         policy.kl_coef != 0,
         f"{where}.kl_coef: found 0 for {algorithm}, whose trainer then looks at no reference, expected more than 0",

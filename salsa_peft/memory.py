@@ -104,6 +104,9 @@ def uncounted(recipe: Recipe) -> list[str]:
         for part in recipe.reward.parts
         if part.kind == "classifier" and of_base(part.value) is None
     ]
+    moving = any(one.sync_every for policy in recipe.policies.values() for one in policy.references("reference"))
+    if moving and recipe.mode == "full":
+        found.append("that a moving reference is held in float32")
     others = sorted({policy.algorithm for policy in recipe.policies.values()} - {"ppo"})
     if others:
         found.append(f"{', '.join(others)}: policies that TRL's trainers train")
@@ -158,7 +161,9 @@ class _Stage:
             policy.references("reference") for policy in self.recipe.policies.values() if policy.algorithm == "ppo"
         ]
         soup = len(self.recipe.soup.members)
-        counted = [[soup if one.soup else len(one.members) for one in each] for each in lists]
+        counted = [
+            [(soup if one.soup else len(one.members)) + (one.sync_every is not None) for one in each] for each in lists
+        ]  # one that moves has room for the policy's rank
         return max(counted, key=len if self.full else sum, default=[])  # models of their own, or adapters' ranks
 
     def roles(self) -> tuple[list[float], float]:

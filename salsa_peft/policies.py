@@ -55,9 +55,13 @@ def play(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[Fr
         ]
     model, frozen = bench.trainable(seeds[0]), []
     for reference in wanted:
-        own = bench.base()
+        own = bench.base() if reference.sync_every is None else bench.base().float()
         move_to(own, *mixture(bench, reference, job.inputs))
-        frozen.append(freeze(model, own, reference.label))
+        frozen.append(
+            freeze(model, own, reference.label)._replace(
+                sync_every=reference.sync_every, mixup_alpha=reference.mixup_alpha
+            )
+        )
     return model, frozen
 
 

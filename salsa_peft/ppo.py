@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import adapters, lora_forward, losses, sharding
+from . import adapters, lora_forward, losses, moving, sharding
 from .backends import BACKENDS
 from .completions import show
 from .config import SalsaError, require
@@ -111,6 +111,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         )
         self.model_accepts_loss_kwargs = False
         sharding.check(self.accelerator, args)
+        moving.check(self.references, sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled))
         backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)
         self.maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, processing_class, self.accelerator
@@ -235,6 +236,8 @@ class SalsaPPOTrainer(ResumableTrainer):
         assert self.rollout is not None
         args, rollout = self.args, self.rollout
         row = metrics(rollout, self.totals, self) | self.figures
+        moved = moving.refresh(self.model.policy, self.policy_name, self.references, self.update)
+        row |= {} if moved is None else {"reference/error": moved}
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
             if args.shown_every is not None and (self.update - 1) % args.shown_every == 0:

@@ -20,7 +20,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from . import checkpoints, ppo_setting
+from . import checkpoints, moving, ppo_setting
 from .config import SalsaError, require
 from .guards import Watch
 from .ppo_callbacks import StopBetweenUpdates
@@ -30,7 +30,7 @@ from .references import Frozen
 from .rewards import Reward
 from .rollout_batch import Interrupted, Rollout, RolloutMaker
 
-ROLLOUT = "rollout.safetensors"
+ROLLOUT, MOVED = "rollout.safetensors", "references.safetensors"
 
 
 class ResumableTrainer(SavingTrainer):
@@ -87,6 +87,8 @@ class ResumableTrainer(SavingTrainer):
         if self.is_world_process_zero():
             if self.rollout is not None:
                 save_file(self.rollout.tensors(), made / ROLLOUT)
+            if moved := moving.state(self.model.policy, self.references):
+                save_file(moved, made / MOVED)
             if best == self.state.global_step:
                 self.state.save_to_json(str(made / TRAINER_STATE_NAME))
             state = {"saved": checkpoints.next_number(folder), **self._engine_state()}
@@ -141,6 +143,8 @@ class ResumableTrainer(SavingTrainer):
             self._say(f"{checkpoint.name}: goes on with other options: {', '.join(changes)}")
         if state["options"]["kl_coef"] != self.args.kl_coef:
             self.kl_coef = self.args.kl_coef
+        if (checkpoint / MOVED).is_file():
+            moving.load_state(self.model.policy, self.references, load_file(checkpoint / MOVED))
         scale = self.maker.scale
         scale.count, scale.mean, scale.squares = state["scale"]
         self.watch.load_state_dict(state["watch"])

@@ -101,6 +101,8 @@ def identity(model: Any, policy: str | None, references: Iterable[Frozen], rewar
         digest(reference.model.parameters()) if reference.model is not None else _adapter(model, reference.adapter)
         for reference in references
     ]
+    moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
+    found |= {"moving references": moves} if moves else {}
     found["reward models"] = [one for part in _parts(reward) if (one := _reward_model(part)) is not None]
     tokens = hashlib.sha256()
     count = 0

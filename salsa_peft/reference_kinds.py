@@ -66,6 +66,10 @@ class Reference:
     """The recipe's own soup (the soup stage's output)."""
     path: str | None = None
     """A folder or Hub id of a LoRA adapter of the same base."""
+    sync_every: int | None = None
+    """Of a soup: updates between two moves towards the policy. None: it stays."""
+    mixup_alpha: float = 0.1
+    """θ_ref ← (1 − α) θ_ref + α θ_policy at each of them."""
 
 
 def _shrunk(where: str, value: Any) -> Reference:
@@ -84,10 +88,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _inline_soup(where: str, value: Any) -> Reference:
-    given = value if isinstance(value, dict) else {}
+    given = dict(value) if isinstance(value, dict) else {}
+    moving = _moving(where, given)
+    if moving and not given:
+        return Reference(
+            label=f"soup, moving (every {moving['sync_every']}, α {moving['mixup_alpha']:g})", soup=True, **moving
+        )
     members, weights = given.get("members", [0, 1]), given.get("weights")
     fits = (
-        given is value
+        isinstance(value, dict)
         and set(given) <= {"members", "weights"}
         and isinstance(members, list)
         and isinstance(weights, list | None)
@@ -101,8 +110,26 @@ def _inline_soup(where: str, value: Any) -> Reference:
     require(fits, f"{where}.soup: found {value!r}, expected {{members: [0, 1], weights: [0.5, 0.5]}}")
     soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
     soup.check(f"{where}.soup", max(members) + 1)  # whether these seeds are there is seen with the recipe
-    return Reference(label="soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved, members, strict=False)),
-                     members=members, weights=soup.resolved)  # fmt: skip
+    label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved, members, strict=False))
+    label += f", moving (every {moving['sync_every']}, α {moving['mixup_alpha']:g})" if moving else ""
+    return Reference(label=label, members=members, weights=soup.resolved, **moving)
+
+
+def _moving(where: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Take sync_every and mixup_alpha out of a soup's options; {} where it stays."""
+    found = {key: given.pop(key) for key in ("sync_every", "mixup_alpha") if key in given}
+    every, alpha = found.get("sync_every"), found.get("mixup_alpha", 0.1)
+    if not found:
+        return {}
+    require(
+        type(every) is int and every > 0,
+        f"{where}.soup.sync_every: found {every!r}, expected a whole number of updates, at least 1",
+    )
+    require(
+        _is_number(alpha) and 0 < alpha <= 1,
+        f"{where}.soup.mixup_alpha: found {alpha!r}, expected a number above 0, at most 1",
+    )
+    return {"sync_every": every, "mixup_alpha": float(alpha)}
 
 
 REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}

@@ -37,6 +37,10 @@ class Frozen(NamedTuple):
     adapter: str | None
     model: PreTrainedModel | None = None
     """Full weights, frozen; `adapter` is None then."""
+    sync_every: int | None = None
+    """Updates between two moves towards the policy (moving.py). None: it stays."""
+    mixup_alpha: float = 0.1
+    """How far: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
 
 def attach_reference(
@@ -46,6 +50,11 @@ def attach_reference(
 
     `seeds`: position in sft.seeds → adapter folder; `soup`: the soup stage's folder.
     """
+    if reference.sync_every is not None:  # room for the policy's rank, a block of seed-0's that counts nothing
+        members = [Path(str(soup))] if reference.soup else [seeds[member] for member in reference.members]
+        weights = [1.0] if reference.soup else reference.weights
+        StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
+        return Frozen(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
     if reference.soup:
         require(soup is not None, "reference soup: found no soup, expected the soup stage's result")
         adapters.attach(model, Path(str(soup)), name)

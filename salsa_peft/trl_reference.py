@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from . import adapters
+from . import adapters, moving
 from .config import require
 from .references import Frozen, as_references
 
@@ -44,7 +44,8 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     Raises SalsaError for a trainer that would ignore its reference, for several references of GRPO, whose k3 of a mean is not the mean of
     k3, for weights of another base, and for policies that are cut in pieces.
     """
-    given: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
+    several = isinstance(reference, list | tuple) and not isinstance(reference, Frozen)
+    given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
     check_trainer(trainer, len(given))
     model = trainer.accelerator.unwrap_model(trainer.model)
     own = str(model.active_adapter) if isinstance(model, PeftModel) else None
@@ -61,10 +62,15 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
         if one.model is not None:
             add_fused_lm_head(one.model, **head_options(trainer))
             trainer.accelerator.prepare_model(one.model, evaluation_mode=True)
+    check_moving(frozen)
     trainer.ref_model = as_trl(model, frozen)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SyncRefModelCallback):
             callback.ref_model = trainer.ref_model
+    for callback in [one for one in trainer.callback_handler.callbacks if isinstance(one, Moves)]:
+        trainer.remove_callback(callback)
+    if any(one.sync_every is not None for one in frozen):
+        trainer.add_callback(Moves(model, own, frozen))
     return frozen
 
 
@@ -106,6 +112,27 @@ def check_trainer(trainer: Any, references: int) -> None:
         trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     )
     require(not cut, f"{name}: found weights cut in pieces (FSDP, ZeRO-3), expected whole ones in each process")
+
+
+def check_moving(frozen: Sequence[Frozen]) -> None:
+    """Raise SalsaError for what can't move. A model that does would start anew on resume, since TRL saves none; an adapter is saved."""
+    moving.check(frozen)
+    for one in frozen:
+        require(
+            one.sync_every is None or one.model is None,
+            f"reference {one.label}: found sync_every for full weights, expected TRL's own sync_ref_model, which moves this reference",
+        )
+
+
+class Moves(TrainerCallback):
+    """Moves adapters that are references towards the policy, every so many optimizer steps."""
+
+    def __init__(self, model: Any, policy: str | None, references: Sequence[Frozen]) -> None:
+        self.model, self.policy, self.references = model, policy, references
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After an optimizer step."""
+        moving.refresh(self.model, self.policy, self.references, state.global_step)
 
 
 def head_options(trainer: Any) -> dict[str, Any]:

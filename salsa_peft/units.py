@@ -45,8 +45,10 @@ class _Files:
         return {**dataclasses.asdict(model), **paths}
 
     def reference(self, reference: Reference) -> dict[str, Any]:
-        """A reference's slice; its label is for people."""
-        return {**dataclasses.asdict(reference), "label": None, "path": self.path(reference.path)}
+        """A reference's slice; its label is for people, and what moves none says nothing."""
+        moving = ("sync_every", "mixup_alpha") if reference.sync_every is None else ()
+        found = {name: value for name, value in dataclasses.asdict(reference).items() if name not in moving}
+        return {**found, "label": None, "path": self.path(reference.path)}
 
     def reward(self, recipe: Recipe) -> list[dict[str, Any]]:
         """The reward's slice: its parts. A function counts by its module's file, not by what that imports."""

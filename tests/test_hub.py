@@ -277,10 +277,7 @@ def test_a_push_that_fails_is_pending_and_made_up_for(server: Hub, run: Path, tm
     done = command(server, tmp_path / "home", "push", str(run), "soup", "salsa", "--to", "tester/tiny")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert (
-        last.startswith("1 of 2 not pushed (soup: tester/tiny-soup: the Hub says 503)")
-        and "tries again" in last
-    )
+    assert last.startswith("1 of 2 not pushed (soup: tester/tiny-soup: the Hub says 503)") and "tries again" in last
     assert done.stderr.count("again in") == len(hub_push.WAITS)
     assert len(server.repos["tester/tiny-soup"].commits) == 1 and len(server.repos["tester/tiny-salsa"].commits) == 2
     (left,) = json.loads((run / hub_push.PENDING).read_text())

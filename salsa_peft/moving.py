@@ -1,0 +1,118 @@
+"""A soup reference that moves: every n updates an average of what it was and the policy, off unless it is asked for.
+
+    θ_ref ← (1 − α) θ_ref + α θ_policy          (TRL's sync_ref_model with ref_model_mixup_alpha; TR-DPO, Gorbatovski et al., 2024)
+
+Of adapters the mean is that of deltas, as in a soup: exact while the reference's rank holds it, which is the soup's and the policy's
+together, so the first time; after that the best approximation of that rank, and what is lost is logged. A reference of full weights moves in
+float32, since bfloat16 would swallow small steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import adapters
+from .config import require
+from .models import causal_lm
+from .recompression import moments, recompress
+from .references import Frozen
+
+
+def check(references: Sequence[Frozen], *, sharded: bool = False) -> None:
+    """Raise SalsaError for numbers that can't be, and for weights in pieces."""
+    for one in references:
+        if one.sync_every is None:
+            continue
+        require(one.sync_every > 0, f"reference {one.label}: found sync_every {one.sync_every}, expected at least 1")
+        require(
+            0 < one.mixup_alpha <= 1,
+            f"reference {one.label}: found mixup_alpha {one.mixup_alpha:g}, expected more than 0, at most 1",
+        )
+        require(
+            one.adapter is not None or one.model is not None,
+            f"reference {one.label}: found sync_every for the base, which all roles share, expected none",
+        )
+        require(not sharded, f"reference {one.label}: found sync_every with weights cut in pieces, expected none")
+
+
+def refresh(policy: Any, name: str | None, references: Sequence[Frozen], step: int) -> float | None:
+    """Move the references whose turn it is after `step` updates towards the policy (its adapter `name`; None: its full weights).
+
+    → the share of the new delta's norm that its rank could not hold, of the worst reference; None where none was moved.
+    """
+    lost = [
+        _move_adapter(policy, str(name), str(one.adapter), one.mixup_alpha)
+        if one.model is None
+        else _move_model(causal_lm(policy), one.model, one.mixup_alpha)
+        for one in references
+        if one.sync_every is not None and step % one.sync_every == 0
+    ]
+    return max(lost, default=None)
+
+
+@torch.no_grad()
+def _move_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
+    """In place, at the reference's own place and precision."""
+    trained = dict(policy.named_parameters())
+    for name, parameter in reference.named_parameters():
+        parameter.lerp_(trained[name].detach().to(parameter), alpha)
+    return 0.0
+
+
+@torch.no_grad()
+def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
+    """Module by module: the factors of both side by side, and back to the reference's rank. Shapes: A (r, in), B (out, r)."""
+    lost = norm = 0.0
+    for layer in adapters.tuner_layers(model):
+        if reference not in layer.lora_A:
+            require(
+                policy not in layer.lora_A,
+                f"reference {reference}: found a module that the policy alone adapts, expected one of its modules",
+            )
+            continue
+        A, B = layer.lora_A[reference].weight, layer.lora_B[reference].weight
+        parts = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
+        rows, columns, coefficients = [], [], []
+        for name, share in parts:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            rows.append(a.detach().cpu().double().numpy())
+            columns.append(b.detach().cpu().double().numpy())
+            coefficients.append(np.full(len(rows[-1]), share * layer.scaling[name]))
+        rank = min(len(A), *B.shape, A.shape[1])
+        found = recompress(
+            moments(np.concatenate(rows), np.concatenate(columns, 1)), np.concatenate(coefficients), rank
+        )
+        lost, norm = lost + found.lost, norm + found.norm
+        A.zero_()
+        B.zero_()
+        A[: len(found.A)] = torch.from_numpy(found.A).to(A)
+        B[:, : len(found.A)] = torch.from_numpy(found.B / layer.scaling[reference]).to(B)
+    return (lost / norm) ** 0.5 if norm else 0.0
+
+
+def state(model: Any, references: Sequence[Frozen]) -> dict[str, Tensor]:
+    """The weights of every reference that moves, for a checkpoint."""
+    return {key: weight.detach().cpu().contiguous() for key, weight in _weights(model, references)}
+
+
+@torch.no_grad()
+def load_state(model: Any, references: Sequence[Frozen], saved: dict[str, Tensor]) -> None:
+    """Put them back. Raises SalsaError where they are not these references'."""
+    there = dict(_weights(model, references))
+    require(
+        there.keys() == saved.keys(), "checkpoint: found weights of other moving references, expected those of this run"
+    )
+    for key, weight in there.items():
+        weight.copy_(saved[key])
+
+
+def _weights(model: Any, references: Sequence[Frozen]) -> Iterator[tuple[str, Tensor]]:
+    for number, one in enumerate(references):
+        if one.sync_every is not None:
+            found = one.model.parameters() if one.model is not None else adapters.parameters(model, str(one.adapter))
+            yield from ((f"{number}.{place}", weight) for place, weight in enumerate(found))
