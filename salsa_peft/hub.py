@@ -14,11 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from salsa_peft import hub_push, runs
+from salsa_peft import hub_files, hub_push, runs
 from salsa_peft.config import SalsaError, require
 from salsa_peft.hub_options import REPO_EXPECTED, REPO_ID
 from salsa_peft.messages import one_line, short
-from salsa_peft.parsing import saved_recipe
 from salsa_peft.recipe import Parser, say
 
 EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
@@ -99,11 +98,12 @@ def _push(args: object) -> int:
     if options["dry_run"]:
         return _show(run, wanted or hub_push.pending(run))
     with runs.locked(run):
-        recipe, folders = saved_recipe(run / "recipe.yaml"), hub_push.folders_of(run)
+        wanted, folders = wanted or hub_push.pending(run), hub_files.folders_of(run)
+        recipe = hub_files.recipe_of(run, folders)
         for one in wanted:
             hub_push.item_of(run, recipe, one, folders)
         try:
-            done = hub_push.push_all(run, wanted, folders)
+            done = hub_push.push_all(run, wanted, recipe, folders)
         except SalsaError as error:
             raise Failed(str(error)) from error
     for pushed in done:
@@ -114,10 +114,11 @@ def _push(args: object) -> int:
 def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     """Card and file list of each, nothing sent."""
     from salsa_peft.hub_card import card
-    from salsa_peft.hub_files import CARD, folders_of, published
+    from salsa_peft.hub_files import CARD, folders_of, published, recipe_of
     from salsa_peft.hub_push import item_of
 
-    recipe, folders = saved_recipe(run / "recipe.yaml"), folders_of(run)
+    folders = folders_of(run)
+    recipe = recipe_of(run, folders)
     for one in wanted:
         item = item_of(run, recipe, one, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
@@ -135,6 +136,13 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
 def pull(repo: str, folder: str | None, revision: str | None) -> int:
     """Fetch what salsa_peft publishes of a repository; prints its folder."""
     require(REPO_ID.match(repo) is not None, f"{short(repo)}: found no id of the Hub, {REPO_EXPECTED}")
+    if folder is not None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SalsaError(
+                f"{folder}: can't be made ({error.strerror}), expected a folder; name another one"
+            ) from error
     from huggingface_hub import snapshot_download
 
     from salsa_peft import adapter_folders

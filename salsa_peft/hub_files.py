@@ -17,6 +17,7 @@ from .adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from .config import Recipe
 from .errors import SalsaError, require
 from .fingerprints import FINGERPRINT
+from .parsing import saved_recipe
 from .results import unit_of
 from .yaml_text import dump_yaml
 
@@ -115,6 +116,12 @@ def folders_of(run: Path) -> dict[str, Path]:
         if manifest is not None:
             made[str(manifest["unit"])] = path.parent
     return made
+
+
+def recipe_of(run: Path, folders: dict[str, Path]) -> Recipe:
+    """The recipe that the report was made with: another one may have written the run's recipe.yaml since."""
+    own = folders["report"] / RECIPE if "report" in folders else run / RECIPE
+    return saved_recipe(own if own.is_file() else run / RECIPE)
 
 
 def check_whole(folder: Path) -> None:

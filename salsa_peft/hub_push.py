@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 from . import runs
 from .config import Recipe
 from .errors import SalsaError, require
-from .hub_files import Item, folders_of, items, published
+from .hub_files import Item, items, published
 from .hub_options import REPO_EXPECTED, REPO_ID
 from .messages import one_line, short
-from .parsing import saved_recipe
 from .runs import Job
 
 PENDING, PUSHED = "hub_pending.json", "hub_pushed.json"
@@ -56,21 +55,20 @@ def run(job: Job) -> dict[str, Any]:
         )
         for name in section.push
     ]
-    done = push_all(folder, wanted, dict(job.inputs))
+    done = push_all(folder, wanted, job.recipe, dict(job.inputs))
     return {"pushed": {one["item"]: one["commit"] for one in done}}
 
 
-def push_all(run: Path, wanted: Sequence[Push], folders: dict[str, Path] | None = None) -> list[dict[str, Any]]:
-    """Push results of a run; → what was pushed: {item, to, commit, url}.
+def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """Push results of a run; → what was pushed: {item, to, commit, url, private}.
 
-    All of them are noted as pending first, and each is crossed out when it is on the Hub. Raises SalsaError that names what is left.
+    All of them are noted as pending first, and each is crossed out when it is on the Hub; what was pending before stays so. Raises SalsaError
+    that names what is left.
     """
-    recipe = saved_recipe(run / "recipe.yaml")
-    folders = folders_of(run) if folders is None else folders
-    queue: list[Push] = [
-        one for one in pending(run) if (one.item, one.to) not in [(two.item, two.to) for two in wanted]
-    ] + list(wanted)
-    ready = [(one, item_of(run, recipe, one, folders)) for one in queue]  # refusals before anything is sent
+    ready = [(one, item_of(run, recipe, one, folders)) for one in wanted]  # refusals before anything is sent
+    queue = [one for one in pending(run) if (one.item, one.to) not in [(two.item, two.to) for two in wanted]] + list(
+        wanted
+    )
     note(run, queue)
     done: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -152,10 +150,10 @@ def tried(call: Callable[[], Result], what: str) -> Result:
             RuntimeError,
             json.JSONDecodeError,
         ) as error:  # the last: a page in the place of an answer
+            if is_local(error):
+                raise SalsaError(f"{what}: {error}") from error
             status, after = state_of(error)
-            passing = status in AGAIN or (
-                status is None and not isinstance(error, errors.OfflineModeIsEnabled | FileNotFoundError)
-            )
+            passing = status in AGAIN or (status is None and not isinstance(error, errors.OfflineModeIsEnabled))
             if wait is None or not passing:
                 raise SalsaError(f"{what}: {words(error, status)}") from error
             seconds = min(max(wait, after), LONGEST)
@@ -164,6 +162,13 @@ def tried(call: Callable[[], Result], what: str) -> Result:
         except ValueError as error:  # what the Hub says of a card's front matter
             raise SalsaError(f"{what}: {one_line(error)}") from error
     raise AssertionError
+
+
+def is_local(error: BaseException) -> bool:
+    """Whether it is this machine's: a folder, a full disk."""
+    return (
+        isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    )
 
 
 def state_of(error: BaseException) -> tuple[int | None, float]:
@@ -191,7 +196,7 @@ def words(error: BaseException, status: int | None) -> str:
         return "HF_HUB_OFFLINE is set; unset it"
     if status is None:
         return f"no answer from the Hub ({type(error.__cause__ or error).__name__})"
-    help_of |= {404: help_of[401]}
+    help_of[404] = f"check the name, or if it is private {help_of[401]}"
     return f"the Hub says {status}" + (f"; {help_of[status]}" if status in help_of else "")
 
 

@@ -56,9 +56,10 @@ def soup(job: Job) -> dict[str, Any]:
 
 
 def report(job: Job) -> dict[str, Any]:
-    """report.html, report.md, summary.json of everything that the run's folders hold."""
+    """report.html, report.md, summary.json, and the recipe as it ran, of everything that the run's folders hold."""
     from .report_input import gather
     from .report_page import write_report
 
     summary = write_report(job.folder, gather(job.recipe, job.inputs, job.recipe_yaml))
+    runs.write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)
     return {"numbers": len(json.dumps(summary))}

@@ -60,6 +60,7 @@ def make_run(
         step.folder.mkdir(parents=True)
         if unit.stage == "report":
             write_report(step.folder, made_up_run.synthetic())
+            (step.folder / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
         elif unit.stage == "soup":
             averaging.soup(
                 step.folder, [steps["sft/seed-0"].folder, steps["sft/seed-1"].folder], names=["seed-0", "seed-1"]

@@ -284,6 +284,11 @@ def test_a_push_that_fails_is_pending_and_made_up_for(server: Hub, run: Path, tm
     assert left == {"item": "soup", "to": "tester/tiny-soup", "private": True, "base_model": None}
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
     server.faults.clear()
+    other = command(server, tmp_path / "home", "push", str(run), "seed-0", "--to", "tester/seed")
+    assert other.returncode == 0 and json.loads((run / hub_push.PENDING).read_text()) == [left], (
+        "what is pending stays so"
+    )
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("salsa:", "other:"))  # a later recipe's
     made_up = command(server, tmp_path / "home", "push", str(run))
     assert made_up.returncode == 0, made_up.stderr
     assert len(server.repos["tester/tiny-soup"].commits) == 2 and not (run / hub_push.PENDING).exists()
@@ -304,6 +309,8 @@ def test_no_login_a_wrong_token_and_another_s_namespace_are_said_at_once(
         assert done.returncode == 1 and message in done.stderr, done.stderr
         assert "again in" not in done.stderr and "Traceback" not in done.stderr and token not in done.stderr
         (run / hub_push.PENDING).unlink()
+    done = command(server, tmp_path / "home", "pull", "tester/none")
+    assert done.returncode == 1 and "tester/none: the Hub says 404; check the name" in done.stderr
     server.repos["tester/open"] = Repo(private=False)
     done = command(server, tmp_path / "home", "push", str(run), "soup", "--to", "tester/open")
     assert done.returncode == 1 and "tester/open: found a public repository, expected a private one" in done.stderr
@@ -364,11 +371,12 @@ def test_full_weights_are_pushed_as_checkpoints(
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "/tmp/x"], "--base-model: found '/tmp/x'"),
         (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: found no recipe.yaml in it"),
         (["pull", "a"], "'a': found no id of the Hub"),
+        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: can't be made (File exists), expected a folder"),
     ],
 )
 def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], message: str) -> None:
     """Code 2, nothing sent."""
-    assert main([str(run) if word == "RUN" else word for word in words]) == 2
+    assert main([word.replace("RUN", str(run)) for word in words]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said
     assert not (run / hub_push.PENDING).exists()
@@ -377,19 +385,23 @@ def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], messag
 def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, tokenizer: Any, make_base: Any, make_adapter: Any) -> None:  # fmt: skip
     """A changed file, a token in the recipe, pickled weights, a base that nobody else has."""
 
+    def write(text: str) -> None:
+        for path in (run / "recipe.yaml", *run.glob("report/*/recipe.yaml")):
+            path.write_text(text)
+
     def said(*words: str) -> str:
         assert main(["push", str(run), *words, "--to", "a/b", "--dry-run"]) == 2
         return str(capsys.readouterr().err)
 
     recipe = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(recipe.replace("description: ", f"description: {CANARY} "))
+    write(recipe.replace("description: ", f"description: {CANARY} "))
     assert "recipe.yaml: found a token of the Hub in it" in said("soup")
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
-    (run / "recipe.yaml").write_text(recipe.replace("description: ", "description: a-token-of-another-form "))
+    write(recipe.replace("description: ", "description: a-token-of-another-form "))
     assert "found a token of the Hub in it" in said("soup")
-    (run / "recipe.yaml").write_text(recipe.replace(f"base: {BASE_ID}", f"base: {tmp_path / 'base'}"))
+    write(recipe.replace(f"base: {BASE_ID}", f"base: {tmp_path / 'base'}"))
     assert "base: found base, which is on this machine alone, expected the base's id" in said("soup")
-    (run / "recipe.yaml").write_text(recipe)
+    write(recipe)
     weights = next(run.glob("soup/*/adapter_model.safetensors"))
     raw = weights.read_bytes()
     weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -399,7 +411,7 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
     manifest = json.loads((weights.parent / "manifest.json").read_text())
     manifest["files"]["adapter_model.bin"] = manifest["files"].pop("adapter_model.safetensors")
     (weights.parent / "manifest.json").write_text(json.dumps(manifest))
-    (next(run.glob("report/*/manifest.json"))).unlink()
+    next(run.glob("report/*/manifest.json")).unlink()
     assert "found no weights in safetensors" in said("salsa")
 
 

@@ -186,10 +186,13 @@ def test_the_soup_is_the_reference_at_step_0_after_training_and_after_resume(wor
     assert moved and moved <= trained
     assert_reference(trainer, world, "soup")
 
-    again = world.trainer(algorithm, steps=3)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    again = world.trainer(algorithm, steps=4)
     use_reference(again, world.folder / "soup")
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 3
+    assert again.state.global_step == 4
+    moved = {name for name, parameter in again.model.named_parameters() if not parameter.equal(before[name])}
+    assert moved and moved <= trained
     assert_reference(again, world, "soup")
 
 

@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available() and not TRIED:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            elif "PYTEST_XDIST_WORKER" in os.environ and not TRIED:
+                item.add_marker(pytest.mark.skip(reason="two processes of tests share no GPU: pytest -n 0 tests/gpu"))
 
 
 class Card:
