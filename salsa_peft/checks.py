@@ -40,7 +40,7 @@ def check(recipe: Recipe) -> None:
     _check_lengths(recipe)
     for name, policy in recipe.policies.items():
         _check_name("policies", name)
-        taken = name in ("base", "soup") or SEED.match(name)
+        taken = name in ("base", "soup", "reward") or SEED.match(name)
         require(not taken, f"policies.{name}: found a name that means something else, expected another one")
         references = policy.references(f"policies.{name}")
         for reference in references:

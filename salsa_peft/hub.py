@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from salsa_peft import hub_files, hub_push, runs
 from salsa_peft.config import SalsaError, require
@@ -55,16 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     try:
         return pull(args.repo, args.folder, args.revision) if args.command == "pull" else _push(args)
-    except Failed as error:
-        code, line = 1, one_line(error)
-    except SalsaError as error:
-        code, line = 2, one_line(error)
-    if args.debug:
-        import traceback
-
-        traceback.print_exc()
-    say(line)
-    return code
+    except (Failed, SalsaError) as error:
+        if args.debug:
+            traceback.print_exc()
+        say(one_line(error))
+        return 1 if isinstance(error, Failed) else 2
 
 
 class Failed(Exception):
@@ -85,6 +82,13 @@ def _push(args: object) -> int:
     require(len(set(names)) == len(names), f"{' '.join(names)}: found an item twice, expected each once")
     require(to is None or REPO_ID.match(to) is not None, f"--to: found {short(to)}, {REPO_EXPECTED}")
     require(base is None or REPO_ID.match(base) is not None, f"--base-model: found {short(base)}, {REPO_EXPECTED}")
+    require(
+        bool(names) or (not options["public"] and base is None),
+        "--public, --base-model: found one without items, expected none: what is pending goes as it was asked for; name the items and --to",
+    )
+    for name in names:
+        whole = f"{to}-{name}" if len(names) > 1 else str(to)
+        require(REPO_ID.match(whole) is not None, f"--to: found {short(whole)}, {REPO_EXPECTED}")
     wanted = [
         hub_push.Push(
             item=name, to=to if len(names) == 1 else f"{to}-{name}", private=not options["public"], base_model=base
@@ -98,10 +102,11 @@ def _push(args: object) -> int:
     if options["dry_run"]:
         return _show(run, wanted or hub_push.pending(run))
     with runs.locked(run):
-        wanted, folders = wanted or hub_push.pending(run), hub_files.folders_of(run)
+        folders = hub_files.folders_of(run)
         recipe = hub_files.recipe_of(run, folders)
-        for one in wanted:
+        for one in wanted:  # refusals before anything is sent or noted
             hub_push.item_of(run, recipe, one, folders)
+        wanted = wanted or hub_push.pending(run)
         try:
             done = hub_push.push_all(run, wanted, recipe, folders)
         except SalsaError as error:
@@ -136,32 +141,34 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
 def pull(repo: str, folder: str | None, revision: str | None) -> int:
     """Fetch what salsa_peft publishes of a repository; prints its folder."""
     require(REPO_ID.match(repo) is not None, f"{short(repo)}: found no id of the Hub, {REPO_EXPECTED}")
-    if folder is not None:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SalsaError(
-                f"{folder}: can't be made ({error.strerror}), expected a folder; name another one"
-            ) from error
-    from huggingface_hub import snapshot_download
+    require(folder != "" and revision != "", f"{repo}: found an empty FOLDER or --revision, expected a name")
+    from huggingface_hub import HfApi, snapshot_download
 
-    from salsa_peft import adapter_folders
+    from salsa_peft.adapter_folders import CONFIG
     from salsa_peft.hub_files import CARD, FIGURE, PUBLISHED, RECIPE
 
+    if folder is not None:
+        made = Path(folder)
+        require(not made.exists() or made.is_dir(), f"{folder}: found a file, expected a folder; name another one")
+        kept = sorted(path.name for path in made.iterdir() if path.name != ".cache") if made.is_dir() else []
+        require(not kept, f"{folder}: found {kept[:1]} in it, expected an empty folder; name another one")
     patterns = [*PUBLISHED, CARD, FIGURE, RECIPE]
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_dir": folder,
+        "allow_patterns": patterns,
+        "ignore_patterns": "*/*",
+    }
     try:
-        found = Path(
-            hub_push.tried(
-                lambda: snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=patterns), repo
-            )
+        names = hub_push.tried(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
+        require(
+            bool({CONFIG, "config.json"} & set(names))
+            and any(name.endswith(".safetensors") and "/" not in name for name in names),
+            f"{repo}: found no adapter and no checkpoint in safetensors, expected one (other formats are not fetched)",
         )
+        found = Path(hub_push.tried(lambda: snapshot_download(repo, **options), repo))
     except SalsaError as error:
         raise Failed(str(error)) from error
-    there = (found / adapter_folders.CONFIG).is_file() or (found / "config.json").is_file()
-    require(
-        there and any(found.glob("*.safetensors")),
-        f"{repo}: found no adapter and no checkpoint in safetensors, expected one (other formats are not fetched)",
-    )
     print(os.path.abspath(found) if folder else found, flush=True)
     return 0
 

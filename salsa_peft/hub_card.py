@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load, model_info, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from yaml import YAMLError
 
 from . import runs, text
 from .config import Recipe, Source
 from .fingerprints import read_fingerprint
-from .hub_files import FIGURE, Item, recipe_yaml
+from .hub_files import FIGURE, Item, read_mapping, recipe_yaml
 from .report_input import place, soup_rows
 from .trl_options import PREFERENCES
 
@@ -81,8 +81,11 @@ def licence_of(item: Item, online: bool) -> str | None:
     cached = try_to_load_from_cache(item.base, "README.md")
     for path in (own, cached if isinstance(cached, str) else None):
         if path is not None and Path(path).is_file():
-            found = (metadata_load(path) or {}).get("license")
-            return None if found is None else str(found)
+            try:
+                found = (metadata_load(path) or {}).get("license")
+            except (ValueError, YAMLError):  # somebody else's front matter is no condition for a push
+                found = None
+            return found if isinstance(found, str) else None
     if not online:
         return None
     try:
@@ -145,7 +148,10 @@ def lineage(item: Item) -> list[tuple[str, str]]:
         rows += [
             ("algorithm", recipe.policies[item.name].algorithm.upper() + ", from seed-0"),
             ("reference", str(policy.get("reference", ""))),
-            ("KL coefficient β", " → ".join(f"{policy['kl_coef'][end]:g}" for end in ("start", "end"))),
+            (
+                "KL coefficient β",
+                " → ".join(f"{policy['kl_coef'][end]:g}" for end in ("start", "end") if "kl_coef" in policy),
+            ),
             ("training", hyperparameters(section)),
         ]
     if kind in ("reward", "policy") and recipe.reward.trained:
@@ -170,7 +176,7 @@ def own_figures(item: Item) -> dict[str, Any]:
     """What the stage itself measured."""
     name = {"soup": "soup.json", "policy": "policy.json"}.get(item.kind, "metrics.json")
     path = item.folder / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_mapping(path) if path.is_file() else {}
 
 
 def measured(item: Item) -> list[tuple[str, str]]:

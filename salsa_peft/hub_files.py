@@ -17,6 +17,7 @@ from .adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from .config import Recipe
 from .errors import SalsaError, require
 from .fingerprints import FINGERPRINT
+from .messages import one_line
 from .parsing import saved_recipe
 from .results import unit_of
 from .yaml_text import dump_yaml
@@ -72,7 +73,9 @@ def items(
         " the Hub: --base-model namespace/name, or hub.base_model in the recipe",
     )
     report = folders.get("report")
-    summary = json.loads((report / "summary.json").read_text(encoding="utf-8")) if report else {}
+    if report:
+        check_whole(report)
+    summary = read_mapping(report / "summary.json") if report else {}
     found = []
     for name in names:
         kind, unit = unit_of(recipe, name)
@@ -114,7 +117,7 @@ def folders_of(run: Path) -> dict[str, Path]:
     ):
         manifest = runs.read_manifest(path.parent)
         if manifest is not None:
-            made[str(manifest["unit"])] = path.parent
+            made[str(manifest.get("unit"))] = path.parent
     return made
 
 
@@ -122,6 +125,18 @@ def recipe_of(run: Path, folders: dict[str, Path]) -> Recipe:
     """The recipe that the report was made with: another one may have written the run's recipe.yaml since."""
     own = folders["report"] / RECIPE if "report" in folders else run / RECIPE
     return saved_recipe(own if own.is_file() else run / RECIPE)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises SalsaError for anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SalsaError(
+            f"{path}: can't be read as JSON ({one_line(error)}), expected what the run wrote; make it again"
+        ) from error
+    require(isinstance(content, dict), f"{path}: found no JSON object, expected what the run wrote; make it again")
+    return dict(content)
 
 
 def check_whole(folder: Path) -> None:
@@ -173,7 +188,7 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def check_secrets(files: dict[str, Path | bytes]) -> None:

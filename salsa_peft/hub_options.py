@@ -7,12 +7,14 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from .fields import NAME, STRICT, require
+from .fields import STRICT, require
 from .messages import short
 
-REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,38}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
+PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
+NAMESPACE = re.compile(PART % 62 + r"\Z")
+REPO_ID = re.compile((PART % 62).replace(".*", "[^/]*") + "/" + PART % 94 + r"\Z")
 """namespace/name."""
-REPO_EXPECTED = "expected namespace/name, of letters, digits, dots, - and _"
+REPO_EXPECTED = "expected namespace/name, of letters, digits and single dots, - and _ between them, 96 at most"
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -34,8 +36,11 @@ class Hub:
         """Raise SalsaError for names that the Hub would not take."""
         for key in ("namespace", "name"):
             value = getattr(self, key)
-            fits = value is None or NAME.match(value) is not None
-            require(fits, f"{where}.{key}: found {short(value)}, expected letters, digits, dots, - and _, at most 64")
+            fits = value is None or NAMESPACE.match(value) is not None
+            require(
+                fits,
+                f"{where}.{key}: found {short(value)}, expected letters, digits and single dots, - and _ between them, at most 64",
+            )
         fits = self.base_model is None or REPO_ID.match(self.base_model) is not None
         require(fits, f"{where}.base_model: found {short(self.base_model)}, {REPO_EXPECTED}")
         for value in self.push:

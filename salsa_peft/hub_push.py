@@ -65,16 +65,20 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
     All of them are noted as pending first, and each is crossed out when it is on the Hub; what was pending before stays so. Raises SalsaError
     that names what is left.
     """
-    ready = [(one, item_of(run, recipe, one, folders)) for one in wanted]  # refusals before anything is sent
     queue = [one for one in pending(run) if (one.item, one.to) not in [(two.item, two.to) for two in wanted]] + list(
         wanted
     )
     note(run, queue)
     done: list[dict[str, Any]] = []
     failed: list[str] = []
-    for one, item in ready:
+    for one in wanted:
+        clash = next((other.item for other in queue if other.to == one.to and other.item != one.item), None)
         try:
-            done.append(push(one, item))
+            require(
+                clash is None,
+                f"{one.to}: found {clash} pending for it too, expected a repository of its own; take one out of {run / PENDING}",
+            )
+            done.append(push(one, item_of(run, recipe, one, folders)))
         except SalsaError as error:
             failed.append(f"{one.item}: {error}")
             say(f"hub  {failed[-1]}")
@@ -85,7 +89,7 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
         say(f"hub  {one.item} → {done[-1]['url']}{' (private)' if one.private else ''}")
     require(
         not failed,
-        f"{len(failed)} of {len(ready)} not pushed ({'; '.join(failed)}); the run is whole, salsa hub push {run} tries again",
+        f"{len(failed)} of {len(wanted)} not pushed ({'; '.join(failed)}); the run is whole, salsa hub push {run} tries again",
     )
     return done
 
@@ -159,6 +163,10 @@ def tried(call: Callable[[], Result], what: str) -> Result:
             seconds = min(max(wait, after), LONGEST)
             say(f"hub  {what}: {words(error, status)}; again in {seconds:.0f} s")
             time.sleep(seconds)
+        except UnicodeEncodeError:  # it holds the header: nothing of it is passed on
+            raise SalsaError(
+                "the login's token: found letters that no token has; log in with `hf auth login`, or set HF_TOKEN"
+            ) from None
         except ValueError as error:  # what the Hub says of a card's front matter
             raise SalsaError(f"{what}: {one_line(error)}") from error
     raise AssertionError
@@ -206,8 +214,14 @@ def pending(run: Path) -> list[Push]:
     if not path.is_file():
         return []
     try:
-        return [Push(**row) for row in json.loads(path.read_bytes())]
-    except (ValueError, TypeError) as error:
+        rows = json.loads(path.read_bytes())
+        found = [Push(**row) for row in rows]
+        if isinstance(rows, dict) or not all(
+            isinstance(one.item, str) and isinstance(one.to, str) and one.private in (True, False) for one in found
+        ):
+            raise TypeError
+        return found
+    except (OSError, ValueError, TypeError) as error:
         raise SalsaError(
             f"{path}: found something else than was noted, expected what is pending; remove it and push by name"
         ) from error
@@ -224,7 +238,12 @@ def note(run: Path, queue: Sequence[Push]) -> None:
 def record(run: Path, done: dict[str, Any]) -> None:
     """Add to what was pushed."""
     path = run / PUSHED
-    before = json.loads(path.read_bytes()) if path.is_file() else []
+    try:
+        before = json.loads(path.read_bytes()) if path.is_file() else []
+    except ValueError:  # it is there for people; what is on the Hub is there
+        say(f"hub  {path}: found something that can't be read, kept as {path.name}.old")
+        path.rename(path.with_name(f"{path.name}.old"))
+        before = []
     runs.write_atomic(path, json.dumps([*before, {**done, "at": runs.now()}], indent=2) + "\n")
 
 

@@ -53,6 +53,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
         own is None or own not in [one.adapter if isinstance(one, Frozen) else one for one in given],
         f"reference: found the policy's own adapter {own!r}, expected a frozen one; its KL would be 0 always",
     )
+    check_policy(model, own, given)
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
     with (
         adapters.taken_off(model, REF) if replaced else contextlib.nullcontext()
@@ -112,6 +113,22 @@ def check_trainer(trainer: Any, references: int) -> None:
         trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     )
     require(not cut, f"{name}: found weights cut in pieces (FSDP, ZeRO-3), expected whole ones in each process")
+
+
+def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
+    """Raise SalsaError for a policy that has trained more than LoRA's factors, where a reference would be read through that: PEFT switches
+    such values for the adapter `ref` alone, and trained tokens for none."""
+    if not isinstance(model, PeftModel):
+        return
+    for field in ("modules_to_save", "trainable_token_indices"):
+        found = vars(model.peft_config[str(own)]).get(field)
+        folder = len(given) == 1 and isinstance(given[0], str | Path) and str(given[0]) not in model.peft_config
+        named = len(given) == 1 and given[0] == REF
+        require(
+            not found or (field == "modules_to_save" and (folder or named)),
+            f"reference: found a policy with {field} {found}, which references of this kind would share, expected "
+            + ("one adapter's folder or Hub id" if field == "modules_to_save" else "a policy without them"),
+        )
 
 
 def check_moving(frozen: Sequence[Frozen]) -> None:

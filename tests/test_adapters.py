@@ -331,7 +331,7 @@ class TestReferences:
         before = trainable(model)
         (reference,) = parse_reference("reference", str(members[1]) if value == "PATH" else value)
         frozen = references.attach_reference(model, reference, members, tmp_path / "soup", "reference-0")
-        assert frozen == (reference.label, None if value == "base" else "reference-0", None)
+        assert frozen[:4] == (reference.label, None if value == "base" else "reference-0", None, None)
         with adapters.active(model, frozen.adapter):
             close(logits(model), summed(weights))
         close(logits(model), summed({0: 1.0}))

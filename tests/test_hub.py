@@ -370,6 +370,13 @@ def test_full_weights_are_pushed_as_checkpoints(
         (["push", "RUN", "soup", "soup", "--to", "a/b"], "found an item twice"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "/tmp/x"], "--base-model: found '/tmp/x'"),
         (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: found no recipe.yaml in it"),
+        (["push", "RUN", "soup", "--to", "a/b--c"], "--to: found 'a/b--c', expected namespace/name"),
+        (["push", "RUN", "soup", "--to", "a/b.git"], "--to: found 'a/b.git'"),
+        (["push", "RUN", "soup", "--to", "a/b", "--base-model", "a/b..c"], "--base-model: found 'a/b..c'"),
+        (["push", "RUN", "soup", "salsa", "--to", "a/" + "x" * 93], "expected namespace/name"),
+        (["push", "RUN", "--public"], "--public, --base-model: found one without items"),
+        (["pull", "a/b", "RUN"], "in it, expected an empty folder"),
+        (["pull", "a/b", ""], "a/b: found an empty FOLDER or --revision"),
         (["pull", "a"], "'a': found no id of the Hub"),
         (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: can't be made (File exists), expected a folder"),
     ],
@@ -385,9 +392,10 @@ def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], messag
 def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, tokenizer: Any, make_base: Any, make_adapter: Any) -> None:  # fmt: skip
     """A changed file, a token in the recipe, pickled weights, a base that nobody else has."""
 
+    next(run.glob("report/*/manifest.json")).unlink()  # without a report the recipe is the run's
+
     def write(text: str) -> None:
-        for path in (run / "recipe.yaml", *run.glob("report/*/recipe.yaml")):
-            path.write_text(text)
+        (run / "recipe.yaml").write_text(text)
 
     def said(*words: str) -> str:
         assert main(["push", str(run), *words, "--to", "a/b", "--dry-run"]) == 2
@@ -411,7 +419,6 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
     manifest = json.loads((weights.parent / "manifest.json").read_text())
     manifest["files"]["adapter_model.bin"] = manifest["files"].pop("adapter_model.safetensors")
     (weights.parent / "manifest.json").write_text(json.dumps(manifest))
-    next(run.glob("report/*/manifest.json")).unlink()
     assert "found no weights in safetensors" in said("salsa")
 
 
@@ -433,8 +440,53 @@ def test_a_recipe_says_what_is_pushed_and_no_token(sets: list[str], message: str
     assert message in str(error.value) and "hf_secret" not in str(error.value)
 
 
-def test_pending_that_can_not_be_read_is_said(run: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["[{]", "{}", '[{"item": 3, "to": 4}]', '[{"item": "soup", "to": "a/b", "private": "no"}]']
+)
+def test_pending_that_can_not_be_read_is_said(tmp_path: Path, text: str) -> None:
     """Never dropped in silence."""
-    runs.write_atomic(run / hub_push.PENDING, "[{]")
+    runs.write_atomic(tmp_path / hub_push.PENDING, text)
     with pytest.raises(SalsaError, match="found something else than was noted"):
-        hub_push.pending(run)
+        hub_push.pending(tmp_path)
+
+
+def test_one_pending_item_that_is_gone_stops_no_other(server: Hub, run: Path, tmp_path: Path) -> None:
+    """It is named; two for one repository are not mixed; a list of what was pushed that can't be read is kept aside."""
+    publish_base(server, run)
+    rows = [
+        {"item": item, "to": to}
+        for item, to in (("gone", "tester/g"), ("soup", "tester/s"), ("salsa", "tester/t"), ("seed-0", "tester/t"))
+    ]
+    runs.write_atomic(run / hub_push.PENDING, json.dumps(rows))
+    (run / hub_push.PUSHED).write_text("{bad")
+    done = command(server, tmp_path / "home", "push", str(run))
+    assert (
+        done.returncode == 1
+        and "'gone': found no such result" in done.stderr
+        and "found seed-0 pending for it too" in done.stderr
+    )
+    assert set(server.repos) == {BASE_ID, "tester/s"}
+    assert [row["item"] for row in json.loads((run / hub_push.PENDING).read_text())] == ["gone", "salsa", "seed-0"]
+    assert [row["item"] for row in json.loads((run / hub_push.PUSHED).read_text())] == ["soup"]
+    assert (
+        "Traceback (most recent call last)"
+        in command(server, tmp_path / "home", "push", str(run), "salas", "--to", "a/b", "--debug").stderr
+    )
+
+
+def test_a_run_that_is_half_there_is_one_line(run: Path, capsys: Any) -> None:
+    """Also the report's files are held against its manifest."""
+    report = next(run.glob("report/*/summary.json"))
+    whole = report.read_bytes()
+    for text in (b"{}", b"[", None):
+        report.unlink() if text is None else report.write_bytes(text)
+        assert main(["push", str(run), "soup", "--to", "a/b", "--dry-run"]) == 2
+        assert "found it missing or changed since it was made" in capsys.readouterr().err
+        report.write_bytes(whole)
+    (run.parent / "base" / "README.md").write_text("---\nlicense: [a\n---\n")
+    report.with_name("manifest.json").unlink()
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace(f"base: {BASE_ID}", f"base: {run.parent / 'base'}")
+    )
+    assert main(["push", str(run), "soup", "--to", "a/b", "--dry-run", "--base-model", "a/b"]) == 0
+    assert "license" not in capsys.readouterr().out.split("# b")[0]

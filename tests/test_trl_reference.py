@@ -97,7 +97,7 @@ class World:
                 "temperature": TEMPERATURE,
                 "per_device_eval_batch_size": 2,
             }
-            more["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
+            more["reward_funcs"] = lambda completions, **_: [float(sum(map(ord, text)) % 17) for text in completions]
         settings |= {
             "output_dir": str(self.folder / algorithm), "beta": BETA, "report_to": "none", "use_cpu": True, "bf16": False,
             "logging_steps": 1, "save_steps": 1, "disable_tqdm": True, "learning_rate": 1e-2, **options,
@@ -323,4 +323,26 @@ def test_without_a_fingerprint_it_is_said(world: World, capsys: Any) -> None:
     trainer = world.trainer("dpo")
     use_reference(trainer, world.folder / "soup")
     assert "soup: no fingerprint.json, so that its base can't be checked" in capsys.readouterr().err
+    assert_reference(trainer, world, "soup")
+
+
+def test_a_policy_that_trained_more_than_factors(world: World) -> None:
+    """PEFT gives `ref` the base's own modules; several references would be read through the policy's, and are refused."""
+    from peft import LoraConfig, get_peft_model
+
+    def policy(**options: Any) -> Any:
+        return lambda: get_peft_model(
+            world.load("base"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        )
+
+    world.policy = policy(modules_to_save=["lm_head"])  # type: ignore[method-assign]
+    trainer = world.trainer("dpo")
+    with torch.no_grad():
+        trainer.model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").mul_(1.5)
+    use_reference(trainer, world.folder / "soup")
+    assert_reference(trainer, world, "soup")
+    adapters.attach(trainer.model, world.folder / "seed-1", "mine")
+    for reference in ([world.folder / "soup", world.folder / "seed-1"], "mine"):
+        with pytest.raises(SalsaError, match="found a policy with modules_to_save"):
+            use_reference(trainer, reference)
     assert_reference(trainer, world, "soup")
