@@ -378,7 +378,7 @@ def test_full_weights_are_pushed_as_checkpoints(
         (["pull", "a/b", "RUN"], "in it, expected an empty folder"),
         (["pull", "a/b", ""], "a/b: found an empty FOLDER or --revision"),
         (["pull", "a"], "'a': found no id of the Hub"),
-        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: can't be made (File exists), expected a folder"),
+        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: found a file, expected a folder"),
     ],
 )
 def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], message: str) -> None:
