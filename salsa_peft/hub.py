@@ -80,21 +80,19 @@ def _push(args: object) -> int:
         f"--to: found {'it without items' if to else 'none'}, expected --to namespace/name with items to push",
     )
     require(len(set(names)) == len(names), f"{' '.join(names)}: found an item twice, expected each once")
-    require(to is None or REPO_ID.match(to) is not None, f"--to: found {short(to)}, {REPO_EXPECTED}")
     require(base is None or REPO_ID.match(base) is not None, f"--base-model: found {short(base)}, {REPO_EXPECTED}")
     require(
         bool(names) or (not options["public"] and base is None),
         "--public, --base-model: found one without items, expected none: what is pending goes as it was asked for; name the items and --to",
     )
-    for name in names:
-        whole = f"{to}-{name}" if len(names) > 1 else str(to)
-        require(REPO_ID.match(whole) is not None, f"--to: found {short(whole)}, {REPO_EXPECTED}")
     wanted = [
         hub_push.Push(
             item=name, to=to if len(names) == 1 else f"{to}-{name}", private=not options["public"], base_model=base
         )
         for name in names
     ]
+    for one in wanted:
+        require(REPO_ID.match(one.to) is not None, f"--to: found {short(one.to)}, {REPO_EXPECTED}")
     require(
         bool(wanted or hub_push.pending(run)),
         f"{options['run']}: found nothing pending, expected items to push, such as soup",
@@ -119,20 +117,18 @@ def _push(args: object) -> int:
 def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     """Card and file list of each, nothing sent."""
     from salsa_peft.hub_card import card
-    from salsa_peft.hub_files import CARD, folders_of, published, recipe_of
-    from salsa_peft.hub_push import item_of
 
-    folders = folders_of(run)
-    recipe = recipe_of(run, folders)
+    folders = hub_files.folders_of(run)
+    recipe = hub_files.recipe_of(run, folders)
     for one in wanted:
-        item = item_of(run, recipe, one, folders)
+        item = hub_push.item_of(run, recipe, one, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        files = published(item, card(item, repo))
+        files = hub_files.published(item, card(item, repo))
         print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"  {size:>13,}  {name}")
-        card_text = files[CARD]
+        card_text = files[hub_files.CARD]
         assert isinstance(card_text, bytes)
         print(f"\n{card_text.decode()}")
     return 0
@@ -144,15 +140,12 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
     require(folder != "" and revision != "", f"{repo}: found an empty FOLDER or --revision, expected a name")
     from huggingface_hub import HfApi, snapshot_download
 
-    from salsa_peft.adapter_folders import CONFIG
-    from salsa_peft.hub_files import CARD, FIGURE, PUBLISHED, RECIPE
-
     if folder is not None:
         made = Path(folder)
         require(not made.exists() or made.is_dir(), f"{folder}: found a file, expected a folder; name another one")
         kept = sorted(path.name for path in made.iterdir() if path.name != ".cache") if made.is_dir() else []
         require(not kept, f"{folder}: found {kept[:1]} in it, expected an empty folder; name another one")
-    patterns = [*PUBLISHED, CARD, FIGURE, RECIPE]
+    patterns = [*hub_files.PUBLISHED, hub_files.CARD, hub_files.FIGURE, hub_files.RECIPE]
     options: dict[str, Any] = {
         "revision": revision,
         "local_dir": folder,
@@ -162,7 +155,7 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
     try:
         names = hub_push.tried(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
         require(
-            bool({CONFIG, "config.json"} & set(names))
+            bool({hub_files.CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
             f"{repo}: found no adapter and no checkpoint in safetensors, expected one (other formats are not fetched)",
         )

@@ -38,7 +38,7 @@ def card(item: Item, repo: str, *, online: bool = False) -> str:
     page = environment.get_template("card.md.jinja").render(
         item=item, repo=repo, title=TITLES[item.kind], load=loading(item, repo), lineage=lineage(item),
         scores=scores(item), compared=compared(item), measured=measured(item), figure=FIGURE if item.figure else None,
-        recipe=recipe_yaml(item.recipe), versions=runs.versions(), finding=item.summary.get("finding", []),
+        recipe=recipe_yaml(item.recipe), versions=runs.versions(),
     )  # fmt: skip
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page.rstrip()}\n"
 
@@ -79,20 +79,17 @@ def licence_of(item: Item, online: bool) -> str | None:
     base = item.recipe.model.base
     own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
     cached = try_to_load_from_cache(item.base, "README.md")
-    for path in (own, cached if isinstance(cached, str) else None):
-        if path is not None and Path(path).is_file():
-            try:
-                found = (metadata_load(path) or {}).get("license")
-            except (ValueError, YAMLError):  # somebody else's front matter is no condition for a push
-                found = None
-            return found if isinstance(found, str) else None
-    if not online:
-        return None
+    found: Any = None
+    path = next((path for path in (own, cached) if isinstance(path, str | Path) and Path(path).is_file()), None)
     try:
-        told = model_info(item.base).card_data
-    except (HTTPError, OSError):  # the base's page is no condition for a push
+        if path is not None:
+            found = metadata_load(path)
+        elif online:
+            found = model_info(item.base).card_data
+    except (HTTPError, OSError, ValueError, YAMLError):  # somebody else's page is no condition for a push
         return None
-    return None if told is None else told.get("license")
+    licence = None if found is None else found.get("license")
+    return licence if isinstance(licence, str) else None
 
 
 def loading(item: Item, repo: str) -> str:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ class Item:
     """As the command or the recipe calls it: soup, salsa, seed-0, reward."""
     kind: str
     """soup | policy | seed | reward"""
-    unit: str
     folder: Path
     recipe: Recipe
     base: str
@@ -61,60 +59,39 @@ class Item:
         return (self.folder / CONFIG).is_file()
 
 
-def items(
-    run: Path, recipe: Recipe, names: Iterable[str], base_model: str | None, folders: dict[str, Path]
-) -> list[Item]:
-    """Results by name. folders: unit id → its finished folder. Raises SalsaError for names that are none, for results that are not there or
-    changed since they were made, and for a base that nobody else could load."""
+def item(run: Path, recipe: Recipe, name: str, base_model: str | None, folders: dict[str, Path]) -> Item:
+    """A result by its name. folders: unit id → its finished folder. Raises SalsaError for a name that is none, for a result that is not there
+    or changed since it was made, and for a base that nobody else could load."""
     base = base_model or recipe.model.base
-    require(
-        base is not None and not os.path.isabs(base),
-        f"base: found {'the embedded world' if base is None else Path(base).name}, which is on this machine alone, expected the base's id on"
-        " the Hub: --base-model namespace/name, or hub.base_model in the recipe",
-    )
-    report = folders.get("report")
-    if report:
+    if base is None or os.path.isabs(base):
+        raise SalsaError(
+            f"base: found {'the embedded world' if base is None else Path(base).name}, which is on this machine alone, expected the base's id"
+            " on the Hub: --base-model namespace/name, or hub.base_model in the recipe"
+        )
+    kind, unit = unit_of(recipe, name)
+    folder, report = folders.get(unit), folders.get("report")
+    if folder is None:
+        raise SalsaError(
+            f"{name}: found no finished {unit} in {run}, expected one; salsa run {run}/recipe.yaml --output-dir {run}"
+        )
+    summary, figures = {}, list[Path]()
+    check_whole(folder)
+    if report is not None:
         check_whole(report)
-    summary = read_mapping(report / "summary.json") if report else {}
-    found = []
-    for name in names:
-        kind, unit = unit_of(recipe, name)
-        folder = folders.get(unit)
-        if folder is None:
-            raise SalsaError(
-                f"{name}: found no finished {unit} in {run}, expected one; salsa run {run}/recipe.yaml --output-dir {run}"
-            )
-        check_whole(folder)
-        figures = (
-            [path for pattern in FIGURES[kind] for path in sorted((report / "figures").glob(f"{pattern}.png"))]
-            if report
-            else []
-        )
-        found.append(
-            Item(
-                name=name,
-                kind=kind,
-                unit=unit,
-                folder=folder,
-                recipe=recipe,
-                base=str(base),
-                summary=summary,
-                figure=figures[0] if figures else None,
-            )
-        )
-    return found
+        summary = read_mapping(report / "summary.json")
+        figures = [path for pattern in FIGURES[kind] for path in sorted((report / "figures").glob(f"{pattern}.png"))]
+    figure = figures[0] if figures else None
+    return Item(name=name, kind=kind, folder=folder, recipe=recipe, base=base, summary=summary, figure=figure)
 
 
 def folders_of(run: Path) -> dict[str, Path]:
     """Unit id → its folder: what the newest report was made from, and the report; without one the newest finished folder of each unit."""
-    reports = sorted(run.glob(f"report/*/{runs.MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
-    if reports:
-        return {**runs.finished(run), "report": reports[-1].parent}
+    report = runs.newest_report(run)
+    if report is not None:
+        return {**runs.finished(run), "report": report}
+    there = [*run.glob(f"*/*/{runs.MANIFEST}"), *run.glob(f"*/*/*/{runs.MANIFEST}")]
     made: dict[str, Path] = {}
-    for path in sorted(
-        [*run.glob(f"*/*/{runs.MANIFEST}"), *run.glob(f"*/*/*/{runs.MANIFEST}")],
-        key=lambda path: path.stat().st_mtime_ns,
-    ):
+    for path in sorted(there, key=lambda path: path.stat().st_mtime_ns):
         manifest = runs.read_manifest(path.parent)
         if manifest is not None:
             made[str(manifest.get("unit"))] = path.parent
@@ -141,13 +118,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def check_whole(folder: Path) -> None:
     """Raise SalsaError where a result is not as it was made: nothing broken is published."""
-    for name, entry in (runs.read_manifest(folder) or {"files": {}})["files"].items():
-        file = folder / name
-        same = file.is_file() and file.stat().st_size == entry["size"] and runs.sha256(file) == entry["sha256"]
-        require(
-            same,
-            f"{file}: found it missing or changed since it was made, expected it as {runs.MANIFEST} says; make it again",
-        )
+    why = runs.changed(folder, runs.read_manifest(folder) or {"files": {}})
+    require(
+        why is None,
+        f"{folder}: found it not as it was made ({why}), expected it as {runs.MANIFEST} says; make it again",
+    )
 
 
 def published(item: Item, card: str) -> dict[str, Path | bytes]:
@@ -163,11 +138,9 @@ def published(item: Item, card: str) -> dict[str, Path | bytes]:
     )
     for path in there:
         if path.suffix == ".json" and path.name not in ("tokenizer.json", "vocab.json"):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if path.name == CONFIG:
-                content["base_model_name_or_path"] = item.base
-            clean = without_paths(content)
-            if clean != json.loads(path.read_text(encoding="utf-8")):
+            content = read_mapping(path)
+            clean = without_paths(content | ({"base_model_name_or_path": item.base} if path.name == CONFIG else {}))
+            if clean != content:
                 files[path.name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
     files[RECIPE] = recipe_yaml(item.recipe).encode()
     files[CARD] = card.encode()

@@ -26,7 +26,7 @@ class Hub:
     namespace: str | None = None
     """User or organisation. None: whose login it is."""
     name: str | None = None
-    """Repositories are called <name>-<result>. None: as the recipe, with -lora or -qlora."""
+    """Repositories are called <name>-<result>. None: as the run's folder."""
     private: bool = True
     """Whether only you and those you let see them."""
     base_model: str | None = None

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import runs
+from . import hub_files, runs
 from .config import Recipe
 from .errors import SalsaError, require
-from .hub_files import Item, items, published
+from .hub_files import Item, published
 from .hub_options import REPO_EXPECTED, REPO_ID
 from .messages import one_line, short
 from .runs import Job
@@ -95,9 +95,8 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
 
 
 def item_of(run: Path, recipe: Recipe, wanted: Push, folders: dict[str, Path]) -> Item:
-    """The result that is to be pushed; refusals as in `hub_files.items`."""
-    (item,) = items(run, recipe, [wanted.item], wanted.base_model, folders)
-    return item
+    """The result that is to be pushed; refusals as in `hub_files.item`."""
+    return hub_files.item(run, recipe, wanted.item, wanted.base_model, folders)
 
 
 def push(wanted: Push, item: Item) -> dict[str, Any]:

@@ -166,7 +166,9 @@ def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
         return SFTLoss(live, rows, bench.tokenizer, recipe.model.max_length, size)
     if section.measure == "reward":
         source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-        asked = fitting(job, bench, data.prompts(source, columns=recipe.reward.reads_columns)[: section.limit])
+        asked = fitting(
+            job, bench, data.prompts(source, columns=recipe.reward.reads_columns)[: section.limit], "data.prompts"
+        )
         tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(asked, 1)]
         reward = rewards.of_recipe(recipe, live.model, job.inputs, bench.tokenizer, recipe.generation.batch_size)
         return RewardScore(live, asked, tokens, reward, recipe.generation, bench.tokenizer)

@@ -23,8 +23,8 @@ from .recompression import moments, recompress
 from .references import Frozen
 
 
-def check(references: Sequence[Frozen], *, sharded: bool = False) -> None:
-    """Raise SalsaError for numbers that can't be, and for weights in pieces."""
+def check(references: Sequence[Frozen], policy: Any, name: str | None, *, sharded: bool = False) -> None:
+    """Raise SalsaError for numbers that can't be, for weights in pieces, and for adapters that `refresh` has no rule for."""
     for one in references:
         if one.sync_every is None:
             continue
@@ -38,6 +38,8 @@ def check(references: Sequence[Frozen], *, sharded: bool = False) -> None:
             f"reference {one.label}: found sync_every for the base, which all roles share, expected none",
         )
         require(not sharded, f"reference {one.label}: found sync_every with weights cut in pieces, expected none")
+        if one.adapter is not None:
+            list(_layers(policy, str(name), one.adapter))
 
 
 def refresh(policy: Any, name: str | None, references: Sequence[Frozen], step: int) -> float | None:
@@ -64,17 +66,32 @@ def _move_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
     return 0.0
 
 
+def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
+    """The layers that a reference adapts, plain linear ones, those of the policy's adapter among them. Raises SalsaError for others."""
+    for layer in adapters.tuner_layers(model):
+        held = [name for name in (policy, reference) if name in (*layer.lora_A, *layer.lora_embedding_A)]
+        if not held:
+            continue
+        require(
+            reference in held,
+            f"reference {reference}: found a module that the policy alone adapts, expected one of its own",
+        )
+        plain = all(
+            name in layer.lora_A and layer.lora_A[name].weight.ndim == 2 and layer.lora_B[name].bias is None
+            for name in held
+        )
+        require(
+            plain,
+            f"reference {reference}: found LoRA on a {type(layer).__name__}, expected plain linear layers to move",
+        )
+        yield layer
+
+
 @torch.no_grad()
 def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
     """Module by module: the factors of both side by side, and back to the reference's rank. Shapes: A (r, in), B (out, r)."""
     lost = norm = 0.0
-    for layer in adapters.tuner_layers(model):
-        if reference not in layer.lora_A:
-            require(
-                policy not in layer.lora_A,
-                f"reference {reference}: found a module that the policy alone adapts, expected one of its modules",
-            )
-            continue
+    for layer in _layers(model, policy, reference):
         A, B = layer.lora_A[reference].weight, layer.lora_B[reference].weight
         parts = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
         rows, columns, coefficients = [], [], []

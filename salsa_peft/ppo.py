@@ -111,7 +111,8 @@ class SalsaPPOTrainer(ResumableTrainer):
         )
         self.model_accepts_loss_kwargs = False
         sharding.check(self.accelerator, args)
-        moving.check(self.references, sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled))
+        cut = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        moving.check(self.references, model, self.policy_name, sharded=cut)
         backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)
         self.maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, processing_class, self.accelerator

@@ -209,17 +209,30 @@ def wrong(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
         return "unfinished"
     if manifest.get("key") != step_key:
         return "made for another key"
+    if (why := changed(folder, manifest)) is not None:
+        return why
+    for name, place in inputs.items():
+        there = read_manifest(place)
+        if there is None or manifest.get("inputs", {}).get(name) != digest(there):
+            return f"its input {name} was made anew"
+    return None
+
+
+def changed(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """The first file of a result that is not as its manifest says, in words; None: all are."""
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             return f"missing: {name}"
         if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
             return f"changed: {name}"
-    for name, place in inputs.items():
-        there = read_manifest(place)
-        if there is None or manifest.get("inputs", {}).get(name) != digest(there):
-            return f"its input {name} was made anew"
     return None
+
+
+def newest_report(run: Path) -> Path | None:
+    """The folder of the report that was finished last."""
+    there = [path for path in run.glob(f"report/*/{MANIFEST}") if read_manifest(path.parent) is not None]
+    return max(there, key=lambda path: path.stat().st_mtime_ns).parent if there else None
 
 
 def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, Step]:
@@ -247,15 +260,13 @@ def finished(run: Path) -> dict[str, Path]:
 
     Raises SalsaError where there is no finished report, or something that it was made from is gone.
     """
-    there = {
-        path: found for path in run.glob(f"report/*/{MANIFEST}") if (found := read_manifest(path.parent)) is not None
-    }
-    if not there:
+    report = newest_report(run)
+    if report is None:
         raise SalsaError(
             f"{run}: found no finished report, expected a finished run; salsa run {run}/recipe.yaml --output-dir {run}"
         )
     folders = {}
-    for unit, wanted in there[max(there, key=lambda path: path.stat().st_mtime_ns)]["inputs"].items():
+    for unit, wanted in (read_manifest(report) or {"inputs": {}})["inputs"].items():
         places = [path.parent for path in sorted(run.glob(f"{unit}/*/{MANIFEST}"))]
         fits = [place for place in places if digest(read_manifest(place) or {"files": {}}) == wanted]
         if not fits:

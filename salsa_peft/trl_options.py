@@ -32,7 +32,8 @@ class Preference(TRLTraining):
     """Of trainers that learn from `data.preferences`."""
 
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the pairs kept from training, for the accuracy and margin that dpo's metrics give; the reward model's where that is the same."""
+    """Share of the pairs kept from training, for the accuracy and margin that dpo's metrics give (kto leaves the same pairs out and measures
+    nothing on them); the reward model's where the share is the same."""
 
     def held_out_of(self, pairs: int) -> int:
         """Pairs that are held out of so many: one at least, where there is one."""

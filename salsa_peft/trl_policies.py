@@ -20,7 +20,7 @@ from .rollout import pad_responses
 from .runs import Job, write_atomic
 from .statistics import mean_interval
 from .trl_reference import use_reference
-from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet, seeds_of
+from .workbench import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,12 +160,9 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
     from datasets import Dataset
 
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
-    longest = recipe.model.max_length - recipe.generation.max_new_tokens
     source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
     rows = data.prompts(source, columns=recipe.reward.reads_columns)
-    kept = [row for row in rows if len(data.prompt_tokens(row, bench.tokenizer)) <= longest]
-    why = f"prompts longer than {longest} tokens, model.max_length less generation.max_new_tokens"
-    note_left_out(job, len(rows) - len(kept), len(rows), why)
+    kept = fitting(job, bench, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = rewards.of_recipe(
         recipe, model, job.inputs, bench.tokenizer, section.micro_batch_size or section.batch_size

@@ -54,6 +54,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
         f"reference: found the policy's own adapter {own!r}, expected a frozen one; its KL would be 0 always",
     )
     check_policy(model, own, given)
+    check_moving(model, own, [one for one in given if isinstance(one, Frozen)])
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
     with (
         adapters.taken_off(model, REF) if replaced else contextlib.nullcontext()
@@ -63,7 +64,6 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
         if one.model is not None:
             add_fused_lm_head(one.model, **head_options(trainer))
             trainer.accelerator.prepare_model(one.model, evaluation_mode=True)
-    check_moving(frozen)
     trainer.ref_model = as_trl(model, frozen)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SyncRefModelCallback):
@@ -118,7 +118,8 @@ def check_trainer(trainer: Any, references: int) -> None:
 def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
     """Raise SalsaError for a policy that has trained more than LoRA's factors, where a reference would be read through that: PEFT switches
     such values for the adapter `ref` alone, and trained tokens for none."""
-    if not isinstance(model, PeftModel):
+    own_models = all(isinstance(one, PreTrainedModel) or (isinstance(one, Frozen) and one.model) for one in given)
+    if own_models or not isinstance(model, PeftModel):
         return
     for field in ("modules_to_save", "trainable_token_indices"):
         found = vars(model.peft_config[str(own)]).get(field)
@@ -131,14 +132,14 @@ def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
         )
 
 
-def check_moving(frozen: Sequence[Frozen]) -> None:
+def check_moving(model: Any, own: str | None, frozen: Sequence[Frozen]) -> None:
     """Raise SalsaError for what can't move. A model that does would start anew on resume, since TRL saves none; an adapter is saved."""
-    moving.check(frozen)
     for one in frozen:
         require(
             one.sync_every is None or one.model is None,
             f"reference {one.label}: found sync_every for full weights, expected TRL's own sync_ref_model, which moves this reference",
         )
+    moving.check(frozen, model, own)
 
 
 class Moves(TrainerCallback):

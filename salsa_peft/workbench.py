@@ -187,7 +187,9 @@ def note_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
         print(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}", file=sys.stderr, flush=True)
 
 
-def fitting(job: Job, bench: Workbench, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def fitting(
+    job: Job, bench: Workbench, rows: list[dict[str, Any]], where: str = "evaluate.prompts"
+) -> list[dict[str, Any]]:
     """The prompts that leave room for a response within model.max_length; the others are noted. Raises SalsaError for none."""
     longest = bench.recipe.model.max_length - bench.recipe.generation.max_new_tokens
     kept = [row for row in rows if len(prompt_tokens(row, bench.tokenizer)) <= longest]
@@ -195,7 +197,7 @@ def fitting(job: Job, bench: Workbench, rows: list[dict[str, Any]]) -> list[dict
     note_left_out(job, len(rows) - len(kept), len(rows), why)
     require(
         bool(kept),
-        f"evaluate.prompts: found no prompt of at most {longest} tokens, expected some; raise model.max_length",
+        f"{where}: found no prompt of at most {longest} tokens, expected some; raise model.max_length",
     )
     return kept
 

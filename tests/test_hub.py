@@ -413,7 +413,7 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
     weights = next(run.glob("soup/*/adapter_model.safetensors"))
     raw = weights.read_bytes()
     weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    assert "found it missing or changed since it was made" in said("soup")
+    assert "found it not as it was made" in said("soup")
     weights = next(run.glob("ppo/salsa/*/adapter_model.safetensors"))
     weights.rename(weights.with_name("adapter_model.bin"))
     manifest = json.loads((weights.parent / "manifest.json").read_text())
@@ -481,7 +481,7 @@ def test_a_run_that_is_half_there_is_one_line(run: Path, capsys: Any) -> None:
     for text in (b"{}", b"[", None):
         report.unlink() if text is None else report.write_bytes(text)
         assert main(["push", str(run), "soup", "--to", "a/b", "--dry-run"]) == 2
-        assert "found it missing or changed since it was made" in capsys.readouterr().err
+        assert "found it not as it was made" in capsys.readouterr().err
         report.write_bytes(whole)
     (run.parent / "base" / "README.md").write_text("---\nlicense: [a\n---\n")
     report.with_name("manifest.json").unlink()

@@ -197,8 +197,15 @@ def test_bad_numbers_are_refused(reference: Any, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_what_can_not_move_is_refused(make_trainer: Any) -> None:
-    """The base is every role's; TRL's full weights have TRL's own."""
+def test_what_can_not_move_is_refused(make_trainer: Any, make_base: Any, make_adapter: Any) -> None:
+    """Before training: the base is every role's, embeddings have no rule, a policy's own modules no place; TRL's full weights have TRL's own."""
+    for options, message in (
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "found LoRA on a Embedding, expected plain linear layers"),
+        ({"target_modules": ["q_proj"]}, "found a module that the policy alone adapts"),
+    ):
+        model = make_adapter(make_adapter(make_base(), "policy", 1), "soup", 2, **options)
+        with pytest.raises(SalsaError, match=message):
+            moving.check([Frozen("soup", "soup", None, 1, 0.5)], model, "policy")
     with pytest.raises(SalsaError, match="found sync_every for the base"):
         make_trainer([Frozen("base", None, None, 2, 0.5)])
     policies = "policies={a: {algorithm: dpo, reference: {soup: {sync_every: 2}}}}"

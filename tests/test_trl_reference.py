@@ -29,6 +29,7 @@ import salsa_peft
 from salsa_peft import adapters, averaging
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint
+from salsa_peft.references import Frozen
 
 TRAINERS = {"dpo": DPOTrainer, "kto": KTOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
 CONFIGS: dict[str, Any] = {"dpo": DPOConfig, "kto": KTOConfig, "rloo": RLOOConfig, "grpo": GRPOConfig}
@@ -83,7 +84,7 @@ class World:
                 for row in self.pairs
                 for side in ("chosen", "rejected")
             ]
-        held_out = rows[:2] if algorithm == "kto" else rows[:1]
+        held_out = rows[: {"dpo": 1, "kto": 2}.get(algorithm, 8)]  # sampled ones are many: few tokens may say little
         settings: dict[str, Any] = {
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": len(held_out),
@@ -95,7 +96,7 @@ class World:
                 "max_completion_length": 5,
                 "num_generations": 2,
                 "temperature": TEMPERATURE,
-                "per_device_eval_batch_size": 2,
+                "per_device_eval_batch_size": 16,
             }
             more["reward_funcs"] = lambda completions, **_: [float(sum(map(ord, text)) % 17) for text in completions]
         settings |= {
@@ -308,6 +309,8 @@ def test_what_would_be_ignored_or_wrong_is_refused(world: World, make_base: Any)
     assert trainer.model.get_parameter(
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"
     ).requires_grad
+    with pytest.raises(SalsaError, match="expected TRL's own sync_ref_model"):
+        use_reference(trainer, Frozen("moving", None, world.load("base"), 1, 0.5))
     with pytest.raises(SalsaError, match="no such folder"):
         use_reference(trainer, world.folder / "nothing")
     assert_reference(trainer, world, "seed-0")
