@@ -21,6 +21,7 @@ from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
 from .models import device, positions, resolve_dtype
+from .room import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +54,8 @@ class ClassifierReward:
             tokenizer,
             policy_tokenizer,
         )
-        self.micro_batch_size, self.name, self.tally, self.noted = micro_batch_size, name, Tally(), False
+        self.room = Room(micro_batch_size, f"reward {name}, rows scored at once")
+        self.name, self.tally, self.noted = name, Tally(), False
         self.present: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # offload.py sets it
         self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
@@ -65,13 +67,17 @@ class ClassifierReward:
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """→ (B,), float32; micro-batches of like length."""
         sequences = self._fit(self.encode(responses, rows))
-        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         with self.present():
-            scores = torch.empty(len(sequences), device=self.classifier.device)
-            for start in range(0, len(order), self.micro_batch_size):
-                part = order[start : start + self.micro_batch_size]
-                scores[part] = self._forward([sequences[row] for row in part])
+            scores = self.room.fit(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
+
+    def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        scores = torch.empty(len(sequences), device=self.classifier.device)
+        for start in range(0, len(order), self.room.rows):
+            part = order[start : start + self.room.rows]
+            scores[part] = self._forward([sequences[row] for row in part])
+        return scores
 
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """What the classifier reads of each response: token ids, whole."""

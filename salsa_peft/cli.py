@@ -1,4 +1,4 @@
-"""The `salsa` command: `salsa run`, `salsa soup`, `salsa landscape`, `salsa report`, `salsa hub`. Each is also `python -m salsa_peft.<module>`."""
+"""The `salsa` command: `salsa run`, `soup`, `landscape`, `report`, `hub`, `doctor`. Each is also `python -m salsa_peft.<module>`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ HELP = """usage: salsa COMMAND …
   salsa landscape OUT MEMBER MEMBER [MEMBER] …              a measure along the line or on the plane between them
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             soup, policies, seeds, reward to the Hub; salsa hub pull ID
   salsa report RUN [RUN …] | --paper                        the report of a finished run again, several in one; the paper's tables
+  salsa doctor [RUN]                                        what this machine has for a run, and what is wrong with it
 
 `salsa COMMAND --help` says more; `salsa --version`."""
 
@@ -41,12 +42,18 @@ def hub(argv: list[str]) -> int:
     return importlib.import_module("salsa_peft.hub").main(argv) or 0
 
 
+def doctor(argv: list[str]) -> int:
+    """salsa_peft.doctor."""
+    return importlib.import_module("salsa_peft.doctor").main(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": recipe.main,
     "soup": soup,
     "landscape": landscape,
     "report": report,
     "hub": hub,
+    "doctor": doctor,
 }
 
 

@@ -103,6 +103,8 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.skipped,
     }
+    rooms = (trainer.room, trainer.maker.room)
+    facts |= {room.what: room.rows for room in rooms if room.rows < room.asked}  # the memory ran out
     if not trainer.is_world_process_zero():
         return facts
     bench.sign(job.folder)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -37,10 +37,23 @@ from .references import Frozen, as_references
 from .rewards import Reward, adapter_in, as_reward
 from .rollout import response_logprobs, response_values
 from .rollout_batch import Rollout, RolloutMaker
+from .room import Room
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+class MicroStep(NamedTuple):
+    """One forward and backward."""
+
+    rollout: Rollout
+    rows: Tensor
+    """Of the rollout batch, this process's."""
+    tokens: int
+    """Of the whole minibatch, over which the losses are means."""
+    before: Sequence[Tensor]
+    """Rows of the optimizer step's earlier ones."""
 
 
 class SalsaPPOTrainer(ResumableTrainer):
@@ -117,6 +130,8 @@ class SalsaPPOTrainer(ResumableTrainer):
         self.maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, processing_class, self.accelerator
         )
+        alone = self.accelerator.num_processes == 1 and not cut
+        self.room = Room(args.per_device_train_batch_size, "micro_batch_size", alone=alone)
 
     def _train_only(self, model: Any, policy: PolicyWithValueHead) -> None:
         """The policy, its value head and a value adapter; nothing else, whatever was trainable before."""
@@ -154,22 +169,50 @@ class SalsaPPOTrainer(ResumableTrainer):
     # one micro-step
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """A rollout batch's prompts → (rollout, this process's rows of the micro-step, tokens in its minibatch)."""
+        """They are on the device."""
+        return inputs
+
+    def _micro_step(self, prompts: Any) -> MicroStep:
+        """What is next of a rollout batch; the first of an update samples it."""
         args = self.args
         step, place = self.state.global_step % args.steps_per_update, self.micro_step
         if step == 0 and place == 0:
             self.started = time.perf_counter()
-            self.rollout = self.maker(inputs, self.update + 1, self.kl_coef, self._check_terminated)
+            self.rollout = self.maker(prompts, self.update + 1, self.kl_coef, self._check_terminated)
             self.update += 1
             self.totals, self.stopped_early, self.figures = [], False, self.maker.figures()
         assert self.rollout is not None
         if not self.order:
             self.order = self._minibatches(self.rollout.responses.lengths)
         minibatch = self.order[step]
-        parts = minibatch.split(args.per_device_train_batch_size)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        mine = minibatch.split(args.per_device_train_batch_size)[
+            self.accelerator.process_index :: self.accelerator.num_processes
+        ]
         self.micro_step = (place + 1) % args.gradient_accumulation_steps
-        return self.rollout, parts[place * world + rank], int(self.rollout.responses.lengths[minibatch].sum())
+        tokens = int(self.rollout.responses.lengths[minibatch].sum())
+        return MicroStep(self.rollout, mine[place], tokens, mine[:place])
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """As Trainer's, in as many pieces as the memory has room for. Where it ran out the optimizer step begins anew: what a backward
+        left that was cut off counts for nothing."""
+        this, tried = self._micro_step(inputs), False
+
+        def forward_and_backward(rows: Tensor) -> Tensor:
+            parts = [this._replace(rows=part) for part in rows.split(self.room.rows)]
+            step: Any = super(SalsaPPOTrainer, self).training_step
+            return torch.stack([step(model, part) for part in parts]).sum()
+
+        def work() -> Tensor:
+            nonlocal tried
+            if tried:
+                model.zero_grad()
+                self.sums = torch.zeros_like(self.sums)
+                for rows in this.before:
+                    forward_and_backward(rows)
+            tried = True
+            return forward_and_backward(this.rows)
+
+        return self.room.fit(work, len(this.rows))
 
     def _minibatches(self, lengths: Tensor) -> list[Tensor]:
         """Row indices of every minibatch of the rollout batch: reshuffled every PPO epoch, sorted by length inside."""
@@ -199,7 +242,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-step's loss and its figures. Trainer divides by the accumulation steps and DDP by the processes: undone here."""
-        rollout, rows, tokens = inputs
+        rollout, rows, tokens, _ = inputs
         if self.stopped_early:  # a loss of nothing, whose gradient is dropped
             return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
         result = self.micro_batch_loss(model, rollout, rows, tokens)

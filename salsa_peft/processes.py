@@ -35,6 +35,10 @@ class StageError(Exception):
     """A stage failed; one line."""
 
 
+class OutOfMemory(StageError):
+    """A stage failed for want of memory."""
+
+
 class Terminated(BaseException):
     """The command got SIGTERM."""
 
@@ -80,7 +84,8 @@ def settled(report: dict[str, Any], unit: str, log: Path, *, debug: bool) -> Res
             if report["trace"] and not report["known"]
             else ""
         )
-        raise StageError(f"{unit} failed: {report['line']}{hint}")
+        error = OutOfMemory if report.get("out_of_memory") else StageError
+        raise error(f"{unit} failed: {report['line']}{hint}")
     return Result(**report)
 
 
@@ -162,7 +167,21 @@ def worked(job: Job) -> dict[str, Any]:
     except Exception as error:
         known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error, job.recipe.model.base)
         line = known or f"{type(error).__name__}: {error}"
-        return {"line": " ".join(line.split())[:1000], "known": known is not None, "trace": traceback.format_exc()}
+        return {
+            "line": " ".join(line.split())[:1000],
+            "known": known is not None,
+            "trace": traceback.format_exc(),
+            "out_of_memory": _out_of_memory(error),
+        }
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of the CPU's allocator."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def _end_with_parent() -> None:

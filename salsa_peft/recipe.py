@@ -25,6 +25,7 @@ from salsa_peft.config import Recipe, SalsaError, require
 from salsa_peft.judge_section import check_ready
 from salsa_peft.messages import duration, nearest, one_line
 from salsa_peft.parsing import Loaded, load_recipe, names
+from salsa_peft.smaller import smaller
 from salsa_peft.yaml_text import dump_yaml
 
 
@@ -128,22 +129,46 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
     if step.why.startswith(("changed", "missing", "unfinished")):
         say(f"{unit.id} … {step.why}: {'goes on' if goes_on else 'made again'}")
     started = runs.now()
-    if not goes_on:
-        _empty(step.folder)
-        runs.write_begun(step, steps)
     inputs = {name: steps[name].folder for name in unit.inputs}
     job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
-    several = recipe.num_processes > 1 and STAGES[unit.stage].trains
-    make = launching.run if several else processes.run_in_process
-    result = make(job, run / "logs" / f"{unit.id.replace('/', '-')}.log", debug=debug)
+    log = run / "logs" / f"{unit.id.replace('/', '-')}.log"
+    result, halved = _made(job, step, steps, goes_on, log, debug)
     planned = None if result.gpu_peak_mb is None else cards.planned_mb(recipe, unit.stage)
-    facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned}
+    facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned} | ({"halved": halved} if halved else {})
     runs.write_manifest(step, steps, started=started, versions=runs.versions(), **facts)
     runs.tidy(step.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned is None else f" (planned {planned:.0f})"
-    together = f" in {recipe.num_processes} processes together" if several else ""
+    together = f" in {recipe.num_processes} processes together" if _several(job) else ""
     say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB{together}{gpu}")
+
+
+def _made(
+    job: runs.Job, step: runs.Step, steps: dict[str, runs.Step], goes_on: bool, log: Path, debug: bool
+) -> tuple[processes.Result, dict[str, int]]:
+    """Run a unit's job; where its memory ran out, again with less at a time → its result, and what was halved."""
+    halved: dict[str, int] = {}
+    while True:
+        if not goes_on:
+            _empty(step.folder)
+            runs.write_begun(step, steps)
+        try:
+            return (launching.run if _several(job) else processes.run_in_process)(job, log, debug=debug), halved
+        except processes.OutOfMemory as error:
+            if (less := smaller(job.recipe, job.unit.stage)) is None:
+                raise
+            goes_on = STAGES[job.unit.stage].resumes
+            say(one_line(error))
+            say(
+                f"{job.unit.id} … {'goes on' if goes_on else 'again'} with {less.told()}; the global batch stays as it is"
+            )
+            job = dataclasses.replace(job, recipe=less.recipe)
+            halved |= {key: now for key, (_, now) in less.changed.items()}
+
+
+def _several(job: runs.Job) -> bool:
+    """Whether its stage's work is shared among processes."""
+    return job.recipe.num_processes > 1 and STAGES[job.unit.stage].trains
 
 
 def _empty(folder: Path) -> None:

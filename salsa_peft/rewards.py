@@ -28,6 +28,7 @@ from .messages import short
 from .models import causal_lm, head_product
 from .reward_kinds import ADAPTER, FUNCTION
 from .rollout import Responses, last_token_states
+from .room import Room
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,18 +56,21 @@ class AdapterReward:
     """The reward adapter on the shared base, and its linear head on the last token that counts."""
 
     def __init__(self, model: PeftModel, folder: Path, micro_batch_size: int = 64) -> None:
-        self.model, self.folder, self.micro_batch_size = model, folder, micro_batch_size
+        self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
         self.adapter = adapters.free_name(model, REWARD_ADAPTER)
         adapters.attach(model, folder, self.adapter)
         self.head = adapters.score_head(folder).to(model.device)
         self.toggle = adapters.Toggle(model)
 
-    @torch.no_grad()
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
+        return self.room.fit(lambda: self._scores(responses), len(rows))
+
+    @torch.no_grad()
+    def _scores(self, responses: Responses) -> Tensor:
         scores = []
         head = self.head.to(responses.response_ids.device)
         with self.toggle(self.adapter):
-            for index in torch.arange(len(responses.finished)).split(self.micro_batch_size):
+            for index in torch.arange(len(responses.finished)).split(self.room.rows):
                 part = responses.rows(index)
                 scores.append(head_product(head, last_token_states(self.model, part.input_ids, part.attention_mask)))
         return torch.cat(scores)

@@ -26,6 +26,7 @@ from .prompts import Prompt
 from .references import Frozen
 from .rewards import Reward, RunningScale, decode, take_figures
 from .rollout import Responses, concatenate, kl_to_reference, response_logprobs, response_states, response_values, widen
+from .room import Room
 from .sharding import gathered, keep_whole
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ class RolloutMaker:
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
         self.present = place(references, reward, args)
+        world = accelerator.num_processes
+        self.room = Room(
+            args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", alone=world == 1
+        )
         self.scale = RunningScale()
         self.folder = Path(str(args.output_dir))
 
@@ -88,15 +93,18 @@ class RolloutMaker:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], update: int, kl_coef: float, check: Callable[[], None]) -> Rollout:
-        """Raises NotFinite for a score that is none. check: called before each token, may raise Interrupted."""
+        """Raises NotFinite for a score, log-prob, value or KL that is none. check: called before each token, may raise Interrupted."""
         args = self.args
         self.model.eval()
         with gathered(self.model, self.accelerator):
             # 1. sample responses from the policy, prompts of like length together
-            responses, recorded = self._sample(prompts, update, check)
+            responses, recorded = self.room.fit(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL on the shared base, sequences of like length together; then scores
-            logprobs, entropy, values, kl, scores = self._score(responses, recorded, [prompt.row for prompt in prompts])
-        self.require_finite("score", scores, responses, {"scores": scores})
+            logprobs, entropy, values, kl = self.room.fit(lambda: self._score(responses, recorded), len(prompts))
+            scores = self._rewarded(responses, [prompt.row for prompt in prompts])
+        made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
+        for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
+            self.require_finite(what, made[name], responses, made)
         # 3. rewards, whitened where asked for; advantages, whitened over the whole batch
         mask = responses.response_mask
         shaped = shape(scores, responses, args, self.scale)
@@ -112,9 +120,8 @@ class RolloutMaker:
         """Responses to an eval set's prompts and their scores (B,); the random numbers are the same at every call."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
-            responses, _ = self._sample(prompts, 0, lambda: None)
-            shares = self._shares(responses.lengths.tolist())
-            scores = self._rewarded(responses, [prompt.row for prompt in prompts], shares)
+            responses, _ = self.room.fit(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
+            scores = self._rewarded(responses, [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
 
@@ -151,11 +158,9 @@ class RolloutMaker:
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
-    def _score(
-        self, responses: Responses, recorded: tuple[Tensor, ...] | None, rows: Sequence[Mapping[str, Any]]
-    ) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, values, KL, all (B, T), and scores (B,)."""
-        shares = self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
+    def _score(self, responses: Responses, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Log-probs, entropies, values, KL, all (B, T)."""
+        shares = self._by_length(responses)
         parts, own = [], []
         for share in shares:
             index = torch.tensor(share, device=self.accelerator.device)
@@ -164,19 +169,16 @@ class RolloutMaker:
             with self.accelerator.autocast():
                 own.append(self._score_part(parts[-1], given))
         kls = self._kl(parts, [states for states, *_ in own], [logprobs for _, logprobs, *_ in own])
-        scores = self._rewarded(responses, rows, shares)
         mine = [(share, (*columns, kl)) for share, (_, *columns), kl in zip(shares, own, kls, strict=True)]
         tables = torch.zeros(4, *responses.response_mask.shape, device=self.accelerator.device)
         for share, columns in self._gathered(mine):
             for table, column in zip(tables, columns, strict=True):
                 table[torch.tensor(share, device=table.device), : column.shape[1]] = column.float()
-        return *tables, scores
+        return tuple(tables)
 
-    def _rewarded(
-        self, responses: Responses, rows: Sequence[Mapping[str, Any]], shares: Sequence[Sequence[int]]
-    ) -> Tensor:
+    def _rewarded(self, responses: Responses, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """Scores (B,); each process scores its shares in one call."""
-        mine = sorted(row for share in shares for row in share)
+        mine = sorted(row for share in self._by_length(responses) for row in share)
         index = torch.tensor(mine, device=self.accelerator.device)
         with self.accelerator.autocast():
             found = self.reward(responses.rows(index), [rows[row] for row in mine]).float() if mine else index.float()
@@ -231,10 +233,14 @@ class RolloutMaker:
         with self.model.toggle(reference.adapter):
             return hidden_states(self.model.policy, part.input_ids, part.attention_mask)
 
+    def _by_length(self, responses: Responses) -> list[list[int]]:
+        """This process's micro-batches of responses."""
+        return self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
+
     def _shares(self, lengths: list[int]) -> list[list[int]]:
         """This process's micro-batches of rows, those of like length together; none of more rows than a rollout batch has."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.args.rollout_batch_size or -(-min(len(lengths), self.args.batch_size) // world)
+        size = min(self.room.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 

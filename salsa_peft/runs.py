@@ -304,6 +304,25 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
+def holder(run: Path) -> str | None:
+    """Who works on a run's folder, in words, or None: nobody. Writes nothing."""
+    try:
+        handle = os.open(run / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(handle)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _holder(handle: int) -> str:
+    return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
+
+
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """One process per run folder. Raises SalsaError that names the holder; the lock of a process that is gone is free."""
@@ -313,8 +332,7 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
-            raise SalsaError(f"{run}: in use by {holder}; wait for it, or use another --output-dir") from error
+            raise SalsaError(f"{run}: in use by {_holder(handle)}; wait for it, or use another --output-dir") from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {now()}\n".encode(), 0)
         yield

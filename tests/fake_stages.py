@@ -31,6 +31,10 @@ def run(job: Job) -> dict[str, Any]:
     action = json.loads(job.recipe.description or "{}").get(job.unit.id)
     if action == "refuse":
         raise SalsaError("data.prompts: found nothing, expected something")
+    if str(action).startswith("memory-"):  # room for so many rows
+        section = getattr(job.recipe, job.unit.stage)
+        if (section.micro_batch_size or section.batch_size) > int(action.removeprefix("memory-")):
+            raise MemoryError
     if action == "crash":
         raise RuntimeError("boom\nand more")
     if action == "kill":

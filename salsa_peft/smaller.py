@@ -1,0 +1,71 @@
+"""A stage whose memory ran out, once more with less at a time: the micro-batch is halved, the global batch stays.
+
+    sft, reward, dpo, kto, rloo, grpo   micro_batch_size
+    ppo                                 micro_batch_size and rollout_batch_size (in one process the engine does it by itself: room.py)
+    landscape, evaluate                 generation.batch_size
+    judge                               a local judge's concurrency
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from salsa_peft.config import Recipe, SalsaError
+from salsa_peft.training_options import Training
+from salsa_peft.trl_options import ALGORITHMS
+
+
+class Smaller(NamedTuple):
+    """What to go on with."""
+
+    recipe: Recipe
+    changed: dict[str, tuple[int, int]]
+    """Key of the recipe → what it was, what it is."""
+
+    def told(self) -> str:
+        """For people."""
+        return ", ".join(f"{key} {now} (was {was})" for key, (was, now) in self.changed.items())
+
+
+def smaller(recipe: Recipe, stage: str) -> Smaller | None:
+    """The recipe with half as much at a time in that stage, or None where there is nothing to halve."""
+    if stage in ("sft", "reward", "ppo", *ALGORITHMS):
+        return _training(recipe, stage)
+    if stage in ("landscape", "evaluate") and (now := lesser(recipe.generation.batch_size)):
+        changed = {"generation.batch_size": (recipe.generation.batch_size, now)}
+        return Smaller(dataclasses.replace(recipe, generation=_with(recipe.generation, batch_size=now)), changed)
+    judge: Any = recipe.evaluate.judge
+    if stage == "judge" and judge is not None and judge.kind == "local" and (now := lesser(judge.concurrency)):
+        evaluate = _with(recipe.evaluate, judge=_with(judge, concurrency=now))
+        return Smaller(dataclasses.replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, now)})  # fmt: skip
+    return None
+
+
+def _training(recipe: Recipe, stage: str) -> Smaller | None:
+    section: Training = getattr(recipe, stage)
+    share = section.batch_size // recipe.num_processes
+    was = {"micro_batch_size": section.micro_batch_size or share}
+    if stage == "ppo":
+        ppo = recipe.ppo
+        was["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
+        was["rollout_batch_size"] = ppo.rollout_batch_size or share
+    now = {key: lesser(rows) or rows for key, rows in was.items()}
+    other = _with(section, **now)
+    try:
+        other.check(stage, recipe.num_processes)
+    except SalsaError:  # KTO's two
+        return None
+    changed = {f"{stage}.{key}": (was[key], now[key]) for key in was if now[key] != was[key]}
+    return Smaller(dataclasses.replace(recipe, **{stage: other}), changed) if changed else None
+
+
+def lesser(rows: int) -> int | None:
+    """The largest divisor up to half, so that what rows divided into these divides into those; None of 1."""
+    return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)
+
+
+def _with(section: Any, **values: Any) -> Any:
+    return dataclasses.replace(section, **values)
