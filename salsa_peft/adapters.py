@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,12 +68,35 @@ def local_folder(path: str, revision: str | None = None) -> Path:
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """An adapter folder → (config, tensors by PEFT's saved names). Raises SalsaError where a file is missing or no LoRA."""
+    """An adapter folder → (config, tensors by PEFT's saved names). Raises SalsaError where a file is missing, damaged or no LoRA, and
+    for values that are not finite."""
     for name in (CONFIG, WEIGHTS):
         require((folder / name).is_file(), f"{folder}: found no {name}, expected a PEFT adapter saved with safetensors")
     config = PeftConfig.from_pretrained(str(folder))
     require(isinstance(config, LoraConfig), f"{folder}: found a {config.peft_type} adapter, expected LoRA")
-    return config, load_file(folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS)
+    check_finite(tensors, str(folder / WEIGHTS))
+    return config, tensors
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file's. Raises SalsaError for a file that is none: damaged, or pickled under that name."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SalsaError(
+            f"{path}: found no safetensors file ({error}), expected one: it is damaged, or of another format; copy or save it again"
+        ) from error
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise SalsaError, beginning with `where`, for a tensor with NaN or infinite values."""
+    for name, tensor in tensors.items():
+        plain = tensor.is_floating_point() and tensor.element_size() > 1  # torch has no isfinite for fp8
+        require(
+            not plain or bool(tensor.isfinite().all()),
+            f"{where}: {name}: found a value that is not finite, expected finite weights; the training that made them went wrong",
+        )
 
 
 def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
@@ -83,6 +107,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     """
     config, tensors = read(folder)
     check_keeps_base(config, str(folder))
+    check_factors_alone(config, str(folder))
     tensors = {key: value for key, value in tensors.items() if key != SCORE_HEAD}
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
     try:
@@ -111,6 +136,18 @@ def check_keeps_base(config: LoraConfig, where: str) -> None:
         not isinstance(initial, str) or initial in KEEPS_BASE,
         f"{where}: found init_lora_weights {initial!r}, which changes the base that all roles share; expected one of"
         f" {', '.join(sorted(KEEPS_BASE))} or a plain one",
+    )
+
+
+def check_factors_alone(config: LoraConfig, where: str) -> None:
+    """Raise SalsaError, beginning with `where`, for trained biases and tokens: they lie in the base that all roles share."""
+    require(
+        config.bias == "none",
+        f"{where}: found bias {config.bias!r}, expected 'none': the biases are the base's, which all roles share",
+    )
+    require(
+        not config.trainable_token_indices,
+        f"{where}: found trainable_token_indices, expected LoRA factors only: the tokens are the base's, which all roles share",
     )
 
 
@@ -252,11 +289,13 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
          extra: dict[str, torch.Tensor] | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
     """Write adapter `name` as an ordinary PEFT folder (`extra`: more tensors under PEFT's names), config last.
 
-    state_dict: the model's weights, where it does not hold them whole itself.
+    state_dict: the model's weights, where it does not hold them whole itself. Raises SalsaError, before it writes, for weights that
+    are not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    check_finite(tensors, f"{folder} is not saved")
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.part"
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})
     with temporary.open("rb+") as file:

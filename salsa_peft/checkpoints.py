@@ -49,15 +49,17 @@ def fault(folder: Path) -> str | None:
     """Why a folder is no whole checkpoint, or None."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"no {MANIFEST} that can be read"
     if not isinstance(listed, dict) or STATE not in listed:
         return f"{MANIFEST} names no {STATE}"
     for name, entry in listed.items():
         file = folder / name
+        if not isinstance(entry, dict):
+            return f"{MANIFEST} says nothing of {name}"
         if not file.is_file():
             return f"missing: {name}"
-        if file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
             return f"changed: {name}"
     return None
 
@@ -75,9 +77,10 @@ def saved(folder: Path) -> float:
     """How many checkpoints of its folder were saved up to this one; infinity where that can't be read."""
     try:
         state = json.loads((folder / STATE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return math.inf
-    return float(state.get("saved", 0)) if isinstance(state, dict) else math.inf
+    count = state.get("saved", 0) if isinstance(state, dict) else None
+    return count if type(count) is int else math.inf
 
 
 def after(checkpoint: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from salsa_peft import judge_section, search
 from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, SalsaError, parse_reference, require
+from salsa_peft.fields import MOST_POLICIES
 from salsa_peft.messages import short
 from salsa_peft.paths import check_files, check_path, count_rows, is_local
 from salsa_peft.results import unit_of
@@ -38,6 +39,10 @@ def check(recipe: Recipe) -> None:
         f"reward.seeds: found {short(recipe.reward.seeds)}, expected no seed twice",
     )
     _check_lengths(recipe)
+    require(
+        len(recipe.policies) <= MOST_POLICIES,
+        f"policies: found {len(recipe.policies)} of them, expected at most {MOST_POLICIES}; take fewer",
+    )
     for name, policy in recipe.policies.items():
         _check_name("policies", name)
         taken = name in ("base", "soup", "reward") or SEED.match(name)

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
+from .hub_errors import said_in_a_line
 from .models import device, positions, resolve_dtype
 from .room import Room
 
@@ -148,16 +149,22 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         any(folder.glob("*.safetensors")),
         f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)",
     )
-    loaded, told = AutoModelForSequenceClassification.from_pretrained(
-        str(folder), dtype=resolve_dtype(dtype), trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
+    with said_in_a_line(str(folder)):
+        loaded, told = AutoModelForSequenceClassification.from_pretrained(
+            str(folder),
+            dtype=resolve_dtype(dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     labels, missing = loaded.config.num_labels, sorted(told["missing_keys"])
     require(labels == 1, f"{path}: found a classifier of num_labels {labels}, expected 1: a score")
     require(
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"
     )
     loaded.config.get_text_config().use_cache = False
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    with said_in_a_line(str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     return ClassifierReward(loaded.to(device()), tokenizer, policy_tokenizer, micro_batch_size, name)
 
 

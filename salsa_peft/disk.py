@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import shutil
@@ -28,6 +29,9 @@ AT_ONCE = 3
 """Checkpoints of a policy: two are kept, the next is whole before the oldest goes."""
 MANY = 100_000
 """Optimizer steps of a policy whose prompts are not at hand (the paper's: 61,000)."""
+UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded", "PytorchStreamWriter failed",
+             "unexpected pos ")  # fmt: skip
+"""What safetensors (Rust) and torch (C++) say of a file that could not be written; torch does not say why."""
 ZERO3 = 6
 """Bytes a weight that DeepSpeed's part of a checkpoint has beside the states: float32 and bf16 weights."""
 
@@ -59,7 +63,7 @@ def need(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
         most = max(most, stays - there + way)
         stays += kept - there
     folder = next(iter(steps.values())).folder
-    place = next(path for path in (folder, *folder.parents) if path.is_dir())
+    place = nearest(folder)
     return Need(stays, max(most, stays), shutil.disk_usage(place).free, place)
 
 
@@ -150,6 +154,42 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
             f"results: found {shown(found.free)} free in {found.place}, expected {shown(found.most)}, of which"
             f" {shown(found.stays)} stay; {remedy(recipe, steps, asked, card)}"
         )
+
+
+def require_room(folder: Path, size: float, what: str) -> None:
+    """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
+    place = nearest(folder)
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise SalsaError(
+            f"{what}: found {shown(free)} free in {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
+            " whole: make room, then go on from there"
+        )
+
+
+def full(error: BaseException, folder: Path) -> str | None:
+    """What to do about an error in writing for want of room: a full disk, a quota, a limit on files, of Python's, safetensors' or torch's
+    writing; else None."""
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        seen.append(one)
+        one = one.__cause__ or one.__context__
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not any(isinstance(one, OSError) and one.errno in codes for one in seen) and not any(
+        words in str(one) for one in seen for words in UNWRITTEN
+    ):
+        return None
+    place = nearest(folder)
+    return (
+        f"{folder}: found no room to write a file ({shown(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
+        " expected some; what was saved before is whole: make room, then go on from there"
+    )
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def remedy(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: float | None) -> str:

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -327,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SalsaError as error:
         say(one_line(error))
         return 2
+    for name in ("torchao", "torch.utils._pytree"):  # on import they say what this machine can't use of theirs
+        logging.getLogger(name).setLevel(logging.ERROR)
     found: list[Finding] = []
     for check in [*CHECKS.values(), *([lambda: of_run(Path(args.run))] if args.run else [])]:
         for finding in check():

@@ -6,8 +6,10 @@ Answers are on the disk a batch at a time: a stage that was killed goes on with 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -86,22 +88,28 @@ def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """(index, turn) → row, of answers on the way; a last line that was torn is left out."""
     found = {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn by a kill
+    for line in filter(None, path.read_bytes().split(b"\n")) if path.exists() else ():
+        digest, _, row = line.partition(b" ")
+        if digest != _digest(row):  # torn by a kill, or damaged: of such a line nothing is known
+            print(f"{path}: a line is not whole; what it answered is answered again", file=sys.stderr, flush=True)
             continue
-        found[row["index"], row["turn"]] = row
+        answered = json.loads(row)
+        found[answered["index"], answered["turn"]] = answered
     return found
 
 
 def keep(path: Path, rows: Rows) -> None:
-    """Append a batch, so that it outlives a kill; on a line of its own, whatever a torn one left."""
+    """Append a batch, so that it outlives a kill, each row after its digest; on a line of its own, whatever a torn one left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row).encode() for row in rows]
+    with path.open("ab") as file:
+        file.write(b"\n" + b"".join(_digest(line) + b" " + line + b"\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest()[:16].encode()
 
 
 def ask(job: Job, bench: Workbench, sets: Mapping[str, list[Question]]) -> tuple[dict[str, dict[str, Rows]], list[str]]:

@@ -12,6 +12,8 @@ from .errors import require as require
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
+MOST_POLICIES = 1000
+"""Of a recipe: a few lines of a sweep, each policy searched, could ask for more than any memory holds."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.errors import SalsaError, require
+from salsa_peft.safetensors_files import BITS
 
 FINGERPRINT = "fingerprint.json"
 """Beside an adapter or a checkpoint: the base that it was trained on."""
@@ -41,8 +43,20 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Of a file (its content), a model's folder (base_fingerprint, and its configuration and tokenizer) or any other folder."""
+    """Of a file (its content), a model's folder (base_fingerprint, and its configuration and tokenizer) or any other folder.
+
+    Raises SalsaError for what is missing or can't be read.
+    """
     path = Path(path)
+    try:
+        return _fingerprint(path)
+    except OSError as error:
+        raise SalsaError(
+            f"{error.filename or path}: found it can't be read ({error.strerror}), expected a file; check its rights, or copy it again"
+        ) from error
+
+
+def _fingerprint(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     require(path.is_dir(), f"{path}: no such file or folder")
@@ -81,7 +95,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SalsaError(f"{index}: found no weight_map, expected a safetensors index") from error
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
@@ -93,17 +107,29 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Tensor → dtype, shape, where its bytes begin in the file and how many there are."""
+    """Tensor → dtype, shape, where its bytes begin in the file and how many there are. Raises SalsaError unless the file holds them all."""
     try:
         with open(file, "rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            require(8 + length <= file.stat().st_size, f"{file}: found a cut or damaged safetensors file")
-            entries = json.loads(raw.read(length))
+            start, size = 8 + int.from_bytes(raw.read(8), "little"), file.stat().st_size
+            entries: Any = json.loads(raw.read(start - 8)) if start <= size else None
         entries.pop("__metadata__", None)
-        start = 8 + length
-        return {name: (entry["dtype"], entry["shape"], start + entry["data_offsets"][0],
-                       entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries.items()}  # fmt: skip
+        found = {name: (entry["dtype"], entry["shape"], start + entry["data_offsets"][0],
+                        entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries.items()}  # fmt: skip
+        odd = [
+            name
+            for name, (dtype, shape, _, length) in found.items()
+            if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * length
+        ]
+        end = max((begin + length for _, _, begin, length in found.values()), default=start)
     except FileNotFoundError as error:
         raise SalsaError(f"{file}: no such file, though the index names it") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SalsaError(f"{file}: found a cut or damaged safetensors file") from error
+    except IsADirectoryError as error:
+        raise SalsaError(f"{file}: found a folder, expected a safetensors file; copy or save it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise SalsaError(f"{file}: found a cut or damaged safetensors file; copy or save it again") from error
+    require(
+        not odd and end == size,
+        f"{file}: found {f'other bytes for {odd[0]} than its dtype and shape have' if odd else f'{size} bytes, expected {end}'}:"
+        " a cut or damaged safetensors file; copy or save it again",
+    )
+    return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .config import Sampling
+from .config import Sampling, require
 from .logprobs import entropy_of, sampled_distribution
 from .models import causal_lm, head_product
 from .rollout import Responses, pad_prompts
@@ -86,6 +86,8 @@ class Sampler(LogitsProcessor):
                  check: Callable[[], None] | None) -> None:  # fmt: skip
         self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
         self.step = 0
+        self.broken = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)
+        """Rows that had logits without a distribution: NaN or +∞ in one makes all of the row's log-probs NaN."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (B, V) of the next token → −∞ but for one 0 a row."""
@@ -95,6 +97,7 @@ class Sampler(LogitsProcessor):
         forbidden = torch.full((len(scores),), early, device=scores.device)
         greedy = self.sampling.temperature == 0  # of an evaluation; PPO has none such
         logp = sampled_distribution(scores, forbidden, 1.0 if greedy else self.sampling.temperature, self.eos)
+        self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
         token = logp.argmax(-1, keepdim=True) if greedy else choose(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
@@ -113,7 +116,8 @@ def choose(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
     wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # below the sum, also after rounding
-    return torch.searchsorted(cumulative, wanted, right=True).to(here)
+    found = torch.searchsorted(cumulative, wanted, right=True)
+    return found.clamp(max=cumulative.shape[-1] - 1).to(here)  # past the end: NaN, which the Sampler notes
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
     seeds: one for each prompt. recording: filled with log-probs, entropies and values on the way. check: called before each
     token, and may raise. cache: one of Transformers', empty; None: a dynamic one. options: more of Transformers' GenerationConfig.
-    The random state of the process is not touched.
+    The random state of the process is not touched. Raises SalsaError where the model's logits are no distribution (NaN).
     """
     lm, pad, eos = causal_lm(model), int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
     ids, mask = pad_prompts(prompts, pad, lm.device)
@@ -134,16 +138,22 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     )  # fmt: skip
     uniforms = uniform_numbers(seeds, sampling.max_new_tokens)
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
-    sampler = LogitsProcessorList([Sampler(uniforms, sampling, eos, recording, check)])
+    sampler = Sampler(uniforms, sampling, eos, recording, check)
     with _settled(lm, settings), recording.listening(lm) if recording else contextlib.nullcontext():
         tokens = lm.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             generation_config=settings,
-            logits_processor=sampler,
+            logits_processor=LogitsProcessorList([sampler]),
             past_key_values=cache,
             synced_gpus=False,  # a process whose rows have ended waits for no other: sharded weights are gathered
         )
+    broken = int(sampler.broken.sum())
+    require(
+        not broken,
+        f"model: found logits of NaN or infinity for {broken} of {len(prompts)} prompts, expected finite ones to sample from; look for NaN in"
+        " its weights, or for a dtype that overflows",
+    )
     response_ids = tokens[:, ids.shape[1] :]
     ended = (response_ids == eos).long()
     response_mask = ended.cumsum(-1) - ended == 0

@@ -1,4 +1,5 @@
-"""The Hub's refusals as one line with the link that helps: licence, login, a wrong name, no network."""
+"""The Hub's refusals as one line with the link that helps: licence, login, a wrong name, no network; and Transformers' of what a
+repository or folder holds: code of its own, weights that are pickled, no tokenizer."""
 
 from __future__ import annotations
 
@@ -33,6 +34,17 @@ def explain(error: BaseException, model: str | None = None) -> str | None:
             return f"{_page(one, text)}: no such revision there; check `revision`"
         if isinstance(one, errors.RepositoryNotFoundError):
             return f"{_page(one, text)}: not found: check the name, or if it is private log in with `hf auth login`"
+    if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
+        return (
+            f"{code[1]}: found code of its own (auto_map), which is never run, expected an architecture and a tokenizer that Transformers"
+            " has itself"
+        )
+    if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
+        return (
+            f"{pickled[1]}: found no safetensors file, expected the model's weights in one (other formats are not read)"
+        )
+    if "Couldn't instantiate the backend tokenizer" in text and model:
+        return f"{model}: found no tokenizer that Transformers can open, expected its own beside the weights (tokenizer.json)"
     names = [type(one).__name__ for one in found]
     if "DatasetNotFoundError" in names:
         where = _page(None, text)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,12 @@ from typing import Any, NamedTuple
 from .errors import SalsaError, require
 from .messages import one_line, path_text
 
-VERSION = 1
+VERSION = 2
 TABLE = (
     "CREATE TABLE replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL,"
-    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, digest TEXT)"
 )
+FIELDS = "text, finish, prompt_tokens, completion_tokens"
 WAIT = 60.0
 """Seconds that another process may hold the file."""
 
@@ -43,6 +45,11 @@ def key_of(endpoint: str, model: str, messages: list[dict[str, str]], parameters
     return hashlib.sha256(json.dumps(asked, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def digest(row: Sequence[Any]) -> str:
+    """Of a key and its reply: SQLite has no checksums of its own."""
+    return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()
+
+
 class Cache:
     """key → Reply. Safe against kill -9 at any moment, and against another process with the same file."""
 
@@ -58,27 +65,40 @@ class Cache:
                 version = self.file.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
                     self.file.execute(TABLE)
+                elif version == 1:
+                    self._add_digests()
+                if version in (0, 1):
                     self.file.execute(f"PRAGMA user_version = {VERSION}")
         require(
-            version in (0, VERSION),
+            version in (0, 1, VERSION),
             f"{self._name}: found a cache of version {version}, expected {VERSION}; move it away, judges are then asked anew",
         )
 
+    def _add_digests(self) -> None:
+        """To a cache of version 1, which had none: its replies are taken as they are."""
+        self.file.execute("ALTER TABLE replies ADD COLUMN digest TEXT")
+        rows = self.file.execute(f"SELECT key, {FIELDS} FROM replies").fetchall()
+        self.file.executemany("UPDATE replies SET digest = ? WHERE key = ?", [(digest(row), row[0]) for row in rows])
+
     def get(self, key: str) -> Reply | None:
-        """The reply to it, None where there is none."""
+        """The reply to it, None where there is none; one that is not as it was written is said and forgotten."""
         with self._explained():
-            row = self.file.execute(
-                "SELECT text, finish, prompt_tokens, completion_tokens FROM replies WHERE key = ?", [key]
-            ).fetchone()
-        return None if row is None else Reply(*row)
+            row = self.file.execute(f"SELECT {FIELDS}, digest FROM replies WHERE key = ?", [key]).fetchone()
+            if row is not None and row[-1] != digest((key, *row[:-1])):
+                print(
+                    f"{self._name}: the reply {key[:12]} is damaged; it is asked for anew", file=sys.stderr, flush=True
+                )
+                self.file.execute("DELETE FROM replies WHERE key = ?", [key])
+                row = None
+        return None if row is None else Reply(*row[:-1])
 
     def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
         """Keep them, all or none; returns what is kept: where another process was first, what that one has."""
         with self._explained(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(
-                "INSERT INTO replies VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
-                [(key, *reply) for key, reply in replies.items()],
+                "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
+                [(key, *reply, digest((key, *reply))) for key, reply in replies.items()],
             )
         kept = {key: self.get(key) for key in replies}
         return {key: reply for key, reply in kept.items() if reply is not None}

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 
 from . import adapters, sharding
 from .config import Model, SalsaError, require
+from .hub_errors import said_in_a_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +99,8 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
 
     Raises SalsaError for a tokenizer without EOS, or a template that is to be used and has no {% generation %} marks.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    with said_in_a_line(base):
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
     require(
         tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with"
     )
@@ -118,16 +119,17 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
 def _pretrained(auto: Any, base: str, model: Model, trained: torch.dtype | None, **options: Any) -> Any:
     """Frozen in the recipe's dtype or 4 bits; `trained`: all weights require a gradient, in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
-    loaded = auto.from_pretrained(
-        base,
-        dtype=dtype,
-        attn_implementation=attention(model),
-        quantization_config=quantisation(model, dtype),
-        device_map={"": device()},
-        trust_remote_code=False,
-        use_safetensors=True,
-        **options,
-    )
+    with said_in_a_line(base):
+        loaded = auto.from_pretrained(
+            base,
+            dtype=dtype,
+            attn_implementation=attention(model),
+            quantization_config=quantisation(model, dtype),
+            device_map={"": device()},
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
+        )
     if model.quantization is not None and loaded.device.type == "cpu":
         keep_layout(loaded)
     return loaded.requires_grad_(trained is not None)
@@ -220,6 +222,10 @@ def check_head(model: nn.Module) -> None:
         expected = lm(input_ids=probe, use_cache=False).logits
         found = lm.get_output_embeddings()(hidden_states(lm, probe, torch.ones_like(probe)))
     lm.train(training)
+    require(
+        bool(expected.isfinite().all()),
+        f"{kind}: found logits that are not finite, expected finite ones; look for NaN in the weights, or for a dtype that overflows",
+    )
     error = (expected.float() - found.float()).abs().max().item()
     require(
         error <= 1e-2 * max(1.0, expected.float().abs().max().item()),
@@ -237,11 +243,13 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
                     weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
     """An ordinary Transformers checkpoint with its tokenizer, in shards of 5 GB.
 
-    weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given.
+    weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given. Raises SalsaError, before it
+    writes, for weights that are not finite.
     """
     if weights is not None:
         tied = model.all_tied_weights_keys or {}  # copies of what they are tied to
         weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
+    adapters.check_finite(model.state_dict() if weights is None else weights, f"{folder} is not saved")
     model.save_pretrained(folder, max_shard_size="5GB", state_dict=weights)
     if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
         model.config.dtype = dtype
@@ -253,7 +261,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the weights of the checkpoint in `folder`, in place. Raises SalsaError where a tensor has no place in it."""
     found: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
-        tensors = load_file(file)
+        tensors = adapters.read_tensors(file)
         missing = sharding.load(model, tensors, strict=False)
         require(
             not missing.unexpected_keys, f"{file}: found {missing.unexpected_keys[:1]}, expected weights of this model"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -189,7 +190,8 @@ def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dic
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `under`: mappings merge, everything else is replaced; neither is changed."""
+    """`over` laid on `under`: mappings merge, everything else is replaced; neither is changed. What stands where a section should
+    (`sft: 3`) stays, for the schema to refuse."""
     result = dict(under)
     for key, value in over.items():
         there = result.get(key)
@@ -199,7 +201,10 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             and set(value) <= {f.name for f in dataclasses.fields(Source)}
         ):
             there = {"path": there}
-        merges = isinstance(there, dict) and isinstance(value, dict) and key not in ATOMIC
+        section = isinstance(value, dict) and key not in ATOMIC
+        if section and there is not None and not isinstance(there, dict) and key != "judge":  # whose text is its kind
+            continue
+        merges = section and isinstance(there, dict)
         result[key] = merge(typing.cast(dict, there), value) if merges else copy.deepcopy(value)
     return result
 
@@ -234,7 +239,7 @@ def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
         for key, entry in value.items():
             check_keys(label, _join(where, key), entry, typing.get_args(hint)[1])
     elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint, include_extras=True)
+        hints = _hints(typing.cast(Any, hint))
         known = [field.name for field in dataclasses.fields(hint)]
         for key, entry in value.items():
             if key not in known:
@@ -242,6 +247,12 @@ def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
                     f"{label}: {_join(where, key)}: unknown key; {nearest(key, [name.rstrip('_') for name in known])}"
                 )
             check_keys(label, _join(where, key), entry, hints[key])
+
+
+@functools.cache
+def _hints(section: Any) -> dict[str, Any]:
+    """A dataclass's field → its type; Python compiles them anew each time it is asked, which a recipe of thousands of policies can't wait for."""
+    return typing.get_type_hints(section, include_extras=True)
 
 
 def _join(where: str, key: str) -> str:
@@ -320,7 +331,7 @@ def _lookup(key: tuple[str, ...], data: Any) -> Any:
         if part in fields:
             factory = fields[part].default_factory
             default = fields[part].default if factory is dataclasses.MISSING else factory()
-        hint = typing.get_type_hints(hint).get(part) if fields else None
+        hint = _hints(hint).get(part) if fields else None
         data = data.get(part, default) if isinstance(data, dict) else getattr(data, part, default)
         data = None if data is dataclasses.MISSING else data
     return data

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from . import checkpoints, moving, ppo_setting
+from . import adapters, checkpoints, disk, moving, ppo_setting
 from .config import SalsaError, require
 from .guards import Watch
 from .ppo_callbacks import StopBetweenUpdates
@@ -31,6 +31,8 @@ from .rewards import Reward
 from .rollout_batch import Interrupted, Rollout, RolloutMaker
 
 ROLLOUT, MOVED = "rollout.safetensors", "references.safetensors"
+HISTORY = 500
+"""Rows of Trainer's log_history, which is in memory and, whole, in every checkpoint; metrics.jsonl has all of them."""
 
 
 class ResumableTrainer(SavingTrainer):
@@ -68,8 +70,36 @@ class ResumableTrainer(SavingTrainer):
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's checkpoint, the engine's state and the rollout batch that is being trained on; whole, or not there."""
+        """Trainer's checkpoint, the engine's state and the rollout batch that is being trained on; whole, or not there. Raises SalsaError
+        where the disk has no room, if that can be known before anything of it is written."""
         folder = Path(str(self.args.output_dir))
+        self._require_room(folder)
+        try:
+            self._write_checkpoint(model, trial, folder)
+        except Exception as error:
+            shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
+            if isinstance(error, SalsaError) or (line := disk.full(error, folder)) is None:
+                raise
+            raise SalsaError(line) from error
+
+    def _require_room(self, folder: Path) -> None:
+        """Counted where this process holds all of it: what trains, the optimizer's states, the rollout batch."""
+        if (
+            self.accelerator.num_processes > 1
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or self.optimizer is None
+        ):
+            return
+        tensors: list[Tensor] = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        tensors += [
+            entry for state in self.optimizer.state.values() for entry in state.values() if isinstance(entry, Tensor)
+        ]
+        tensors += [] if self.rollout is None else list(self.rollout.tensors().values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        disk.require_room(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
+
+    def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
         self._aside = folder / checkpoints.PARTIAL
         if self.is_world_process_zero():
@@ -98,6 +128,11 @@ class ResumableTrainer(SavingTrainer):
             checkpoints.rotate(folder, self.args.save_total_limit, spared)
         self._saved = self.state.global_step
         self.accelerator.wait_for_everyone()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's; of its log_history the newest HISTORY rows stay."""
+        super().log(logs, start_time)
+        del self.state.log_history[:-HISTORY]
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, which with save_total_limit 1 would remove the newest checkpoint where another was the best."""
@@ -144,7 +179,7 @@ class ResumableTrainer(SavingTrainer):
         if state["options"]["kl_coef"] != self.args.kl_coef:
             self.kl_coef = self.args.kl_coef
         if (checkpoint / MOVED).is_file():
-            moving.load_state(self.model.policy, self.references, load_file(checkpoint / MOVED))
+            moving.load_state(self.model.policy, self.references, adapters.read_tensors(checkpoint / MOVED))
         scale = self.maker.scale
         scale.count, scale.mean, scale.squares = state["scale"]
         self.watch.load_state_dict(state["watch"])
@@ -152,7 +187,9 @@ class ResumableTrainer(SavingTrainer):
             self._restore_logs(checkpoint, state["logs"])
         self.started = time.perf_counter()
         there = (checkpoint / ROLLOUT).is_file()
-        self.rollout = Rollout.of(load_file(checkpoint / ROLLOUT), self.accelerator.device) if there else None
+        self.rollout = (
+            Rollout.of(adapters.read_tensors(checkpoint / ROLLOUT), self.accelerator.device) if there else None
+        )
 
     def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
         """As they were at the checkpoint; what is cut off, and is not made again, is kept."""

@@ -3,14 +3,17 @@ of ours."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
@@ -75,10 +78,16 @@ class SavingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's; learning rates that were changed take the place of the checkpoint's."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with no_pickles(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             options = json.loads((Path(checkpoint) / checkpoints.STATE).read_bytes())["options"]
             ppo_setting.take_rates(self.optimizer, self.lr_scheduler, options, self.args)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As Trainer's."""
+        with no_pickles(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer's; where the weights are sharded without its second copy of them, frozen ones too, that nothing reads."""
@@ -116,7 +125,19 @@ class SavingTrainer(Trainer):
                 adapters.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
         else:
             load_weights(policy, folder)
-        sharding.load(self.model.value_head, load_file(folder / VALUE_HEAD))
+        sharding.load(self.model.value_head, adapters.read_tensors(folder / VALUE_HEAD))
+
+
+@contextlib.contextmanager
+def no_pickles(checkpoint: str | None) -> Iterator[None]:
+    """Within the context torch's refusal to run what a pickle holds (Trainer loads with weights_only) is a SalsaError of one line."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise SalsaError(
+            f"{checkpoint}: found a pickle that holds more than tensors and numbers (optimizer.pt, scheduler.pt or rng_state*.pth), expected"
+            " the files that training wrote; it was not run, go on from another checkpoint"
+        ) from error
 
 
 def within(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

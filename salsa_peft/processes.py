@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import hub_errors
+from salsa_peft import disk, hub_errors
 from salsa_peft.config import SalsaError
 from salsa_peft.runs import Job, write_atomic
 
@@ -76,16 +76,15 @@ def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
 def settled(report: dict[str, Any], unit: str, log: Path, *, debug: bool) -> Result:
     """What a stage's process reported. Raises StageError for an error, whose trace is then in `log`."""
     if "line" in report:
-        if report["trace"]:
+        sys.stderr.write(report["trace"] if debug else "")
+        where = f"trace in {log}"
+        try:
             write_atomic(log, report["trace"])
-            sys.stderr.write(report["trace"] if debug else "")
-        hint = (
-            f" ({'' if debug else 'add --debug for the trace; '}trace in {log})"
-            if report["trace"] and not report["known"]
-            else ""
-        )
-        error = OutOfMemory if report.get("out_of_memory") else StageError
-        raise error(f"{unit} failed: {report['line']}{hint}")
+        except OSError as error:  # the disk is full: what the stage has to say goes first
+            where = f"no trace: {log} cannot be written, {error.strerror}"
+        hint = "" if report["known"] else f" ({'' if debug else 'add --debug for the trace; '}{where})"
+        failure = OutOfMemory if report.get("out_of_memory") else StageError
+        raise failure(f"{unit} failed: {report['line']}{hint}")
     return Result(**report)
 
 
@@ -165,7 +164,8 @@ def worked(job: Job) -> dict[str, Any]:
             "gpu_peak_mb": gpu_peak_mb(),
         }
     except Exception as error:
-        known = str(error) if isinstance(error, SalsaError) else hub_errors.explain(error, job.recipe.model.base)
+        known = str(error) if isinstance(error, SalsaError) else None
+        known = known or hub_errors.explain(error, job.recipe.model.base) or disk.full(error, job.folder)
         line = known or f"{type(error).__name__}: {error}"
         return {
             "line": " ".join(line.split())[:1000],

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from salsa_peft import cards, disk, launching, processes, runs, units
 from salsa_peft.config import Recipe, SalsaError, require
 from salsa_peft.judge_section import check_ready
-from salsa_peft.messages import duration, nearest, one_line
+from salsa_peft.messages import duration, nearest, one_line, short
 from salsa_peft.parsing import Loaded, load_recipe, names
 from salsa_peft.smaller import smaller
 from salsa_peft.yaml_text import dump_yaml
@@ -64,6 +64,7 @@ REPORT = "report.html"
 def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
     """The command. Returns 0; 2 for what the user can mend before anything ran; 1 where a stage failed; 130, 143 on signals."""
     args = parse_args(list(sys.argv[1:] if argv is None else argv), prog)
+    run = Path()
     try:
         with processes.signals():
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set)
@@ -93,6 +94,11 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         return _say_and(2, one_line(error), args.debug)
     except processes.StageError as error:
         return _say_and(1, one_line(error), args.debug)
+    except OSError as error:
+        full = disk.full(error, run)
+        if full is None:
+            raise
+        return _say_and(1, one_line(full), args.debug)
     except KeyboardInterrupt:
         return _say_and(130, "stopped; the same command goes on where it was", False)
     except processes.Terminated:
@@ -173,9 +179,13 @@ def _several(job: runs.Job) -> bool:
 
 def _empty(folder: Path) -> None:
     """The manifest goes first: killed in between, the folder is unfinished, not damaged."""
-    (folder / runs.MANIFEST).unlink(missing_ok=True)
-    if folder.exists():
+    if folder.is_dir() and not folder.is_symlink():
+        manifest = folder / runs.MANIFEST
+        if not manifest.is_dir():
+            manifest.unlink(missing_ok=True)
         shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
     folder.mkdir(parents=True)
 
 
@@ -228,7 +238,12 @@ def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
     mode = loaded.recipe.mode
     name = loaded.recipe.name if mode == "full" else f"{loaded.recipe.name}-{loaded.preset or mode}"
     folder = Path(os.path.abspath(output_dir or os.path.join("runs", name)))
-    above = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise SalsaError(
+            f"--output-dir: found {short(str(folder))} ({error.strerror}), expected a folder's name"
+        ) from error
     require(above.is_dir(), f"--output-dir: found {above}, which is a file, expected a folder")
     require(os.access(above, os.W_OK), f"--output-dir: {above} cannot be written to; choose another folder")
     return folder

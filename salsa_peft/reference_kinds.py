@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from .fields import SEED, STRICT, require
+from .messages import short
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -39,7 +40,7 @@ class Soup:
             )
         require(
             len(set(self.members)) == len(self.members),
-            f"{where}.members: found {self.members}, expected no member twice",
+            f"{where}.members: found {short(self.members)}, expected no member twice",
         )
         require(
             len(self.resolved) == len(self.members),
@@ -48,7 +49,7 @@ class Soup:
         total = sum(self.resolved)
         require(
             abs(total - 1) < 1e-6,
-            f"{where}.weights: found {self.resolved}, which sum to {total:g}, expected a sum of 1; scale them",
+            f"{where}.weights: found {short(self.resolved)}, which sum to {total:g}, expected a sum of 1; scale them",
         )
 
 
@@ -75,7 +76,7 @@ class Reference:
 def _shrunk(where: str, value: Any) -> Reference:
     given = value if isinstance(value, dict) else {}
     seed, scale = given.get("seed", 0), given.get("scale")
-    found = f"{where}.shrunk: found {value!r}"
+    found = f"{where}.shrunk: found {short(value)}"
     require(
         set(given) <= {"seed", "scale"} and type(seed) is int and seed >= 0, f"{found}, expected {{seed: N, scale: λ}}"
     )
@@ -107,7 +108,7 @@ def _inline_soup(where: str, value: Any) -> Reference:
         and all(type(m) is int and m >= 0 for m in members)
         and all(map(_is_number, weights or []))
     )
-    require(fits, f"{where}.soup: found {value!r}, expected {{members: [0, 1], weights: [0.5, 0.5]}}")
+    require(fits, f"{where}.soup: found {short(value)}, expected {{members: [0, 1], weights: [0.5, 0.5]}}")
     soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
     soup.check(f"{where}.soup", max(members) + 1)  # whether these seeds are there is seen with the recipe
     label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved, members, strict=False))
@@ -123,11 +124,11 @@ def _moving(where: str, given: dict[str, Any]) -> dict[str, Any]:
         return {}
     require(
         type(every) is int and every > 0,
-        f"{where}.soup.sync_every: found {every!r}, expected a whole number of updates, at least 1",
+        f"{where}.soup.sync_every: found {short(every)}, expected a whole number of updates, at least 1",
     )
     require(
         _is_number(alpha) and 0 < alpha <= 1,
-        f"{where}.soup.mixup_alpha: found {alpha!r}, expected a number above 0, at most 1",
+        f"{where}.soup.mixup_alpha: found {short(alpha)}, expected a number above 0, at most 1",
     )
     return {"sync_every": every, "mixup_alpha": float(alpha)}
 
@@ -151,7 +152,7 @@ def parse_reference(where: str, value: Any) -> list[Reference]:
         return [REFERENCE_KINDS[kind](where, options)]
     require(
         isinstance(value, str) and bool(value),
-        f"{where}: found {value!r}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these",
+        f"{where}: found {short(value)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these",
     )
     if seed := SEED.match(value):
         return [Reference(label=value, members=[int(seed[1])], weights=[1.0])]

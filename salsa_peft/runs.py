@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import salsa_peft
-from salsa_peft.errors import SalsaError
+from salsa_peft.errors import SalsaError, require
 from salsa_peft.fingerprints import base_fingerprint as base_fingerprint
 from salsa_peft.fingerprints import canonical, fingerprint, sha256
 
@@ -87,8 +87,10 @@ class Step:
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """The file is there whole or not at all, also after kill -9 and power loss: temporary name, fsync, rename."""
+    """The file is there whole or not at all, also after kill -9 and power loss: temporary name, fsync, rename. Raises SalsaError for a folder
+    of that name."""
     path = Path(path)
+    require(not path.is_dir(), f"{path}: found a folder, expected a file or nothing; move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = content.encode("utf-8") if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -155,9 +157,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A unit folder's manifest, or None where there is none or it cannot be read."""
     try:
         data = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) and isinstance(data.get("files"), dict) else None
+    whole = isinstance(data, dict) and isinstance(data.get("files"), dict) and isinstance(data.get("inputs", {}), dict)
+    return data if whole and all(_is_entry(entry) for entry in data["files"].values()) else None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a manifest says of a file what write_manifest does."""
+    return isinstance(entry, dict) and {name: type(value) for name, value in entry.items()} == {
+        "size": int,
+        "sha256": str,
+    }
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -189,7 +200,7 @@ def begun(step: Step, steps: dict[str, Step]) -> bool:
     """Whether the unfinished folder of a unit was begun from the inputs as they are now."""
     try:
         found = json.loads((step.folder / BEGUN).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return bool(found == {"key": step.key, "inputs": _digests(step, steps)})
 
@@ -327,6 +338,7 @@ def _holder(handle: int) -> str:
 def locked(run: Path) -> Iterator[None]:
     """One process per run folder. Raises SalsaError that names the holder; the lock of a process that is gone is free."""
     run.mkdir(parents=True, exist_ok=True)
+    require(not (run / ".lock").is_dir(), f"{run / '.lock'}: found a folder, expected a file or nothing; move it away")
     handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from .errors import require
-from .fields import STRICT, NonNegative
+from .fields import MOST_POLICIES, STRICT, NonNegative
 from .messages import name_number, nearest, short
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
         return data
     betas = [float(beta) for beta in given["kl_coef"]]
     require(len(set(betas)) == len(betas), f"search.kl_coef: found {short(given['kl_coef'])}, expected no number twice")
+    require(
+        len(policies) * len(betas) <= MOST_POLICIES,
+        f"search.kl_coef: found {len(betas)} numbers for {len(policies)} policies, expected at most {MOST_POLICIES} in all; take fewer",
+    )
     methods = given.get("methods") or list(policies)
     if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
         return data

@@ -14,6 +14,7 @@ from typing import Any
 
 from .config import SFT, parse_reference
 from .errors import SalsaError, require
+from .fields import MOST_POLICIES
 from .messages import name_number, nearest, short
 
 References = Iterator[Any]
@@ -110,6 +111,10 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
             raise SalsaError(f"{where}.{_plain(key)}: unknown key; {nearest(key, known)}")
     values = _numbers(f"{where}.values", given.get("values"))
     several, betas = _betas(f"{where}.kl_coef", given.get("kl_coef"))
+    require(
+        len(values) * len(betas) <= MOST_POLICIES,
+        f"{where}: found {len(values)} values × {len(betas)} KL coefficients, expected at most {MOST_POLICIES} policies; take fewer",
+    )
     references = make(where, values, seeds, **{key: given[key] for key in options if key in given})
     for value, reference in zip(values, references, strict=True):
         name = f"{PREFIX.get(kind, kind)}-{name_number(value)}"

@@ -120,3 +120,23 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c")
     kept = [cache.get(str(number)) for number in range(60)]
     assert [f"{number} {reply.text[0]}" for number, reply in enumerate(kept) if reply] == said[0]
+
+
+def test_a_cache_of_version_1_goes_on(tmp_path: Path) -> None:
+    """It had no digests: what it has is taken as it is, and has them from then on."""
+    path = tmp_path / "c.sqlite"
+    with sqlite3.connect(path) as old:
+        old.execute(
+            "CREATE TABLE replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL,"
+            " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL)"
+        )
+        old.execute("INSERT INTO replies VALUES ('k', 'said', 'stop', 3, 4)")
+        old.execute("PRAGMA user_version = 1")
+    old.close()
+    for _ in range(2):
+        cache = Cache(path)
+        assert cache.get("k") == Reply("said", "stop", 3, 4)
+        cache.close()
+    with sqlite3.connect(path) as new:
+        assert new.execute("PRAGMA user_version").fetchone() == (2,)
+    new.close()

@@ -1,13 +1,14 @@
-"""Does a long PPO run grow? Resident memory after each of 200 updates on the embedded world. Prints one JSON line.
+"""Does a long PPO run grow? Resident memory and time of each of 2,000 updates on the embedded world. Prints one JSON line.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/ppo_memory_slope.py [--updates 200] [--skip 50] [--drop-history]
+    OMP_NUM_THREADS=1 python tests/benchmarks/ppo_memory_slope.py [--updates 2000] [--skip 50] [--drop-history]
 
 One process, one thread, the embedded world's base with the policy, a soup of two seeds as reference and a reward adapter, all of
 them random adapters of rank 8: what is learned does not matter here. Each update: 32 responses of other lengths, 2 minibatches of 2
 micro-batches, 2 PPO epochs, a row in every log; every tenth a checkpoint, two of which stay. The slope is the least-squares line
 through the resident set (kB) of the updates after --skip, `slope_se` its standard error for independent residuals, which they
-are not quite (so it is too small). Nothing is collected or trimmed for the measurement. What Trainer itself keeps is a row of
-log_history for each update, which every checkpoint writes out whole; --drop-history forgets it, to show what the rest grows by.
+are not quite (so it is too small). Nothing is collected or trimmed for the measurement. `late_to_early` compares the last tenth of the
+updates with the tenth before --early (200): medians of resident set, of seconds, and of the process's own CPU seconds, which other
+processes on the machine disturb less. --drop-history forgets Trainer's log_history, to show what the rest grows by.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +33,7 @@ class Sample(NamedTuple):
     rss_kb: float
     open_files: int
     seconds: float
+    cpu_seconds: float
 
 
 def now_rss_kb() -> float:
@@ -100,15 +103,16 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
         """Samples after each update."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
+            self.start, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % steps == 0:
                 files = len(os.listdir("/proc/self/fd"))
                 if drop_history:
                     state.log_history.clear()
-                samples.append(Sample(now_rss_kb(), files, time.perf_counter() - self.start))
-                self.start = time.perf_counter()
+                spent = time.perf_counter() - self.start, time.process_time() - self.cpu
+                samples.append(Sample(now_rss_kb(), files, *spent))
+                self.start, self.cpu = time.perf_counter(), time.process_time()
 
     args = SalsaPPOConfig(
         output_dir=str(folder / "policy"), batch_size=BATCH, num_mini_batches=MINIBATCHES, micro_batch_size=BATCH // MINIBATCHES // 2,
@@ -125,7 +129,18 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     return samples, trainer
 
 
-def report(samples: list[Sample], skip: int, output: Path, trainer: Any) -> dict[str, Any]:
+def late_to_early(samples: list[Sample], early: int) -> dict[str, float]:
+    """Median of the last tenth of the updates / of as many up to `early`; open files as they are."""
+    count = max(1, len(samples) // 10)
+    parts = samples[max(0, early - count) : early], samples[-count:]
+
+    def medians(name: str) -> list[float]:
+        return [statistics.median(getattr(sample, name) for sample in part) for part in parts]
+
+    return {name: round(late / first, 4) for name in Sample._fields for first, late in [medians(name)]}
+
+
+def report(samples: list[Sample], skip: int, early: int, output: Path, trainer: Any) -> dict[str, Any]:
     """The samples in figures."""
     rss = [sample.rss_kb for sample in samples]
     b, error = slope(rss[skip:])
@@ -137,9 +152,10 @@ def report(samples: list[Sample], skip: int, output: Path, trainer: Any) -> dict
                    "last": round(rss[-1] / 1024, 1), "largest": round(max(rss) / 1024, 1)},
         "open_files": {"first": samples[0].open_files, "last": samples[-1].open_files,
                        "most": max(sample.open_files for sample in samples)},
+        "late_to_early": {"early": early, **late_to_early(samples, early)},
         "seconds_per_update": {"first_20": mean(samples[:20]), "last_20": mean(samples[-20:])},
         "log_bytes": {path.name: path.stat().st_size for path in sorted(output.glob("*.jsonl"))},
-        "checkpoints": sorted(path.name for path in output.glob("checkpoint-*")),
+        "checkpoints": {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in sorted(output.glob("checkpoint-*"))},
         "log_history": len(trainer.state.log_history),
     }  # fmt: skip
 
@@ -147,14 +163,15 @@ def report(samples: list[Sample], skip: int, output: Path, trainer: Any) -> dict
 def main() -> None:
     """Train in a folder that goes away, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--skip", type=int, default=50, help="updates at the start that the slope leaves out")
+    parser.add_argument("--early", type=int, default=200, help="the update that the last ones are compared with")
     parser.add_argument("--drop-history", action="store_true", help="forget Trainer's log_history after each update")
     parser.add_argument("--series", type=Path, help="a file for the resident set (kB) of every update, JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         samples, trainer = train(Path(scratch), args.updates, args.drop_history)
-        line = json.dumps(report(samples, args.skip, Path(scratch) / "policy", trainer))
+        line = json.dumps(report(samples, args.skip, args.early, Path(scratch) / "policy", trainer))
     if args.series is not None:
         args.series.write_text(json.dumps([sample.rss_kb for sample in samples]), encoding="utf-8")
     print(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from plain_ppo import PROMPTS, length_reward
 from transformers import TrainerCallback
 
@@ -65,3 +66,36 @@ def test_three_references_are_thin(
         peaks.append(card.peak() - before)
         del trainer, model
     assert not card.counts or 0 < peaks[1] <= 1.05 * peaks[0]
+
+
+def test_a_card_that_runs_out_halves_the_micro_batch(
+    make_trainer: Any, on_gpu: dict[str, Any], card: Any, tmp_path: Path
+) -> None:
+    """CUDA's own error: this process may hold what a quarter of the micro-batch needs, not what all of it does. The same weights come out."""
+    wide = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}
+
+    def trained(name: str, **options: Any) -> tuple[Any, int, int]:
+        held = card.start()
+        trainer = make_trainer(base=wide, folder=tmp_path / name, max_steps=2, **options, **on_gpu)
+        trainer.train()
+        return trainer, held, card.peak()
+
+    whole, _, most = trained("whole", rollout_batch_size=2)
+    weights = {name: p.detach().cpu() for name, p in whole.model.named_parameters() if p.requires_grad}
+    del whole
+    quarter, _, least = trained("quarter", micro_batch_size=2, rollout_batch_size=2)
+    del quarter
+    if card.counts:
+        assert least < most
+        limit = (least + most) / 2 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        small, _, _ = trained("small", rollout_batch_size=2)
+    finally:
+        if card.counts:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not card.counts or small.room.rows < small.room.asked == 8
+    for name, parameter in small.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.detach().cpu(), weights[name], rtol=1e-3, atol=1e-4, msg=name)
