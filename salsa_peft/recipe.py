@@ -129,6 +129,7 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
     """Make one unit, or say that it is there."""
     unit = step.unit
     if step.why is None:
+        runs.tidy(step.folder)  # a kill can have come just before
         say(f"{unit.id} … cached")
         return
     goes_on = STAGES[unit.stage].resumes and step.why == "unfinished" and runs.begun(step, steps)

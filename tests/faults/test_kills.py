@@ -236,6 +236,18 @@ def test_the_run_folder_at_random_moments(tmp_path: Path, tally: Any) -> None:
     tally(tries=10)
 
 
+def test_a_kill_between_the_manifest_and_tidying_up(tmp_path: Path) -> None:
+    """The unit is finished; the checkpoints that it needed on the way, which can be as large as all else, go when the command is run again."""
+    assert fake(tmp_path).wait(60) == 0
+    (unit,) = (tmp_path / "runs" / "x-lora" / "ppo" / "salsa").iterdir()
+    (unit / "checkpoint-15").mkdir()
+    (unit / "checkpoint-15" / "optimizer.pt").write_bytes(b"large")
+    (unit / "begun.json").write_text("{}")
+    process = fake(tmp_path)
+    assert "ppo/salsa … cached" in process.communicate(timeout=60)[1] and process.returncode == 0
+    assert sorted(path.name for path in unit.iterdir()) == ["deeper", "manifest.json", "result.txt"]
+
+
 class TestTwoRunsOneFolder:
     def test_the_second_says_who_holds_the_lock_and_leaves(self, tmp_path: Path) -> None:
         """Host, pid and since when, in one line; it writes nothing, and the first goes on to its end."""
