@@ -1,17 +1,22 @@
 """Datasets → demonstrations, preferences, prompts, in one form each: lists of messages (or text, for prompts).
 
-A row that does not fit is refused by its number and column, never dropped in silence.
+A row that does not fit is refused by its number and column, never dropped in silence; what is odd and may be meant is said once.
 """
 
 from __future__ import annotations
 
-import json
-import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from .config import Recipe, SalsaError, Source, require
+from .data_files import FILES as FILES
+from .data_files import check_characters
+from .data_files import load as load
+from .messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 TOY = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts", "held_out")}
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
-SHUFFLE_SEED = 20_241
 
 
 def sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
@@ -33,58 +37,6 @@ def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
     if recipe.evaluate.prompts or toy is None:
         return dict(recipe.evaluate.prompts)
     return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
-
-
-def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a source with their numbers, from 1; with `limit`, the first after a fixed shuffle. Raises SalsaError for none.
-
-    Local files are read here: datasets' cache goes by path and time, and its errors name no row.
-    """
-    if Path(source.path).suffix.lower() in FILES:
-        rows = FILES[Path(source.path).suffix.lower()](Path(source.path))
-    else:
-        from datasets import load_dataset
-
-        rows = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
-    places = list(range(len(rows)))
-    if source.limit is not None and source.limit < len(rows):
-        random.Random(SHUFFLE_SEED).shuffle(places)
-    chosen = ((place + 1, rows[place]) for place in places[: source.limit])
-    return [(number, as_row(row, f"{source.path}, row {number}")) for number, row in chosen]
-
-
-def as_row(row: Any, where: str) -> dict[str, Any]:
-    """A line of jsonl, or a row as it is. Raises SalsaError unless it is an object of columns."""
-    try:
-        value = json.loads(row) if isinstance(row, str | bytes) else row
-    except ValueError as error:
-        raise SalsaError(f"{where}: found {row[:60]!r}, expected one JSON object a line") from error
-    require(isinstance(value, dict), f"{where}: found {str(value)[:60]!r}, expected one JSON object a line")
-    return value
-
-
-def _lines(path: Path) -> list[Any]:
-    return [line for line in path.read_bytes().split(b"\n") if line.strip()]
-
-
-def _json(path: Path) -> list[Any]:
-    """A list of objects, or one object after another."""
-    if not path.read_bytes().lstrip().startswith(b"["):
-        return _lines(path)
-    try:
-        return list(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise SalsaError(f"{path}: found no JSON ({error}), expected a list of objects") from error
-
-
-def _parquet(path: Path) -> list[Any]:
-    from pyarrow import parquet
-
-    return list(parquet.read_table(path).to_pylist())
-
-
-FILES = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
 
 
 def check_messages(value: Any, where: str) -> Messages:
@@ -103,12 +55,58 @@ def column(row: dict[str, Any], names: Sequence[str], where: str) -> str:
     for name in names:
         if row.get(name) is not None:
             return name
-    raise SalsaError(f"{where}: found columns {', '.join(sorted(row))}, expected {' or '.join(names)}")
+    found = f"columns {one_line(', '.join(sorted(row)))}" if row else "no columns"
+    null = "".join(f"; {name} is null" for name in names if name in row)
+    raise SalsaError(f"{where}: found {found}, expected {' or '.join(names)}{null}")
 
 
-def demonstrations(source: Source) -> list[dict[str, Messages]]:
-    """→ rows {messages}, each with an assistant's turn; a chat's turns after the last such turn are cut off."""
-    rows = []
+def note(path: str, numbers: Sequence[int], rows: int, what: str) -> None:
+    """Say once what holds for the rows with these numbers."""
+    if numbers:
+        told = f"{path}: {len(numbers)} of {rows} rows (the first: row {min(numbers)}) {what}"
+        print(told, file=sys.stderr, flush=True)
+
+
+DROPPED = "have a system turn that the tokenizer's chat template drops: the model does not see it"
+EMPTY_ANSWER = "have an empty answer: a model learns from it to say nothing"
+EMPTY_PROMPT = "have an empty prompt"
+SAME = "left out: chosen and rejected are the same, which says nothing"
+
+
+def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
+    """What apply_chat_template gives. Raises SalsaError that names `where` for a tokenizer without a template, or one that refuses."""
+    require(
+        tokenizer.chat_template is not None,
+        f"{where}: found messages, but the tokenizer has no chat template; expected text, or set one",
+    )
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+
+
+def drops(messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str) -> bool:
+    """Whether the template drops the system turns: other words in them give the same text. Raises SalsaError for what it refuses.
+
+    Without a tokenizer False.
+    """
+    if tokenizer is None:
+        return False
+    text = through_template(messages, tokenizer, where, tokenize=False)
+    given = [message["role"] == "system" and bool(message["content"].strip()) for message in messages]
+    other = [
+        {**message, "content": f"{message['content']} – other"} if system else message
+        for message, system in zip(messages, given, strict=True)
+    ]
+    return any(given) and text == through_template(other, tokenizer, where, tokenize=False)
+
+
+def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Messages]]:
+    """→ rows {messages}, each with an assistant's turn; a chat's turns after the last such turn are cut off.
+
+    tokenizer: whose chat template each row is tried on.
+    """
+    rows, empty, dropped = [], [], []
     for number, row in load(source):
         where = f"{source.path}, row {number}"
         name = column(row, ["messages"], where)
@@ -116,17 +114,23 @@ def demonstrations(source: Source) -> list[dict[str, Messages]]:
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         require(bool(messages), f"{where}, {name}: found no assistant turn, expected at least one")
+        empty += [number] * any(m["role"] == "assistant" and not m["content"].strip() for m in messages)
+        dropped += [number] * drops(messages, tokenizer, f"{where}, {name}")
         rows.append({"messages": messages})
+    note(source.path, empty, len(rows), EMPTY_ANSWER)
+    note(source.path, dropped, len(rows), DROPPED)
     return rows
 
 
-def preferences(source: Source) -> list[dict[str, Messages]]:
-    """→ rows {chosen, rejected}, whole chats that start with the prompt (TRL's implicit-prompt form).
+def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Messages]]:
+    """→ rows {chosen, rejected}, whole chats that start with the prompt (TRL's implicit-prompt form); pairs of equals are left out, and told.
 
-    `prompt` may be messages, or text (one user turn); it is put before answers that don't hold it already.
+    `prompt` may be messages, or text (one user turn); it is put before answers that don't hold it already. tokenizer: whose chat
+    template each row is tried on.
     """
-    rows = []
-    for number, row in load(source):
+    rows, same, empty, dropped = [], [], [], []
+    loaded = load(source)
+    for number, row in loaded:
         where = f"{source.path}, row {number}"
         pair = {}
         for name in ("chosen", "rejected"):
@@ -135,14 +139,44 @@ def preferences(source: Source) -> list[dict[str, Messages]]:
                 answer = [{"role": "assistant", "content": answer}]
             answer = check_messages(answer, f"{where}, {name}")
             if answer[0]["role"] == "assistant":
-                answer = as_messages(row[column(row, ["prompt"], where)], f"{where}, prompt") + answer
+                asked = as_messages(row[column(row, ["prompt"], where)], f"{where}, prompt")
+                check_asks(asked, f"{where}, prompt")
+                answer = asked + answer
             require(
                 answer[-1]["role"] == "assistant",
                 f"{where}, {name}: found a last turn of {answer[-1]['role']}, expected assistant",
             )
             pair[name] = answer
+        if pair["chosen"] == pair["rejected"]:
+            same.append(number)
+            continue
+        check_same_prompt(pair["chosen"], pair["rejected"], f"{where}, rejected")
+        empty += [number] * (not pair["chosen"][-1]["content"].strip())
+        lost = [drops(chat, tokenizer, f"{where}, {name}") for name, chat in pair.items()]
+        dropped += [number] * any(lost)
         rows.append(pair)
+    note(source.path, same, len(loaded), SAME)
+    note(source.path, empty, len(loaded), EMPTY_ANSWER)
+    note(source.path, dropped, len(loaded), DROPPED)
+    require(bool(rows), f"{source.path}: found chosen and rejected the same in every row, expected pairs that differ")
     return rows
+
+
+def check_asks(prompt: Messages, where: str) -> None:
+    """Raise SalsaError for a prompt that ends with an answer."""
+    spoken = prompt[-1]["role"] == "assistant"
+    require(not spoken, f"{where}: found a last turn of assistant, expected user: the policy answers next")
+
+
+def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
+    """Raise SalsaError unless two chats part where the assistant speaks: else they answer different prompts."""
+    place = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    answers = place is not None and chosen[place]["role"] == rejected[place]["role"] == "assistant"
+    turn = 1 + (min(len(chosen), len(rejected)) if place is None else place)
+    require(
+        answers,
+        f"{where}: found another prompt than chosen's (turn {turn}), expected the same up to an assistant's turn",
+    )
 
 
 def as_messages(prompt: Any, where: str) -> Messages:
@@ -150,16 +184,28 @@ def as_messages(prompt: Any, where: str) -> Messages:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt, where)
 
 
-def prompts(source: Source, *, columns: bool = False) -> list[dict[str, Any]]:
+def prompts(
+    source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, Any]]:
     """→ rows {prompt}, messages that end before the assistant speaks; with `columns`, the row's others too, for a reward function.
 
-    Of several turns the first.
+    Of several turns the first. tokenizer: whose chat template each row is tried on.
     """
-    rows = []
+    rows, empty, dropped = [], [], []
     for number, row in load(source):
-        messages, _ = conversation(row, f"{source.path}, row {number}")
+        where = f"{source.path}, row {number}"
+        messages, turns = conversation(row, where)
+        empty += [number] * (not turns[0].strip())
+        dropped += [number] * drops(messages, tokenizer, f"{where}, {asking(row, where)}")
         rows.append({**row, "prompt": messages} if columns else {"prompt": messages})
+    note(source.path, empty, len(rows), EMPTY_PROMPT)
+    note(source.path, dropped, len(rows), DROPPED)
     return rows
+
+
+def asking(row: dict[str, Any], where: str) -> str:
+    """The column that holds a row's prompt."""
+    return column(row, ["prompt", "messages", "turns"], where)
 
 
 def conversation(row: dict[str, Any], where: str) -> tuple[Messages, tuple[str, ...]]:
@@ -168,7 +214,7 @@ def conversation(row: dict[str, Any], where: str) -> tuple[Messages, tuple[str, 
     Columns: `prompt` (messages, text, or the texts of several turns), else `messages` (its last assistant turn and what follows is cut
     off), else `turns` (texts, or {content}). Raises SalsaError that names `where`.
     """
-    name = column(row, ["prompt", "messages", "turns"], where)
+    name = asking(row, where)
     value = row[name]
     if name == "turns" or (isinstance(value, list) and value and all(isinstance(turn, str) for turn in value)):
         require(
@@ -185,25 +231,27 @@ def conversation(row: dict[str, Any], where: str) -> tuple[Messages, tuple[str, 
     while name == "messages" and messages and messages[-1]["role"] != "user":
         messages.pop()
     require(bool(messages), f"{where}, {name}: found no user turn, expected one")
-    spoken = messages[-1]["role"] == "assistant"
-    require(not spoken, f"{where}, {name}: found a last turn of assistant, expected user: the policy answers next")
+    check_asks(messages, f"{where}, {name}")
     return messages, (messages[-1]["content"],)
 
 
-def prompt_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:
-    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template; text as it is, with BOS."""
+def prompt_tokens(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int | None = None, name: str = "prompts"
+) -> list[int]:
+    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template; text as it is, with BOS.
+
+    number, name: the row's and its data set's, for messages.
+    """
     if "input_ids" in row:
         return list(row["input_ids"])
-    prompt = row[column(row, ["prompt"], f"row {number}")]
+    where = name if number is None else f"{name}, row {number}"
+    prompt = row[column(row, ["prompt"], where)]
+    check_characters(prompt, f"{where}, prompt")
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    messages = check_messages(prompt, f"row {number}, prompt")
-    require(
-        tokenizer.chat_template is not None,
-        f"row {number}, prompt: found messages, but the tokenizer has no chat template; expected text, or set one",
-    )
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    messages = check_messages(prompt, f"{where}, prompt")
+    encoded = through_template(messages, tokenizer, f"{where}, prompt", add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 

@@ -145,7 +145,10 @@ def run(job: Job) -> dict[str, Any]:
     """Write evaluation.json, questions.jsonl, answers.jsonl and FastChat's files."""
     recipe, bench = job.recipe, Workbench.of(job)
     sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
-    sets = {name: fitting_questions(job, bench, questions(source, columns=columns)) for name, source in sources.items()}
+    sets = {
+        name: fitting_questions(job, bench, questions(source, columns=columns, tokenizer=bench.tokenizer))
+        for name, source in sources.items()
+    }
     answers, measured = ask(job, bench, sets)
     # 3. means
     result = {

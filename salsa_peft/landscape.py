@@ -97,7 +97,9 @@ def run(job: Job) -> dict[str, Any]:
     sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
     chosen = section.prompts or next(iter(sources))
     columns = job.recipe.reward.reads_columns
-    asked = fitting_questions(job, bench, questions(sources[chosen], columns=columns)[: section.limit])
+    asked = fitting_questions(
+        job, bench, questions(sources[chosen], columns=columns, tokenizer=bench.tokenizer)[: section.limit]
+    )
     # 2. one model that moves between all seeds that a point needs
     bench.check(job.inputs)
     seeds = seeds_of(job.inputs)

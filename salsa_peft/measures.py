@@ -161,14 +161,15 @@ def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
     bench.check(job.inputs)
     live: LiveSoup = _on_base(bench.base(), folders) if recipe.adapter else _checkpoints(bench.base(), folders)
     if section.measure == "sft_loss":
-        rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["held_out"])[: section.limit]
+        rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["held_out"], bench.tokenizer)[
+            : section.limit
+        ]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size
         return SFTLoss(live, rows, bench.tokenizer, recipe.model.max_length, size)
     if section.measure == "reward":
         source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-        asked = fitting(
-            job, bench, data.prompts(source, columns=recipe.reward.reads_columns)[: section.limit], "data.prompts"
-        )
+        found = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
+        asked = fitting(job, bench, found[: section.limit], "data.prompts")
         tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(asked, 1)]
         reward = rewards.of_recipe(recipe, live.model, job.inputs, bench.tokenizer, recipe.generation.batch_size)
         return RewardScore(live, asked, tokens, reward, recipe.generation, bench.tokenizer)

@@ -216,7 +216,7 @@ def _first_row(path: str) -> Any:
         return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
     with open(path, "rb") as file:
         if path.lower().endswith(".json"):
-            text = file.read(10_000_000).decode("utf-8", "ignore").strip().removeprefix("[").lstrip()
+            text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip().removeprefix("[").lstrip()
             return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
         line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
         return json.loads(line) if line else None

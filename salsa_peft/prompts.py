@@ -6,10 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from .config import SalsaError, require
-from .data import prompt_tokens
+from .data import DROPPED, drops, note, prompt_tokens
 from .messages import one_line, short
 from .models import positions
 
@@ -72,6 +70,9 @@ class Encoder(NamedTuple):
         left_out = len(prompts) - len(kept)
         if left_out and not self.quiet:
             print(f"{name}: {left_out} of {len(prompts)} prompts left out: {self.limit}", file=sys.stderr, flush=True)
+        if not self.quiet:
+            numbers = [number for number, prompt in enumerate(prompts, 1) if self.drops(prompt.row, number, name)]
+            note(name, numbers, len(prompts), DROPPED)
         return kept, left_out
 
     @property
@@ -106,12 +107,15 @@ class Encoder(NamedTuple):
             require(
                 not spoken, f"{where}, prompt: found a last turn of assistant, expected user: the policy answers next"
             )
-        try:
-            ids = [int(token) for token in prompt_tokens(row, self.tokenizer, number)]  # type: ignore[arg-type]
-        except TemplateError as error:
-            raise SalsaError(f"{where}, prompt: the tokenizer's chat template refuses it: {error}") from error
+        ids = [int(token) for token in prompt_tokens(row, self.tokenizer, number, name)]  # type: ignore[arg-type]
         odd = [token for token in ids if not 0 <= token < self.vocabulary]
         require(
             not odd, f"{where}: found token id {odd[:1]}, expected 0 to {self.vocabulary - 1}, the model's embeddings"
         )
         return ids
+
+    def drops(self, row: Mapping[str, Any], number: int, name: str) -> bool:
+        """Whether the chat template drops a system turn of the row."""
+        messages: Any = None if "input_ids" in row else row["prompt"]
+        systems = isinstance(messages, list) and any(message["role"] == "system" for message in messages)
+        return systems and drops(messages, self.tokenizer, f"{name}, row {number}, prompt")

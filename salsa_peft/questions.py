@@ -6,12 +6,15 @@ Of a conversation with several user's turns (`turns`, or `prompt` as a list of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Source
-from .data import Messages, conversation, load
+from .data import DROPPED, EMPTY_PROMPT, Messages, asking, conversation, drops, load, note
 from .errors import require
 from .messages import short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPERATURES: Mapping[str, float] = {
     "writing": 0.7,
@@ -52,21 +55,34 @@ class Question(NamedTuple):
         return found
 
 
-def questions(source: Source, *, columns: bool = False) -> list[Question]:
-    """The questions of a source; `columns`: with the data's others. Raises SalsaError with row and column, also where an id comes twice."""
-    found, numbers, seen, by_row = [], [], dict[Any, int](), False
+def questions(
+    source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Question]:
+    """The questions of a source; `columns`: with the data's others. Raises SalsaError with row and column, also where an id comes twice.
+
+    tokenizer: whose chat template each row is tried on.
+    """
+    found, numbers, seen, by_row = [], [], dict[str, int](), False
+    empty, dropped = [], []
     for number, row in load(source):
         where = f"{source.path}, row {number}"
         messages, turns = conversation(row, where)
         name = next((key for key in IDS if isinstance(row.get(key), int | str)), None)
         identity = number if name is None else row[name]
-        twice = identity in seen
+        twice = str(identity) in seen  # references go by an id's text: 7 and "7" are one
+        other = seen.get(str(identity))
+        require(
+            not twice or name is not None,
+            f"{where}: found no id ({', '.join(IDS)}), and row {other} has its number {number}; give every row one, or none",
+        )
         require(
             not twice or name == IDS[-1],
-            f"{where}, {name}: found {short(identity)}, which row {seen.get(identity)} has too, expected each question once",
+            f"{where}, {name}: found {short(identity)}, which row {other} has too, expected each question once",
         )
         by_row |= twice
-        seen[identity] = number
+        seen[str(identity)] = number
+        empty += [number] * any(not turn.strip() for turn in turns)
+        dropped += [number] * drops(messages, tokenizer, f"{where}, {asking(row, where)}")
         numbers.append(number)
         category = row.get("category")
         reference = row.get("reference")
@@ -80,6 +96,8 @@ def questions(source: Source, *, columns: bool = False) -> list[Question]:
                 row=row if columns else {},
             )
         )
+    note(source.path, empty, len(found), EMPTY_PROMPT)
+    note(source.path, dropped, len(found), DROPPED)
     return [one._replace(id=number) for one, number in zip(found, numbers, strict=True)] if by_row else found
 
 

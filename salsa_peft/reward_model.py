@@ -71,9 +71,9 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
 
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
-    rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"])
-    # 2. a score head on a copy of seed-0
     bench = Workbench.of(job)
+    rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
+    # 2. a score head on a copy of seed-0
     model = start(bench, job.inputs["sft/seed-0"])
     # 3. the trainer
     trainer: Any = RewardTrainer(

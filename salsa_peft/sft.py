@@ -31,11 +31,11 @@ def run(job: Job) -> dict[str, Any]:
     if taken is not None:
         return take(job, taken)
     # 1. this seed's demonstrations
-    rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["demonstrations"])
+    bench = Workbench.of(job)
+    rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["demonstrations"], bench.tokenizer)
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
-    bench = Workbench.of(job)
     trainer: Any = SFTTrainer(
         model=bench.base() if recipe.adapter else bench.trainable(),
         args=SFTConfig(

@@ -82,7 +82,7 @@ def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]
     from datasets import Dataset
 
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
-    rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"])
+    rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
     sides = ("chosen", "rejected")
 
     def fits(row: dict[str, Any]) -> bool:
@@ -161,7 +161,7 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
 
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    rows = data.prompts(source, columns=recipe.reward.reads_columns)
+    rows = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
     kept = fitting(job, bench, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = rewards.of_recipe(
