@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import data, same_base
-from .adapters import CONFIG, WEIGHTS, in_float32, lora_config, read
+from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprint
 from .runs import BEGUN, MANIFEST, Job, write_atomic
@@ -79,13 +79,14 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def take(job: Job, path: str) -> dict[str, Any]:
-    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint. Raises SalsaError for one of another base, and for
-    what is no such thing in safetensors."""
+    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint. Raises SalsaError for one of another base, for
+    weights that are not finite, and for what is no such thing in safetensors."""
     bench = Workbench.of(job)
     folder = local(job.recipe, path)
     same_base.check(folder, base_fingerprint(bench.folder), bench.name)
     if job.recipe.adapter is not None:
-        read(folder)
+        config, _ = read(folder)
+        check_factors_alone(config, str(folder))
         names = [WEIGHTS, CONFIG, FINGERPRINT]
     else:
         names = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
@@ -93,6 +94,8 @@ def take(job: Job, path: str) -> dict[str, Any]:
             any(name.endswith(".safetensors") for name in names),
             f"{path}: found no safetensors file, expected a checkpoint's weights in one (other formats are not read)",
         )
+        for name in filter(lambda name: name.endswith(".safetensors"), names):
+            check_finite(read_tensors(folder / name), str(folder / name))
     for name in names:
         if (folder / name).is_file() and name not in (MANIFEST, BEGUN):
             shutil.copyfile(folder / name, job.folder / name)

@@ -7,8 +7,9 @@ them random adapters of rank 8: what is learned does not matter here. Each updat
 micro-batches, 2 PPO epochs, a row in every log; every tenth a checkpoint, two of which stay. The slope is the least-squares line
 through the resident set (kB) of the updates after --skip, `slope_se` its standard error for independent residuals, which they
 are not quite (so it is too small). Nothing is collected or trimmed for the measurement. `late_to_early` compares the last tenth of the
-updates with the tenth before --early (200): medians of resident set, of seconds, and of the process's own CPU seconds, which other
-processes on the machine disturb less. --drop-history forgets Trainer's log_history, to show what the rest grows by.
+updates with the tenth before --early (200), by medians. Machines are shared and their speed drifts by a fifth within minutes, so after each
+update a yardstick is measured, forwards of one batch through the base: `per_yard` is an update's seconds in these. The learning rate is
+next to 0, so that lengths stay what they are. --drop-history forgets Trainer's log_history, to show what the rest grows by.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 BATCH, EPOCHS, MINIBATCHES, SAVE_EVERY = 32, 2, 2, 10
 RANK, SPREAD = 8, 0.05
+YARDS = 8
 
 
 class Sample(NamedTuple):
@@ -34,6 +36,10 @@ class Sample(NamedTuple):
     open_files: int
     seconds: float
     cpu_seconds: float
+    per_yard: float
+    """seconds, in those of the yardstick that was measured right after it."""
+    length: float
+    """Mean of the update's responses, which its time goes by."""
 
 
 def now_rss_kb() -> float:
@@ -98,6 +104,14 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     model = adapters.attach(load(), made["seed-0"], "policy", trainable=True)
     steps = EPOCHS * MINIBATCHES
     samples: list[Sample] = []
+    other, batch = load(), torch.arange(64 * 24).reshape(64, 24) % len(tokenizer)
+
+    def yardstick() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(YARDS):
+                other(input_ids=batch)
+        return time.perf_counter() - start
 
     class Watch(TrainerCallback):
         """Samples after each update."""
@@ -107,16 +121,16 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % steps == 0:
-                files = len(os.listdir("/proc/self/fd"))
+                files, length = len(os.listdir("/proc/self/fd")), state.log_history[-1]["objective/response_length"]
                 if drop_history:
                     state.log_history.clear()
-                spent = time.perf_counter() - self.start, time.process_time() - self.cpu
-                samples.append(Sample(now_rss_kb(), files, *spent))
+                seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
+                samples.append(Sample(now_rss_kb(), files, seconds, cpu, seconds / yardstick(), length))
                 self.start, self.cpu = time.perf_counter(), time.process_time()
 
     args = SalsaPPOConfig(
         output_dir=str(folder / "policy"), batch_size=BATCH, num_mini_batches=MINIBATCHES, micro_batch_size=BATCH // MINIBATCHES // 2,
-        num_ppo_epochs=EPOCHS, num_train_epochs=1, max_new_tokens=toy.MAX_NEW_TOKENS, learning_rate=2e-5, kl_coef=0.05,
+        num_ppo_epochs=EPOCHS, num_train_epochs=1, max_new_tokens=toy.MAX_NEW_TOKENS, learning_rate=1e-12, kl_coef=0.05,
         save_strategy="steps", save_steps=SAVE_EVERY * steps, save_total_limit=2, report_to="none", use_cpu=True, bf16=False,
         disable_tqdm=True,
     )  # fmt: skip
@@ -167,13 +181,13 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=50, help="updates at the start that the slope leaves out")
     parser.add_argument("--early", type=int, default=200, help="the update that the last ones are compared with")
     parser.add_argument("--drop-history", action="store_true", help="forget Trainer's log_history after each update")
-    parser.add_argument("--series", type=Path, help="a file for the resident set (kB) of every update, JSON")
+    parser.add_argument("--series", type=Path, help="a file for every update's sample, JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         samples, trainer = train(Path(scratch), args.updates, args.drop_history)
         line = json.dumps(report(samples, args.skip, args.early, Path(scratch) / "policy", trainer))
     if args.series is not None:
-        args.series.write_text(json.dumps([sample.rss_kb for sample in samples]), encoding="utf-8")
+        args.series.write_text(json.dumps([sample._asdict() for sample in samples]), encoding="utf-8")
     print(line)
 
 

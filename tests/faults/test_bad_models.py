@@ -256,6 +256,22 @@ class TestOutsideTheFactors:
         torch.testing.assert_close(rollout.kl, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_seed_that_is_taken_is_looked_at(tokenizer: Any, make_base: Any, make_adapter: Any, tmp_path: Path) -> None:
+    """Before a stage copies it: what lies outside the factors, and what is not finite."""
+    world = World(tmp_path, tokenizer, make_base, make_adapter)
+    config = json.loads((world.seeds[1] / "adapter_config.json").read_text())
+    (world.seeds[1] / "adapter_config.json").write_text(json.dumps(config | {"bias": "lora_only"}))
+    one_line(lambda: world.take(world.seeds[1]), r"seed-1: found bias 'lora_only', expected 'none'")
+    (tmp_path / "taken").rmdir()
+    tensors = load_file(world.seeds[0] / WEIGHTS)
+    tensors[max(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, world.seeds[0] / WEIGHTS, metadata={"format": "pt"})
+    one_line(
+        lambda: world.take(world.seeds[0]), r"seed-0/adapter_model.safetensors: .*: found a value that is not finite"
+    )
+    assert not any((tmp_path / "taken").iterdir())
+
+
 class TestTiedEmbeddings:
     TIED: dict[str, Any] = {"tie_word_embeddings": True}  # noqa: RUF012
 
