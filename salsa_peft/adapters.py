@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import disk
 from .config import Adapter, SalsaError, require
 from .fingerprints import FINGERPRINT
 from .runs import write_atomic
@@ -290,11 +291,12 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
     """Write adapter `name` as an ordinary PEFT folder (`extra`: more tensors under PEFT's names), config last.
 
     state_dict: the model's weights, where it does not hold them whole itself. Raises SalsaError, before it writes, for weights that
-    are not finite.
+    are not finite, or a disk without room.
     """
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     check_finite(tensors, f"{folder} is not saved")
+    disk.require_room(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.part"
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from salsa_peft import cards, memory, runs
+from salsa_peft.command_line import Parser, say
 from salsa_peft.errors import SalsaError
 from salsa_peft.fields import require
 from salsa_peft.messages import one_line
-from salsa_peft.recipe import Parser, say
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import hub_files, hub_push, runs
+from salsa_peft.command_line import Parser, say
 from salsa_peft.config import SalsaError, require
 from salsa_peft.hub_options import REPO_EXPECTED, REPO_ID
 from salsa_peft.messages import one_line, short
-from salsa_peft.recipe import Parser, say
 
 EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 

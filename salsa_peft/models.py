@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from . import adapters, sharding
+from . import adapters, disk, sharding
 from .config import Model, SalsaError, require
 from .hub_errors import said_in_a_line
 
@@ -243,18 +244,41 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
                     weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
     """An ordinary Transformers checkpoint with its tokenizer, in shards of 5 GB.
 
-    weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given. Raises SalsaError, before it
-    writes, for weights that are not finite.
+    weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given. A checkpoint that was there gives
+    way when this one is whole beside it. Raises SalsaError, before it writes, for weights that are not finite, or a disk without room.
     """
     if weights is not None:
         tied = model.all_tied_weights_keys or {}  # copies of what they are tied to
         weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
-    adapters.check_finite(model.state_dict() if weights is None else weights, f"{folder} is not saved")
-    model.save_pretrained(folder, max_shard_size="5GB", state_dict=weights)
-    if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
-        model.config.dtype = dtype
-        model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    held = model.state_dict() if weights is None else weights
+    adapters.check_finite(held, f"{folder} is not saved")
+    stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied ones once
+    disk.require_room(folder, sum(stored.values()), str(folder))
+    beside = folder / ".saving"
+    shutil.rmtree(beside, ignore_errors=True)  # of a kill before
+    try:
+        model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
+        if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
+            model.config.dtype = dtype
+            model.config.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    _take_place(beside, folder)
+
+
+def _take_place(beside: Path, folder: Path) -> None:
+    """The files of `beside` into `folder`, where shards of an earlier checkpoint go."""
+    new = {path.name for path in beside.iterdir()}
+    for path in sorted(beside.iterdir()):
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        path.replace(folder / path.name)
+    for path in folder.glob("model*.safetensors*"):
+        if path.name not in new:
+            path.unlink()
+    beside.rmdir()
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -18,8 +18,7 @@ import pytest
 from salsa_peft import recipe
 
 HERE = Path(__file__).parent
-COUNT, COMMANDS = 2000, 50
-EACH = COUNT // len(bad_recipes.ALL)
+SOME, COUNT, COMMANDS = 400, 2000, 50
 SAMPLE = [bad for bad in bad_recipes.draw(4 * len(bad_recipes.ALL)) if len(bad.content) < 200_000]
 SAMPLE = [SAMPLE[(number * 37) % len(SAMPLE)] for number in range(len(SAMPLE))]  # over all kinds, also its first ones
 CHOSEN = list({bad.kind: bad for bad in SAMPLE}.values())
@@ -39,26 +38,27 @@ def test_what_the_bad_ones_are_made_from_is_good(
     assert capsys.readouterr().err == "" and [path.name for path in tmp_path.iterdir()] == ["good.yaml"]
 
 
-def test_two_thousand_bad_recipes(tmp_path: Path, tally: Callable[..., None]) -> None:
+@pytest.mark.parametrize("count", [SOME, pytest.param(COUNT, marks=pytest.mark.slow)])
+def test_thousands_of_bad_recipes(tmp_path: Path, tally: Callable[..., None], count: int) -> None:
     """In one process: code 2, one line of at most 1,000 characters, below 2 s of CPU each, nothing opened for writing anywhere."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, str(HERE / "bad_recipes.py"), str(tmp_path), str(COUNT)]
+    argv = [sys.executable, str(HERE / "bad_recipes.py"), str(tmp_path), str(count)]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
     failed = [one for one in found["results"] if one["why"] is not None]
     tally(
-        tries=COUNT,
-        survived=COUNT - len(failed),
+        tries=count,
+        survived=count - len(failed),
         kinds_of_bad_recipes=len(bad_recipes.ALL),
         slowest_refusal=f"{max(one['seconds'] for one in found['results']):.2f} s",
     )
     shown = "\n".join(
         f"{tmp_path}/failed-{one['number']}.yaml {one['kind']} {one['words']}: {one['why']}" for one in failed[:10]
     )
-    assert not failed, f"{len(failed)} of {COUNT}\n{shown}"
+    assert not failed, f"{len(failed)} of {count}\n{shown}"
     kinds = Counter(one["kind"] for one in found["results"])
-    assert len(kinds) == len(bad_recipes.ALL) >= 40 and min(kinds.values()) >= EACH >= 40
+    assert len(kinds) == len(bad_recipes.ALL) >= 40 and min(kinds.values()) >= count // len(kinds) - 1
     assert found["torch"] is False
 
 

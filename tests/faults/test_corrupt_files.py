@@ -140,7 +140,10 @@ RUN = Path("runs/tiny-lora")
 FILES = [(unit, name) for unit in AFTER for name in KEPT[unit.split("/")[0]]]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [name if name in ("cut", "bit", "folder") else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES],
+)
 def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tally: Callable[..., None]) -> None:
     """It is named behind its unit, which is made again with all that hangs on it to the same bytes; all else is cached."""
     assert go()[:2] == (0, UNITS)
