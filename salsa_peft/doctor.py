@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import salsa_peft
 from salsa_peft import cards, memory, runs
 from salsa_peft.command_line import Parser, say
 from salsa_peft.errors import SalsaError
@@ -67,7 +69,7 @@ class Finding(NamedTuple):
 def versions() -> Iterator[Finding]:
     """Python, the package and what it needs, each against the range that it was made for."""
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield Finding("salsa-peft", importlib.metadata.version("salsa-peft"))
+    yield Finding("salsa-peft", f"{salsa_peft.__version__} in {Path(salsa_peft.__file__).parent}")
     for one in _needed(""):
         yield _version(one) or Finding(
             one.name, "not installed", f"expected it; pip install '{one.name}{one.specifier}'"
@@ -85,7 +87,10 @@ def _needed(extra: str) -> list[Requirement]:
     """What the package itself needs, or an extra of it."""
     from packaging.requirements import Requirement
 
-    every = [Requirement(line) for line in importlib.metadata.requires("salsa-peft") or ()]
+    try:
+        every = [Requirement(line) for line in importlib.metadata.requires("salsa-peft") or ()]
+    except importlib.metadata.PackageNotFoundError:  # it runs from a checkout
+        return []
     mine = [one for one in every if one.marker is None or one.marker.evaluate({"extra": extra})]
     return [one for one in mine if bool(extra) == (one.marker is not None and not one.marker.evaluate({"extra": ""}))]
 
@@ -312,6 +317,17 @@ def of_run(run: Path) -> Iterator[Finding]:
         yield Finding(name.as_posix(), broken or f"whole, {size / 1e6:.1f} MB", None if broken is None else redo)
 
 
+def looked_at(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check's findings, without what a URL may hold of logins; one that fails is a finding."""
+    hidden = lambda text: re.sub(r"//[^/\s@]+@", "//…@", text)  # noqa: E731
+    try:
+        for finding in check():
+            yield Finding(finding.name, hidden(finding.found), finding.wrong and hidden(finding.wrong))
+    except Exception as error:  # a doctor looks at the rest too
+        told = hidden(f"{type(error).__name__}: {one_line(str(error))[:200]}")
+        yield Finding(name, told, "expected that it can be looked at; mend that first")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; 1 where something is wrong; 2 for a folder that is no run."""
     parser = Parser(prog="salsa doctor", description="What this machine has for a run, and what is wrong with it.",
@@ -330,9 +346,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for name in ("torchao", "torch.utils._pytree"):  # on import they say what this machine can't use of theirs
         logging.getLogger(name).setLevel(logging.ERROR)
+    checks = dict(CHECKS)
+    if args.run is not None:
+        checks["run"] = lambda: of_run(Path(args.run))
     found: list[Finding] = []
-    for check in [*CHECKS.values(), *([lambda: of_run(Path(args.run))] if args.run else [])]:
-        for finding in check():
+    for name, check in checks.items():
+        for finding in looked_at(name, check):
             found.append(finding)
             print(f"{'!' if finding.wrong else ' '} {finding.name:<18} {finding.found}", flush=True)
     wrong = [finding for finding in found if finding.wrong is not None]

@@ -88,13 +88,13 @@ def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """(index, turn) → row, of answers on the way; a last line that was torn is left out."""
     found = {}
-    for line in filter(None, path.read_bytes().split(b"\n")) if path.exists() else ():
-        digest, _, row = line.partition(b" ")
-        if digest != _digest(row):  # torn by a kill, or damaged: of such a line nothing is known
-            print(f"{path}: a line is not whole; what it answered is answered again", file=sys.stderr, flush=True)
-            continue
-        answered = json.loads(row)
-        found[answered["index"], answered["turn"]] = answered
+    lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+    whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
+    if len(whole) < len(lines):  # torn by a kill, or damaged: of such a line nothing is known
+        told = f"{path}: {len(lines) - len(whole)} of {len(lines)} lines are not whole; what they answered is answered again"
+        print(told, file=sys.stderr, flush=True)
+    for row in map(json.loads, whole):
+        found[row["index"], row["turn"]] = row
     return found
 
 

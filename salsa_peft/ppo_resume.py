@@ -25,7 +25,7 @@ from .config import SalsaError, require
 from .guards import Watch
 from .ppo_callbacks import StopBetweenUpdates
 from .ppo_logs import Logs
-from .ppo_saving import SavingTrainer
+from .ppo_saving import SavingTrainer, stored
 from .references import Frozen
 from .rewards import Reward
 from .rollout_batch import Interrupted, Rollout, RolloutMaker
@@ -96,7 +96,7 @@ class ResumableTrainer(SavingTrainer):
             entry for state in self.optimizer.state.values() for entry in state.values() if isinstance(entry, Tensor)
         ]
         tensors += [] if self.rollout is None else list(self.rollout.tensors().values())
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size = sum(map(stored, tensors))
         disk.require_room(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
 
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:

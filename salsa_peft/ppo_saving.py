@@ -15,6 +15,7 @@ from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
@@ -126,6 +127,13 @@ class SavingTrainer(Trainer):
         else:
             load_weights(policy, folder)
         sharding.load(self.model.value_head, adapters.read_tensors(folder / VALUE_HEAD))
+
+
+def stored(tensor: Tensor) -> int:
+    """Bytes of a tensor in a file; of one that stands for others (torchao's states of 8 bits) theirs."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import torch
 
 from salsa_peft import adapters, checkpoints, disk, models, processes, recipe, runs
 from salsa_peft.config import SalsaError
+from salsa_peft.ppo_saving import stored
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVING: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
@@ -126,6 +127,14 @@ class TestCheckpoints:
         newest = checkpoints.checkpoints(tmp_path / "a")[0]
         written = sum(file.stat().st_size for file in newest.iterdir())
         assert 0.4 * written < max(asked) < written
+
+
+def test_states_of_8_bits_are_counted_as_they_are_stored() -> None:
+    """torchao's stand for float32 tensors and hold a quarter of them, with a scale for each block."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    state = OptimState8bit.zeros((1024, 4), signed=True, block_size=256)
+    assert 4096 < stored(state) < 4096 * 1.5 and stored(torch.zeros(1024, 4)) == 4 * 4096
 
 
 class TestFiles:

@@ -74,6 +74,33 @@ class TestTheCommand:
             "  good               4", "! bad                5", "", "1 wrong:", "  bad: found 5; expected 6; take 6",
         ]  # fmt: skip
 
+    def test_a_check_that_fails_is_a_finding(self, capsys: Any, monkeypatch: Any) -> None:
+        """The others are looked at all the same; what a URL holds of a login is not shown."""
+
+        def broken() -> Iterator[Finding]:
+            yield Finding("proxy", f"http://me:{CANARY}@proxy:8080", f"expected https://{CANARY}@host")
+            raise OSError(f"no such thing\nat https://me:{CANARY}@host/x")
+
+        monkeypatch.setattr(doctor, "CHECKS", {"first": broken, "second": lambda: iter([Finding("good", "4")])})
+        assert cli.main(["doctor"]) == 1
+        said = capsys.readouterr().out
+        assert (
+            CANARY not in said
+            and "! proxy              http://…@proxy:8080" in said
+            and "  good               4" in said
+        )
+        assert "! first              OSError: no such thing at https://…@host/x" in said
+
+    def test_a_checkout_that_is_not_installed(self, monkeypatch: Any) -> None:
+        """It says where it runs from, and holds nothing against versions that it does not know."""
+
+        def missing(name: str) -> Any:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "requires", missing)
+        rows = found(doctor.versions)
+        assert list(rows) == ["python", "salsa-peft"] and rows["salsa-peft"].found.endswith("salsa_peft")
+
     def test_a_folder_that_is_no_run(self, capsys: Any, tmp_path: Path) -> None:
         """One line, code 2, at once."""
         assert cli.main(["doctor", str(tmp_path)]) == 2
