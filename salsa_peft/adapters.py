@@ -296,9 +296,10 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     check_finite(tensors, f"{folder} is not saved")
+    temporary = folder / f".{WEIGHTS}.part"
+    temporary.unlink(missing_ok=True)  # of a kill before
     disk.require_room(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.part"
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from .config import SalsaError, require
 from .generation import Recording, generate, row_seeds
 from .models import causal_lm, device
 from .rollout import Responses, pad_responses
+from .smaller import out_of_memory
 from .vllm_backend import VLLM
 
 if TYPE_CHECKING:
@@ -87,8 +88,12 @@ class CompiledHF(HF):
         cache = self._cache_for(len(prompts), max(map(len, prompts)) + self.args.max_new_tokens)
         spare = self.rows - len(prompts)
         filled, drawn = [*prompts, *[prompts[-1]] * spare], [*seeds, *[seeds[-1]] * spare]
-        found = generate(self.model, filled, self.args, self.tokenizer, drawn, check=check, cache=cache,
-                         compile_config=self.compiled)  # fmt: skip
+        try:
+            found = generate(self.model, filled, self.args, self.tokenizer, drawn, check=check, cache=cache,
+                             compile_config=self.compiled)  # fmt: skip
+        except RuntimeError:  # out of memory: fewer rows want a smaller cache
+            self.cache, self.rows = None, 0
+            raise
         return Responses(*(field[: len(prompts)] for field in found))
 
     def _cache_for(self, rows: int, length: int) -> StaticCache:
@@ -187,6 +192,8 @@ def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[in
             check()
         result = manager.get_result(timeout=0.5)
         failed = result.error if result is not None else manager.background_thread_status.fatal_error
+        if failed is not None and out_of_memory(RuntimeError(str(failed))):
+            raise torch.OutOfMemoryError(str(failed))
         if failed is not None:
             raise SalsaError(f"rollout_backend: paged failed: {failed}; lower rollout_batch_size or take hf")
         if result is not None:

@@ -149,7 +149,7 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
     """Raise SalsaError where what will be written can't fit. steps: the plan; an empty one writes nothing."""
     card = next((float(one.bytes) for one in cards.cards()), None)
     found = need(recipe, steps, asked, card)
-    if found is not None and found.most > found.free:
+    if found is not None and found.most > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(
             f"results: found {shown(found.free)} free in {found.place}, expected {shown(found.most)}, of which"
             f" {shown(found.stays)} stay; {remedy(recipe, steps, asked, card)}"
@@ -159,8 +159,8 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
 def require_room(folder: Path, size: float, what: str) -> None:
     """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
     place = nearest(folder)
-    free = shutil.disk_usage(place).free
-    if size > free:
+    total, _, free = shutil.disk_usage(place)
+    if size > free and total > 0:  # some file systems tell no size
         raise SalsaError(
             f"{what}: found {shown(free)} free in {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
             " whole: make room, then go on from there"
@@ -174,17 +174,25 @@ def full(error: BaseException, folder: Path) -> str | None:
     one: BaseException | None = error
     while one is not None and one not in seen:
         seen.append(one)
-        one = one.__cause__ or one.__context__
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if not any(isinstance(one, OSError) and one.errno in codes for one in seen) and not any(
-        words in str(one) for one in seen for words in UNWRITTEN
-    ):
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    cause = next(filter(_is_full, seen), None)
+    if cause is None:
         return None
+    named = cause.filename if isinstance(cause, OSError) else None
+    folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
     place = nearest(folder)
     return (
         f"{folder}: found no room to write a file ({shown(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
         " expected some; what was saved before is whole: make room, then go on from there"
     )
+
+
+def _is_full(error: BaseException) -> bool:
+    """Python's codes, or what safetensors and torch say; not of memory that is mapped, whose room is another."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "/dev/shm" not in str(error.filename)
+    written = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
 
 
 def nearest(folder: Path) -> Path:

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import salsa_peft
 from salsa_peft import cards, memory, runs
@@ -52,7 +52,7 @@ VARIABLES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
 )
-"""Of the environment, those that change what happens here; none of them holds a secret."""
+"""Of the environment, those that change what happens here."""
 LITTLE_DISK, LITTLE_MEMORY, PATIENCE = 5.0, 2.0, 5.0
 """GiB, GiB, seconds."""
 
@@ -98,9 +98,11 @@ def _needed(extra: str) -> list[Requirement]:
 def _version(one: Requirement) -> Finding | None:
     """A package's version against its range; None where it is not installed."""
     try:
-        there = importlib.metadata.version(one.name)
+        there: Any = importlib.metadata.version(one.name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    if there is None:
+        return Finding(one.name, "damaged: no version", f"expected {one.specifier}; install it anew")
     fits = one.specifier.contains(there, prereleases=True)
     return Finding(
         one.name, there, None if fits else f"expected {one.specifier}; pip install '{one.name}{one.specifier}'"
@@ -256,7 +258,7 @@ def hub() -> Iterator[Finding]:
             else "expected an answer; try again later",
         )
         return
-    role = user.get("auth", {}).get("accessToken", {}).get("role", "of unknown rights")
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role", "of unknown rights")
     yield Finding("login", f"{user.get('name')}, token {role}{': pulls only' if role == 'read' else ''}")
 
 
@@ -274,6 +276,8 @@ def _asked(where: str) -> tuple[str, str | None]:
         )
     if response.status_code >= 500:
         return f"answers {response.status_code}", "expected 200; it is out of order, try again later"
+    if response.status_code >= 300 and response.status_code not in (401, 404, 405):
+        return f"answers {response.status_code}", "expected 200; look for a proxy or a login page in between"
     return f"answers in {1000 * (time.perf_counter() - start):.0f} ms", None
 
 
@@ -302,6 +306,9 @@ def of_run(run: Path) -> Iterator[Finding]:
     """A run's folder: who works on it; every result, held against its manifest's hashes. Reads all of it, writes nothing."""
     holder = runs.holder(run)
     yield Finding("lock", holder or "free")
+    free = shutil.disk_usage(run).free / memory.GIB
+    may = None if os.access(run, os.W_OK) else "expected to be allowed to write there"
+    yield Finding("disk, run", f"{free:.1f} GiB free for {run}", may)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{runs.BEGUN}")):
         if runs.KEY_FOLDER.match(folder.name) and not (folder / runs.MANIFEST).exists():
             busy = "in work" if holder else "unfinished: the same command goes on, or makes it again"
@@ -337,12 +344,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args: argparse.Namespace = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
     try:
+        there = args.run is not None and Path(args.run).is_dir()
+        require(
+            args.run is None or there,
+            f"{args.run}: found no such folder, expected a run's, such as runs/quickstart-lora",
+        )
         require(
             args.run is None or (Path(args.run) / "recipe.yaml").is_file(),
             f"{args.run}: found no recipe.yaml, expected a run's folder",
         )
-    except SalsaError as error:
-        say(one_line(error))
+    except (SalsaError, OSError) as error:
+        say(one_line(str(error)))
         return 2
     for name in ("torchao", "torch.utils._pytree"):  # on import they say what this machine can't use of theirs
         logging.getLogger(name).setLevel(logging.ERROR)

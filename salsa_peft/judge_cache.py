@@ -115,7 +115,7 @@ class Cache:
         """SQLite's errors as one line."""
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
             raise SalsaError(
                 f"{self._name}: found {one_line(error)}, expected a cache of judgments that can be read and written;"
                 " make room there, or move the file away (judges are then asked anew)"

@@ -253,9 +253,9 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     held = model.state_dict() if weights is None else weights
     adapters.check_finite(held, f"{folder} is not saved")
     stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied ones once
-    disk.require_room(folder, sum(stored.values()), str(folder))
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # of a kill before
+    disk.require_room(folder, sum(stored.values()), str(folder))
     try:
         model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
         if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has

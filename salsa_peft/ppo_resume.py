@@ -32,7 +32,7 @@ from .rollout_batch import Interrupted, Rollout, RolloutMaker
 
 ROLLOUT, MOVED = "rollout.safetensors", "references.safetensors"
 HISTORY = 500
-"""Rows of Trainer's log_history, which is in memory and, whole, in every checkpoint; metrics.jsonl has all of them."""
+"""Rows of Trainer's log_history, which is in memory and, whole, in every checkpoint; metrics.jsonl has an update's figures for good."""
 
 
 class ResumableTrainer(SavingTrainer):
@@ -73,11 +73,14 @@ class ResumableTrainer(SavingTrainer):
         """Trainer's checkpoint, the engine's state and the rollout batch that is being trained on; whole, or not there. Raises SalsaError
         where the disk has no room, if that can be known before anything of it is written."""
         folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)  # of a kill before: what it takes is free
         self._require_room(folder)
         try:
             self._write_checkpoint(model, trial, folder)
         except Exception as error:
-            shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
+            if self.is_world_process_zero():
+                shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
             if isinstance(error, SalsaError) or (line := disk.full(error, folder)) is None:
                 raise
             raise SalsaError(line) from error
@@ -102,8 +105,6 @@ class ResumableTrainer(SavingTrainer):
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
         self._aside = folder / checkpoints.PARTIAL
-        if self.is_world_process_zero():
-            shutil.rmtree(self._aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         made = self._aside / name
         try:
@@ -130,9 +131,11 @@ class ResumableTrainer(SavingTrainer):
         self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's; of its log_history the newest HISTORY rows stay."""
+        """As Trainer's; of its log_history the newest HISTORY rows stay, and those of evaluations, which are few and nowhere else."""
         super().log(logs, start_time)
-        del self.state.log_history[:-HISTORY]
+        rows = self.state.log_history
+        older = [row for row in rows[:-HISTORY] if any(key.startswith("eval_") for key in row)]
+        self.state.log_history = older + rows[-HISTORY:]
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, which with save_total_limit 1 would remove the newest checkpoint where another was the best."""

@@ -26,6 +26,7 @@ from typing import Any
 from salsa_peft import disk, hub_errors
 from salsa_peft.config import SalsaError
 from salsa_peft.runs import Job, write_atomic
+from salsa_peft.smaller import out_of_memory
 
 PRELOAD = ["salsa_peft._preload"]
 GRACE = 120.0  # seconds between SIGTERM and kill, in which a stage may save; a second signal cuts them short
@@ -171,17 +172,8 @@ def worked(job: Job) -> dict[str, Any]:
             "line": " ".join(line.split())[:1000],
             "known": known is not None,
             "trace": traceback.format_exc(),
-            "out_of_memory": _out_of_memory(error),
+            "out_of_memory": out_of_memory(error),
         }
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of the CPU's allocator."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def _end_with_parent() -> None:

@@ -71,9 +71,11 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             work = [unit for stage in stages.values() for unit in stage.units(loaded.recipe, stage.run)]
             asked = selected(work, args.stages, "--stages") if args.stages is not None else {unit.id for unit in work}
             forced = selected(work, args.force, "--force")
-            if args.dry_run or not run.exists():  # a refusal comes before anything is written
+            new = not run.exists()
+            if args.dry_run or new:  # a refusal comes before anything is written
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
+                check_data(loaded.recipe, steps, asked)
                 check_machine(loaded.recipe, {} if args.dry_run else steps, asked)
             if args.dry_run:
                 from salsa_peft.planning import show_plan
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             with runs.locked(run):
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
+                if not new:
+                    check_data(loaded.recipe, steps, asked)
                 for line in check_machine(loaded.recipe, steps, asked):
                     say(f"warning: {line}")
                 execute(loaded, run, steps, asked, args.debug)
@@ -94,10 +98,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
     except processes.StageError as error:
         return _say_and(1, one_line(error), args.debug)
     except OSError as error:
-        full = disk.full(error, run)
-        if full is None:
-            raise
-        return _say_and(1, one_line(full), args.debug)
+        line = f"{error.filename or run}: found it can't be read or written ({error.strerror or error}), expected that; what is done stays"
+        return _say_and(1, one_line(disk.full(error, run) or line), args.debug)
     except KeyboardInterrupt:
         return _say_and(130, "stopped; the same command goes on where it was", False)
     except processes.Terminated:
@@ -138,8 +140,8 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
     inputs = {name: steps[name].folder for name in unit.inputs}
     job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = run / "logs" / f"{unit.id.replace('/', '-')}.log"
-    result, halved = _made(job, step, steps, goes_on, log, debug)
-    planned = None if result.gpu_peak_mb is None else cards.planned_mb(recipe, unit.stage)
+    result, job, halved = _made(job, step, steps, goes_on, log, debug)
+    planned = None if result.gpu_peak_mb is None else cards.planned_mb(job.recipe, unit.stage)
     facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned} | ({"halved": halved} if halved else {})
     runs.write_manifest(step, steps, started=started, versions=runs.versions(), **facts)
     runs.tidy(step.folder)
@@ -151,15 +153,15 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
 
 def _made(
     job: runs.Job, step: runs.Step, steps: dict[str, runs.Step], goes_on: bool, log: Path, debug: bool
-) -> tuple[processes.Result, dict[str, int]]:
-    """Run a unit's job; where its memory ran out, again with less at a time → its result, and what was halved."""
+) -> tuple[processes.Result, runs.Job, dict[str, int]]:
+    """Run a unit's job; where its memory ran out, again with less at a time → its result, the job as it ended, what was halved."""
     halved: dict[str, int] = {}
     while True:
         if not goes_on:
             _empty(step.folder)
             runs.write_begun(step, steps)
         try:
-            return (launching.run if _several(job) else processes.run_in_process)(job, log, debug=debug), halved
+            return (launching.run if _several(job) else processes.run_in_process)(job, log, debug=debug), job, halved
         except processes.OutOfMemory as error:
             if (less := smaller(job.recipe, job.unit.stage)) is None:
                 raise
@@ -209,6 +211,22 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
             require(
                 there, f"--stages: {name} needs {needed}, which is not finished ({why}); add {steps[needed].unit.stage}"
             )
+
+
+def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> None:
+    """Raise SalsaError for a row of a local file that a unit which will be made can't use."""
+    given = [
+        recipe.data.demonstrations,
+        recipe.data.preferences,
+        recipe.data.prompts,
+        *recipe.evaluate.prompts.values(),
+    ]
+    if any(source is not None and os.path.isabs(source.path) for source in given):
+        from salsa_peft import data_checks
+
+        data_checks.check(
+            recipe, {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
+        )
 
 
 def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> list[str]:

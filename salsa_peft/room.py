@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from .config import SalsaError
+from .smaller import out_of_memory
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Room:
             clear_device_cache(garbage_collection=True)  # here the frames of what failed are gone
 
     def _halve(self, error: RuntimeError, rows: int | None) -> None:
-        if not self.alone or not should_reduce_batch_size(error):
+        if not self.alone or not out_of_memory(error):
             raise error
         now = min(self.rows, rows or self.rows)
         if now == 1:

@@ -206,10 +206,11 @@ def begun(step: Step, steps: dict[str, Step]) -> bool:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a finished unit needed on the way."""
+    """Remove what a finished unit needed on the way; nothing that its manifest lists."""
+    listed = {name.split("/")[0] for name in (read_manifest(folder) or {"files": {}})["files"]}
     for path in folder.iterdir():
-        if ON_THE_WAY.match(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if ON_THE_WAY.match(path.name) and path.name not in listed:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def wrong(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
@@ -233,10 +234,13 @@ def changed(folder: Path, manifest: dict[str, Any]) -> str | None:
     """The first file of a result that is not as its manifest says, in words; None: all are."""
     for name, entry in manifest["files"].items():
         file = folder / name
-        if not file.is_file():
-            return f"missing: {name}"
-        if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
-            return f"changed: {name}"
+        try:
+            if not file.is_file():
+                return f"missing: {name}"
+            if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
+                return f"changed: {name}"
+        except OSError as error:
+            return f"unreadable: {name} ({error.strerror})"
     return None
 
 

@@ -17,6 +17,16 @@ from salsa_peft.config import Recipe, SalsaError
 from salsa_peft.training_options import Training
 from salsa_peft.trl_options import ALGORITHMS
 
+PHRASES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "PT_DEVMEM Allocation failed")
+"""What CUDA, HIP, MPS, the CPU's allocator, cuBLAS and HPU say."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory. (accelerate's should_reduce_batch_size takes a kernel that cuDNN lacks for one, and misses two.)"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+    )
+
 
 class Smaller(NamedTuple):
     """What to go on with."""
@@ -46,16 +56,17 @@ def smaller(recipe: Recipe, stage: str) -> Smaller | None:
 
 def _training(recipe: Recipe, stage: str) -> Smaller | None:
     section: Training = getattr(recipe, stage)
-    share = section.batch_size // recipe.num_processes
+    processes = 1 if stage in ALGORITHMS else recipe.num_processes
+    share = section.batch_size // processes
     was = {"micro_batch_size": section.micro_batch_size or share}
     if stage == "ppo":
         ppo = recipe.ppo
         was["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
-        was["rollout_batch_size"] = ppo.rollout_batch_size or share
+        was["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
     now = {key: lesser(rows) or rows for key, rows in was.items()}
     other = _with(section, **now)
     try:
-        other.check(stage, recipe.num_processes)
+        other.check(stage, processes)
     except SalsaError:  # KTO's two
         return None
     changed = {f"{stage}.{key}": (was[key], now[key]) for key in was if now[key] != was[key]}

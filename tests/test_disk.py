@@ -42,7 +42,7 @@ def plan(job: Recipe, folder: Path) -> dict[str, runs.Step]:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A disk with so many bytes free, and a card of 80 GiB."""
-    found = SimpleNamespace(free=0)
+    found = SimpleNamespace(free=0, total=2**40, used=0)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: found)
     monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", CARD)])
     return found

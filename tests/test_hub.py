@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from hub_server import Fault, Hub, Repo, hub
 from made_hub_run import BASE_ID, make_run
@@ -34,10 +37,19 @@ def server() -> Iterator[Hub]:
         yield there
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A finished run of adapters, beside its base."""
+    folder = tmp_path_factory.mktemp("made")
+    make_run(folder, tokenizer, functools.partial(tiny.make_base, tokenizer), tiny.make_adapter)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, tokenizer: Any, make_base: Any, make_adapter: Any) -> Path:
-    """A finished run of adapters."""
-    return make_run(tmp_path, tokenizer, make_base, make_adapter)
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, which a test may change."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
 
 
 def command(server: Hub, home: Path, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -311,7 +311,10 @@ class TestCommand:
             os.utime(folder / "manifest.json", (at, at))
             return manifest
 
-        old, new = (unit("sft/seed-0", key, {}, 1, {"x": {"size": size}}) for key, size in (("1", 1), ("2", 2)))
+        old, new = (
+            unit("sft/seed-0", key, {}, 1, {"x": {"size": size, "sha256": "0" * 64}})
+            for key, size in (("1", 1), ("2", 2))
+        )
         unit("report", "8", {"sft/seed-0": runs_of.digest(new)}, 20, {})
         unit("report", "9", {"sft/seed-0": runs_of.digest(old)}, 10, {})
         assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "2"}

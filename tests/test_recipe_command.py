@@ -124,8 +124,8 @@ def test_wrong_command_lines(words, capsys):
 
 
 def test_the_plan(here, capsys):
-    rows = "".join(json.dumps({"messages": []}) + "\n" for _ in range(20))
-    (here / "d.jsonl").write_text(rows)
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (here / "d.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
     assert (
         recipe.main(
             [

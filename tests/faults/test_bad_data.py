@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from salsa_peft import data, reward_model, sft
+from salsa_peft import recipe as recipe_command
 from salsa_peft.config import Generation, Model, SalsaError, Sampling, Source
 from salsa_peft.generation import generate, row_seeds
 from salsa_peft.models import load_tokenizer
@@ -793,3 +795,60 @@ class TestStages:
         assert f"{path}: 1 of 12 rows (the first: row 1) {data.SAME}\n" in said
         assert f"{path}: 1 of 12 rows (the first: row 3) {data.DROPPED}\n" in said
         assert "reward  1 of 11 rows left out: longer than model.max_length = 96 tokens" in said
+
+
+class TestBeforeAStageBegins:
+    """By the command: a bad row of a file that only a late stage reads is refused at once, code 2, and nothing is written."""
+
+    @pytest.fixture
+    def go(self, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Any:
+        """Files of 40 good rows, one of them broken → code, last line."""
+        good: dict[str, dict[str, Any]] = {
+            "demonstrations": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "preferences": {"prompt": "q", "chosen": "+", "rejected": "-"},
+            "prompts": {"prompt": "q"},
+            "evaluation": {"prompt": "q"},
+        }
+        base = tmp_path / "base"
+        base.mkdir()
+        (base / "config.json").write_text('{"model_type": "llama"}')
+        save_file({"w": torch.zeros(1)}, base / "model.safetensors")
+        monkeypatch.chdir(tmp_path)
+
+        def run(broken: str | None, row: str, *words: str) -> tuple[int, str]:
+            for kind, fine in good.items():
+                lines = [json.dumps(fine)] * 40
+                lines[36] = row if kind == broken else lines[36]
+                (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+            recipe_file = {
+                "name": "x", "model": {"base": "base", "chat_template": "chatml"}, "data": {k: f"{k}.jsonl" for k in good if k != "evaluation"},
+                "sft": {"batch_size": 2}, "reward": {"batch_size": 2}, "ppo": {"batch_size": 2}, "policies": {"ppo": {"reference": "seed-0"}},
+                "evaluate": {"prompts": {"mine": "evaluation.jsonl"}},
+            }  # fmt: skip
+            (tmp_path / "x.yaml").write_text(json.dumps(recipe_file))
+            code = recipe_command.main(["x.yaml", "--lora", *words])
+            return code, capsys.readouterr().err
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("kind", "row", "said"),
+        [
+            ("demonstrations", '{"messages": [{"role": "user", "content": "q"}]}', "row 37, messages: found no assistant turn"),
+            ("demonstrations", '{"messages": ', "row 37: found"),
+            ("preferences", '{"prompt": "q", "chosen": "+"}', "row 37: found columns chosen, prompt, expected rejected"),
+            ("prompts", '{"text": "q"}', "row 37: found columns text, expected prompt"),
+            ("evaluation", '{"messages": [3]}', "row 37, messages: found '[3]'"),
+        ],
+    )  # fmt: skip
+    def test_a_bad_row_is_refused_at_once(self, go: Any, tmp_path: Path, kind: str, row: str, said: str) -> None:
+        before = sorted(path.name for path in tmp_path.iterdir())
+        for words in ((), ("--dry-run",)):
+            code, err = go(kind, row, *words)
+            assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/{kind}.jsonl, {said}" in err
+        assert not (tmp_path / "runs").exists() and before == ["base"]
+
+    def test_a_stage_that_does_not_read_it_is_not_stopped(self, go: Any) -> None:
+        """And good rows are no matter."""
+        assert go("evaluation", '{"messages": [3]}', "--dry-run", "--stages", "sft")[0] == 0
+        assert go(None, "", "--dry-run")[0] == 0

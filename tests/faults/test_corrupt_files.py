@@ -380,6 +380,30 @@ def test_a_flipped_bit_of_an_answer_on_the_way(tmp_path: Path, capsys: Any, tall
     tally(tries=len(bits))
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    """By its rights, or a disk that fails: it is not as it was written, and the others are looked at."""
+    (tmp_path / "a.bin").write_bytes(b"1")
+    manifest = {"files": {"a.bin": {"size": 1, "sha256": runs.sha256(tmp_path / "a.bin")}}}
+
+    def fails(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runs, "sha256", fails)
+    assert runs.changed(tmp_path, manifest) == "unreadable: a.bin (Permission denied)"
+
+
+def test_tidying_up_spares_results(tmp_path: Path) -> None:
+    """What the manifest lists, whatever it is called; and where a link leads to."""
+    runs.write_atomic(tmp_path / "metrics.1.jsonl", "listed")
+    runs.write_atomic(tmp_path / "metrics.2.jsonl", "of a run before")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint-5").symlink_to(tmp_path / "elsewhere")
+    entry = {"size": 6, "sha256": runs.sha256(tmp_path / "metrics.1.jsonl")}
+    runs.write_atomic(tmp_path / runs.MANIFEST, json.dumps({"files": {"metrics.1.jsonl": entry}}))
+    runs.tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "manifest.json", "metrics.1.jsonl"]
+
+
 def test_a_flipped_bit_of_a_judges_reply(tmp_path: Path, capsys: Any) -> None:
     """SQLite doesn't notice: the reply is named, forgotten and asked for anew; the others stay."""
     path = tmp_path / "judge_cache.sqlite"

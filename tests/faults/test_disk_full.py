@@ -137,6 +137,41 @@ def test_states_of_8_bits_are_counted_as_they_are_stored() -> None:
     assert 4096 < stored(state) < 4096 * 1.5 and stored(torch.zeros(1024, 4)) == 4 * 4096
 
 
+def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:  # fmt: skip
+    """It goes before the disk is asked: a resumed run must not be refused for want of what it is about to free."""
+    left = [
+        tmp_path / "out" / checkpoints.PARTIAL / "x",
+        tmp_path / "full" / ".saving" / "x",
+        tmp_path / "seed" / f".{adapters.WEIGHTS}.part",
+    ]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"0" * 100)
+    monkeypatch.setattr(disk, "require_room", lambda folder, size, what: asked.append([file.exists() for file in left]))
+    asked: list[Any] = []
+    make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert asked[0] == [False, True, True]
+    models.save_checkpoint(make_base(), tmp_path / "full", tokenizer)
+    adapters.save(make_adapter(make_base(), "seed", 1), "seed", tmp_path / "seed", None)
+    assert asked[-2:] == [[False, False, True], [False, False, False]]
+
+
+def test_a_disk_that_tells_no_size(monkeypatch: Any, tmp_path: Path) -> None:
+    """As some network file systems: nothing is refused for it."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    disk.require_room(tmp_path, 1e9, "x")
+
+
+def test_the_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    """Not the run's, where another one is; and not memory that is mapped."""
+    (tmp_path / "cache").mkdir()
+    line = disk.full(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "blob")), Path("/work"))
+    assert line is not None and line.startswith(f"{tmp_path}/cache: found no room")
+    assert disk.full(RuntimeError("unable to mmap 64 bytes: No space left on device"), tmp_path) is None
+    assert disk.full(ValueError("my reward: File too large: x.txt"), tmp_path) is None
+
+
 class TestFiles:
     def test_an_adapter_that_was_there_stays(self, make_base: Any, make_adapter: Any, tmp_path: Path) -> None:
         """Its weights go first to another name."""
@@ -221,7 +256,7 @@ class TestACommand:
 
     def test_a_stage_that_finds_none_says_so_in_a_line(self, tmp_path: Path) -> None:
         """No trace to look for; the trace is in the log all the same."""
-        error = OSError(errno.ENOSPC, "No space left on device", "weights")
+        error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "weights"))
 
         def work(job: Any) -> Any:
             raise error

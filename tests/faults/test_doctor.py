@@ -105,6 +105,12 @@ class TestTheCommand:
         """One line, code 2, at once."""
         assert cli.main(["doctor", str(tmp_path)]) == 2
         assert capsys.readouterr().err == f"{tmp_path}: found no recipe.yaml, expected a run's folder\n"
+        assert cli.main(["doctor", "NONSENSE"]) == 2
+        assert (
+            capsys.readouterr().err
+            == "NONSENSE: found no such folder, expected a run's, such as runs/quickstart-lora\n"
+        )
+        assert cli.main(["doctor", "x" * 300]) == 2 and capsys.readouterr().err.count("\n") == 1
 
     def test_each_check_says_what_it_is_for(self) -> None:
         """In its docstring."""
@@ -217,6 +223,14 @@ class TestHub:
         done = asked(server.environment(tmp_path))
         assert "cannot be reached (" in done.stdout and "set HF_HUB_OFFLINE=1" in done.stdout
         assert "there is a token, which could not be tried" in done.stdout and CANARY not in done.stdout + done.stderr
+
+    def test_a_proxy_in_between(self, server: Any, tmp_path: Path) -> None:
+        """Its answer is not the Hub's."""
+        server.faults.append(Fault("HEAD", "/api/models", 407, times=20))
+        assert (
+            "answers 407', 'expected 200; look for a proxy or a login page"
+            in asked(server.environment(tmp_path)).stdout
+        )
 
     def test_a_hub_out_of_order(self, server: Any, tmp_path: Path) -> None:
         """A 503 is said as that."""

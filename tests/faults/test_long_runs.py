@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plain_ppo import PROMPTS
 
 from salsa_peft import checkpoints, ppo_resume
 
@@ -37,9 +38,12 @@ def test_two_thousand_updates(tally: Any) -> None:
 
 
 def test_what_a_run_holds_does_not_grow(make_trainer: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """Trainer's history is in every checkpoint, whole: its newest rows stay, in memory and there; metrics.jsonl has all."""
+    """Trainer's history is in every checkpoint, whole: its newest rows stay, in memory and there, and those of evaluations, which are
+    nowhere else; metrics.jsonl has every update."""
     monkeypatch.setattr(ppo_resume, "HISTORY", 3)
-    trainer = make_trainer(num_train_epochs=5, save_strategy="steps", save_steps=1, save_total_limit=2)
+    trainer = make_trainer(
+        num_train_epochs=5, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps", eval_steps=4, eval_dataset=PROMPTS[:2]
+    )  # fmt: skip
     files: list[int] = []
     end = trainer.end_update
 
@@ -55,5 +59,6 @@ def test_what_a_run_holds_does_not_grow(make_trainer: Any, tmp_path: Path, monke
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     assert [row["update"] for row in rows] == list(range(1, 11))
-    assert [row["update"] for row in history] == [8, 9, 10]
-    assert len(trainer.state.log_history) == 3 and "train_runtime" in trainer.state.log_history[-1]
+    assert [row["step"] for row in history if "eval_score" in row] == [4, 8, 10]
+    assert [row["update"] for row in history if "update" in row] == [9, 10]
+    assert len(trainer.state.log_history) <= 3 + 3 and "train_runtime" in trainer.state.log_history[-1]

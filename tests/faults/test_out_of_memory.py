@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from salsa_peft import processes, recipe
+from salsa_peft.backends import CompiledHF
 from salsa_peft.config import SalsaError
 from salsa_peft.models import causal_lm
 from salsa_peft.parsing import load_recipe
 from salsa_peft.rollout_batch import Rollout
 from salsa_peft.room import Room
-from salsa_peft.smaller import lesser, smaller
+from salsa_peft.smaller import lesser, out_of_memory, smaller
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -140,6 +141,14 @@ class TestEngine:
         torch.testing.assert_close(reward(rollout.responses, [{}] * 8), before, rtol=1e-4, atol=1e-5)
         assert refused == [8, 4] and reward.room.rows == 2
 
+    def test_a_compiled_rollout_gets_a_smaller_cache(self, make: Any, whole: Any) -> None:
+        """Its static cache is of as many rows as its largest call yet, which was the one that did not fit."""
+        trainer = make("small")
+        trainer.maker.backend = CompiledHF(trainer.maker.backend.model, trainer.args, trainer.processing_class, None)
+        refused = small_card(trainer, 4, lambda: not torch.is_grad_enabled())
+        same(whole, trained(trainer))
+        assert refused == [8] and trainer.maker.backend.rows == 4
+
     def test_one_row_too_many_is_one_line(self, make: Any, tmp_path: Path) -> None:
         """And no checkpoint of what it was in the middle of."""
         trainer = make("small", save_strategy="steps", save_steps=1)
@@ -187,6 +196,20 @@ class TestRoom:
             room.fit(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(FULL)))
         assert room.rows == 8
 
+    @pytest.mark.parametrize(
+        ("error", "is_memory"),
+        [
+            (torch.OutOfMemoryError(FULL), True),
+            (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+            (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+            (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input"), False),
+            (MemoryError(), True),
+            (ValueError("out of memory"), False),
+        ],
+    )  # fmt: skip
+    def test_what_is_for_want_of_memory(self, error: Exception, is_memory: bool) -> None:
+        assert out_of_memory(error) == is_memory
+
     def test_the_cpus_own_words(self) -> None:
         """A CPU's allocator says it otherwise."""
         room = Room(6, "rows")
@@ -215,6 +238,9 @@ class TestStages:
             ("ppo", {"ppo.micro_batch_size": 1, "ppo.rollout_batch_size": 1}, None),
             ("dpo", {"dpo.batch_size": 4}, {"dpo.micro_batch_size": (4, 2)}),
             ("kto", {"kto.batch_size": 4, "kto.micro_batch_size": 2}, None),
+            ("dpo", {"dpo.batch_size": 16, "num_processes": 2}, {"dpo.micro_batch_size": (16, 8)}),  # it has one process
+            ("ppo", {"ppo.micro_batch_size": 64, "ppo.rollout_batch_size": 512},
+             {"ppo.micro_batch_size": (64, 32), "ppo.rollout_batch_size": (128, 64)}),
             ("landscape", {"generation.batch_size": 12}, {"generation.batch_size": (12, 6)}),
             ("evaluate", {"generation.batch_size": 1}, None),
             ("soup", {}, None),

@@ -1,0 +1,48 @@
+"""Local data, row by row, before a stage begins: a row that can't be used is refused at once, not after the stages before have trained.
+
+Left out: what only a tokenizer can tell (lengths, templates), and the Hub's data sets. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+from . import data
+from .config import Recipe, Source
+from .data_files import FILES
+from .questions import questions
+
+LARGEST = 300_000_000
+"""Bytes of a file that is read for it: a few seconds."""
+READ = {
+    "sft": ("demonstrations",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
+    "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
+}  # fmt: skip
+"""Stage → the data that it reads."""
+READERS: dict[str, Callable[[Source], Any]] = {
+    "demonstrations": data.demonstrations,
+    "preferences": data.preferences,
+    "prompts": data.prompts,
+    "evaluation": questions,
+}
+
+
+def check(recipe: Recipe, stages: Collection[str]) -> None:
+    """Raise SalsaError for the first row, by file, number and column, that one of these stages could not use."""
+    kinds = {kind for stage in stages for kind in READ.get(stage, ())}
+    own = {name: getattr(recipe.data, name) for name in READERS if name != "evaluation"}
+    for kind, reader in READERS.items():
+        sources = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
+        for source in sources if kind in kinds else ():
+            if source is not None and _is_small_file(source.path):
+                with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
+                    reader(source)
+
+
+def _is_small_file(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in FILES and os.path.isfile(path) and os.path.getsize(path) <= LARGEST
