@@ -178,6 +178,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
     assert "model-soup" in soup and "| soup | linear: 0.5·seed-0, 0.5·seed-1 |" in soup
 
 
+@pytest.mark.slow
 def test_a_user_loads_what_was_pushed_with_the_three_lines_of_the_card(server: Hub, run: Path, tmp_path: Path) -> None:
     """Plain PEFT, a home of its own: the same logits as the run's own files."""
     publish_base(server, run)
@@ -205,6 +206,7 @@ print("same", float(theirs.abs().max()))
         assert "same" in python(server, tmp_path / f"user-{name}", code + more)
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_somebody_s_reference_and_is_pulled(
     server: Hub, run: Path, tmp_path: Path, tokenizer: Any
 ) -> None:

@@ -259,6 +259,7 @@ def test_a_second_run_skips_everything_and_a_damaged_file_is_redone(run: Path) -
     assert "adapter_model.safetensors" not in command(run, "--dry-run").stdout
 
 
+@pytest.mark.slow
 def test_a_judge_later_and_two_runs_in_one_report(run: Path, tmp_path: Path) -> None:
     """Only what is new is made; the runs' own numbers stand in the joined page; one run twice is refused."""
     other = tmp_path / "judged"
