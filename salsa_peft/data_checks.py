@@ -19,12 +19,13 @@ from .questions import questions
 LARGEST = 300_000_000
 """Bytes of a file that is read for it: a few seconds."""
 READ = {
-    "sft": ("demonstrations",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
+    "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage → the data that it reads."""
 READERS: dict[str, Callable[[Source], Any]] = {
     "demonstrations": data.demonstrations,
+    "held_out": data.demonstrations,
     "preferences": data.preferences,
     "prompts": data.prompts,
     "evaluation": questions,

@@ -66,6 +66,11 @@ class Finding(NamedTuple):
     """What was expected and what to do, or None: all is well."""
 
 
+def told(error: Exception) -> str:
+    """An error in a short line."""
+    return f"{type(error).__name__}: {one_line(str(error))[:200]}"
+
+
 def versions() -> Iterator[Finding]:
     """Python, the package and what it needs, each against the range that it was made for."""
     yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -115,11 +120,7 @@ def libraries() -> Iterator[Finding]:
         try:
             importlib.import_module(name)
         except Exception as error:  # whatever an import runs into is what is wrong
-            yield Finding(
-                f"import {name}",
-                f"{type(error).__name__}: {one_line(str(error))[:200]}",
-                "expected that it can be imported; install it anew",
-            )
+            yield Finding(f"import {name}", told(error), "expected that it can be imported; install it anew")
 
 
 def devices() -> Iterator[Finding]:
@@ -145,7 +146,7 @@ def devices() -> Iterator[Finding]:
             right = bool((ones @ ones == 64).all())
             wrong = None if right else "expected 64 of a product of ones: this card computes wrongly"
         except RuntimeError as error:
-            free, wrong = 0, f"expected that it computes, found {one_line(str(error))[:200]}"
+            free, wrong = 0, f"expected that it computes, found {told(error)}"
         size = f"{properties.total_memory / memory.GIB:.1f} GiB, {free / memory.GIB:.1f} free"
         yield Finding(
             f"GPU {number}", f"{properties.name}, {size}, compute {properties.major}.{properties.minor}", wrong
@@ -214,11 +215,7 @@ def four_bits() -> Iterator[Finding]:
         packed, state = functional.quantize_4bit(weights, quant_type="nf4")
         error = (functional.dequantize_4bit(packed, state) - weights).abs().max().item()
     except Exception as problem:  # its own errors, and the loader's of a library that does not fit
-        yield Finding(
-            "4 bits",
-            f"{type(problem).__name__}: {one_line(str(problem))[:200]}",
-            "expected nf4 to work; install a bitsandbytes for this CUDA",
-        )
+        yield Finding("4 bits", told(problem), "expected nf4 to work; install a bitsandbytes for this CUDA")
         return
     yield Finding(
         "4 bits",
@@ -331,8 +328,7 @@ def looked_at(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Fin
         for finding in check():
             yield Finding(finding.name, hidden(finding.found), finding.wrong and hidden(finding.wrong))
     except Exception as error:  # a doctor looks at the rest too
-        told = hidden(f"{type(error).__name__}: {one_line(str(error))[:200]}")
-        yield Finding(name, told, "expected that it can be looked at; mend that first")
+        yield Finding(name, hidden(told(error)), "expected that it can be looked at; mend that first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,7 +86,7 @@ def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
 
 
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """(index, turn) → row, of answers on the way; a last line that was torn is left out."""
+    """(index, turn) → row, of answers on the way; lines that are not as they were written are left out, and their number is said."""
     found = {}
     lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
     whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]

@@ -101,19 +101,7 @@ class SalsaPPOTrainer(ResumableTrainer):
             f" batch_size = {args.batch_size}; lower batch_size or allow longer prompts",
         )
         self._whole_updates(args, len(prompts))
-        bounds = Bounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
-        self.kl_coef, self.watch, self.logs = (
-            args.kl_coef,
-            Watch(parse(args.guards), bounds),  # type: ignore[arg-type]
-            Logs(Path(str(args.output_dir))),
-        )
-        self.update, self.skipped, self.micro_step = 0, 0, 0
-        self.stopped_early, self.halted = False, ""
-        self.rollout: Rollout | None = None
-        self.order: list[Tensor] = []
-        self.totals: list[list[float]] = []
-        self.figures: dict[str, float] = {}
-        self.sums = torch.zeros(len(losses.PPOLoss._fields), device=args.device)
+        self._start(args)
         super().__init__(
             model=policy.to(model.device),
             args=args,
@@ -132,6 +120,16 @@ class SalsaPPOTrainer(ResumableTrainer):
         )
         alone = self.accelerator.num_processes == 1 and not cut
         self.room = Room(args.per_device_train_batch_size, "micro_batch_size", alone=alone)
+
+    def _start(self, args: SalsaPPOConfig) -> None:
+        """The engine's state before the first update."""
+        bounds = Bounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
+        self.kl_coef, self.logs = args.kl_coef, Logs(Path(str(args.output_dir)))
+        self.watch = Watch(parse(args.guards), bounds)  # type: ignore[arg-type]
+        self.update, self.skipped, self.micro_step = 0, 0, 0
+        self.stopped_early, self.halted = False, ""
+        self.rollout, self.order, self.totals, self.figures = None, [], [], {}
+        self.sums = torch.zeros(len(losses.PPOLoss._fields), device=args.device)
 
     def _train_only(self, model: Any, policy: PolicyWithValueHead) -> None:
         """The policy, its value head and a value adapter; nothing else, whatever was trainable before."""

@@ -98,7 +98,8 @@ class ResumableTrainer(SavingTrainer):
         tensors += [
             entry for state in self.optimizer.state.values() for entry in state.values() if isinstance(entry, Tensor)
         ]
-        tensors += [] if self.rollout is None else list(self.rollout.tensors().values())
+        if self.rollout is not None:
+            tensors += [*self.rollout.responses, *(field for field in self.rollout if isinstance(field, Tensor))]
         size = sum(map(stored, tensors))
         disk.require_room(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
 

@@ -215,12 +215,8 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
 
 def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> None:
     """Raise SalsaError for a row of a local file that a unit which will be made can't use."""
-    given = [
-        recipe.data.demonstrations,
-        recipe.data.preferences,
-        recipe.data.prompts,
-        *recipe.evaluate.prompts.values(),
-    ]
+    own = recipe.data
+    given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]
     if any(source is not None and os.path.isabs(source.path) for source in given):
         from salsa_peft import data_checks
 

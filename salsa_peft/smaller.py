@@ -10,11 +10,10 @@ Imports no torch.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from salsa_peft.config import Recipe, SalsaError
-from salsa_peft.training_options import Training
 from salsa_peft.trl_options import ALGORITHMS
 
 PHRASES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "PT_DEVMEM Allocation failed")
@@ -46,16 +45,16 @@ def smaller(recipe: Recipe, stage: str) -> Smaller | None:
         return _training(recipe, stage)
     if stage in ("landscape", "evaluate") and (now := lesser(recipe.generation.batch_size)):
         changed = {"generation.batch_size": (recipe.generation.batch_size, now)}
-        return Smaller(dataclasses.replace(recipe, generation=_with(recipe.generation, batch_size=now)), changed)
+        return Smaller(replace(recipe, generation=replace(recipe.generation, batch_size=now)), changed)
     judge: Any = recipe.evaluate.judge
     if stage == "judge" and judge is not None and judge.kind == "local" and (now := lesser(judge.concurrency)):
-        evaluate = _with(recipe.evaluate, judge=_with(judge, concurrency=now))
-        return Smaller(dataclasses.replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, now)})  # fmt: skip
+        evaluate = replace(recipe.evaluate, judge=replace(judge, concurrency=now))
+        return Smaller(replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, now)})  # fmt: skip
     return None
 
 
 def _training(recipe: Recipe, stage: str) -> Smaller | None:
-    section: Training = getattr(recipe, stage)
+    section: Any = getattr(recipe, stage)
     processes = 1 if stage in ALGORITHMS else recipe.num_processes
     share = section.batch_size // processes
     was = {"micro_batch_size": section.micro_batch_size or share}
@@ -64,19 +63,16 @@ def _training(recipe: Recipe, stage: str) -> Smaller | None:
         was["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
         was["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
     now = {key: lesser(rows) or rows for key, rows in was.items()}
-    other = _with(section, **now)
+    other = replace(section, **now)
     try:
         other.check(stage, processes)
     except SalsaError:  # KTO's two
         return None
     changed = {f"{stage}.{key}": (was[key], now[key]) for key in was if now[key] != was[key]}
-    return Smaller(dataclasses.replace(recipe, **{stage: other}), changed) if changed else None
+    sections: dict[str, Any] = {stage: other}
+    return Smaller(replace(recipe, **sections), changed) if changed else None
 
 
 def lesser(rows: int) -> int | None:
     """The largest divisor up to half, so that what rows divided into these divides into those; None of 1."""
     return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)
-
-
-def _with(section: Any, **values: Any) -> Any:
-    return dataclasses.replace(section, **values)

@@ -6,15 +6,32 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from salsa_peft.config import SalsaError
 from salsa_peft.recipe import STAGES
 from salsa_peft.runs import Job, canonical, write_atomic
 
+TINY = """
+name: tiny
+toy: {}
+policies:
+  ppo: {reference: seed-0}
+  salsa: {reference: soup, kl_coef: 0.01}
+"""
 FAKE = {name: stage._replace(run="fake_stages:run") for name, stage in STAGES.items()}
+
+
+def start(folder: Path, recipe_file: str, *words: str, **options: Any) -> subprocess.Popen[str]:
+    """The command with these stages on a recipe in `folder`; options: Popen's."""
+    argv = [sys.executable, __file__, recipe_file, "--lora", *words]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(argv, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -7,26 +7,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from fake_stages import FAKE
+from fake_stages import FAKE, TINY, start
 
 from salsa_peft import processes, recipe, runs
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
 
-RECIPE = """
-name: tiny
-toy: {}
-policies:
-  ppo: {reference: seed-0}
-  salsa: {reference: soup, kl_coef: 0.01}
-"""
 UNITS = ["toy", "sft/seed-0", "sft/seed-1", "reward", "soup", "ppo/ppo", "ppo/salsa", "landscape", "evaluate", "report"]
 
 
@@ -45,7 +37,7 @@ def quick_server() -> Iterator[None]:
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """go("--set", …) → (code, units made, standard error); runs the tiny recipe with fake stages in tmp_path."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "tiny.yaml").write_text(TINY)
 
     def run(*words: str, **actions: str):
         said = [
@@ -207,30 +199,12 @@ def test_prune(go):
 
 
 def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:
-    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "tiny.yaml").write_text(TINY)
     said = json.dumps(json.dumps(actions))
-    argv = [
-        sys.executable,
-        str(Path(__file__).with_name("fake_stages.py")),
-        "tiny.yaml",
-        "--lora",
-        "--set",
-        f"description={said}",
-        *words,
-    ]
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(recipe.__file__).parent.parent)])
-    environment = {**os.environ, "PYTHONPATH": path}
     # a shell's background job has SIGINT ignored, and its children with it: this one is as in a terminal, wherever the tests run
     as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen(
-        argv,
-        cwd=folder,
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=as_in_a_terminal,
-    )
+    words = ("--set", f"description={said}", *words)
+    return start(folder, "tiny.yaml", *words, stdout=subprocess.PIPE, preexec_fn=as_in_a_terminal)
 
 
 def child_pid(process: subprocess.Popen[str]) -> int:

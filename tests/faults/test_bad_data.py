@@ -805,6 +805,7 @@ class TestBeforeAStageBegins:
         """Files of 40 good rows, one of them broken → code, last line."""
         good: dict[str, dict[str, Any]] = {
             "demonstrations": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "held_out": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
             "preferences": {"prompt": "q", "chosen": "+", "rejected": "-"},
             "prompts": {"prompt": "q"},
             "evaluation": {"prompt": "q"},
@@ -836,6 +837,7 @@ class TestBeforeAStageBegins:
         [
             ("demonstrations", '{"messages": [{"role": "user", "content": "q"}]}', "row 37, messages: found no assistant turn"),
             ("demonstrations", '{"messages": ', "row 37: found"),
+            ("held_out", '{"messages": []}', "row 37, messages: found '[]'"),
             ("preferences", '{"prompt": "q", "chosen": "+"}', "row 37: found columns chosen, prompt, expected rejected"),
             ("prompts", '{"text": "q"}', "row 37: found columns text, expected prompt"),
             ("evaluation", '{"messages": [3]}', "row 37, messages: found '[3]'"),

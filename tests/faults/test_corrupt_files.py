@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_stages import FAKE
+from fake_stages import FAKE, TINY
 from safetensors.numpy import save_file
 
 from salsa_peft import checkpoints, evaluate, processes, recipe, runs
@@ -23,14 +23,7 @@ from salsa_peft.fingerprints import fingerprint
 from salsa_peft.judge_cache import Cache, Reply
 from salsa_peft.runs import Job
 
-RECIPE = """
-name: tiny
-toy: {}
-policies:
-  ppo: {reference: seed-0}
-  salsa: {reference: soup, kl_coef: 0.01}
-evaluate: {judge: reward}
-"""
+RECIPE = TINY + "evaluate: {judge: reward}\n"
 Damage = Callable[[Path], object]
 
 

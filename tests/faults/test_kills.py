@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fake_stages
 import pytest
 from hub_server import hub
 
-ROOT, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KILLS, TERMS, AT_ONCE = 50, 10, 2
 SMALL = {
     "toy.pretrain_steps": 30, "toy.pretrain_examples": 300, "toy.demonstrations": 32, "toy.preferences": 64, "toy.prompts": 64,
@@ -201,9 +202,7 @@ FAKE = "name: x\ntoy: {}\nsft: {seeds: [0, 1]}\npolicies: {ppo: {reference: seed
 def fake(folder: Path, *words: str) -> subprocess.Popen[str]:
     """The command with stages that do next to nothing."""
     (folder / "x.yaml").write_text(FAKE)
-    argv = [sys.executable, str(TESTS / "fake_stages.py"), "x.yaml", "--lora", *words]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(ROOT)])}
-    return subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    return fake_stages.start(folder, "x.yaml", *words, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def results(folder: Path) -> dict[str, str]:

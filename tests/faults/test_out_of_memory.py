@@ -268,33 +268,37 @@ class TestStages:
         less = smaller(load_recipe("quickstart", lora="lora", overrides=[words]).recipe, "judge")
         assert less is not None and less.changed == {"evaluate.judge.concurrency": (8, 4)}
 
-    def test_a_stage_is_made_again_with_less(self, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
-        """In a process of its own each time; the manifest says what it took, the key is the recipe's: a second run finds it."""
+    @pytest.fixture
+    def go(self, tmp_path: Path, capfd: Any, monkeypatch: Any) -> Callable[[int, int], tuple[int, list[str]]]:
+        """go(rows that there is room for, batch) → code and lines of a run whose seed-0 needs them."""
         monkeypatch.setattr(processes, "PRELOAD", ["fake_stages"])
-        path = tmp_path / "x.yaml"
-        actions = json.dumps({"sft/seed-0": "memory-4"})
-        path.write_text(
-            f"name: x\ndescription: '{actions}'\ntoy: {{}}\nsft: {{batch_size: 16}}\npolicies: {{}}\nlandscape: null\n"
-        )
-        words = [str(path), "--lora", "--output-dir", str(tmp_path / "run"), "--stages", "toy,sft"]
-        assert recipe.main(words, stages=fake_stages.FAKE) == 0
-        said = capfd.readouterr().err
-        assert "sft/seed-0 … again with sft.micro_batch_size 8 (was 16); the global batch stays as it is" in said
-        assert "sft/seed-0 … again with sft.micro_batch_size 4 (was 8)" in said
+
+        def run(room: int, batch: int) -> tuple[int, list[str]]:
+            actions = json.dumps({"sft/seed-0": f"memory-{room}"})
+            path = tmp_path / "x.yaml"
+            path.write_text(
+                f"name: x\ndescription: '{actions}'\ntoy: {{}}\nsft: {{batch_size: {batch}}}\npolicies: {{}}\nlandscape: null\n"
+            )
+            words = [str(path), "--lora", "--output-dir", str(tmp_path / "run"), "--stages", "toy,sft"]
+            return recipe.main(words, stages=fake_stages.FAKE), capfd.readouterr().err.splitlines()
+
+        return run
+
+    def test_a_stage_is_made_again_with_less(self, go: Any, tmp_path: Path) -> None:
+        """In a process of its own each time; the manifest says what it took, the key is the recipe's: a second run finds it."""
+        code, said = go(4, 16)
+        again = [line for line in said if "again with" in line]
+        assert code == 0 and again == [
+            "sft/seed-0 … again with sft.micro_batch_size 8 (was 16); the global batch stays as it is",
+            "sft/seed-0 … again with sft.micro_batch_size 4 (was 8); the global batch stays as it is",
+        ]
         (manifest,) = (tmp_path / "run" / "sft" / "seed-0").glob("*/manifest.json")
         assert json.loads(manifest.read_text())["halved"] == {"sft.micro_batch_size": 4}
-        assert recipe.main(words, stages=fake_stages.FAKE) == 0
-        assert "sft/seed-0 … cached" in capfd.readouterr().err
+        code, said = go(4, 16)
+        assert code == 0 and "sft/seed-0 … cached" in said
 
-    def test_nothing_left_to_halve_ends_with_the_error(self, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    def test_nothing_left_to_halve_ends_with_the_error(self, go: Any) -> None:
         """Code 1, as for any stage that failed."""
-        monkeypatch.setattr(processes, "PRELOAD", ["fake_stages"])
-        path = tmp_path / "x.yaml"
-        actions = json.dumps({"sft/seed-0": "memory-0"})
-        path.write_text(
-            f"name: x\ndescription: '{actions}'\ntoy: {{}}\nsft: {{batch_size: 2}}\npolicies: {{}}\nlandscape: null\n"
-        )
-        words = [str(path), "--lora", "--output-dir", str(tmp_path / "run"), "--stages", "toy,sft"]
-        assert recipe.main(words, stages=fake_stages.FAKE) == 1
-        said = capfd.readouterr().err.splitlines()
-        assert sum("again with" in line for line in said) == 1 and said[-1].startswith("sft/seed-0 failed: MemoryError")
+        code, said = go(0, 2)
+        assert code == 1 and sum("again with" in line for line in said) == 1
+        assert said[-1].startswith("sft/seed-0 failed: MemoryError")
