@@ -188,10 +188,10 @@ def full(error: BaseException, folder: Path) -> str | None:
 
 
 def _is_full(error: BaseException) -> bool:
-    """Python's codes, or what safetensors and torch say; not of memory that is mapped, whose room is another."""
+    """Python's codes, or what torch, safetensors and tokenizers (a plain Exception) say; not of memory that is mapped, whose room is another."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "/dev/shm" not in str(error.filename)
-    written = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
     return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
 
 

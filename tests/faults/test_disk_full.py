@@ -230,6 +230,7 @@ class TestFiles:
             (OSError(errno.EACCES, "Permission denied"), False),
             (RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0"), True),
             (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), True),
+            (Exception("No space left on device (os error 28)"), True),  # tokenizers'
             (RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"), False),
             (ValueError("shapes"), False),
         ],
