@@ -43,7 +43,7 @@ class Block(NamedTuple):
     source: str
     """The tensor's name in the file."""
     first: int
-    count: int
+    elements: int
 
 
 @dataclass(frozen=True)
