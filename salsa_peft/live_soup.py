@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from . import adapters
 from .config import require
@@ -19,6 +18,7 @@ from .stacked_adapter import live_factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from .checkpoint_folders import Checkpoint
     from .stacked_adapter import StackedAdapter
@@ -92,15 +92,25 @@ class LiveAdapters:
 class LiveCheckpoints:
     """Whole checkpoints in one model's weights: `model` is member 0, or any model of its architecture."""
 
-    def __init__(self, model: nn.Module, members: Sequence[Checkpoint]) -> None:
-        self.model, self.members = model, list(members)
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
+        from .checkpoint_alignment import ModelTensors
+        from .tensor_names import ModelNames
+
+        self.model, self.parameters = model, dict(model.named_parameters())
+        names = ModelNames(model)
+        self.members = [ModelTensors.of(member, names) for member in members]
         for member in self.members:
-            missing = next((name for name in self.parameters if name not in member.tensors), None)
+            folder = member.checkpoint.folder
+            missing = next((name for name in self.parameters if name not in member.parts), None)
             require(
                 missing is None,
-                f"{member.folder}: found no tensor {missing}, as Transformers names it; expected a checkpoint of the model's architecture"
-                " with its names (load it and save it again, where it has others)",
+                f"{folder}: found no tensor {missing}, which the model ({names}) has; take a checkpoint of the model's architecture",
+            )
+            own = next(iter(member.untied), None)
+            require(
+                own is None,
+                f"{folder}: {own} has values of its own, but the model's output embeddings are tied to its input embeddings; load the"
+                " model with tie_word_embeddings false",
             )
 
     @torch.no_grad()

@@ -188,8 +188,7 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path]) -> LiveAdapters:
 def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpoints:
     """A model of the members' architecture that moves between them."""
     read = [read_checkpoint(folder) for folder in folders]
-    for other in read[1:]:
-        align(read[0], other)
+    align(read)
     return LiveCheckpoints(model.eval(), read)
 
 

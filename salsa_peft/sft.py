@@ -15,7 +15,7 @@ from typing import Any
 from . import data, same_base
 from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
 from .config import require
-from .fingerprints import FINGERPRINT, base_fingerprint
+from .fingerprints import FINGERPRINT, base_fingerprints
 from .runs import BEGUN, MANIFEST, Job, write_atomic
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
 
@@ -83,7 +83,7 @@ def take(job: Job, path: str) -> dict[str, Any]:
     weights that are not finite, and for what is no such thing in safetensors."""
     bench = Workbench.of(job)
     folder = local(job.recipe, path)
-    same_base.check(folder, base_fingerprint(bench.folder), bench.name)
+    same_base.check(folder, base_fingerprints(bench.folder), bench.name)
     if job.recipe.adapter is not None:
         config, _ = read(folder)
         check_factors_alone(config, str(folder))

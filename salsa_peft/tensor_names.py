@@ -70,8 +70,8 @@ class ModelNames:
     def __str__(self) -> str:
         return type(self.model).__name__
 
-    def resolve(self, shapes: Mapping[str, Sequence[int]]) -> Resolved:
-        """Where the tensors of these names and shapes go, as `from_pretrained` would put them.
+    def resolve(self, shapes: Mapping[str, Sequence[int]], where: str) -> Resolved:
+        """Where the tensors of these names and shapes go, as `from_pretrained` would put them; `where` is what an error names.
 
         Prefixes of wrappers are taken off first. Raises SalsaError where two tensors go to one place, or one goes there in another shape.
         """
@@ -98,24 +98,20 @@ class ModelNames:
             elif pattern is not None:
                 groups.setdefault(found, (by_pattern[pattern], []))[1].append((pattern, name))
             else:
-                self._once(direct, found, name)
+                _check_free(direct.get(found), found, name, where)
                 direct[found] = name
         ignored = self._ignored(set(unplaced.values()))
         names |= {name: None for name, found in unplaced.items() if found in ignored}
         blocks: dict[str, tuple[Block, ...]] = {}
         for found, name in direct.items():
+            if tuple(shapes[name]) != self.shapes[found]:
+                raise SalsaError(_wrong_shape(where, name, shapes[name], found, self.shapes[found]))
             blocks[found] = (Block(name, 0, math.prod(shapes[name])),)
         for first, (converter, sources) in groups.items():
-            for found, made in self._converted(first, converter, sources, shapes).items():
-                self._once(blocks, found, made[0].source)
-                blocks[found] = made
+            for found, parts in self._converted(first, converter, sources, shapes, where).items():
+                _check_free(direct.get(found), found, parts[0].source, where)
+                blocks[found] = parts
         return Resolved(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
-
-    @staticmethod
-    def _once(known: Mapping[str, Any], found: str, name: str) -> None:
-        if found in known:
-            other = known[found]
-            raise SalsaError(f"{name} and {other if isinstance(other, str) else other[0].source} are both {found}")
 
     def _ignored(self, names: set[str]) -> set[str]:
         """Of names that the model does not have those that Transformers ignores without a warning."""
@@ -126,7 +122,12 @@ class ModelNames:
         return names - info.unexpected_keys
 
     def _converted(
-        self, first: str, converter: Any, sources: list[tuple[str, str]], shapes: Mapping[str, Sequence[int]]
+        self,
+        first: str,
+        converter: Any,
+        sources: list[tuple[str, str]],
+        shapes: Mapping[str, Sequence[int]],
+        where: str,
     ) -> dict[str, tuple[Block, ...]]:
         """The blocks of what a converter makes (fused experts, for example), found by converting the numbers of rows.
 
@@ -148,11 +149,21 @@ class ModelNames:
             moved = tuple(numbers.shape) == (shape if len(shape) < 2 else (*shape[:-1], 1))
             widths = {1 if len(shape) < 2 else shape[-1]} | {width for _, _, width in starts}
             if not moved or len(widths) > 1:
-                raise SalsaError(
-                    f"{sources[0][1]}: its shape is {list(shapes[sources[0][1]])}, which does not make {found} of shape {list(shape)}"
-                )
+                raise SalsaError(_wrong_shape(where, sources[0][1], shapes[sources[0][1]], found, shape))
             made[found] = _blocks(numbers.flatten(), starts)
         return made
+
+
+def _check_free(taken: str | None, found: str, name: str, where: str) -> None:
+    if taken is not None:
+        raise SalsaError(f"{where}: {taken} and {name} are both {found} in the model: remove one of them")
+
+
+def _wrong_shape(where: str, name: str, given: Sequence[int], found: str, expected: Sequence[int]) -> str:
+    return (
+        f"{where}: {name} has shape {list(given)}, but {found}, which it makes in the model, has {list(expected)} by config.json; correct"
+        " the configuration, or save the model again with Transformers"
+    )
 
 
 def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ...]:
@@ -186,13 +197,17 @@ def of_config(config: Mapping[str, Any], where: str) -> ModelNames:
 
 @functools.lru_cache(maxsize=8)
 def _made(content: str, where: str) -> ModelNames:
+    return ModelNames(made(read_config(json.loads(content), where)))
+
+
+def made(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, on the meta device: its parameters have no memory and no values."""
     import torch
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights, no_tie_weights
 
-    read = read_config(json.loads(content), where)
-    made = class_of(read)
+    architecture = class_of(config)
     with torch.device("meta"), no_init_weights(), no_tie_weights(), meta_device_safe_creation_ops():
-        return ModelNames(made(read))
+        return architecture(copy.deepcopy(config))
 
 
 def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -211,6 +226,13 @@ def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise SalsaError(f"{where}: Transformers cannot read this configuration: {error}") from error
     return read
+
+
+def known(config: Mapping[str, Any]) -> bool:
+    """Whether Transformers has the architecture of a config.json's content."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return config.get("model_type") in CONFIG_MAPPING
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from . import adapters, memory, models, precision, same_base, sharding
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
-from .fingerprints import FINGERPRINT
+from .fingerprints import FINGERPRINT, base_fingerprints
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
 
@@ -114,7 +114,7 @@ class Workbench:
 
         Every input but the embedded world is such a folder.
         """
-        base = base_fingerprint(self.folder)
+        base = base_fingerprints(self.folder)
         folders = [folder for unit, folder in inputs.items() if unit != "toy"]
         folders += [local(self.recipe, reference.path) for reference in references if reference.path is not None]
         for folder in folders:
