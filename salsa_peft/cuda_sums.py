@@ -1,7 +1,7 @@
 """The arithmetic of weight_sums.py on a GPU, with torch: the same sums, a large block at a time.
 
 Only the order of additions within a product differs, so distances agree to float32's digits; the sums are rounded as a CPU rounds them
-but for ties, where the GPU may fuse a multiplication and an addition.
+but where the GPU fuses a multiplication and an addition in float64.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class TorchSums:
             found = self._direct(given)
             zero = (found == 0) & (total == 0)  # of equal members, whatever the signs of the weights
             found = torch.where(zero, total.to(found), found)
+            found = found if kind.out == "F32" else _round_to_odd(found)
         out = found.to(getattr(torch, NAMES[kind.out]))
         _check(out, None)
         return list(products.values()), out.cpu().view(torch.uint8).numpy().data
@@ -74,6 +75,15 @@ class TorchSums:
         for values, weight in zip(given[1:], self.plan.weights[1:], strict=True):
             total += values.to(torch.float64) * weight
         return total
+
+
+def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """float64 → float32 as float_arrays.round_to_odd has it, since torch rounds float64 to 16 bits by way of float32, that is twice."""
+    found = values.float()
+    back, bits = found.double(), found.view(torch.int32)
+    bits -= (back.abs() > values.abs()).int()
+    bits |= (back != values).int()
+    return found
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
