@@ -81,8 +81,25 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
     require("/" in path, f"{where}: found {short(path)}, expected {what}'s folder or Hub id (namespace/name)")
-    for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
+    if is_local(path) and Path(path).is_dir():
+        _check_kind(where, Path(path), adapters)
+    for file in ("adapter_config.json",) if adapters else ("config.json",):
         check_path(where, path, what, file)
+
+
+def _check_kind(where: str, folder: Path, adapters: bool) -> None:
+    """An adapter with --lora, a checkpoint without. A folder of axolotl's holds the base's config.json beside an adapter."""
+    adapter, model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
+    require(
+        adapter or not model or not adapters,
+        f"{where}: {folder} is a full checkpoint, and this run uses LoRA adapters. Run it without --lora (every seed and reference is then a"
+        " checkpoint), or name an adapter",
+    )
+    require(
+        not adapter or adapters,
+        f"{where}: {folder} is a LoRA adapter, and this run uses full weights. Add --lora, or merge it first: `salsa soup MERGED {folder.name}"
+        " --merge --base BASE`",
+    )
 
 
 def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from . import data, same_base
-from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
+from safetensors.torch import save_file
+
+from . import adapters, data, same_base, taken_results
+from .adapters import check_finite, in_float32, lora_config, read_tensors
+from .checkpoint_folders import read_checkpoint
 from .config import require
-from .fingerprints import FINGERPRINT, base_fingerprint
-from .runs import BEGUN, MANIFEST, Job, write_atomic
+from .fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
+from .runs import Job, write_atomic
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
 
 
@@ -79,31 +83,66 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def take(job: Job, path: str) -> dict[str, Any]:
-    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint. Raises SalsaError for one of another base, for
-    weights that are not finite, and for what is no such thing in safetensors."""
+    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint, as this run's stages write them.
+
+    Files beside the weights (optimizer, logs, cards) are neither read nor copied. Raises SalsaError for weights of another base, for ones
+    that are not finite, and for what is no such thing in safetensors.
+    """
     bench = Workbench.of(job)
     folder = local(job.recipe, path)
-    same_base.check(folder, base_fingerprint(bench.folder), bench.name)
+    known = read_fingerprint(folder) is not None
+    if known:
+        same_base.check(folder, base_fingerprint(bench.folder), bench.name)
+    tokenizer_differs = bench.note_tokenizer(folder)
     if job.recipe.adapter is not None:
-        config, _ = read(folder)
-        check_factors_alone(config, str(folder))
-        names = [WEIGHTS, CONFIG, FINGERPRINT]
+        named = take_adapter(bench, folder, path, job.folder)
     else:
-        names = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
-        require(
-            any(name.endswith(".safetensors") for name in names),
-            f"{path}: found no safetensors file, expected a checkpoint's weights in one (other formats are not read)",
-        )
-        for name in filter(lambda name: name.endswith(".safetensors"), names):
-            check_finite(read_tensors(folder / name), str(folder / name))
-    for name in names:
-        if (folder / name).is_file() and name not in (MANIFEST, BEGUN):
-            shutil.copyfile(folder / name, job.folder / name)
+        named = take_checkpoint(bench, folder, path, job.folder)
+    if not known:
+        other = "" if named in (None, bench.name, str(bench.folder)) else f", and it names another ({named})"
+        told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {bench.name}"
+        print(told, file=sys.stderr, flush=True)
+    bench.sign(job.folder, checked=known)
     bench.tokenizer.save_pretrained(job.folder)
     commit = folder.name if folder.parent.name == "snapshots" else None
     metrics = {
         "from": Path(path).name if Path(path).is_absolute() else path,
         **({} if commit is None else {"commit": commit}),
+        **({} if known else {"base": "not checked"}),
+        **({"tokenizer": "differs from the run's"} if tokenizer_differs else {}),
     }
     write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
+    """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
+    taken_results.check_adapter("sft.from", folder, taken_results.SEED, taken_results.base_of(bench.recipe))
+    config, tensors = adapters.read(folder)
+    saved = [name for name in tensors if ".lora_" not in name]
+    base: Any = (
+        bench.base() if saved else bench.skeleton()
+    )  # what is saved beside the factors must be the base's own values
+    adapters.attach(base, folder, "taken")
+    save_file(
+        {name: tensors[name] for name in tensors if name not in saved},
+        out / adapters.WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, bench.name, None
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+    return named
+
+
+def take_checkpoint(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
+    """Copy a checkpoint's weights and configuration → the model that it says it was made from."""
+    taken_results.check_checkpoint("sft.from", folder, taken_results.base_of(bench.recipe))
+    found = read_checkpoint(folder)
+    names = [*found.files, "config.json", "generation_config.json", "model.safetensors.index.json"]
+    for name in names:
+        if (folder / name).is_file():
+            if name in found.files:
+                check_finite(read_tensors(folder / name), str(folder / name))
+            shutil.copyfile(folder / name, out / name)
+    return found.config.get("_name_or_path")

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 
 from . import adapters, memory, models, precision, same_base, sharding
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
-from .fingerprints import FINGERPRINT
+from .fingerprints import FINGERPRINT, read_fingerprint
+from .hub_errors import said_in_a_line
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
 
@@ -60,6 +61,12 @@ class Workbench:
     def base(self) -> PreTrainedModel:
         """The causal language model, frozen."""
         return self._named(models.load_base(str(self.folder), self.recipe.model, self.tokenizer))
+
+    def skeleton(self) -> PreTrainedModel:
+        """The causal language model without values, on the meta device: which modules it has, and of what shape."""
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config).requires_grad_(False)
 
     def trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Full weights to train: the base's, or those of a checkpoint."""
@@ -110,19 +117,45 @@ class Workbench:
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError for an adapter or checkpoint of another base, by the fingerprint beside it; one without is noted.
+        """Raise SalsaError for an adapter or checkpoint of another base, by the fingerprint beside it; a reference without is noted.
 
-        Every input but the embedded world is such a folder.
+        Every input but the embedded world is such a folder. One that has no fingerprint was noted when the stage before took it.
         """
         base = base_fingerprint(self.folder)
-        folders = [folder for unit, folder in inputs.items() if unit != "toy"]
-        folders += [local(self.recipe, reference.path) for reference in references if reference.path is not None]
-        for folder in folders:
+        made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
+        given = [local(self.recipe, reference.path) for reference in references if reference.path is not None]
+        for folder in [*made, *given]:
             same_base.check(folder, base, self.name)
+        for folder in given:
+            self.note_tokenizer(folder)
 
-    def sign(self, folder: Path) -> None:
-        """fingerprint.json beside an adapter or checkpoint: the base it belongs to."""
-        write_atomic(folder / FINGERPRINT, json.dumps({"base": base_fingerprint(self.folder)}))
+    def note_tokenizer(self, folder: Path) -> bool:
+        """Say where the tokenizer beside weights has another chat template than this run uses, or other ids, which are refused; → whether
+        one was said."""
+        if not (folder / "tokenizer_config.json").is_file():
+            return False
+        with said_in_a_line(str(folder)):
+            own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        known, found = self.tokenizer.get_vocab(), own.get_vocab()
+        odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
+        require(
+            odd is None,
+            f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, this run's at {known.get(str(odd))}: the ids that it was trained on"
+            f" mean other text here; use the model that it was trained from as model.base (now {self.name})",
+        )
+        differs = own.chat_template is not None and own.chat_template != self.tokenizer.chat_template
+        if differs:
+            told = (
+                f"{folder}: its tokenizer has another chat template than this run, whose is used; set model.chat_template to that one if it"
+                " was trained with it"
+            )
+            print(told, file=sys.stderr, flush=True)
+        return differs
+
+    def sign(self, folder: Path, checked: bool = True) -> None:
+        """fingerprint.json beside an adapter or checkpoint: the base it belongs to; `checked`: false where that is the recipe's word alone."""
+        told = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
+        write_atomic(folder / FINGERPRINT, json.dumps(told))
 
 
 def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:
