@@ -83,12 +83,18 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
     require("/" in path, f"{where}: found {short(path)}, expected {what}'s folder or Hub id (namespace/name)")
     if is_local(path) and Path(path).is_dir():
         _check_kind(where, Path(path), adapters)
-    for file in ("adapter_config.json",) if adapters else ("config.json",):
+    for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
         check_path(where, path, what, file)
 
 
 def _check_kind(where: str, folder: Path, adapters: bool) -> None:
     """An adapter with --lora, a checkpoint without. A folder of axolotl's holds the base's config.json beside an adapter."""
+    pickled = (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file()
+    require(
+        not pickled,
+        f"{where}: {folder} holds adapter_model.bin, a pickle, which is never read. Load it with PEFT and save it again (save_pretrained"
+        " writes adapter_model.safetensors)",
+    )
     adapter, model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
     require(
         adapter or not model or not adapters,

@@ -22,6 +22,7 @@ from .data import check_messages
 from .function_reward import Rows, Tally, decode
 from .hub_errors import said_in_a_line
 from .models import device, positions, resolve_dtype
+from .reward_kinds import OWN_FUNCTION
 from .room import Room
 
 if TYPE_CHECKING:
@@ -158,7 +159,10 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
             output_loading_info=True,
         )
     labels, missing = loaded.config.num_labels, sorted(told["missing_keys"])
-    require(labels == 1, f"{path}: found a classifier of num_labels {labels}, expected 1: a score")
+    require(
+        labels == 1,
+        f"{path}: found a classifier of num_labels {labels}, and a reward is one number (1). {OWN_FUNCTION}",
+    )
     require(
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"
     )

@@ -21,7 +21,7 @@ from .checkpoint_folders import read_checkpoint
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
 from .runs import Job, write_atomic
-from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
+from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def take(job: Job, path: str) -> dict[str, Any]:
     known = read_fingerprint(folder) is not None
     if known:
         same_base.check(folder, base_fingerprint(bench.folder), bench.name)
-    tokenizer_differs = bench.note_tokenizer(folder)
+    tokenizer_differs = note_tokenizer(folder, bench.tokenizer, bench.name)
     if job.recipe.adapter is not None:
         named = take_adapter(bench, folder, path, job.folder)
     else:

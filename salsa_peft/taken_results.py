@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import float_arrays
-from .adapter_names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
+from .adapter_names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
 from .checkpoint_folders import Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
 from .messages import short
@@ -115,7 +115,7 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None) 
     if role == REWARD:
         _check_heads(f"{where}: {folder}", folder, file, heads)
     require(
-        role != SEED or not heads,
+        role != SEED or not heads or config.get("task_type") != "SEQ_CLS",
         f"{where}: {folder} is a reward adapter (it holds {', '.join(heads)}). Name it as `reward:`; a seed is an adapter of a language model",
     )
     if base is not None:

@@ -127,35 +127,38 @@ class Workbench:
         for folder in [*made, *given]:
             same_base.check(folder, base, self.name)
         for folder in given:
-            self.note_tokenizer(folder)
-
-    def note_tokenizer(self, folder: Path) -> bool:
-        """Say where the tokenizer beside weights has another chat template than this run uses, or other ids, which are refused; → whether
-        one was said."""
-        if not (folder / "tokenizer_config.json").is_file():
-            return False
-        with said_in_a_line(str(folder)):
-            own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        known, found = self.tokenizer.get_vocab(), own.get_vocab()
-        odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
-        require(
-            odd is None,
-            f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, this run's at {known.get(str(odd))}: the ids that it was trained on"
-            f" mean other text here; use the model that it was trained from as model.base (now {self.name})",
-        )
-        differs = own.chat_template is not None and own.chat_template != self.tokenizer.chat_template
-        if differs:
-            told = (
-                f"{folder}: its tokenizer has another chat template than this run, whose is used; set model.chat_template to that one if it"
-                " was trained with it"
-            )
-            print(told, file=sys.stderr, flush=True)
-        return differs
+            note_tokenizer(folder, self.tokenizer, self.name)
 
     def sign(self, folder: Path, checked: bool = True) -> None:
         """fingerprint.json beside an adapter or checkpoint: the base it belongs to; `checked`: false where that is the recipe's word alone."""
         told = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
         write_atomic(folder / FINGERPRINT, json.dumps(told))
+
+
+def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> bool:
+    """Say where the tokenizer beside weights has another chat template than `tokenizer`, the one that is used; → whether it was said.
+
+    Raises SalsaError where a token has another id there. base: what people call the model that `tokenizer` belongs to.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return False
+    with said_in_a_line(str(folder)):
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    known, found = tokenizer.get_vocab(), own.get_vocab()
+    odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
+    require(
+        odd is None,
+        f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, the one of {base} at {known.get(str(odd))}: the ids that these weights"
+        " were trained on mean other text here; use the base and tokenizer that they were trained with",
+    )
+    differs = own.chat_template is not None and own.chat_template != tokenizer.chat_template
+    if differs:
+        told = (
+            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
+            " (model.chat_template)"
+        )
+        print(told, file=sys.stderr, flush=True)
+    return differs
 
 
 def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:
