@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import disk
-from .adapter_names import PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
-from .adapter_names import SCORE_HEAD as SCORE_HEAD
 from .config import Adapter, SalsaError, require
 from .fingerprints import FINGERPRINT
 from .runs import write_atomic
+from .score_heads import PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
+from .score_heads import SCORE_HEAD as SCORE_HEAD
 from .sharding import placed
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import numpy as np
 
 from . import float_arrays
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
-from .adapter_names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
 from .checkpoint_folders import Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
 from .messages import short
 from .paths import is_local
 from .safetensors_files import SafetensorsFile
+from .score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
 
 SEED, REFERENCE, REWARD = "seed", "reference", "reward"
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")

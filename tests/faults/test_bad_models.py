@@ -261,7 +261,9 @@ def test_a_seed_that_is_taken_is_looked_at(tokenizer: Any, make_base: Any, make_
     world = World(tmp_path, tokenizer, make_base, make_adapter)
     config = json.loads((world.seeds[1] / "adapter_config.json").read_text())
     (world.seeds[1] / "adapter_config.json").write_text(json.dumps(config | {"bias": "lora_only"}))
-    one_line(lambda: world.take(world.seeds[1]), r"sft.from: .*seed-1 has bias: 'lora_only', and that is part of the base")
+    one_line(
+        lambda: world.take(world.seeds[1]), r"sft.from: .*seed-1 has bias: 'lora_only', and that is part of the base"
+    )
     (tmp_path / "taken").rmdir()
     tensors = load_file(world.seeds[0] / WEIGHTS)
     tensors[max(tensors)].view(-1)[0] = float("nan")
