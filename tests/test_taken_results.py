@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from salsa_peft import adapters, recipe, rewards
 from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import fingerprint
+from salsa_peft.fingerprints import base_fingerprint, fingerprint
 from salsa_peft.parsing import load_recipe
 from salsa_peft.references import as_references
 from salsa_peft.toy import make_tokenizer
@@ -45,10 +46,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def salsa(base: Path, tmp_path: Path, capsys: Any) -> Callable[..., tuple[int, str]]:
+def salsa(base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """`salsa run` of the small recipe on the base: (settings, words) → exit code and what it said."""
     (tmp_path / "small.yaml").write_text(RECIPE)
     (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
 
     def run(given: dict[str, Any], *words: str) -> tuple[int, str]:
         given = {"model.base": str(base), "policies": {"salsa": {"reference": "soup"}}, **given}
@@ -132,10 +134,7 @@ def test_a_seed_that_is_taken_is_one_of_this_run(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert read(out / adapters.CONFIG)["base_model_name_or_path"] == str(base)
     told = read(out / "fingerprint.json")
-    assert (
-        told["base"] == __import__("salsa_peft.fingerprints", fromlist=["x"]).base_fingerprint(base)
-        and told["checked"] is False
-    )
+    assert told["base"] == base_fingerprint(base) and told["checked"] is False
     assert {path.suffix for path in out.iterdir()} <= {".json", ".safetensors", ".jinja"} and not (
         out / "config.json"
     ).exists()
