@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
 
@@ -151,7 +152,7 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
         f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, the one of {base} at {known.get(str(odd))}: the ids that these weights"
         " were trained on mean other text here; use the base and tokenizer that they were trained with",
     )
-    differs = own.chat_template is not None and own.chat_template != tokenizer.chat_template
+    differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
     if differs:
         told = (
             f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
@@ -159,6 +160,15 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
         )
         print(told, file=sys.stderr, flush=True)
     return differs
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short chat through a tokenizer's template, or the template where it refuses that chat: two templates are one if these are equal."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, TypeError):
+        return str(tokenizer.chat_template)
 
 
 def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:
