@@ -27,7 +27,7 @@ from . import disk
 from .config import Adapter, SalsaError, require
 from .fingerprints import FINGERPRINT
 from .runs import write_atomic
-from .score_heads import PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
+from .score_heads import MERGE, PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
 from .score_heads import SCORE_HEAD as SCORE_HEAD
 from .sharding import placed
 
@@ -163,11 +163,11 @@ def check_factors_alone(config: LoraConfig, where: str) -> None:
     """Raise SalsaError, beginning with `where`, for trained biases and tokens: they lie in the base that all roles share."""
     require(
         config.bias == "none",
-        f"{where}: found bias {config.bias!r}, expected 'none': the biases are the base's, which all roles share",
+        f"{where}: found bias {config.bias!r}, expected 'none': the biases are the base's, which all roles share; {MERGE}",
     )
     require(
         not config.trainable_token_indices,
-        f"{where}: found trainable_token_indices, expected LoRA factors only: the tokens are the base's, which all roles share",
+        f"{where}: found trainable_token_indices, expected LoRA factors only: the tokens are the base's, which all roles share; {MERGE}",
     )
 
 

@@ -180,7 +180,8 @@ def check_classifier_folder(where: str, folder: str) -> None:
     settings = _json_file(where, Path(folder) / "tokenizer_config.json")
     require(
         "chat_template" in settings or (Path(folder) / "chat_template.jinja").is_file(),
-        f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages",
+        f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages."
+        " Put the template that it was trained with beside it as chat_template.jinja, or write a function (reward: module:name)",
     )
 
 

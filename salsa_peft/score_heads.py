@@ -14,8 +14,8 @@ VALUE_HEAD = "value_head.safetensors"
 VALUE_WEIGHT, VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 """In that file; PPO's own has other names."""
 MERGE = (
-    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and run with full weights, without"
-    " --lora"
+    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that checkpoint: in a recipe"
+    " with full weights (without --lora), in a script as a model"
 )
 """What to do with an adapter that changes more than LoRA's factors."""
 
