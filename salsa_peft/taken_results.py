@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from . import float_arrays
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
-from .checkpoint_folders import Checkpoint, read_checkpoint, text_part
+from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
 from .messages import short
 from .paths import is_local
@@ -173,11 +170,15 @@ def _check_heads(what: str, folder: Path, file: SafetensorsFile, heads: list[str
 
 def same_as_base(file: SafetensorsFile, name: str, base: Checkpoint) -> bool:
     """Whether a tensor that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
+    import numpy as np
+
+    from . import float_arrays
+
     own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     if own == "lm_head.weight" and own not in base.tensors:  # tied
         own = next((known for known in base.tensors if known.endswith("embed_tokens.weight")), own)
     place, entry = base.tensors.get(own), file.entries[name]
-    known = place is not None and place.entry.dtype in float_arrays.DTYPES and entry.dtype in float_arrays.DTYPES
+    known = place is not None and place.entry.dtype in FLOATS and entry.dtype in FLOATS
     if place is None or not known or place.entry.shape != entry.shape:
         return False
     rounded = float_arrays.narrow(float_arrays.read(place.file, own), entry.dtype)
@@ -192,11 +193,7 @@ def _check_shapes(what: str, file: SafetensorsFile, base: Checkpoint) -> None:
             halves.setdefault(match["module"], {})[match["half"]] = entry.shape
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
-        if (
-            place is None
-            or place.entry.dtype not in float_arrays.DTYPES
-            or {len(shape) for shape in shapes.values()} != {2}
-        ):
+        if place is None or place.entry.dtype not in FLOATS or {len(shape) for shape in shapes.values()} != {2}:
             continue
         delta, weight = (shapes.get("B", (0,))[0], shapes.get("A", (0, 0))[1]), place.entry.shape
         require(
