@@ -129,7 +129,7 @@ def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | 
         out / adapters.WEIGHTS,
         metadata={"format": "pt"},
     )
-    named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, bench.name, None
+    named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, bench.base_name, None
     config.inference_mode = True
     config.save_pretrained(str(out))
     return named

@@ -80,8 +80,13 @@ class Workbench:
         return self._named(models.load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
     def _named(self, model: PreTrainedModel) -> PreTrainedModel:
-        model.name_or_path = str(self.folder) if self.recipe.model.base is None else self.name
+        model.name_or_path = self.base_name
         return model
+
+    @property
+    def base_name(self) -> str:
+        """What adapters of this run name as their base."""
+        return str(self.folder) if self.recipe.model.base is None else self.name
 
     def precision(self) -> str:
         """master | stochastic, of the full weights that this stage trains: as the recipe says, or what this card has room for."""

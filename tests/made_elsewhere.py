@@ -98,13 +98,15 @@ def adapter_by(maker: str, base: Path, out: Path, seed: int, **options: Any) -> 
     return out
 
 
-def checkpoint(base: Path, out: Path, seed: int, dtype: torch.dtype = torch.float32, scale: float = 0.02) -> Path:
+def checkpoint(
+    base: Path, out: Path, seed: int, dtype: torch.dtype = torch.float32, scale: float = 0.02, shards: str = "5GB"
+) -> Path:
     """Full weights, some way from the base's."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-    model.to(dtype).save_pretrained(out)
+    model.to(dtype).save_pretrained(out, max_shard_size=shards)
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
     return out
 

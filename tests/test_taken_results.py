@@ -157,6 +157,17 @@ def test_a_checkpoint_that_is_taken(maker: str, base: Path, small: Path, tmp_pat
     ]  # fmt: skip
 
 
+def test_a_checkpoint_of_several_shards(base: Path, small: Path, tmp_path: Path) -> None:
+    """Each is copied, and the index; other safetensors files are not."""
+    folder = elsewhere.checkpoint(base, tmp_path / "theirs", 1, shards="100KB")
+    save_file({"v_head.summary.weight": torch.ones(1, 64)}, folder / "value_head.safetensors")
+    out = take(small, base, folder, tmp_path / "out", lora=None)
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 1 and {path.name for path in out.glob("*.safetensors")} == shards
+    expected, found = (loaded(path).state_dict() for path in (folder, out))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_tokenizer_of_other_ids_is_refused(base: Path, small: Path, tmp_path: Path) -> None:
     folder = elsewhere.adapter_by("axolotl", base, tmp_path / "theirs", 1)
     path = folder / "tokenizer.json"
