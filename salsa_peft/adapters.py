@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import disk
+from .adapter_names import plain_names
 from .config import Adapter, SalsaError, require
 from .fingerprints import FINGERPRINT
 from .runs import write_atomic
@@ -70,7 +71,7 @@ def local_folder(path: str, revision: str | None = None) -> Path:
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """An adapter folder → (config, tensors by PEFT's saved names). Raises SalsaError where a file is missing, damaged or no LoRA, and
+    """An adapter folder → (config, tensors by PEFT's saved names, without those of wrappers). Raises SalsaError where a file is missing, damaged or no LoRA, and
     for values that are not finite."""
     for name in (CONFIG, WEIGHTS):
         require((folder / name).is_file(), f"{folder}: found no {name}, expected a PEFT adapter saved with safetensors")
@@ -78,7 +79,8 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     require(isinstance(config, LoraConfig), f"{folder}: found a {config.peft_type} adapter, expected LoRA")
     tensors = read_tensors(folder / WEIGHTS)
     check_finite(tensors, str(folder / WEIGHTS))
-    return config, tensors
+    names = plain_names(tensors, {"auto_mapping": config.auto_mapping}, folder / WEIGHTS)
+    return config, {name: tensors[key] for name, key in names.items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

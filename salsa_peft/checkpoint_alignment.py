@@ -1,67 +1,264 @@
-"""Whether checkpoints are of one architecture and vocabulary, and where each has the tensors of the first; or refused with the reason.
+"""Where several checkpoints have the same tensors, and in which layout their sum is written; or why they cannot be averaged.
 
-Output embeddings may be saved apart though they are tied to the input's: fine where the bits are equal.
+Checkpoints whose files agree in names are compared as they are, without torch. Where names differ (the Hub's GPT-2 beside what
+Transformers saves, experts apart or in one tensor, prefixes of wrappers, tied output embeddings written or not), each name is resolved to
+the one in the model that Transformers makes (tensor_names.py). What is no parameter there (rotary frequencies, causal masks) is averaged
+where every checkpoint has it, else copied from the one whose layout is written.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.checkpoint_folders import CONFIG, FLOATS, Checkpoint, Place, read_mapping, text_part
+from salsa_peft import tensor_names
+from salsa_peft.checkpoint_configs import check_alike
+from salsa_peft.checkpoint_folders import CONFIG, FLOATS, Checkpoint, Place, read_mapping
 from salsa_peft.errors import SalsaError, require
-from salsa_peft.safetensors_files import fill
+from salsa_peft.fingerprints import EMBEDDINGS, HEAD
+from salsa_peft.safetensors_files import BITS, Entry, SafetensorsFile, fill, make_header
 
-ARCHITECTURE = (
-    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps", "sliding_window", "rope_theta", "rope_scaling",
-    "rope_parameters", "tie_word_embeddings", "n_embd", "n_layer", "n_head", "activation_function",
-)  # fmt: skip
-"""What config.json must say alike: what changes the function of the same tensors. Where only one says it, shapes decide."""
-HEAD = "lm_head.weight"
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+if TYPE_CHECKING:
+    import torch
 
 
-def align(head: Checkpoint, other: Checkpoint) -> dict[str, Place]:
-    """Where `other` has each tensor of `head`; output embeddings that are tied are found at the input's, to the bit the same.
+class Written(NamedTuple):
+    """A weight file of the result."""
 
-    Raises SalsaError for another architecture, vocabulary, key, shape or kind of dtype.
+    header: bytes
+    pieces: list[str]
+    """Keys of Alignment.rows in the order of their bytes."""
+    size: int
+    """Bytes of its tensors."""
+
+
+class Alignment(NamedTuple):
+    """Where each checkpoint has the pieces of the result, which has the layout of one of them."""
+
+    checkpoint: Checkpoint
+    """Whose files, names and dtypes the result has."""
+    member: int
+    """Its number."""
+    files: dict[str, Written]
+    rows: list[dict[str, Place]]
+    """Of each checkpoint, in their order: piece (a tensor, or a part of one) → where it lies."""
+    untied: bool
+    """Whether the result has output embeddings of their own though config.json says that they are tied."""
+
+    def layout(self) -> dict[str, Place]:
+        """Piece → where the checkpoint whose layout is written has it, in the dtype that is written."""
+        return self.rows[self.member]
+
+
+def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
+    """Where every checkpoint has the tensors of the result. The layout is that of the first, or of the first whose output embeddings are
+    not the input's.
+
+    Raises SalsaError that names file and field or tensor for another architecture, vocabulary, tensor, shape or kind of dtype.
     """
-    _check_config(head, other)
-    _check_vocabulary(head, other)
-    places, mine, yours = dict(other.tensors), _both_embeddings(head), _both_embeddings(other)
-    if mine is not None and yours is not None:
-        places[mine] = places.pop(yours)
-    for name in sorted(head.tensors.keys() ^ places.keys()):
-        lacks, has = (other, head) if name in head.tensors else (head, other)
-        partner = tied_partner(has, name)
-        if partner is None or has.tied is False or lacks.tied is False or partner not in other.tensors:
-            path = has.tensors[name].file.path
+    head = checkpoints[0]
+    for other in checkpoints[1:]:
+        check_alike(head.config, other.config, head.folder / CONFIG, other.folder / CONFIG)
+        _check_vocabulary(head, other)
+    if all(_reads_alike(head, checkpoint) for checkpoint in checkpoints):
+        rows = [dict(checkpoint.tensors) for checkpoint in checkpoints]
+        files = {
+            name: Written(file.header, list(file.entries), file.size - file.begin) for name, file in head.files.items()
+        }
+        return Alignment(head, 0, files, rows, untied=False)
+    return _aligned_by_model([ModelTensors.of(checkpoint) for checkpoint in checkpoints])
+
+
+def _reads_alike(head: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints have the same tensors as far as the names in their files tell, and nothing asks for a closer look."""
+    return (
+        head.tensors.keys() == other.tensors.keys()
+        and head.tied == other.tied
+        and all(_fits(place.entry, other.tensors[name].entry) for name, place in head.tensors.items())
+        and all(tensor_names.unwrapped(name) == name for name in other.tensors)
+        and (not other.tied or all(_same_as_input(other, name) for name in other.tensors))
+    )
+
+
+def _fits(one: Entry, other: Entry) -> bool:
+    return one.shape == other.shape and (one.dtype == other.dtype or {one.dtype, other.dtype} <= set(FLOATS))
+
+
+def _same_as_input(checkpoint: Checkpoint, name: str) -> bool:
+    """False for output embeddings with other values than the input's."""
+    partner = tied_partner(checkpoint, name)
+    return partner is None or same_bits(checkpoint.tensors[name], checkpoint.tensors[partner])
+
+
+class Part(NamedTuple):
+    """Consecutive elements of a model's tensor, and where they lie."""
+
+    start: int
+    place: Place
+
+
+class Span(NamedTuple):
+    """Consecutive elements of a tensor in a file: the first of them, and which elements of the model's tensor they are."""
+
+    first: int
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class ModelTensors:
+    """A checkpoint's tensors by the names of the model that Transformers makes of it."""
+
+    checkpoint: Checkpoint
+    names: tensor_names.ModelNames
+    parts: dict[str, list[Part]]
+    """The model's name → its elements in order; tied output embeddings are those of the input."""
+    spans: dict[str, list[Span]]
+    """Name in the files → the model's tensors that its elements belong to; none for what is no parameter."""
+    untied: set[str]
+    """Output embeddings that have values of their own."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, names: tensor_names.ModelNames | None = None) -> ModelTensors:
+        """By config.json, or in a model that is there. Raises SalsaError for a tensor that has no place in the model."""
+        where = str(checkpoint.folder)
+        names = names or tensor_names.of_config(checkpoint.config, str(checkpoint.folder / CONFIG))
+        found = names.resolve({name: place.entry.shape for name, place in checkpoint.tensors.items()}, where)
+        for name in found.unknown:
             raise SalsaError(
-                f"{path}: {name}: found no such tensor in {lacks.folder}, expected the same names in all members"
+                f"{checkpoint.tensors[name].file.path}: {name} has no place in {names}, the model that config.json describes; remove the"
+                " tensor, or load the model with Transformers and save it again"
             )
-        _require_tied(has, name, partner)
-        if lacks is other:
-            places[name] = other.tensors[partner]
-        else:
-            del places[name]
-    for name, (file, entry) in head.tensors.items():
-        there = places[name]
-        require(
-            there.entry.shape == entry.shape,
-            f"{there.file.path}: {name}: found shape {list(there.entry.shape)}, expected {list(entry.shape)} as in {file.path}",
+        parts: dict[str, list[Part]] = {}
+        spans: dict[str, list[Span]] = {name: [] for name in checkpoint.tensors}
+        for name, blocks in found.blocks.items():
+            starts = list(itertools.accumulate((block.elements for block in blocks), initial=0))
+            for block, (start, stop) in zip(blocks, itertools.pairwise(starts), strict=True):
+                place = _slice(checkpoint.tensors[block.source], block.first, block.first + block.elements)
+                parts.setdefault(name, []).append(Part(start, place))
+                spans[block.source].append(Span(block.first, name, start, stop))
+        untied = set()
+        for target, source in names.tied.items():
+            if target in parts and source in parts:
+                one, other = ([part.place for part in parts[name]] for name in (target, source))
+                if len(one) != len(other) or not all(map(same_bits, one, other)):
+                    untied.add(target)
+            elif target in parts:
+                parts[source] = parts[target]
+            elif source in parts:
+                parts[target] = parts[source]
+        return cls(checkpoint, names, parts, spans, untied)
+
+    def at(self, name: str, start: int, stop: int) -> Place:
+        """Elements of a model's tensor that lie within one part of it."""
+        parts = self.parts[name]
+        part = parts[bisect.bisect_right([part.start for part in parts], start) - 1]
+        return _slice(part.place, start - part.start, stop - part.start)
+
+    def cuts(self, name: str) -> list[int]:
+        """Where the parts of a model's tensor begin."""
+        return [part.start for part in self.parts[name]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of the model's tensor, on the CPU."""
+        import torch
+
+        pieces = [_read(part.place) for part in self.parts[name]]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole.reshape(self.names.shapes[name])
+
+
+def _slice(place: Place, start: int, stop: int) -> Place:
+    """Elements start to stop of a tensor as a tensor of one dimension; all of them: as it is."""
+    entry, width = place.entry, BITS[place.entry.dtype] // 8
+    if (start, stop) == (0, math.prod(entry.shape)):
+        return place
+    return Place(place.file, Entry(entry.dtype, (stop - start,), entry.begin + start * width, (stop - start) * width))
+
+
+def _read(place: Place) -> torch.Tensor:
+    return place.file.read_entry(place.entry).flatten()
+
+
+def _aligned_by_model(views: Sequence[ModelTensors]) -> Alignment:
+    """By the names of the models."""
+    tied = {target for view in views for target in view.names.tied}
+    own = next((v for v in views if any(t in v.untied or (t in v.parts and t not in v.names.tied) for t in tied)), None)
+    shown = own or views[0]
+    for view in views:
+        _check_same_tensors(shown, view)
+    rows: list[dict[str, Place]] = [{} for _ in views]
+    files = {}
+    for file_name, file in shown.checkpoint.files.items():
+        pieces: list[str] = []
+        for name in file.entries:
+            for piece, places in _pieces(shown, name, views):
+                pieces.append(piece)
+                for row, place in zip(rows, places, strict=True):
+                    row[piece] = place
+        files[file_name] = Written(_header(file), pieces, file.size - file.begin)
+    return Alignment(
+        shown.checkpoint, views.index(shown), files, rows, untied=own is not None and bool(shown.names.tied)
+    )
+
+
+def _check_same_tensors(shown: ModelTensors, view: ModelTensors) -> None:
+    for name in sorted(shown.parts.keys() ^ view.parts.keys()):
+        lacks, has = (view, shown) if name in shown.parts else (shown, view)
+        raise SalsaError(
+            f"{lacks.checkpoint.folder}: {lacks.names} there has no {name}, which is in {has.parts[name][0].place.file.path}"
+            f" ({has.names}); members of a soup have the same tensors: leave one of them out, or save it again with this tensor"
         )
-        same = there.entry.dtype == entry.dtype or (there.entry.dtype in FLOATS and entry.dtype in FLOATS)
-        require(same, f"{there.file.path}: {name}: found {there.entry.dtype}, expected {entry.dtype} as in {file.path}")
-    return places
 
 
-def _both_embeddings(checkpoint: Checkpoint) -> str | None:
-    """The one tensor that is input and output embeddings of a tied model, under either name."""
-    names = [name for name in checkpoint.tensors if name.endswith((HEAD, *EMBEDDINGS))]
-    return names[0] if checkpoint.tied and len(names) == 1 else None
+def _pieces(shown: ModelTensors, name: str, views: Sequence[ModelTensors]) -> Iterator[tuple[str, list[Place]]]:
+    """The pieces of a tensor of the layout, and where each checkpoint has them."""
+    place = shown.checkpoint.tensors[name]
+    spans, total = sorted(shown.spans[name]), math.prod(place.entry.shape)
+    if not spans:
+        yield name, [_ignored_in(view, name, place) for view in views]
+        return
+    require(
+        sum(span.stop - span.start for span in spans) == total,
+        f"{place.file.path}: Transformers takes only a part of {name}: load the model with Transformers and save it again",
+    )
+    for span in spans:
+        inner = {cut for view in views for cut in view.cuts(span.name) if span.start < cut < span.stop}
+        for start, stop in itertools.pairwise(sorted({span.start, span.stop, *inner})):
+            places = [view.at(span.name, start, stop) for view in views]
+            for found in places:
+                _check_dtype(found, place, name)
+            first = span.first + start - span.start
+            yield name if stop - start == total else f"{name}[{first}:{first + stop - start}]", places
+
+
+def _ignored_in(view: ModelTensors, name: str, place: Place) -> Place:
+    """A tensor that is no parameter: the checkpoint's own floats of that name and shape, else what the layout's file has."""
+    found = view.checkpoint.tensors[name] if view.spans.get(name) == [] else place
+    return found if found.entry.shape == place.entry.shape and found.entry.dtype in FLOATS else place
+
+
+def _check_dtype(found: Place, place: Place, name: str) -> None:
+    require(
+        found.entry.dtype == place.entry.dtype or {found.entry.dtype, place.entry.dtype} <= set(FLOATS),
+        f"{found.file.path}: the values of {name} are {found.entry.dtype}, but {place.entry.dtype} in {place.file.path}; save one of the"
+        " models again in the other's dtype",
+    )
+
+
+def _header(file: SafetensorsFile) -> bytes:
+    """A file's header with the names that Transformers knows: without prefixes of wrappers."""
+    names = {name: tensor_names.unwrapped(name) for name in file.entries}
+    if all(name == plain for name, plain in names.items()):
+        return file.header
+    return make_header(((names[name], entry.dtype, entry.shape) for name, entry in file.entries.items()), file.metadata)
 
 
 def check_tied(checkpoint: Checkpoint) -> None:
@@ -94,10 +291,10 @@ def same_bits(one: Place, other: Place) -> bool:
     """Whether two tensors have the same bytes (and dtype)."""
     if (one.entry.dtype, one.entry.size) != (other.entry.dtype, other.entry.size):
         return False
-    return all(a == b for a, b in zip(_pieces(one), _pieces(other), strict=True))
+    return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
 
 
-def _pieces(place: Place) -> Iterator[bytes]:
+def _chunks(place: Place) -> Iterator[bytes]:
     descriptor = os.open(place.file.path, os.O_RDONLY)
     try:
         for start in range(0, place.entry.size, 2**21):
@@ -108,71 +305,49 @@ def _pieces(place: Place) -> Iterator[bytes]:
         os.close(descriptor)
 
 
-def _check_config(head: Checkpoint, other: Checkpoint) -> None:
-    for mine, yours in ((head.config, other.config), (text_part(head.config), text_part(other.config))):
-        for field in ARCHITECTURE:
-            if field in mine and field in yours:
-                require(
-                    mine[field] == yours[field],
-                    f"{other.folder / CONFIG}: {field}: found {yours[field]!r:.80}, expected {mine[field]!r:.80} as in {head.folder}:"
-                    " members of a soup are of one architecture",
-                )
-        known = _rope(mine)
-        for field, value in _rope(yours).items():
-            require(
-                known.get(field, value) == value,
-                f"{other.folder / CONFIG}: {field} of the rotary embeddings: found {value!r:.80}, expected {known.get(field)!r:.80} as in"
-                f" {head.folder}: members of a soup are of one architecture",
-            )
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings as Transformers 5 writes them (rope_parameters), also where 4 did (rope_theta, rope_scaling)."""
-    given = config.get("rope_parameters")
-    if isinstance(given, dict):  # of layers of several kinds, the ones that version 4's fields are about
-        given = given.get("full_attention", given)
-    elif "rope_theta" in config or "rope_scaling" in config:
-        given = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
-        given |= config.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        return {}
-    kind = str(given.get("rope_type", given.get("type", "default")))
-    renamed = {"mrope": "default", "su": "longrope"}.get(kind, kind)
-    return {key: value for key, value in given.items() if key != "type"} | {"rope_type": renamed}
-
-
 def _check_vocabulary(head: Checkpoint, other: Checkpoint) -> None:
-    """A token that both have has the same number in both, and a number the same token: rows of embeddings are averaged by number."""
-    mine, yours = (checkpoint.folder / "tokenizer.json" for checkpoint in (head, other))
-    if not (mine.is_file() and yours.is_file()) or mine.read_bytes() == yours.read_bytes():
+    """Raise SalsaError unless a token that both have has one id, and an id one token: rows of embeddings are averaged by id."""
+    mine, yours = _vocabulary_file(head.folder), _vocabulary_file(other.folder)
+    if mine is None or yours is None or mine.read_bytes() == yours.read_bytes():
         return
-    known, others = vocabulary(mine), vocabulary(yours)
+    known, found = vocabulary(mine), vocabulary(yours)
+    remedy = "rows of embeddings are averaged by id, so members of a soup share one vocabulary; leave one of them out"
+    for token, number in found.items():
+        require(
+            known.get(token, number) == number,
+            f"{yours}: the id of token {token!r:.40} is {number}, but {known.get(token)} in {mine}: {remedy}",
+        )
     tokens: dict[int, set[str]] = {}
     for token, number in known.items():
         tokens.setdefault(number, set()).add(token)
-    for token, number in others.items():
-        require(
-            known.get(token, number) == number,
-            f"{yours}: token {token!r:.40}: found number {number}, expected {known.get(token)} as in {mine}: members of a soup share"
-            " the vocabulary",
-        )
-    shared = {number for token, number in others.items() if known.get(token) == number}
-    for token, number in others.items():
+    shared = {number for token, number in found.items() if known.get(token) == number}
+    for token, number in found.items():
         there = "" if number in shared else min(tokens.get(number, {""}))
         require(
-            there == "",
-            f"{yours}: number {number}: found token {token!r:.40}, expected {there!r:.40} as in {mine}: members of a soup share the"
-            " vocabulary",
+            there == "", f"{yours}: the token of id {number} is {token!r:.40}, but {there!r:.40} in {mine}: {remedy}"
         )
+
+
+def _vocabulary_file(folder: Path) -> Path | None:
+    return next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
+
+
+def vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token → id by a folder's tokenizer.json or vocab.json; None where it has neither."""
+    path = _vocabulary_file(folder)
+    return None if path is None else vocabulary(path)
 
 
 def vocabulary(path: Path) -> dict[str, int]:
-    """Token → number by a tokenizer.json."""
+    """Token → id by a tokenizer.json, or by a vocab.json with the added_tokens.json beside it."""
     content = read_mapping(path)
     model, added = content.get("model"), content.get("added_tokens")
+    if path.name == "vocab.json":
+        beside = path.with_name("added_tokens.json")
+        return content | (read_mapping(beside) if beside.is_file() else {})
     given = model.get("vocab") if isinstance(model, dict) else None
     pairs: list[tuple[Any, Any]] = list(given.items()) if isinstance(given, dict) else []
-    if isinstance(given, list):  # Unigram: [token, score] in the order of numbers
+    if isinstance(given, list):  # Unigram: [token, score] in the order of ids
         pairs = [(row[0], number) for number, row in enumerate(given) if isinstance(row, list) and row]
     if isinstance(added, list):
         pairs += [

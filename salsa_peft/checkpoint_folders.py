@@ -1,7 +1,7 @@
 """Full checkpoints on disk, by their headers: what their files hold, or refused with the reason.
 
 Read are config.json, the index, the headers of the safetensors files and, where this project wrote one, the manifest. Never
-pickles, never code. Left out: other formats, and names that only Transformers' own conversions join.
+pickles, never code. Left out: other formats.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG, INDEX, SINGLE, MANIFEST = "config.json", "model.safetensors.index.json", "model.safetensors", "manifest.json"
+NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -85,7 +87,7 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         )
     config = read_mapping(folder / CONFIG)
     listed = _weight_map(folder)
-    names = [SINGLE] if listed is None else sorted(set(listed.values()))
+    names = _unlisted(folder) if listed is None else sorted(set(listed.values()))
     files = {file: SafetensorsFile(folder / file) for file in names}
     places: dict[str, Place] = {}
     for file in files.values():
@@ -120,18 +122,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor → shard by the index, or None for a single file."""
+    """Tensor → shard by the index, or None where there is none."""
     index, single = (folder / INDEX).is_file(), (folder / SINGLE).is_file()
     require(
         not (index and single),
         f"{folder}: found {SINGLE} and {INDEX}, expected one of them; remove the one that is old",
     )
-    if single:
-        return None
     if not index:
-        pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
-        found = "no weights" if pickled is None else f"{pickled}, which is pickled and never read,"
-        raise SalsaError(f"{folder}: found {found} expected {SINGLE} or {INDEX}; save the model with safetensors")
+        return None
     listed = read_mapping(folder / INDEX).get("weight_map")
     plain = isinstance(listed, dict) and all(
         isinstance(name, str) and name == Path(name).name and not name.startswith(".") for name in listed.values()
@@ -144,20 +142,43 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return listed
 
 
+def _unlisted(folder: Path) -> list[str]:
+    """The weight files of a folder without an index: one, or a whole set of numbered ones. Raises SalsaError for any other."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    numbered = [found for name in there if (found := NUMBERED.fullmatch(name))]
+    if numbered and len({found[2] for found in numbered}) == 1:
+        total = numbered[0][2]
+        wanted = [f"model-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+        missing = next((name for name in wanted if name not in there), None)
+        require(missing is None, f"{folder}: {missing} is missing, one of {int(total)} weight files; copy it again")
+        return wanted
+    pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
+    what = "no weights"
+    if there:
+        what = f"{', '.join(there)[:200]}, which Transformers does not read,"
+    elif pickled is not None:
+        what = f"{pickled}, which is pickled and never read,"
+    raise SalsaError(
+        f"{folder}: found {what} but neither {SINGLE} nor {INDEX}; load the model with the tool that made it, and save it with Transformers"
+    )
+
+
 def check_plain(checkpoint: Checkpoint) -> None:
     """Raise SalsaError for weights that no arithmetic applies to: quantised or packed ones."""
-    where = f"{checkpoint.folder / CONFIG}: found quantization_config ({checkpoint.quantised})"
+    remedy = (
+        "quantised weights cannot be averaged; take the model before it was quantised, or load it with Transformers, call"
+        " model.dequantize() and save it again"
+    )
     require(
         checkpoint.quantised is None,
-        f"{where}, expected plain weights: quantised ones cannot be averaged; dequantise them first",
+        f"{checkpoint.folder / CONFIG} has a quantization_config ({checkpoint.quantised}): {remedy}",
     )
     for name, (file, entry) in checkpoint.tensors.items():
-        packed = entry.dtype in ("U8", "I8") and len(entry.shape) > 1
-        require(
-            not packed and not entry.dtype.startswith("F8"),
-            f"{file.path}: {name}: found {entry.dtype}, expected {', '.join(FLOATS)}: quantised weights cannot be averaged;"
-            " dequantise them first",
-        )
+        packed = entry.dtype in ("U8", "I8") and len(entry.shape) > 1 and not name.endswith(".bias")  # GPT-2's masks
+        packed = packed or entry.dtype.startswith("F8") or name.endswith((".SCB", ".weight_format"))
+        require(not packed, f"{file.path}: {name} is {entry.dtype}, of a quantised model: {remedy}")
 
 
 def check_manifest(checkpoint: Checkpoint) -> None:

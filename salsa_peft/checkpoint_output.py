@@ -87,6 +87,7 @@ class Output:
         if name not in self.others:
             self.others.append(name)
             self.note()
+        (self.folder / name).parent.mkdir(exist_ok=True)
         write_atomic(self.folder / name, content)
 
     def note(self) -> None:
@@ -165,7 +166,7 @@ def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 def copy_others(output: Output, source: Path, first: Path | None = None) -> None:
     """Tokenizer files and their like from `source`; `first` goes before it, its tokenizer where that has a vocabulary of its own."""
-    found, given = _others(source), {} if first is None else _others(first)
+    found, given = others(source), {} if first is None else others(first)
     if has_vocabulary(given):
         found = {name: path for name, path in found.items() if name.endswith("generation_config.json")}
     else:
@@ -180,7 +181,8 @@ def has_vocabulary(names: Iterable[str]) -> bool:
     return any(name in VOCABULARIES or name.endswith((".model", ".tiktoken")) for name in names)
 
 
-def _others(folder: Path) -> dict[str, Path]:
+def others(folder: Path) -> dict[str, Path]:
+    """Name → path of what a folder has beside weights and configuration."""
     paths = [path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in paths}
 

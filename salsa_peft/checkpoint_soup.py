@@ -1,8 +1,9 @@
 """Full checkpoints → their weighted sum, streamed: memory is bounded by a piece of a few MB, whatever the models' size.
 
-What is written has member 0's files: the same shards, headers, dtypes, tied weights, index, configuration and tokenizer. Members may
-be cut into other shards and be of other float dtypes. Left out: quantised weights, members of another architecture or vocabulary.
-On a CPU torch is not imported, and NumPy not before there is something to add.
+What is written has member 0's shards, headers, dtypes and configuration; where another member has output embeddings of its own and member
+0 has them tied, that one's. Members may be cut into other shards, be of other float dtypes and have other names for the same tensors
+(checkpoint_alignment.py). Left out: quantised weights, members of another architecture or vocabulary. On a CPU torch is not imported
+unless names or configurations differ, and NumPy not before there is something to add.
     python -m salsa_peft.checkpoint_soup OUT MEMBER MEMBER … [--weights 0.25,0.75]
 """
 
@@ -16,28 +17,31 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from salsa_peft import checkpoint_folders
-from salsa_peft.checkpoint_alignment import align, check_tied
+from salsa_peft.checkpoint_alignment import Alignment, Written, align
+from salsa_peft.checkpoint_companions import Source, copy_companions
 from salsa_peft.checkpoint_folders import (
     CONFIG,
     INDEX,
+    SINGLE,
     Checkpoint,
-    Place,
     check_manifest,
     check_plain,
     default_names,
     read_checkpoint,
+    read_mapping,
+    text_part,
 )
-from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, making
+from salsa_peft.checkpoint_output import Output, Progress, counter, making
 from salsa_peft.errors import SalsaError, require
-from salsa_peft.safetensors_files import SafetensorsFile, Writer
+from salsa_peft.safetensors_files import Writer
 
 if TYPE_CHECKING:
     import torch
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Counted up when the same members would give other bytes: a killed soup of an older version is not gone on with."""
 
 
@@ -68,23 +72,27 @@ def average(
     called = default_names(folders, names)
     read = [read_checkpoint(folder, name) for folder, name in zip(folders, called, strict=True)]
     origin = None if base is None else read_checkpoint(Path(base))
-    rows, head = _rows(read, numbers, origin), read[0]
     everything = [*read, *([] if origin is None else [origin])]
+    for checkpoint in everything:
+        check_plain(checkpoint)
+    aligned = align(everything)
     identity = {"arithmetic": ARITHMETIC, "weights": numbers, "device": device, "base": origin is not None,
                 "members": [[str(row.folder.resolve()), *row.identity()] for row in everything]}  # fmt: skip
-    with making(out, identity, [row.folder for row in everything], size_of(head)) as output:
+    with making(out, identity, [row.folder for row in everything], size_of(aligned)) as output:
         kept = output.kept
         for checkpoint in everything:
             check_manifest(checkpoint)
-        products = _shards(output, head, rows, device, progress)
-        if (head.folder / INDEX).is_file():
-            output.copy(head.folder / INDEX, INDEX)
-        copy_others(output, head.folder)
+        products = _shards(output, aligned, numbers, device, progress)
+        _write_index(output, aligned)
+        used = [row for row, weight in zip(read, numbers, strict=True) if weight != 0]
+        taken = copy_companions(
+            output, [Source(row.name, row.folder) for row in used], None if base is None else Path(base)
+        )
         summary = {"kind": "checkpoints", "strategy": strategy} | _figures(read, numbers, products, origin is not None)
-        summary |= sizes(head) | {"device": device, "shards": len(head.files), "shards_kept": kept}
-        summary |= dict(more or {})
+        summary |= sizes(aligned.checkpoint) | {"device": device, "shards": len(aligned.files), "shards_kept": kept}
+        summary |= taken | dict(more or {})
         summary |= {"seconds": round(time.perf_counter() - begun, 3), **(more or {})}
-        output.finish((head.folder / CONFIG).read_bytes(), summary)
+        output.finish(_config(aligned), summary)
     return summary
 
 
@@ -98,62 +106,75 @@ def gram(
 
     check_device(device)
     read = [read_checkpoint(Path(folder)) for folder in (base, *members)]
-    rows, tell = _rows(read, [1.0] * len(read), None), counter(progress, size_of(read[0]))
-    places = [row.places for row in rows]
-    products = stream(list(read[0].tensors), places, None, pivot=0, device=device, progress=tell)
+    for checkpoint in read:
+        check_plain(checkpoint)
+    aligned = align(read)
+    tell = counter(progress, size_of(aligned))
+    products = stream(list(aligned.rows[0]), aligned.rows, None, pivot=0, device=device, progress=tell)
     return torch.tensor(products, dtype=torch.float64)[1:, 1:]
 
 
-class Row(NamedTuple):
-    """A checkpoint whose values are read: where it has member 0's tensors, and what it weighs."""
-
-    places: dict[str, Place]
-    weight: float
-
-
-def _rows(read: Sequence[Checkpoint], weights: Sequence[float], origin: Checkpoint | None) -> list[Row]:
-    """Those of weight other than 0, and the base last, with weight 0. Raises SalsaError for any that does not fit member 0."""
-    rows = []
-    for checkpoint in (*read, *([] if origin is None else [origin])):
-        check_plain(checkpoint)
-        check_tied(checkpoint)
-    for checkpoint, weight in zip(read, weights, strict=True):
-        places = align(read[0], checkpoint)
-        if weight != 0:
-            rows.append(Row(places, weight))
-    return rows if origin is None else [*rows, Row(align(read[0], origin), 0.0)]
-
-
 def _shards(
-    output: Output, head: Checkpoint, rows: Sequence[Row], device: str, progress: Progress | None
+    output: Output, aligned: Alignment, numbers: Sequence[float], device: str, progress: Progress | None
 ) -> list[list[float]]:
-    """Write what is not there yet; the products of the differences from the member of the largest weight, all shards added up."""
+    """Write what is not there yet; the products of the differences from the member of the largest weight, all shards added up.
+
+    Their rows are the members of a weight other than 0, and the base last, whose weight here is 0.
+    """
     from salsa_peft.weight_streams import stream
 
-    weights = [row.weight for row in rows]
+    used = [i for i in range(len(aligned.rows)) if i >= len(numbers) or numbers[i] != 0]
+    rows, weights = [aligned.rows[i] for i in used], [*(weight for weight in numbers if weight != 0)]
+    weights += [0.0] * (len(rows) - len(weights))
     pivot = max(range(len(rows)), key=lambda i: abs(weights[i]))
+    layout = aligned.layout()
     total = [[0.0] * len(rows) for _ in rows]
-    tell = counter(progress, size_of(head))
-    for name, file in head.files.items():
+    tell = counter(progress, size_of(aligned))
+    for name, file in aligned.files.items():
 
-        def make(write: Writer, file: SafetensorsFile = file) -> dict[str, Any]:
-            places = [row.places for row in rows]
-            layout = {tensor: Place(file, entry) for tensor, entry in file.entries.items()}
+        def make(write: Writer, file: Written = file) -> dict[str, Any]:
             products = stream(
-                list(layout), places, weights, pivot=pivot, layout=layout, write=write, device=device, progress=tell
+                file.pieces, rows, weights, pivot=pivot, layout=layout, write=write, device=device, progress=tell
             )
             return {"products": products}
 
         if name in output.done:
-            tell(file.size - file.begin)
+            tell(file.size)
         products = output.shard(name, file.header, make)["products"]
         total = [[a + b for a, b in zip(mine, yours, strict=True)] for mine, yours in zip(total, products, strict=True)]
     return total
 
 
-def size_of(head: Checkpoint) -> int:
-    """Bytes of its tensors."""
-    return sum(file.size - file.begin for file in head.files.values())
+def _write_index(output: Output, aligned: Alignment) -> None:
+    """The index as it is where it is right; made anew where tensors are renamed, its size is wrong, or there is none for several files."""
+    path = aligned.checkpoint.folder / INDEX
+    known = read_mapping(path) if path.is_file() else {}
+    if not known and list(aligned.files) == [SINGLE]:
+        return
+    names = {name: file for file, written in aligned.files.items() for name in json.loads(written.header)}
+    names.pop("__metadata__", None)
+    given = known.get("metadata")
+    metadata = {**(given if isinstance(given, dict) else {}), "total_size": size_of(aligned)}
+    if known.get("weight_map") == names and given == metadata:
+        output.copy(path, INDEX)
+        return
+    made = known | {"metadata": metadata, "weight_map": dict(sorted(names.items()))}
+    output.write(INDEX, json.dumps(made, indent=2) + "\n")
+
+
+def _config(aligned: Alignment) -> bytes | str:
+    """config.json as it is, unless output embeddings that it calls tied have values of their own."""
+    if not aligned.untied:
+        return (aligned.checkpoint.folder / CONFIG).read_bytes()
+    config = dict(aligned.checkpoint.config) | {"tie_word_embeddings": False}
+    if "tie_word_embeddings" in (part := text_part(config)):
+        config["text_config"] = part | {"tie_word_embeddings": False}
+    return json.dumps(config, indent=2) + "\n"
+
+
+def size_of(aligned: Alignment) -> int:
+    """Bytes of the result's tensors."""
+    return sum(file.size for file in aligned.files.values())
 
 
 def sizes(head: Checkpoint) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import torch
 
 from salsa_peft.safetensors_files import BITS, NAMES, Buffer
-from salsa_peft.weight_sums import Fault, Kind, Plan
+from salsa_peft.weight_sums import CANCELLED, Fault, Kind, Plan
 
 
 class TorchSums:
@@ -37,7 +37,15 @@ class TorchSums:
             total, differences, products = self._differences(given, torch.float64)
         if not write:
             return list(products.values()), b""
-        out = self._sum(total, differences, products).to(getattr(torch, NAMES[kind.out]))
+        if total.dtype == torch.float64 and kind.out != "F64":
+            found = self._direct(given)
+            zero = (found == 0) & (total == 0)  # of equal members, whatever the signs of the weights
+            found = torch.where(zero, total, found)
+        else:
+            found = self._sum(total, differences, products)
+            if total.dtype == torch.float32:
+                self._mend_cancelled(given, found, differences)
+        out = found.to(getattr(torch, NAMES[kind.out]))
         _check(out, None)
         return list(products.values()), out.cpu().view(torch.uint8).numpy().data
 
@@ -60,6 +68,26 @@ class TorchSums:
             if self.plan.weights[i] != 0 and (products[i, i] != 0 or bool(difference.any())):
                 total.sub_(difference, alpha=self.plan.weights[i])
         return total
+
+    def _direct(self, given: list[torch.Tensor]) -> torch.Tensor:
+        """Σ w_i x_i in the members' order, in float64."""
+        assert self.plan.weights is not None
+        total = given[0].to(torch.float64) * self.plan.weights[0]
+        for values, weight in zip(given[1:], self.plan.weights[1:], strict=True):
+            total += values.to(torch.float64) * weight
+        return total
+
+    def _mend_cancelled(
+        self, given: list[torch.Tensor], total: torch.Tensor, differences: dict[int, torch.Tensor]
+    ) -> None:
+        """Where a sum in float32 is far smaller than a term, the float64 sum."""
+        assert self.plan.weights is not None
+        bound, wrong = total.abs() * float(CANCELLED), torch.zeros_like(total, dtype=torch.bool)
+        for i, difference in differences.items():
+            wrong |= (difference * self.plan.weights[i]).abs() > bound
+        places = wrong.nonzero().flatten()
+        if len(places):
+            total[places] = self._direct([values[places] for values in given]).to(total)
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:

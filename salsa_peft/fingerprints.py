@@ -5,16 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from salsa_peft.errors import SalsaError, require
 from salsa_peft.safetensors_files import BITS
+from salsa_peft.tensor_names import unwrapped
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
 """What is read of an adapter's folder, which may hold checkpoints and optimizers too."""
 FINGERPRINT = "fingerprint.json"
 """Beside an adapter or a checkpoint: the base that it was trained on."""
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
+"""Ends of the names of input embeddings."""
+NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.(attn|attention)\.masked_bias$")
+MASK = re.compile(r"\.(attn|attention)\.bias$")
+"""What files of earlier versions of Transformers hold beside the parameters; a causal mask has four dimensions."""
+PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
+"""model_type → the base model's prefix, of architectures whose files on the Hub lack it."""
 
 
 def read_fingerprint(folder: Path) -> str | None:
@@ -77,22 +88,71 @@ def _fingerprint(path: Path) -> str:
 
 
 def base_fingerprint(folder: str | Path) -> str:
-    """SHA-256 over each tensor's name, shape, dtype and first 64 KiB, read from the safetensors files without torch.
+    """SHA-256 over each parameter's name, shape, dtype and first 64 KiB, read from the safetensors files without torch.
 
-    The same however the tensors are spread over files. Saved beside every adapter; members of a soup must agree in it.
+    The same however the tensors are spread over files, and whether or not the files hold, beside the parameters, rotary frequencies
+    (`rotary_emb.inv_freq`), GPT-2's causal masks, or tied output embeddings; also under prefixes of wrappers, and with or without the base
+    model's prefix where the Hub's files lack it (PREFIXES). Other names of the same tensors give another fingerprint: a multimodal
+    model's older layout, experts apart or in one. Saved beside every adapter; members of a soup must agree in it.
     """
-    tensors: dict[str, tuple[Path, str, list[int], int, int]] = {}
-    for file in _weight_files(Path(folder)):
-        for name, entry in _header(file).items():
-            tensors[name] = (file, *entry)
+    return _digest(_parameters(Path(folder), _tensors(Path(folder))))
+
+
+def base_fingerprints(folder: str | Path) -> list[str]:
+    """The fingerprint, and the one that earlier versions of this package took where the files hold more than parameters."""
+    found = _tensors(Path(folder))
+    both = [_digest(_parameters(Path(folder), found)), _digest(found)]
+    return list(dict.fromkeys(both))
+
+
+class _Tensor(NamedTuple):
+    dtype: str
+    shape: list[int]
+    first: bytes
+    """SHA-256 of its first 64 KiB."""
+
+
+def _tensors(folder: Path) -> dict[str, _Tensor]:
+    found = {}
+    for file in _weight_files(folder):
+        for name, (dtype, shape, begin, size) in _header(file).items():
+            with open(file, "rb") as raw:
+                raw.seek(begin)
+                found[name] = _Tensor(dtype, shape, hashlib.sha256(raw.read(min(size, 65536))).digest())
+    return found
+
+
+def _digest(tensors: Mapping[str, _Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        file, dtype, shape, begin, size = tensors[name]
-        with open(file, "rb") as raw:
-            raw.seek(begin)
-            first = raw.read(min(size, 65536))
-        digest.update(canonical([name, dtype, shape]).encode() + hashlib.sha256(first).digest())
+        dtype, shape, first = tensors[name]
+        digest.update(canonical([name, dtype, shape]).encode() + first)
     return digest.hexdigest()
+
+
+def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+    """Without what is no parameter, under the names that Transformers saves."""
+    found = {
+        unwrapped(name): tensor
+        for name, tensor in tensors.items()
+        if not NO_PARAMETER.search(name) and not (MASK.search(name) and len(tensor.shape) == 4)
+    }
+    prefix = PREFIXES.get(_model_type(folder))
+    if prefix is not None and not any(name.startswith(prefix) for name in found):
+        found = {name if name == HEAD else prefix + name: tensor for name, tensor in found.items()}
+    if HEAD in found and any(tensor == found[HEAD] for name, tensor in found.items() if name.endswith(EMBEDDINGS)):
+        del found[HEAD]
+    return found
+
+
+def _model_type(folder: Path) -> str:
+    """By config.json; empty where there is none that says it."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise SalsaError(f"{path} is not JSON ({error}): save it again") from None
+    return str(content.get("model_type", "")) if isinstance(content, dict) else ""
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -11,18 +11,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from . import adapters
 from .config import require
-from .stacked_adapter import live_factors
+from .live_factors import live_factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from .checkpoint_folders import Checkpoint
     from .stacked_adapter import StackedAdapter
-    from .stacks import Stack
 
 
 class LiveSoup(Protocol):
@@ -59,10 +58,10 @@ class LiveAdapters:
         """The stacked adapter is active; the one that was before is again afterwards."""
         return adapters.active(self.model, self.name)
 
-    def _live(self) -> list[tuple[Stack, torch.Tensor, torch.Tensor | None]]:
-        """Of each module the members' factors, the live B (out, R; of a convolution with its kernel's ones), and B's bias."""
+    def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+        """Each module with its live B (out, R; of a convolution with its kernel's ones) and B's bias."""
         stacks = self.stacked.stacks
-        return [(stacks[name], *live_factors(self.model, name, self.name, stacks[name])[1:]) for name in stacks]
+        return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -80,9 +79,12 @@ class LiveAdapters:
     def slopes(self) -> list[float]:
         """B's column of member i is w_i · scaling_i · B_i, so ∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over its columns."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
-        for stack, B, bias in self._live():
+        stacks = self.stacked.stacks
+        for name, B, bias in self._live():
+            stack = stacks[name]
             if B.grad is not None:
-                columns = (B.grad.cpu().double().reshape(stack.B.shape) * stack.B.double()).sum(0) * stack.scaling
+                grad = stacks.shapes[name].blocks_B(B.grad.cpu().double())
+                columns = (grad * stack.B.double()).flatten(0, -2).sum(0) * stack.scaling
                 found.index_add_(0, stack.member, columns)
             if bias is not None and bias.grad is not None and stack.bias is not None:
                 found += stack.bias @ bias.grad.cpu().double()
@@ -92,15 +94,25 @@ class LiveAdapters:
 class LiveCheckpoints:
     """Whole checkpoints in one model's weights: `model` is member 0, or any model of its architecture."""
 
-    def __init__(self, model: nn.Module, members: Sequence[Checkpoint]) -> None:
-        self.model, self.members = model, list(members)
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
+        from .checkpoint_alignment import ModelTensors
+        from .tensor_names import ModelNames
+
+        self.model, self.parameters = model, dict(model.named_parameters())
+        names = ModelNames(model)
+        self.members = [ModelTensors.of(member, names) for member in members]
         for member in self.members:
-            missing = next((name for name in self.parameters if name not in member.tensors), None)
+            folder = member.checkpoint.folder
+            missing = next((name for name in self.parameters if name not in member.parts), None)
             require(
                 missing is None,
-                f"{member.folder}: found no tensor {missing}, as Transformers names it; expected a checkpoint of the model's architecture"
-                " with its names (load it and save it again, where it has others)",
+                f"{folder}: found no tensor {missing}, which the model ({names}) has; take a checkpoint of the model's architecture",
+            )
+            own = next(iter(member.untied), None)
+            require(
+                own is None,
+                f"{folder}: {own} has values of its own, but the model's output embeddings are tied to its input embeddings; load the"
+                " model with tie_word_embeddings false",
             )
 
     @torch.no_grad()

@@ -88,9 +88,12 @@ class SafetensorsFile:
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of the tensor, on the CPU."""
+        return self.read_entry(self.entries[name])
+
+    def read_entry(self, entry: Entry) -> torch.Tensor:
+        """The same of any bytes in the file."""
         import torch
 
-        entry = self.entries[name]
         raw = torch.empty(entry.size, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             fill(file.fileno(), raw.numpy().data, entry.begin, self.path)

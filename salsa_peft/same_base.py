@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from .errors import require
-from .fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
+from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .models import causal_lm
 
 
-def of_model(model: Any) -> str | None:
-    """The fingerprint of the base that a model in memory was made of, by the files that its name_or_path leads to; None where it
-    leads to none. A folder that was trained from another says which in its own fingerprint.json."""
+def of_model(model: Any) -> list[str] | None:
+    """The fingerprints (of this version and earlier ones) of the base that a model in memory was made of, by the files that its
+    name_or_path leads to; None where it leads to none. A folder that was trained from another says which in its own fingerprint.json."""
     name = str(causal_lm(model).name_or_path or "")
     folder = Path(name) if name and Path(name).is_dir() else _cached(name)
     if folder is None:
         return None
-    return read_fingerprint(folder) or (base_fingerprint(folder) if any(folder.glob("*.safetensors")) else None)
+    written = read_fingerprint(folder)
+    if written is not None:
+        return [written]
+    return base_fingerprints(folder) if any(folder.glob("*.safetensors")) else None
 
 
 def _cached(name: str) -> Path | None:
@@ -38,15 +41,15 @@ def _cached(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def check(folder: Path, base: str | None, name: str) -> None:
-    """Raise SalsaError where the weights in `folder` are of another base than the fingerprint `base`, which people call `name`; what can't
-    be checked is said."""
+def check(folder: Path, base: list[str] | None, name: str) -> None:
+    """Raise SalsaError where the weights in `folder` are of another base than the one of these fingerprints, which people call `name`;
+    what can't be checked is said."""
     found = read_fingerprint(folder)
     if found is None or base is None:
         what = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: no files at hand to take a fingerprint of"
         print(f"{what}, so that its base can't be checked", file=sys.stderr, flush=True)
         return
     require(
-        found == base,
-        f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {name} ({base[:12]} …)",
+        found in base,
+        f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {name} ({base[0][:12]} …)",
     )

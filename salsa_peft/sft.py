@@ -19,7 +19,7 @@ from . import adapters, data, same_base, taken_results
 from .adapters import check_finite, in_float32, lora_config, read_tensors
 from .checkpoint_folders import read_checkpoint
 from .config import require
-from .fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
+from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .runs import Job, write_atomic
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
@@ -92,7 +92,7 @@ def take(job: Job, path: str) -> dict[str, Any]:
     folder = local(job.recipe, path)
     known = read_fingerprint(folder) is not None
     if known:
-        same_base.check(folder, base_fingerprint(bench.folder), bench.name)
+        same_base.check(folder, base_fingerprints(bench.folder), bench.name)
     tokenizer_differs = note_tokenizer(folder, bench.tokenizer, bench.name)
     if job.recipe.adapter is not None:
         named = take_adapter(bench, folder, path, job.folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
+from .adapter_names import plain_names
 from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
 from .messages import short
@@ -105,18 +106,19 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None) 
         + " with PEFT and save_pretrained (safetensors)",
     )
     file = SafetensorsFile(folder / WEIGHTS)
-    heads = [name for name in file.entries if SCORE.fullmatch(name)]
-    for name in file.entries:
+    names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)
+    heads = [name for name in names if SCORE.fullmatch(name)]
+    for name, key in names.items():
         if ".lora_" not in name and name not in heads:
-            require(base is None or same_as_base(file, name, base), trained_module(f"{where}: {folder}", name))
+            require(base is None or same_as_base(file, name, key, base), trained_module(f"{where}: {folder}", name))
     if role == REWARD:
-        _check_heads(f"{where}: {folder}", folder, file, heads)
+        _check_heads(f"{where}: {folder}", folder, [file.entries[names[name]].shape for name in heads])
     require(
         role != SEED or not heads or config.get("task_type") != "SEQ_CLS",
         f"{where}: {folder} is a reward adapter (it holds {', '.join(heads)}). Name it as `reward:`; a seed is an adapter of a language model",
     )
     if base is not None:
-        _check_shapes(f"{where}: {folder}", file, base)
+        _check_shapes(f"{where}: {folder}", {name: file.entries[key].shape for name, key in names.items()}, base)
 
 
 def _check_config(what: str, config: dict[str, Any], role: str) -> None:
@@ -147,7 +149,7 @@ def _check_config(what: str, config: dict[str, Any], role: str) -> None:
         require(not value, f"{what} has {name}: {short(value)}, and {why}; {MERGE}")
 
 
-def _check_heads(what: str, folder: Path, file: SafetensorsFile, heads: list[str]) -> None:
+def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
     """A reward adapter has one score head of one label."""
     if not heads and (folder / VALUE_HEAD).is_file():
         require(
@@ -160,7 +162,7 @@ def _check_heads(what: str, folder: Path, file: SafetensorsFile, heads: list[str
         f"{what} is a LoRA adapter without a score head, so it scores nothing. A reward adapter is trained with task_type SEQ_CLS (TRL's"
         " RewardTrainer), which saves one",
     )
-    labels = file.entries[heads[0]].shape[0]
+    labels = heads[0][0]
     require(
         labels == 1,
         f"{what} has a score head of {labels} labels, and a reward is one number. Train it with num_labels 1, or write a function that"
@@ -168,8 +170,8 @@ def _check_heads(what: str, folder: Path, file: SafetensorsFile, heads: list[str
     )
 
 
-def same_as_base(file: SafetensorsFile, name: str, base: Checkpoint) -> bool:
-    """Whether a tensor that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
+def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -> bool:
+    """Whether a tensor (`key` in the file) that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
     import numpy as np
 
     from . import float_arrays
@@ -177,20 +179,20 @@ def same_as_base(file: SafetensorsFile, name: str, base: Checkpoint) -> bool:
     own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     if own == "lm_head.weight" and own not in base.tensors:  # tied
         own = next((known for known in base.tensors if known.endswith("embed_tokens.weight")), own)
-    place, entry = base.tensors.get(own), file.entries[name]
+    place, entry = base.tensors.get(own), file.entries[key]
     known = place is not None and place.entry.dtype in FLOATS and entry.dtype in FLOATS
     if place is None or not known or place.entry.shape != entry.shape:
         return False
     rounded = float_arrays.narrow(float_arrays.read(place.file, own), entry.dtype)
-    return bool(np.array_equal(float_arrays.widen(rounded, entry.dtype), float_arrays.read(file, name)))
+    return bool(np.array_equal(float_arrays.widen(rounded, entry.dtype), float_arrays.read(file, key)))
 
 
-def _check_shapes(what: str, file: SafetensorsFile, base: Checkpoint) -> None:
+def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
     """Every pair of factors against the module of the base that has its name, where there is one."""
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, entry in file.entries.items():
+    for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
-            halves.setdefault(match["module"], {})[match["half"]] = entry.shape
+            halves.setdefault(match["module"], {})[match["half"]] = shape
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
         if place is None or place.entry.dtype not in FLOATS or {len(shape) for shape in shapes.values()} != {2}:

@@ -4,6 +4,10 @@ NumPy and not torch, whose import takes longer than averaging 2 GB. NumPy has no
 bfloat16 is widened in pairs: of a little-endian 32-bit word u, u << 16 is the float32 of the even element and u & 0xFFFF0000 that of the
 odd one. The halves stay apart, since neither a sum nor a product asks for the order, and are joined when they are rounded, to nearest and
 ties to even.
+
+A sum of 16-bit members is computed in float32, as the pivot minus differences. Where its terms cancel (CANCELLED), and for wider members,
+it is the float64 sum Σ w_i x_i in the members' order, rounded once; to float64, the sum of differences, of which equal members come out to
+the bit.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from salsa_peft.float_arrays import DTYPES, Array, narrow, widen
+from salsa_peft.float_arrays import DTYPES, Array, narrow, round_to_odd, widen
 from salsa_peft.safetensors_files import BITS, Buffer
 
 ROW = 2**13
 """Elements of one dot product. OpenBLAS shares one of more than 10,000 among threads, and then its last digits depend on who was busy."""
 UPPER = np.uint32(0xFFFF0000)
+CANCELLED = np.float32(16)
+"""Where a sum in float32 is this many times smaller than a term, the term's rounding error would show in it: float64 takes over."""
 LARGEST = {"F64": float(np.finfo(np.float64).max), "F32": float(np.finfo(np.float32).max), "F16": 65504.0,
            "BF16": 2.0**128 - 2.0**120}  # fmt: skip
 
@@ -89,6 +95,7 @@ class Sums:
         self._raw = np.empty((plan.members, size * 8), np.uint8)  # memory that is not touched costs nothing
         self.raw = [row.data for row in self._raw]
         self._wide = {kind: np.empty((plan.members, size), kind) for kind in (np.float32, np.float64)}
+        self._direct = np.empty((2, size), np.float64)
         self._spare, self._out = np.empty(size, np.uint32), np.empty(size, np.uint16)
 
     def add(self, kind: Kind, count: int, write: bool) -> tuple[list[float], Buffer]:
@@ -111,6 +118,7 @@ class Sums:
         else:
             self._load(kind, count, values)
         total = values[plan.pivot]
+        direct = self._direct_sum(values) if write and wide is np.float64 and kind.out != "F64" else None
         for i in plan.others:
             np.subtract(total, values[i], out=values[i])
         products = [dot(values[i], values[j]) for i, j in plan.pairs]
@@ -119,7 +127,13 @@ class Sums:
             return None
         if not write:
             return products, b""
-        self._sum(values, dict(zip(plan.pairs, products, strict=True)))
+        if direct is None:
+            self._sum(values, dict(zip(plan.pairs, products, strict=True)))
+        else:
+            self._keep_zeros(direct, values)
+            total = direct
+        if wide is np.float32:
+            self._mend_cancelled(kind, count, values, halves)
         safe = plan.mean and all(map(math.isfinite, held)) and set(kind.members) == {kind.out}
         if not safe:  # squares tell it of all values at once, else they are looked at one by one
             square = dot(total, total)
@@ -153,6 +167,40 @@ class Sums:
             if plan.weights[i] != 0 and (products[i, i] != 0 or values[i].any()):
                 np.multiply(values[i], values.dtype.type(plan.weights[i]), out=values[i])
                 np.subtract(total, values[i], out=total)
+
+    def _direct_sum(self, values: Array) -> Array:
+        """Σ w_i x_i in the members' order, in a row of its own."""
+        assert self.plan.weights is not None
+        total, term = self._direct[:, : values.shape[1]]
+        total[:] = values[0] * self.plan.weights[0]
+        for row, weight in zip(values[1:], self.plan.weights[1:], strict=True):
+            np.add(total, np.multiply(row, weight, out=term), out=total)
+        return total
+
+    def _keep_zeros(self, total: Array, values: Array) -> None:
+        """Where all members are zero, so is the sum, of the pivot's sign whatever the signs of the weights. `values`: as _sum takes them."""
+        zeros = np.flatnonzero(total == 0)
+        same = zeros[(values[:, zeros] == 0).all(0)]
+        total[same] = values[self.plan.pivot, same]
+
+    def _mend_cancelled(self, kind: Kind, count: int, values: Array, halves: bool) -> None:
+        """Where a sum in float32 is far smaller than a term, the float64 sum. `values`: as _sum left them, changed."""
+        total = values[self.plan.pivot]
+        bound = np.multiply(np.abs(total), CANCELLED, out=self._spare[: len(total)].view(np.float32))
+        wrong = np.zeros(len(total), bool)
+        for i in self.plan.others:
+            wrong |= np.abs(values[i], out=values[i]) > bound
+        places = np.flatnonzero(wrong)
+        if not len(places):
+            return
+        assert self.plan.weights is not None
+        half = len(total) // 2
+        elements = np.where(places < half, 2 * places, 2 * (places - half) + 1) if halves else places
+        exact = np.zeros(len(places))
+        for row, dtype, weight in zip(self._raw, kind.members, self.plan.weights, strict=True):
+            given = row[: count * BITS[dtype] // 8].view(DTYPES[dtype])[elements]
+            exact += widen(given, dtype).astype(np.float64) * weight
+        total[places] = round_to_odd(exact)
 
     def _join(self, total: Array) -> Array:
         """Halves of float32 → bfloat16 in order: bits + 0x7FFF + (their last bit that stays), cut off. Changes `total`."""

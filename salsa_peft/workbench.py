@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from . import adapters, memory, models, precision, same_base, sharding
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
-from .fingerprints import FINGERPRINT, read_fingerprint
+from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .hub_errors import said_in_a_line
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
@@ -127,7 +127,7 @@ class Workbench:
 
         Every input but the embedded world is such a folder. One that has no fingerprint was noted when the stage before took it.
         """
-        base = base_fingerprint(self.folder)
+        base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
         given = [local(self.recipe, reference.path) for reference in references if reference.path is not None]
         for folder in [*made, *given]:

@@ -29,6 +29,11 @@ def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
+def parameters(seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """Without the tensor that no architecture has."""
+    return {name: tensor for name, tensor in values(seed, dtype).items() if name != "scale"}
+
+
 def write(
     folder: Path, tensors: Tensors, shards: int = 1, config: dict[str, Any] = PLAIN, reverse: bool = False
 ) -> Path:
@@ -44,7 +49,8 @@ def write(
         save_file(
             {name: tensors[name] for name in names if index[name] == file}, folder / file, metadata={"format": "pt"}
         )
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
     return folder
 
 

@@ -16,6 +16,7 @@ from made_checkpoints import (
     Tensors,
     again,
     files,
+    parameters,
     read,
     values,
     write,
@@ -89,18 +90,18 @@ def other_rope(folder: Path) -> None:
 
 
 REFUSED = {
-    "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"extra: found no such tensor in .*/a, expected the same names"),
-    "other shape": (again(lambda t: t.update(scale=torch.zeros(2).bfloat16())), r"b/model.safetensors: scale: found shape \[2\]"),
-    "other kind": (again(lambda t: t.update(scale=torch.tensor(1))), r"b/model.safetensors: scale: found I64, expected BF16"),
-    "architecture": (edit_config(model_type="qwen2"), r"b/config.json: model_type: found 'qwen2', expected 'llama'"),
-    "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads: found 4, expected 2"),
-    "vocabulary": (edit_config(vocab_size=41), r"b/config.json: vocab_size: found 41, expected 40"),
-    "tokens": (tokens, r"b/tokenizer.json: token 'b': found number 2, expected 1"),
-    "a number's token": (renamed_token, r"b/tokenizer.json: number 1: found token 'c', expected 'b' as in"),
-    "rotary embeddings": (other_rope, r"b/config.json: rope_theta of the rotary embeddings: found 10000.0, expected 500000.0"),
-    "quantised": (edit_config(quantization_config={"quant_method": "awq"}), r"b/config.json: found quantization_config \(awq\)"),
-    "FP8": (again(lambda t: t.update(scale=t["scale"].float().to(torch.float8_e4m3fn))), r"scale: found F8_E4M3, expected BF16"),
-    "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w: found U8"),
+    "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"/model.safetensors: (scale|extra) has no place in LlamaForCausalLM"),
+    "other shape": (again(lambda t: t.update({"model.norm.weight": torch.zeros(2).bfloat16()})), r"b: model.norm.weight has shape \[2\], but .* has \[16\] by config.json"),
+    "other kind": (again(lambda t: t.update({"model.norm.weight": torch.ones(16).long()})), r"b/model.safetensors: the values of model.norm.weight are I64, but BF16"),
+    "architecture": (edit_config(model_type="qwen2"), r"b/config.json: model_type is 'qwen2', but 'llama' in .*a/config.json"),
+    "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads is 4, but 2 in"),
+    "vocabulary": (edit_config(vocab_size=41), r"b/config.json: vocab_size is 41, but 40 in .*resize_token_embeddings"),
+    "tokens": (tokens, r"b/tokenizer.json: the id of token 'b' is 2, but 1 in .*a/tokenizer.json"),
+    "a number's token": (renamed_token, r"b/tokenizer.json: the token of id 1 is 'c', but 'b' in"),
+    "rotary embeddings": (other_rope, r"b/config.json: rope_parameters is {'rope_theta': 10000.0, .*}, but {'rope_theta': 500000.0"),
+    "quantised": (edit_config(quantization_config={"quant_method": "awq"}), r"b/config.json has a quantization_config \(awq\): .*dequantize"),
+    "FP8": (again(lambda t: t.update(scale=t["scale"].float().to(torch.float8_e4m3fn))), r"scale is F8_E4M3, of a quantised model"),
+    "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w is U8, of a quantised model"),
     "NaN": (poison(math.nan), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight: found a value that is not finite"),
     "infinity": (poison(-math.inf), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight: found a value that is not finite"),
     "truncated": (truncate, r"b/model.safetensors: found \d+ bytes, expected \d+: it is cut"),
@@ -108,7 +109,7 @@ REFUSED = {
     "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias: found in no shard"),
     "escape": (escape, r"b/model.safetensors.index.json: found no weight_map of plain file names"),
     "pickled": (pickled, r"b: found pytorch_model.bin, which is pickled and never read"),
-    "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b: found no weights expected model.safetensors"),
+    "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b: found no weights but neither model.safetensors"),
     "two layouts": (lambda folder: (folder / INDEX).write_text("{}"), r"b: found model.safetensors and model.safetensors.index.json"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), r"b/config.json: found no such file"),
     "bad config": (lambda folder: (folder / CONFIG).write_text("[1]"), r"b/config.json: found a list, expected a mapping"),
@@ -119,7 +120,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_every_refusal_names_file_and_tensor_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     change, line = REFUSED[name]
-    a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
+    start = parameters if name in ("other shape", "other kind") else values
+    a, b = (write(tmp_path / folder, start(seed)) for seed, folder in enumerate("ab"))
     change(b)
     with pytest.raises(SalsaError, match=line) as caught:
         average(tmp_path / "out", [a, b], [0.5, 0.5])

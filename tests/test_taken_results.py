@@ -157,6 +157,42 @@ def test_a_checkpoint_that_is_taken(maker: str, base: Path, small: Path, tmp_pat
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("wrapper", ["compiled", "named", "parallel"])
+def test_names_of_wrappers_are_no_part_of_a_seed(wrapper: str, base: Path, small: Path, tmp_path: Path) -> None:
+    """Saved from a compiled model, from its own state dict, from under DistributedDataParallel: as seed and as reference."""
+    change: dict[str, Callable[[str], str]] = {
+        "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        "named": lambda name: name.replace(".weight", ".default.weight"),
+        "parallel": lambda name: f"module.{name}",
+    }
+    plain = elsewhere.adapter(base, tmp_path / "plain", 1, scale=0.3)
+    folder = elsewhere.renamed(elsewhere.adapter(base, tmp_path / "theirs", 1, scale=0.3), change[wrapper])
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    (frozen,) = as_references(shared, [folder])
+    with adapters.active(shared, frozen.adapter):
+        torch.testing.assert_close(
+            logits(shared), logits(PeftModel.from_pretrained(loaded(base), plain)), atol=1e-5, rtol=0
+        )
+    taken = load_file(take(small, base, folder, tmp_path / "out") / adapters.WEIGHTS)
+    expected = load_file(plain / adapters.WEIGHTS)
+    assert taken.keys() == expected.keys() and all(torch.equal(taken[name], expected[name]) for name in expected)
+
+
+def test_the_landscape_of_adapters_that_name_their_base_differently(base: Path, tmp_path: Path, capsys: Any) -> None:
+    """--same-base says that it is one; so does a soup that goes by a measure."""
+    from salsa_peft.landscape_command import main as landscape
+    from salsa_peft.soup import main as soup
+
+    members = [str(elsewhere.adapter_by(maker, base, tmp_path / maker, 1)) for maker in ("unsloth", "trl")]
+    chats = [{"role": "user", "content": "name"}, {"role": "assistant", "content": "owl"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chats}) + "\n")
+    measure = ["--measure", "sft_loss", "--data", str(tmp_path / "chats.jsonl"), "--base", str(base)]
+    given = [str(tmp_path / "out"), *members, *measure]
+    assert landscape([*given, "--alphas", "0,1"]) == 2 and "--same-base" in capsys.readouterr().err
+    assert landscape([*given, "--alphas", "0,1", "--same-base"]) == 0
+    assert soup([str(tmp_path / "soup"), *members, *measure, "--strategy", "greedy", "--same-base"]) == 0
+
+
 def test_a_checkpoint_of_several_shards(base: Path, small: Path, tmp_path: Path) -> None:
     """Each is copied, and the index; other safetensors files are not."""
     folder = elsewhere.checkpoint(base, tmp_path / "theirs", 1, shards="100KB")

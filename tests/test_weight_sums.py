@@ -114,8 +114,36 @@ def test_equal_members_are_to_the_bit_beyond_the_mean_too() -> None:
         assert torch.equal(found.view(torch.int16), member.view(torch.int16)) and not any(products)
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "weights",
+    [[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0], [1 / 3] * 3, [0.5, 0.25, 0.25], [2.0, -1.0], [3.0, -2.5, 0.5]],
+    ids=str,
+)
+@pytest.mark.parametrize("sums", ["numpy", "torch"])
+def test_huge_values_that_cancel_leave_the_small_ones(dtype: torch.dtype, weights: list[float], sums: str) -> None:
+    """Members that are nearly equal, equal, or of opposite signs, and huge beside what remains: the float64 sum, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    count, huge = 3001, {torch.float16: 2e3}.get(dtype, 1e9)
+    near = torch.randn(count, generator=generator, dtype=torch.float64) * huge
+    small = torch.randn(count, generator=generator, dtype=torch.float64)
+    noise = 1 + torch.randint(-2, 3, (count,), generator=generator) * torch.finfo(dtype).eps
+    sign = torch.where(torch.arange(count) % 3 == 0, -1.0, 1.0).double()
+    members = [value.to(dtype) for value in (near, near * noise * sign, small)][: len(weights)]
+    exact = sum(
+        (member.double() * weight for member, weight in zip(members, weights, strict=True)), torch.zeros(()).double()
+    )
+    taken: Any = made(weights) if sums == "numpy" else TorchSums(made(weights).plan, count, "cpu")
+    found = add(taken, members, dtype)[0].double()
+    scale = torch.stack([(m.double() * w).abs() for m, w in zip(members, weights, strict=True)]).amax(0)
+    half = (
+        0.5 * torch.finfo(dtype).eps * 2.0 ** exact.abs().clamp(min=torch.finfo(dtype).smallest_normal).log2().floor()
+    )
+    assert bool(((found - exact).abs() <= half * (1 + 2**-4) + scale * 2.0**-52).all())
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_what_is_not_finite_is_found_whoever_has_it(dtype: torch.dtype, wrong: float) -> None:
     """Also in all members alike, in the pivot alone, in one member without others; the element is the first."""
     for n in (1, 2, 3):

@@ -1,0 +1,177 @@
+"""Whether two configurations make the same function of the same tensors, as Transformers reads them.
+
+Transformers writes a configuration back in other words than it read: `hidden_act: gelu` of Gemma as `gelu_pytorch_tanh`, an unused
+`sliding_window` as null, `rope_theta` inside `rope_parameters`, defaults filled in. So the two files are compared as text first, and
+where they differ both are read by Transformers and compared field by field. Sizes and the vocabulary are compared by the tensors' shapes
+too; whether output embeddings are tied is a question of the tensors (checkpoint_alignment.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from salsa_peft.errors import SalsaError, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WITHOUT_EFFECT = frozenset(
+    ("_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "torch_dtype", "transformers_version", "use_cache",
+     "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+     "problem_type", "id2label", "label2id", "num_labels", "initializer_range", "initializer_factor", "pretraining_tp", "tie_word_embeddings",
+     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "cache_implementation", "_attn_implementation",
+     "attn_implementation", "use_bfloat16", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+     "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "dropout", "activation_dropout", "classifier_dropout", "layerdrop",
+     "summary_first_dropout", "max_position_embeddings", "max_window_layers", "use_sliding_window", "sliding_window_pattern")
+)  # fmt: skip
+"""Fields that change nothing in what a model in evaluation mode computes, or that others say better: positions by the rotary embeddings
+or the shape of learned ones, the layers' windows by `layer_types`, tied embeddings by the tensors."""
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+DERIVED = ("head_dim", "layer_types", "num_key_value_heads")
+"""Fields that are filled in from others where the file has none."""
+LENGTHS = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the number of positions."""
+
+
+def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Path, other_path: Path) -> None:
+    """Raise SalsaError that names the first field in which two config.json differ so that the same tensors make another function."""
+    if _plain(head) == _plain(other):
+        return
+    kinds = [config.get("model_type") for config in (head, other)]
+    require(kinds[0] == kinds[1], _line("model_type", kinds[1], kinds[0], other_path, head_path))
+    from salsa_peft import tensor_names
+
+    if not tensor_names.known(head):  # Transformers cannot read them, so the text is all there is
+        for field in sorted(_plain(head).keys() & _plain(other).keys()):
+            require(head[field] == other[field], _line(field, other[field], head[field], other_path, head_path))
+        return
+    mine, yours = (
+        tensor_names.read_config(config, str(path)) for config, path in ((head, head_path), (other, other_path))
+    )
+    found = difference(mine, yours)
+    if found is not None:
+        raise SalsaError(_line(found[0], found[2], found[1], other_path, head_path))
+
+
+def _line(field: str, yours: Any, mine: Any, other_path: Path, head_path: Path) -> str:
+    why = "the same weights would compute something else; take models of one architecture, or correct the file that is wrong"
+    if field.endswith("vocab_size"):
+        why = (
+            "their embeddings have different numbers of rows; resize one model to the other's with model.resize_token_embeddings(…) and"
+            " save it again"
+        )
+    return f"{other_path}: {field} is {yours!r:.80}, but {mine!r:.80} in {head_path}: {why}"
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the fields that have no effect, also in the parts of a multimodal configuration."""
+    return {
+        key: _plain(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+        if key not in WITHOUT_EFFECT or key == "max_position_embeddings"
+    }
+
+
+def difference(head: PreTrainedConfig, other: PreTrainedConfig, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two configurations of one kind differ in effect: its name and both values, or None.
+
+    Only the fields that the class itself declares are compared: what else a file holds is a note that no model reads.
+    """
+    mine, yours = head.to_dict(), other.to_dict()
+    parts = [name for name in type(head).sub_configs if name in mine]
+    for name in parts:
+        one, two = vars(head).get(name), vars(other).get(name)
+        if one is None or two is None or type(one) is not type(two):
+            if one is not two:
+                return prefix + name, type(one).__name__, type(two).__name__
+            continue
+        found = difference(one, two, f"{prefix}{name}.")
+        if found is not None:
+            return found
+    if parts and type(head).__name__ != type(other).__name__:
+        return prefix + "model_type", head.model_type, other.model_type
+    ignored = WITHOUT_EFFECT.union(parts, ROPE)
+    if "sliding" not in str(mine.get("layer_types", "sliding")) and mine.get("layer_types") == yours.get("layer_types"):
+        ignored |= {"sliding_window"}
+    fields = type(head)().to_dict().keys() - ignored
+    for field in sorted(fields, key=lambda field: (field in DERIVED, field)):
+        if not _same(field, mine.get(field), yours.get(field)):
+            return prefix + field, mine.get(field), yours.get(field)
+    if not _same_rope(head, other):
+        return prefix + "rope_parameters", mine.get("rope_parameters"), yours.get("rope_parameters")
+    return None
+
+
+def _same(field: str, mine: Any, yours: Any) -> bool:
+    """Numbers to float32's precision, null as false, activations by what they compute."""
+    if isinstance(mine, float | int) and isinstance(yours, float | int):
+        return math.isclose(mine, yours, rel_tol=1e-6)
+    if isinstance(mine, str) and isinstance(yours, str) and ("act" in field):
+        return mine == yours or _same_activation(mine, yours)
+    if isinstance(mine, dict) and isinstance(yours, dict):
+        return mine.keys() == yours.keys() and all(_same(field, mine[key], yours[key]) for key in mine)
+    return mine == yours or (not mine and not yours and {type(mine), type(yours)} <= {bool, type(None)})
+
+
+def _same_activation(mine: str, yours: str) -> bool:
+    """Whether two of Transformers' activation functions have the same values to float32's precision (gelu_new, gelu_pytorch_tanh)."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    if mine not in ACT2FN or yours not in ACT2FN:
+        return False
+    values = torch.linspace(-12, 12, 4097, dtype=torch.float64)
+    one, two = (
+        ACT2FN[name].double() if isinstance(ACT2FN[name], torch.nn.Module) else ACT2FN[name] for name in (mine, yours)
+    )
+    return bool(torch.allclose(one(values), two(values), rtol=1e-6, atol=1e-6))
+
+
+def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """By their parameters, and where those are in other words by the frequencies that the models' own rotary embeddings compute."""
+    mine, yours = (_rope(config) for config in (head, other))
+    if "longest" in mine or "longest" in yours or mine == yours:
+        return mine == yours
+    import torch
+
+    one, two = _frequencies(head), _frequencies(other)
+    same = bool(one) and one.keys() == two.keys()
+    return same and all(
+        one[key].shape == two[key].shape and torch.allclose(one[key], two[key], rtol=1e-6, atol=0) for key in one
+    )
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """rope_parameters without names of the same thing and nulls; with the number of positions where it matters."""
+    content = config.to_dict()
+    given = content.get("rope_parameters") or {}
+    flat = {
+        f"{kind}.{key}": value for kind, part in given.items() if isinstance(part, dict) for key, value in part.items()
+    }
+    flat |= {key: value for key, value in given.items() if not isinstance(value, dict)}
+    found = {key: value for key, value in flat.items() if value is not None and key.rpartition(".")[2] != "type"}
+    if any(value in LENGTHS for value in found.values() if isinstance(value, str)):
+        found["longest"] = content.get("max_position_embeddings")
+    return found
+
+
+def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
+    """Module and buffer → values of the rotary embeddings that the architecture makes, and the scale of the attention."""
+    import torch
+
+    from salsa_peft import tensor_names
+
+    found: dict[str, Any] = {}
+    for name, module in tensor_names.made(config).named_modules():
+        if "config" in vars(module) and any(
+            buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)
+        ):
+            made: Any = type(module)
+            rotary = made(config=vars(module)["config"])  # the model's own has no memory behind it
+            found |= {f"{name}.{buffer}": values for buffer, values in rotary.named_buffers()}
+            scales = {key: value for key, value in vars(rotary).items() if key.endswith("attention_scaling")}
+            found |= {f"{name}.{key}": torch.tensor(float(value)) for key, value in scales.items()}
+    return found

@@ -1,0 +1,256 @@
+"""What a tensor of a checkpoint is called in the model that Transformers makes of its configuration.
+
+Files on the Hub name the same parameter in several ways: with or without the base model's prefix, in a multimodal model's older
+layout, one tensor per expert or all experts in one, under the prefixes of `torch.compile` or FSDP. They may also hold what is no
+parameter (rotary frequencies, causal masks). The names here are those of the model's `state_dict`, found with Transformers' own
+conversion mapping on a model without memory (meta device). Transformers is imported where a name is asked for, not before.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from salsa_peft.errors import SalsaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.)")
+"""Modules that torch.compile, FSDP, activation checkpointing and Lightning put around others."""
+OUTERMOST = re.compile(r"^(base_model\.model\.)?(module\.)+")
+"""The wrapper of DistributedDataParallel and DeepSpeed, which is only ever around the whole model."""
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without the prefixes of wrappers: `_orig_mod.model.norm.weight` → `model.norm.weight`."""
+    plain = WRAPPERS.sub("", name).removeprefix(".")
+    return OUTERMOST.sub(lambda found: found[1] or "", plain)
+
+
+class Block(NamedTuple):
+    """Consecutive elements of a tensor in a file."""
+
+    source: str
+    """The tensor's name in the file."""
+    first: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a checkpoint's tensors go in the model."""
+
+    names: dict[str, str | None]
+    """Name in the file → the model's (of a tensor that is split: the first part's); None: no parameter, Transformers ignores it."""
+    blocks: dict[str, tuple[Block, ...]]
+    """The model's name → what its elements are made of, in their order. A tied head that is not in the file is not here."""
+    unknown: list[str]
+    """Names in the file that have no place in the model."""
+
+
+class ModelNames:
+    """The tensors of an architecture: the names and shapes of its parameters and persistent buffers, and which are tied."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        """Output embeddings → the input embeddings that they are tied to by the configuration."""
+
+    def __str__(self) -> str:
+        return type(self.model).__name__
+
+    def resolve(self, shapes: Mapping[str, Sequence[int]], where: str) -> Resolved:
+        """Where the tensors of these names and shapes go, as `from_pretrained` would put them; `where` is what an error names.
+
+        Prefixes of wrappers are taken off first. Raises SalsaError where two tensors go to one place, or one goes there in another shape.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        prefix, state = self.model.base_model_prefix, self.model.state_dict()
+        names: dict[str, str | None] = {}
+        direct: dict[str, str] = {}
+        groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+        unplaced: dict[str, str] = {}
+        for name in sorted(shapes, key=dot_natural_key):
+            plain = unwrapped(name)
+            found, pattern = rename_source_key(plain, renamings, converters, prefix, state)
+            if found not in state and plain in state:
+                found, pattern = rename_source_key(plain, [], [], prefix, state)
+            names[name] = found
+            if found not in state:
+                unplaced[name] = found
+            elif pattern is not None:
+                groups.setdefault(found, (by_pattern[pattern], []))[1].append((pattern, name))
+            else:
+                _check_free(direct.get(found), found, name, where)
+                direct[found] = name
+        ignored = self._ignored(set(unplaced.values()))
+        names |= {name: None for name, found in unplaced.items() if found in ignored}
+        blocks: dict[str, tuple[Block, ...]] = {}
+        for found, name in direct.items():
+            if tuple(shapes[name]) != self.shapes[found]:
+                raise SalsaError(_wrong_shape(where, name, shapes[name], found, self.shapes[found]))
+            blocks[found] = (Block(name, 0, math.prod(shapes[name])),)
+        for first, (converter, sources) in groups.items():
+            for found, parts in self._converted(first, converter, sources, shapes, where).items():
+                _check_free(direct.get(found), found, parts[0].source, where)
+                blocks[found] = parts
+        return Resolved(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
+
+    def _ignored(self, names: set[str]) -> set[str]:
+        """Of names that the model does not have those that Transformers ignores without a warning."""
+        from transformers.utils.loading_report import LoadStateDictInfo
+
+        info = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
+        self.model._adjust_missing_and_unexpected_keys(info)
+        return names - info.unexpected_keys
+
+    def _converted(
+        self,
+        first: str,
+        converter: Any,
+        sources: list[tuple[str, str]],
+        shapes: Mapping[str, Sequence[int]],
+        where: str,
+    ) -> dict[str, tuple[Block, ...]]:
+        """The blocks of what a converter makes (fused experts, for example), found by converting the numbers of rows.
+
+        Every source is replaced by the numbers of its rows, so the cost does not depend on the rows' length.
+        """
+        import torch
+
+        work, starts, total = copy.deepcopy(converter), [], 0
+        for pattern, name in sources:
+            shape = tuple(shapes[name])
+            rows = shape if len(shape) < 2 else (*shape[:-1], 1)
+            starts.append((total, name, 1 if len(shape) < 2 else shape[-1]))
+            work.add_tensor(first, name, pattern, torch.arange(total, total + math.prod(rows)).reshape(rows))
+            total += math.prod(rows)
+        made = {}
+        for found, value in work.convert(first, model=self.model, config=self.model.config).items():
+            numbers = value[0] if isinstance(value, list) else value
+            shape = self.shapes[found]
+            moved = tuple(numbers.shape) == (shape if len(shape) < 2 else (*shape[:-1], 1))
+            widths = {1 if len(shape) < 2 else shape[-1]} | {width for _, _, width in starts}
+            if not moved or len(widths) > 1:
+                raise SalsaError(_wrong_shape(where, sources[0][1], shapes[sources[0][1]], found, shape))
+            made[found] = _blocks(numbers.flatten(), starts)
+        return made
+
+
+def _check_free(taken: str | None, found: str, name: str, where: str) -> None:
+    if taken is not None:
+        raise SalsaError(f"{where}: {taken} and {name} are both {found} in the model: remove one of them")
+
+
+def _wrong_shape(where: str, name: str, given: Sequence[int], found: str, expected: Sequence[int]) -> str:
+    return (
+        f"{where}: {name} has shape {list(given)}, but {found}, which it makes in the model, has {list(expected)} by config.json; correct"
+        " the configuration, or save the model again with Transformers"
+    )
+
+
+def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ...]:
+    """Runs of consecutive rows, each within one source. `starts`: a source's first number, its name, its row's length."""
+    import torch
+
+    firsts = [start for start, _, _ in starts]
+    jumps = torch.nonzero(numbers[1:] != numbers[:-1] + 1).flatten() + 1
+    edges = [0, *jumps.tolist(), len(numbers)]
+    blocks = []
+    for begin, end in itertools.pairwise(edges):
+        at, last = int(numbers[begin]), int(numbers[end - 1]) + 1
+        while at < last:
+            index = bisect.bisect_right(firsts, at) - 1
+            start, name, width = starts[index]
+            stop = min(last, firsts[index + 1] if index + 1 < len(firsts) else last)
+            blocks.append(Block(name, (at - start) * width, (stop - at) * width))
+            at = stop
+    return tuple(blocks)
+
+
+def of_folder(folder: Path) -> ModelNames:
+    """The names of the model that a folder's config.json describes. Raises SalsaError where Transformers cannot make it."""
+    return of_config(json.loads((folder / "config.json").read_bytes()), str(folder / "config.json"))
+
+
+def of_config(config: Mapping[str, Any], where: str) -> ModelNames:
+    """The same of a configuration's content; `where` is the file that an error names."""
+    return _made(json.dumps(config, sort_keys=True), where)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(content: str, where: str) -> ModelNames:
+    return ModelNames(made(read_config(json.loads(content), where)))
+
+
+def made(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, on the meta device: its parameters have no memory and no values."""
+    import torch
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights, no_tie_weights
+
+    architecture = class_of(config)
+    with torch.device("meta"), no_init_weights(), no_tie_weights(), meta_device_safe_creation_ops():
+        return architecture(copy.deepcopy(config))
+
+
+def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """A configuration as Transformers reads it: old fields renamed, defaults filled in; quantisation is left out. Raises SalsaError."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise SalsaError(
+            f"{where}: model_type {kind!r:.60} is not one that transformers {transformers.__version__} has; install a version that has it"
+        )
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        read: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SalsaError(f"{where}: Transformers cannot read this configuration: {error}") from error
+    return read
+
+
+def known(config: Mapping[str, Any]) -> bool:
+    """Whether Transformers has the architecture of a config.json's content."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return config.get("model_type") in CONFIG_MAPPING
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `architectures` names, else the language model of this configuration, else the base model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING,
+    )  # fmt: skip
+    known: list[Any] = []
+    for mapping in mappings:
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            known += found if isinstance(found, list | tuple) else [found]
+    if not known:
+        raise SalsaError(f"model_type {config.model_type}: Transformers has no language model of this kind")
+    named = [one for one in known if one.__name__ in (config.architectures or ())]
+    chosen: type[PreTrainedModel] = (named or known)[0]
+    return chosen
