@@ -76,17 +76,17 @@ def _inside(given: Mapping[str, Path]) -> bool:
     return not any(_part(name) == "template" for name in given)
 
 
-def _templates(source: Source, given: Mapping[str, Path]) -> dict[str, str]:
-    """File name → text of a folder's chat templates, those inside tokenizer_config.json as files of their own."""
-    found = {name: path.read_text(encoding="utf-8") for name, path in given.items() if _part(name) == "template"}
+def _templates(source: Source, given: Mapping[str, Path]) -> dict[str, bytes]:
+    """File name → content of a folder's chat templates, those inside tokenizer_config.json as files of their own."""
+    found = {name: path.read_bytes() for name, path in given.items() if _part(name) == "template"}
     if not _inside(given) or SETTINGS not in given:
         return found
     inside: Any = read_mapping(given[SETTINGS]).get("chat_template")
     if isinstance(inside, str):
-        return {DEFAULT: inside}
+        return {DEFAULT: inside.encode()}
     for row in inside if isinstance(inside, list) else ():
         named = DEFAULT if row["name"] == "default" else f"additional_chat_templates/{row['name']}.jinja"
-        found[named] = row["template"]
+        found[named] = row["template"].encode()
     return found
 
 
@@ -98,9 +98,13 @@ def _say(
         tokens = {source: vocabulary_of(source.folder) for source in sources}
         other = [source.name for source in sources if tokens[source] != tokens[owner]]
         if other:
-            logger.warning("tokenizer: taken from %s; %s: none, or other tokens", owner.name, ", ".join(other))
+            logger.warning(
+                "tokenizer: taken from %s, since %s has none or fewer tokens", owner.name, " and ".join(other)
+            )
     if speaker is not None:
         texts = {source: sorted(_templates(source, found[source]).values()) for source in sources}
         other = [source.name for source in sources if texts[source] != texts[speaker]]
         if other:
-            logger.warning("chat template: taken from %s; %s: none, or another", speaker.name, ", ".join(other))
+            logger.warning(
+                "chat template: taken from %s, since %s has none or another", speaker.name, " and ".join(other)
+            )

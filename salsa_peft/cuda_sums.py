@@ -1,7 +1,7 @@
 """The arithmetic of weight_sums.py on a GPU, with torch: the same sums, a large block at a time.
 
 Only the order of additions within a product differs, so distances agree to float32's digits; the sums are rounded as a CPU rounds them
-but for ties, where the GPU may fuse a multiplication and an addition.
+but where the GPU fuses a multiplication and an addition in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 
 from salsa_peft.safetensors_files import BITS, NAMES, Buffer
-from salsa_peft.weight_sums import CANCELLED, Fault, Kind, Plan
+from salsa_peft.weight_sums import Fault, Kind, Plan
 
 
 class TorchSums:
@@ -37,14 +37,13 @@ class TorchSums:
             total, differences, products = self._differences(given, torch.float64)
         if not write:
             return list(products.values()), b""
-        if total.dtype == torch.float64 and kind.out != "F64":
+        if kind.out == "F64":
+            found = self._sum(total, differences, products)
+        else:
             found = self._direct(given)
             zero = (found == 0) & (total == 0)  # of equal members, whatever the signs of the weights
-            found = torch.where(zero, total, found)
-        else:
-            found = self._sum(total, differences, products)
-            if total.dtype == torch.float32:
-                self._mend_cancelled(given, found, differences)
+            found = torch.where(zero, total.to(found), found)
+            found = found if kind.out == "F32" else _round_to_odd(found)
         out = found.to(getattr(torch, NAMES[kind.out]))
         _check(out, None)
         return list(products.values()), out.cpu().view(torch.uint8).numpy().data
@@ -77,17 +76,14 @@ class TorchSums:
             total += values.to(torch.float64) * weight
         return total
 
-    def _mend_cancelled(
-        self, given: list[torch.Tensor], total: torch.Tensor, differences: dict[int, torch.Tensor]
-    ) -> None:
-        """Where a sum in float32 is far smaller than a term, the float64 sum."""
-        assert self.plan.weights is not None
-        bound, wrong = total.abs() * float(CANCELLED), torch.zeros_like(total, dtype=torch.bool)
-        for i, difference in differences.items():
-            wrong |= (difference * self.plan.weights[i]).abs() > bound
-        places = wrong.nonzero().flatten()
-        if len(places):
-            total[places] = self._direct([values[places] for values in given]).to(total)
+
+def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """float64 → float32 as float_arrays.round_to_odd has it, since torch rounds float64 to 16 bits by way of float32, that is twice."""
+    found = values.float()
+    back, bits = found.double(), found.view(torch.int32)
+    bits -= (back.abs() > values.abs()).int()
+    bits |= (back != values).int()
+    return found
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -5,9 +5,9 @@ bfloat16 is widened in pairs: of a little-endian 32-bit word u, u << 16 is the f
 odd one. The halves stay apart, since neither a sum nor a product asks for the order, and are joined when they are rounded, to nearest and
 ties to even.
 
-A sum of 16-bit members is computed in float32, as the pivot minus differences. Where its terms cancel (CANCELLED), and for wider members,
-it is the float64 sum Σ w_i x_i in the members' order, rounded once; to float64, the sum of differences, of which equal members come out to
-the bit.
+The sum is Σ w_i x_i in float64, in the members' order, rounded once to the dtype that is written, so no other arithmetic comes closer to
+the float64 mean. To float64 it is the pivot minus weighted differences, of which equal members come out to the bit. Differences, for the
+distances, are float32's where all is of 16 bits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from salsa_peft.float_arrays import DTYPES, Array, narrow, round_to_odd, widen
+from salsa_peft.float_arrays import DTYPES, Array, narrow, widen
 from salsa_peft.safetensors_files import BITS, Buffer
 
 ROW = 2**13
 """Elements of one dot product. OpenBLAS shares one of more than 10,000 among threads, and then its last digits depend on who was busy."""
 UPPER = np.uint32(0xFFFF0000)
-CANCELLED = np.float32(16)
-"""Where a sum in float32 is this many times smaller than a term, the term's rounding error would show in it: float64 takes over."""
+DROPPED = np.uint64(2**29 - 1)
+"""Bits of a float64 that a float32 has not."""
 LARGEST = {"F64": float(np.finfo(np.float64).max), "F32": float(np.finfo(np.float32).max), "F16": 65504.0,
            "BF16": 2.0**128 - 2.0**120}  # fmt: skip
 
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
     @property
     def narrow(self) -> bool:
-        """All of 16 bits: computed in float32, else in float64."""
+        """All of 16 bits: differences are taken in float32, else in float64."""
         return all(BITS[dtype] == 16 for dtype in (*self.members, self.out))
 
     @property
@@ -118,7 +118,7 @@ class Sums:
         else:
             self._load(kind, count, values)
         total = values[plan.pivot]
-        direct = self._direct_sum(values) if write and wide is np.float64 and kind.out != "F64" else None
+        direct = self._direct_sum(values) if write and kind.out != "F64" else None
         for i in plan.others:
             np.subtract(total, values[i], out=values[i])
         products = [dot(values[i], values[j]) for i, j in plan.pairs]
@@ -130,15 +130,12 @@ class Sums:
         if direct is None:
             self._sum(values, dict(zip(plan.pairs, products, strict=True)))
         else:
-            self._keep_zeros(direct, values)
-            total = direct
-        if wide is np.float32:
-            self._mend_cancelled(kind, count, values, halves)
+            total = self._keep_zeros(direct, values)
         safe = plan.mean and all(map(math.isfinite, held)) and set(kind.members) == {kind.out}
         if not safe:  # squares tell it of all values at once, else they are looked at one by one
             square = dot(total, total)
             safe = math.isfinite(square) and square <= LARGEST[kind.out] * LARGEST[kind.out]
-        out = self._join(total)[:count] if halves else narrow(total[:count], kind.out)
+        out = self._join(total, values[plan.pivot])[:count] if halves else narrow(total[:count], kind.out)
         if not safe:
             check_finite(widen(out, kind.out), None)
         return products, out.view(np.uint8).data
@@ -172,39 +169,31 @@ class Sums:
         """Σ w_i x_i in the members' order, in a row of its own."""
         assert self.plan.weights is not None
         total, term = self._direct[:, : values.shape[1]]
-        total[:] = values[0] * self.plan.weights[0]
+        np.multiply(values[0], self.plan.weights[0], out=total, dtype=np.float64)
         for row, weight in zip(values[1:], self.plan.weights[1:], strict=True):
-            np.add(total, np.multiply(row, weight, out=term), out=total)
+            np.add(total, np.multiply(row, weight, out=term, dtype=np.float64), out=total)
         return total
 
-    def _keep_zeros(self, total: Array, values: Array) -> None:
+    def _keep_zeros(self, total: Array, values: Array) -> Array:
         """Where all members are zero, so is the sum, of the pivot's sign whatever the signs of the weights. `values`: as _sum takes them."""
-        zeros = np.flatnonzero(total == 0)
-        same = zeros[(values[:, zeros] == 0).all(0)]
-        total[same] = values[self.plan.pivot, same]
+        if not self.plan.mean:
+            zeros = np.flatnonzero(total == 0)
+            same = zeros[(values[:, zeros] == 0).all(0)]
+            total[same] = values[self.plan.pivot, same]
+        return total
 
-    def _mend_cancelled(self, kind: Kind, count: int, values: Array, halves: bool) -> None:
-        """Where a sum in float32 is far smaller than a term, the float64 sum. `values`: as _sum left them, changed."""
-        total = values[self.plan.pivot]
-        bound = np.multiply(np.abs(total), CANCELLED, out=self._spare[: len(total)].view(np.float32))
-        wrong = np.zeros(len(total), bool)
-        for i in self.plan.others:
-            wrong |= np.abs(values[i], out=values[i]) > bound
-        places = np.flatnonzero(wrong)
-        if not len(places):
-            return
-        assert self.plan.weights is not None
-        half = len(total) // 2
-        elements = np.where(places < half, 2 * places, 2 * (places - half) + 1) if halves else places
-        exact = np.zeros(len(places))
-        for row, dtype, weight in zip(self._raw, kind.members, self.plan.weights, strict=True):
-            given = row[: count * BITS[dtype] // 8].view(DTYPES[dtype])[elements]
-            exact += widen(given, dtype).astype(np.float64) * weight
-        total[places] = round_to_odd(exact)
+    def _join(self, total: Array, wide: Array) -> Array:
+        """Halves of float64 → bfloat16 in order. Changes `total`, and `wide`, a row of float32.
 
-    def _join(self, total: Array) -> Array:
-        """Halves of float32 → bfloat16 in order: bits + 0x7FFF + (their last bit that stays), cut off. Changes `total`."""
-        bits, half = total.view(np.uint32), len(total) // 2
+        To float32 towards zero, the last bit set where that is not exact; then bits + 0x7FFF + (their last bit that stays), cut off.
+        """
+        long, rest = total.view(np.uint64), self._direct[1, : len(total)].view(np.uint64)
+        np.bitwise_and(long, DROPPED, out=rest)
+        np.add(rest, DROPPED, out=rest)  # carries into the last bit that stays
+        np.bitwise_or(long, rest, out=long)
+        np.bitwise_and(long, ~DROPPED, out=long)
+        wide[:] = total
+        bits, half = wide.view(np.uint32), len(total) // 2
         spare, out = self._spare[: len(total)], self._out[: len(total)]
         np.right_shift(bits, 16, out=spare)
         np.bitwise_and(spare, 1, out=spare)
