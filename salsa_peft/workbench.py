@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 
 from . import adapters, memory, models, precision, same_base, sharding
 from .config import Recipe, Reference, Training, require
@@ -67,7 +75,9 @@ class Workbench:
         """The causal language model without values, on the meta device: which modules it has, and of what shape."""
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+            causal: Any = type(config) in AutoModelForCausalLM._model_mapping
+            auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+            return auto.from_config(config).requires_grad_(False)
 
     def trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Full weights to train: the base's, or those of a checkpoint."""

@@ -494,7 +494,7 @@ class TestPickles:
         one_line(lambda: world.take(folder), "adapter_model.safetensors")
         assert soup_command([str(world.folder / "soup"), str(folder), str(world.seeds[1])]) == 2
         said = capsys.readouterr().err.strip().splitlines()
-        assert "seed-0 holds adapter_model.bin, which is pickled and never read" in said[-1]
+        assert "seed-0 holds adapter_model.bin, a pickle, which is never read" in said[-1]
 
     def test_under_the_name_of_safetensors(self, world: World, canary: Path) -> None:
         torch.save({"state": Bomb(canary)}, world.seeds[0] / WEIGHTS)
