@@ -75,8 +75,8 @@ def write_recipe(folder: Path, base: Path, template: str, **more: Any) -> Path:
         {"messages": [turn("user", f"What is {word}?"), turn("assistant", f"It is {word} indeed.")]} for word in WORDS
     ]
     pairs = [
-        {"prompt": [turn("user", f"Say {word}.")], "chosen": [turn("assistant", f"Yes: {word}.")],
-         "rejected": [turn("assistant", f"No {word}, no {word}.")]} for word in WORDS
+        {"prompt": [turn("user", f"Say {word}{' please' * (number % 3)}.")], "chosen": [turn("assistant", f"Yes: {word}.")],
+         "rejected": [turn("assistant", f"No {word}, no {word}.")]} for number, word in enumerate(WORDS)
     ]  # fmt: skip
     for name, rows in (("chats", chats), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
