@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, plain_logprobs, roll_out
 
 from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer

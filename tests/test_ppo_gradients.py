@@ -70,7 +70,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 SCALED = {
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
     "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 0.5},
+    "granite": {"logits_scaling": 0.7},
 }
 
 
