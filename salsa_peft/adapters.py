@@ -111,6 +111,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     check_factors_alone(config, str(folder))
     tensors = {key: value for key, value in tensors.items() if key != SCORE_HEAD}
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
+    _check_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
     except NoMatchingPeftModuleError as error:
@@ -128,6 +129,18 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
     set_trainable(model, name, trainable)
     return model
+
+
+def _check_parameters(model: PreTrainedModel | PeftModel, config: LoraConfig, folder: Path) -> None:
+    """Raise SalsaError for LoRA on other parameters (of experts) than another adapter's on this base, which PEFT can't hold side by side."""
+    for name, other in model.peft_config.items() if isinstance(model, PeftModel) else ():
+        both = [set(one.target_parameters or ()) for one in (config, other)]  # type: ignore[attr-defined]
+        require(
+            not all(both) or both[0] == both[1],
+            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base adapts"
+            f" {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
+            " target_modules and target_parameters",
+        )
 
 
 def check_keeps_base(config: LoraConfig, where: str) -> None:
