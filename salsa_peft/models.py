@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,15 +20,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from . import adapters, disk, sharding
+from . import adapters, auto_models, disk, sharding
 from .config import Model, SalsaError, require
 from .hub_errors import said_in_a_line
 
@@ -125,11 +119,11 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
     return tokenizer
 
 
-def _pretrained(auto: Any, base: str, model: Model, trained: torch.dtype | None, **options: Any) -> Any:
+def _pretrained(auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any) -> Any:
     """Frozen in the recipe's dtype or 4 bits; `trained`: all weights require a gradient, in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
     with said_in_a_line(base):
-        loaded = auto.from_pretrained(
+        loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=attention(model),
@@ -141,7 +135,8 @@ def _pretrained(auto: Any, base: str, model: Model, trained: torch.dtype | None,
         )
     if model.quantization is not None and loaded.device.type == "cpu":
         keep_layout(loaded)
-    return loaded.requires_grad_(trained is not None)
+    loaded.requires_grad_(trained is not None)
+    return loaded
 
 
 def keep_layout(model: nn.Module) -> None:
@@ -158,7 +153,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
     penalties) that it came with."""
-    loaded = _pretrained(AutoModelForCausalLM, base, model, trained)
+    loaded = _pretrained(auto_models.language_model, base, model, trained)
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -175,8 +170,8 @@ def load_classifier(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A causal model's folder with a linear head on the last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
-    loaded = _pretrained(AutoModelForSequenceClassification, base, model, trained, num_labels=1)
-    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded = _pretrained(auto_models.classifier, base, model, trained, num_labels=1)
+    loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
     return loaded
 
@@ -186,12 +181,6 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def trunk(lm: Any) -> Any:
-    """The decoder whose last states the output embeddings read. Llama 4 and Mllama name the language model itself as its decoder."""
-    decoder = lm.get_decoder()
-    return decoder if decoder.get_output_embeddings() is None else decoder.model
-
-
 def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The trunk's last hidden states (B, L, H), under the adapter that is active.
 
@@ -199,7 +188,7 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
     are counted over real tokens.
     """
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return trunk(causal_lm(model))(
+    return auto_models.trunk(causal_lm(model))(
         input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
     )[0]
 

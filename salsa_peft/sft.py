@@ -12,10 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from . import data, same_base
+from . import base_checks, data, same_base
 from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
+from .auto_models import only_language
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints
+from .models import check_head
 from .runs import BEGUN, MANIFEST, Job, write_atomic
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
 
@@ -36,8 +38,11 @@ def run(job: Job) -> dict[str, Any]:
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
+    model = bench.base() if recipe.adapter else bench.trainable()
+    if base_checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
+        check_head(model)
     trainer: Any = SFTTrainer(
-        model=bench.base() if recipe.adapter else bench.trainable(),
+        model=model,
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
             assistant_only_loss=True,
@@ -45,7 +50,7 @@ def run(job: Job) -> dict[str, Any]:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
-        peft_config=lora_config(recipe.adapter) if recipe.adapter else None,
+        peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     if recipe.mode == "qlora":

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from . import adapters, memory, models, precision, same_base, sharding
+from . import adapters, base_checks, memory, models, precision, same_base, sharding
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
 from .fingerprints import FINGERPRINT, base_fingerprints
@@ -48,8 +48,10 @@ class Workbench:
         elif Path(model.base).is_absolute():
             folder, name = Path(model.base), model.base
         else:
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import hf_hub_download, snapshot_download
 
+            hf_hub_download(model.base, "config.json", revision=model.revision)
+            base_checks.check(job.recipe)  # before the weights are fetched
             folder, name = (
                 Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
                 model.base,

@@ -23,7 +23,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from salsa_peft import processes, recipe
+from salsa_peft import auto_models, processes, recipe
 from salsa_peft.rollout_batch import RolloutMaker
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "hub"
@@ -185,12 +185,16 @@ def _logprobs(model: Any, responses: Any) -> torch.Tensor:
 @torch.no_grad()
 def _scores(base: Path, reward: Path, mode: str, responses: Any) -> torch.Tensor:
     """The reward model's scores (B,), each row by itself, by the forward that TRL's RewardTrainer trains."""
-    auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1, "dtype": torch.float32}
+    auto = auto_models.classifier(transformers.AutoConfig.from_pretrained(base))
+    options = {"num_labels": 1, "dtype": torch.float32}
     if mode == "full":
         model: Any = auto.from_pretrained(reward, **options).eval()
     else:
         model = PeftModel.from_pretrained(auto.from_pretrained(base, **options), reward).eval()
-    model.config.pad_token_id = None
+    model.config.get_text_config().pad_token_id = None
+    for name, module in model.named_modules():
+        if name.endswith("score"):  # float32 also over a trunk in 8 bits
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     texts = [torch.tensor([prompt + response]) for prompt, response in _rows(responses)]
     return torch.stack([model(input_ids=ids).logits[0, 0].float() for ids in texts])
 
