@@ -279,6 +279,11 @@ def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextMana
     return Toggle(model)(name)
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether the base's weights are packed in 8 or 4 bits, by the recipe or as they came."""
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
+
+
 def in_float32(model: nn.Module) -> None:
     """What is trained is float32: TRL (1.16) casts the adapters of a quantised base to bfloat16, which swallows small steps."""
     for parameter in model.parameters():

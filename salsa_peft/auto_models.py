@@ -48,6 +48,13 @@ def outside_language(lm: Any) -> list[str]:
     return [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and id(module) not in own]
 
 
+def train_language(model: Any, head: nn.Module) -> None:
+    """Freeze what lies outside the trunk and its head: text gives it no gradient."""
+    own = {id(parameter) for part in (trunk(model), head) for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+
+
 def only_language(lm: Any) -> dict[str, str]:
     """LoraConfig's `exclude_modules` that keeps LoRA to the language model of a multimodal one; nothing for others."""
     if not outside_language(lm):

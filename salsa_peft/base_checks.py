@@ -37,8 +37,6 @@ OUTPUT = ("lm_head", "embed_out", "output_layer", "output_projection")
 """What architectures call their output embeddings."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of experts."""
-PACKAGES = {"bitsandbytes": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel"}
-"""Method of quantisation → the package that Transformers needs to load it."""
 ATTENTION = "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 
 
@@ -121,25 +119,34 @@ def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 
 def _check_quantisation(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """A base that comes in 8 or 4 bits is frozen under adapters, or nothing."""
+    """Quantised weights are frozen under adapters, or nothing; PPO needs the same logits in training and in evaluation mode, which
+    bitsandbytes' 4 bits give and its 8 bits do not."""
     said = config.get("quantization_config")
     if not isinstance(said, dict):
         return
-    method = str(said.get("quant_method", "bitsandbytes" if "_load_in_8bit" in said or "load_in_8bit" in said else "unknown"))
-    start, remedy = f"model.base: {_name(recipe)} is quantised already ({method})", "the model in float weights"
-    require(recipe.mode != "full", f"{start}, and quantised weights can't be trained. Use {remedy}, or add --lora")
+    bits = next((bits for bits in (4, 8) if said.get(f"load_in_{bits}bit") or said.get(f"_load_in_{bits}bit")), None)
+    method = str(said.get("quant_method", "bitsandbytes" if bits else "an unnamed method"))
+    packed = method == "bitsandbytes" and bits == 4
+    start = f"model.base: {_name(recipe)} is quantised already ({method}{'' if bits is None else f', {bits} bits'})"
+    remedy = "Use the model in float weights"
+    require(
+        recipe.mode != "full",
+        f"{start}, and quantised weights can't be trained. {remedy}{', or add --lora' if packed else ''}",
+    )
+    require(packed, f"{start}, and adapters are trained on float weights or on bitsandbytes' 4 bits. {remedy}; --lora qlora puts them"
+            " in 4 bits by itself")  # fmt: skip
     require(
         recipe.model.quantization is None,
-        f"{start}, and model.quantization asks for {recipe.model.quantization} of float weights. Use --lora lora, or {remedy}",
+        f"{start}, and model.quantization asks for {recipe.model.quantization} of float weights. Use --lora lora, or the model in float"
+        " weights",
     )
     require(
         "merged" not in recipe.export,
-        f"{start}, and `export: [merged]` needs float weights to merge a policy into. Use {remedy}, or leave export out",
+        f"{start}, and `export: [merged]` needs float weights to merge a policy into. {remedy}, or leave export out",
     )
-    package = PACKAGES.get(method)
     require(
-        package is None or importlib.util.find_spec(package) is not None,
-        f"{start}, which needs the package {package}. Use {remedy}, or pip install {package}",
+        importlib.util.find_spec("bitsandbytes") is not None,
+        f"{start}, which needs the package bitsandbytes. {remedy}, or pip install 'salsa-peft[qlora]'",
     )
 
 

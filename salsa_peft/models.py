@@ -119,24 +119,28 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
     return tokenizer
 
 
-def _pretrained(auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any) -> Any:
+def _pretrained(
+    auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
+) -> Any:
     """Frozen in the recipe's dtype or 4 bits; `trained`: all weights require a gradient, in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
+    if (
+        quantised := quantisation(model, dtype)
+    ) is not None:  # None would load a base in 8 bits as if its integers were weights
+        options["quantization_config"] = quantised
     with said_in_a_line(base):
         loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=attention(model),
-            quantization_config=quantisation(model, dtype),
             device_map={"": device()},
             trust_remote_code=False,
             use_safetensors=True,
             **options,
         )
-    if model.quantization is not None and loaded.device.type == "cpu":
+    if loaded.device.type == "cpu":
         keep_layout(loaded)
-    loaded.requires_grad_(trained is not None)
-    return loaded
+    return loaded.requires_grad_(trained is not None)
 
 
 def keep_layout(model: nn.Module) -> None:
@@ -154,6 +158,8 @@ def load_base(
     """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
     penalties) that it came with."""
     loaded = _pretrained(auto_models.language_model, base, model, trained)
+    if trained is not None:
+        auto_models.train_language(loaded, loaded.get_output_embeddings())
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -171,8 +177,12 @@ def load_classifier(
 ) -> PreTrainedModel:
     """A causal model's folder with a linear head on the last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
     loaded = _pretrained(auto_models.classifier, base, model, trained, num_labels=1)
+    if trained is not None:
+        auto_models.train_language(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
+    if adapters.is_quantised(loaded):  # whose states have the quantisation's dtype, not the head's
+        loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
 

@@ -106,7 +106,8 @@ def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> floa
         shares = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
         for blocks in zip(*(_factors(layer, name) for name, _ in shares), strict=True):
             coefficients = [
-                np.full(len(a), share * layer.scaling[name]) for (name, share), (a, _) in zip(shares, blocks, strict=True)
+                np.full(len(a), share * layer.scaling[name])
+                for (name, share), (a, _) in zip(shares, blocks, strict=True)
             ]
             rows, columns = ([block[half].detach().cpu().double().numpy() for block in blocks] for half in (0, 1))
             A, B = blocks[0]

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from . import base_checks, data, same_base
-from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
+from .adapters import (
+    CONFIG,
+    WEIGHTS,
+    check_factors_alone,
+    check_finite,
+    in_float32,
+    is_quantised,
+    lora_config,
+    read,
+    read_tensors,
+)
 from .auto_models import only_language
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints
@@ -53,7 +63,7 @@ def run(job: Job) -> dict[str, Any]:
         peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
-    if recipe.mode == "qlora":
+    if is_quantised(model):
         in_float32(trainer.model)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)

@@ -96,7 +96,10 @@ def test_adapters_on_other_parameters_of_one_base(family: Family) -> None:
     """PEFT says no to them by a ValueError."""
     model = adapters.attach(family.base(), family.adapter("a", 1), "a")
     other = family.adapter("b", 2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
-    with pytest.raises(SalsaError, match=r"b: it adapts the parameters experts.down_proj, and adapter 'a' on the same base adapts down_proj,"):
+    with pytest.raises(
+        SalsaError,
+        match=r"b: it adapts the parameters experts.down_proj, and adapter 'a' on the same base adapts down_proj,",
+    ):
         adapters.attach(model, other, "b")
 
 
@@ -148,7 +151,9 @@ def test_a_reference_that_moves(family: Family) -> None:
     experts = [layer for layer in adapters.tuner_layers(model) if "soup" in layer.lora_A]
     for layer in experts:  # half of the rank is room
         A = layer.lora_A["soup"].weight
-        A.data.view(getattr(layer, "num_experts", 1), -1, A.shape[1])[:, A.shape[0] // getattr(layer, "num_experts", 1) // 2 :] = 0
+        A.data.view(getattr(layer, "num_experts", 1), -1, A.shape[1])[
+            :, A.shape[0] // getattr(layer, "num_experts", 1) // 2 :
+        ] = 0
     before = [[layer.get_delta_weight(name).clone() for name in ("soup", "policy")] for layer in experts]
     told = moving.refresh(model, "policy", [Frozen("soup", "soup", None, 1, 0.25)], 1)
     assert told == pytest.approx(0, abs=1e-5)
