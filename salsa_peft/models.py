@@ -164,12 +164,20 @@ def load_base(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     loaded.config.pad_token_id = tokenizer.pad_token_id
+    without_router_logits(loaded)
     rows = loaded.get_input_embeddings().weight.shape[0]
     require(
         len(tokenizer) <= rows,
         f"{base}: found a tokenizer of {len(tokenizer)} tokens over {rows} embeddings, expected no more tokens than rows",
     )
     return loaded
+
+
+def without_router_logits(model: PreTrainedModel) -> None:
+    """TRL's SFT switches them on in a mixture's configuration; with them, Transformers' generate fails on padded prompts."""
+    text = model.config.get_text_config(decoder=True)
+    if "output_router_logits" in text.to_dict():
+        text.output_router_logits = False
 
 
 def load_classifier(
@@ -325,6 +333,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     held = model.state_dict() if weights is None else weights
     adapters.check_finite(held, f"{folder} is not saved")
     stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied ones once
+    without_router_logits(model)
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # of a kill before
     disk.require_room(folder, sum(stored.values()), str(folder))
