@@ -114,6 +114,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     check_factors_alone(config, str(folder))
     tensors = factors_alone(model, tensors, folder)
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
+    _check_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
     except NoMatchingPeftModuleError as error:
@@ -149,6 +150,18 @@ def factors_alone(
         same = there is not None and (there.is_meta or torch.equal(there.to("cpu", value.dtype), value))
         require(same, trained_module(str(folder), key))
     return {key: value for key, value in tensors.items() if ".lora_" in key}
+
+
+def _check_parameters(model: PreTrainedModel | PeftModel, config: LoraConfig, folder: Path) -> None:
+    """Raise SalsaError for LoRA on other parameters (of experts) than another adapter's on this base, which PEFT can't hold side by side."""
+    for name, other in model.peft_config.items() if isinstance(model, PeftModel) else ():
+        both = [set(one.target_parameters or ()) for one in (config, other)]  # type: ignore[attr-defined]
+        require(
+            not all(both) or both[0] == both[1],
+            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base adapts"
+            f" {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
+            " target_modules and target_parameters",
+        )
 
 
 def check_keeps_base(config: LoraConfig, where: str) -> None:
@@ -298,6 +311,11 @@ def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextMana
         )
         return contextlib.nullcontext()
     return Toggle(model)(name)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether the base's weights are packed in 8 or 4 bits, by the recipe or as they came."""
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
 
 
 def in_float32(model: nn.Module) -> None:

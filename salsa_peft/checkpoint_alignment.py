@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ from salsa_peft.safetensors_files import BITS, Entry, SafetensorsFile, fill, mak
 
 if TYPE_CHECKING:
     import torch
+
+
+logger = logging.getLogger(__name__)
 
 
 class Written(NamedTuple):
@@ -188,10 +192,16 @@ def _read(place: Place) -> torch.Tensor:
 
 
 def _aligned_by_model(views: Sequence[ModelTensors]) -> Alignment:
-    """By the names of the models."""
+    """By the names of the models. What is changed in the names, or untied, is said."""
+    for view in views:
+        wrapped = next((name for name in view.checkpoint.tensors if tensor_names.unwrapped(name) != name), None)
+        if wrapped is not None:
+            logger.warning("%s: prefixes of wrappers are taken off, as in %s", view.checkpoint.folder, wrapped)
     tied = {target for view in views for target in view.names.tied}
     own = next((v for v in views if any(t in v.untied or (t in v.parts and t not in v.names.tied) for t in tied)), None)
     shown = own or views[0]
+    if own is not None and any(not view.untied and view.names.tied for view in views):
+        logger.warning("%s has output embeddings of its own, so the soup has too", own.checkpoint.folder)
     for view in views:
         _check_same_tensors(shown, view)
     rows: list[dict[str, Place]] = [{} for _ in views]

@@ -84,9 +84,11 @@ def _templates(source: Source, given: Mapping[str, Path]) -> dict[str, bytes]:
     inside: Any = read_mapping(given[SETTINGS]).get("chat_template")
     if isinstance(inside, str):
         return {DEFAULT: inside.encode()}
-    for row in inside if isinstance(inside, list) else ():
-        named = DEFAULT if row["name"] == "default" else f"additional_chat_templates/{row['name']}.jinja"
-        found[named] = row["template"].encode()
+    rows = [row for row in inside if isinstance(row, dict)] if isinstance(inside, list) else []
+    named = {str(row.get("name")): str(row.get("template")) for row in rows}
+    for name, text in named.items():
+        if name == Path(name).name:  # the file's name, so no path
+            found[DEFAULT if name == "default" else f"additional_chat_templates/{name}.jinja"] = text.encode()
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from salsa_peft import judge_section, search
+from salsa_peft import base_checks, judge_section, search
 from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, SalsaError, parse_reference, require
 from salsa_peft.fields import MOST_POLICIES
 from salsa_peft.messages import short
@@ -60,6 +60,7 @@ def check(recipe: Recipe) -> None:
     _check_rows(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
+    base_checks.check(recipe)
 
 
 def _check_taken(recipe: Recipe) -> None:

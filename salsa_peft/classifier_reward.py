@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from . import auto_models
 from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
@@ -151,7 +152,8 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)",
     )
     with said_in_a_line(str(folder)):
-        loaded, told = AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        loaded, told = auto_models.classifier(config).from_pretrained(
             str(folder),
             dtype=resolve_dtype(dtype),
             trust_remote_code=False,

@@ -15,11 +15,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from . import adapters, data, same_base, taken_results
-from .adapters import check_finite, in_float32, lora_config, read_tensors
+from . import adapters, base_checks, data, same_base, taken_results
+from .adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
+from .auto_models import only_language
 from .checkpoint_folders import read_checkpoint
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
+from .models import check_head
 from .runs import Job, write_atomic
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
@@ -40,8 +42,11 @@ def run(job: Job) -> dict[str, Any]:
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
+    model = bench.base() if recipe.adapter else bench.trainable()
+    if base_checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
+        check_head(model)
     trainer: Any = SFTTrainer(
-        model=bench.base() if recipe.adapter else bench.trainable(),
+        model=model,
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
             assistant_only_loss=True,
@@ -49,10 +54,10 @@ def run(job: Job) -> dict[str, Any]:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
-        peft_config=lora_config(recipe.adapter) if recipe.adapter else None,
+        peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
-    if recipe.mode == "qlora":
+    if is_quantised(model):
         in_float32(trainer.model)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)

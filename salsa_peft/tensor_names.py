@@ -213,6 +213,7 @@ def made(config: PreTrainedConfig) -> PreTrainedModel:
 def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     """A configuration as Transformers reads it: old fields renamed, defaults filled in; quantisation is left out. Raises SalsaError."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -223,8 +224,11 @@ def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
         read: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SalsaError(f"{where}: Transformers cannot read this configuration: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise SalsaError(
+            f"{where}: Transformers cannot read this configuration: {why:.300}; correct the file"
+        ) from error
     return read
 
 

@@ -17,15 +17,14 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     PrinterCallback,
     Trainer,
     TrainerCallback,
 )
 
-from . import adapters, memory, models, precision, same_base, sharding
+from . import adapters, base_checks, memory, models, precision, same_base, sharding
+from .auto_models import language_model
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
@@ -58,8 +57,10 @@ class Workbench:
         elif Path(model.base).is_absolute():
             folder, name = Path(model.base), model.base
         else:
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import hf_hub_download, snapshot_download
 
+            hf_hub_download(model.base, "config.json", revision=model.revision)
+            base_checks.check(job.recipe)  # before the weights are fetched
             folder, name = (
                 Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
                 model.base,
@@ -75,9 +76,7 @@ class Workbench:
         """The causal language model without values, on the meta device: which modules it has, and of what shape."""
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-            causal: Any = type(config) in AutoModelForCausalLM._model_mapping
-            auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-            return auto.from_config(config).requires_grad_(False)
+            return language_model(config).from_config(config).requires_grad_(False)
 
     def trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Full weights to train: the base's, or those of a checkpoint."""

@@ -135,6 +135,22 @@ def test_the_mean_of_members_that_name_their_tensors_differently(tmp_path: Path,
         assert float(found[0, 0]) == pytest.approx(squared, rel=1e-5)
 
 
+def test_wrappers_and_untied_heads_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = save(tmp_path / "a", "llama", 1, prefixed("_orig_mod.")), save(tmp_path / "b", "llama", 2)
+    average(tmp_path / "out", [a, b], [0.5, 0.5])
+    tied, untied = save(tmp_path / "tied", "llama", 1, tie_word_embeddings=True), save(tmp_path / "untied", "llama", 2)
+    average(tmp_path / "heads", [tied, untied], [0.5, 0.5])
+    found = [message for message in caplog.messages if str(tmp_path) in message]
+    assert found == [
+        f"{a}: prefixes of wrappers are taken off, as in _orig_mod.lm_head.weight",
+        f"{untied} has output embeddings of its own, so the soup has too",
+    ]
+    embeddings = [load(folder)["model.embed_tokens.weight"] for folder in (tied, untied)]
+    loaded = load(tmp_path / "heads")
+    torch.testing.assert_close(loaded["model.embed_tokens.weight"], (embeddings[0] + embeddings[1]) / 2)
+    torch.testing.assert_close(loaded["lm_head.weight"], (embeddings[0] + load(untied)["lm_head.weight"]) / 2)
+
+
 def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> None:
     """A value head, a head that another class has, two names of one tensor, a tensor of another shape."""
     a = save(tmp_path / "a", "llama", 1)
@@ -161,6 +177,11 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
     unknown = save(tmp_path / "unknown", "llama", 1, prefixed("_orig_mod."))
     edit(unknown, model_type="of-tomorrow")
     with pytest.raises(SalsaError, match=r"unknown/config.json: model_type 'of-tomorrow' is not one that transformers"):
+        average(tmp_path / "out", [unknown, unknown], [0.5, 0.5])
+    edit(unknown, model_type="llama", rms_norm_eps="none")
+    with pytest.raises(
+        SalsaError, match=r"unknown/config.json: Transformers cannot read this configuration: .*rms_norm_eps"
+    ):
         average(tmp_path / "out", [unknown, unknown], [0.5, 0.5])
 
 
