@@ -24,16 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import disk
+from .adapter_names import plain_names
 from .config import Adapter, SalsaError, require
 from .fingerprints import FINGERPRINT
 from .runs import write_atomic
+from .score_heads import MERGE, PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
+from .score_heads import SCORE_HEAD as SCORE_HEAD
 from .sharding import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SCORE_HEAD = "base_model.model.score.weight"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?\Z")
 KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
@@ -65,11 +67,11 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     require(bool(HUB_ID.match(path)), f"{path}: found no such folder, expected an adapter's folder or a Hub id")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=[WEIGHTS, CONFIG, FINGERPRINT]))
+    return Path(snapshot_download(path, revision=revision, allow_patterns=[WEIGHTS, CONFIG, FINGERPRINT, VALUE_HEAD]))
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """An adapter folder → (config, tensors by PEFT's saved names). Raises SalsaError where a file is missing, damaged or no LoRA, and
+    """An adapter folder → (config, tensors by PEFT's saved names, without those of wrappers). Raises SalsaError where a file is missing, damaged or no LoRA, and
     for values that are not finite."""
     for name in (CONFIG, WEIGHTS):
         require((folder / name).is_file(), f"{folder}: found no {name}, expected a PEFT adapter saved with safetensors")
@@ -77,7 +79,8 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     require(isinstance(config, LoraConfig), f"{folder}: found a {config.peft_type} adapter, expected LoRA")
     tensors = read_tensors(folder / WEIGHTS)
     check_finite(tensors, str(folder / WEIGHTS))
-    return config, tensors
+    names = plain_names(tensors, {"auto_mapping": config.auto_mapping}, folder / WEIGHTS)
+    return config, {name: tensors[key] for name, key in names.items()}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -103,21 +106,23 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
 def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
     """Add the adapter in `folder` to the shared base under `name`, float32, frozen unless `trainable`; none is activated.
 
-    A score head that the folder holds (a reward adapter's) is left to `score_head`. Raises SalsaError where the saved
-    tensors and the base's modules don't match one to one.
+    A score head that the folder holds (a reward adapter's) is left to `score_head`; copies of the base's own weights, which PEFT saves
+    with adapters of embeddings, are left out. On a base without values (meta device) only names and shapes are compared. Raises SalsaError where the saved tensors and the base's modules don't match one to one.
     """
     config, tensors = read(folder)
     check_keeps_base(config, str(folder))
     check_factors_alone(config, str(folder))
-    tensors = {key: value for key, value in tensors.items() if key != SCORE_HEAD}
+    tensors = factors_alone(model, tensors, folder)
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
+    _check_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
     except NoMatchingPeftModuleError as error:
         raise SalsaError(
             f"{folder}: found target modules {config.target_modules}, none of them in the base; expected an adapter of this base"
         ) from error
-    expected = {key: value.shape for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected = {key: value.shape for key, value in held.items()}
     found = {key: value.shape for key, value in tensors.items()}
     odd = sorted({key for key, _ in expected.items() ^ found.items()})
     require(
@@ -125,9 +130,38 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
         f"{folder}: found {len(odd)} tensors that don't pair with the base's modules ({', '.join(odd[:2])} …), expected an"
         " adapter of this base",
     )
-    set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
+    if not next(model.parameters()).is_meta:
+        set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
     set_trainable(model, name, trainable)
     return model
+
+
+def factors_alone(
+    model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: Path
+) -> dict[str, torch.Tensor]:
+    """LoRA's own tensors of an adapter. Raises SalsaError for a trained copy of one of the base's modules; a copy of the base's own weights
+    changes nothing and is left out. A base on the meta device has no values to compare."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = {name.replace(".base_layer.", "."): value for name, value in base.named_parameters(remove_duplicate=False)}
+    for key, value in tensors.items():
+        if ".lora_" in key or SCORE.fullmatch(key):
+            continue
+        there = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        same = there is not None and (there.is_meta or torch.equal(there.to("cpu", value.dtype), value))
+        require(same, trained_module(str(folder), key))
+    return {key: value for key, value in tensors.items() if ".lora_" in key}
+
+
+def _check_parameters(model: PreTrainedModel | PeftModel, config: LoraConfig, folder: Path) -> None:
+    """Raise SalsaError for LoRA on other parameters (of experts) than another adapter's on this base, which PEFT can't hold side by side."""
+    for name, other in model.peft_config.items() if isinstance(model, PeftModel) else ():
+        both = [set(one.target_parameters or ()) for one in (config, other)]  # type: ignore[attr-defined]
+        require(
+            not all(both) or both[0] == both[1],
+            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base adapts"
+            f" {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
+            " target_modules and target_parameters",
+        )
 
 
 def check_keeps_base(config: LoraConfig, where: str) -> None:
@@ -144,11 +178,11 @@ def check_factors_alone(config: LoraConfig, where: str) -> None:
     """Raise SalsaError, beginning with `where`, for trained biases and tokens: they lie in the base that all roles share."""
     require(
         config.bias == "none",
-        f"{where}: found bias {config.bias!r}, expected 'none': the biases are the base's, which all roles share",
+        f"{where}: found bias {config.bias!r}, expected 'none': the biases are the base's, which all roles share; {MERGE}",
     )
     require(
         not config.trainable_token_indices,
-        f"{where}: found trainable_token_indices, expected LoRA factors only: the tokens are the base's, which all roles share",
+        f"{where}: found trainable_token_indices, expected LoRA factors only: the tokens are the base's, which all roles share; {MERGE}",
     )
 
 
@@ -192,12 +226,25 @@ def taken_off(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def score_head(folder: Path) -> nn.Linear:
-    """The score head that a reward adapter's folder holds: Linear(H, 1), no bias, float32, frozen."""
+    """The score head that a reward adapter's folder holds: Linear(H, 1), float32, frozen; PEFT's, or LLaMA-Factory's value head."""
     _, tensors = read(folder)
-    require(SCORE_HEAD in tensors, f"{folder}: found no score head ({SCORE_HEAD}), expected a reward adapter")
-    weight = tensors[SCORE_HEAD].float()
-    head = nn.Linear(weight.shape[1], 1, bias=False)
-    head.weight = nn.Parameter(weight, requires_grad=False)
+    weight, bias = next((value for key, value in tensors.items() if SCORE.fullmatch(key)), None), None
+    if weight is None and (folder / VALUE_HEAD).is_file():
+        tensors = read_tensors(folder / VALUE_HEAD)
+        weight, bias = tensors.get(VALUE_WEIGHT), tensors.get(VALUE_BIAS)
+    if weight is None:
+        raise SalsaError(
+            f"{folder} is an adapter without a score head, so it scores nothing; a reward adapter is trained with task_type SEQ_CLS, which"
+            " saves one"
+        )
+    require(
+        weight.shape[0] == 1,
+        f"{folder} has a score head of {weight.shape[0]} labels, and a reward is one number; train it with num_labels 1, or pass a function",
+    )
+    head = nn.Linear(weight.shape[1], 1, bias=bias is not None)
+    head.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias.float(), requires_grad=False)
     return head
 
 
@@ -264,6 +311,11 @@ def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextMana
         )
         return contextlib.nullcontext()
     return Toggle(model)(name)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether the base's weights are packed in 8 or 4 bits, by the recipe or as they came."""
+    return any(not parameter.is_floating_point() for parameter in model.parameters())
 
 
 def in_float32(model: nn.Module) -> None:

@@ -141,14 +141,14 @@ def of_recipe(recipe: Recipe) -> Architecture | None:
 
 def of_base(base: str, revision: str | None = None) -> Architecture | None:
     """A folder's, or a Hub id's that is in the cache or known; None as above."""
-    found = _config(base, revision)
+    found = config_of(base, revision)
     try:
         return None if found is None else Architecture.of(found)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
 
 
-def _config(base: str, revision: str | None) -> dict[str, Any] | None:
+def config_of(base: str, revision: str | None) -> dict[str, Any] | None:
     """config.json of a folder, or of a Hub id that is in the cache or known; nothing is fetched."""
     path = Path(base) / "config.json"
     if not Path(base).is_absolute():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from salsa_peft import judge_section, search
+from salsa_peft import base_checks, judge_section, search
 from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, SalsaError, parse_reference, require
 from salsa_peft.fields import MOST_POLICIES
 from salsa_peft.messages import short
@@ -60,6 +60,7 @@ def check(recipe: Recipe) -> None:
     _check_rows(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
+    base_checks.check(recipe)
 
 
 def _check_taken(recipe: Recipe) -> None:
@@ -81,8 +82,31 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
     require("/" in path, f"{where}: found {short(path)}, expected {what}'s folder or Hub id (namespace/name)")
+    if is_local(path) and Path(path).is_dir():
+        _check_kind(where, Path(path), adapters)
     for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
         check_path(where, path, what, file)
+
+
+def _check_kind(where: str, folder: Path, adapters: bool) -> None:
+    """An adapter with --lora, a checkpoint without. A folder of axolotl's holds the base's config.json beside an adapter."""
+    pickled = (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file()
+    require(
+        not pickled,
+        f"{where}: {folder} holds adapter_model.bin, a pickle, which is never read. Load it with PEFT and save it again (save_pretrained"
+        " writes adapter_model.safetensors)",
+    )
+    adapter, model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
+    require(
+        adapter or not model or not adapters,
+        f"{where}: {folder} is a full checkpoint, and this run uses LoRA adapters. Run it without --lora (every seed and reference is then a"
+        " checkpoint), or name an adapter",
+    )
+    require(
+        not adapter or adapters,
+        f"{where}: {folder} is a LoRA adapter, and this run uses full weights. Add --lora, or merge it first: `salsa soup MERGED {folder.name}"
+        " --merge --base BASE`",
+    )
 
 
 def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe) -> None:

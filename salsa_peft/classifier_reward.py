@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from . import auto_models
 from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
 from .hub_errors import said_in_a_line
 from .models import device, positions, resolve_dtype
+from .reward_kinds import OWN_FUNCTION
 from .room import Room
 
 if TYPE_CHECKING:
@@ -150,7 +152,8 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)",
     )
     with said_in_a_line(str(folder)):
-        loaded, told = AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        loaded, told = auto_models.classifier(config).from_pretrained(
             str(folder),
             dtype=resolve_dtype(dtype),
             trust_remote_code=False,
@@ -158,7 +161,10 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
             output_loading_info=True,
         )
     labels, missing = loaded.config.num_labels, sorted(told["missing_keys"])
-    require(labels == 1, f"{path}: found a classifier of num_labels {labels}, expected 1: a score")
+    require(
+        labels == 1,
+        f"{path}: found a classifier of num_labels {labels}, and a reward is one number (1). {OWN_FUNCTION}",
+    )
     require(
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"
     )

@@ -14,6 +14,8 @@ from salsa_peft.errors import SalsaError, require
 from salsa_peft.safetensors_files import BITS
 from salsa_peft.tensor_names import unwrapped
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
+"""What is read of an adapter's folder, which may hold checkpoints and optimizers too."""
 FINGERPRINT = "fingerprint.json"
 """Beside an adapter or a checkpoint: the base that it was trained on."""
 HEAD = "lm_head.weight"
@@ -54,7 +56,8 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Of a file (its content), a model's folder (base_fingerprint, and its configuration and tokenizer) or any other folder.
+    """Of a file (its content), an adapter's folder (ADAPTER_FILES), a model's (base_fingerprint, and its configuration and tokenizer) or
+    any other.
 
     Raises SalsaError for what is missing or can't be read.
     """
@@ -71,9 +74,11 @@ def _fingerprint(path: Path) -> str:
     if path.is_file():
         return sha256(path)
     require(path.is_dir(), f"{path}: no such file or folder")
-    model = (path / "config.json").is_file()
+    adapter = (path / "adapter_config.json").is_file()
+    model = (path / "config.json").is_file() and not adapter
     digest = hashlib.sha256((base_fingerprint(path) if model else "").encode())
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    files = (path / name for name in ADAPTER_FILES) if adapter else path.rglob("*")
+    for file in sorted(file for file in files if file.is_file()):
         name = str(file.relative_to(path))
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         weights = model and not name.endswith((".json", ".txt", ".model", ".jinja", ".tiktoken"))

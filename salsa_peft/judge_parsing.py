@@ -1,17 +1,29 @@
-"""A judge's text → its verdict: the last [[A]], [[B]] or [[C]] that is one, not a quotation of what it was told.
+"""A judge's reply → its verdict: [[A]], [[B]] or [[C]], as FastChat reads it where one letter stands there alone.
 
-FastChat takes the first letter of A, B, C that stands anywhere in brackets, so that a judge that repeats its instruction says A.
+FastChat's rule is a search for [[A]], then [[B]], then [[C]], anywhere in the reply. So a judge that repeats its instruction, or quotes an
+answer that holds a verdict, says A. Here a bracket counts by how it is used:
+
+- not at all: in thinking aloud, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, or as code (`x[[A]]`);
+- as a verdict: otherwise; more so where it is declared ("final verdict: …"), or stands as a line or sentence of its own.
+
+The brackets of the strongest use decide. Where they name different letters, the last one is taken if the text says that it revises the
+earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked again. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-BRACKET = re.compile(r"\[\[\s*([ABC])\s*\]\]", re.IGNORECASE)
+BRACKET = re.compile(r"(?<!\w)\[\[\s*([ABC])\s*\]\](?!\w)", re.IGNORECASE)
 VERDICTS = {"A": "A", "B": "B", "C": "tie"}
 QUOTES = "\"'`*_“”‘’«»"
-CONDITION = re.compile(rf"[{QUOTES}]*[\s,:–—-]*\(?(if|when|whenever|in case)\b", re.IGNORECASE)
-"""After a bracket: it says when to write it."""
+CONTEXT = 400
+"""Characters before and after a bracket that are looked at."""
+FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
+"""After "if": not followed by "I had to choose", which announces a real verdict."""
+CONDITION = re.compile(rf"[{QUOTES}]*[ \t,:–—-]*\(?(if{FORCED}|when|whenever|in case)\b", re.IGNORECASE)
+"""After a bracket: the text says when to write it."""
 FOR_A_TIE = re.compile(rf"[{QUOTES}]*[\s,:–—-]*\(?(for|in case of|means) (a )?(tie|draw)\b", re.IGNORECASE)
 LISTED = re.compile(rf"\b(and|or)\s*[{QUOTES}]*$", re.IGNORECASE)
 """Before a bracket: it is one of several."""
@@ -19,27 +31,177 @@ SENTENCE_END = re.compile(rf"[.!?][{QUOTES})\]]*\s|\n\s*\n")
 LINE_START = re.compile(rf"[\s\d.){QUOTES}•+#>-]*")
 LONGEST_GAP = 120
 """Characters between two brackets of one sentence."""
+REPEATED = re.compile(
+    r"^=+\s*Begin[^\n]*=+\s*$.*?(^=+\s*End[^\n]*=+\s*$|\Z)|\[The Start of [^\]]*\].*?(\[The End of [^\]]*\]|\Z)"
+    r"|<\|The Start of [^|]*\|>.*?(<\|The End of [^|]*\|>|\Z)",
+    re.IGNORECASE | re.DOTALL | re.MULTILINE,
+)
+"""An answer, or the whole prompt, that the judge repeats between the marks of our prompts, FastChat's or Arena-Hard's."""
+FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
+NEGATED = re.compile(
+    r"(\b(not|never|nor|neither|cannot|rather than|instead of|as opposed to)\b|n[’']t\b)[^:;.!?\n]{0,30}$",
+    re.IGNORECASE,
+)
+CONCEDED = re.compile(
+    r"\b(although|though|even if|whereas|despite|(may|might|could|can) (also )?(be|have|say|argue|prefer|choose|pick|go|give)"
+    r"|case (can|could|may|might)|at first|first (thought|leaned|wanted|felt|considered|impression|glance|reading)|initial(ly)?|originally"
+    r"|(was|were|felt) (almost |nearly )?(tempted|inclined|leaning|going)|almost|nearly)\b[^,;:.!?\n]*$",
+    re.IGNORECASE,
+)
+"""In the clause before a bracket: a concession, somebody else's view, or a first impression that is given up."""
+HYPOTHETICAL = re.compile(
+    rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
+    re.IGNORECASE,
+)
+SPEAKER = r"\b(assistants?|answers?|responses?|models?|candidates?|repl(y|ies)|texts?|outputs?|prompts?|users?|instructions?|it|which|that)\b"
+SAYS = (
+    r"(says?|said|saying|writes?|wrote|writing|written|claims?|claimed|claiming|contains?|contained|containing|includes?|included|including"
+    r"|ends?|ended|ending|concludes?|concluded|inserts?|inserted|inserting|prints?|printed|states?|stated|stating|adds?|added|appends?|appended"
+    r"|outputs?|outputted|quotes?|quoted|quoting|repeats?|repeated|puts?|embeds?|embedded|injects?|injected|tells?|told|asks?|asked|begins?|reads?)"
+)
+ATTRIBUTED = re.compile(
+    rf"{SPEAKER}[^.!?\n]*\b{SAYS}( (with|that|by|in|as|me|us|the|a|an|its?|own|judge|string|text|words?|line|phrase|token|tag|marker|sentence"
+    r"|fake|false|to|output|write|say|for|itself))*[\s:,]*((my|the|its|a)?\s*(final )?(verdict|answer|choice|decision)?( is)?[\s:]*)?"
+    rf"[{QUOTES}>\s]*$",
+    re.IGNORECASE,
+)
+"""Before a bracket: an assistant's words, not the judge's."""
+ATTRIBUTED_QUOTATION = re.compile(
+    rf"({SPEAKER}[^.!?\n]*\b{SAYS}|\b(string|phrase|token|tag|marker|words|text|line|sequence|quotation|instruction))\b[^.!?\n]*$",
+    re.IGNORECASE,
+)
+"""Before a quotation that holds a bracket."""
+AFTER_QUOTATION = re.compile(
+    r"[.!]?[\"'”’»`]+[\s,(–—-]*(says?|said|wrote|writes?|claims?|claimed|is what|as (assistant|answer|it)|appears?|appeared|occurs?|stands?|in (its|the|their|assistant|answer)"
+    r"|inside|at the end of|by assistant|from (assistant|answer))\b",
+    re.IGNORECASE,
+)
+LED_IN = re.compile(r"\b(assistant|answer|response|model|candidate) [AB12]\b([’']s)?[\w ]*$", re.IGNORECASE)
+"""A line before a quotation: "Assistant A's answer"."""
+NOTHING_ELSE = re.compile(r"\W*(\w+\n)?\W*((my|the|final|verdict|answer|is|winner|[ABC])\b\W*)*", re.IGNORECASE)
+"""A code block that holds a verdict alone, after the name of its language."""
+CUE = re.compile(
+    r"\b(verdict|final(ly)?|choose|chose|choice|decision|decide|judg(e)?ment|conclusion|conclude|winner|therefore|pick|my answer|i answer)\b",
+    re.IGNORECASE,
+)
+FINAL = re.compile(r"\bfinal(ly)?\b", re.IGNORECASE)
+REVISES = re.compile(
+    r"\b(on reflection|on second thoughts?|actually|wait|correction|correcting|revis\w+|reconsider\w*|chang\w+ my|however|but|sorry|scratch|overall)\b",
+    re.IGNORECASE,
+)
+SAID, DECLARED = 1, 2
 
 
 def read_verdict(text: str) -> str | None:
-    """A | B | tie, or None where there is none that can be read.
-
-    Not counted: brackets that a condition follows ("[[A]]" if assistant A is better), several different ones in one sentence or list
-    ([[A]], [[B]] or [[C]]), whatever stands in quotation marks or not, and those of thinking aloud (<think>). Quotation marks alone
-    are none: My verdict is "[[A]]".
-    """
+    """A | B | tie, or None where the reply has no verdict, or more than one that could be meant."""
     text = text.rpartition("</think>")[2]
-    if "<think>" in text:  # cut before it came to an answer
+    if "<think>" in text:  # the reply was cut before it came to an answer
         text = text.partition("<think>")[0]
-    sentences: list[list[re.Match[str]]] = []
-    for bracket in BRACKET.finditer(text):
-        if sentences and _together(text, sentences[-1][-1], bracket):
-            sentences[-1].append(bracket)
-        else:
-            sentences.append([bracket])
-    of_one = [sentence for sentence in sentences if len({bracket[1].upper() for bracket in sentence}) == 1]
-    said = [bracket for sentence in of_one for bracket in sentence if not _quoted(text, bracket)]
-    return VERDICTS[said[-1][1].upper()] if said else None
+    repeated = [match.span() for match in REPEATED.finditer(text)]
+    fences = [match.span() for match in FENCE.finditer(text)]
+    uses = [
+        (bracket, _use(text, bracket, fences)) for bracket in BRACKET.finditer(text) if not _within(bracket, repeated)
+    ]
+    counted = {bracket.start(): use for bracket, use in uses if use}
+    groups = _groups(text, [bracket for bracket, use in uses if use])
+    said = [bracket for group in groups if len({_letter(one) for one in group}) == 1 for bracket in group]
+    strongest = max((counted[bracket.start()] for bracket in said), default=0)
+    return _settled(text, [bracket for bracket in said if counted[bracket.start()] == strongest])
+
+
+def _settled(text: str, said: list[re.Match[str]]) -> str | None:
+    """The verdict of brackets that are used alike."""
+    if not said:
+        return None
+    last = said[-1]
+    others = [bracket for bracket in said if _letter(bracket) != _letter(last)]
+    if others:
+        ends = LINE_START.fullmatch(text[last.end() :].rstrip("]})$.! \n")) is not None
+        revised = REVISES.search(text[others[-1].end() : last.start()][-4 * CONTEXT :]) is not None
+        final = FINAL.search(_sentence(text, last)) is not None and not FINAL.search(_sentence(text, others[-1]))
+        if not (revised or final or (ends and not _declared(text, others[-1]))):
+            return None
+    return VERDICTS[_letter(last)]
+
+
+def _letter(bracket: re.Match[str]) -> str:
+    return bracket[1].upper()
+
+
+def _within(bracket: re.Match[str], spans: list[tuple[int, int]]) -> bool:
+    return any(begin <= bracket.start() < end for begin, end in spans)
+
+
+def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> int:
+    """0 where a bracket is no verdict, else SAID or DECLARED."""
+    before, after = _sentence(text, bracket), text[bracket.end() : bracket.end() + CONTEXT]
+    listed = LISTED.search(before[-20:]) or "]]" in before[-LONGEST_GAP:]
+    if CONDITION.match(after) or (FOR_A_TIE.match(after) and listed):
+        return 0
+    part = re.split(r"\]\]|\bbut\b|\bhowever\b", before)[-1]
+    clause = re.split(r"[,;:—–(]", part)[-1]
+    if NEGATED.search(clause) or CONCEDED.search(clause) or HYPOTHETICAL.search(part):
+        return 0
+    fence = next((span for span in fences if span[0] <= bracket.start() < span[1]), None)
+    if fence is not None and (_led_in(text[: fence[0]]) or not NOTHING_ELSE.fullmatch(text[slice(*fence)])):
+        return 0
+    line = text.rfind("\n", 0, bracket.start()) + 1
+    if _led_in(text[max(0, line - CONTEXT) : line]) or ATTRIBUTED.search(before):
+        return 0
+    opened = _quotation(text[max(line, bracket.start() - CONTEXT) : bracket.start()])
+    if opened is not None:
+        quotation = before[: len(before) - opened]
+        if ATTRIBUTED_QUOTATION.search(quotation) or AFTER_QUOTATION.search(after.partition("\n")[0]):
+            return 0
+    return DECLARED if _declared(text, bracket) else SAID
+
+
+def _sentence(text: str, bracket: re.Match[str]) -> str:
+    """What stands in the bracket's sentence before it."""
+    before = text[max(0, bracket.start() - CONTEXT) : bracket.start()]
+    ends = [match.end() for match in SENTENCE_END.finditer(before)]
+    return before[ends[-1] if ends else 0 :].rpartition("\n")[2]
+
+
+def _led_in(before: str) -> bool:
+    """Whether the text before a line or a code block announces somebody's words: "Answer A ends with:"."""
+    line = before[-CONTEXT:].rstrip("\n >").rpartition("\n")[2].rstrip()
+    line, colon, rest = line.rpartition(":")
+    return bool(colon and not rest.strip("*_")) and bool(ATTRIBUTED_QUOTATION.search(line) or LED_IN.search(line))
+
+
+def _quotation(before: str) -> int | None:
+    """How many characters before the bracket a quotation on its line opens; None where it stands in none."""
+    places = [before.rfind(mark) for mark in '"`' if before.count(mark) % 2]
+    places += [
+        before.rfind(opening)
+        for opening, closing in ("“”", "«»", "‘’")
+        if before.rfind(opening) > before.rfind(closing)
+    ]
+    single = re.search(r"(?<!\w)'[^']*$", before)
+    places += [single.start()] if single else []
+    return len(before) - min(places) if places else None
+
+
+def _declared(text: str, bracket: re.Match[str]) -> bool:
+    """Whether a bracket is a sentence or a line of its own, or is called the verdict."""
+    before = _sentence(text, bracket)
+    alone = LINE_START.fullmatch(before) is not None and re.match(
+        rf"[{QUOTES}\]}})$.!\s]*(\n|\Z)", text[bracket.end() : bracket.end() + 40]
+    )
+    return bool(alone) or CUE.search(before) is not None
+
+
+def _groups(text: str, brackets: list[re.Match[str]]) -> Iterator[list[re.Match[str]]]:
+    """Brackets of one sentence or list together."""
+    group: list[re.Match[str]] = []
+    for bracket in brackets:
+        if group and not _together(text, group[-1], bracket):
+            yield group
+            group = []
+        group.append(bracket)
+    if group:
+        yield group
 
 
 def _together(text: str, first: re.Match[str], second: re.Match[str]) -> bool:
@@ -54,9 +216,3 @@ def _together(text: str, first: re.Match[str], second: re.Match[str]) -> bool:
         and LINE_START.fullmatch(text[max(0, first.start() - 8) : first.start()].rpartition("\n")[2])
     )
     return bool(lines) or SENTENCE_END.search(before + newline if newline else gap) is None
-
-
-def _quoted(text: str, bracket: re.Match[str]) -> bool:
-    after = text[bracket.end() : bracket.end() + 40]
-    listed = LISTED.search(text[max(0, bracket.start() - 20) : bracket.start()])
-    return CONDITION.match(after) is not None or (FOR_A_TIE.match(after) is not None and listed is not None)

@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
         "--resolution", type=whole, default=4, help="steps along an edge of the plane's triangle (default: 4)"
     )
     made.add_argument("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
+    made.add_argument(
+        "--same-base",
+        action="store_true",
+        help="adapters: they are of one base, whatever they call it (asserted by you)",
+    )
     add_measure(made)
     made.add_argument("--debug", action="store_true", help="show the trace of an error")
     return made
@@ -92,7 +97,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         f"{args.out}: found a member, expected another folder",
     )
     # what is averaged directly (a score head) has no base to shrink to
-    section = section_of(args, kind, kind == ADAPTERS and not StackedAdapter.load(folders).members[0].direct)
+    section = section_of(
+        args, kind, kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.landscape import measure_points, points
     from salsa_peft.measures import of_command

@@ -1,7 +1,8 @@
 """Log-probabilities of chosen tokens from hidden states, in chunks: the (B, T, V) logits never exist.
 
-Where the output embeddings are frozen, one pass is enough: ∂ log p(y)/∂h = (W_y − Σ_v p_v W_v) / temperature is formed
-while the chunk's probabilities are at hand, and the backward only scales it (what fused linear losses do). Where they are
+Where the output embeddings are frozen, one pass is enough: ∂ log p(y)/∂h = (s_y W_y − Σ_v p_v s_v W_v) / temperature is formed
+while the chunk's probabilities are at hand, and the backward only scales it (what fused linear losses do). s_v is the slope of the
+architecture's own scaling of the logits: 1 in most, a factor in Cohere and Granite, 1 − tanh² in Gemma 2. Where the embeddings are
 trained, the chunk is recomputed under torch's checkpoint. TRL's fused head is a choice for CUDA only: its default tiles are
 large and it scores prompts too, which is why this is ours.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import require
+from .models import LogitScaling, logit_scaling
 
 CHUNK = 256
 
@@ -31,6 +33,8 @@ class Head(NamedTuple):
     temperature: float
     eos: int
     """The token that `forbidden` forbids."""
+    scaling: LogitScaling = LogitScaling()
+    """What the architecture makes of the product before it is divided by the temperature."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -47,13 +51,17 @@ def head_of(lm: Any, temperature: float, eos: int) -> Head:
         not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),
         "target_modules: found an adapter on the output embeddings, expected adapters of the trunk only; leave lm_head out",
     )
-    return Head(embeddings.weight, embeddings.bias, temperature, eos)
+    return Head(embeddings.weight, embeddings.bias, temperature, eos, logit_scaling(lm))
 
 
 def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
     """log π(· | state) as it was sampled: (n, H) and (n,) True = EOS forbidden → (n, V), float32."""
-    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
-    return _normalized(logits.div_(head.temperature), forbidden, head.eos)  # in place: nobody else has these logits
+    return _normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    """The model's logits (n, V), float32: nobody else has them, so they may be overwritten."""
+    return head.scaling(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
 
 
 def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: int) -> Tensor:
@@ -78,6 +86,16 @@ def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tu
     return logp.gather(-1, labels[:, None]).squeeze(-1), logp
 
 
+def _toward(probabilities: Tensor, labels: Tensor, slope: Tensor | None, head: Head) -> Tensor:
+    """∂ log p(label) / ∂ hidden (n, H) in the head's dtype. probabilities (n, V) are overwritten; slope (n, V): None where it is one factor."""
+    own = head.weight[labels]
+    if slope is not None:
+        probabilities = probabilities.mul_(slope)
+        own = own * slope.gather(-1, labels[:, None]).to(own.dtype)
+    toward = own - probabilities.to(own.dtype) @ head.weight
+    return toward / head.temperature if slope is not None else toward * (head.scaling.factor / head.temperature)
+
+
 class _FrozenHead(torch.autograd.Function):
     """(hidden, labels, forbidden, head, with_entropy) → log-probs with a gradient to `hidden` only, and entropy without one."""
 
@@ -90,12 +108,14 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(labels), CHUNK):
             part = slice(start, start + CHUNK)
-            logprobs[part], logp = _chosen(hidden[part], labels[part], forbidden[part], head)
+            logits = _logits(hidden[part], head)
+            slope = None if gradient is None else head.scaling.slope(logits)
+            logp = _normalized(logits.div_(head.temperature), forbidden[part], head.eos)
+            logprobs[part] = logp.gather(-1, labels[part][:, None]).squeeze(-1)
             if with_entropy:
                 entropy[part] = entropy_of(logp, logp.exp())
             if gradient is not None:
-                toward = head.weight[labels[part]] - logp.exp_().to(head.weight.dtype) @ head.weight
-                gradient[part] = (toward / head.temperature).to(hidden.dtype)
+                gradient[part] = _toward(logp.exp_(), labels[part], slope, head).to(hidden.dtype)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)

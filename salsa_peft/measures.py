@@ -176,10 +176,10 @@ def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
     return FunctionMeasure(live, load_function(section.measure), section.measure)
 
 
-def _on_base(base: PreTrainedModel, folders: Sequence[Path]) -> LiveAdapters:
+def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:
     """The base with every member as a block of one adapter, nothing random in it."""
     model = adapters.attach(base, folders[0], "start")
-    live = LiveAdapters(model, StackedAdapter.load(folders))
+    live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
     adapters.remove_dropout(model)
     model.eval()
     return live
@@ -200,7 +200,7 @@ def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
     if kind == "adapters":
         named = local(*base_of(StackedAdapter.load(folders[:1]).members[0].config, folders[0], args.base))
         tokenizer = load_tokenizer(str(tokenizer_of or named))
-        live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders)
+        live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders, args.same_base)
     else:
         tokenizer = load_tokenizer(str(folders[0]))
         live = _checkpoints(load_base(str(folders[0]), Model(), tokenizer), folders)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .config import require
 
+BASE = ".base_layer"
+
 
 def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters by its own names, tied ones once, with `adapter` merged as PEFT's merge_and_unload does it.
@@ -29,10 +31,10 @@ def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Ten
         owner = next((part for part in _parents(name) if part in layers), None)
         if owner is None:
             yield name, parameter.data
-        elif name.startswith(f"{owner}.base_layer."):
+        elif name.startswith(inside := f"{owner}{BASE * len(_wrappers(layers[owner]))}."):
             if owner != path:
                 path, merged = owner, _merged(layers[owner], adapter)
-            rest = name.removeprefix(f"{owner}.base_layer.")
+            rest = name.removeprefix(inside)
             yield f"{owner}.{rest}", merged[rest]
 
 
@@ -41,20 +43,28 @@ def _parents(name: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
+def _wrappers(layer: Any) -> list[Any]:
+    """The layer and what it wraps: PEFT nests one wrapper for each parameter of a stack of experts."""
+    found = [layer]
+    while isinstance(found[-1].base_layer, BaseTunerLayer):
+        found.append(found[-1].base_layer)
+    return found
+
+
 @torch.no_grad()
 def _merged(layer: Any, adapter: str) -> dict[str, Tensor]:
-    twin = copy.deepcopy(layer)
-    twin.merge(adapter_names=[adapter])
-    return {name: parameter.data for name, parameter in twin.base_layer.named_parameters()}
+    wrappers = _wrappers(copy.deepcopy(layer))
+    for wrapper in wrappers:
+        wrapper.merge(adapter_names=[adapter])
+    return {name: parameter.data for name, parameter in wrappers[-1].base_layer.named_parameters()}
 
 
 def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> None:
     """Raise SalsaError for what merging would change or leave out."""
     wrapped = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    nested = [
-        path for path, layer in layers.items() if any(isinstance(m, BaseTunerLayer) for m in layer.base_layer.modules())
-    ]
-    quantised = [path for path, layer in layers.items() if not layer.base_layer.weight.is_floating_point()]
+    bases = {path: layer.get_base_layer() for path, layer in layers.items()}
+    nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]
+    quantised = [path for path, own in bases.items() if not all(w.is_floating_point() for w in own.parameters())]
     odd = [*wrapped, *nested, *quantised]
     require(not odd, f"{', '.join(odd[:1])}: found a trained copy, nested adapters or quantised weights there, expected plain LoRA"
             " layers; rollout_backend vllm needs weights that an adapter can be merged into")  # fmt: skip

@@ -8,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from . import adapters, disk, sharding
+from . import adapters, auto_models, disk, sharding
 from .config import Model, SalsaError, require
 from .hub_errors import said_in_a_line
 
@@ -32,8 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-SCALES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
-"""What configurations call a scale or a cap of the logits, and the value that does nothing; None does nothing either."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""What configurations call the soft cap of the logits."""
+FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""What configurations call the factor of the logits: 1 where they are multiplied by it, -1 where they are divided by it."""
+MULTIPLIED = ("hyperclovax",)
+"""Architectures that multiply by `logits_scaling`."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configurations call the length that a model reads."""
 
@@ -117,21 +119,26 @@ def load_tokenizer(base: str, revision: str | None = None, chat_template: str | 
     return tokenizer
 
 
-def _pretrained(auto: Any, base: str, model: Model, trained: torch.dtype | None, **options: Any) -> Any:
+def _pretrained(
+    auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
+) -> Any:
     """Frozen in the recipe's dtype or 4 bits; `trained`: all weights require a gradient, in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
+    if (
+        quantised := quantisation(model, dtype)
+    ) is not None:  # None would load a base in 8 bits as if its integers were weights
+        options["quantization_config"] = quantised
     with said_in_a_line(base):
-        loaded = auto.from_pretrained(
+        loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
             base,
             dtype=dtype,
             attn_implementation=attention(model),
-            quantization_config=quantisation(model, dtype),
             device_map={"": device()},
             trust_remote_code=False,
             use_safetensors=True,
             **options,
         )
-    if model.quantization is not None and loaded.device.type == "cpu":
+    if loaded.device.type == "cpu":
         keep_layout(loaded)
     return loaded.requires_grad_(trained is not None)
 
@@ -150,11 +157,14 @@ def load_base(
 ) -> PreTrainedModel:
     """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
     penalties) that it came with."""
-    loaded = _pretrained(AutoModelForCausalLM, base, model, trained)
+    loaded = _pretrained(auto_models.language_model, base, model, trained)
+    if trained is not None:
+        auto_models.train_language(loaded, loaded.get_output_embeddings())
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     loaded.config.pad_token_id = tokenizer.pad_token_id
+    without_router_logits(loaded)
     rows = loaded.get_input_embeddings().weight.shape[0]
     require(
         len(tokenizer) <= rows,
@@ -163,13 +173,24 @@ def load_base(
     return loaded
 
 
+def without_router_logits(model: PreTrainedModel) -> None:
+    """TRL's SFT switches them on in a mixture's configuration; with them, Transformers' generate fails on padded prompts."""
+    text = model.config.get_text_config(decoder=True)
+    if "output_router_logits" in text.to_dict():
+        text.output_router_logits = False
+
+
 def load_classifier(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A causal model's folder with a linear head on the last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
-    loaded = _pretrained(AutoModelForSequenceClassification, base, model, trained, num_labels=1)
-    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded = _pretrained(auto_models.classifier, base, model, trained, num_labels=1)
+    if trained is not None:
+        auto_models.train_language(loaded, loaded.score)
+    loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
+    if adapters.is_quantised(loaded):  # whose states have the quantisation's dtype, not the head's
+        loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
 
@@ -185,8 +206,9 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
     are counted over real tokens.
     """
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    trunk = causal_lm(model).get_decoder()
-    return trunk(input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False)[0]
+    return auto_models.trunk(causal_lm(model))(
+        input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
+    )[0]
 
 
 def positions(config: Any) -> int | None:
@@ -201,11 +223,45 @@ def head_product(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
         return head(states.to(head.weight.dtype)).squeeze(-1)
 
 
-def check_head(model: nn.Module) -> None:
-    """Raise SalsaError unless this is a causal language model whose logits are its output embeddings times its trunk's states.
+class LogitScaling(NamedTuple):
+    """What an architecture makes of its head's product z before it calls it logits: factor · z, then cap · tanh(z / cap)."""
 
-    Architectures that scale or cap their logits (Cohere, Granite, Gemma 2) would otherwise be scored wrongly in silence. Looked
-    for in the configuration, since a cap leaves the small logits of an untrained model's probe as they are, and by a probe.
+    factor: float = 1.0
+    cap: float | None = None
+    """None: no soft cap."""
+
+    def __call__(self, product: torch.Tensor) -> torch.Tensor:
+        """Products (…, V), overwritten, → logits (…, V)."""
+        if self.factor != 1:
+            product = product.mul_(self.factor)
+        return product if self.cap is None else product.div_(self.cap).tanh_() * self.cap
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """∂ logit / ∂ product from the logits (…, V): factor · (1 − (logit / cap)²); None where it is `factor` everywhere."""
+        return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.factor)
+
+
+def logit_scaling(lm: Any) -> LogitScaling:
+    """By the model's configuration; `check_head` holds it against the model's own logits."""
+    said = lm.config.get_text_config(decoder=True).to_dict()
+    cap = next((float(said[name]) for name in CAPS if said.get(name)), None)
+    factor = 1.0
+    for name, power in FACTORS.items():
+        if said.get(name) is not None:
+            factor *= float(said[name]) ** (1 if said.get("model_type") in MULTIPLIED else power)
+    return LogitScaling(factor, cap)
+
+
+LARGE = 50.0
+"""Logits of a probe: beyond every cap, and whatever the weights are."""
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise SalsaError unless this is a causal language model whose logits are known from its output embeddings and trunk.
+
+    Log-probs are computed from these in chunks (logprobs.py), so an architecture that does more with its logits than scale and cap
+    them as its configuration says would be scored wrongly. One forward is compared as it is, and one with the head's input enlarged,
+    because a cap leaves the small logits of an untrained model almost as they are.
     """
     lm = causal_lm(model)
     kind = lm.config.model_type
@@ -213,24 +269,48 @@ def check_head(model: nn.Module) -> None:
         lm.get_output_embeddings() is not None and not lm.config.is_encoder_decoder,
         f"{kind}: found {type(lm).__name__}, expected a decoder-only causal language model, as AutoModelForCausalLM gives",
     )
-    said = lm.config.get_text_config(decoder=True).to_dict()
-    scaled = [f"{name} {said[name]}" for name, idle in SCALES.items() if said.get(name) not in (None, idle)]
-    unlike = "this architecture scales or caps its logits and is not supported; expected one like Llama, Mistral, Gemma or Qwen"
-    require(not scaled, f"{kind}: found logits that are not head × trunk ({', '.join(scaled)} in its config): {unlike}")
+    head, scaling = lm.get_output_embeddings(), logit_scaling(lm)
+    adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # which logprobs.head_of refuses
+    require(
+        adapted or type(head).forward is nn.Linear.forward,
+        f"{kind}: its output embeddings are a {type(head).__name__}, which is no plain linear layer. This architecture is not supported; use"
+        " one like Llama, Mistral, Gemma or Qwen",
+    )
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
     lm.eval()  # with dropout two forwards differ
     with torch.no_grad():
-        expected = lm(input_ids=probe, use_cache=False).logits
-        found = lm.get_output_embeddings()(hidden_states(lm, probe, torch.ones_like(probe)))
+        states = hidden_states(lm, probe, torch.ones_like(probe))
+        product = head(states).float().abs().max().item()
+        enlarge = LARGE / product if product else 1.0
+        for factor in (1.0, enlarge):
+            with _enlarged(head, factor):
+                expected = lm(input_ids=probe, use_cache=False).logits.float()
+            found = scaling(head(states * factor).float().clone())
+            _require_same_logits(kind, expected, found)
     lm.train(training)
+
+
+@contextlib.contextmanager
+def _enlarged(head: nn.Module, factor: float) -> Iterator[None]:
+    """Within the context the head's input is multiplied by `factor`."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _require_same_logits(kind: str, expected: torch.Tensor, found: torch.Tensor) -> None:
     require(
         bool(expected.isfinite().all()),
         f"{kind}: found logits that are not finite, expected finite ones; look for NaN in the weights, or for a dtype that overflows",
     )
-    error = (expected.float() - found.float()).abs().max().item()
+    same = expected.shape == found.shape
+    error = (expected - found).abs().max().item() if same else math.nan
     require(
-        error <= 1e-2 * max(1.0, expected.float().abs().max().item()),
-        f"{kind}: found logits that are not head × trunk (they differ by {error:.3g}): {unlike}",
+        same and error <= 1e-2 * max(1.0, expected.abs().max().item()),
+        f"{kind}: the model's logits are not those of its output embeddings, scaled and capped as its config says (they differ by {error:.3g})."
+        " This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
     )
 
 
@@ -253,6 +333,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     held = model.state_dict() if weights is None else weights
     adapters.check_finite(held, f"{folder} is not saved")
     stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied ones once
+    without_router_logits(model)
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # of a kill before
     disk.require_room(folder, sum(stored.values()), str(folder))

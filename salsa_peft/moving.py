@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from . import adapters
@@ -67,7 +68,8 @@ def _move_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
 
 
 def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
-    """The layers that a reference adapts, plain linear ones, those of the policy's adapter among them. Raises SalsaError for others."""
+    """The layers that a reference adapts, plain linear ones and stacks of experts, those of the policy's adapter among them. Raises
+    SalsaError for others."""
     for layer in adapters.tuner_layers(model):
         held = [name for name in (policy, reference) if name in (*layer.lora_A, *layer.lora_embedding_A)]
         if not held:
@@ -82,33 +84,42 @@ def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
         )
         require(
             plain,
-            f"reference {reference}: found LoRA on a {type(layer).__name__}, expected plain linear layers to move",
+            f"reference {reference}: found LoRA on a {type(layer).__name__}, expected plain linear layers or experts to move",
         )
         yield layer
 
 
+def _factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor]]:
+    """An adapter's A (r, in) and B (out, r) of a layer, views of its own; of a stack of experts (PEFT's ParamWrapper) those of each."""
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if not isinstance(layer, ParamWrapper) or layer.num_experts == 1:
+        return [(A, B)]
+    blocks = B.view(len(B), -1, layer.num_experts)  # as get_delta_weight has them: rank × experts
+    return [(own, blocks[:, :, expert]) for expert, own in enumerate(A.view(layer.num_experts, -1, A.shape[1]))]
+
+
 @torch.no_grad()
 def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
-    """Module by module: the factors of both side by side, and back to the reference's rank. Shapes: A (r, in), B (out, r)."""
+    """Module by module, expert by expert: the factors of both side by side, and back to the reference's rank."""
     lost = norm = 0.0
     for layer in _layers(model, policy, reference):
-        A, B = layer.lora_A[reference].weight, layer.lora_B[reference].weight
-        parts = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
-        rows, columns, coefficients = [], [], []
-        for name, share in parts:
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            rows.append(a.detach().cpu().double().numpy())
-            columns.append(b.detach().cpu().double().numpy())
-            coefficients.append(np.full(len(rows[-1]), share * layer.scaling[name]))
-        rank = min(len(A), *B.shape, A.shape[1])
-        found = recompress(
-            moments(np.concatenate(rows), np.concatenate(columns, 1)), np.concatenate(coefficients), rank
-        )
-        lost, norm = lost + found.lost, norm + found.norm
-        A.zero_()
-        B.zero_()
-        A[: len(found.A)] = torch.from_numpy(found.A).to(A)
-        B[:, : len(found.A)] = torch.from_numpy(found.B / layer.scaling[reference]).to(B)
+        shares = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
+        for blocks in zip(*(_factors(layer, name) for name, _ in shares), strict=True):
+            coefficients = [
+                np.full(len(a), share * layer.scaling[name])
+                for (name, share), (a, _) in zip(shares, blocks, strict=True)
+            ]
+            rows, columns = ([block[half].detach().cpu().double().numpy() for block in blocks] for half in (0, 1))
+            A, B = blocks[0]
+            rank = min(len(A), *B.shape, A.shape[1])
+            found = recompress(
+                moments(np.concatenate(rows), np.concatenate(columns, 1)), np.concatenate(coefficients), rank
+            )
+            lost, norm = lost + found.lost, norm + found.norm
+            A.zero_()
+            B.zero_()
+            A[: len(found.A)] = torch.from_numpy(found.A).to(A)
+            B[:, : len(found.A)] = torch.from_numpy(found.B / layer.scaling[reference]).to(B)
     return (lost / norm) ** 0.5 if norm else 0.0
 
 

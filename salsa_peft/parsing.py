@@ -101,7 +101,7 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
         )
         layers.append(layer)
         data = _place(data, keys, layer.data, text)
-    data = _numbered(_without_nulls(data))
+    data = _of_one_seed(_numbered(_without_nulls(data)))
     with _placed(layers, path.name):
         data = search.expand(sweeps.expand(data))
     recipe = _validated(data, layers, path.name)
@@ -226,6 +226,20 @@ def _numbered(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(sft, dict) or not isinstance(sft.get("from_"), list) or "seeds" in sft:
         return data
     return {**data, "sft": {**sft, "seeds": list(range(len(sft["from_"])))}}
+
+
+def _of_one_seed(data: dict[str, Any]) -> dict[str, Any]:
+    """With one seed the soup has one member and there is no line between two, unless the recipe says something else."""
+    sft, soup, landscape = (data.get(key) for key in ("sft", "soup", "landscape"))
+    seeds = sft.get("seeds") if isinstance(sft, dict) else None
+    if not isinstance(seeds, list) or len(seeds) != 1:
+        return data
+    data = {**data}
+    if soup is None or isinstance(soup, dict):
+        data["soup"] = {"members": [0], **(soup or {})}
+    if "landscape" not in data or isinstance(landscape, dict):
+        data["landscape"] = {"line": None, **(landscape or {})}
+    return data
 
 
 def check_keys(label: str, where: str, value: Any, hint: Any) -> None:

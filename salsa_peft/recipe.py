@@ -214,7 +214,11 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
 
 
 def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> None:
-    """Raise SalsaError for a row of a local file that a unit which will be made can't use."""
+    """Raise SalsaError for a row of a local file that a unit which will be made can't use, and for a seed, reference or reward."""
+    if any(steps[name].why is not None for name in asked):
+        from salsa_peft import taken_results
+
+        taken_results.check(recipe)
     own = recipe.data
     given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]
     if any(source is not None and os.path.isabs(source.path) for source in given):

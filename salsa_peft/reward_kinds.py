@@ -23,6 +23,12 @@ from .messages import path_text
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
 FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*):(?P<name>{WORD}(?:\.{WORD})*)\Z")
+SEQUENCE_CLASSIFIER = "ForSequenceClassification"
+OWN_FUNCTION = (
+    "Write a function that loads it and says what a response is worth (reward: module:name), or name a classifier of num_labels 1, such as"
+    " TRL's RewardTrainer saves"
+)
+"""What to do with a model that is no classifier of one label."""
 EXPECTED = "expected adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
 
 
@@ -157,16 +163,25 @@ def placed(value: str, folder: str) -> str:
 
 
 def check_classifier_folder(where: str, folder: str) -> None:
-    """Raise SalsaError where a folder's configuration says more labels than one, or its tokenizer has no chat template."""
-    labels = _json_file(where, Path(folder) / "config.json").get("id2label", {"0": "", "1": ""})
+    """Raise SalsaError where a folder's configuration is of no sequence classifier or has more labels than one, or its tokenizer has no
+    chat template."""
+    config = _json_file(where, Path(folder) / "config.json")
+    names = config.get("architectures") or [SEQUENCE_CLASSIFIER]
     require(
-        len(labels) == 1,
-        f"{where}: found {path_text(folder)}, a model of {len(labels)} labels, expected a sequence classifier of num_labels 1: a score",
+        str(names[0]).endswith(SEQUENCE_CLASSIFIER),
+        f"{where}: {path_text(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head of one"
+        f" label. {OWN_FUNCTION}",
+    )
+    labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
+    require(
+        labels == 1,
+        f"{where}: {path_text(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {OWN_FUNCTION}",
     )
     settings = _json_file(where, Path(folder) / "tokenizer_config.json")
     require(
         "chat_template" in settings or (Path(folder) / "chat_template.jinja").is_file(),
-        f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages",
+        f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages."
+        " Put the template that it was trained with beside it as chat_template.jinja, or write a function (reward: module:name)",
     )
 
 

@@ -87,7 +87,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, folder)],
     )
-    if recipe.mode == "qlora":
+    if adapters.is_quantised(model):
         adapters.in_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     # 4. a share of the pairs that are short enough is held out

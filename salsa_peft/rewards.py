@@ -29,6 +29,7 @@ from .models import causal_lm, head_product
 from .reward_kinds import ADAPTER, FUNCTION
 from .rollout import Responses, last_token_states
 from .room import Room
+from .workbench import note_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -205,6 +206,7 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
         raise SalsaError(
             f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
         )
+    note_tokenizer(folder, tokenizer, str(causal_lm(model).name_or_path))
     return AdapterReward(model, folder, micro_batch_size)
 
 

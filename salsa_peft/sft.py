@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from . import data, same_base
-from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
+from safetensors.torch import save_file
+
+from . import adapters, base_checks, data, same_base, taken_results
+from .adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
+from .auto_models import only_language
+from .checkpoint_folders import read_checkpoint
 from .config import require
-from .fingerprints import FINGERPRINT, base_fingerprints
-from .runs import BEGUN, MANIFEST, Job, write_atomic
-from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
+from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
+from .models import check_head
+from .runs import Job, write_atomic
+from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -36,8 +42,11 @@ def run(job: Job) -> dict[str, Any]:
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
+    model = bench.base() if recipe.adapter else bench.trainable()
+    if base_checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
+        check_head(model)
     trainer: Any = SFTTrainer(
-        model=bench.base() if recipe.adapter else bench.trainable(),
+        model=model,
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
             assistant_only_loss=True,
@@ -45,10 +54,10 @@ def run(job: Job) -> dict[str, Any]:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
-        peft_config=lora_config(recipe.adapter) if recipe.adapter else None,
+        peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
-    if recipe.mode == "qlora":
+    if is_quantised(model):
         in_float32(trainer.model)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
@@ -79,31 +88,66 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def take(job: Job, path: str) -> dict[str, Any]:
-    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint. Raises SalsaError for one of another base, for
-    weights that are not finite, and for what is no such thing in safetensors."""
+    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint, as this run's stages write them.
+
+    Files beside the weights (optimizer, logs, cards) are neither read nor copied. Raises SalsaError for weights of another base, for ones
+    that are not finite, and for what is no such thing in safetensors.
+    """
     bench = Workbench.of(job)
     folder = local(job.recipe, path)
-    same_base.check(folder, base_fingerprints(bench.folder), bench.name)
+    known = read_fingerprint(folder) is not None
+    if known:
+        same_base.check(folder, base_fingerprints(bench.folder), bench.name)
+    tokenizer_differs = note_tokenizer(folder, bench.tokenizer, bench.name)
     if job.recipe.adapter is not None:
-        config, _ = read(folder)
-        check_factors_alone(config, str(folder))
-        names = [WEIGHTS, CONFIG, FINGERPRINT]
+        named = take_adapter(bench, folder, path, job.folder)
     else:
-        names = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
-        require(
-            any(name.endswith(".safetensors") for name in names),
-            f"{path}: found no safetensors file, expected a checkpoint's weights in one (other formats are not read)",
-        )
-        for name in filter(lambda name: name.endswith(".safetensors"), names):
-            check_finite(read_tensors(folder / name), str(folder / name))
-    for name in names:
-        if (folder / name).is_file() and name not in (MANIFEST, BEGUN):
-            shutil.copyfile(folder / name, job.folder / name)
+        named = take_checkpoint(bench, folder, path, job.folder)
+    if not known:
+        other = "" if named in (None, bench.name, str(bench.folder)) else f", and it names another ({named})"
+        told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {bench.name}"
+        print(told, file=sys.stderr, flush=True)
+    bench.sign(job.folder, checked=known)
     bench.tokenizer.save_pretrained(job.folder)
     commit = folder.name if folder.parent.name == "snapshots" else None
     metrics = {
         "from": Path(path).name if Path(path).is_absolute() else path,
         **({} if commit is None else {"commit": commit}),
+        **({} if known else {"base": "not checked"}),
+        **({"tokenizer": "differs from the run's"} if tokenizer_differs else {}),
     }
     write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
+    """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
+    taken_results.check_adapter("sft.from", folder, taken_results.SEED, taken_results.base_of(bench.recipe))
+    config, tensors = adapters.read(folder)
+    saved = [name for name in tensors if ".lora_" not in name]
+    base: Any = (
+        bench.base() if saved else bench.skeleton()
+    )  # what is saved beside the factors must be the base's own values
+    adapters.attach(base, folder, "taken")
+    save_file(
+        {name: tensors[name] for name in tensors if name not in saved},
+        out / adapters.WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, bench.base_name, None
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+    return named
+
+
+def take_checkpoint(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
+    """Copy a checkpoint's weights and configuration → the model that it says it was made from."""
+    taken_results.check_checkpoint("sft.from", folder, taken_results.base_of(bench.recipe))
+    found = read_checkpoint(folder)
+    names = [*found.files, "config.json", "generation_config.json", "model.safetensors.index.json"]
+    for name in names:
+        if (folder / name).is_file():
+            if name in found.files:
+                check_finite(read_tensors(folder / name), str(folder / name))
+            shutil.copyfile(folder / name, out / name)
+    return found.config.get("_name_or_path")

@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from . import runs
-from .adapter_folders import FINGERPRINT
+from .fingerprints import FINGERPRINT, read_fingerprint
 from .runs import Job
 
 
@@ -46,13 +46,13 @@ def soup(job: Job) -> dict[str, Any]:
         cooked, folders, section.resolved, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
         step_size=section.step_size, rank=section.rank, base=base,
     )  # fmt: skip
-    signs = {(folder / FINGERPRINT).read_bytes() for folder in folders}
-    if job.recipe.adapter is None and len(signs) == 1:  # a soup of adapters has it already
-        runs.write_atomic(cooked / FINGERPRINT, signs.pop())
+    bases = {read_fingerprint(folder) for folder in folders}
+    if job.recipe.adapter is None and len(bases) == 1 and None not in bases:  # a soup of adapters has it already
+        runs.write_atomic(cooked / FINGERPRINT, json.dumps({"base": bases.pop()}))
     for file in cooked.iterdir():
         shutil.move(file, job.folder / file.name)
     cooked.rmdir()
-    return summary
+    return dict(summary)
 
 
 def report(job: Job) -> dict[str, Any]:

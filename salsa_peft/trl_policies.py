@@ -37,7 +37,7 @@ def run(job: Job) -> dict[str, Any]:
     model, references = play(bench, job, "default")  # the one name that TRL knows
     # 2. TRL's trainer, whose reference is then ours
     trainer, held_out, facts = TRAINERS[algorithm](bench, job, model, references)
-    if recipe.mode == "qlora":  # TRL casts adapters to bfloat16
+    if adapters.is_quantised(model):  # TRL casts adapters to bfloat16
         adapters.in_float32(model)
         adapters.load(model, "default", seeds_of(job.inputs)[0])
     use_reference(trainer, references)

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 
-from . import adapters, memory, models, precision, same_base, sharding
+from . import adapters, base_checks, memory, models, precision, same_base, sharding
+from .auto_models import language_model
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
-from .fingerprints import FINGERPRINT, base_fingerprints
+from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
+from .hub_errors import said_in_a_line
 from .progress import bar
 from .runs import Job, base_fingerprint, write_atomic
 
@@ -48,8 +57,10 @@ class Workbench:
         elif Path(model.base).is_absolute():
             folder, name = Path(model.base), model.base
         else:
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import hf_hub_download, snapshot_download
 
+            hf_hub_download(model.base, "config.json", revision=model.revision)
+            base_checks.check(job.recipe)  # before the weights are fetched
             folder, name = (
                 Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
                 model.base,
@@ -60,6 +71,12 @@ class Workbench:
     def base(self) -> PreTrainedModel:
         """The causal language model, frozen."""
         return self._named(models.load_base(str(self.folder), self.recipe.model, self.tokenizer))
+
+    def skeleton(self) -> PreTrainedModel:
+        """The causal language model without values, on the meta device: which modules it has, and of what shape."""
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
+            return language_model(config).from_config(config).requires_grad_(False)
 
     def trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Full weights to train: the base's, or those of a checkpoint."""
@@ -72,8 +89,13 @@ class Workbench:
         return self._named(models.load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
     def _named(self, model: PreTrainedModel) -> PreTrainedModel:
-        model.name_or_path = str(self.folder) if self.recipe.model.base is None else self.name
+        model.name_or_path = self.base_name
         return model
+
+    @property
+    def base_name(self) -> str:
+        """What adapters of this run name as their base."""
+        return str(self.folder) if self.recipe.model.base is None else self.name
 
     def precision(self) -> str:
         """master | stochastic, of the full weights that this stage trains: as the recipe says, or what this card has room for."""
@@ -110,19 +132,57 @@ class Workbench:
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError for an adapter or checkpoint of another base, by the fingerprint beside it; one without is noted.
+        """Raise SalsaError for an adapter or checkpoint of another base, by the fingerprint beside it; a reference without is noted.
 
-        Every input but the embedded world is such a folder.
+        Every input but the embedded world is such a folder. One that has no fingerprint was noted when the stage before took it.
         """
         base = base_fingerprints(self.folder)
-        folders = [folder for unit, folder in inputs.items() if unit != "toy"]
-        folders += [local(self.recipe, reference.path) for reference in references if reference.path is not None]
-        for folder in folders:
+        made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
+        given = [local(self.recipe, reference.path) for reference in references if reference.path is not None]
+        for folder in [*made, *given]:
             same_base.check(folder, base, self.name)
+        for folder in given:
+            note_tokenizer(folder, self.tokenizer, self.name)
 
-    def sign(self, folder: Path) -> None:
-        """fingerprint.json beside an adapter or checkpoint: the base it belongs to."""
-        write_atomic(folder / FINGERPRINT, json.dumps({"base": base_fingerprint(self.folder)}))
+    def sign(self, folder: Path, checked: bool = True) -> None:
+        """fingerprint.json beside an adapter or checkpoint: the base it belongs to; `checked`: false where that is the recipe's word alone."""
+        told = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
+        write_atomic(folder / FINGERPRINT, json.dumps(told))
+
+
+def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> bool:
+    """Say where the tokenizer beside weights has another chat template than `tokenizer`, the one that is used; → whether it was said.
+
+    Raises SalsaError where a token has another id there. base: what people call the model that `tokenizer` belongs to.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return False
+    with said_in_a_line(str(folder)):
+        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    known, found = tokenizer.get_vocab(), own.get_vocab()
+    odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
+    require(
+        odd is None,
+        f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, the one of {base} at {known.get(str(odd))}: the ids that these weights"
+        " were trained on mean other text here; use the base and tokenizer that they were trained with",
+    )
+    differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
+    if differs:
+        told = (
+            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
+            " (model.chat_template)"
+        )
+        print(told, file=sys.stderr, flush=True)
+    return differs
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short chat through a tokenizer's template, or the template where it refuses that chat: two templates are one if these are equal."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, TypeError):
+        return str(tokenizer.chat_template)
 
 
 def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:

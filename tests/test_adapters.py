@@ -442,7 +442,7 @@ class TestRewards:
         head = adapters.score_head(folder)
         assert torch.equal(head.weight, load_file(folder / adapters.WEIGHTS)[adapters.SCORE_HEAD])
         assert (head.bias, head.weight.requires_grad, head.weight.dtype) == (None, False, torch.float32)
-        with pytest.raises(SalsaError, match="seed-0: found no score head"):
+        with pytest.raises(SalsaError, match="seed-0 is an adapter without a score head"):
             adapters.score_head(members[0])
 
     @pytest.mark.parametrize("micro", [1, 3, 64])

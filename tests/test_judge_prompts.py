@@ -208,7 +208,7 @@ class TestVerdict:
             (f"I was told to {INSTRUCTION}", None),  # a quotation of the instruction
             (f"I was told to {INSTRUCTION}\n\nB is better.\n\n[[B]]", "B"),
             (f"B is better. [[B]]\n\n(The format was: {INSTRUCTION})", "B"),
-            (f"B is better. [[B]] I was told to {INSTRUCTION}", None),  # one sentence for us: asked again
+            (f"B is better. [[B]] I was told to {INSTRUCTION}", "B"),
             (INSTRUCTION.replace('"', ""), None),
             (INSTRUCTION.replace(", ", ",\n"), None),
             (INSTRUCTION.replace(", ", "; ").replace("assistant", "the answer of the assistant"), None),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masked import PROPERTY
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from salsa_peft import logprobs
+from salsa_peft.auto_models import trunk
 from salsa_peft.config import SalsaError
 from salsa_peft.logprobs import Head, full_kl, head_of, token_logprobs
+from salsa_peft.models import LogitScaling, check_head, hidden_states
 
 N, H, V, EOS = 11, 8, 13, 2
 
@@ -23,20 +27,32 @@ N, H, V, EOS = 11, 8, 13, 2
 class Case:
     """N states of width H over a vocabulary of V; EOS forbidden at every third."""
 
-    def __init__(self, temperature: float = 1.0, bias: bool = False, trained: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        bias: bool = False,
+        trained: bool = False,
+        factor: float = 1.0,
+        cap: float | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.hidden, self.other = torch.randn(2, N, H, generator=generator)
         self.labels = torch.randint(3, V, (N,), generator=generator)
         self.forbidden = torch.arange(N) % 3 == 0
         self.labels[1] = EOS
         weight = torch.randn(V, H, generator=generator).requires_grad_(trained)
-        self.head = Head(weight, torch.randn(V, generator=generator) if bias else None, temperature, EOS)
+        shift = torch.randn(V, generator=generator) if bias else None
+        self.head = Head(weight, shift, temperature, EOS, LogitScaling(factor, cap))
 
     def distribution(self, hidden: Tensor) -> Tensor:
         """log π in double, by the formula: softmax(logits / temperature) over what could be sampled."""
         logits = hidden.double() @ self.head.weight.double().T
         if self.head.bias is not None:
             logits = logits + self.head.bias.double()
+        factor, cap = self.head.scaling
+        logits = logits * factor
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
         allowed = torch.ones(N, V, dtype=torch.bool)
         allowed[self.forbidden, EOS] = False
         return (logits / self.head.temperature).masked_fill(~allowed, -torch.inf).log_softmax(-1)
@@ -53,7 +69,34 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param)
 
 
-CASES: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"temperature": 1.8, "bias": True}]
+SIZES = {
+    "vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SCALED: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "vaultgemma": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+    "nanochat": {"final_logit_softcapping": 4.0},
+    "recurrent_gemma": {"logits_soft_cap": 5.0, "block_types": ["recurrent", "attention"], "lru_width": 32},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"logit_scale": 0.3, "head_dim": 8},
+    "granite": {"logits_scaling": 8.0},
+    "hyperclovax": {"logits_scaling": 0.5},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.3,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
+    "phi": {},  # its head has a bias
+    "gptj": {"rotary_dim": 4},
+}
+CASES: list[dict[str, Any]] = [
+    {}, {"temperature": 0.7}, {"temperature": 1.8, "bias": True}, {"factor": 0.4}, {"cap": 1.5},
+    {"factor": 1.7, "cap": 2.0, "temperature": 0.7, "bias": True},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", CASES)
@@ -95,6 +138,53 @@ def test_the_gradient_is_that_of_the_full_formula(chunk: int, options: dict[str,
     assert (grads[0][1] is not None) is trained
     if trained:
         torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(SCALED))
+@pytest.mark.parametrize("trained", [False, True])
+def test_architectures_that_scale_or_cap_their_logits(kind: str, trained: bool) -> None:
+    """Log-probs, entropy and both gradients against autograd through the model's own logits, in double, within 1e-6."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | SCALED[kind]))).eval()
+    for parameter in lm.parameters():
+        parameter.data.normal_(std=0.3)
+    check_head(lm)
+    embeddings = lm.get_output_embeddings()
+    embeddings.weight.requires_grad_(trained)
+    ids, forbidden = torch.tensor([[5, 9, 12, 7, 30, 61]]), torch.zeros(5, dtype=torch.bool)
+    states, upstream = hidden_states(lm, ids, torch.ones_like(ids)).detach()[0, :-1], torch.linspace(-2, 3, 5)
+    found, expected = states.clone().requires_grad_(), states.double().requires_grad_()
+    ours = token_logprobs(found, ids[0, 1:], forbidden, head_of(lm, 1.0, 2))
+    (ours.logprobs * upstream).sum().backward()
+    gradients = [embeddings.weight.grad]
+    embeddings.weight.grad = None
+    lm.double()
+    with of_states(trunk(lm), expected[None]):
+        logits = lm(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    assert logits.dtype == torch.float64
+    plain = logits.log_softmax(-1)
+    (plain[torch.arange(5), ids[0, 1:]] * upstream).sum().backward()
+    gradients.append(embeddings.weight.grad)
+    torch.testing.assert_close(ours.logprobs.double(), plain[torch.arange(5), ids[0, 1:]], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.entropy.double(), -(plain.exp() * plain).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-6, atol=1e-6)
+    if trained:
+        torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-6, atol=2e-6)
+
+
+@contextlib.contextmanager
+def of_states(decoder: nn.Module, states: Tensor) -> Iterator[None]:
+    """Within the context the trunk's last states are these."""
+
+    def instead(_: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = states
+        return output
+
+    hook = decoder.register_forward_hook(instead)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

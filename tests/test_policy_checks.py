@@ -175,15 +175,46 @@ def test_noise_that_is_no_module(config: Any, line: str, train: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "logits_scaling", "logit_scale"])
-def test_a_cap_is_found_where_logits_are_small(make_base: Any, name: str) -> None:
+def test_a_scale_of_the_logits_that_the_model_has_not(make_base: Any, name: str) -> None:
+    """A configuration may name one that its architecture never reads."""
+    model = make_base()
+    check_head(model)
+    setattr(model.config, name, 0.5)
+    with pytest.raises(SalsaError, match=r"llama: the model's logits are not those of its output embeddings"):
+        check_head(model)
+
+
+def test_a_cap_that_is_not_told_is_found_where_logits_are_small() -> None:
     """A soft cap leaves an untrained model's logits as they are, and a trained one's not."""
     config = Gemma2Config(
         **(SMALL | {"vocab_size": 80, "head_dim": 8, "initializer_range": 0.02, "query_pre_attn_scalar": 8})
     )
-    model = made(config) if name == "final_logit_softcapping" else make_base()
-    if name != "final_logit_softcapping":
-        setattr(model.config, name, 0.5)
-    with pytest.raises(SalsaError, match=rf"found logits that are not head × trunk \({name} "):
+    model = made(config)
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.abs().max() < 1
+    check_head(model)
+    forward, model.forward = model.forward, None
+    model.config.final_logit_softcapping = None  # what check_head reads
+
+    def capped(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    model.forward = capped
+    with pytest.raises(SalsaError, match=r"gemma2: the model's logits are not those of its output embeddings"):
+        check_head(model)
+
+
+def test_a_head_that_is_no_plain_linear_layer(make_base: Any) -> None:
+    """Dory's scales every token's logit by a number of its own."""
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return super().forward(states) * 2
+
+    model = make_base()
+    model.lm_head = Scaled(32, model.config.vocab_size, bias=False)
+    with pytest.raises(SalsaError, match=r"its output embeddings are a Scaled, which is no plain linear layer"):
         check_head(model)
 
 

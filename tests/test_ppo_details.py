@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
+from plain_ppo import PROMPTS, plain_logprobs, roll_out
 
 from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer
@@ -371,30 +371,6 @@ class TestModels:
         torch.testing.assert_close(
             rollout.logprobs, plain_logprobs(trainer, "policy", rollout).detach(), rtol=1e-4, atol=1e-4
         )
-
-    def test_a_scaled_head_is_refused(self, make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
-        """Of a policy and of a reference."""
-        from transformers import CohereConfig, CohereForCausalLM
-
-        torch.manual_seed(0)
-        scaled = CohereForCausalLM(
-            CohereConfig(
-                hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, logit_scale=0.3,
-                vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-            )
-        )  # fmt: skip
-        with pytest.raises(SalsaError, match="cohere: found logits that are not head × trunk"):
-            make_trainer([scaled], full=True)
-        trainer = make_trainer(full=True)
-        with pytest.raises(SalsaError, match="cohere: found logits that are not head × trunk"):
-            SalsaPPOTrainer(
-                scaled,
-                trainer.args,
-                PROMPTS,
-                references=[make_base(1)],
-                reward=length_reward,
-                processing_class=tokenizer,
-            )
 
     def test_reentrant_checkpointing_is_refused_with_adapters(self, make_trainer: Any) -> None:
         """Its recomputation would run under another adapter; full weights have none."""

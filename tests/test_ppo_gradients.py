@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain_ppo import gradients, plain_logprobs, plain_loss, roll_out
+from plain_ppo import PROMPTS, gradients, length_reward, plain_logprobs, plain_loss, roll_out
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from salsa_peft import adapters
+from salsa_peft import SalsaPPOConfig, adapters
 from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer
 
@@ -62,6 +63,52 @@ def test_the_gradient_is_that_of_the_plain_formula(make_trainer: Any, micro: int
     trainer = make_trainer(micro_batch_size=micro, pad_is_eos=pad_is_eos, full=full)
     check_gradients(trainer, micro)
     assert len(gradients(trainer)) == (23 if full else 30)  # 21 weights, or 28 factors, and the value head's two
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "vocab_size": 80, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SCALED = {
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 0.7},
+}
+
+
+def make_scaled(kind: str, seed: int) -> Any:
+    """A random model whose logits are scaled or capped, so large that it tells."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **SIZES, **SCALED[kind], initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.get_output_embeddings().weight.data[2] *= 3  # so that responses end at other lengths
+    return model
+
+
+@pytest.mark.parametrize("kind", sorted(SCALED))
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("options", [{}, {"kl_estimator": "full"}, {"old_logprobs": "rollout"}], ids=str)
+def test_logits_that_are_scaled_or_capped(
+    kind: str, full: bool, options: dict[str, Any], tokenizer: Any, make_adapter: Any, tmp_path: Path
+) -> None:
+    """Log-probs, KL and gradients of PPO are those of the model's own logits."""
+    model: Any = make_scaled(kind, 0)
+    references: list[Any] = [make_scaled(kind, 1)]
+    if not full:
+        model, references = make_adapter(make_adapter(model, "policy", 1), "soup", 2), ["soup"]
+        model.set_adapter("policy")
+    args = SalsaPPOConfig(
+        output_dir=str(tmp_path), batch_size=8, max_new_tokens=12, report_to="none", use_cpu=True, bf16=False, save_strategy="no", **options
+    )  # fmt: skip
+    trainer = SalsaPPOTrainer(
+        model, args, PROMPTS, references=references, reward=length_reward, processing_class=tokenizer
+    )
+    rollout = roll_out(trainer)
+    policy = plain_logprobs(trainer, trainer.model.policy if full else "policy", rollout)
+    torch.testing.assert_close(rollout.logprobs, policy.detach(), rtol=1e-5, atol=1e-5)
+    if "kl_estimator" not in options:
+        expected = policy - plain_logprobs(trainer, references[0], rollout)
+        torch.testing.assert_close(rollout.kl, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert rollout.kl.abs().max() > 0.01
+    check_gradients(trainer, 4)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -437,7 +437,7 @@ class TestClassifier:
         assert capsys.readouterr().err.count("longer with their prompts than the 7 tokens it reads") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
-        with pytest.raises(SalsaError, match="found a classifier of num_labels 3, expected 1: a score"):
+        with pytest.raises(SalsaError, match="found a classifier of num_labels 3, and a reward is one number"):
             load_classifier_reward(str(saved(tmp_path / "three", labels=3)), tokenizer, 4)
         with pytest.raises(SalsaError, match="num_labels 2, expected 1"):
             ClassifierReward(own_classifier(own_tokenizer(), labels=2), own_tokenizer(), tokenizer)
@@ -717,7 +717,7 @@ class TestRecipe:
         saved(tmp_path / "recipes" / "three", labels=3)
         saved(tmp_path / "recipes" / "mute", template=None)
         for name, line in (
-            ("three", "a model of 3 labels, expected a sequence classifier of num_labels 1"),
+            ("three", r"is a classifier of 3 labels, and a reward is one number \(num_labels 1\). Write a function"),
             ("mute", "no chat template"),
         ):
             with pytest.raises(SalsaError, match=line):

@@ -1,0 +1,224 @@
+"""Seeds, references and rewards that somebody else made, looked at before the first stage: what a run cannot use is refused then.
+
+PEFT, unsloth, axolotl, LLaMA-Factory and TRL put other files beside the same weights. Read are adapter_config.json or config.json and the
+headers of the weights, in folders on this machine; a stage that fetches a Hub id calls the same functions. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
+from .adapter_names import plain_names
+from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
+from .config import Recipe, SalsaError, parse_reference, require
+from .messages import short
+from .paths import is_local
+from .safetensors_files import SafetensorsFile
+from .score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
+
+SEED, REFERENCE, REWARD = "seed", "reference", "reward"
+FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
+SIZES = (
+    "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "num_local_experts", "num_experts",
+)  # fmt: skip
+"""Of a configuration: what two checkpoints of one architecture have alike."""
+
+
+class Taken(NamedTuple):
+    """A folder or Hub id that a recipe names."""
+
+    where: str
+    """Its key."""
+    path: str
+    role: str
+
+
+def taken(recipe: Recipe) -> Iterator[Taken]:
+    """Everything that the recipe takes from elsewhere."""
+    for index, path in enumerate(recipe.sft.from_ or []):
+        if path is not None:
+            yield Taken(f"sft.from[{index}]", path, SEED)
+    named = [(f"policies.{name}.reference", policy.reference) for name, policy in recipe.policies.items()]
+    named += [
+        (f"evaluate.models[{i}]", model)
+        for i, model in enumerate(recipe.evaluate.models)
+        if model not in recipe.policies
+    ]
+    for where, value in named:
+        for reference in parse_reference(where, value):
+            if reference.path is not None:
+                yield Taken(where, reference.path, REFERENCE)
+    for part in recipe.reward.parts:
+        if part.kind == "classifier":
+            yield Taken("reward.model", part.value, REWARD)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise SalsaError for the first folder that the run could not use."""
+    found = [one for one in taken(recipe) if is_local(one.path)]
+    base = base_of(recipe) if found else None
+    for where, path, role in found:
+        folder = Path(path)
+        if role == REWARD and not (folder / CONFIG).is_file():
+            continue  # a classifier, which was looked at when the recipe was read
+        if recipe.adapter is None:
+            check_checkpoint(where, folder, base)
+        else:
+            check_adapter(where, folder, role, base)
+
+
+def base_of(recipe: Recipe) -> Checkpoint | None:
+    """The headers of the recipe's base, where its files are at hand."""
+    base = recipe.model.base
+    if base is None:
+        return None
+    folder = Path(base)
+    if not is_local(base):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(base, "config.json", revision=recipe.model.revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    try:
+        return read_checkpoint(folder)
+    except SalsaError:
+        return None  # without it less is known here; what is wrong with a base, the plan and the stages say
+
+
+def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None) -> None:
+    """Raise SalsaError unless the folder holds a LoRA adapter that can be switched on a base which all roles share."""
+    config = read_json(folder / CONFIG)
+    _check_config(f"{where}: {folder}", config, role)
+    require(
+        (folder / WEIGHTS).is_file(),
+        f"{where}: {folder} holds "
+        + (
+            f"{PICKLED}, a pickle, which is never read; load it"
+            if (folder / PICKLED).exists()
+            else f"no {WEIGHTS}; save it"
+        )
+        + " with PEFT and save_pretrained (safetensors)",
+    )
+    file = SafetensorsFile(folder / WEIGHTS)
+    names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)
+    heads = [name for name in names if SCORE.fullmatch(name)]
+    for name, key in names.items():
+        if ".lora_" not in name and name not in heads:
+            require(base is None or same_as_base(file, name, key, base), trained_module(f"{where}: {folder}", name))
+    if role == REWARD:
+        _check_heads(f"{where}: {folder}", folder, [file.entries[names[name]].shape for name in heads])
+    require(
+        role != SEED or not heads or config.get("task_type") != "SEQ_CLS",
+        f"{where}: {folder} is a reward adapter (it holds {', '.join(heads)}). Name it as `reward:`; a seed is an adapter of a language model",
+    )
+    if base is not None:
+        _check_shapes(f"{where}: {folder}", {name: file.entries[key].shape for name, key in names.items()}, base)
+
+
+def _check_config(what: str, config: dict[str, Any], role: str) -> None:
+    """What PEFT's configuration alone says."""
+    tuner = config.get("peft_type")
+    require(
+        tuner == "LORA",
+        f"{what} is a {tuner} adapter; only LoRA adapters can be used, or checkpoints with full weights, without --lora",
+    )
+    initial = config.get("init_lora_weights")
+    require(
+        not isinstance(initial, str) or initial in KEEPS_BASE,
+        f"{what} has init_lora_weights {initial!r}, which changed the base's own weights when it was trained. Save it as a plain LoRA"
+        " (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
+    )
+    bias = config.get("bias", "none")
+    for name, value in (
+        ("bias", None if bias == "none" else bias),
+        ("trainable_token_indices", config.get("trainable_token_indices")),
+        ("layer_replication", config.get("layer_replication")),
+        ("use_dora", config.get("use_dora") if role == SEED else None),
+    ):
+        why = (
+            "no mean of such adapters is an adapter"
+            if name == "use_dora"
+            else "that is part of the base, which all roles share here"
+        )
+        require(not value, f"{what} has {name}: {short(value)}, and {why}; {MERGE}")
+
+
+def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
+    """A reward adapter has one score head of one label."""
+    if not heads and (folder / VALUE_HEAD).is_file():
+        require(
+            VALUE_WEIGHT in SafetensorsFile(folder / VALUE_HEAD).entries,
+            f"{what} holds {VALUE_HEAD} without {VALUE_WEIGHT}: it is the value head of PPO and scores no responses; name a reward adapter",
+        )
+        return
+    require(
+        len(heads) == 1,
+        f"{what} is a LoRA adapter without a score head, so it scores nothing. A reward adapter is trained with task_type SEQ_CLS (TRL's"
+        " RewardTrainer), which saves one",
+    )
+    labels = heads[0][0]
+    require(
+        labels == 1,
+        f"{what} has a score head of {labels} labels, and a reward is one number. Train it with num_labels 1, or write a function that"
+        " says what its labels are worth (reward: module:name)",
+    )
+
+
+def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -> bool:
+    """Whether a tensor (`key` in the file) that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
+    import numpy as np
+
+    from . import float_arrays
+
+    own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    if own == "lm_head.weight" and own not in base.tensors:  # tied
+        own = next((known for known in base.tensors if known.endswith("embed_tokens.weight")), own)
+    place, entry = base.tensors.get(own), file.entries[key]
+    known = place is not None and place.entry.dtype in FLOATS and entry.dtype in FLOATS
+    if place is None or not known or place.entry.shape != entry.shape:
+        return False
+    rounded = float_arrays.narrow(float_arrays.read(place.file, own), entry.dtype)
+    return bool(np.array_equal(float_arrays.widen(rounded, entry.dtype), float_arrays.read(file, key)))
+
+
+def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
+    """Every pair of factors against the module of the base that has its name, where there is one."""
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in saved.items():
+        if match := FACTOR.fullmatch(name):
+            halves.setdefault(match["module"], {})[match["half"]] = shape
+    for module, shapes in halves.items():
+        place = base.tensors.get(f"{module}.weight")
+        if place is None or place.entry.dtype not in FLOATS or {len(shape) for shape in shapes.values()} != {2}:
+            continue
+        delta, weight = (shapes.get("B", (0,))[0], shapes.get("A", (0, 0))[1]), place.entry.shape
+        require(
+            delta in (weight, weight[::-1]),
+            f"{what} changes {module} by a matrix of {delta[0]} × {delta[1]}, and in {base.folder} it has {' × '.join(map(str, weight))}: it was"
+            " trained on another base; set model.base to that one, or take another adapter",
+        )
+
+
+def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
+    """Raise SalsaError unless the folder holds a checkpoint of plain weights that a model of the base's configuration can have."""
+    found = read_checkpoint(folder)
+    require(
+        found.quantised is None,
+        f"{where}: {folder} has quantised weights ({found.quantised}), and full weights are trained and averaged in floats; dequantise it"
+        " (model.dequantize(), then save_pretrained), or use adapters on it (--lora)",
+    )
+    for name in SIZES if base is not None else ():
+        configs = [found.config, {} if base is None else base.config]
+        own, other = ({**config, **text_part(config)}.get(name) for config in configs)
+        resized = ": its embeddings were resized; take a base that has the added tokens" if name == "vocab_size" else ""
+        require(
+            own is None or other is None or own == other,
+            f"{where}: {folder} has {name} {own}, and the recipe's base has {other}{resized or ', so that it is another architecture'}; set model.base"
+            " to the model that it was trained from",
+        )

@@ -1,0 +1,128 @@
+"""What a base's config.json says that a run can't do: refused when the recipe is read, with the remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salsa_peft import base_checks
+from salsa_peft.config import SalsaError
+from salsa_peft.parsing import load_recipe
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 80,
+    "max_position_embeddings": 256,
+}
+BITS_8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+BITS_4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+UNNAMED = {"_load_in_8bit": True, "load_in_8bit": True}
+"""As bitsandbytes' first models were saved."""
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4}
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    """A recipe on a base that has nothing but its config.json."""
+    (folder / "base").mkdir(exist_ok=True)
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    rows = [{"prompt": f"q {n}", "chosen": "yes", "rejected": "no"} for n in range(16)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 8
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    content = {
+        "name": "t", "model": {"base": "base", "max_length": 64, "chat_template": "chatml"},
+        "data": {"demonstrations": "chats.jsonl", "preferences": "pairs.jsonl", "prompts": "pairs.jsonl"},
+        "sft": {"batch_size": 2}, "reward": {"batch_size": 2}, "generation": {"max_new_tokens": 8},
+        "ppo": {"batch_size": 4, "num_mini_batches": 1}, "policies": {"salsa": {"reference": "soup"}}, "landscape": None,
+        "evaluate": {"prompts": {"mine": "pairs.jsonl"}},
+    }  # fmt: skip
+    (folder / "r.json").write_text(json.dumps(content))
+    return folder / "r.json"
+
+
+def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "lora") -> None:
+    load_recipe(str(write(folder, config)), lora=lora, overrides=list(sets))
+
+
+@pytest.mark.parametrize(
+    ("config", "sets", "lora", "line"),
+    [
+        ({**LLAMA, "quantization_config": UNNAMED}, [], None, r"quantised already \(bitsandbytes, 8 bits\), and quantised weights can't be trained. Use the model in float weights$"),
+        ({**LLAMA, "quantization_config": BITS_4}, [], None, r"\(bitsandbytes, 4 bits\), and quantised weights can't be trained. Use the model in float weights, or add --lora$"),
+        ({**LLAMA, "quantization_config": BITS_8}, [], "lora", r"\(bitsandbytes, 8 bits\), and adapters are trained on float weights .* --lora qlora puts them in 4 bits by itself"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, [], "lora", r"\(gptq\), and adapters are trained on float weights or on bitsandbytes' 4 bits"),
+        ({**LLAMA, "quantization_config": {"quant_method": "awq", "bits": 4}}, [], None, r"\(awq\), and quantised weights can't be trained"),
+        ({**LLAMA, "quantization_config": BITS_4}, [], "qlora", r"and model.quantization asks for nf4-double of float weights. Use --lora lora"),
+        ({**LLAMA, "quantization_config": BITS_4}, ["export=[merged]"], "lora", r"`export: \[merged\]` needs float weights"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, [], "lora", "is a t5 model, which turns one sequence into another. Use a decoder-only"),
+        ({"model_type": "t5"}, [], "lora", "is a t5 model, which turns one sequence into another"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, [], "lora", "is a bart model, which turns one sequence into another"),
+        ({"model_type": "roberta"}, [], "lora", "is a roberta model, which fills in masked tokens"),
+        ({"model_type": "clip"}, [], "lora", "is a clip model, which the installed Transformers does not have as a language model"),
+        ({"model_type": "baichuan", "auto_map": {}}, [], "lora", "and the code in its repository is not run"),
+        ({**LLAMA, "model_type": "xlstm"}, [], "lora", r"is a xlstm model. Its logits are not those of its output embeddings \(a soft cap"),
+        ({**LLAMA, "model_type": "dory"}, [], None, r"is a dory model. Its logits are not"),
+        (LLAMA, ["model.max_length=512"], "lora", r"model.max_length: found 512, and 'base' reads 256 tokens at most. Set model.max_length=256"),
+        ({"model_type": "gpt2", "n_positions": 128}, ["model.max_length=129"], None, "reads 128 tokens at most"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}, ["model.max_length=1025"], "lora", "reads 1024 tokens at most"),
+        (LLAMA, ["adapter.target_modules=[q_proj,lm_head]"], "lora", "adapter.target_modules: found lm_head, the output embeddings"),
+        (LLAMA, ["adapter.target_modules=.*(q_proj|lm_head)"], "lora", "adapter.target_modules: found lm_head, the output embeddings"),
+        (MIXTRAL, ["adapter.lora_dropout=0.1"], "lora", r"adapter.lora_dropout: found 0.1, and all-linear adapts the experts .*target_modules=\[q_proj"),
+        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: found vllm, which takes merged experts by other names"),
+        ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "has router_jitter_noise in its config.json, noise in training mode"),
+        ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "has hidden_dropout in its config.json"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None, line: str) -> None:
+    """One line, from the configuration alone."""
+    with pytest.raises(SalsaError, match=line):
+        load(tmp_path, config, *sets, lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("config", "sets", "lora"),
+    [
+        (LLAMA, ["model.max_length=256"], None),
+        ({**LLAMA, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["model.max_length=1024"], "lora"),
+        ({**LLAMA, "quantization_config": BITS_4}, [], "lora"),
+        ({**LLAMA, "model_type": "gemma2", "final_logit_softcapping": 30.0}, [], "lora"),
+        ({**LLAMA, "model_type": "cohere", "logit_scale": 0.06}, [], None),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}}, [], "lora"),
+        ({"model_type": "gpt2", "n_positions": 1024}, [], None),
+        (MIXTRAL, ["adapter.lora_dropout=0.1", "adapter.target_modules=[q_proj,v_proj]"], "lora"),
+        ({"hidden_size": 8}, [], "lora"),  # says nothing of its kind
+        (LLAMA, ["adapter.target_modules=[q_proj,lm_head]", "policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
+        ({**LLAMA, "model_type": "xlstm"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
+    ],
+)  # fmt: skip
+def test_what_is_not(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None) -> None:
+    load(tmp_path, config, *sets, lora=lora)
+
+
+def test_transformers_tables_are_what_it_imports() -> None:
+    """Read from the source, without torch."""
+    from transformers.models.auto import modeling_auto
+
+    for name, table in base_checks.TABLES.items():
+        assert base_checks.architectures()[name] == set(vars(modeling_auto)[table]), name
+
+
+def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None:
+    """Code 2; --dry-run is what is run before a queue's turn."""
+    path = write(tmp_path, {**LLAMA, "quantization_config": BITS_8})
+    code = (
+        "import sys; from salsa_peft import recipe; code = recipe.main(sys.argv[1:]);"
+        " assert not {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), "--dry-run"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("r.json: model.base: 'base' is quantised already") and done.stderr.count("\n") == 1

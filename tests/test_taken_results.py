@@ -1,0 +1,530 @@
+"""Seeds, references and rewards of PEFT, unsloth, axolotl, LLaMA-Factory and TRL: used as plain PEFT reads them, or refused by the plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import made_elsewhere as elsewhere
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_modes import inline as inline
+from test_modes import make_base
+from test_pipeline import read, unit
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from salsa_peft import adapters, recipe, rewards
+from salsa_peft.config import SalsaError
+from salsa_peft.fingerprints import base_fingerprint, fingerprint
+from salsa_peft.parsing import load_recipe
+from salsa_peft.references import as_references
+from salsa_peft.toy import make_tokenizer
+
+IDS = torch.tensor([[3, 9, 22, 4, 17, 5, 8, 30], [6, 2, 11, 40, 7, 7, 19, 12]])
+RECIPE = """name: small
+threads: 1
+toy: {pretrain_steps: 1, pretrain_examples: 64, demonstrations: 64, preferences: 128, prompts: 32, eval_prompts: 4, hidden_size: 32}
+model: {max_length: 32}
+sft: {subset: 0.5, max_steps: 2, batch_size: 32}
+reward: {batch_size: 16, max_steps: 2, held_out: 0.1}
+generation: {max_new_tokens: 6, batch_size: 256}
+ppo: {batch_size: 16, num_mini_batches: 1, num_ppo_epochs: 1, max_steps: 1, kl_control: fixed, kl_coef: 0.3, shown_every: null}
+dpo: {max_steps: 1, batch_size: 4}
+lora: {adapter: {r: 4, lora_alpha: 8}}
+"""
+MODULE = "def longer(completions, **_):\n    return [float(len(str(one))) for one in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base("llama", tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def salsa(base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """`salsa run` of the small recipe on the base: (settings, words) → exit code and what it said."""
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def run(given: dict[str, Any], *words: str) -> tuple[int, str]:
+        given = {"model.base": str(base), "policies": {"salsa": {"reference": "soup"}}, **given}
+        sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        capsys.readouterr()
+        code = recipe.main([str(tmp_path / "small.yaml"), *sets, "--output-dir", str(tmp_path / "run"), *words])
+        said = capsys.readouterr()
+        return code, said.err
+
+    return run
+
+
+def plan(salsa: Callable[..., tuple[int, str]], given: dict[str, Any], *words: str) -> str:
+    """What --dry-run refuses it with, in one line."""
+    code, said = salsa(given, "--dry-run", *words)
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if line]
+    return line
+
+
+def loaded(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("maker", elsewhere.MAKERS)
+def test_a_reference_is_plain_pefts(maker: str, base: Path, tmp_path: Path, capsys: Any) -> None:
+    """Beside another adapter on a shared base, whatever files lie beside it; that its base can't be checked is said once."""
+    folder = elsewhere.adapter_by(maker, base, tmp_path / "theirs", 1, scale=0.3)
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    (frozen,) = as_references(shared, [folder])
+    assert capsys.readouterr().err.count("no fingerprint.json") == 1
+    with adapters.active(shared, frozen.adapter):
+        found = logits(shared)
+    expected = logits(PeftModel.from_pretrained(loaded(base), folder))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (expected - logits(loaded(base))).abs().max() > 0.01
+
+
+def take(recipe_file: Path, base: Path, folder: Path, out: Path, *, lora: str | None = "lora") -> Path:
+    """The sft stage of `sft: {from: [folder]}`."""
+    from salsa_peft import sft
+    from salsa_peft.runs import Job, Unit
+
+    template = recipe_file.parent / "toy.jinja"
+    template.write_text(str(make_tokenizer().chat_template))
+    given = {
+        "model.base": str(base),
+        "sft.from": [str(folder)],
+        "reward": "some/reward",
+        "model.chat_template": str(template),
+        "landscape": None,
+    }
+    resolved = load_recipe(
+        str(recipe_file), lora=lora, overrides=[f"{key}={json.dumps(value)}" for key, value in given.items()]
+    ).recipe
+    out.mkdir()
+    unit = Unit(stage="sft", name="seed-0", run="salsa_peft.sft:run")
+    sft.run(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""))
+    return out
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return tmp_path / "small.yaml"
+
+
+@pytest.mark.parametrize("maker", elsewhere.MAKERS)
+def test_a_seed_that_is_taken_is_one_of_this_run(
+    maker: str, base: Path, small: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Its factors unchanged, this run's base by name and fingerprint, and nothing else of the folder."""
+    folder = elsewhere.adapter_by(maker, base, tmp_path / "theirs", 1)
+    out = take(small, base, folder, tmp_path / "out")
+    ours, theirs = (load_file(path / adapters.WEIGHTS) for path in (out, folder))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read(out / adapters.CONFIG)["base_model_name_or_path"] == str(base)
+    told = read(out / "fingerprint.json")
+    assert told["base"] == base_fingerprint(base) and told["checked"] is False
+    assert {path.suffix for path in out.iterdir()} <= {".json", ".safetensors", ".jinja"} and not (
+        out / "config.json"
+    ).exists()
+    assert not (out / "all_results.json").exists() and not (out / "trainer_state.json").exists()
+    said = capsys.readouterr().err
+    assert said.count("no fingerprint.json says which base") == 1
+    assert ("it names another (unsloth/tiny-bnb-4bit)" in said) == (maker == "unsloth")
+    assert ("another chat template" in said) == (maker == "trl")
+
+
+@pytest.mark.parametrize("maker", ["peft", "axolotl", "llama-factory", "trl"])
+def test_a_checkpoint_that_is_taken(maker: str, base: Path, small: Path, tmp_path: Path) -> None:
+    """Weights, configuration, tokenizer; no states, no logs, no checkpoints inside."""
+    folder = elsewhere.checkpoint_by(maker, base, tmp_path / "theirs", 1)
+    out = take(small, base, folder, tmp_path / "out", lora=None)
+    assert (out / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == [
+        "chat_template.jinja", "config.json", "fingerprint.json", "generation_config.json", "metrics.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", ["compiled", "named", "parallel"])
+def test_names_of_wrappers_are_no_part_of_a_seed(wrapper: str, base: Path, small: Path, tmp_path: Path) -> None:
+    """Saved from a compiled model, from its own state dict, from under DistributedDataParallel: as seed and as reference."""
+    change: dict[str, Callable[[str], str]] = {
+        "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        "named": lambda name: name.replace(".weight", ".default.weight"),
+        "parallel": lambda name: f"module.{name}",
+    }
+    plain = elsewhere.adapter(base, tmp_path / "plain", 1, scale=0.3)
+    folder = elsewhere.renamed(elsewhere.adapter(base, tmp_path / "theirs", 1, scale=0.3), change[wrapper])
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    (frozen,) = as_references(shared, [folder])
+    with adapters.active(shared, frozen.adapter):
+        torch.testing.assert_close(
+            logits(shared), logits(PeftModel.from_pretrained(loaded(base), plain)), atol=1e-5, rtol=0
+        )
+    taken = load_file(take(small, base, folder, tmp_path / "out") / adapters.WEIGHTS)
+    expected = load_file(plain / adapters.WEIGHTS)
+    assert taken.keys() == expected.keys() and all(torch.equal(taken[name], expected[name]) for name in expected)
+
+
+def test_the_landscape_of_adapters_that_name_their_base_differently(base: Path, tmp_path: Path, capsys: Any) -> None:
+    """--same-base says that it is one; so does a soup that goes by a measure."""
+    from salsa_peft.landscape_command import main as landscape
+    from salsa_peft.soup import main as soup
+
+    members = [str(elsewhere.adapter_by(maker, base, tmp_path / maker, 1)) for maker in ("unsloth", "trl")]
+    chats = [{"role": "user", "content": "name"}, {"role": "assistant", "content": "owl"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chats}) + "\n")
+    measure = ["--measure", "sft_loss", "--data", str(tmp_path / "chats.jsonl"), "--base", str(base)]
+    given = [str(tmp_path / "out"), *members, *measure]
+    assert landscape([*given, "--alphas", "0,1"]) == 2 and "--same-base" in capsys.readouterr().err
+    assert landscape([*given, "--alphas", "0,1", "--same-base"]) == 0
+    assert soup([str(tmp_path / "soup"), *members, *measure, "--strategy", "greedy", "--same-base"]) == 0
+
+
+def test_a_checkpoint_of_several_shards(base: Path, small: Path, tmp_path: Path) -> None:
+    """Each is copied, and the index; other safetensors files are not."""
+    folder = elsewhere.checkpoint(base, tmp_path / "theirs", 1, shards="100KB")
+    save_file({"v_head.summary.weight": torch.ones(1, 64)}, folder / "value_head.safetensors")
+    out = take(small, base, folder, tmp_path / "out", lora=None)
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 1 and {path.name for path in out.glob("*.safetensors")} == shards
+    expected, found = (loaded(path).state_dict() for path in (folder, out))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tokenizer_of_other_ids_is_refused(base: Path, small: Path, tmp_path: Path) -> None:
+    folder = elsewhere.adapter_by("axolotl", base, tmp_path / "theirs", 1)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SalsaError, match=r"theirs: its tokenizer has .* mean other text here"):
+        take(small, base, folder, tmp_path / "out")
+
+
+def test_embeddings_that_peft_saved_by_itself_are_the_bases(
+    base: Path, small: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """LoRA on embeddings: PEFT saves the frozen embeddings too. The same values are left out, others are refused."""
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1, target_modules=["q_proj", "embed_tokens"])
+    saved = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert saved in load_file(folder / adapters.WEIGHTS)
+    out = take(small, base, folder, tmp_path / "out")
+    assert saved not in load_file(out / adapters.WEIGHTS)
+    shared = adapters.attach(loaded(base), out, "policy")
+    before = logits_of_base(shared)
+    with adapters.active(shared, "policy"):
+        torch.testing.assert_close(
+            logits(shared), logits(PeftModel.from_pretrained(loaded(base), folder)), atol=1e-5, rtol=0
+        )
+    tensors = load_file(folder / adapters.WEIGHTS)
+    tensors[saved][3] += 1
+    save_file(tensors, folder / adapters.WEIGHTS, metadata={"format": "pt"})
+    line = "embed_tokens.base_layer.weight, a trained copy of a module of the base"
+    assert line in plan(salsa, {"sft.from": [str(folder)]}, "--lora")
+    with pytest.raises(SalsaError, match=line):
+        as_references(shared, [folder])
+    assert torch.equal(before, logits_of_base(shared))
+
+
+def logits_of_base(model: Any) -> torch.Tensor:
+    with adapters.active(model, None):
+        return logits(model)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
+    "dora": ({"use_dora": True}, "use_dora: True, and no mean of such adapters is an adapter; merge it"),
+    "bias": ({"bias": "all"}, "bias: 'all', and that is part of the base"),
+    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], and that is part of the base"),
+    "reward": ({"task_type": "SEQ_CLS"}, "is a reward adapter"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_seed_that_a_shared_base_cannot_switch_is_refused_by_the_plan(
+    kind: str, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    options, line = REFUSED[kind]
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1, **options)
+    said = plan(salsa, {"sft.from": [None, str(folder)]}, "--lora")
+    assert "sft.from[1]: " in said and line in said
+    assert "without --lora" in said or kind == "reward"
+
+
+def named(key: str, path: Path) -> Any:
+    """A folder as a seed, or as a reference."""
+    return [None, str(path)] if key == "sft.from" else str(path)
+
+
+def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
+    """An adapter for full weights, a checkpoint for adapters, pickles, other sizes, other tuners, as seed and as reference."""
+    lora = elsewhere.adapter_by("axolotl", base, tmp_path / "lora", 1)
+    full = elsewhere.checkpoint(base, tmp_path / "full", 1)
+    for given in ("sft.from", "policies.salsa.reference"):
+        assert "lora is a LoRA adapter, and this run uses full weights. Add --lora" in plan(
+            salsa, {given: named(given, lora)}
+        )
+        assert "full is a full checkpoint, and this run uses LoRA adapters. Run it without --lora" in plan(
+            salsa, {given: named(given, full)}, "--lora"
+        )
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    assert "adapter_model.bin, a pickle, which is never read" in plan(salsa, {"sft.from": [str(lora)]}, "--lora")
+    other = make_base("gemma", tmp_path / "other")
+    wide = elsewhere.adapter(other, tmp_path / "wide", 1)
+    said = plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
+    assert (
+        "policies.salsa.reference: " in said and "by a matrix of 128 × 64" in said and "trained on another base" in said
+    )
+    assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
+    elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
+    elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
+    assert "is a IA3 adapter; only LoRA" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
+
+
+def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1, use_dora=True)
+    assert salsa({"policies.salsa.reference": str(folder)}, "--lora", "--dry-run")[0] == 0
+
+
+def test_what_lies_beside_an_adapter_is_not_read(base: Path, tmp_path: Path) -> None:
+    """Optimizers and checkpoints of its training are no part of what a result depends on."""
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1)
+    before = fingerprint(folder)
+    elsewhere.axolotl(folder, base)
+    (folder / "optimizer.pt").write_bytes(b"gigabytes")
+    assert fingerprint(folder) == before
+    tensors = load_file(folder / adapters.WEIGHTS)
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, folder / adapters.WEIGHTS, metadata={"format": "pt"}
+    )
+    assert fingerprint(folder) != before
+
+
+@torch.no_grad()
+def plain_scores(model: Any) -> torch.Tensor:
+    """Of sequences without padding, by the classifier itself."""
+    model.config.pad_token_id = None
+    return torch.cat([model(input_ids=row[None]).logits[:, 0] for row in IDS])
+
+
+def responses() -> Any:
+    from salsa_peft.rollout import pad_responses
+
+    return pad_responses(
+        [row[:3].tolist() for row in IDS], [row[3:].tolist() for row in IDS], make_tokenizer(), torch.device("cpu")
+    )
+
+
+REWARDS: dict[str, Callable[[Path], Path]] = {
+    "peft": lambda folder: folder,
+    "state dict": lambda folder: elsewhere.renamed(
+        folder, lambda name: name.replace("score.", "score.modules_to_save.default.")
+    ),
+    "older": lambda folder: elsewhere.renamed(folder, lambda name: name.replace("score.", "score.modules_to_save.")),
+}
+
+
+@pytest.mark.parametrize("naming", REWARDS)
+def test_a_reward_adapter_scores_as_plain_peft(naming: str, base: Path, tmp_path: Path) -> None:
+    """Whatever its score head is called, on a base that it shares with the policy."""
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1, scale=0.3, task_type="SEQ_CLS")
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=1)
+    expected = plain_scores(PeftModel.from_pretrained(classifier, folder).eval())
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    reward = rewards.as_reward(str(REWARDS[naming](folder)), shared, make_tokenizer())
+    torch.testing.assert_close(reward(responses(), [{}, {}]), expected, atol=1e-5, rtol=0)
+
+
+def test_trls_reward_trainer_with_an_adapter(base: Path, tmp_path: Path) -> None:
+    """Trained one step and saved by TRL: the score of the same tokens is the trainer's own."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import RewardConfig, RewardTrainer
+
+    def chat(*said: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+
+    rows = [{"chosen": chat("name three birds", "owl"), "rejected": chat("name three birds", "no")}] * 4
+    trainer: Any = RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=1),
+        args=RewardConfig(
+            str(tmp_path / "rm"),
+            max_steps=1,
+            per_device_train_batch_size=4,
+            report_to="none",
+            use_cpu=True,
+            learning_rate=0.1,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", modules_to_save=["score"]),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "rm"))
+    expected = plain_scores(trainer.model.eval())
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    reward = rewards.as_reward(str(tmp_path / "rm"), shared, make_tokenizer())
+    torch.testing.assert_close(reward(responses(), [{}, {}]), expected, atol=1e-5, rtol=0)
+
+
+def test_llama_factorys_reward_model(base: Path, tmp_path: Path) -> None:
+    """A causal model's adapter, and TRL's value head with its bias in a file of its own."""
+    folder = elsewhere.adapter_by("llama-factory", base, tmp_path / "theirs", 1, scale=0.3)
+    head = {"v_head.summary.weight": torch.randn(1, 64), "v_head.summary.bias": torch.tensor([0.7])}
+    save_file(head, folder / "value_head.safetensors")
+    plain = PeftModel.from_pretrained(loaded(base), folder).eval()
+    with torch.no_grad():
+        states = plain(input_ids=IDS, output_hidden_states=True).hidden_states[-1][:, -1]
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    found = rewards.as_reward(str(folder), shared, make_tokenizer())(responses(), [{}, {}])
+    torch.testing.assert_close(found, (states @ head["v_head.summary.weight"].T + 0.7)[:, 0], atol=1e-5, rtol=0)
+
+
+def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
+    adapter = elsewhere.adapter(base, tmp_path / "plain", 1)
+    assert "is a LoRA adapter without a score head" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "uses full weights" not in plan(salsa, {"reward": str(adapter)}, "--lora")
+    two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
+    assert "a score head of 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
+    save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
+    assert "the value head of PPO" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    for words in ((), ("--lora",)):
+        several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
+        assert "is a classifier of 2 labels, and a reward is one number" in plan(
+            salsa, {"reward": str(several)}, *words
+        )
+        causal = elsewhere.checkpoint(base, tmp_path / f"causal{len(words)}", 1)
+        assert "is a LlamaForCausalLM, which Transformers does not load as a sequence classifier" in plan(
+            salsa, {"reward": str(causal)}, *words
+        )
+
+
+@pytest.mark.parametrize("maker", elsewhere.MAKERS)
+def test_use_reference_of_another_tools_adapter(maker: str, base: Path, tmp_path: Path) -> None:
+    """DPO's reference log-probs are plain PEFT's."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from salsa_peft import use_reference
+
+    folder = elsewhere.adapter_by(maker, base, tmp_path / "theirs", 1, scale=0.3)
+    policy = PeftModel.from_pretrained(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), is_trainable=True)
+    trainer: Any = DPOTrainer(
+        policy,
+        args=DPOConfig(
+            str(tmp_path / "out"), per_device_train_batch_size=1, report_to="none", use_cpu=True, max_steps=1
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "name", "chosen": " owl", "rejected": " no"}] * 2),
+        processing_class=make_tokenizer(),
+    )
+    (frozen,) = use_reference(trainer, str(folder))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with adapters.active(model, frozen.adapter):
+        found = logits(model.eval())
+    torch.testing.assert_close(found, logits(PeftModel.from_pretrained(loaded(base), folder)), atol=1e-5, rtol=0)
+    trainer.train()
+
+
+def both_kinds(maker: str, base: Path, out: Path, seed: int, lora: bool) -> Path:
+    return elsewhere.adapter_by(maker, base, out, seed) if lora else elsewhere.checkpoint_by(maker, base, out, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("--lora",), ()], ids=["lora", "full"])
+def test_a_whole_run_of_seeds_from_elsewhere(
+    words: tuple[str, ...], inline: None, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """One seed of each tool: soup, references, rewards, landscape, evaluation, report; the soup is the mean of what PEFT merges."""
+    folders = [
+        both_kinds(maker, base, tmp_path / maker, seed, bool(words)) for seed, maker in enumerate(elsewhere.MAKERS)
+    ]
+    policies = {
+        "salsa": {"reference": "soup"}, "theirs": {"reference": str(folders[2])}, "inner": {"reference": {"soup": {"members": [1, 2, 4]}}},
+        "shrunk": {"reference": {"shrunk": {"seed": 1, "scale": 0.6}}}, "dpo": {"algorithm": "dpo", "reference": str(folders[1])},
+    }  # fmt: skip
+    given = {
+        "sft.from": [str(folder) for folder in folders], "soup.members": [0, 1, 2, 3, 4], "policies": policies,
+        "reward": f"{tmp_path}/mine:longer", "evaluate.models": ["base", str(folders[3])], "landscape.alphas": [0.0, 1.0],
+    }  # fmt: skip
+    code, said = salsa(given, *words)
+    assert code == 0, said
+    soup = unit(tmp_path / "run", "soup")
+    merged = [
+        (PeftModel.from_pretrained(loaded(base), folder).merge_and_unload() if words else loaded(folder)).state_dict()
+        for folder in [*folders, soup]
+    ]
+    for name, tensor in merged[-1].items():
+        mean = torch.stack([one[name].double() for one in merged[:-1]]).mean(0)
+        torch.testing.assert_close(tensor.double(), mean, atol=1e-5 if words else 2e-3, rtol=0)
+    assert said.count("no fingerprint.json says which base") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("--lora",), ()], ids=["lora", "full"])
+@pytest.mark.parametrize("taken", [False, True], ids=["trained", "taken"])
+def test_one_seed_alone_is_a_run(
+    words: tuple[str, ...], taken: bool, inline: None, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """With no soup section: the soup is the seed, there is no line between two; with a reward stage, and every kind of reference."""
+    policies = {
+        "ppo": {"reference": "seed-0"}, "salsa": {"reference": "soup"}, "plain": {"reference": "base"},
+        "shrunk": {"reference": {"shrunk": {"seed": 0, "scale": 0.6}}},
+    }  # fmt: skip
+    given: dict[str, Any] = {"policies": policies, "evaluate.models": ["base"]}
+    given |= (
+        {"sft.from": [str(both_kinds("unsloth", base, tmp_path / "theirs", 1, bool(words)))]}
+        if taken
+        else {"sft.seeds": [3]}
+    )
+    code, said = salsa(given, *words)
+    assert code == 0, said
+    run = tmp_path / "run"
+    assert [member["weight"] for member in read(unit(run, "soup") / "soup.json")["members"]] == [1.0]
+    assert not (run / "landscape").exists()
+    scores = {
+        name: told["scores"]
+        for name, told in read(unit(run, "evaluate") / "evaluation.json")["datasets"]["in"]["models"].items()
+    }
+    assert scores["soup"] == scores["seed-0"] and {*scores} == {"seed-0", "soup", "base", *policies}
+
+
+def test_one_seed_has_a_soup_of_one_by_default(small: Path) -> None:
+    """Unless the recipe says something else, which is then looked at."""
+    made = load_recipe(str(small), lora="lora", overrides=["sft.seeds=[7]"]).recipe
+    assert made.soup.members == [0] and made.landscape is not None and made.landscape.line is None
+    assert load_recipe(str(small), lora="lora", overrides=["sft.from=[a/b]"]).recipe.soup.members == [0]
+    assert load_recipe(str(small), lora="lora", overrides=[]).recipe.soup.members == [0, 1]
+    with pytest.raises(SalsaError, match=r"soup.members: found seed 1"):
+        load_recipe(str(small), lora="lora", overrides=["sft.seeds=[7]", "soup.members=[0, 1]"])
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["adapter", "checkpoint"])
+def test_a_soup_of_one_member(lora: bool, base: Path, tmp_path: Path) -> None:
+    """`salsa soup OUT A` is A."""
+    from salsa_peft.soup import main
+
+    folder = both_kinds("trl", base, tmp_path / "one", 1, lora)
+    assert main([str(tmp_path / "soup"), str(folder)]) == 0
+    given, made = (
+        (PeftModel.from_pretrained(loaded(base), path).merge_and_unload() if lora else loaded(path)).state_dict()
+        for path in (folder, tmp_path / "soup")
+    )
+    for name, tensor in given.items():
+        torch.testing.assert_close(made[name], tensor, atol=1e-6, rtol=0)
