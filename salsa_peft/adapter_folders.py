@@ -77,6 +77,8 @@ WHY = {
     "kasa_config": "KaSA truncates the base's weights; merge each adapter with PEFT and average the checkpoints",
     "megatron_config": "Megatron's layers are sharded; save the adapter from an unsharded model",
 }
+MERGED = ("use_dora",)
+"""Options that need the base's values: a soup that is merged into the base has them, an adapter has not."""
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), (list, str)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
@@ -104,14 +106,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content  # type: ignore[no-any-return]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """DEFAULTS' fields; refused: other tuners, and options that make the delta something else than scaling · B · A."""
+def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
+    """DEFAULTS' fields; refused: other tuners, and options that make the delta something else than scaling · B · A.
+
+    merging: the members are merged into their base, so that options in MERGED are allowed.
+    """
     path = folder / CONFIG
     raw = read_json(path)
     tuner = raw.get("peft_type")
     require(tuner == "LORA", f"{path}: peft_type is {tuner!r}, expected 'LORA': only LoRA adapters can be averaged")
     for field, value in raw.items():
-        if field not in DEFAULTS and field not in IGNORED:
+        if field not in DEFAULTS and field not in IGNORED and not (merging and field in MERGED):
             check_unread(path, field, value)
         expected = KINDS.get(field)
         fits = expected is None or value is None or isinstance(value, expected)

@@ -9,16 +9,20 @@ are chosen is in strategies.py, "I want to add a strategy" a row there.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+from salsa_peft.adapter_bases import check_one_base, local_folder
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
 from salsa_peft.adapter_folders import check_out
-from salsa_peft.config import require
+from salsa_peft.config import SalsaError, require
 from salsa_peft.hub_errors import said_in_a_line
 from salsa_peft.paths import HUB_ID
+from salsa_peft.provenance import provenance
 from salsa_peft.runs import read_manifest
+from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter, check_weights
 from salsa_peft.strategies import STRATEGIES, Ask, Choice, Measure
 
@@ -40,7 +44,7 @@ class Options:
     step_size: float = 0.1
     """learned: Adam's learning rate, of the weights' logits."""
     normalize: bool = False
-    """Divide the weights by their sum, where that is not 1; without it such weights are refused."""
+    """Divide the weights by their sum, where that is not 1. Without it adapters give a scaled delta, and checkpoints are refused."""
     rank: int | None = None
     """Adapters: recompress to this rank, which loses what the summary's `error` says. None: exact, rank Σ r_i."""
     dtype: str | None = None
@@ -51,6 +55,10 @@ class Options:
     """The base's folder or Hub id. Checkpoints: what slerp and cosines are taken from. With `merge`; None: what the members name."""
     quantized_base: str | None = None
     """nf4, with `merge`: the base goes through that quantisation first, as the members saw it when they were trained (QLoRA)."""
+    same_base: bool = False
+    """Adapters: the caller asserts that they are of one base, though it is called differently or fingerprints differ."""
+    untie: bool = False
+    """With `merge`: LoRA on tied embeddings is merged into input and output embeddings of their own; else as PEFT does, into one tensor."""
     device: str = "cpu"
     """Where checkpoints are added up: cpu or cuda."""
 
@@ -61,32 +69,90 @@ def soup(
     weights: Sequence[float] | None = None,
     *,
     names: Sequence[str] | None = None,
+    strategy: str = "linear",
+    measure: Measure | None = None,
+    steps: int = 20,
+    step_size: float = 0.1,
+    normalize: bool = False,
+    rank: int | None = None,
+    dtype: str | None = None,
+    merge: bool = False,
+    base: str | Path | None = None,
+    quantized_base: str | None = None,
+    same_base: bool = False,
+    untie: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+) -> SoupSummary:
     """Average adapters, or checkpoints, into the folder `out` (weights: uniform unless given); the summary, also out/soup.json.
 
-    Members are folders or Hub ids, all of one kind. `options` are Options' fields; `names` are what the summary calls the members
-    (default: the ends of their paths); `progress` is told (done, in all), modules or bytes. Raises SalsaError for what cannot be
-    averaged; then nothing is written.
+    Members are folders or Hub ids, all of one kind. `names` are what the summary calls the members (default: the ends of their paths);
+    the other arguments are Options' fields. Adapters take weights of any sum where nothing but deltas is averaged, or with `merge`:
+    the result is a scaled delta. `progress` is told (done, in all), modules or bytes. Raises SalsaError for what cannot be averaged;
+    then nothing is written.
     """
-    known = [field.name for field in dataclasses.fields(Options)]
-    wrong = next((name for name in options if name not in known), None)
-    require(wrong is None, f"{wrong}: found no such option of a soup, expected one of {', '.join(known)}")
-    asked = Options(**options)
-    require(bool(members), "members: found none, expected at least one adapter or checkpoint")
-    folders = [local(member) for member in members]
-    given = [1 / len(folders)] * len(folders) if weights is None else list(weights)
-    total = sum(check_weights(given, len(folders)))
-    if asked.normalize:
-        require(total != 0, f"weights: found {given}, which sum to 0 and can't be normalised, expected another sum")
+    asked = Options(
+        strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge,
+        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie, device=device,
+    )  # fmt: skip
+    require(bool(members), "members: none given, expected at least one adapter or checkpoint")
+    folders = local_members(members)
+    kind = kind_of(folders)
+    given = _weights(weights, len(folders), normalize, kind)
+    called_ = list(called(members) if names is None else names)
+    require(len(called_) == len(folders), f"names: {len(called_)} given, expected {len(folders)}: one for each member")
+    stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, called_, same_base=same_base)
+    found = check(Path(out), folders, asked, stacked)
+    origins = list(zip(called_, members, folders, strict=True))
+    more: dict[str, Any] = {"asked": given, "normalized": normalize, "sum": math.fsum(given)}
+    job = _Job(Path(out), folders, called_, given, asked, found, more, origins, progress)
+    if kind == CHECKPOINTS:
+        return cast(SoupSummary, _checkpoints(job))
+    return cast(SoupSummary, _merged(job) if merge else _adapters(job, cast(StackedAdapter, stacked)))
+
+
+class _Job(NamedTuple):
+    """A soup that was asked for, its members at hand."""
+
+    out: Path
+    folders: list[Path]
+    names: list[str]
+    weights: list[float]
+    asked: Options
+    base: Path | None
+    more: dict[str, Any]
+    """What the summary says besides figures."""
+    origins: list[tuple[str, Path | str, Path]]
+    """Of each member its name, what was given and the folder."""
+    progress: Progress | None
+
+    def choose(self, gram: Callable[[], Any]) -> Choice:
+        """The weights by the strategy; the summary gets what was tried, and where the members came from."""
+        asked = self.asked
+        choice = STRATEGIES[asked.strategy](Ask(self.weights, gram, asked.measure, asked.steps, asked.step_size))
+        base = None if self.base is None else (asked.base or self.base, self.base)
+        self.more.update({"tried": choice.tried} if choice.tried else {})
+        self.more["provenance"] = provenance(self.origins, choice.weights, base)
+        return choice
+
+
+def _weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
+    """One for each member. Raises SalsaError for what is no such list, and for a sum that this kind of member cannot have."""
+    given = [1 / members] * members if weights is None else check_weights(weights, members)
+    total = math.fsum(given)
+    require(
+        any(given),
+        f"weights: {', '.join(f'{weight:g}' for weight in given)}: all are 0, so that nothing is left of the members",
+    )
+    if normalize:
+        require(total != 0, f"weights: {given} sum to 0 and cannot be normalised: change one of them")
         given = [weight / total for weight in given]
-    check_weights(given, len(folders), sum_to_one=True)
-    names = called(members) if names is None else names
-    if kind_of(folders) == CHECKPOINTS:
-        return _checkpoints(Path(out), folders, given, asked, check(Path(out), folders, asked), names, progress)
-    stacked = StackedAdapter.load(folders, names)
-    return _adapters(Path(out), stacked, given, asked, check(Path(out), folders, asked, stacked), progress)
+    require(
+        kind == ADAPTERS or normalize or abs(total - 1) <= 1e-6,
+        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, expected 1, since checkpoints are averaged and not"
+        " scaled: change one of them, or divide them by their sum with normalize=True (--normalize)",
+    )
+    return given
 
 
 def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAdapter | None = None) -> Path | None:
@@ -96,36 +162,47 @@ def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAd
     """
     require(
         asked.strategy in STRATEGIES,
-        f"strategy: found {asked.strategy!r}, expected one of {', '.join(STRATEGIES)}",
+        f"strategy: {asked.strategy!r} is not one of {', '.join(STRATEGIES)}",
     )
-    require(asked.steps > 0, f"steps: found {asked.steps}, expected at least 1")
-    require(asked.step_size > 0, f"step_size: found {asked.step_size}, expected more than 0")
+    require(asked.steps > 0, f"steps: {asked.steps}, expected at least 1")
+    require(asked.step_size > 0, f"step_size: {asked.step_size}, expected more than 0")
     if kind_of(folders) == CHECKPOINTS:
-        for name in ("rank", "dtype", "merge", "quantized_base"):
+        for name in ("rank", "dtype", "merge", "quantized_base", "same_base", "untie"):
             value = getattr(asked, name)
-            require(not value, f"{name}: found {value} with checkpoints as members, expected none: it is for adapters")
+            require(not value, f"{name}: {value} is for adapters, and the members are checkpoints: leave it out")
         require(
             asked.strategy != "slerp" or asked.base is not None,
-            "strategy slerp: found checkpoints and no base, expected the base that they were trained from: the angle is that of what"
-            " each added to it",
+            "strategy slerp of checkpoints needs the base that they were trained from (--base): the angle is that of what each added to it",
         )
         return None if asked.base is None else local(asked.base)
     require(
-        asked.device == "cpu", f"device: found {asked.device}, expected cpu: adapters are small; it is for checkpoints"
+        asked.device == "cpu",
+        f"device: {asked.device} is for checkpoints; adapters are small and averaged on the cpu: leave it out",
     )
-    require(asked.rank is None or asked.rank > 0, f"rank: found {asked.rank}, expected at least 1")
-    members = (stacked or StackedAdapter.load(folders)).members
+    require(asked.rank is None or asked.rank > 0, f"rank: {asked.rank}, expected at least 1")
     if not asked.merge:
-        require(
-            asked.quantized_base is None,
-            f"quantized_base: found {asked.quantized_base} without merge, expected both: an adapter's soup does not read the base",
-        )
-        check_out(out, members)
+        for name in ("quantized_base", "untie"):
+            value = getattr(asked, name)
+            require(
+                not value,
+                f"{name}: {value} is for a soup that is merged into its base: add merge=True (--merge), or leave it out",
+            )
+        check_out(out, (stacked or StackedAdapter.load(folders, same_base=asked.same_base)).members)
         return None
     for name, why in (("rank", "is exact and has no rank"), ("dtype", "has the base's")):
         value = getattr(asked, name)
-        require(value is None, f"{name}: found {value} with merge, expected none: a merged soup {why}")
-    return local(*base_of(members[0].config, folders[0], asked.base))
+        require(value is None, f"{name}: {value} does not go with merge: a merged soup {why}; leave it out")
+    from salsa_peft.merge_members import read_members
+
+    members = read_members(folders, None)
+    if asked.base is None:
+        check_one_base(members, asked.same_base)
+    given, revision = base_of(members[0].config, folders[0], asked.base)
+    return local(
+        given,
+        revision,
+        why="" if asked.base else f", which {folders[0] / ADAPTER_CONFIG} names as the base; name it with --base",
+    )
 
 
 def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:
@@ -133,59 +210,81 @@ def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -
     if given is not None:
         return given, None
     named = config["base_model_name_or_path"]
-    require(
-        bool(named), f"base: found none, and {folder / ADAPTER_CONFIG} names none, expected the base's folder or Hub id"
-    )
+    require(bool(named), f"base: {folder / ADAPTER_CONFIG} names none: give the base's folder or Hub id (--base)")
     return named, config["revision"]
 
 
-def _choose(asked: Options, weights: list[float], gram: Callable[[], Any]) -> Choice:
-    return STRATEGIES[asked.strategy](Ask(weights, gram, asked.measure, asked.steps, asked.step_size))
-
-
-def _adapters(out: Path, stacked: StackedAdapter, weights: list[float], asked: Options, base: Path | None,
-              progress: Progress | None) -> dict[str, Any]:  # fmt: skip
-    choice = _choose(asked, weights, stacked.gram)
-    more = _chosen(weights, choice, asked)
-    used = [i for i, weight in enumerate(choice.weights) if weight]
-    members = stacked.members
-    if 0 < len(used) < len(members):  # a block of zeros would be rank for nothing
-        more["left_out"] = [members[i].name for i in range(len(members)) if i not in used]
-        stacked = StackedAdapter.load([members[i].folder for i in used], [members[i].name for i in used])
-        choice = Choice([choice.weights[i] for i in used], choice.tried)
-    if base is not None:
-        from salsa_peft import merged_soup
-
-        return merged_soup.merge(out, base, stacked, choice.weights, strategy=asked.strategy,
-                                 quantized_base=asked.quantized_base, progress=progress, more=more)  # fmt: skip
+def _adapters(job: _Job, stacked: StackedAdapter) -> dict[str, Any]:
+    choice = job.choose(stacked.gram)
+    used = _used(job, choice)
+    if len(used) < len(job.folders):
+        stacked = StackedAdapter.load(
+            [job.folders[i] for i in used], [job.names[i] for i in used], same_base=job.asked.same_base
+        )
     done = 0
 
     def tell(modules: int, total: int) -> None:
         nonlocal done
         done += modules
-        if progress is not None:
-            progress(done, total)
+        if job.progress is not None:
+            job.progress(done, total)
 
     return stacked.save(
-        out, choice.weights, strategy=asked.strategy, rank=asked.rank, dtype=asked.dtype, progress=tell, more=more
-    )
+        job.out, [choice.weights[i] for i in used], strategy=job.asked.strategy, rank=job.asked.rank, dtype=job.asked.dtype,
+        progress=tell, more=job.more,
+    )  # fmt: skip
 
 
-def _checkpoints(out: Path, folders: list[Path], weights: list[float], asked: Options, base: Path | None, names: Sequence[str],
-                 progress: Progress | None) -> dict[str, Any]:  # fmt: skip
+def _used(job: _Job, choice: Choice) -> list[int]:
+    """Members of another weight than 0: a block of zeros would be rank for nothing."""
+    used = [i for i, weight in enumerate(choice.weights) if weight]
+    if not used:
+        return list(range(len(choice.weights)))
+    if len(used) < len(choice.weights):
+        job.more["left_out"] = [job.names[i] for i in range(len(job.names)) if i not in used]
+    return used
+
+
+def _merged(job: _Job) -> dict[str, Any]:
+    from salsa_peft import merged_soup
+
+    assert job.base is not None
+    asked = job.asked
+    choice = job.choose(lambda: StackedAdapter.load(job.folders, job.names, same_base=asked.same_base).gram())
+    used = _used(job, choice)
+    return merged_soup.merge(
+        job.out, job.base, [job.folders[i] for i in used], [choice.weights[i] for i in used], names=[job.names[i] for i in used],
+        strategy=asked.strategy, quantized_base=asked.quantized_base, same_base=asked.same_base, untie=asked.untie,
+        progress=job.progress, more=job.more,
+    )  # fmt: skip
+
+
+def _checkpoints(job: _Job) -> dict[str, Any]:
     from salsa_peft import checkpoint_soup
+
+    base, asked = job.base, job.asked
 
     def gram() -> Any:
         assert base is not None
-        return checkpoint_soup.gram(folders, base, device=asked.device)
+        return checkpoint_soup.gram(job.folders, base, device=asked.device)
 
-    choice = _choose(asked, weights, gram)
-    members, shares, called = list(folders), list(choice.weights), list(names)
+    choice = job.choose(gram)
+    members, shares, names = list(job.folders), list(choice.weights), list(job.names)
     rest = 1 - sum(shares)  # of the base: Σ w_i δ_i added to it is Σ w_i θ_i + (1 − Σ w_i) θ_base
     if base is not None and abs(rest) > 1e-9:
-        members, shares, called = [*members, base], [*shares, rest], [*called, "base"]
-    return checkpoint_soup.average(out, members, shares, names=called, device=asked.device, base=base, strategy=asked.strategy,
-                                   progress=progress, more=_chosen(weights, choice, asked))  # fmt: skip
+        members, shares, names = [*members, base], [*shares, rest], [*names, "base"]
+    more = {key: value for key, value in job.more.items() if key != "sum"}  # of what is added up, the base included
+    return checkpoint_soup.average(
+        job.out,
+        members,
+        shares,
+        names=names,
+        device=asked.device,
+        base=base,
+        strategy=asked.strategy,
+        progress=job.progress,
+        more=more,
+    )
 
 
 def called(members: Sequence[Path | str]) -> list[str]:
@@ -199,41 +298,61 @@ def _unit(folder: Path) -> str | None:
     return (read_manifest(folder) or {}).get("unit")
 
 
-def _chosen(weights: list[float], choice: Choice, asked: Options) -> dict[str, Any]:
-    """What the summary says of how the weights came about."""
-    found: dict[str, Any] = {"asked": weights, "normalized": asked.normalize}
-    return found | ({"tried": choice.tried} if choice.tried else {})
-
-
 def kind_of(folders: Sequence[Path]) -> str:
     """adapters | checkpoints. Raises SalsaError for a folder that is neither, and for members of both kinds."""
     kinds = []
     for folder in folders:
         files = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
         found = next((kind for kind, file in files.items() if (folder / file).is_file()), None)
-        require(
-            found is not None,
-            f"{folder}: found neither {ADAPTER_CONFIG} nor config.json, expected a PEFT adapter's folder or a checkpoint's",
-        )
-        kinds.append(str(found))
+        if found is None:
+            inside = sorted(path.parent.name for file in files.values() for path in folder.glob(f"*/{file}"))
+            hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
+            raise SalsaError(
+                f"{folder} is neither an adapter's folder ({ADAPTER_CONFIG}) nor a checkpoint's (config.json){hint}"
+            )
+        kinds.append(found)
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     require(
         odd is None,
-        f"{folders[odd or 0]}: found one of {kinds[odd or 0]}, {folders[0]} is one of {kinds[0]}; expected members of one kind: merge"
-        " the adapters into their base first (--merge)",
+        f"{folders[odd or 0]} is one of {kinds[odd or 0]}, {folders[0]} one of {kinds[0]}: members of a soup are of one kind; merge the"
+        " adapters into their base first (--merge)",
     )
     return kinds[0]
 
 
-def local(member: Path | str, revision: str | None = None) -> Path:
-    """A folder as it is; a Hub id → its files in the Hub's cache. Raises SalsaError for what is neither, or not to be had."""
-    if Path(member).is_dir():
-        return Path(member)
+def local_members(members: Sequence[Path | str]) -> list[Path]:
+    """The folders of all members. Raises SalsaError that names every one that is no folder."""
+    missing = [str(member) for member in members if not Path(member).is_dir() and not _may_be_hub_id(member)]
+    files = [name for name in missing if Path(name).exists()]
     require(
-        HUB_ID.match(str(member)) is not None and not Path(member).exists(),
-        f"{member}: found no such folder, expected an adapter's or a checkpoint's folder, or a Hub id (namespace/name)",
+        not files,
+        f"not a folder: {', '.join(files)}; a member is the folder that holds the file, or a Hub id (namespace/name)",
+    )
+    require(
+        not missing,
+        f"no such folder: {', '.join(missing)}; a member is an adapter's or a checkpoint's folder, or a Hub id (namespace/name)",
+    )
+    return [local(member) for member in members]
+
+
+def _may_be_hub_id(name: Path | str) -> bool:
+    return "/" in str(name) and HUB_ID.match(str(name)) is not None and not Path(name).exists()
+
+
+def local(member: Path | str, revision: str | None = None, why: str = "") -> Path:
+    """A folder as it is; a Hub id → its files in the Hub's cache. Raises SalsaError for what is neither, or not to be had; `why` says who
+    names it."""
+    path = Path(member).expanduser()
+    if path.is_dir():
+        return path
+    require(
+        HUB_ID.match(str(member)) is not None and not path.exists(),
+        f"no such folder: {member}{why or '; expected a folder, or a Hub id (namespace/name)'}",
     )
     from huggingface_hub import snapshot_download
 
-    with said_in_a_line(f"{member} (which is no folder here)"):
-        return Path(snapshot_download(str(member), revision=revision, allow_patterns=MEMBER_FILES))
+    try:
+        with said_in_a_line(str(member)):
+            return Path(snapshot_download(str(member), revision=revision, allow_patterns=MEMBER_FILES))
+    except SalsaError as error:
+        raise SalsaError(f"no such folder: {member}{why}; nor as a Hub id: {error}") from error

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,10 @@ class PlainBase:
         """Safetensors' name of the dtype in which a tensor is written."""
         return self.checkpoint.tensors[name].entry.dtype
 
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a tensor that is written."""
+        return torch.cat([piece for _, piece in self.pieces(name, sys.maxsize)]).reshape(self.shape(name))
+
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, whole rows) of a tensor; a scalar is one row."""
         file, entry = self.checkpoint.tensors[name]
@@ -115,8 +120,6 @@ class Dequantised(PlainBase):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         given = checkpoint.config["quantization_config"]
-        require(bool(given.get("load_in_4bit")), f"{checkpoint.folder / CONFIG}: found bitsandbytes in 8 bits, expected 4 bits or plain"
-                " weights; dequantise it first")  # fmt: skip
         self.code = code_of(getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")))
         states = [name for name in checkpoint.tensors if ".quant_state.bitsandbytes__" in name]
         self.states = {name.partition(".quant_state.")[0]: name for name in states}
@@ -196,21 +199,23 @@ def open_base(checkpoint: Checkpoint, quantized_base: str | None) -> PlainBase:
     """Raises SalsaError for an unknown kind, one that does not fit the base, or bitsandbytes missing."""
     require(
         quantized_base is None or quantized_base in DOUBLE,
-        f"quantized_base: found {quantized_base!r:.40}, expected one of {', '.join(DOUBLE)}",
+        f"quantized_base: {quantized_base!r:.40} is not one of {', '.join(DOUBLE)}",
     )
     if checkpoint.quantised is None:
         if quantized_base is None:
             return PlainBase(checkpoint)
         _bitsandbytes(checkpoint)
         return Requantised(checkpoint, quantized_base)
+    given = checkpoint.config.get("quantization_config") or {}
+    eight = bool(given.get("load_in_8bit") or given.get("_load_in_8bit"))
     require(
-        checkpoint.quantised == "bitsandbytes",
-        f"{checkpoint.folder / CONFIG}: found weights quantised by {checkpoint.quantised}, expected plain ones or bitsandbytes' 4 bits;"
-        " dequantise them first",
+        checkpoint.quantised == "bitsandbytes" and not eight,
+        f"{checkpoint.folder / CONFIG}: the weights are quantised ({'bitsandbytes, 8 bits' if eight else checkpoint.quantised}), and a"
+        " delta is added to plain ones or to bitsandbytes' 4 bits alone: name the base as it was before with --base, or dequantise it",
     )
     require(
         quantized_base is None,
-        f"quantized_base: found {quantized_base}, but {checkpoint.folder} is in 4 bits already; leave it out",
+        f"quantized_base: {quantized_base} is for a plain base, and {checkpoint.folder} is in 4 bits already: leave it out",
     )
     return Dequantised(checkpoint)
 

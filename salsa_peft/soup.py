@@ -9,10 +9,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from salsa_peft.averaging import Options, called, check, kind_of, local, soup
+from salsa_peft.averaging import Options, called, check, kind_of, local_members, soup
 from salsa_peft.config import SalsaError, require
 from salsa_peft.progress import bar
 from salsa_peft.soup_options import MEASURED
+from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.strategies import STRATEGIES
 
@@ -73,13 +74,19 @@ def parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", type=Path, help="folder of the soup")
     add("members", metavar="MEMBER", nargs="+", help="adapters, or checkpoints: folders or Hub ids")
     add("--weights", metavar="W,W", help="one number a member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
-    add("--normalize", action="store_true", help="divide the weights by their sum (else it must be 1)")
+    add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the members are weighted (default: linear)")
     add("--rank", type=int, help="adapters: recompress to this rank (default: exact, the sum of the members' ranks)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: of the factors (default: the members')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
     add("--quantized-base", choices=["nf4", "nf4-double"], help="with --merge: the base as a QLoRA adapter saw it")
+    add(
+        "--same-base",
+        action="store_true",
+        help="adapters: they are of one base, whatever they call it (asserted by you)",
+    )
+    add("--untie", action="store_true", help="with --merge: LoRA on tied embeddings gives input and output their own")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are added up (default: cpu)")
     add_measure(made)
     add("--steps", type=int, default=20, help="learned: steps of Adam (default: 20)")
@@ -146,8 +153,9 @@ def cook(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {
         "strategy": args.strategy, "steps": args.steps, "step_size": args.step_size, "normalize": args.normalize, "rank": args.rank,
         "dtype": args.dtype, "merge": args.merge, "base": args.base, "quantized_base": args.quantized_base, "device": args.device,
+        "same_base": args.same_base, "untie": args.untie,
     }  # fmt: skip
-    folders = [local(member) for member in args.members]
+    folders = local_members(args.members)
     if measured:
         check(args.out, folders, Options(**options))  # before a model is loaded
         from salsa_peft.measures import of_command
@@ -166,7 +174,7 @@ def cook(args: argparse.Namespace) -> None:
     print(f"written to {args.out}")
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: SoupSummary) -> None:
     """What was averaged, in a few lines."""
     adapters = "ranks" in summary
     size = (
@@ -188,8 +196,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"  {pair['a']} – {pair['b']}: distance {distance}{cosine}")
     if summary["norm"] is not None:
         print(f"  soup: norm of delta {summary['norm']:.4g}")
-    if summary.get("error"):
-        error = summary["error"]
+    if error := summary.get("error"):
         worst = f"{error['worst']['module']} {error['worst']['error']:.3g}"
         print(f"  recompressed to rank {summary['rank']}: relative error {error['all']:.3g} in all, most in {worst}")
     for point in summary.get("tried", []):

@@ -44,32 +44,36 @@ def errors(tally: Tally) -> dict[str, Any]:
 def summarise(members: Sequence[Member], weights: Sequence[float], gram: Array,
               ranks: dict[str, int]) -> dict[str, Any]:  # fmt: skip
     """Norms, distances and cosines of the members' deltas, all modules as one vector; a zero one has no cosine."""
-    norms = [math.sqrt(max(gram[i, i], 0.0)) for i in range(len(members))]
     listed = [
         {
-            "name": member.name,
-            "weight": float(weight),
             "ranks": sorted(set(member.ranks.values())),
             "modules": len(member.ranks),
             "rslora": member.config["use_rslora"],
-            "norm": norm,
         }
-        for member, weight, norm in zip(members, weights, norms, strict=True)
+        for member in members
+    ]
+    found = figures_of([member.name for member in members], weights, gram, listed)
+    averaged = sorted({name for member in members for name in member.direct})
+    return found | {"modules": len(ranks), "ranks": sorted(set(ranks.values())), "averaged": averaged}
+
+
+def figures_of(
+    names: Sequence[str], weights: Sequence[float], gram: Array, members: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The same by the members' names and products; `members` is what else is said of each."""
+    norms = [math.sqrt(max(gram[i, i], 0.0)) for i in range(len(names))]
+    listed = [
+        {"name": name, "weight": float(weight), **more, "norm": norm}
+        for name, weight, more, norm in zip(names, weights, members, norms, strict=True)
     ]
     pairs = [
         {
-            "a": members[i].name,
-            "b": members[j].name,
+            "a": names[i],
+            "b": names[j],
             "distance": math.sqrt(max(gram[i, i] + gram[j, j] - 2 * gram[i, j], 0.0)),
             "cosine": float(gram[i, j]) / (norms[i] * norms[j]) if norms[i] * norms[j] else None,
         }
-        for i, j in combinations(range(len(members)), 2)
+        for i, j in combinations(range(len(names)), 2)
     ]
     norm = math.sqrt(max(float(np.array(weights) @ gram @ np.array(weights)), 0.0))
-    soup = {
-        "modules": len(ranks),
-        "ranks": sorted(set(ranks.values())),
-        "norm": norm,
-        "averaged": sorted({name for member in members for name in member.direct}),
-    }
-    return {"weights": [float(weight) for weight in weights], "members": listed, "pairs": pairs, **soup}
+    return {"weights": [float(weight) for weight in weights], "members": listed, "pairs": pairs, "norm": norm}

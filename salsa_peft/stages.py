@@ -52,7 +52,7 @@ def soup(job: Job) -> dict[str, Any]:
     for file in cooked.iterdir():
         shutil.move(file, job.folder / file.name)
     cooked.rmdir()
-    return summary
+    return dict(summary)
 
 
 def report(job: Job) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from salsa_peft import merged_soup
+from salsa_peft import merge_plan, merged_soup
 from salsa_peft.checkpoint_output import Output
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint
 from salsa_peft.merged_soup import merge
-from salsa_peft.stacked_adapter import StackedAdapter
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -81,6 +80,7 @@ def assert_close(folder: Path, expected: dict[str, torch.Tensor], tolerance: flo
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny weight is several pieces."""
     monkeypatch.setattr(merged_soup, "ELEMENTS", 50)
+    monkeypatch.setattr(merge_plan, "ELEMENTS", 50)
 
 
 def test_a_merge_is_pefts_and_opens_in_plain_transformers(tmp_path: Path) -> None:
@@ -95,8 +95,7 @@ def test_a_merge_is_pefts_and_opens_in_plain_transformers(tmp_path: Path) -> Non
     (members[0] / "tokenizer_config.json").write_text("{}")
     weights = [0.3, 0.9]
     told: list[tuple[int, int]] = []
-    stacked = StackedAdapter.load(members)
-    summary = merge(tmp_path / "out", folder, stacked, weights, progress=lambda *at: told.append(at), more={"asked": 1})
+    summary = merge(tmp_path / "out", folder, members, weights, progress=lambda *at: told.append(at), more={"asked": 1})
     assert summary["asked"] == json.loads((tmp_path / "out" / "soup.json").read_text())["asked"] == 1
     expected = peft_mean(base, members, weights)
     assert_close(tmp_path / "out", expected)
@@ -120,7 +119,7 @@ def test_a_bf16_base_stays_bf16_and_says_what_rounding_lost(tmp_path: Path) -> N
     """Added in float32, rounded once."""
     base = llama().bfloat16()
     folder, members = save(base, tmp_path / "base"), [train(base, tmp_path / "a", 1), train(base, tmp_path / "b", 2)]
-    summary = merge(tmp_path / "out", folder, StackedAdapter.load(members), [0.5, 0.5])
+    summary = merge(tmp_path / "out", folder, members, [0.5, 0.5])
     start, found = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     lost = delta = 0.0
     loaded = [load_file(member / "adapter_model.safetensors") for member in members]
@@ -151,7 +150,7 @@ def test_full_parts_biases_and_tokens(tmp_path: Path) -> None:
         ("bias", {"lora_bias": True}, []),
     ):
         members = [train(base, tmp_path / f"{name}{seed}", seed, **options) for seed in (1, 2)]
-        summary = merge(tmp_path / name, folder, StackedAdapter.load(members), [0.25, 0.75])
+        summary = merge(tmp_path / name, folder, members, [0.25, 0.75])
         assert summary["replaced"] == replaced
         assert_close(tmp_path / name, peft_mean(base, members, [0.25, 0.75]))
 
@@ -167,11 +166,11 @@ def test_conv1d_and_embeddings_lie_across(tmp_path: Path) -> None:
         train(gpt2, tmp_path / f"g{seed}", seed, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
         for seed in (1, 2)
     ]
-    merge(tmp_path / "out", folder, StackedAdapter.load(members), [0.4, 0.6])
+    merge(tmp_path / "out", folder, members, [0.4, 0.6])
     assert_close(tmp_path / "out", peft_mean(gpt2, members, [0.4, 0.6]))
     base = llama(vocab_size=16)  # a square embedding: its shape does not say which way it lies
     members = [train(base, tmp_path / f"e{seed}", seed, target_modules=["embed_tokens", "q_proj"]) for seed in (1, 2)]
-    merge(tmp_path / "embedded", save(base, tmp_path / "base"), StackedAdapter.load(members), [0.4, 0.6])
+    merge(tmp_path / "embedded", save(base, tmp_path / "base"), members, [0.4, 0.6])
     assert_close(tmp_path / "embedded", peft_mean(base, members, [0.4, 0.6]))
 
 
@@ -187,7 +186,7 @@ def test_a_base_saved_without_the_models_prefix(tmp_path: Path) -> None:
         {"format": "pt"},
     )
     members = [train(gpt2, tmp_path / "g", 1, target_modules=["c_attn"], fan_in_fan_out=True)]
-    merge(tmp_path / "out", folder, StackedAdapter.load(members), [1.0])
+    merge(tmp_path / "out", folder, members, [1.0])
     assert_close(tmp_path / "out", peft_mean(gpt2, members, [1.0]))
 
 
@@ -195,8 +194,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest
     """After the first shard: the rest alone is made; with other weights nothing is kept."""
     base = llama()
     folder, member = save(base, tmp_path / "base", "4KB"), train(base, tmp_path / "a", 1)
-    stacked = StackedAdapter.load([member])
-    merge(tmp_path / "whole", folder, stacked, [0.5])
+    merge(tmp_path / "whole", folder, [member], [0.5])
     note = Output.note
 
     def stop(self: Output) -> None:
@@ -208,11 +206,11 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(Output, "note", stop)
             with pytest.raises(KeyboardInterrupt):
-                merge(tmp_path / out, folder, stacked, [0.5])
+                merge(tmp_path / out, folder, [member], [0.5])
         assert not (tmp_path / out / "config.json").exists()
-    first = merge(tmp_path / "out", folder, stacked, [0.5])
+    first = merge(tmp_path / "out", folder, [member], [0.5])
     assert first["shards_kept"] == 1
-    assert merge(tmp_path / "other", folder, stacked, [0.25])["shards_kept"] == 0
+    assert merge(tmp_path / "other", folder, [member], [0.25])["shards_kept"] == 0
     for path in (tmp_path / "whole").iterdir():
         assert path.name == "soup.json" or path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     whole = json.loads((tmp_path / "whole" / "soup.json").read_text())
@@ -221,7 +219,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest
 
 def refused(tmp_path: Path, line: str, base: Path, *members: Path, **options: Any) -> None:
     with pytest.raises(SalsaError, match=line) as caught:
-        merge(tmp_path / "none", base, StackedAdapter.load(members), [1 / len(members)] * len(members), **options)
+        merge(tmp_path / "none", base, members, [1 / len(members)] * len(members), **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "none").exists()
 
@@ -250,7 +248,7 @@ def test_refusals(tmp_path: Path) -> None:
         plain,
     )
     (plain / "fingerprint.json").write_text(json.dumps({"base": base_fingerprint(folder)}))
-    merge(tmp_path / "right", folder, StackedAdapter.load([plain]), [1.0])
+    merge(tmp_path / "right", folder, [plain], [1.0])
     refused(
         tmp_path, "quantized_base: found 'int4', expected one of nf4, nf4-double", folder, plain, quantized_base="int4"
     )
@@ -290,11 +288,10 @@ def test_a_4_bit_base_is_dequantised_and_never_written_back(tmp_path: Path) -> N
         four = AutoModelForCausalLM.from_pretrained(folder, quantization_config=kind, device_map="cpu")
         packed = save(four, tmp_path / f"packed{double}", "20KB")
         member = train(base, tmp_path / f"a{double}", 1, target_modules="all-linear")
-        stacked = StackedAdapter.load([member])
-        summary = merge(tmp_path / f"out{double}", packed, stacked, [0.5])
+        summary = merge(tmp_path / f"out{double}", packed, [member], [0.5])
         assert (summary["dequantised"], summary["dtype"]) == (14, "bfloat16")
         plain = merge(
-            tmp_path / f"plain{double}", folder, stacked, [0.5], quantized_base="nf4-double" if double else "nf4"
+            tmp_path / f"plain{double}", folder, [member], [0.5], quantized_base="nf4-double" if double else "nf4"
         )
         assert plain["requantised"] == 14
         config = json.loads((tmp_path / f"out{double}" / "config.json").read_text())
@@ -334,12 +331,12 @@ def test_the_members_tokenizer_goes_with_it_where_it_is_one_and_fits(tmp_path: P
     (folder / "tokenizer_config.json").write_text('{"of": "the base"}')
     (member / "tokenizer_config.json").write_text('{"of": "the member"}')
     (member / "chat_template.jinja").write_text("x")
-    merge(tmp_path / "settings", folder, StackedAdapter.load([member]), [1.0])
+    merge(tmp_path / "settings", folder, [member], [1.0])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "settings" / name).read_bytes() == (folder / name).read_bytes()
     assert (tmp_path / "settings" / "chat_template.jinja").exists()
     (member / "tokenizer.json").write_text(tokenizer(0, 31, 32))
-    merge(tmp_path / "fits", folder, StackedAdapter.load([member]), [1.0])
+    merge(tmp_path / "fits", folder, [member], [1.0])
     assert (tmp_path / "fits" / "tokenizer.json").read_text() == tokenizer(0, 31, 32)
     (member / "tokenizer.json").write_text(tokenizer(0, 40))
     refused(tmp_path, r"a/tokenizer.json: found token 't40' with number 40, expected less than 32", folder, member)

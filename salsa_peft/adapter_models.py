@@ -1,0 +1,267 @@
+"""A member's adapter as PEFT loads it, in a model whose base weights take no memory; its merge, a few modules at a time.
+
+Names, tied weights, DoRA, attention in one projection, experts and whatever else PEFT merges are thus exactly PEFT's: the base's
+values are put into the modules that are asked for, PEFT merges these, and the merged values are taken out again.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from salsa_peft.errors import SalsaError, require
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Read = Callable[[str], torch.Tensor]
+"""A parameter's name in the model → its value in the base."""
+ANOTHER = "the adapter was trained on another base; name its own with --base"
+ADAPTER = "default"
+INSIDE = "base_model.model."
+"""What PEFT puts before the base's own names."""
+
+
+def blank_model(made: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose parameters are float32 zeros of the right shapes on the CPU that share one number each; tied where the config says so."""
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+    with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
+        model = made(config)
+    model.tie_weights()
+    blanks: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
+    for module in model.modules():
+        for name, given in module._parameters.items():
+            if given is not None:
+                if id(given) not in blanks:
+                    blank = torch.nn.Parameter(torch.zeros(()).expand(given.shape), requires_grad=False)
+                    blanks[id(given)] = (given, blank)
+                module._parameters[name] = blanks[id(given)][1]
+    return model
+
+
+class Change(NamedTuple):
+    """What a merge makes of one parameter, float32."""
+
+    value: torch.Tensor
+    is_delta: bool
+    """Whether it is added to the base's value or replaces it."""
+
+
+@dataclass
+class Wrapped:
+    """A module that PEFT put something around."""
+
+    module: torch.nn.Module
+    parameters: list[str]
+    """The base's parameters in it, by their names in the model."""
+
+
+class AdapterModel:
+    """One adapter in a blank model. Raises SalsaError where PEFT does not take all of it."""
+
+    def __init__(
+        self, path: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
+    ) -> None:
+        self.path = path
+        self.first: dict[str, str] = {}
+        """A parameter's name → the first name of the same parameter (tied weights have several)."""
+        self.replaced: dict[str, torch.Tensor] = {}
+        """By first name: what the adapter's file has in place of the base's value."""
+        firsts: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.first[name] = firsts.setdefault(id(parameter), name)
+        self._firsts, self._blanks = firsts, {first: model.get_parameter(first) for first in firsts.values()}
+        self.wrapped = self._load(config, tensors, model)
+
+    def _load(
+        self, config: LoraConfig, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
+    ) -> dict[str, Wrapped]:
+        from peft import get_peft_model, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tied weights, which are said by the merge, and of base model's names
+            try:
+                loaded = get_peft_model(model, config, ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+                places = {name for name, p in loaded.named_parameters(remove_duplicate=False) if id(p) in self._firsts}
+                result: Any = set_peft_model_state_dict(loaded, dict(tensors), ADAPTER, low_cpu_mem_usage=True)
+            except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+                raise SalsaError(f"{self.path}: {_in_a_line(error, type(model).__name__)}") from error
+        odd = next((key for key in sorted(result.unexpected_keys) if not _is_copy(key, tensors)), None)
+        require(
+            odd is None,
+            f"{self.path}: {odd} has no place in {type(model).__name__}, the model of the base: {ANOTHER}",
+        )
+        now = dict(loaded.named_parameters(remove_duplicate=False))
+        empty = next((name for name, parameter in now.items() if parameter.is_meta), None)
+        require(
+            empty is None,
+            f"{self.path}: found no values for {empty}, which adapter_config.json asks for on this base: the file is incomplete, or {ANOTHER}",
+        )
+        inner: torch.nn.Module = loaded.get_base_model()
+        found: dict[str, Wrapped] = {}
+        kinds: tuple[type[torch.nn.Module], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # type: ignore[assignment]
+        for name, module in inner.named_modules():
+            if isinstance(module, kinds) and not _inside(name, found):
+                found[name] = Wrapped(module, [])
+        self._take_replaced(inner, places, now)
+        for wrapped in found.values():
+            inside = {self._firsts[id(p)] for p in wrapped.module.parameters() if id(p) in self._firsts}
+            wrapped.parameters = sorted(inside)
+        return found
+
+    def _take_replaced(self, inner: torch.nn.Module, places: Iterable[str], now: Mapping[str, torch.Tensor]) -> None:
+        """Values that the file has for the base's own parameters are kept aside, the blanks put back."""
+        for place in places:
+            parameter = now[place]
+            if id(parameter) in self._firsts:
+                continue
+            holder, _, leaf = place.removeprefix(INSIDE).rpartition(".")
+            first = self.first[_plain(place.removeprefix(INSIDE))]
+            self.replaced[first] = parameter.detach()
+            inner.get_submodule(holder)._parameters[leaf] = self._blanks[first]
+
+    def touched(self) -> dict[str, list[str]]:
+        """First names of parameters that the adapter may change, together with those that must be merged at once with them."""
+        found = {first: [first] for first in self.replaced}
+        for wrapped in self.wrapped.values():
+            for first in wrapped.parameters:
+                found.setdefault(first, []).extend(wrapped.parameters)
+        return found
+
+    def tied_deltas(self, names: Sequence[str]) -> bool:
+        """Whether LoRA is on one of several modules that share a parameter: the merge of one changes the others too."""
+        from peft.tuners.lora import LoraLayer
+
+        shared = {self.first[name] for name in names if name != self.first[name]}
+        return any(isinstance(w.module, LoraLayer) and shared & set(w.parameters) for w in self.wrapped.values())
+
+    def ranks(self) -> dict[str, int]:
+        """Module → rank of its LoRA."""
+        from peft.tuners.lora import LoraLayer
+
+        layers = {name: [m for m in w.module.modules() if isinstance(m, LoraLayer)] for name, w in self.wrapped.items()}
+        return {name: max(layer.r[ADAPTER] for layer in found) for name, found in layers.items() if found}
+
+    def changes(self, names: Sequence[str], read: Read, untie: bool = False) -> dict[str, Change]:
+        """What the merge makes of parameters of these names, where it changes them; parameters that are merged at once are asked for at once.
+
+        Parameters with more rows than the base has (added tokens) start from zeros there.
+        """
+        firsts = {self.first[name] for name in names}
+        inside = {
+            name: wrapped
+            for name, wrapped in self.wrapped.items()
+            if any(first in firsts for first in wrapped.parameters)
+        }
+        replaced = firsts & self.replaced.keys()
+        if not inside and not replaced:
+            return {}
+        if len(names) == len(inside) == 1 and not replaced:
+            wrapped = next(iter(inside.values()))
+            if _is_plain(wrapped.module):
+                return {names[0]: Change(wrapped.module.get_delta_weight(ADAPTER), True)}  # type: ignore[operator]
+        return {
+            name: Change(value, False)
+            for name, value in self._values(names, inside, read, untie).items()
+            if name in names
+        }
+
+    def _values(
+        self, names: Sequence[str], inside: Mapping[str, Wrapped], read: Read, untie: bool
+    ) -> dict[str, torch.Tensor]:
+        """The merged value of each parameter. Tied ones are one tensor, as they are when PEFT merges, or with `untie` one each."""
+        filled: dict[str, torch.nn.Parameter] = {}
+        for name in names:
+            first = self.first[name]
+            if (key := name if untie else first) not in filled:
+                value = self.replaced.get(first)
+                value = read(first).float() if value is None else value.float()
+                filled[key] = torch.nn.Parameter(value.clone(), requires_grad=False)
+        for name, wrapped in inside.items():
+            for path, module in wrapped.module.named_modules():
+                for leaf, given in module._parameters.items():
+                    if given is not None and id(given) in self._firsts:
+                        own = ".".join(part for part in (name, _plain(path), leaf) if part)
+                        module._parameters[leaf] = filled[own if untie else self.first[own]]
+        values: dict[str, torch.Tensor] = {}
+        for name, wrapped in inside.items():
+            for leaf, parameter in self._unloaded(name, wrapped.module).named_parameters(remove_duplicate=False):
+                values[f"{name}.{leaf}"] = parameter.detach()
+        return {name: filled[name if untie else self.first[name]].detach() for name in names} | values
+
+    def _unloaded(self, name: str, module: Any) -> torch.nn.Module:
+        """What PEFT leaves of a module when it merges and unloads it."""
+        from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        try:
+            if isinstance(module, AuxiliaryTrainingWrapper | MultiheadAttention | ParamWrapper):
+                found = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                module.merge(safe_merge=False, adapter_names=None)
+                found = module.get_base_layer()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            line = " ".join(str(error).split())
+            raise SalsaError(
+                f"{self.path}: PEFT cannot merge {name}: {line:.300}; average the adapters without --merge"
+            ) from error
+        return found  # type: ignore[no-any-return]
+
+
+def _inside(name: str, found: Mapping[str, Any]) -> bool:
+    """Whether a module lies in one of those."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in found for end in range(1, len(parts)))
+
+
+def _in_a_line(error: Exception, model: str) -> str:
+    """What PEFT or torch say when an adapter does not fit a model."""
+    line = " ".join(str(error).split())
+    if found := re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", line):
+        return f"{found[1]} has shape [{found[2]}], {model} of the base takes [{found[3]}]: {ANOTHER}"
+    if line.startswith("Target modules"):
+        return f"its target_modules match nothing in {model}, the model of the base: {ANOTHER}"
+    return f"PEFT cannot load it into {model}, the model of the base: {line:.300}"
+
+
+def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether it is a saved module that PEFT wrote a second time, with the same values: of added tokens, or of tied embeddings."""
+    if not any(part in key for part in (".modules_to_save.", ".original_module.", ".token_adapter.")):
+        return False
+    leaf = key.rpartition(".")[2]
+    return any(
+        other != key
+        and other.endswith(leaf)
+        and tensor.shape == tensors[key].shape
+        and torch.equal(tensor, tensors[key])
+        for other, tensor in tensors.items()
+        if key in tensors
+    )
+
+
+def _plain(name: str) -> str:
+    """The base's own name of a parameter inside PEFT's wrappers."""
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a LoRA layer adds scaling · B · A to its weight and does nothing else."""
+    from peft.tuners.lora import Conv2d, Embedding, Linear
+    from peft.tuners.lora.layer import Conv1d
+
+    return (
+        type(module) in (Linear, Embedding, Conv1d, Conv2d)
+        and ADAPTER not in module.lora_variant  # type: ignore[operator]
+        and not module.lora_bias[ADAPTER]  # type: ignore[index]
+    )
