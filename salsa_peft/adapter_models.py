@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,14 +47,6 @@ def blank_model(made: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
     return model
 
 
-class Change(NamedTuple):
-    """What a merge makes of one parameter, float32."""
-
-    value: torch.Tensor
-    is_delta: bool
-    """Whether it is added to the base's value or replaces it."""
-
-
 @dataclass
 class Wrapped:
     """A module that PEFT put something around."""
@@ -62,6 +54,8 @@ class Wrapped:
     module: torch.nn.Module
     parameters: list[str]
     """The base's parameters in it, by their names in the model."""
+    rank: int = 0
+    """Of its LoRA; 0: it has none."""
 
 
 class AdapterModel:
@@ -77,7 +71,7 @@ class AdapterModel:
         """By first name: what the adapter's file has in place of the base's value."""
         firsts: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.first[name] = firsts.setdefault(id(parameter), name)
+            self.first[name] = firsts.setdefault(_place(parameter), name)
         self._firsts, self._blanks = firsts, {first: model.get_parameter(first) for first in firsts.values()}
         self.wrapped = self._load(config, tensors, model)
 
@@ -85,6 +79,7 @@ class AdapterModel:
         self, config: LoraConfig, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
     ) -> dict[str, Wrapped]:
         from peft import get_peft_model, set_peft_model_state_dict
+        from peft.tuners.lora import LoraLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -92,7 +87,9 @@ class AdapterModel:
             warnings.simplefilter("ignore")  # of tied weights, which are said by the merge, and of base model's names
             try:
                 loaded = get_peft_model(model, config, ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-                places = {name for name, p in loaded.named_parameters(remove_duplicate=False) if id(p) in self._firsts}
+                places = {
+                    name for name, p in loaded.named_parameters(remove_duplicate=False) if _place(p) in self._firsts
+                }
                 result: Any = set_peft_model_state_dict(loaded, dict(tensors), ADAPTER, low_cpu_mem_usage=True)
             except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
                 raise SalsaError(f"{self.path}: {_in_a_line(error, type(model).__name__)}") from error
@@ -115,15 +112,17 @@ class AdapterModel:
                 found[name] = Wrapped(module, [])
         self._take_replaced(inner, places, now)
         for wrapped in found.values():
-            inside = {self._firsts[id(p)] for p in wrapped.module.parameters() if id(p) in self._firsts}
+            inside = {self._firsts[_place(p)] for p in wrapped.module.parameters() if _place(p) in self._firsts}
             wrapped.parameters = sorted(inside)
+            layers = [module for module in wrapped.module.modules() if isinstance(module, LoraLayer)]
+            wrapped.rank = max((layer.r[ADAPTER] for layer in layers), default=0)
         return found
 
     def _take_replaced(self, inner: torch.nn.Module, places: Iterable[str], now: Mapping[str, torch.Tensor]) -> None:
         """Values that the file has for the base's own parameters are kept aside, the blanks put back."""
         for place in places:
             parameter = now[place]
-            if id(parameter) in self._firsts:
+            if _place(parameter) in self._firsts:
                 continue
             holder, _, leaf = place.removeprefix(INSIDE).rpartition(".")
             first = self.first[_plain(place.removeprefix(INSIDE))]
@@ -140,46 +139,38 @@ class AdapterModel:
 
     def tied_deltas(self, names: Sequence[str]) -> bool:
         """Whether LoRA is on one of several modules that share a parameter: the merge of one changes the others too."""
-        from peft.tuners.lora import LoraLayer
-
         shared = {self.first[name] for name in names if name != self.first[name]}
-        return any(isinstance(w.module, LoraLayer) and shared & set(w.parameters) for w in self.wrapped.values())
+        return any(w.rank > 0 and shared & set(w.parameters) for w in self.wrapped.values())
 
-    def ranks(self) -> dict[str, int]:
-        """Module → rank of its LoRA."""
-        from peft.tuners.lora import LoraLayer
-
-        layers = {name: [m for m in w.module.modules() if isinstance(m, LoraLayer)] for name, w in self.wrapped.items()}
-        return {name: max(layer.r[ADAPTER] for layer in found) for name, found in layers.items() if found}
-
-    def changes(self, names: Sequence[str], read: Read, untie: bool = False) -> dict[str, Change]:
-        """What the merge makes of parameters of these names, where it changes them; parameters that are merged at once are asked for at once.
-
-        Parameters with more rows than the base has (added tokens) start from zeros there.
-        """
+    def touches(self, names: Sequence[str]) -> bool:
+        """Whether the adapter may change one of these parameters."""
         firsts = {self.first[name] for name in names}
-        inside = {
-            name: wrapped
-            for name, wrapped in self.wrapped.items()
-            if any(first in firsts for first in wrapped.parameters)
-        }
-        replaced = firsts & self.replaced.keys()
-        if not inside and not replaced:
-            return {}
-        if len(names) == len(inside) == 1 and not replaced:
-            wrapped = next(iter(inside.values()))
-            if _is_plain(wrapped.module):
-                return {names[0]: Change(wrapped.module.get_delta_weight(ADAPTER), True)}  # type: ignore[operator]
-        return {
-            name: Change(value, False)
-            for name, value in self._values(names, inside, read, untie).items()
-            if name in names
-        }
+        return bool(firsts & self.replaced.keys()) or bool(self._inside(firsts))
 
-    def _values(
-        self, names: Sequence[str], inside: Mapping[str, Wrapped], read: Read, untie: bool
-    ) -> dict[str, torch.Tensor]:
-        """The merged value of each parameter. Tied ones are one tensor, as they are when PEFT merges, or with `untie` one each."""
+    def low_rank(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """left (rows, r) and right (r, columns) whose product is all that the merge adds to the one parameter; None where it does more."""
+        firsts = {self.first[name] for name in names}
+        inside = list(self._inside(firsts).values())
+        if len(names) != 1 or len(inside) != 1 or firsts & self.replaced.keys() or not _is_plain(inside[0].module):
+            return None
+        layer: Any = inside[0].module
+        if ADAPTER in layer.lora_embedding_A:
+            A, B, across = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER], True
+        else:
+            A, B, across = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.fan_in_fan_out
+        B = B.detach() * layer.scaling[ADAPTER]
+        return (A.detach().T.contiguous(), B.T.contiguous()) if across else (B, A.detach())
+
+    def _inside(self, firsts: Container[str]) -> dict[str, Wrapped]:
+        return {name: one for name, one in self.wrapped.items() if any(first in firsts for first in one.parameters)}
+
+    def values(self, names: Sequence[str], read: Read, untie: bool = False) -> dict[str, torch.Tensor]:
+        """The merged values of these parameters, float32; those that are merged at once are asked for at once.
+
+        Tied parameters are one tensor, as they are when PEFT merges, or with `untie` one each. Parameters with more rows than the base
+        has (added tokens) start from zeros there.
+        """
+        inside = self._inside({self.first[name] for name in names})
         filled: dict[str, torch.nn.Parameter] = {}
         for name in names:
             first = self.first[name]
@@ -190,14 +181,15 @@ class AdapterModel:
         for name, wrapped in inside.items():
             for path, module in wrapped.module.named_modules():
                 for leaf, given in module._parameters.items():
-                    if given is not None and id(given) in self._firsts:
+                    if given is not None and _place(given) in self._firsts:
                         own = ".".join(part for part in (name, _plain(path), leaf) if part)
                         module._parameters[leaf] = filled[own if untie else self.first[own]]
         values: dict[str, torch.Tensor] = {}
         for name, wrapped in inside.items():
             for leaf, parameter in self._unloaded(name, wrapped.module).named_parameters(remove_duplicate=False):
                 values[f"{name}.{leaf}"] = parameter.detach()
-        return {name: filled[name if untie else self.first[name]].detach() for name in names} | values
+        start = {name: filled[name if untie else self.first[name]].detach() for name in names}
+        return start | {name: value for name, value in values.items() if name in start}
 
     def _unloaded(self, name: str, module: Any) -> torch.nn.Module:
         """What PEFT leaves of a module when it merges and unloads it."""
@@ -216,6 +208,11 @@ class AdapterModel:
                 f"{self.path}: PEFT cannot merge {name}: {line:.300}; average the adapters without --merge"
             ) from error
         return found  # type: ignore[no-any-return]
+
+
+def _place(parameter: torch.Tensor) -> int:
+    """Which memory a parameter has: PEFT makes other objects of the same (MultiheadAttention), and meta tensors have none (0)."""
+    return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
 def _inside(name: str, found: Mapping[str, Any]) -> bool:
@@ -256,12 +253,11 @@ def _plain(name: str) -> str:
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a LoRA layer adds scaling · B · A to its weight and does nothing else."""
-    from peft.tuners.lora import Conv2d, Embedding, Linear
-    from peft.tuners.lora.layer import Conv1d
+    """Whether a LoRA layer adds scaling · B · A to its weight, a matrix, and does nothing else."""
+    from peft.tuners.lora import Embedding, Linear
 
     return (
-        type(module) in (Linear, Embedding, Conv1d, Conv2d)
+        type(module) in (Linear, Embedding)
         and ADAPTER not in module.lora_variant  # type: ignore[operator]
         and not module.lora_bias[ADAPTER]  # type: ignore[index]
     )

@@ -28,6 +28,7 @@ from salsa_peft.strategies import STRATEGIES, Ask, Choice, Measure
 
 Progress = Callable[[int, int], None]
 ADAPTERS, CHECKPOINTS = "adapters", "checkpoints"
+ONE = {ADAPTERS: "an adapter", CHECKPOINTS: "a full checkpoint"}
 MEMBER_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
 
@@ -305,8 +306,10 @@ def kind_of(folders: Sequence[Path]) -> str:
         files = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
         found = next((kind for kind, file in files.items() if (folder / file).is_file()), None)
         if found is None:
-            inside = sorted(path.parent.name for file in files.values() for path in folder.glob(f"*/{file}"))
-            hint = f"; did you mean {folder / inside[-1]}?" if inside else ""
+            inside = sorted(
+                p.parent for file in files.values() for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{file}")
+            )
+            hint = f"; did you mean {inside[-1]}?" if inside else ""
             raise SalsaError(
                 f"{folder} is neither an adapter's folder ({ADAPTER_CONFIG}) nor a checkpoint's (config.json){hint}"
             )
@@ -314,7 +317,7 @@ def kind_of(folders: Sequence[Path]) -> str:
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     require(
         odd is None,
-        f"{folders[odd or 0]} is one of {kinds[odd or 0]}, {folders[0]} one of {kinds[0]}: members of a soup are of one kind; merge the"
+        f"{folders[odd or 0]} is {ONE[kinds[odd or 0]]}, {folders[0]} is {ONE[kinds[0]]}: members of a soup are of one kind; merge the"
         " adapters into their base first (--merge)",
     )
     return kinds[0]
@@ -355,4 +358,4 @@ def local(member: Path | str, revision: str | None = None, why: str = "") -> Pat
         with said_in_a_line(str(member)):
             return Path(snapshot_download(str(member), revision=revision, allow_patterns=MEMBER_FILES))
     except SalsaError as error:
-        raise SalsaError(f"no such folder: {member}{why}; nor as a Hub id: {error}") from error
+        raise SalsaError(f"no such folder: {member}{why}; as a Hub id: {error}") from error

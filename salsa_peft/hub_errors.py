@@ -54,7 +54,7 @@ def explain(error: BaseException, model: str | None = None) -> str | None:
     offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     if any(isinstance(one, offline) for one in found) or "OfflineModeIsEnabled" in text:
         where = _page(None, text)
-        where = WEB + model if where == UNKNOWN and model else where
+        where = WEB + model if model and (where == UNKNOWN or where.startswith(WEB + model)) else where
         return f"{where}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
     return None
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from salsa_peft.adapter_models import Change
 from salsa_peft.checkpoint_folders import FLOATS, text_part
 from salsa_peft.errors import require
 from salsa_peft.merge_members import Loaded
@@ -178,10 +177,8 @@ class Plan:
         return sorted({name for unit in self.units for name in unit.sources if self._has_values(unit)})
 
     def _has_values(self, unit: Unit) -> bool:
-        from peft.tuners.lora import LoraLayer
-
         wrapped = [w for a in self.adapters for w in a.wrapped.values() if set(w.parameters) & set(unit.names)]
-        return any(not isinstance(one.module, LoraLayer) for one in wrapped) or any(
+        return any(one.rank == 0 for one in wrapped) or any(
             adapter.replaced.keys() & set(unit.names) for adapter in self.adapters
         )
 
@@ -219,54 +216,78 @@ class Plan:
                 given[first] = self._base(first)
             return given[first]
 
-        changes = [adapter.changes(unit.names, read, self.untie) for adapter in self.adapters]
+        found = [a.values(unit.names, read, self.untie) if a.touches(unit.names) else {} for a in self.adapters]
         figures, values = Figures(len(self.weights)), {}
         counted: set[str] = set()
         for name in unit.names:
             dtype = getattr(torch, NAMES[self.source.dtype(self._sources(name)[0])])
-            of_name = [change.get(name) for change in changes]
-            start = read(self.first[name])
-            if all(change is None for change in of_name):
-                values[name] = start.to(dtype)
-                continue
-            figures_once = None if self.first[name] in counted else figures
-            counted.add(self.first[name])
-            values[name] = self._sum(name, start, of_name, dtype, figures_once)
+            first = self.first[name]
+            merged = [values_.get(name) for values_ in found]
+            values[name] = self._sum(name, read(first), merged, dtype, None if first in counted else figures)
+            counted.add(first)
         return values, figures
 
-    def _sum(self, name: str, start: torch.Tensor, changes: Sequence[Change | None], dtype: torch.dtype,
+    def _sum(self, name: str, start: torch.Tensor, merged: Sequence[torch.Tensor | None], dtype: torch.dtype,
              figures: Figures | None) -> torch.Tensor:  # fmt: skip
-        """start + Σ w_i δ_i of one parameter, a few rows at a time."""
-        exact = start.dtype == torch.float64 or any(change is not None and not change.is_delta for change in changes)
-        wide = torch.float64 if exact else torch.float32
+        """start + Σ w_i (merged_i − start) of one parameter in float64, a few rows at a time; None: a member that leaves it as it is."""
         result = torch.empty(start.shape, dtype=dtype)
-        flat = [None if c is None else c.value.reshape(-1) for c in changes]
+        flat = [None if value is None else value.reshape(-1) for value in merged]
         for begin in range(0, start.numel(), ELEMENTS):
             piece = slice(begin, begin + ELEMENTS)
-            base = start.reshape(-1)[piece].to(wide)
+            base = start.reshape(-1)[piece].double()
+            deltas = [None if value is None else value[piece].double() - base for value in flat]
             total = torch.zeros_like(base)
-            deltas: list[torch.Tensor | None] = []
-            for weight, change, values in zip(self.weights, changes, flat, strict=True):
-                if change is None or values is None:
-                    deltas.append(None)
-                    continue
-                delta = values[piece].to(wide)
-                delta = delta if change.is_delta else delta - base
-                deltas.append(delta)
-                total += weight * delta
-            merged = (base + total).to(dtype)
-            lost = float(torch.linalg.vector_norm((merged.to(wide) - base).sub_(total)))
-            require(
-                math.isfinite(lost),
-                f"{self.source.checkpoint.folder}: {name} is not finite once the soup is merged: the base or an adapter has values that"
-                f" are not, or that {str(dtype).removeprefix('torch.')} cannot hold",
-            )
-            result.view(-1)[piece] = merged
+            for weight, delta in zip(self.weights, deltas, strict=True):
+                if delta is not None:
+                    total.add_(delta, alpha=weight)
+            rounded = self._rounded(name, base, total, dtype, figures)
+            result.view(-1)[piece] = rounded
             if figures is not None:
-                figures.lost += lost**2
-                figures.delta += float(torch.linalg.vector_norm(total)) ** 2
                 _add_products(figures.gram, deltas)
         return result
+
+    def _rounded(self, name: str, base: torch.Tensor, total: torch.Tensor, dtype: torch.dtype,
+                 figures: Figures | None) -> torch.Tensor:  # fmt: skip
+        """base + total in the base's dtype. Raises SalsaError where that is not finite."""
+        merged = (base + total).to(dtype)
+        lost = float(torch.linalg.vector_norm((merged.to(base.dtype) - base).sub_(total)))
+        require(
+            math.isfinite(lost),
+            f"{self.source.checkpoint.folder}: {name} is not finite once the soup is merged: the base or an adapter has values that"
+            f" are not, or that {str(dtype).removeprefix('torch.')} cannot hold",
+        )
+        if figures is not None:
+            figures.lost += lost**2
+            figures.delta += float(torch.linalg.vector_norm(total)) ** 2
+        return merged
+
+    def streamed(self, source: str, figures: Figures) -> Iterator[torch.Tensor] | None:
+        """The pieces of a changed tensor to which LoRA adds a product of low rank and nothing else; None where more is done to it.
+
+        Their figures are added to `figures` on the way.
+        """
+        unit = self.unit_of.get(source)
+        if unit is None or source in self.done or len(unit.names) != 1 or unit.sources != [source]:
+            return None
+        factors = [a.low_rank(unit.names) if a.touches(unit.names) else () for a in self.adapters]
+        if any(pair is None for pair in factors) or self._written(source) != self.source.shape(source):
+            return None
+        return self._pieces(source, [pair or None for pair in factors], figures)
+
+    def _pieces(
+        self, source: str, factors: Sequence[tuple[torch.Tensor, ...] | None], figures: Figures
+    ) -> Iterator[torch.Tensor]:
+        used = [(i, pair) for i, pair in enumerate(factors) if pair is not None]
+        for i, (left, right) in used:
+            for j, (other_left, other_right) in used:
+                products = (left.T @ other_left).double() * (right @ other_right.T).double()
+                figures.gram[i, j] += float(products.sum())
+        wide = torch.float64 if self.source.dtype(source) == "F64" else torch.float32
+        left = torch.cat([self.weights[i] * pair[0] for i, pair in used], dim=1).to(wide)
+        right = torch.cat([pair[1] for _, pair in used]).to(wide)
+        for start, given in self.source.pieces(source, ELEMENTS):
+            base = given.to(wide)
+            yield self._rounded(source, base, left[start : start + len(base)] @ right, given.dtype, figures)
 
     def _sources(self, name: str) -> list[str]:
         """The tensors that a parameter is made of; of one that has none, those that it is tied to."""

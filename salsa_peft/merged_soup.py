@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def merge(
 
 def _summary(members: Sequence[Member], loaded: Loaded, weights: list[float], figures: Figures) -> dict[str, Any]:
     """What was merged, in figures: norms, distances and cosines of what each member adds to the base."""
-    ranks = [adapter.ranks() for adapter in loaded.adapters]
+    ranks = [{name: one.rank for name, one in adapter.wrapped.items() if one.rank} for adapter in loaded.adapters]
     modules = {module for found in ranks for module in found}
     stacked = {sum(found.get(module, 0) for found in ranks) for module in modules}
     listed = [
@@ -168,12 +168,16 @@ def _shards(output: Output, plan: Plan, layout: Layout, progress: Progress | Non
             figures = Figures(len(plan.weights))
             tell(8 + len(layout.header(file)))
             for name in layout.names(file):
-                if plan.changed(name):
+                pieces: Iterator[memoryview]
+                streamed = plan.streamed(name, figures)
+                if streamed is not None:
+                    pieces = map(as_bytes, streamed)
+                elif plan.changed(name):
                     tensor, measured = plan.tensor(name)
                     figures.add(measured.as_json())
-                    pieces = [as_bytes(tensor)]
+                    pieces = iter([as_bytes(tensor)])
                 else:
-                    pieces = (as_bytes(piece) for _, piece in plan.source.pieces(name, ELEMENTS))  # type: ignore[assignment]
+                    pieces = (as_bytes(piece) for _, piece in plan.source.pieces(name, ELEMENTS))
                 for piece in pieces:
                     write(piece)
                     tell(len(piece))

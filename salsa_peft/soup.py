@@ -194,6 +194,8 @@ def print_summary(summary: SoupSummary) -> None:
         cosine = "" if pair["cosine"] is None else f", cosine {pair['cosine']:.4f}"
         distance = "beyond float64" if pair["distance"] is None else f"{pair['distance']:.4g}"
         print(f"  {pair['a']} – {pair['b']}: distance {distance}{cosine}")
+    if abs(summary.get("sum", 1.0) - 1) > 1e-6 and summary.get("kind") != "checkpoints":
+        print(f"  the weights sum to {summary['sum']:g}: what was learned is scaled, not averaged")
     if summary["norm"] is not None:
         print(f"  soup: norm of delta {summary['norm']:.4g}")
     if error := summary.get("error"):
