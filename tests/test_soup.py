@@ -346,7 +346,7 @@ class TestCommand:
         assert main([str(folder / "soup"), str(folder / "a"), "--weights", "half"]) == 2
         assert "--weights: found half, expected numbers" in capsys.readouterr().err
         assert main([str(folder / "soup"), str(folder / "a")]) == 2
-        assert f"{folder / 'a'}: found no such folder" in capsys.readouterr().err
+        assert f"no such folder: {folder / 'a'};" in capsys.readouterr().err
         with pytest.raises(SalsaError):
             main([str(folder / "soup"), str(folder / "a"), "--debug"])
 

@@ -146,7 +146,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not json": (write("adapter_config.json", "{"), "adapter_config.json is not JSON"),
     "list": (write("adapter_config.json", "[]"), "adapter_config.json holds a list, expected a mapping"),
     "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json is not JSON"),
-    "no config": (rename("adapter_config.json", "x"), "found neither adapter_config.json nor config.json"),
+    "no config": (
+        rename("adapter_config.json", "x"),
+        "is neither an adapter's folder (adapter_config.json) nor a checkpoint's (config.json)",
+    ),
     "no weights": (rename("adapter_model.safetensors", "x"), "adapter_model.safetensors is missing"),
     "pickled": (
         rename("adapter_model.safetensors", "adapter_model.bin"),
@@ -229,7 +232,7 @@ class TestRefusals:
             ([0.5, 0.3, 0.2], "found 3"),
             ([math.nan, 1], "expected finite numbers"),
             ([math.inf, -math.inf], "expected finite numbers"),
-            ([0.5, 0.4], "0.5, 0.4 sum to 0.9, expected 1"),
+            ([0, 0], "0, 0: all are 0"),
         ],
     )
     def test_weights(self, base, folder: Path, weights: list[float], line: str) -> None:
@@ -237,7 +240,7 @@ class TestRefusals:
         with pytest.raises(SalsaError) as caught:
             soup(folder / "soup", members, weights)
         assert line in str(caught.value) and not (folder / "soup").exists()
-        if not math.isclose(sum(weights), 0.9):
+        if any(weights):
             with pytest.raises(SalsaError):
                 StackedAdapter.load(members).state_dict(weights)
 
@@ -247,7 +250,7 @@ class TestRefusals:
             soup(folder / "soup", [])
         with pytest.raises(SalsaError, match="names: found 2, expected 1"):
             StackedAdapter.load([member], ["a", "b"])
-        with pytest.raises(SalsaError, match="found 'slurp', expected one of linear"):
+        with pytest.raises(SalsaError, match="'slurp' is not one of linear"):
             soup(folder / "soup", [member], strategy="slurp")
         (folder / "file").touch()
         with pytest.raises(SalsaError, match="is a file"):
