@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from salsa_peft.adapter_tensors import TOKENS
 from salsa_peft.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -232,18 +233,9 @@ def _in_a_line(error: Exception, model: str) -> str:
 
 
 def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether it is a saved module that PEFT wrote a second time, with the same values: of added tokens, or of tied embeddings."""
-    if not any(part in key for part in (".modules_to_save.", ".original_module.", ".token_adapter.")):
-        return False
-    leaf = key.rpartition(".")[2]
-    return any(
-        other != key
-        and other.endswith(leaf)
-        and tensor.shape == tensors[key].shape
-        and torch.equal(tensor, tensors[key])
-        for other, tensor in tensors.items()
-        if key in tensors
-    )
+    """Whether it is the trained tokens of tied embeddings, which PEFT saves a second time for the output's and reads once."""
+    others = (tensor for other, tensor in tensors.items() if other != key and other.endswith(TOKENS))
+    return key.endswith(TOKENS) and any(torch.equal(tensors[key], tensor) for tensor in others)
 
 
 def _plain(name: str) -> str:

@@ -198,6 +198,8 @@ def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAd
     members = read_members(folders, None)
     if asked.base is None:
         check_one_base(members, asked.same_base)
+    if asked.base is None and (found := local_folder(members[0].config, folders[0])) is not None:
+        return found
     given, revision = base_of(members[0].config, folders[0], asked.base)
     return local(
         given,

@@ -17,11 +17,12 @@ import torch
 
 from salsa_peft.adapter_folders import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config, read_fingerprint
 from salsa_peft.adapter_models import AdapterModel, blank_model
+from salsa_peft.adapter_names import plain_names
 from salsa_peft.adapter_tensors import Member
 from salsa_peft.checkpoint_folders import Checkpoint, default_names
 from salsa_peft.errors import SalsaError, require
 from salsa_peft.safetensors_files import SafetensorsFile
-from salsa_peft.tensor_names import ModelNames, class_of, unwrapped
+from salsa_peft.tensor_names import ModelNames, class_of
 from salsa_peft.tensor_names import read_config as read_model_config
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> Loaded:
 def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made: type[PreTrainedModel],
           config: PreTrainedConfig) -> Loaded:  # fmt: skip
     base = blank_model(made, config)
-    rows = [_rows(base, tensors) for _, tensors, _ in given]
+    rows = [_rows(base, member) for member, _, _ in given]
     embeddings: Any = base.get_input_embeddings()
     before: int = embeddings.weight.shape[0]
     other = next((i for i, count in enumerate(rows) if (count or before) != (rows[0] or before)), None)
@@ -128,16 +129,11 @@ def _classes(
 def _tensors(member: Member) -> dict[str, torch.Tensor]:
     """The member's values in float32, under names without the prefixes of wrappers. Raises SalsaError where one is not finite."""
     found = {}
-    for key in member.file.entries:
+    for name, key in plain_names(member.file.entries, member.config, member.file.path).items():
         values = member.file.read(key)
         require(
             bool(values.isfinite().all()),
             f"{member.file.path}: {key} has values that are not finite: the training diverged; take an earlier checkpoint of it",
-        )
-        name = unwrapped(key)
-        require(
-            name not in found,
-            f"{member.file.path}: {key} is a second tensor of the name {name}: save the adapter again",
         )
         found[name] = values.float()
     return found
@@ -157,7 +153,7 @@ def _lora_config(member: Member) -> LoraConfig:
     return config
 
 
-def _rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> int | None:
+def _rows(model: PreTrainedModel, member: Member) -> int | None:
     """How many rows the embeddings had in training, where the adapter's tensors say it."""
     parts = {
         id(part): kind
@@ -165,13 +161,13 @@ def _rows(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> int | Non
         if part
     }
     leaves = {name.rpartition(".")[2]: parts[id(m)] for name, m in model.named_modules() if id(m) in parts}
-    for key, tensor in tensors.items():
+    for key, entry in member.file.entries.items():
         for leaf, kind in leaves.items():
             _, found, rest = key.rpartition(f".{leaf}.")
             if not found:
                 continue
             if rest.endswith("lora_embedding_A"):
-                return int(tensor.shape[1])
+                return entry.shape[1]
             if (rest.endswith("weight") and "lora_" not in rest) or (kind == "out" and rest.startswith("lora_B")):
-                return int(tensor.shape[0])
+                return entry.shape[0]
     return None

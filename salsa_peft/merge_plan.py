@@ -60,7 +60,7 @@ class Plan:
         self.adapters, self.names, self.shapes = loaded.adapters, loaded.names, loaded.shapes
         files = source.checkpoint.files
         shapes = {name: source.shape(name) for file in files for name in source.names(file)}
-        self.resolved = loaded.names.resolve(shapes)
+        self.resolved = loaded.names.resolve(shapes, str(source.checkpoint.folder))
         self.first = self.adapters[0].first
         self.units = self._units()
         self.unit_of = {name: unit for unit in self.units for name in unit.sources}
@@ -200,9 +200,9 @@ class Plan:
             for block in blocks:
                 if block.source not in found:
                     found[block.source] = self.source.whole(block.source).clone()
-                piece = values[name].reshape(-1)[at : at + block.count]
-                found[block.source].view(-1)[block.first : block.first + block.count] = piece
-                at += block.count
+                piece = values[name].reshape(-1)[at : at + block.elements]
+                found[block.source].view(-1)[block.first : block.first + block.elements] = piece
+                at += block.elements
         empty = Figures(len(self.weights))
         for at, (name, tensor) in enumerate(found.items()):
             self.done[name] = (tensor, figures if at == 0 else empty)
@@ -299,7 +299,7 @@ class Plan:
         """A parameter's value in the base, float32 or float64, with the rows that it has in the result."""
         same = [other for other in self.first if self.first[other] == first]
         blocks = next(self.resolved.blocks[other] for other in same if other in self.resolved.blocks)
-        parts = [self.source.whole(b.source).reshape(-1)[b.first : b.first + b.count] for b in blocks]
+        parts = [self.source.whole(b.source).reshape(-1)[b.first : b.first + b.elements] for b in blocks]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         whole = whole if whole.dtype == torch.float64 else whole.float()
         shape = self.shapes[first]

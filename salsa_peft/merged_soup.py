@@ -20,11 +20,12 @@ from typing import Any
 
 from salsa_peft.adapter_folders import FINGERPRINT
 from salsa_peft.adapter_tensors import Member
-from salsa_peft.checkpoint_alignment import EMBEDDINGS, check_tied, vocabulary
+from salsa_peft.adapter_tokenizers import TEMPLATE, Tokenizer, template_of, tokenizer_of
+from salsa_peft.checkpoint_alignment import check_tied, vocabulary
 from salsa_peft.checkpoint_folders import INDEX, Checkpoint, check_manifest, check_plain, check_weights, read_checkpoint
-from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, making
+from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, has_vocabulary, making, others
 from salsa_peft.config import require
-from salsa_peft.fingerprints import base_fingerprint
+from salsa_peft.fingerprints import EMBEDDINGS, base_fingerprints
 from salsa_peft.merge_members import Loaded, load_members, read_members
 from salsa_peft.merge_plan import ELEMENTS, Figures, Layout, Plan
 from salsa_peft.quantised_bases import Dequantised, open_base
@@ -74,7 +75,9 @@ def merge(
     plan = Plan(source, loaded, numbers, untie)
     layout = Layout(plan)
     size = sum(map(layout.size_of, checkpoint.files))
-    _check_tokenizer(checkpoint, plan, folders[0])
+    tokenizer = tokenizer_of(read)
+    if tokenizer is not None:
+        _check_tokenizer(checkpoint, plan, tokenizer.folder)
     identity = _identity(checkpoint, read, numbers, quantized_base) | {"untie": untie}
     with making(out, identity, [checkpoint.folder, *folders], size) as output:
         kept = output.kept
@@ -82,10 +85,11 @@ def merge(
         figures = _shards(output, plan, layout, progress, size)
         if (checkpoint.folder / INDEX).is_file():
             output.write(INDEX, layout.index())
-        copy_others(output, checkpoint.folder, folders[0])
+        _write_tokenizer(output, checkpoint, tokenizer)
         summary: dict[str, Any] = {"kind": "merged", "strategy": strategy, "base": str(checkpoint.folder)}
         summary |= _summary(read, loaded, numbers, figures) | source.said()
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
+        summary |= {"tokenizer": None if tokenizer is None else tokenizer.said()}
         summary |= {"rounding": relative(figures.lost, figures.delta), "bytes": size, "shards": len(checkpoint.files)}
         summary |= {"shards_kept": kept, "seconds": round(time.perf_counter() - begun, 3)} | dict(more or {})
         output.finish(layout.config(), summary)
@@ -132,12 +136,12 @@ def _check_fingerprints(checkpoint: Checkpoint, members: Sequence[Member], same_
             FINGERPRINT,
         )
         return
-    found = base_fingerprint(checkpoint.folder)
+    found = base_fingerprints(checkpoint.folder)
     for member in known:
         require(
-            found == member.fingerprint,
+            member.fingerprint in found,
             f"{member.folder} was trained on another base than {checkpoint.folder}: its {FINGERPRINT} says"
-            f" {str(member.fingerprint)[:12]}…, that base has {found[:12]}…; name its own with --base, or assert with --same-base"
+            f" {str(member.fingerprint)[:12]}…, that base has {found[0][:12]}…; name its own with --base, or assert with --same-base"
             " (same_base=True) that they are the same",
         )
 
@@ -157,6 +161,18 @@ def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
         f"{path}: token {last!r:.40} has the number {tokens.get(last)}, but {name} in {checkpoint.folder} has {rows} rows and the adapter"
         " brings none of its own: resize the base's embeddings as in training and save it, or remove the tokenizer from the member",
     )
+
+
+def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
+    """The members' tokenizer and chat template, where they have one, else the base's; settings of generation are the base's."""
+    copy_others(output, checkpoint.folder, None if tokenizer is None else tokenizer.folder)
+    if tokenizer is None:
+        return
+    template = tokenizer.written
+    if template is None and not has_vocabulary(others(tokenizer.folder)):
+        template = template_of(tokenizer.folder)  # its settings, where a template may be inside, are not copied alone
+    if template is not None:
+        output.write(TEMPLATE, template)
 
 
 def _shards(output: Output, plan: Plan, layout: Layout, progress: Progress | None, size: int) -> Figures:

@@ -111,6 +111,10 @@ class SoupSummary(TypedDict, total=False):
     """Merged: of the embeddings, where training added tokens."""
     untied: bool
     """Merged: whether input and output embeddings are no longer one tensor."""
+    tokenizer: dict[str, Any] | str | None
+    """Whose tokenizer and chat template go with the soup; None: the base's, or no member has one."""
+    chat_template: str | None
+    """Checkpoints: whose chat template goes with the soup."""
     quantized_base: str | None
     """Merged: what was done to the base."""
     requantised: int

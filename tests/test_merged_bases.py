@@ -99,6 +99,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], int | None]] = {
     "other trained tokens": (llama, {"trainable_token_indices": [3, 5]}, {"trainable_token_indices": [9, 5, 7]}, None),
     "biases in one member": (qwen2, {"bias": "all"}, {"lora_bias": True}, None),
     "tied, trained tokens": (tied, {"trainable_token_indices": [3, 5]}, {}, None),
+    "tied, added and trained tokens": (tied, {"trainable_token_indices": [41, 42]}, {"trainable_token_indices": [42]}, 44),
     "tied, head saved": (tied, {"modules_to_save": ["lm_head"]}, {}, None),
     "tied, both saved": (tied, BOTH, BOTH, None),
     "tied, both saved as one": (tied, BOTH | {"ensure_weight_tying": True}, BOTH | {"ensure_weight_tying": True}, None),
