@@ -57,7 +57,7 @@ class Plan:
 
     def __init__(self, source: PlainBase, loaded: Loaded, weights: Sequence[float], untie: bool = False) -> None:
         self.source, self.loaded, self.weights, self.untie = source, loaded, list(weights), untie
-        self.adapters, self.names, self.shapes = loaded.adapters, loaded.names, loaded.shapes
+        self.adapters, self.names, self.shapes = loaded.adapters, loaded.names, loaded.result.shapes
         files = source.checkpoint.files
         shapes = {name: source.shape(name) for file in files for name in source.names(file)}
         self.resolved = loaded.names.resolve(shapes, str(source.checkpoint.folder))
@@ -73,7 +73,9 @@ class Plan:
         }
         for unit in self.units:
             self._check(unit)
+        self._check_rows()
         self._untie()
+        self._check_result()
 
     def _units(self) -> list[Unit]:
         """Parameters that any member touches, in sets that are merged at once, in the order of the model."""
@@ -125,6 +127,34 @@ class Plan:
                 f"{self.source.checkpoint.tensors[name].file.path}: {name} is {self.source.dtype(name)}, expected one of"
                 f" {', '.join(FLOATS)} for a delta to be added to: name the base before its quantisation with --base",
             )
+
+    def _check_rows(self) -> None:
+        """Embeddings that were resized in training are in every member's file: the base has no values for what was added."""
+        for name in self.first:
+            shape = self.shapes[name]
+            odd = next((a for a in self.adapters if shape != self.names.shapes[name] and not a.replaces(name)), None)
+            require(
+                odd is None,
+                f"{odd and odd.path}: found no {name} of {shape[0] if shape else 1} rows, though the embeddings were resized in training: save"
+                " the adapter with save_embedding_layers=True",
+            )
+
+    def _check_result(self) -> None:
+        """Every parameter of the model has a tensor in the result. Raises SalsaError where it would be initialised at random."""
+        folder = self.source.checkpoint.folder
+        shapes = {name: shape for entries in self.layout.values() for name, _, shape in entries}
+        found = self.loaded.result.resolve(shapes, str(folder))
+        for name in found.unknown[:1]:
+            logger.warning(
+                "warning: %s: %s and %d other tensors have no place in %s: they are copied as they are", folder, name,
+                len(found.unknown) - 1, self.names,
+            )  # fmt: skip
+        there = {self.first[name] for name in found.blocks if name in self.first}
+        missing = next((n for n, first in self.first.items() if first not in there and n not in self.names.tied), None)
+        require(
+            missing is None,
+            f"{folder}: the base has no tensor {missing}, which {self.names} has: Transformers would start it at random; save the base again",
+        )
 
     def _written(self, source: str) -> tuple[int, ...]:
         """The shape of a tensor in the result: the base's, but for embeddings that training gave other rows."""
