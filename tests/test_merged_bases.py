@@ -222,7 +222,7 @@ def test_the_result_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "v_head.summary.weight" in load_file(tmp_path / "extra" / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SalsaError, match="base: the base has no tensor model.norm.weight, which LlamaForCausalLM has"):
+    with pytest.raises(SalsaError, match=r"base: the base has no tensor model.norm.weight, which LlamaForCausalLM has"):
         merge(tmp_path / "none", base, [member], [1.0])
 
 
