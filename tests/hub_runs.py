@@ -65,8 +65,8 @@ def make_family(name: str, folder: Path) -> Path:
     return folder
 
 
-def write_recipe(folder: Path, base: Path, template: str, **more: Any) -> Path:
-    """Two seeds of two steps, a reward model, the soup, one update of PPO against it, an evaluation."""
+def write_rows(folder: Path) -> None:
+    """chats.jsonl and pairs.jsonl."""
 
     def turn(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}
@@ -80,6 +80,11 @@ def write_recipe(folder: Path, base: Path, template: str, **more: Any) -> Path:
     ]  # fmt: skip
     for name, rows in (("chats", chats), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_recipe(folder: Path, base: Path, template: str, **more: Any) -> Path:
+    """Two seeds of two steps, a reward model, the soup, one update of PPO against it, an evaluation."""
+    write_rows(folder)
     content = {
         "name": "hub", "threads": 1,
         "model": {"base": str(base), "max_length": 128, "chat_template": template},
@@ -98,18 +103,37 @@ def write_recipe(folder: Path, base: Path, template: str, **more: Any) -> Path:
     return path
 
 
-def run(recipe_file: Path, folder: Path, mode: str, auto: Any = transformers.AutoModelForCausalLM) -> Outcome:
-    """`salsa run`, its stages in this process. auto: what opens the base."""
-    words = [str(recipe_file), "--output-dir", str(folder), *(["--lora"] if mode == "lora" else [])]
+PAPER = {"llama-2-7b-hf": "llama2_full", "mistral-7b-v0.1": "mistral_full", "gemma-2b": "gemma_full"}
+"""Family → the paper's recipe of it."""
+
+
+def paper_words(name: str, base: Path, folder: Path) -> list[str]:
+    """The paper's recipe of a family on its tiny folder and local rows, cut to a few steps."""
+    write_rows(folder)
+    chats, pairs = folder / "chats.jsonl", folder / "pairs.jsonl"
+    sets = {
+        "model.base": str(base), "model.max_length": 128, "model.attn_implementation": "sdpa",
+        "data": {"demonstrations": str(chats), "preferences": str(pairs), "prompts": str(pairs)},
+        **{f"sft.{key}": value for key, value in {"batch_size": 2, "micro_batch_size": 1, "max_steps": 2, "learning_rate": 1e-2}.items()},
+        **{f"reward.{key}": value for key, value in {"batch_size": 2, "max_steps": 2, "learning_rate": 1e-2}.items()},
+        "generation.max_new_tokens": 8, "ppo.batch_size": 4, "ppo.num_mini_batches": 1, "ppo.num_ppo_epochs": 1, "ppo.max_steps": 1,
+        "landscape": None, "evaluate.judge": None, "evaluate.prompts": {"mine": {"path": str(pairs), "limit": 2}},
+        "evaluate.pairs": [["salsa", "ppo"]],
+    }  # fmt: skip
+    return [PAPER[name], *(word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}"))]
+
+
+def run(words: list[str], base: Path, folder: Path, mode: str) -> Outcome:
+    """`salsa run WORDS`, its stages in this process."""
+    words = [*words, "--output-dir", str(folder), *(["--lora"] if mode == "lora" else [])]
     code, said = _said([*words, "--dry-run"])
     if code:
         return Outcome("refused" if code == 2 else "failed", said)
     with _inline() as rollouts:
-        code, said = _said(words)
+        code, said = _said([*words, "--debug"])
     if code:
         return Outcome("failed", said)
-    base = Path(json.loads(recipe_file.read_text())["model"]["base"])
-    return compare(base, folder, mode, rollouts[0], auto)
+    return compare(base, folder, mode, rollouts, auto_class(base))
 
 
 def _said(words: list[str]) -> tuple[int, str]:
@@ -121,9 +145,9 @@ def _said(words: list[str]) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _inline() -> Iterator[list[Any]]:
-    """Within it stages run in this process; → the rollouts of PPO."""
-    rollouts: list[Any] = []
+def _inline() -> Iterator[dict[str, Any]]:
+    """Within it stages run in this process; → the first rollout of each policy, by its folder."""
+    rollouts: dict[str, Any] = {}
     forked, made = processes.run_in_process, RolloutMaker.__call__
 
     def in_here(job: Any, log: Path, **_: Any) -> processes.Result:
@@ -133,8 +157,9 @@ def _inline() -> Iterator[list[Any]]:
         return processes.settled(report, job.unit.id, log, debug=False)
 
     def listened(self: Any, *args: Any, **options: Any) -> Any:
-        rollouts.append(made(self, *args, **options))
-        return rollouts[-1]
+        rollout = made(self, *args, **options)
+        rollouts.setdefault(self.folder.parent.name, rollout)
+        return rollout
 
     processes.run_in_process, RolloutMaker.__call__ = in_here, listened  # type: ignore[method-assign]
     try:
@@ -149,8 +174,9 @@ def unit(folder: Path, name: str) -> Path:
     return found
 
 
-def compare(base: Path, folder: Path, mode: str, rollout: Any, auto: Any) -> Outcome:
-    """The run's numbers against plain forwards and sums."""
+def compare(base: Path, folder: Path, mode: str, rollouts: dict[str, Any], auto: Any) -> Outcome:
+    """The run's numbers against plain forwards and sums; of PPO those of the policy whose reference is the soup."""
+    rollout = rollouts["salsa"]
 
     def opened(name: str) -> Any:
         if mode == "full":
@@ -221,20 +247,29 @@ def run_family(name: str, mode: str, folder: Path) -> Outcome:
         make_family(name, base)
     place = folder / mode
     place.mkdir()
-    return run(write_recipe(place, base, "zephyr"), place / "run", mode, auto_class(base))
+    return run([str(write_recipe(place, base, "zephyr"))], base, place / "run", mode)
+
+
+def run_paper(name: str, mode: str, folder: Path) -> Outcome:
+    """The paper's own recipe of a family."""
+    base = folder / "base"
+    if not base.is_dir():
+        make_family(name, base)
+    place = folder / f"paper-{mode}"
+    place.mkdir()
+    return run(paper_words(name, base, place), base, place / "run", mode)
 
 
 def main(names: list[str]) -> None:
     """Print the table."""
     for name in names or families():
         with tempfile.TemporaryDirectory() as folder:
-            for mode in MODES:
+            rows = [(mode, made) for made in (run_family, *([run_paper] if name in PAPER else [])) for mode in MODES]
+            for mode, made in rows:
                 started = time.perf_counter()
-                try:
-                    cell = run_family(name, mode, Path(folder)).cell
-                except Exception as error:  # the table goes on
-                    cell = f"failed: {type(error).__name__}: {error}"
-                print(f"| {name} | {mode} | {cell} | {time.perf_counter() - started:.0f} s |", flush=True)
+                cell = made(name, mode, Path(folder)).cell
+                what = PAPER[name] if made is run_paper else name
+                print(f"| {what} | {mode} | {cell} | {time.perf_counter() - started:.0f} s |", flush=True)
 
 
 if __name__ == "__main__":
