@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_flo
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints
 from .runs import BEGUN, MANIFEST, Job, write_atomic
+from .template_fields import without_skipped
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter or checkpoint."""
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     recipe, section = job.recipe, job.recipe.sft
@@ -43,13 +44,15 @@ def run(job: Job) -> dict[str, Any]:
             assistant_only_loss=True,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data.dataset(rows),
         processing_class=bench.tokenizer,
         peft_config=lora_config(recipe.adapter) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     if recipe.mode == "qlora":
         in_float32(trainer.model)
+    if any("skipped" in row for row in rows):
+        trainer.train_dataset = trainer.train_dataset.map(partial(leave_out_skipped, tokenizer=bench.tokenizer))
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
     require(
@@ -76,6 +79,11 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def leave_out_skipped(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The labels of a tokenised row without the assistant's turns that the data does not train on."""
+    return {"labels": without_skipped(row, row["input_ids"], row["labels"], tokenizer)}
 
 
 def take(job: Job, path: str) -> dict[str, Any]:

@@ -161,7 +161,7 @@ REFUSED = [
     ("data.demonstrations=x.jsonl", ["data.demonstrations: found '/", "x.jsonl', which is no file or folder"]),
     (
         "data.demonstrations=/etc/hostname",
-        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json or .parquet file"],
+        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json, .parquet, .csv or .tsv file"],
     ),
     ("evaluate.prompts.x=not an id", ["evaluate.prompts.x: found 'not an id'", "Hub id"]),
     ("model.base=./nowhere", ["model.base: found '/", "no folder, expected a model's folder or a Hub id"]),
@@ -276,9 +276,9 @@ def rows(path: Path, *records: Any) -> str:
 def test_columns(load, tmp_path):
     wrong = rows(tmp_path / "wrong.jsonl", {"text": "a", "label": 1})
     for key, expected in (
-        ("demonstrations", "`messages`"),
-        ("preferences", "`chosen` and `rejected`"),
-        ("prompts", "`prompt`, `messages`"),
+        ("demonstrations", "messages, conversations, prompt and completion or instruction and output"),
+        ("preferences", "chosen and rejected"),
+        ("prompts", "prompt, messages, conversations, instruction, question or turns"),
     ):
         line = said(load, f"data.{key}={wrong}")
         assert line.startswith(
