@@ -20,7 +20,7 @@ from .data_files import load as load
 from .message_formats import Messages as Messages
 from .message_formats import parse_messages as check_messages
 from .row_formats import Asked
-from .template_fields import dropped, in_form, options_of, through_template
+from .template_fields import CALLS, dropped, in_form, options_of, text_of, through_template
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,19 +112,21 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
             len(skipped) < len(spoken),
             f"{where}, {found.name}: found no assistant turn with a weight, expected at least one",
         )
-        odd.add(number, EMPTY_ANSWER, any(is_empty(messages[place]) for place in spoken if place not in skipped))
         odd.add(number, NO_INPUT, str(row.get("input")).strip().lower() in NOTHING and row.get("input") is not None)
         messages = in_form(messages, tokenizer)
-        odd.drops(number, dropped(messages, tokenizer, f"{where}, {found.name}", options_of(more)))
+        fields = dropped(messages, tokenizer, f"{where}, {found.name}", options_of(more))
+        odd.drops(number, fields)
+        calls = CALLS not in fields
+        odd.add(number, EMPTY_ANSWER, any(is_empty(messages[place], calls) for place in spoken if place not in skipped))
         rows.append({"messages": messages, **more, **({"skipped": skipped} if skipped else {})})
     odd.tell(len(loaded))
     require(bool(rows), f"{source.path}: found a label of false in every row, expected demonstrations to learn from")
     return rows
 
 
-def is_empty(message: dict[str, Any]) -> bool:
-    """Whether a turn neither says nor calls anything."""
-    return not message["content"].strip() and not message.get("tool_calls")
+def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
+    """Whether a turn says nothing and calls nothing; calls: whether the template shows a call."""
+    return not text_of(message).strip() and not (calls and message.get("tool_calls"))
 
 
 def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:

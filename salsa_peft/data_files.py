@@ -207,7 +207,7 @@ def _fetched(source: Source) -> str:
     from .hub_errors import said_in_a_line
 
     repository, revision, file = _hub_path(source)
-    with said_in_a_line(repository):
+    with said_in_a_line(f"datasets/{repository}"):
         return str(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
 
 
@@ -232,8 +232,8 @@ def _dataset(source: Source) -> Any:
         why = one_line(error.__cause__ or error)
         raise SalsaError(f"{source.path}: found a file that does not parse ({why}), expected rows alike") from error
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
-        why = explain(error, f"datasets/{source.path.removeprefix(HF)}") or one_line(error)
-        raise SalsaError(f"{source.path}: cannot be read as {_wanted(source)}: {why}") from error
+        line = explain(error, f"datasets/{source.path.removeprefix(HF)}")
+        raise SalsaError(line or f"{source.path}: cannot be read as {_wanted(source)}: {one_line(error)}") from error
     if isinstance(found, DatasetDict):
         splits = ", ".join(found)
         require(source.split in found, f"{source.path}: found the splits {splits}, expected `split` to be one of them")

@@ -18,9 +18,10 @@ from .messages import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""What templates call an assistant's thoughts: Qwen's and DeepSeek's, gpt-oss's, others'."""
 SPOKEN = ("user", "assistant")
+FIELD = "`{}` in their messages"
+CALLS = FIELD.format("tool_calls")
+"""How `dropped` calls them."""
 
 
 def options_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +49,6 @@ class Form(NamedTuple):
     """Whether content is a list of {type: text, text}: multimodal templates write nothing of text alone."""
     text_arguments: bool
     """Whether a tool call's arguments are JSON text (DeepSeek's), not an object."""
-    thoughts: str
-    """The key of an assistant's thoughts."""
 
 
 _forms: dict[str, Form] = {}
@@ -74,13 +73,9 @@ def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
             answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
             return [{"role": "user", "content": "q"}, answer]
 
-        def thinks(key: str) -> bool:
-            return shows([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: word}])
-
         _forms[template] = Form(
             parts=not shows(asked) and shows(typed),
             text_arguments=not shows(call({"x": word})) and shows(call(f'{{"x": "{word}"}}')),
-            thoughts=next((key for key in THOUGHTS if thinks(key)), THOUGHTS[0]),
         )
     return _forms[template]
 
@@ -100,7 +95,7 @@ def _in_form(message: Mapping[str, Any], form: Form) -> Iterator[tuple[str, Any]
         elif key == "tool_calls" and form.text_arguments:
             yield key, [{**call, "function": _with_text(call["function"])} for call in value]
         else:
-            yield (form.thoughts if key in THOUGHTS and form.thoughts not in message else key), value
+            yield key, value
 
 
 def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +140,7 @@ def dropped(
         for key in message.keys() - {"role", "content"}:
             without = {name: value for name, value in message.items() if name != key}
             if message[key] not in (None, "", [], {}) and same([*messages[:place], without, *messages[place + 1 :]]):
-                found.append(f"`{key}` in their messages")
+                found.append(FIELD.format(key))
     if given.get("tools") and same(messages, {**given, "tools": None}):
         found.append("`tools`")
     return sorted(set(found))
