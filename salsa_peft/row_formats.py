@@ -281,14 +281,10 @@ class Pair(NamedTuple):
 def preference(row: Row, where: str) -> Pair:
     """A row as two chats that each hold the prompt. Raises SalsaError that names `where` and the column."""
     names = pair_names(row)
-    for name in names:
-        if row.get(name) is None:
-            label = (
-                "; rows with a `label` are unpaired (KTO's), expected pairs"
-                if isinstance(row.get("label"), bool)
-                else ""
-            )
-            raise absent(row, name + label, where, [name])
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        label = "; rows with a `label` are unpaired (KTO's)" if isinstance(row.get("label"), bool) else ""
+        raise absent(row, " and ".join(missing) + label, where, missing[:1])
     asked = _prompt_of_pair(row, where)
     texts = [row[name] for name in names]
     taken_off = False
@@ -385,6 +381,7 @@ PROMPTS: dict[str, Callable[[Row, str, str], Asked]] = {
     "question": _asked,
     "query": _asked,
     "chosen": _shared,
+    "chosen_messages": _shared,
 }
 """Column → what reads it; the first that the row has."""
 
@@ -446,4 +443,3 @@ def fits(kind: str, columns: set[str]) -> bool:
     if kind == "prompts":
         return bool(set(PROMPTS) & columns)
     return any(set(names) <= columns for names in DEMONSTRATIONS)
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import copy
 import csv
 import gzip
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft import data, data_files
 from salsa_peft.config import SalsaError, Source
@@ -58,7 +58,10 @@ def put(tmp_path: Path) -> Any:
 
 
 CALL = {"type": "function", "function": {"name": "age", "arguments": {"born": "1990-05-15"}}}
-TOOL = {"type": "function", "function": {"name": "age", "description": "An age.", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "age", "description": "An age.", "parameters": {"type": "object", "properties": {}}},
+}
 CALLED = [
     *turns("How old?"),
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -116,7 +119,12 @@ class TestDemonstrations:
 
     def test_what_is_not_trained_on(self, put: Any) -> None:
         """Answers inside TRL's prompt, and turns of weight 0; a system turn moves the places."""
-        weighted = [*turns("q"), {"role": "assistant", "content": "a", "weight": 0}, *turns("r"), {"role": "assistant", "content": "b", "weight": 1}]
+        weighted = [
+            *turns("q"),
+            {"role": "assistant", "content": "a", "weight": 0},
+            *turns("r"),
+            {"role": "assistant", "content": "b", "weight": 1},
+        ]
         rows = data.demonstrations(
             put(
                 {"prompt": turns("q", "a", "r"), "completion": turns("", "b")[1:]},
@@ -191,7 +199,9 @@ class TestPreferences:
             {"chosen": turns("hi", "good"), "rejected": turns("hi", "bad")}
         ]
         assert data.TAKEN_OFF in capsys.readouterr().err
-        assert data.preferences(put({"prompt": "hi", "chosen": "hi there", "rejected": "no"}))[0]["chosen"] == turns("hi", "hi there")
+        assert data.preferences(put({"prompt": "hi", "chosen": "hi there", "rejected": "no"}))[0]["chosen"] == turns(
+            "hi", "hi there"
+        )
         assert capsys.readouterr().err == ""
 
     def test_a_prompt_that_is_not_read_is_told(self, put: Any, capsys: Any) -> None:
@@ -200,11 +210,17 @@ class TestPreferences:
         assert data.FOREIGN in capsys.readouterr().err
 
     def test_unpaired_rows_are_refused(self, put: Any) -> None:
-        with pytest.raises(SalsaError, match=r"row 1: found columns label, messages, expected chosen; rows with a `label` are unpaired \(KTO's\)"):
+        with pytest.raises(
+            SalsaError,
+            match=r"row 1: found columns label, messages, expected chosen and rejected; rows with a `label` are unpaired \(KTO's\)",
+        ):
             data.preferences(put({"messages": PLAIN, "label": True}))
 
     def test_text_without_a_prompt_is_refused(self, put: Any) -> None:
-        with pytest.raises(SalsaError, match=r"row 1: found columns chosen, rejected, expected prompt \(or question, instruction or conversations\)"):
+        with pytest.raises(
+            SalsaError,
+            match=r"row 1: found columns chosen, rejected, expected prompt \(or question, instruction or conversations\)",
+        ):
             data.preferences(put({"chosen": "a", "rejected": "b"}))
 
 
@@ -275,18 +291,11 @@ class TestTools:
         rows[1]["tools"] = [TOOL]
         made = data.dataset(rows)
         assert made.to_list() == [{"tools": None, **row} for row in rows]
-        assert made.map(lambda row: {"n": 1}).filter(lambda row: row["n"]).to_list() == [{"tools": None, **row, "n": 1} for row in rows]
+        assert made.map(lambda row: {"n": 1}).filter(lambda row: row["n"]).to_list() == [
+            {"tools": None, **row, "n": 1} for row in rows
+        ]
 
 
-# ChatML as Qwen writes it, with tools, calls and thoughts of the last turn.
-HERMES = (
-    "{% if tools %}<sys>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</sys>{% endif %}"
-    "{% for message in messages %}<{{ message.role }}>{% if message.role == 'assistant' %}{% generation %}"
-    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
-    "{% if 'tool_calls' in message %}{% for call in message.tool_calls %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}"
-    "{% endfor %}{% endif %}{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 BARE = (
     "{% for message in messages if message.role != 'tool' %}<{{ message.role }}>{% if message.role == 'assistant' %}{% generation %}"
     "{{ message.content + eos_token }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
@@ -296,20 +305,6 @@ TEXT_ARGUMENTS = HERMES.replace("call.function.arguments | tojson", "call.functi
 PARTS = BARE.replace("message.content + eos_token", "message.content[0].text + eos_token").replace(
     "{{ message.content }}", "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
 )
-
-
-def tokenizer_of(template: str) -> Any:
-    """A byte-level BPE without merges that has every text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "<eos>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*special, *alphabet])}, []))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="<eos>", chat_template=template
-    )
 
 
 class TestTemplates:
@@ -333,14 +328,18 @@ class TestTemplates:
 
     def test_of_prompts_and_pairs(self, put: Any, capsys: Any) -> None:
         data.prompts(put({"prompt": "q", "tools": [TOOL]}), tokenizer=tokenizer_of(BARE))
-        data.preferences(put({"prompt": "q", "chosen": CALLED[1], "rejected": "-", "tools": [TOOL]}), tokenizer_of(BARE))
+        data.preferences(
+            put({"prompt": "q", "chosen": CALLED[1], "rejected": "-", "tools": [TOOL]}), tokenizer_of(BARE)
+        )
         questions(put({"prompt": "q", "tools": [TOOL]}), tokenizer=tokenizer_of(BARE))
         assert capsys.readouterr().err.count("`tools` that the tokenizer's chat template drops") == 3
 
     def test_what_the_user_says_is_not_dropped(self, put: Any) -> None:
         """It is refused: nothing could be learned."""
         mute = BARE.replace("{{ message.content }}", "")
-        with pytest.raises(SalsaError, match="row 1, messages: the tokenizer's chat template leaves out what the user says in turn 1"):
+        with pytest.raises(
+            SalsaError, match="row 1, messages: the tokenizer's chat template leaves out what the user says in turn 1"
+        ):
             data.demonstrations(put({"messages": turns("xyz", "a")}), tokenizer_of(mute))
 
     def test_arguments_as_text(self, put: Any) -> None:
@@ -362,8 +361,13 @@ class TestTemplates:
 
     def test_a_prompts_tools_and_options_are_in_its_tokens(self, put: Any) -> None:
         tokenizer = tokenizer_of(HERMES + "{{ mood }}")
-        rows = data.prompts(put({"prompt": "q", "tools": json.dumps([TOOL]), "chat_template_kwargs": {"mood": "glad"}}), tokenizer=tokenizer)
-        expected = tokenizer.apply_chat_template(turns("q"), tools=[TOOL], add_generation_prompt=True, mood="glad", tokenize=False)
+        rows = data.prompts(
+            put({"prompt": "q", "tools": json.dumps([TOOL]), "chat_template_kwargs": {"mood": "glad"}}),
+            tokenizer=tokenizer,
+        )
+        expected = tokenizer.apply_chat_template(
+            turns("q"), tools=[TOOL], add_generation_prompt=True, mood="glad", tokenize=False
+        )
         assert tokenizer.decode(data.prompt_tokens(rows[0], tokenizer)) == expected and "glad" in expected
 
 
@@ -372,23 +376,6 @@ def tiny_model() -> Any:
     import tiny
 
     return tiny.make_base(tokenizer_of(HERMES), max_position_embeddings=1024)
-
-
-def by_sft(tokenizer: Any, model: Any, rows: Any, folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels as TRL's SFTTrainer and its collator hand them to the model."""
-    from salsa_peft.sft import leave_out_skipped
-    from trl import SFTConfig, SFTTrainer
-
-    config = SFTConfig(output_dir=str(folder), assistant_only_loss=True, max_length=None, use_cpu=True, bf16=False, report_to="none")
-    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
-    made = trainer.train_dataset
-    if "skipped" in made.column_names:
-        made = made.map(leave_out_skipped, fn_kwargs={"tokenizer": tokenizer})
-    found = []
-    for row in made:
-        batch = trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")}])
-        found.append((batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
-    return found
 
 
 class TestBesideTRL:
@@ -416,34 +403,27 @@ class TestBesideTRL:
     def test_preferences(self, put: Any, tiny_model: Any, tmp_path: Path) -> None:
         """The reward model's rows, and DPO's."""
         from datasets import Dataset, Features, Json
-        from transformers import LlamaForSequenceClassification
-        from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
         tokenizer = tokenizer_of(HERMES)
-        rows: list[Row] = [PAIR, {"prompt": turns("q"), "chosen": [CALLED[1]], "rejected": turns("", "-")[1:], "tools": [TOOL]}]
+        rows: list[Row] = [
+            PAIR,
+            {"prompt": turns("q"), "chosen": [CALLED[1]], "rejected": turns("", "-")[1:], "tools": [TOOL]},
+        ]
         ours = data.dataset(data.preferences(put(*rows), tokenizer))
-        tiny_model.config.num_labels = 1
-        common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
         for place, row in enumerate(rows):
             theirs = Dataset.from_list([row], features=Features({name: Json() for name in row}))
             mine = ours.select([place])
-            classifier = LlamaForSequenceClassification(tiny_model.config)
-            pair = [
-                RewardTrainer(classifier, RewardConfig(**common, max_length=None), train_dataset=one, processing_class=tokenizer).train_dataset[0]
-                for one in (mine, theirs)
-            ]
-            assert pair[0]["chosen_ids"] == pair[1]["chosen_ids"] and pair[0]["rejected_ids"] == pair[1]["rejected_ids"]
-            made = [
-                DPOTrainer(tiny_model, copy.deepcopy(tiny_model), DPOConfig(**common, max_length=None), train_dataset=one, processing_class=tokenizer).train_dataset[0]
-                for one in (mine, theirs)
-            ]
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-                assert made[0][name] == made[1][name]
-            assert made[0]["prompt_ids"] == data.prompt_tokens({"prompt": turns("q"), **{k: v for k, v in row.items() if k == "tools"}}, tokenizer)
+            assert by_reward(tokenizer, tiny_model, mine, tmp_path) == by_reward(
+                tokenizer, tiny_model, theirs, tmp_path
+            )
+            found = by_dpo(tokenizer, tiny_model, mine, tmp_path)
+            assert found == by_dpo(tokenizer, tiny_model, theirs, tmp_path)
+            asked = {"prompt": turns("q"), **({"tools": [TOOL]} if "tools" in row else {})}
+            assert found[0]["prompt_ids"] == data.prompt_tokens(asked, tokenizer)
 
 
 class TestFiles:
-    ROWS = [{"prompt": "a, \"b\"\nc", "completion": "d\u2028e"}, {"prompt": "f", "completion": ""}]
+    ROWS = [{"prompt": 'a, "b"\nc', "completion": "d\u2028e"}, {"prompt": "f", "completion": ""}]
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
     @pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz"])
@@ -470,10 +450,14 @@ class TestFiles:
             path.write_bytes(squeeze(whole))
         expected = [{"messages": turns(row["prompt"], row["completion"])} for row in self.ROWS]
         assert data.demonstrations(Source(path=str(path))) == expected
-        recipe = load_recipe("quickstart", lora="lora", overrides=[f"data.demonstrations={path}", "sft.batch_size=2", "sft.subset=1"])
+        recipe = load_recipe(
+            "quickstart", lora="lora", overrides=[f"data.demonstrations={path}", "sft.batch_size=2", "sft.subset=1"]
+        )
         assert recipe.recipe.data.demonstrations is not None
 
-    @pytest.mark.parametrize("text", ['{"data": [{"prompt": "q"}]}', '{\n "prompt": "q"\n}', '{"prompt": "q"}', '[{"prompt": "q"}]'])
+    @pytest.mark.parametrize(
+        "text", ['{"data": [{"prompt": "q"}]}', '{\n "prompt": "q"\n}', '{"prompt": "q"}', '[{"prompt": "q"}]']
+    )
     def test_forms_of_json(self, tmp_path: Path, text: str) -> None:
         """A list, one object over several lines, rows inside an object."""
         (tmp_path / "x.json").write_text(text)
@@ -552,5 +536,7 @@ class TestFiles:
 
     def test_the_hub_out_of_reach_is_one_line(self) -> None:
         for path in ("me/x", "hf://datasets/me/x", "hf://datasets/me/x/a.jsonl", "hf://datasets/me/x/data/*.parquet"):
-            with pytest.raises(SalsaError, match=r"huggingface.co/datasets/me/x: not in the local cache and the Hub cannot be reached"):
+            with pytest.raises(
+                SalsaError, match=r"huggingface.co/datasets/me/x: not in the local cache and the Hub cannot be reached"
+            ):
                 data.load(Source(path=path))

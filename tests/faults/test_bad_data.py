@@ -54,7 +54,7 @@ DEMONSTRATIONS = "messages, conversations, prompt and completion or instruction 
 PROMPTS = "prompt, messages, conversations, instruction, question or turns"
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "demonstrations": (data.demonstrations, DEMONSTRATION, DEMONSTRATIONS),
-    "preferences": (data.preferences, PAIR, "chosen"),
+    "preferences": (data.preferences, PAIR, "chosen and rejected"),
     "prompts": (data.prompts, PROMPT, PROMPTS),
     "questions": (questions, TURNS, PROMPTS),
 }
