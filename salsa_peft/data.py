@@ -202,6 +202,16 @@ def prompts(
     return rows
 
 
+def check_plain(rows: Sequence[dict[str, Any]], stage: str) -> None:
+    """Raise SalsaError for prompts with options of their own, which TRL's RLOO and GRPO leave out of what they render."""
+    own = [number for number, row in enumerate(rows, 1) if options_of(row)]
+    require(
+        not own,
+        f"data.prompts: found `tools` or `chat_template_kwargs` in {len(own)} rows (the first: row {min(own, default=0)}), which TRL's {stage}"
+        " leaves out of its prompts; take the columns out, or use algorithm ppo",
+    )
+
+
 def asked_of(row: dict[str, Any], where: str) -> Asked:
     """What a row asks: messages before the answer, and the texts of several user's turns where the row has them (`turns`, or `prompt` as
     a list of texts). Raises SalsaError that names `where`."""

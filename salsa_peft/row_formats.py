@@ -99,12 +99,12 @@ def instruction(row: Row, name: str, where: str) -> Messages:
         parts = [text(row, name, where), *([text(row, about, where)] if about else [])]
         asked = [{"role": "user", "content": "\n".join(part for part in parts if part or part is parts[0])}]
         return _history(row, where) + asked
-    return parse_messages(value, f"{where}, {name}")
+    return parse_messages([value] if isinstance(value, dict) else value, f"{where}, {name}")
 
 
 def _history(row: Row, where: str) -> Messages:
-    found = Messages()
-    for pair in row.get("history") or []:
+    found, pairs = Messages(), row.get("history") or []
+    for pair in from_json(pairs, f"{where}, history") if isinstance(pairs, str) else pairs:
         fits = isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
         require(fits, f"{where}, history: found {short(pair)}, expected pairs of a question and its answer")
         found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -119,29 +119,29 @@ def dropped(
     given = dict(options or {})
     text = str(through_template(messages, tokenizer, where, tokenize=False, **given))
 
-    def same(other: Messages, other_options: Mapping[str, Any] = given) -> bool:
+    def shown(other: Messages, **changed: Any) -> bool:
         try:
-            return text == tokenizer.apply_chat_template(other, tokenize=False, **other_options)
+            return text != tokenizer.apply_chat_template(other, tokenize=False, **(given | changed))
         except (TemplateError, TypeError):
-            return False  # it is asked for, so it is read
+            return True  # it is asked for, so it is read
 
     found = []
     for place, message in enumerate(messages):
-        words, role = text_of(message), message["role"]
-        if words.strip() and (role not in SPOKEN or words.strip() not in text):
-            other = _other_words(message)
-            if same([*messages[:place], other, *messages[place + 1 :]]):
-                require(
-                    role not in SPOKEN,
-                    f"{where}: the tokenizer's chat template leaves out what the {role} says in turn {place + 1}, expected one that"
-                    " shows it; set model.chat_template to another",
-                )
-                found.append(f"a {role} turn")
-        for key in message.keys() - {"role", "content"}:
-            without = {name: value for name, value in message.items() if name != key}
-            if message[key] not in (None, "", [], {}) and same([*messages[:place], without, *messages[place + 1 :]]):
-                found.append(FIELD.format(key))
-    if given.get("tools") and same(messages, {**given, "tools": None}):
+        before, behind, role = messages[:place], messages[place + 1 :], message["role"]
+        words = text_of(message).strip()
+        if words and (role not in SPOKEN or words not in text) and not shown([*before, _other_words(message), *behind]):
+            require(
+                role not in SPOKEN,
+                f"{where}: the tokenizer's chat template leaves out what the {role} says in turn {place + 1}, expected one that shows it;"
+                " set model.chat_template to another",
+            )
+            found.append(f"a {role} turn")
+        more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
+        if more and shown([*before, {"role": role, "content": message["content"]}, *behind]):  # some of them: which?
+            rest = {key: {name: value for name, value in message.items() if name != key} for key in more}
+            more = [key for key in more if not shown([*before, rest[key], *behind])]
+        found += map(FIELD.format, more)
+    if given.get("tools") and not shown(messages, tools=None):
         found.append("`tools`")
     return sorted(set(found))
 

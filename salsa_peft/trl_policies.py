@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import adapters, data, models, rewards
-from .config import require
 from .policies import merge, play
 from .reward_model import SPLIT_SEED, accuracy
 from .rollout import pad_responses
@@ -162,12 +161,7 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
     rows = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
-    own = [number for number, row in enumerate(rows, 1) if options_of(row)]
-    require(
-        not own,
-        f"data.prompts: found `tools` or `chat_template_kwargs` in {len(own)} rows (the first: row {min(own, default=0)}), which TRL's"
-        f" {job.unit.stage} leaves out of its prompts; take the columns out, or use algorithm ppo",
-    )
+    data.check_plain(rows, job.unit.stage)
     rows = [{**row, "prompt": in_form(row["prompt"], bench.tokenizer)} for row in rows]
     kept = fitting(job, bench, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)

@@ -9,13 +9,14 @@ import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
-from salsa_peft import data, data_files
-from salsa_peft.config import SalsaError, Source
+from salsa_peft import data, data_checks, data_files
+from salsa_peft.config import Data, SalsaError, Source
 from salsa_peft.parsing import load_recipe
 from salsa_peft.questions import questions
 from salsa_peft.template_fields import form_of
@@ -308,7 +309,7 @@ PARTS = BARE.replace("message.content + eos_token", "message.content[0].text + e
 
 
 class TestTemplates:
-    ROW = {"messages": [*CALLED[:3], {**CALLED[3], "reasoning_content": "thirty-one"}], "tools": [TOOL]}
+    ROW: ClassVar[Row] = {"messages": [*CALLED[:3], {**CALLED[3], "reasoning_content": "thirty-one"}], "tools": [TOOL]}
 
     def test_a_template_that_shows_all(self, put: Any, capsys: Any) -> None:
         tokenizer = tokenizer_of(HERMES)
@@ -422,8 +423,37 @@ class TestBesideTRL:
             assert found[0]["prompt_ids"] == data.prompt_tokens(asked, tokenizer)
 
 
+class TestBeforeAStageBegins:
+    """data_checks.py"""
+
+    def test_prompts_with_tools_are_refused_for_trls_sampling_trainers(self, put: Any) -> None:
+        """Their prompts are rendered without; ours are not."""
+        source = put({"prompt": "q"}, {"prompt": "q", "tools": [TOOL]})
+        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}))
+        data_checks.check(recipe, {"ppo"})
+        with pytest.raises(
+            SalsaError,
+            match=r"data\.prompts: found `tools` or .* in 1 rows \(the first: row 2\), which TRL's rloo leaves out",
+        ):
+            data_checks.check(recipe, {"rloo"})
+
+    @pytest.mark.parametrize("disk", [True, False])
+    def test_folders_are_looked_at_too(self, tmp_path: Path, disk: bool) -> None:
+        import datasets
+
+        folder = tmp_path / "set"
+        made = datasets.Dataset.from_list([{"messages": PLAIN}, {"messages": turns("q")}])
+        folder.mkdir()
+        made.save_to_disk(str(folder)) if disk else made.to_json(str(folder / "train.jsonl"))
+        recipe: Any = SimpleNamespace(
+            data=Data(demonstrations=Source(path=str(folder))), evaluate=SimpleNamespace(prompts={})
+        )
+        with pytest.raises(SalsaError, match="set, row 2, messages: found no assistant turn"):
+            data_checks.check(recipe, {"sft"})
+
+
 class TestFiles:
-    ROWS = [{"prompt": 'a, "b"\nc', "completion": "d\u2028e"}, {"prompt": "f", "completion": ""}]
+    ROWS: ClassVar[list[Row]] = [{"prompt": 'a, "b"\nc', "completion": "d\u2028e"}, {"prompt": "f", "completion": ""}]
 
     @pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
     @pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz"])
@@ -530,7 +560,7 @@ class TestFiles:
             return str(tmp_path / "a.jsonl")
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-        with pytest.raises(SalsaError, match="hf://datasets/me/x@v1/a.jsonl, row 2, prompt: found '3'"):
+        with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found .3."):
             data.prompts(Source(path="hf://datasets/me/x@v1/a.jsonl"))
         assert asked == [("me/x", "a.jsonl", {"repo_type": "dataset", "revision": "v1"})]
 

@@ -33,8 +33,9 @@ def tokenizer_of(template: str) -> Any:
 
 def by_sft(tokenizer: Any, model: Any, rows: Any, folder: Path) -> list[tuple[list[int], list[int]]]:
     """Ids and labels as TRL's SFTTrainer and its collator hand them to the model."""
-    from salsa_peft.sft import leave_out_skipped
     from trl import SFTConfig, SFTTrainer
+
+    from salsa_peft.sft import leave_out_skipped
 
     config = SFTConfig(
         output_dir=str(folder), assistant_only_loss=True, max_length=None, use_cpu=True, bf16=False, report_to="none"
