@@ -172,8 +172,6 @@ def after(asked: Messages, answered: Messages) -> Messages:
     """The answer after what was asked, which stands before it once: an answer that holds its prompt already does not get it again."""
     systems = asked[:1] if asked and asked[0]["role"] == "system" else []
     rest = asked[len(systems) :]
-    if answered[: len(asked)] == asked:
-        return answered
     if answered[0]["role"] not in ("user", "system"):
         return asked + answered
     own = answered[0]["role"] == "system"

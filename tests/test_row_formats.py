@@ -134,6 +134,8 @@ class TestDemonstrations:
             )
         )  # fmt: skip
         assert [row.get("skipped") for row in rows] == [[1], [2], None]
+        history = {"instruction": "i", "output": "o", "history": [["q", "a"]]}
+        assert "skipped" not in data.demonstrations(put(history))[0]
         assert rows[1]["messages"] == turns("q", "a", "r", "b", system="s")
 
     @pytest.mark.parametrize(
@@ -280,7 +282,12 @@ class TestTools:
         """Parquet gives every message the keys of all; templates ask whether one is there."""
         import datasets
 
-        rows = [{"messages": CALLED}, {"messages": PLAIN}]
+        other = {"type": "function", "function": {"name": "sum", "arguments": {"of": [1, 2]}}}
+        rows = [
+            {"messages": CALLED},
+            {"messages": PLAIN},
+            {"messages": [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [other]}]},
+        ]
         datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
         assert data.demonstrations(Source(path=str(tmp_path / "rows.parquet"))) == rows
 
