@@ -72,7 +72,7 @@ def answer(
 
 def _ask(index: int, question: Question, turn: int, found: Known, bench: Workbench) -> Asked:
     messages = question.conversation([found[index, earlier]["response"] for earlier in range(1, turn)])
-    tokens = data.prompt_tokens({"prompt": messages}, bench.tokenizer)
+    tokens = data.prompt_tokens({**question.row, "prompt": messages}, bench.tokenizer)
     generation, longest = bench.recipe.generation, bench.recipe.model.max_length
     room = min(generation.max_new_tokens, longest - len(tokens)) if turn > 1 else generation.max_new_tokens
     chosen = temperature(question, bench.recipe.evaluate.temperature, generation.temperature)
@@ -151,7 +151,7 @@ def _rows(
 
 def fitting_questions(job: Job, bench: Workbench, questions: Sequence[Question]) -> list[Question]:
     """Those whose first turn leaves room for a whole answer within model.max_length; the others are noted. Raises SalsaError for none."""
-    rows = [{"prompt": question.messages, "question": question} for question in questions]
+    rows = [{**question.row, "prompt": question.messages, "question": question} for question in questions]
     return [row["question"] for row in fitting(job, bench, rows)]
 
 

@@ -25,6 +25,7 @@ from .hub_errors import said_in_a_line
 from .models import device, positions, resolve_dtype
 from .reward_kinds import OWN_FUNCTION
 from .room import Room
+from .template_fields import in_form, options_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,10 +101,12 @@ class ClassifierReward:
                 text = row["prompt"] + (both[len(prompt) :] if both.startswith(prompt) else answer)
                 sequences.append(list(self.tokenizer(text)["input_ids"]))  # type: ignore[call-overload]
             else:
-                sequences.append(self._chat([*row["prompt"], {"role": "assistant", "content": answer}]))
+                sequences.append(
+                    self._chat([*row["prompt"], {"role": "assistant", "content": answer}], options_of(row))
+                )
         return sequences
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _chat(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         require(
             self.tokenizer.chat_template is not None,
             f"reward {self.name}: found messages, but its tokenizer has no chat template; expected text prompts, or a classifier"
@@ -111,7 +114,7 @@ class ClassifierReward:
         )
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                check_messages(messages, f"reward {self.name}"), return_dict=True
+                in_form(check_messages(messages, f"reward {self.name}"), self.tokenizer), return_dict=True, **options
             )
         except TemplateError as error:
             raise SalsaError(f"reward {self.name}: its chat template refuses a conversation: {error}") from error

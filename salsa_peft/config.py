@@ -68,7 +68,7 @@ class Source:
     """A dataset: a Hub id, a local folder or a local jsonl file (a bare string is its path)."""
 
     path: str
-    """Hub id, folder, or .jsonl / .json / .parquet file; relative to the recipe's folder (`--set`: to the current one)."""
+    """Hub id, hf://datasets/ path, folder, or a file (data_files.FILES); relative to the recipe's folder (`--set`: to the current one)."""
     name: str | None = None
     """The Hub dataset's configuration."""
     split: str = "train"
@@ -124,11 +124,11 @@ class Data:
     """What is trained on. None: the embedded world's own."""
 
     demonstrations: DataSource | None = None
-    """SFT: rows with `messages` (chats that end with the assistant)."""
+    """SFT: rows with `messages`, or another of the shapes in row_formats.py."""
     preferences: DataSource | None = None
-    """Reward model: rows with `chosen` and `rejected` (and `prompt`, unless the two hold it)."""
+    """Reward model: rows with `chosen` and `rejected` (and `prompt` or another column of row_formats.py, unless the two hold it)."""
     prompts: DataSource | None = None
-    """PPO: rows with `prompt` (or `messages`, whose last assistant turn is dropped)."""
+    """PPO: rows with `prompt` (or `messages`, whose last assistant turn is dropped, or another of the shapes in row_formats.py)."""
     held_out: DataSource | None = None
     """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
 

@@ -1,27 +1,31 @@
 """Datasets → demonstrations, preferences, prompts, in one form each: lists of messages (or text, for prompts).
 
-A row that does not fit is refused by its number and column, never dropped in silence; what is odd and may be meant is said once.
+Which columns are read: row_formats.py. A row that does not fit is refused by its number and column, never dropped in silence; what is odd
+and may be meant is said once.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from .config import Recipe, SalsaError, Source, require
+from . import row_formats
+from .config import Recipe, Source, require
 from .data_files import FILES as FILES
 from .data_files import check_characters
 from .data_files import load as load
-from .messages import one_line
+from .message_formats import Messages as Messages
+from .message_formats import parse_messages as check_messages
+from .row_formats import Asked
+from .template_fields import CALLS, dropped, in_form, options_of, text_of, through_template
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
 TOY = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts", "held_out")}
 TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 
@@ -39,27 +43,6 @@ def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
     return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
 
 
-def check_messages(value: Any, where: str) -> Messages:
-    """Messages as {role, content} of text only. Raises SalsaError that names `where`."""
-    fits = isinstance(value, list) and bool(value) and all(isinstance(m, dict) for m in value)
-    require(fits, f"{where}: found {str(value)[:60]!r}, expected a list of {{role, content}} messages")
-    for message in value:
-        for key in ("role", "content"):
-            text = message.get(key)
-            require(isinstance(text, str), f"{where}: found {key} {str(text)[:60]!r}, expected text")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def column(row: dict[str, Any], names: Sequence[str], where: str) -> str:
-    """The first of `names` that the row has. Raises SalsaError that says what it has."""
-    for name in names:
-        if row.get(name) is not None:
-            return name
-    found = f"columns {one_line(', '.join(sorted(row)))}" if row else "no columns"
-    null = "".join(f"; {name} is null" for name in names if name in row)
-    raise SalsaError(f"{where}: found {found}, expected {' or '.join(names)}{null}")
-
-
 def note(path: str, numbers: Sequence[int], rows: int, what: str) -> None:
     """Say once what holds for the rows with these numbers."""
     if numbers:
@@ -67,97 +50,115 @@ def note(path: str, numbers: Sequence[int], rows: int, what: str) -> None:
         print(told, file=sys.stderr, flush=True)
 
 
-DROPPED = "have a system turn that the tokenizer's chat template drops: the model does not see it"
+DROPS = "have {} that the tokenizer's chat template drops: the model does not see it"
+DROPPED = DROPS.format("a system turn")
 EMPTY_ANSWER = "have an empty answer: a model learns from it to say nothing"
 EMPTY_PROMPT = "have an empty prompt"
 SAME = "left out: chosen and rejected are the same, which says nothing"
+UNDESIRABLE = "left out: their label is false, an answer that nobody wants (KTO's)"
+TAKEN_OFF = (
+    "have a chosen and a rejected text that begin with the prompt: it is taken off them, and stands before them once"
+)
+FOREIGN = "have a prompt column that chosen does not begin with: it is not read, chosen and rejected hold their own"
+NO_INPUT = "have an input that says there is none: it is in the prompt as it stands"
+MORE_SYSTEM = "have a system turn in their chats that `prompt` has not: the prompt is asked without it"
+NOTHING = ("no input", "noinput", "<noinput>", "n/a", "none")
+"""What some Alpaca rows have in `input` for none."""
 
 
-def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
-    """What apply_chat_template gives. Raises SalsaError that names `where` for a tokenizer without a template, or one that refuses."""
-    require(
-        tokenizer.chat_template is not None,
-        f"{where}: found messages, but the tokenizer has no chat template; expected text, or set one",
-    )
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
-        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+class Odd:
+    """What is odd in a source's rows, said once for each kind with the number of rows."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.rows = path, defaultdict[str, list[int]](list)
+
+    def add(self, number: int, what: str, holds: object = True) -> None:
+        """Row `number`, where it holds."""
+        if holds:
+            self.rows[what].append(number)
+
+    def drops(self, number: int, fields: Sequence[str]) -> None:
+        """What the template leaves out of a row."""
+        for field in fields:
+            self.add(number, DROPS.format(field))
+
+    def tell(self, rows: int) -> None:
+        """Says it; `rows` is the number of all."""
+        for what, numbers in self.rows.items():
+            note(self.path, numbers, rows, what)
 
 
-def drops(messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str) -> bool:
-    """Whether the template drops the system turns: other words in them give the same text. Raises SalsaError for what it refuses.
-
-    Without a tokenizer False.
-    """
-    if tokenizer is None:
-        return False
-    text = through_template(messages, tokenizer, where, tokenize=False)
-    given = [message["role"] == "system" and bool(message["content"].strip()) for message in messages]
-    other = [
-        {**message, "content": f"{message['content']} – other"} if system else message
-        for message, system in zip(messages, given, strict=True)
-    ]
-    return any(given) and text == through_template(other, tokenizer, where, tokenize=False)
-
-
-def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Messages]]:
+def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
     """→ rows {messages}, each with an assistant's turn; a chat's turns after the last such turn are cut off.
 
-    tokenizer: whose chat template each row is tried on.
+    With `tools` and `chat_template_kwargs` where the data has them, and `skipped`: the positions of the assistant's turns that the loss
+    leaves out. tokenizer: whose chat template each row is tried on, and in whose form messages come.
     """
-    rows, empty, dropped = [], [], []
-    for number, row in load(source):
-        where = f"{source.path}, row {number}"
-        name = column(row, ["messages"], where)
-        messages = check_messages(row[name], f"{where}, {name}")
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        require(bool(messages), f"{where}, {name}: found no assistant turn, expected at least one")
-        empty += [number] * any(m["role"] == "assistant" and not m["content"].strip() for m in messages)
-        dropped += [number] * drops(messages, tokenizer, f"{where}, {name}")
-        rows.append({"messages": messages})
-    note(source.path, empty, len(rows), EMPTY_ANSWER)
-    note(source.path, dropped, len(rows), DROPPED)
-    return rows
-
-
-def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Messages]]:
-    """→ rows {chosen, rejected}, whole chats that start with the prompt (TRL's implicit-prompt form); pairs of equals are left out, and told.
-
-    `prompt` may be messages, or text (one user turn); it is put before answers that don't hold it already. tokenizer: whose chat
-    template each row is tried on.
-    """
-    rows, same, empty, dropped = [], [], [], []
+    rows, odd = [], Odd(source.path)
     loaded = load(source)
     for number, row in loaded:
         where = f"{source.path}, row {number}"
-        pair = {}
-        for name in ("chosen", "rejected"):
-            answer = row[column(row, [name], where)]
-            if isinstance(answer, str):
-                answer = [{"role": "assistant", "content": answer}]
-            answer = check_messages(answer, f"{where}, {name}")
-            if answer[0]["role"] == "assistant":
-                asked = as_messages(row[column(row, ["prompt"], where)], f"{where}, prompt")
-                check_asks(asked, f"{where}, prompt")
-                answer = asked + answer
-            require(
-                answer[-1]["role"] == "assistant",
-                f"{where}, {name}: found a last turn of {answer[-1]['role']}, expected assistant",
-            )
-            pair[name] = answer
-        if pair["chosen"] == pair["rejected"]:
-            same.append(number)
+        found, more = row_formats.demonstration(row, where), row_formats.extras(row, where)
+        if row_formats.undesirable(row):
+            odd.add(number, UNDESIRABLE)
             continue
-        check_same_prompt(pair["chosen"], pair["rejected"], f"{where}, rejected")
-        empty += [number] * (not pair["chosen"][-1]["content"].strip())
-        lost = [drops(chat, tokenizer, f"{where}, {name}") for name, chat in pair.items()]
-        dropped += [number] * any(lost)
-        rows.append(pair)
-    note(source.path, same, len(loaded), SAME)
-    note(source.path, empty, len(loaded), EMPTY_ANSWER)
-    note(source.path, dropped, len(loaded), DROPPED)
+        messages = list(found.messages)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        require(bool(messages), f"{where}, {found.name}: found no assistant turn, expected at least one")
+        skipped = [place for place in found.skipped if place < len(messages)]
+        spoken = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        require(
+            len(skipped) < len(spoken),
+            f"{where}, {found.name}: found no assistant turn with a weight, expected at least one",
+        )
+        odd.add(number, NO_INPUT, str(row.get("input")).strip().lower() in NOTHING and row.get("input") is not None)
+        messages = in_form(messages, tokenizer)
+        fields = dropped(messages, tokenizer, f"{where}, {found.name}", options_of(more))
+        odd.drops(number, fields)
+        calls = CALLS not in fields
+        odd.add(number, EMPTY_ANSWER, any(is_empty(messages[place], calls) for place in spoken if place not in skipped))
+        rows.append({"messages": messages, **more, **({"skipped": skipped} if skipped else {})})
+    odd.tell(len(loaded))
+    require(bool(rows), f"{source.path}: found a label of false in every row, expected demonstrations to learn from")
+    return rows
+
+
+def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
+    """Whether a turn says nothing and calls nothing; calls: whether the template shows a call."""
+    return not text_of(message).strip() and not (calls and message.get("tool_calls"))
+
+
+def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
+    """→ rows {chosen, rejected}, whole chats that start with the prompt (TRL's implicit-prompt form); pairs of equals are left out, and told.
+
+    The prompt, where it has a column, is put before answers that don't hold it already. With `tools` and `chat_template_kwargs` where the
+    data has them. tokenizer: whose chat template each row is tried on, and in whose form messages come.
+    """
+    rows, odd = [], Odd(source.path)
+    loaded = load(source)
+    for number, row in loaded:
+        where = f"{source.path}, row {number}"
+        pair, more = row_formats.preference(row, where), row_formats.extras(row, where)
+        sides = dict(zip(("chosen", "rejected"), pair[:2], strict=True))
+        for name, chat in zip(pair.names, sides.values(), strict=True):
+            last = chat[-1]["role"]
+            require(last == "assistant", f"{where}, {name}: found a last turn of {last}, expected assistant")
+        odd.add(number, TAKEN_OFF, pair.taken_off)
+        if pair.chosen == pair.rejected:
+            odd.add(number, SAME)
+            continue
+        check_same_prompt(pair.chosen, pair.rejected, f"{where}, {pair.names[1]}")
+        odd.add(number, EMPTY_ANSWER, is_empty(pair.chosen[-1]))
+        odd.add(number, FOREIGN, row_formats.foreign_prompt(pair))
+        sides = {name: in_form(chat, tokenizer) for name, chat in sides.items()}
+        told = [
+            dropped(chat, tokenizer, f"{where}, {name}", options_of(more))
+            for name, chat in zip(pair.names, sides.values(), strict=True)
+        ]
+        odd.drops(number, sorted({field for fields in told for field in fields}))
+        rows.append({**sides, **more})
+    odd.tell(len(loaded))
     require(bool(rows), f"{source.path}: found chosen and rejected the same in every row, expected pairs that differ")
     return rows
 
@@ -179,80 +180,87 @@ def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
     )
 
 
-def as_messages(prompt: Any, where: str) -> Messages:
-    """Text → one user turn; messages stay."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt, where)
-
-
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
     """→ rows {prompt}, messages that end before the assistant speaks; with `columns`, the row's others too, for a reward function.
 
-    Of several turns the first. tokenizer: whose chat template each row is tried on.
+    Of several turns the first. With `tools` and `chat_template_kwargs` where the data has them. tokenizer: whose chat template each row
+    is tried on.
     """
-    rows, empty, dropped = [], [], []
+    rows, odd = [], Odd(source.path)
     for number, row in load(source):
         where = f"{source.path}, row {number}"
-        messages, turns = conversation(row, where)
-        empty += [number] * (not turns[0].strip())
-        dropped += [number] * drops(messages, tokenizer, f"{where}, {asking(row, where)}")
-        rows.append({**row, "prompt": messages} if columns else {"prompt": messages})
-    note(source.path, empty, len(rows), EMPTY_PROMPT)
-    note(source.path, dropped, len(rows), DROPPED)
+        asked, more = asked_of(row, where), row_formats.extras(row, where)
+        odd.add(number, EMPTY_PROMPT, not (asked.turns or (asked.messages[-1]["content"],))[0].strip())
+        odd.add(number, MORE_SYSTEM, row_formats.more_system(row, asked))
+        odd.drops(
+            number, dropped(in_form(asked.messages, tokenizer), tokenizer, f"{where}, {asked.name}", options_of(more))
+        )
+        rows.append({**(row if columns else {}), "prompt": asked.messages, **more})
+    odd.tell(len(rows))
     return rows
 
 
-def asking(row: dict[str, Any], where: str) -> str:
-    """The column that holds a row's prompt."""
-    return column(row, ["prompt", "messages", "turns"], where)
+def check_plain(rows: Sequence[dict[str, Any]], stage: str) -> None:
+    """Raise SalsaError for prompts with options of their own, which TRL's RLOO and GRPO leave out of what they render."""
+    own = [number for number, row in enumerate(rows, 1) if options_of(row)]
+    require(
+        not own,
+        f"data.prompts: found `tools` or `chat_template_kwargs` in {len(own)} rows (the first: row {min(own, default=0)}), which TRL's {stage}"
+        " leaves out of its prompts; take the columns out, or use algorithm ppo",
+    )
 
 
-def conversation(row: dict[str, Any], where: str) -> tuple[Messages, tuple[str, ...]]:
-    """A row → the messages before the first answer, and the texts of all user's turns that are answered, the first of them among the messages.
-
-    Columns: `prompt` (messages, text, or the texts of several turns), else `messages` (its last assistant turn and what follows is cut
-    off), else `turns` (texts, or {content}). Raises SalsaError that names `where`.
-    """
-    name = asking(row, where)
-    value = row[name]
-    if name == "turns" or (isinstance(value, list) and value and all(isinstance(turn, str) for turn in value)):
-        require(
-            isinstance(value, list) and bool(value),
-            f"{where}, {name}: found {str(value)[:60]!r}, expected a list of user's turns",
-        )
-        turns = []
-        for turn in value:
-            text = turn.get("content") if isinstance(turn, dict) else turn
-            require(isinstance(text, str), f"{where}, {name}: found {str(text)[:60]!r}, expected text")
-            turns.append(str(text))
-        return as_messages(turns[0], f"{where}, {name}"), tuple(turns)
-    messages = as_messages(value, f"{where}, {name}")
-    while name == "messages" and messages and messages[-1]["role"] != "user":
-        messages.pop()
-    require(bool(messages), f"{where}, {name}: found no user turn, expected one")
-    check_asks(messages, f"{where}, {name}")
-    return messages, (messages[-1]["content"],)
+def asked_of(row: dict[str, Any], where: str) -> Asked:
+    """What a row asks: messages before the answer, and the texts of several user's turns where the row has them (`turns`, or `prompt` as
+    a list of texts). Raises SalsaError that names `where`."""
+    asked = row_formats.prompt(row, where)
+    check_asks(asked.messages, f"{where}, {asked.name}")
+    return asked
 
 
 def prompt_tokens(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int | None = None, name: str = "prompts"
 ) -> list[int]:
-    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template; text as it is, with BOS.
+    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template, with the row's `tools` and
+    `chat_template_kwargs`; text as it is, with BOS.
 
     number, name: the row's and its data set's, for messages.
     """
     if "input_ids" in row:
         return list(row["input_ids"])
     where = name if number is None else f"{name}, row {number}"
-    prompt = row[column(row, ["prompt"], where)]
+    if row.get("prompt") is None:
+        raise row_formats.absent(row, "prompt", where, ["prompt"])
+    prompt = row["prompt"]
     check_characters(prompt, f"{where}, prompt")
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    messages = check_messages(prompt, f"{where}, prompt")
-    encoded = through_template(messages, tokenizer, f"{where}, prompt", add_generation_prompt=True, return_dict=True)
+    messages = in_form(check_messages(prompt, f"{where}, prompt"), tokenizer)
+    options = options_of(row) | {"add_generation_prompt": True, "return_dict": True}
+    encoded = through_template(messages, tokenizer, f"{where}, prompt", **options)
     return list(encoded["input_ids"])
+
+
+def dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows as TRL's trainers take them. Chats, tools and options are JSON in Arrow: as structs every object would get the keys of all, and
+    arguments that differ in type would be refused."""
+    from datasets import Dataset, Features, Json, concatenate_datasets
+
+    nested = [name for name in NESTED if any(name in row for row in rows)]
+    default: dict[str, Any] = {"chat_template_kwargs": {}}
+    chats = {name: [row.get(name, default.get(name)) for row in rows] for name in nested}
+    others = [{name: value for name, value in row.items() if name not in NESTED} for row in rows]
+    parts = [Dataset.from_dict(chats, features=Features({name: Json() for name in nested}))]
+    if any(others):
+        parts.append(Dataset.from_list(others, on_mixed_types="use_json"))
+    return concatenate_datasets(parts, axis=1)
+
+
+NESTED = ("messages", "chosen", "rejected", "prompt", "tools", "chat_template_kwargs", "skipped")
+"""Columns of ours whose values are lists and objects."""
 
 
 def show(prompt: Messages) -> str:

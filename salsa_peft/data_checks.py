@@ -9,15 +9,16 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from . import data
 from .config import Recipe, Source
-from .data_files import FILES
+from .data_files import file_kind
 from .questions import questions
 
 LARGEST = 300_000_000
-"""Bytes of a file that is read for it: a few seconds."""
+"""Bytes of a file, or of a folder's files, that are read for it: a few seconds."""
 READ = {
     "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
@@ -39,11 +40,15 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
     for kind, reader in READERS.items():
         sources = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
         for source in sources if kind in kinds else ():
-            if source is not None and _is_small_file(source.path):
+            if source is not None and _is_small(source.path):
                 with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
-                    reader(source)
+                    rows = reader(source)
+                for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
+                    data.check_plain(rows, stage)
 
 
-def _is_small_file(path: str) -> bool:
-    suffix = os.path.splitext(path)[1].lower()
-    return suffix in FILES and os.path.isfile(path) and os.path.getsize(path) <= LARGEST
+def _is_small(path: str) -> bool:
+    """Whether a path is a local file, or a folder of data, of at most LARGEST bytes."""
+    if os.path.isdir(path):
+        return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()) <= LARGEST
+    return file_kind(path) is not None and os.path.isfile(path) and os.path.getsize(path) <= LARGEST

@@ -1,17 +1,32 @@
-"""A source's rows with their numbers: jsonl, JSON and Parquet files, folders and the Hub; what can't be read is named in a line."""
+"""A source's rows with their numbers: files, folders, the Hub; what can't be read is named in a line."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import csv
+import gzip
+import io
 import json
+import lzma
 import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .config import SalsaError, Source, require
-from .messages import one_line
+from .messages import one_line, short
 
 SHUFFLE_SEED = 20_241
+HF = "hf://datasets/"
+"""Begins the Hub's own paths: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
+HF_PATH = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?\Z")
+WRAPPED = re.compile(r'\A\{\s*"(?!messages|conversations?"|prompt"|turns)\w+"\s*:\s*\[(?=\s*\{)')
+"""Begins a JSON file whose rows are in a list under a key of their own, such as {"data": [{…}, …]}; a chat's own list is none."""
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""Suffix of packed files → what opens them."""
 
 
 def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
@@ -20,19 +35,52 @@ def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
 
     Local files are read here: datasets' cache goes by path and time, and its errors name no row.
     """
-    if Path(source.path).suffix.lower() in FILES:
-        try:
-            rows = FILES[Path(source.path).suffix.lower()](Path(source.path))
-        except OSError as error:
-            raise SalsaError(f"{source.path}: cannot be read: {error.strerror or one_line(error)}") from error
-    else:
-        rows = _dataset(source)
+    rows: Any = _rows(source)
     require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
     places = list(range(len(rows)))
     if source.limit is not None and source.limit < len(rows):
         random.Random(SHUFFLE_SEED).shuffle(places)
     chosen = ((place + 1, rows[place]) for place in places[: source.limit])
     return [(number, as_row(row, f"{source.path}, row {number}")) for number, row in chosen]
+
+
+def _rows(source: Source) -> Any:
+    """The rows of a file, or of what datasets reads."""
+    if file_kind(source.path) is None or Path(source.path).is_dir():
+        return _Table(_dataset(source))
+    return read_file(_fetched(source) if source.path.startswith(HF) else source.path)
+
+
+class _Table:
+    """Rows of a datasets.Dataset, each read when it is asked for."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return without_empty_keys(self.dataset[place])
+
+
+def file_kind(path: str) -> str | None:
+    """The suffix by which a file is read, .jsonl of X.JSONL.gz; None for what is no data file by its name. A pattern (*) is none."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in OPEN:
+        suffixes.pop()
+    found = suffixes[-1] if suffixes else ""
+    return found if found in FILES and "*" not in path else None
+
+
+def read_file(path: str) -> list[Any]:
+    """The rows of a file, those of jsonl as its lines. Raises SalsaError for what can't be read."""
+    kind = file_kind(path)
+    assert kind is not None, path
+    try:
+        return FILES[kind](Path(path))
+    except OSError as error:
+        raise SalsaError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def as_row(row: Any, where: str) -> dict[str, Any]:
@@ -58,9 +106,36 @@ def check_characters(value: Any, where: str) -> None:
         ) from error
 
 
+def without_empty_keys(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose objects lack their null keys: Arrow gives each object of a column the keys of all, and templates ask whether one is there.
+
+    As TRL's remove_none_values, which imports torch. The columns themselves stay.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(one) for one in value]
+        if isinstance(value, dict):
+            return {key: clean(one) for key, one in value.items() if one is not None}
+        return value
+
+    return {name: clean(value) for name, value in row.items()}
+
+
+def open_bytes(path: Path) -> Any:
+    """A file to read, unpacked."""
+    return OPEN.get(path.suffix.lower(), open)(path, "rb")
+
+
 def _text(path: Path) -> bytes:
-    """Without a byte order mark. Raises SalsaError for UTF-16, whose lines are none of UTF-8's."""
-    text = path.read_bytes()
+    """Unpacked, without a byte order mark. Raises SalsaError for UTF-16, whose lines are none of UTF-8's."""
+    try:
+        with open_bytes(path) as file:
+            text = bytes(file.read())
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise SalsaError(
+            f"{path}: cannot be unpacked: {one_line(error)}; copy it again, or unpack it yourself"
+        ) from error
     wide = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     require(not wide, f"{path}: found UTF-16, expected UTF-8; save it as that")
     return text.removeprefix(codecs.BOM_UTF8)
@@ -71,34 +146,114 @@ def _lines(path: Path) -> list[Any]:
 
 
 def _json(path: Path) -> list[Any]:
-    """A list of objects, or one object after another."""
-    if not _text(path).lstrip().startswith(b"["):
+    """A list of objects, one object over several lines, an object that holds such a list alone ({"data": […]}), or an object a line."""
+    text = _text(path)
+    if not text.lstrip().startswith((b"[", b"{")):
         return _lines(path)
     try:
-        return list(json.loads(_text(path)))
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith(b"{"):
+            return _lines(path)
         raise SalsaError(f"{path}: found no JSON ({one_line(error)}), expected a list of objects") from error
+    if isinstance(found, dict) and len(found) == 1 and WRAPPED.match(text.decode().lstrip()):
+        found = next(iter(found.values()))
+    return [found] if isinstance(found, dict) else list(found)
+
+
+def table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
+    """The rows of csv, or of tsv, whose columns are all text. Raises csv.Error, and SalsaError for a row of more fields than the header has."""
+    csv.field_size_limit(2**31 - 1)
+    tab = "\t" if file_kind(str(path)) == ".tsv" else ","
+    for number, row in enumerate(csv.DictReader(text, delimiter=tab, strict=True), 1):
+        require(
+            None not in row,
+            f"{path}, row {number}: found more fields than the header's, expected as many; put text with commas in quotes",
+        )
+        yield row
+
+
+def _table(path: Path) -> list[Any]:
+    try:
+        return list(table(path, io.StringIO(_text(path).decode(), newline="")))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SalsaError(f"{path}: found no table ({one_line(error)}), expected a header and rows, in UTF-8") from error
 
 
 def _parquet(path: Path) -> list[Any]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        return list(parquet.read_table(path).to_pylist())
+        return [without_empty_keys(row) for row in parquet.read_table(path).to_pylist()]
     except ArrowInvalid as error:
         raise SalsaError(f"{path}: found no Parquet ({one_line(error)}), expected a table") from error
 
 
+def _hub_path(source: Source) -> tuple[str, str | None, str]:
+    """An hf:// path → repository, revision, what is in it. Raises SalsaError for another form."""
+    match = HF_PATH.match(source.path)
+    require(
+        match is not None,
+        f"{source.path}: found {short(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
+    )
+    assert match is not None
+    return match[1], match[2] or source.revision, match[3] or ""
+
+
+def _fetched(source: Source) -> str:
+    """The local copy of one file of the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    from .hub_errors import said_in_a_line
+
+    repository, revision, file = _hub_path(source)
+    with said_in_a_line(f"datasets/{repository}"):
+        return str(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+
+
 def _dataset(source: Source) -> Any:
-    """A folder's or the Hub's."""
-    from datasets import load_dataset
+    """A folder's or the Hub's, read by datasets. Raises SalsaError with what it says."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
+    from .hub_errors import explain
+
+    folder = Path(source.path)
     try:
-        return load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):  # save_to_disk's
+            found: Any = load_from_disk(source.path)
+        elif source.path.startswith(HF):
+            repository, revision, inside = _hub_path(source)
+            part = {"data_files": inside} if "*" in inside else {"data_dir": inside or None}
+            found = load_dataset(repository, source.name, split=source.split, revision=revision, **part)
+        else:
+            found = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except DatasetGenerationError as error:
         why = one_line(error.__cause__ or error)
         raise SalsaError(f"{source.path}: found a file that does not parse ({why}), expected rows alike") from error
+    except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+        line = explain(error, f"datasets/{source.path.removeprefix(HF)}")
+        raise SalsaError(line or f"{source.path}: cannot be read as {_wanted(source)}: {one_line(error)}") from error
+    if isinstance(found, DatasetDict):
+        splits = ", ".join(found)
+        require(source.split in found, f"{source.path}: found the splits {splits}, expected `split` to be one of them")
+        found = found[source.split]
+    assert isinstance(found, Dataset)
+    return found
 
 
-FILES = {".jsonl": _lines, ".json": _json, ".parquet": _parquet}
+def _wanted(source: Source) -> str:
+    name = "" if source.name is None else f", name {short(source.name)}"
+    return f"a data set (split {short(source.split)}{name})"
+
+
+FILES: dict[str, Callable[[Path], list[Any]]] = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".csv": _table,
+    ".tsv": _table,
+}
+KINDS = "a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+"""What a source may be, for messages."""

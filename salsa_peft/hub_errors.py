@@ -91,8 +91,10 @@ def _page(error: BaseException | None, text: str) -> str:
             r"https?://[^/\s]+/(?!docs/)(?:api/)?(?:(models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)(?:/|\s|$)", text
         )
         match = (
-            match or re.search(r"(Dataset) '([\w./-]+)'", text) or re.search(r"()['`\"]([\w.-]+/[\w.-]+)['`\"]", text)
+            match
+            or re.search(r"(Dataset|Couldn't reach) '([\w./-]+)'", text)
+            or re.search(r"()['`\"]([\w.-]+/[\w.-]+)['`\"]", text)
         )
         kind, name = (match[1], match[2]) if match else (None, None)
-    prefix = "datasets/" if kind and kind.lower().startswith("dataset") else ""
+    prefix = "datasets/" if kind and kind.lower().startswith(("dataset", "couldn't")) else ""
     return f"{WEB}{prefix}{name}" if name else UNKNOWN

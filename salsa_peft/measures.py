@@ -24,6 +24,7 @@ from .logprobs import head_of, token_logprobs
 from .models import causal_lm, hidden_states, load_base, load_tokenizer
 from .soup_options import MEASURES
 from .stacked_adapter import StackedAdapter
+from .template_fields import in_form, options_of, without_skipped
 from .workbench import Workbench, fitting
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class SFTLoss:
     def __init__(self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
                  batch_size: int) -> None:  # fmt: skip
         self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
-        encoded = [_encode(row["messages"], tokenizer, max_length) for row in rows]
+        encoded = [_encode(row, tokenizer, max_length) for row in rows]
         self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
         self.left_out = len(encoded) - len(self.chats)
         require(
@@ -97,10 +98,14 @@ class SFTLoss:
         return found.logprobs.sum() / self.tokens
 
 
-def _encode(messages: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
-    """Token ids and, for each, whether it is the assistant's."""
-    done: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return list(done["input_ids"])[:max_length], list(done["assistant_masks"])[:max_length]
+def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+    """Token ids and, for each, whether it is the assistant's and counts."""
+    row = {**row, "messages": in_form(row["messages"], tokenizer)}
+    options = options_of(row) | {"return_dict": True, "return_assistant_tokens_mask": True}
+    done: Any = tokenizer.apply_chat_template(row["messages"], **options)
+    ids, mask = list(done["input_ids"]), list(done["assistant_masks"])
+    mask = without_skipped(row, ids, mask, tokenizer, left_out=0)
+    return ids[:max_length], mask[:max_length]
 
 
 class RewardScore:

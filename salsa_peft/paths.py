@@ -6,33 +6,39 @@ Every refusal is a SalsaError `key: found …, expected …`. What the Hub holds
 from __future__ import annotations
 
 import copy
+import csv
 import functools
 import importlib
+import io
 import json
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from salsa_peft import row_formats
 from salsa_peft.config import NAME, SEED, Recipe, SalsaError, Source, require
+from salsa_peft.data_files import FILES, HF, HF_PATH, KINDS, OPEN, WRAPPED, file_kind, open_bytes, read_file, table
 from salsa_peft.messages import path_text, short
 from salsa_peft.reward_kinds import placed
 from salsa_peft.soup_options import placed_measure
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".yaml")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-COLUMNS = {
-    "demonstrations": ("`messages`", [{"messages"}]),
-    "preferences": ("`chosen` and `rejected`", [{"chosen", "rejected"}]),
-    "prompts": ("`prompt`, `messages` or `turns`", [{"prompt"}, {"messages"}, {"turns"}]),
-    "held_out": ("`messages`", [{"messages"}]),
+LOCAL_SUFFIXES = (*FILES, *OPEN, ".jinja", ".yaml")
+ROWS = {
+    "demonstrations": "demonstrations",
+    "preferences": "preferences",
+    "prompts": "prompts",
+    "held_out": "demonstrations",
 }
+"""Key of `data` → the kind of its rows."""
 COUNTABLE = 500_000_000
 """Bytes of a file that is read to count its rows; of one JSON list a tenth."""
 EXPECTED_ROWS = "expected one JSON object a line"
-EXPECTED_DATA = "a .jsonl, .json or .parquet file, a folder or a Hub id"
+EXPECTED_DATA = KINDS
 
 
 def bundled(kind: str) -> Path:
@@ -88,6 +94,8 @@ def _change(data: dict[str, Any], section: str, key: str, change: Callable[[Any]
 def _path(value: Any, folder: str) -> Any:
     if not isinstance(value, str) or not value or "\0" in value:
         return value
+    if value.startswith("hf://"):
+        return value
     path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     looks_local = value[0] in "./~" or value.lower().endswith(LOCAL_SUFFIXES) or value.count("/") > 1
     return path if looks_local or os.path.exists(path) else value
@@ -134,10 +142,10 @@ def _judge(value: Any, folder: str) -> Any:
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
     """(key, kind, source) of every dataset that the recipe names."""
-    for kind in COLUMNS:
+    for kind in ROWS:
         source = getattr(recipe.data, kind)
         if source is not None:
-            yield f"data.{kind}", kind, source
+            yield f"data.{kind}", ROWS[kind], source
     for name, source in recipe.evaluate.prompts.items():
         yield f"evaluate.prompts.{name}", "prompts", source
 
@@ -161,10 +169,15 @@ def check_files(recipe: Recipe) -> None:
                 f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
             )
             require(
-                source.path.lower().endswith(DATA_SUFFIXES),
+                file_kind(source.path) is not None,
                 f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
             )
             _check_columns(key, kind, source.path)
+        elif source.path.startswith("hf://"):
+            require(
+                HF_PATH.match(source.path) is not None,
+                f"{key}: found {path_text(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
+            )
         elif not is_local(source.path):
             _check_hub_id(key, source.path, EXPECTED_DATA)
 
@@ -183,9 +196,10 @@ def _check_hub_id(where: str, value: str, expected: str) -> None:
     require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
 
 
-def count_rows(source: Source) -> int | None:
-    """Rows of a local file (at most its limit); None where they are not known before the stage starts, or would take long to count."""
-    if not is_local(source.path) or not os.path.isfile(source.path):
+def count_rows(source: Source | None) -> int | None:
+    """Rows of a local file (at most its limit); None where they are not known before the stage starts, would take long to count, or there
+    is no source."""
+    if source is None or not is_local(source.path) or not os.path.isfile(source.path):
         return None
     status = os.stat(source.path)
     rows = _count(source.path, status.st_size, status.st_mtime_ns)
@@ -198,43 +212,45 @@ def _count(path: str, size: int, _: int) -> int | None:
     try:
         if path.lower().endswith(".parquet"):
             return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
-        if size > COUNTABLE:
+        if size > COUNTABLE or not path.lower().endswith((".jsonl", ".ndjson", ".json")):
             return None
         with open(path, "rb") as file:
-            begins = next((line for line in file if line.strip()), b"").lstrip()
-            if path.lower().endswith(".json") and begins.startswith(b"["):
-                file.seek(0)
-                return len(json.load(file)) if size <= COUNTABLE // 10 else None
+            begins = next((line for line in file if line.strip()), b"").strip()
+            if path.lower().endswith(".json") and not begins.endswith(b"}"):
+                return None if size > COUNTABLE // 10 else len(read_file(path))
             return bool(begins) + sum(1 for line in file if line.strip())
     except (OSError, ValueError, RecursionError):
         return None  # the check of its columns, or the stage, says what is wrong with it
 
 
 def _first_row(path: str) -> Any:
-    """Of a .jsonl or .json file (a list, or one object after another); of a .parquet file its columns alone."""
-    if path.lower().endswith(".parquet"):
+    """Of a .jsonl, .json, .csv or .tsv file, also packed; of a .parquet file its columns alone."""
+    kind = file_kind(path)
+    if kind == ".parquet":
         return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
-    with open(path, "rb") as file:
-        if path.lower().endswith(".json"):
-            text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip().removeprefix("[").lstrip()
-            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
+    with open_bytes(Path(path)) as file:
+        if kind in (".csv", ".tsv"):
+            return next(table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
+        if kind == ".json":
+            text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip()
+            text = re.sub(WRAPPED, "[", text).removeprefix("[").lstrip()
+            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]}") else None
         line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
         return json.loads(line) if line else None
 
 
 def _check_columns(where: str, kind: str, path: str) -> None:
-    """The first row of a local file has the columns of its kind."""
-    expected, choices = COLUMNS[kind]
-    name, form = short(Path(path).name), "parquet" if path.lower().endswith(".parquet") else "JSON"
+    """The first row of a local file is one of its kind; of a .parquet file the columns are."""
+    name, form = short(Path(path).name), "JSON" if "json" in str(file_kind(path)) else str(file_kind(path))[1:]
     try:
         row = _first_row(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"
         raise SalsaError(f"{where}: {name} cannot be read: {why}; {EXPECTED_ROWS}") from error
     if not isinstance(row, dict):
         raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
     columns = ", ".join(map(str, list(row)[:12])) or "none"
-    fits = any(choice <= set(row) for choice in choices)
-    require(fits, f"{where}: found the columns {columns} in {name}, expected {expected}")
-    alone = isinstance(row.get("chosen"), str) and "prompt" not in row and kind == "preferences"
+    expected = row_formats.EXPECTED[kind]
+    require(row_formats.fits(kind, set(row)), f"{where}: found the columns {columns} in {name}, expected {expected}")
+    alone = kind == "preferences" and row_formats.lacks_prompt(row)
     require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")

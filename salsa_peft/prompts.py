@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import SalsaError, require
-from .data import DROPPED, drops, note, prompt_tokens
+from .data import Odd, check_messages, prompt_tokens
 from .messages import one_line, short
 from .models import positions
+from .template_fields import dropped, in_form, options_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,8 +72,10 @@ class Encoder(NamedTuple):
         if left_out and not self.quiet:
             print(f"{name}: {left_out} of {len(prompts)} prompts left out: {self.limit}", file=sys.stderr, flush=True)
         if not self.quiet:
-            numbers = [number for number, prompt in enumerate(prompts, 1) if self.drops(prompt.row, number, name)]
-            note(name, numbers, len(prompts), DROPPED)
+            odd = Odd(name)
+            for number, prompt in enumerate(prompts, 1):
+                odd.drops(number, self.dropped(prompt.row, number, name))
+            odd.tell(len(prompts))
         return kept, left_out
 
     @property
@@ -114,8 +117,10 @@ class Encoder(NamedTuple):
         )
         return ids
 
-    def drops(self, row: Mapping[str, Any], number: int, name: str) -> bool:
-        """Whether the chat template drops a system turn of the row."""
+    def dropped(self, row: Mapping[str, Any], number: int, name: str) -> list[str]:
+        """What the chat template leaves out of a row: a system turn, `tools` …"""
         messages: Any = None if "input_ids" in row else row["prompt"]
-        systems = isinstance(messages, list) and any(message["role"] == "system" for message in messages)
-        return systems and drops(messages, self.tokenizer, f"{name}, row {number}, prompt")
+        if not isinstance(messages, list):
+            return []
+        where = f"{name}, row {number}, prompt"
+        return dropped(in_form(check_messages(messages, where), self.tokenizer), self.tokenizer, where, options_of(row))

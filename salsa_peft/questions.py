@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Source
-from .data import DROPPED, EMPTY_PROMPT, Messages, asking, conversation, drops, load, note
+from .data import EMPTY_PROMPT, Messages, Odd, asked_of, load
 from .errors import require
 from .messages import short
+from .row_formats import extras
+from .template_fields import dropped, in_form, options_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +47,7 @@ class Question(NamedTuple):
     reference: list[Any] | None
     """Reference answers by turn, for judges."""
     row: dict[str, Any]
-    """The data's other columns, where a reward function asks for them."""
+    """The data's other columns, where a reward function asks for them; its tools and the template's options in any case."""
 
     def conversation(self, answers: list[str]) -> Messages:
         """What stands before the next answer, given those so far."""
@@ -63,10 +65,11 @@ def questions(
     tokenizer: whose chat template each row is tried on.
     """
     found, numbers, seen, by_row = [], [], dict[str, int](), False
-    empty, dropped = [], []
+    odd = Odd(source.path)
     for number, row in load(source):
         where = f"{source.path}, row {number}"
-        messages, turns = conversation(row, where)
+        asked, more = asked_of(row, where), extras(row, where)
+        messages, turns = asked.messages, asked.turns or (asked.messages[-1]["content"],)
         name = next((key for key in IDS if isinstance(row.get(key), int | str)), None)
         identity = number if name is None else row[name]
         twice = str(identity) in seen  # references go by an id's text: 7 and "7" are one
@@ -81,8 +84,8 @@ def questions(
         )
         by_row |= twice
         seen[str(identity)] = number
-        empty += [number] * any(not turn.strip() for turn in turns)
-        dropped += [number] * drops(messages, tokenizer, f"{where}, {asking(row, where)}")
+        odd.add(number, EMPTY_PROMPT, any(not turn.strip() for turn in turns))
+        odd.drops(number, dropped(in_form(messages, tokenizer), tokenizer, f"{where}, {asked.name}", options_of(more)))
         numbers.append(number)
         category = row.get("category")
         reference = row.get("reference")
@@ -93,11 +96,10 @@ def questions(
                 messages=messages,
                 turns=turns,
                 reference=reference if isinstance(reference, list) and reference else None,
-                row=row if columns else {},
+                row={**(row if columns else {}), **more},
             )
         )
-    note(source.path, empty, len(found), EMPTY_PROMPT)
-    note(source.path, dropped, len(found), DROPPED)
+    odd.tell(len(found))
     return [one._replace(id=number) for one, number in zip(found, numbers, strict=True)] if by_row else found
 
 

@@ -66,7 +66,6 @@ def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
 
 def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Train on the pairs, measure accuracy on the held-out ones, save → the trainer and its figures."""
-    from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
@@ -83,7 +82,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data.dataset(rows),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, folder)],
     )

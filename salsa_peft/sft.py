@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .models import check_head
 from .runs import Job, write_atomic
+from .template_fields import without_skipped
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter or checkpoint."""
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     recipe, section = job.recipe, job.recipe.sft
@@ -52,13 +53,15 @@ def run(job: Job) -> dict[str, Any]:
             assistant_only_loss=True,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=data.dataset(rows),
         processing_class=bench.tokenizer,
         peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     if is_quantised(model):
         in_float32(trainer.model)
+    if any("skipped" in row for row in rows):
+        trainer.train_dataset = trainer.train_dataset.map(partial(leave_out_skipped, tokenizer=bench.tokenizer))
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
     require(
@@ -85,6 +88,11 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def leave_out_skipped(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The labels of a tokenised row without the assistant's turns that the data does not train on."""
+    return {"labels": without_skipped(row, row["input_ids"], row["labels"], tokenizer)}
 
 
 def take(job: Job, path: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .reward_model import SPLIT_SEED, accuracy
 from .rollout import pad_responses
 from .runs import Job, write_atomic
 from .statistics import mean_interval
+from .template_fields import in_form, options_of
 from .trl_reference import use_reference
 from .workbench import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 
@@ -79,21 +80,21 @@ def arguments(bench: Workbench, job: Job) -> dict[str, Any]:
 
 def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
     """The preferences that fit, and those of them that are held out: the reward stage's own where the shares are the same."""
-    from datasets import Dataset
-
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
     rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
     sides = ("chosen", "rejected")
 
     def fits(row: dict[str, Any]) -> bool:
-        given: list[Any] = [bench.tokenizer.apply_chat_template(row[side], return_dict=True) for side in sides]
+        given: list[Any] = [
+            bench.tokenizer.apply_chat_template(row[side], return_dict=True, **options_of(row)) for side in sides
+        ]
         return max(len(encoded["input_ids"]) for encoded in given) <= longest
 
     kept = [row for row in rows if fits(row)]
     note_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
     section.check_rows(len(kept), job.unit.stage)
     count = section.held_out_of(len(kept))
-    parts = Dataset.from_list(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
+    parts = data.dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
     facts = {"pairs": {"train": len(kept) - count, "held_out": count}, "left_out": len(rows) - len(kept)}
     return parts["train"], parts["test"], facts
 
@@ -156,12 +157,12 @@ def grpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Ma
 
 
 def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -> Made:
-    """RLOO and GRPO differ in their loss alone."""
-    from datasets import Dataset
-
+    """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
     rows = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
+    data.check_plain(rows, job.unit.stage)
+    rows = [{**row, "prompt": in_form(row["prompt"], bench.tokenizer)} for row in rows]
     kept = fitting(job, bench, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = rewards.of_recipe(
@@ -176,7 +177,7 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
             temperature=recipe.generation.temperature,
         ),
         reward_funcs=as_function(reward, bench),
-        train_dataset=Dataset.from_list(kept),
+        train_dataset=data.dataset(kept),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, job.folder)],
     )

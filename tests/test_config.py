@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -161,7 +162,7 @@ REFUSED = [
     ("data.demonstrations=x.jsonl", ["data.demonstrations: found '/", "x.jsonl', which is no file or folder"]),
     (
         "data.demonstrations=/etc/hostname",
-        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json or .parquet file"],
+        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json, .parquet, .csv or .tsv file"],
     ),
     ("evaluate.prompts.x=not an id", ["evaluate.prompts.x: found 'not an id'", "Hub id"]),
     ("model.base=./nowhere", ["model.base: found '/", "no folder, expected a model's folder or a Hub id"]),
@@ -276,9 +277,9 @@ def rows(path: Path, *records: Any) -> str:
 def test_columns(load, tmp_path):
     wrong = rows(tmp_path / "wrong.jsonl", {"text": "a", "label": 1})
     for key, expected in (
-        ("demonstrations", "`messages`"),
-        ("preferences", "`chosen` and `rejected`"),
-        ("prompts", "`prompt`, `messages`"),
+        ("demonstrations", "messages, conversations, prompt and completion or instruction and output"),
+        ("preferences", "chosen and rejected"),
+        ("prompts", "prompt, messages, conversations, instruction, question or turns"),
     ):
         line = said(load, f"data.{key}={wrong}")
         assert line.startswith(
@@ -557,3 +558,37 @@ def test_what_would_fail_after_minutes_fails_at_once(setting: str, line: str) ->
     """Sizes of the embedded world against the batches; a bare word that is no reference."""
     with pytest.raises(SalsaError, match=re.escape(line)):
         load_recipe("quickstart", lora="lora", overrides=[setting])
+
+
+@pytest.mark.parametrize("lora", ["lora", None])
+@pytest.mark.parametrize("missing", [["preferences"], ["demonstrations"], ["prompts"], ["preferences", "prompts"]])
+def test_a_dry_run_without_data_that_nothing_reads(tmp_path, monkeypatch, capsys, lora, missing):
+    """A reward that is a function needs no preferences, seeds that are taken no demonstrations, DPO no prompts: the plan is printed."""
+    from safetensors.numpy import save_file
+
+    from salsa_peft import recipe as recipe_command
+
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows(tmp_path / "d.jsonl", *[{"messages": chat}] * 40)
+    rows(tmp_path / "p.jsonl", *[{"prompt": "q", "chosen": "+", "rejected": "-"}] * 40)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"w": np.zeros(1, dtype="float32")}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "m.py").write_text("def f(completions, **columns):\n    return [1.0] * len(completions)\n")
+    recipe: dict[str, Any] = {
+        "name": "x", "model": {"base": "base", "chat_template": "chatml"}, "sft": {"batch_size": 2}, "reward": {"batch_size": 2}, "ppo": {"batch_size": 2},
+        "data": {"demonstrations": "d.jsonl", "preferences": "p.jsonl", "prompts": "p.jsonl"}, "policies": {"one": {"reference": "seed-0"}},
+        "dpo": {"batch_size": 2}, "evaluate": {"prompts": {"mine": "p.jsonl"}},
+    }  # fmt: skip
+    if "demonstrations" in missing:
+        recipe["sft"]["from"] = ["me/seed-0", "me/seed-1"]
+    if "preferences" in missing:
+        recipe["reward"] = "m:f"
+    if "prompts" in missing:
+        recipe["policies"] = {} if "preferences" in missing else {"one": {"reference": "seed-0", "algorithm": "dpo"}}
+    for kind in missing:
+        del recipe["data"][kind]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text(json.dumps(recipe))
+    assert recipe_command.main(["x.yaml", *(["--lora"] if lora else []), "--dry-run"]) == 0
+    assert "sft" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def write(tmp_path: Path) -> Callable[..., Source]:
 
 class TestForms:
     def test_demonstrations(self, write: Any) -> None:
-        """Further keys of a message are dropped, turns after the last answer too; other columns don't matter."""
+        """Turns after the last answer are dropped; other columns don't matter."""
         chat = [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d")]
         found = data.demonstrations(write({"messages": chat, "id": 1}, {"messages": [*chat, user("e")], "id": 2}))
         assert found == [{"messages": chat}, {"messages": chat}]
@@ -149,7 +149,7 @@ class TestRefusals:
             (data.preferences, FINE, FINE | {"rejected": [user("q"), user("r")]},
              ", rejected: found a last turn of user, expected assistant"),
             (data.preferences, FINE, FINE | {"chosen": []}, r", chosen: found '\[\]', expected a list"),
-            (data.prompts, {"prompt": "q", "x": 1}, {"prompt": None, "x": 1}, ": found columns prompt, x, expected prompt or messages or turns"),
+            (data.prompts, {"prompt": "q", "x": 1}, {"prompt": None, "x": 1}, ": found columns prompt, x, expected prompt, messages, conversations, instruction, question or turns"),
             (data.prompts, {"prompt": [user("q")]}, {"prompt": []}, r", prompt: found '\[\]', expected a list"),
             (data.prompts, {"prompt": [user("q")]}, {"prompt": [user("q"), assistant("a")]},
              ", prompt: found a last turn of assistant, expected"),

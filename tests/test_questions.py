@@ -79,7 +79,7 @@ def test_ids_that_come_twice(read: Any) -> None:
         ({"turns": "text"}, "row 1, turns: found 'text', expected a list"),
         ({"turns": ["a", 3]}, "row 1, turns: found '3', expected text"),
         ({"turns": [{"text": "a"}]}, "row 1, turns: found 'None', expected text"),
-        ({"question": "a"}, "expected prompt or messages or turns"),
+        ({"text": "a"}, "expected prompt, messages, conversations, instruction, question or turns"),
         ({"prompt": []}, "row 1, prompt: found"),
     ],
 )

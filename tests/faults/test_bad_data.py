@@ -50,11 +50,13 @@ DEMONSTRATION = {"messages": [user("a"), assistant("b")]}
 PAIR = {"prompt": "q", "chosen": "+", "rejected": "-"}
 PROMPT = {"prompt": "q"}
 TURNS = {"turns": ["first", "second"]}
+DEMONSTRATIONS = "messages, conversations, prompt and completion or instruction and output"
+PROMPTS = "prompt, messages, conversations, instruction, question or turns"
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
-    "demonstrations": (data.demonstrations, DEMONSTRATION, "messages"),
-    "preferences": (data.preferences, PAIR, "chosen"),
-    "prompts": (data.prompts, PROMPT, "prompt or messages or turns"),
-    "questions": (questions, TURNS, "prompt or messages or turns"),
+    "demonstrations": (data.demonstrations, DEMONSTRATION, DEMONSTRATIONS),
+    "preferences": (data.preferences, PAIR, "chosen and rejected"),
+    "prompts": (data.prompts, PROMPT, PROMPTS),
+    "questions": (questions, TURNS, PROMPTS),
 }
 """Kind → what reads it, a good row, the columns that are missed first in a bad one."""
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +205,7 @@ class TestFiles:
         assert refusal(read, put(*rows, limit=29)).startswith("rows.jsonl, row 1: found no columns")
 
 
-ODD: list[Any] = [3, 1.5, True, None, {"text": "x"}, [{"type": "text", "text": "x"}], ["x", 1], [["x"]], []]
+ODD: list[Any] = [3, 1.5, True, None, {"text": "x"}, [{"type": "text", "text": 3}], ["x", 1], [["x"]], []]
 
 
 class TestContent:
@@ -227,7 +229,7 @@ class TestContent:
         ],
     )
     def test_in_a_turn(self, put: Any, read: Any, fine: Any, row: Any, column: str, odd: Any) -> None:
-        """Also the parts that multimodal data has: they are not taken for text."""
+        """Also parts of a content that hold no text."""
         line = refusal(read, put(fine, row(odd)))
         assert line.startswith(f"rows.jsonl, row 2, {column}: found ") and line.endswith(", expected text")
 
@@ -313,8 +315,10 @@ class TestRoles:
         [
             (data.demonstrations, {"messages": [user("a"), user("b")]}, "messages: found no assistant turn, expected at least one"),
             (data.demonstrations, {"messages": [SYSTEM]}, "messages: found no assistant turn, expected at least one"),
-            (data.demonstrations, {"messages": [user("a"), turn("gpt", "b")]}, "messages: found no assistant turn, expected at least one"),
-            (data.demonstrations, {"messages": [{"from": "human", "value": "a"}]}, "messages: found role 'None', expected text"),
+            (data.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: found no assistant turn, expected at least one"),
+            (data.demonstrations, {"messages": [{"from": "narrator", "value": "a"}]},
+             "messages: found the unknown role 'narrator', expected human, gpt, system, function_call, observation or tool; rename it"),
+            (data.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: found role 'None', expected text"),
             (data.preferences, PAIR | {"chosen": [user("q")]}, "chosen: found a last turn of user, expected assistant"),
             (data.preferences, PAIR | {"prompt": [user("q"), assistant("a")]},
              "prompt: found a last turn of assistant, expected user: the policy answers next"),

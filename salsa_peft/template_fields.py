@@ -1,0 +1,195 @@
+"""What a tokenizer's chat template makes of messages: the form in which it reads them, what it drops of them, which tokens are whose.
+
+A template drops without an error: other words, or none, in a field then give the same text. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from .errors import SalsaError, require
+from .message_formats import Messages, tool_list
+from .messages import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPOKEN = ("user", "assistant")
+FIELD = "`{}` in their messages"
+CALLS = FIELD.format("tool_calls")
+"""How `dropped` calls them."""
+
+
+def options_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What apply_chat_template is given of a row beside its messages, as TRL's trainers give it."""
+    tools = tool_list(row.get("tools"), "tools")
+    return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
+
+
+def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
+    """What apply_chat_template gives. Raises SalsaError that names `where` for a tokenizer without a template, or one that refuses."""
+    require(
+        tokenizer.chat_template is not None,
+        f"{where}: found messages, but the tokenizer has no chat template; expected text, or set one",
+    )
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError) as error:
+        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+
+
+class Form(NamedTuple):
+    """In which form a template reads what has several."""
+
+    parts: bool
+    """Whether content is a list of {type: text, text}: multimodal templates write nothing of text alone."""
+    text_arguments: bool
+    """Whether a tool call's arguments are JSON text (DeepSeek's), not an object."""
+
+
+_forms: dict[str, Form] = {}
+
+
+def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
+    """The form that a tokenizer's chat template reads, found by rendering a word in each."""
+    template = str(tokenizer.chat_template)
+    if template not in _forms:
+        word = "perpendicular"
+        asked: Messages = [{"role": "user", "content": word}]
+        typed: Messages = [{"role": "user", "content": [{"type": "text", "text": word}]}]
+
+        def shows(messages: Messages) -> bool:
+            try:
+                return word in str(tokenizer.apply_chat_template(messages, tokenize=False))
+            except (TemplateError, TypeError):
+                return False
+
+        def call(arguments: Any) -> Messages:
+            function = {"name": "f", "arguments": arguments}
+            answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+            return [{"role": "user", "content": "q"}, answer]
+
+        _forms[template] = Form(
+            parts=not shows(asked) and shows(typed),
+            text_arguments=not shows(call({"x": word})) and shows(call(f'{{"x": "{word}"}}')),
+        )
+    return _forms[template]
+
+
+def in_form(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> Messages:
+    """The messages in the form that the tokenizer's template reads; without a tokenizer or template as they are."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return messages
+    form = form_of(tokenizer)
+    return [dict(_in_form(message, form)) for message in messages]
+
+
+def _in_form(message: Mapping[str, Any], form: Form) -> Iterator[tuple[str, Any]]:
+    for key, value in message.items():
+        if key == "content" and form.parts and isinstance(value, str):
+            yield key, [{"type": "text", "text": value}]
+        elif key == "tool_calls" and form.text_arguments:
+            yield key, [{**call, "function": _with_text(call["function"])} for call in value]
+        else:
+            yield key, value
+
+
+def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    return {
+        **function,
+        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
+    }
+
+
+def dropped(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str, options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """What the template leaves out of messages, in words, each once: a system turn, a tool turn, `tool_calls`, `tools` …
+
+    Without a tokenizer nothing. Raises SalsaError for what the template refuses, and where it leaves out what the user or the assistant
+    says.
+    """
+    if tokenizer is None:
+        return []
+    given = dict(options or {})
+    text = str(through_template(messages, tokenizer, where, tokenize=False, **given))
+
+    def shown(other: Messages, **changed: Any) -> bool:
+        try:
+            return text != tokenizer.apply_chat_template(other, tokenize=False, **(given | changed))
+        except (TemplateError, TypeError):
+            return True  # it is asked for, so it is read
+
+    found = []
+    for place, message in enumerate(messages):
+        before, behind, role = messages[:place], messages[place + 1 :], message["role"]
+        words = text_of(message).strip()
+        if words and (role not in SPOKEN or words not in text) and not shown([*before, _other_words(message), *behind]):
+            require(
+                role not in SPOKEN,
+                f"{where}: the tokenizer's chat template leaves out what the {role} says in turn {place + 1}, expected one that shows it;"
+                " set model.chat_template to another",
+            )
+            found.append(f"a {role} turn")
+        more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
+        if more and shown([*before, {"role": role, "content": message["content"]}, *behind]):  # some of them: which?
+            rest = {key: {name: value for name, value in message.items() if name != key} for key in more}
+            more = [key for key in more if not shown([*before, rest[key], *behind])]
+        found += map(FIELD.format, more)
+    if given.get("tools") and not shown(messages, tools=None):
+        found.append("`tools`")
+    return sorted(set(found))
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message's text, also where its content is a list of parts."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _other_words(message: Mapping[str, Any]) -> dict[str, Any]:
+    words = f"{text_of(message)} – other"
+    return {**message, "content": words if isinstance(message["content"], str) else [{"type": "text", "text": words}]}
+
+
+def without_skipped(
+    row: Mapping[str, Any],
+    ids: Sequence[int],
+    labels: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: int = -100,
+) -> list[int]:
+    """The labels (or mask) of a chat's tokens, `left_out` in place of those of the assistant's turns that the row's `skipped` names.
+
+    A turn begins where the tokens of what stands before it, with the generation prompt, part from the whole chat's (as TRL finds a
+    completion's start), and ends where the next of the assistant's begins.
+    """
+    messages, found = row["messages"], list(labels)
+    if not row.get("skipped"):
+        return found
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = [_common(_before(row, place, tokenizer), ids) for place in places]
+    for place, start, end in zip(places, starts, [*starts[1:], len(ids)], strict=True):
+        if place in row["skipped"]:
+            found[start:end] = [left_out] * (end - start)
+    return found
+
+
+def _before(row: Mapping[str, Any], place: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if place == 0:
+        return []
+    encoded: Any = tokenizer.apply_chat_template(
+        row["messages"][:place], add_generation_prompt=True, return_dict=True, **options_of(row)
+    )
+    return list(encoded["input_ids"])
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
