@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from .chat_templates import readable, text_ids
 from .config import Recipe, SalsaError, Source, require
 from .data_files import FILES as FILES
 from .data_files import check_characters
@@ -80,9 +81,11 @@ def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, whe
         f"{where}: found messages, but the tokenizer has no chat template; expected text, or set one",
     )
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(readable(messages, tokenizer), **options)
     except TemplateError as error:
-        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+        system = any(message["role"] == "system" for message in messages)
+        remedy = "; leave the system turn out, or take a chat template that has one" if system else ""
+        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}{remedy}") from error
 
 
 def drops(messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str) -> bool:
@@ -238,7 +241,7 @@ def conversation(row: dict[str, Any], where: str) -> tuple[Messages, tuple[str, 
 def prompt_tokens(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int | None = None, name: str = "prompts"
 ) -> list[int]:
-    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template; text as it is, with BOS.
+    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template; text as it is, with one BOS.
 
     number, name: the row's and its data set's, for messages.
     """
@@ -248,7 +251,7 @@ def prompt_tokens(
     prompt = row[column(row, ["prompt"], where)]
     check_characters(prompt, f"{where}, prompt")
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
+        ids = text_ids(prompt, tokenizer)
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     messages = check_messages(prompt, f"{where}, prompt")
     encoded = through_template(messages, tokenizer, f"{where}, prompt", add_generation_prompt=True, return_dict=True)

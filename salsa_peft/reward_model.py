@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from . import adapters, data
+from .chat_templates import readable
 from .config import Recipe, require
 from .models import load_weights
 from .runs import Job, write_atomic
@@ -73,6 +74,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     # 1. pairs
     bench = Workbench.of(job)
     rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
+    pairs = [{side: readable(row[side], bench.tokenizer) for side in ("chosen", "rejected")} for row in rows]
     # 2. a score head on a copy of seed-0
     model = start(bench, job.inputs["sft/seed-0"])
     # 3. the trainer
@@ -83,13 +85,14 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(pairs),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, folder)],
     )
     if recipe.mode == "qlora":
         adapters.in_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
+    pad_apart(trainer)
     # 4. a share of the pairs that are short enough is held out
     fitting = len(trainer.train_dataset)
     kept_out = count_held_out(recipe, len(rows), fitting)
@@ -108,6 +111,16 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         "left_out": len(rows) - fitting,
         "steps": trainer.state.global_step,
     }
+
+
+def pad_apart(trainer: Any) -> None:
+    """Pad with a token that stands at no sequence's end, where the tokenizer's padding token might: Transformers' classifiers score the last
+    token that is not the padding token's id, and have no other way of finding a sequence's end."""
+    pad = trainer.processing_class.pad_token_id
+    lasts = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
+    if pad in lasts:
+        pad = next(token for token in range(len(lasts) + 1) if token not in lasts)
+        trainer.data_collator.pad_token_id = trainer.model.config.get_text_config().pad_token_id = pad
 
 
 def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:

@@ -10,19 +10,23 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import data, same_base
 from .adapters import CONFIG, WEIGHTS, check_factors_alone, check_finite, in_float32, lora_config, read, read_tensors
+from .assistant_masks import assistant_tokens
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprint
 from .runs import BEGUN, MANIFEST, Job, write_atomic
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, quiet
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
 
 def run(job: Job) -> dict[str, Any]:
     """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter or checkpoint."""
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     recipe, section = job.recipe, job.recipe.sft
@@ -40,10 +44,9 @@ def run(job: Job) -> dict[str, Any]:
         model=bench.base() if recipe.adapter else bench.trainable(),
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
-            assistant_only_loss=True,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=labelled(rows, bench.tokenizer),
         processing_class=bench.tokenizer,
         peft_config=lora_config(recipe.adapter) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
@@ -76,6 +79,20 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows {messages} → {input_ids, labels}, the form that TRL trains on as it is: labels are −100 but for the assistant's tokens."""
+    from datasets import Dataset
+
+    def tokens(row: dict[str, str]) -> dict[str, list[int]]:
+        ids, mask = assistant_tokens(json.loads(row["messages"]), tokenizer)
+        labels = [token if counts else -100 for token, counts in zip(ids, mask, strict=True)]
+        return {"input_ids": ids, "labels": labels}
+
+    # as JSON, since a table would give every message the keys of all
+    texts = Dataset.from_list([{"messages": json.dumps(row["messages"])} for row in rows])
+    return texts.map(tokens, remove_columns="messages")
 
 
 def take(job: Job, path: str) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class TestPaged:
         found = paged(prompts, range(12))
         with torch.no_grad():
             hidden = hidden_states(two_adapters, found.input_ids, found.attention_mask)
-        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, EOS), 0)
+        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, (EOS,)), 0)
         for row, name in enumerate(sorted(own, key=lambda name: int(name.split("_")[1]))):
             scored = logprobs[row][found.response_mask[row]]
             torch.testing.assert_close(scored, torch.tensor(own[name]), rtol=1e-4, atol=1e-4)
