@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -24,6 +25,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
+from transformers.utils.hub import cached_file
 
 from . import adapters, chat_templates, disk, sharding, turn_ends
 from .config import OWN_TEMPLATE, Model, require
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SCALES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1}
 """What configurations call a scale or a cap of the logits, and the value that does nothing; None does nothing either."""
+LOADED: WeakSet[Any] = WeakSet()
+"""Tokenizers of a recipe: what is odd in them is said when its run begins, not by every trainer."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configurations call the length that a model reads."""
 
@@ -98,6 +102,7 @@ def load_tokenizer(
     ends = turn_ends.ends(tokenizer, _generation_config(base, revision))
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
+    LOADED.add(tokenizer)
     for line in [*changes, *turn_ends.facts(tokenizer, ends)] if say is not None else []:
         print(f"{say}: {line}", file=sys.stderr, flush=True)
     return tokenizer
@@ -105,9 +110,11 @@ def load_tokenizer(
 
 def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
     """What a folder's generation_config.json says, or without one its config.json; None where there is neither (an adapter's folder)."""
-    for file in (None, "config.json"):
-        with contextlib.suppress(OSError):
-            return GenerationConfig.from_pretrained(base, file, revision=revision or "main")
+    for name in ("generation_config.json", "config.json"):
+        with said_in_a_line(base):
+            file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            if file is not None:
+                return GenerationConfig.from_pretrained(Path(file).parent, name)
     return None
 
 

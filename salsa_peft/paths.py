@@ -147,6 +147,25 @@ def check_files(recipe: Recipe) -> None:
     model = recipe.model
     if model.base is not None:
         check_path("model.base", model.base, "a model's folder", "config.json")
+    check_template(recipe)
+    for key, kind, source in sources(recipe):
+        if is_local(source.path) and not os.path.isdir(source.path):
+            require(
+                os.path.isfile(source.path),
+                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
+            )
+            require(
+                source.path.lower().endswith(DATA_SUFFIXES),
+                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
+            )
+            _check_columns(key, kind, source.path)
+        elif not is_local(source.path):
+            _check_hub_id(key, source.path, EXPECTED_DATA)
+
+
+def check_template(recipe: Recipe) -> None:
+    """Raise SalsaError for a template that is no file, or a base's own that it does not have; a Hub id is not looked at."""
+    model = recipe.model
     if model.chat_template == OWN_TEMPLATE:
         if model.base is not None and os.path.isdir(model.base):
             require(
@@ -161,19 +180,6 @@ def check_files(recipe: Recipe) -> None:
             f"model.chat_template: found {path_text(model.chat_template)}, which is no file, expected {OWN_TEMPLATE} (the base's own), a Jinja"
             f" file, or one of ours: {known}",
         )
-    for key, kind, source in sources(recipe):
-        if is_local(source.path) and not os.path.isdir(source.path):
-            require(
-                os.path.isfile(source.path),
-                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
-            )
-            require(
-                source.path.lower().endswith(DATA_SUFFIXES),
-                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
-            )
-            _check_columns(key, kind, source.path)
-        elif not is_local(source.path):
-            _check_hub_id(key, source.path, EXPECTED_DATA)
 
 
 def check_path(where: str, path: str, what: str, file: str) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from . import adapters
 from .config import SalsaError, require
 from .logprobs import head_of
-from .models import causal_lm, check_head, keep_layout
+from .models import LOADED, causal_lm, check_head, keep_layout
 from .precision import OPTIMIZER, ROUNDING, rounds_stochastically
 from .turn_ends import ends_of, facts
 
@@ -168,5 +168,5 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
             f"processing_class: found {name} {token!r} ({number}) over {rows} embeddings, expected one of them;"
             " model.resize_token_embeddings(len(tokenizer)), or take another",
         )
-    for line in facts(tokenizer, ends_of(tokenizer, lm)):
+    for line in facts(tokenizer, ends_of(tokenizer, lm)) if tokenizer not in LOADED else []:
         print(f"processing_class: {line}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .chat_templates import adds_bos
 from .config import SalsaError, require
 from .data import DROPPED, drops, note, prompt_tokens
 from .messages import one_line, short
@@ -73,6 +74,13 @@ class Encoder(NamedTuple):
         if not self.quiet:
             numbers = [number for number, prompt in enumerate(prompts, 1) if self.drops(prompt.row, number, name)]
             note(name, numbers, len(prompts), DROPPED)
+            own = [number for number, prompt in enumerate(prompts, 1) if self.begins_with_bos(prompt.row)]
+            note(
+                name,
+                own,
+                len(prompts),
+                f"begin with {self.tokenizer.bos_token} already: the tokenizer's own is left out",
+            )
         return kept, left_out
 
     @property
@@ -113,6 +121,11 @@ class Encoder(NamedTuple):
             not odd, f"{where}: found token id {odd[:1]}, expected 0 to {self.vocabulary - 1}, the model's embeddings"
         )
         return ids
+
+    def begins_with_bos(self, row: Mapping[str, Any]) -> bool:
+        """Whether a text has the BOS that the tokenizer adds: a chat template has rendered it."""
+        text = row.get("prompt") if "input_ids" not in row else None
+        return isinstance(text, str) and adds_bos(self.tokenizer) and text.startswith(str(self.tokenizer.bos_token))
 
     def drops(self, row: Mapping[str, Any], number: int, name: str) -> bool:
         """Whether the chat template drops a system turn of the row."""
