@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .chat_templates import readable, text_ids
+from .chat_templates import text_ids
 from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
@@ -115,8 +115,9 @@ class ClassifierReward:
             " with one",
         )
         try:
-            checked = check_messages(messages, f"reward {self.name}")
-            encoded: Any = self.tokenizer.apply_chat_template(readable(checked, self.tokenizer), return_dict=True)
+            encoded: Any = self.tokenizer.apply_chat_template(
+                check_messages(messages, f"reward {self.name}"), return_dict=True
+            )
         except TemplateError as error:
             raise SalsaError(f"reward {self.name}: its chat template refuses a conversation: {error}") from error
         return list(encoded["input_ids"])

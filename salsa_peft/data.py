@@ -84,7 +84,7 @@ def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, whe
         return tokenizer.apply_chat_template(readable(messages, tokenizer), **options)
     except TemplateError as error:
         system = any(message["role"] == "system" for message in messages)
-        remedy = "; leave the system turn out, or take a chat template that has one" if system else ""
+        remedy = "; remove the system turn, or set model.chat_template to one that has such turns" if system else ""
         raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}{remedy}") from error
 
 

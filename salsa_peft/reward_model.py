@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from . import adapters, data
-from .chat_templates import readable
 from .config import Recipe, require
 from .models import load_weights
 from .runs import Job, write_atomic
@@ -74,7 +73,6 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     # 1. pairs
     bench = Workbench.of(job)
     rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
-    pairs = [{side: readable(row[side], bench.tokenizer) for side in ("chosen", "rejected")} for row in rows]
     # 2. a score head on a copy of seed-0
     model = start(bench, job.inputs["sft/seed-0"])
     # 3. the trainer
@@ -85,7 +83,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=Dataset.from_list(rows),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, folder)],
     )

@@ -85,14 +85,15 @@ def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
     """Rows {messages} → {input_ids, labels}, the form that TRL trains on as it is: labels are −100 but for the assistant's tokens."""
     from datasets import Dataset
 
-    def tokens(row: dict[str, str]) -> dict[str, list[int]]:
-        ids, mask = assistant_tokens(json.loads(row["messages"]), tokenizer)
+    def tokens(text: dict[str, str]) -> dict[str, list[int]]:
+        row = json.loads(text["row"])
+        ids, mask = assistant_tokens(row["messages"], tokenizer)
         labels = [token if counts else -100 for token, counts in zip(ids, mask, strict=True)]
         return {"input_ids": ids, "labels": labels}
 
     # as JSON, since a table would give every message the keys of all
-    texts = Dataset.from_list([{"messages": json.dumps(row["messages"])} for row in rows])
-    return texts.map(tokens, remove_columns="messages")
+    texts = Dataset.from_list([{"row": json.dumps(row)} for row in rows])
+    return texts.map(tokens, remove_columns="row")
 
 
 def take(job: Job, path: str) -> dict[str, Any]:

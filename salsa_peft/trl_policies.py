@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import adapters, data, models, rewards
-from .chat_templates import readable
 from .policies import merge, play
 from .reward_model import SPLIT_SEED, accuracy
 from .rollout import pad_responses
@@ -86,7 +85,6 @@ def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
     rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
     sides = ("chosen", "rejected")
-    rows = [{side: readable(row[side], bench.tokenizer) for side in sides} for row in rows]
 
     def fits(row: dict[str, Any]) -> bool:
         given: list[Any] = [bench.tokenizer.apply_chat_template(row[side], return_dict=True) for side in sides]
