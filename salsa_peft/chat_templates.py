@@ -7,7 +7,7 @@ mends that.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,11 +51,10 @@ def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    if other.startswith(one) or one.startswith(other):
-        return min(len(one), len(other))
-    return next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters of two texts, or tokens, are the same from the beginning."""
+    differs = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differs, min(len(one), len(other)))
 
 
 # ------------------------------------------------------------------ messages → text
@@ -145,7 +144,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         named = {name: "{{ bos_token }}" + template.lstrip(" \t") for name, template in named.items()}
         tokenizer.chat_template = _as_was(tokenizer, named)
         lines.append(
-            f"its tokenizer begins texts with {tokenizer.bos_token}, and the chat template did not write it: now it does"
+            f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
         )
     return lines
 
@@ -169,6 +168,12 @@ def forced(tokenizer: PreTrainedTokenizerBase) -> str:
         text = rendered([*chat, {"role": "user", "content": USER}], tokenizer)
     except TemplateError:
         return ""
-    before, _, rest = text.removeprefix(tokenizer.bos_token or "").partition(USER)
+    before, _, rest = text.partition(USER)
     between = rest.partition(ANSWER)[2].partition(USER)[0]  # the end of a turn, and what opens the user's next one
-    return before[: len(before) - shared(before[::-1], between[::-1])].strip()
+    ids, opening = (
+        [int(token) for token in tokenizer(part, add_special_tokens=False)["input_ids"]]  # type: ignore[union-attr, arg-type]
+        for part in (before, between)
+    )
+    extra = ids[: len(ids) - shared(ids[::-1], opening[::-1])]
+    bos = extra[:1] == [tokenizer.bos_token_id] and (len(extra) == 1 or adds_bos(tokenizer))
+    return str(tokenizer.decode(extra[bos:])).strip()

@@ -52,7 +52,7 @@ TABLE = {
         "tokenizer", "<|im_end|>", ["Ċ"], ["<|im_end|>", "<|endoftext|>"], "<|fim_pad|>", 0, "<|im_start|>system\nYou are Qwen"
     ),
     "smollm2-135m-instruct": Row(
-        "tokenizer", "<|im_end|>", ["Ċ"], ["<|im_end|>"], "<|endoftext|>", 0, "system\nYou are a helpful AI assistant"
+        "tokenizer", "<|im_end|>", ["Ċ"], ["<|im_end|>"], "<|endoftext|>", 0, "<|im_start|>system\nYou are a helpful AI"
     ),
     "tinyllama-1.1b-chat": Row("tokenizer", "</s>", ["<0x0A>"], ["</s>"], "<unk>", 1),
     "zephyr-7b-beta": Row("tokenizer", "</s>", ["<0x0A>"], ["</s>"], "<unk>", 1),
