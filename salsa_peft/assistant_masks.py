@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 from .chat_templates import Messages, has_marks, readable, rendered, shared
@@ -34,23 +35,17 @@ def assistant_tokens(
     text = rendered(chat, tokenizer, **options)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]  # type: ignore[arg-type]
-    added, mask = tokenizer.added_tokens_decoder, [0] * len(ids)
+    added, mask, closing = tokenizer.added_tokens_decoder, [0] * len(ids), turn_of(tokenizer).end
+    firsts = [first for first, _ in places]  # type: ignore[union-attr]
     for start, end in spans:
+        first, last = bisect_left(firsts, start), bisect_left(firsts, end)
         # a token that begins before the answer counts where it holds some of it; special tokens only swallow blanks around them
-        own = [
-            place
-            for place, (first, last) in enumerate(places)  # type: ignore[arg-type]
-            if first < end and (first >= start or (last > start and ids[place] not in added))
-        ]
-        for place in _up_to_the_end(own, ids, tokenizer):
-            mask[place] = 1
+        if first and places[first - 1][1] > start and ids[first - 1] not in added:  # type: ignore[index]
+            first -= 1
+        # what the template writes after the token that ends the turn does not count
+        stop = next((place for place in reversed(range(first, last)) if ids[place] == closing), last - 1)
+        mask[first : stop + 1] = [1] * (stop + 1 - first)
     return ids, mask
-
-
-def _up_to_the_end(places: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without what the template writes after the token that ends the turn."""
-    closing = [place for place in places if ids[place] == turn_of(tokenizer).end]
-    return [place for place in places if not closing or place <= closing[-1]]
 
 
 def _marked(chat: Messages, tokenizer: PreTrainedTokenizerBase, template: str | None, options: dict[str, Any]) -> Any:

@@ -27,12 +27,12 @@ Found = TypeVar("Found")
 
 
 def remembered(look: Callable[[PreTrainedTokenizerBase], Found]) -> Callable[[PreTrainedTokenizerBase], Found]:
-    """Keep what was found for a tokenizer until its template or its special tokens change: rows ask again and again."""
+    """Keep what was found for a tokenizer until its template, BOS, EOS or size change: rows ask again and again."""
     known: WeakKeyDictionary[Any, tuple[Any, Found]] = WeakKeyDictionary()
 
     @wraps(look)
     def found(tokenizer: PreTrainedTokenizerBase) -> Found:
-        state = (tokenizer.chat_template, str(tokenizer.special_tokens_map), len(tokenizer))
+        state = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
         if tokenizer not in known or known[tokenizer][0] != state:
             known[tokenizer] = (state, look(tokenizer))
         return known[tokenizer][1]
@@ -53,8 +53,10 @@ def has_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many characters of two texts, or tokens, are the same from the beginning."""
-    differs = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differs, min(len(one), len(other)))
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        return shorter
+    return next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 # ------------------------------------------------------------------ messages → text
