@@ -163,11 +163,17 @@ def check_classifier_folder(where: str, folder: str) -> None:
         len(labels) == 1,
         f"{where}: found {path_text(folder)}, a model of {len(labels)} labels, expected a sequence classifier of num_labels 1: a score",
     )
-    settings = _json_file(where, Path(folder) / "tokenizer_config.json")
     require(
-        "chat_template" in settings or (Path(folder) / "chat_template.jinja").is_file(),
+        has_template(where, folder),
         f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages",
     )
+
+
+def has_template(where: str, folder: str) -> bool:
+    """Whether a folder's tokenizer has a chat template. Raises SalsaError for a tokenizer_config.json that can't be read."""
+    if (Path(folder) / "chat_template.jinja").is_file():
+        return True
+    return _json_file(where, Path(folder) / "tokenizer_config.json").get("chat_template") is not None
 
 
 def _json_file(where: str, path: Path) -> dict[str, Any]:
