@@ -21,6 +21,7 @@ from .rewards import Reward, decode
 from .rollout import Responses, pad_prompts
 from .runs import Job
 from .statistics import mean_interval
+from .turn_ends import ends
 from .workbench import Workbench, fitting
 
 if TYPE_CHECKING:
@@ -114,12 +115,12 @@ def _responses(
 
 
 def _empty(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Responses:
-    """An EOS for each conversation that has left no room for an answer."""
+    """The end of a turn for each conversation that has left no room for an answer."""
     device = next(model.parameters()).device
     ids, mask = pad_prompts(prompts, int(tokenizer.pad_token_id), device)  # type: ignore[arg-type]
-    eos = torch.full((len(prompts), 1), int(tokenizer.eos_token_id), device=device)  # type: ignore[arg-type]
+    end = torch.full((len(prompts), 1), ends(tokenizer)[0], device=device)
     ended = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    return Responses(ids, mask, eos, ended[:, None], ended)
+    return Responses(ids, mask, end, ended[:, None], ended)
 
 
 def _rows(
@@ -132,7 +133,7 @@ def _rows(
 ) -> Rows:
     shown = [{**questions[one.at].row, "prompt": one.messages} for one in asked]
     scores = {name: reward(responses, shown).tolist() for name, reward in rewards.items()}
-    texts = decode(tokenizer, responses.response_ids, responses.response_mask)
+    texts = decode(tokenizer, responses.response_ids, responses.content_mask)
     return [
         {
             "index": one.at,

@@ -23,6 +23,7 @@ from .generation import Recording, generate, row_seeds
 from .models import causal_lm, device
 from .rollout import Responses, pad_responses
 from .smaller import out_of_memory
+from .turn_ends import ends_of
 from .vllm_backend import VLLM
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Paged:
             f"rollout_backend: found paged with transformers {transformers.__version__}, expected {PAGED_SINCE} or newer",
         )
         self.model, self.args, self.tokenizer = model, args, tokenizer
+        self.ends = ends_of(tokenizer, causal_lm(model))
         self.options = {"auto_switch_to_flash": False, **args.rollout_options}  # type: ignore[dict-item]
 
     def updated(self) -> None:
@@ -157,7 +159,8 @@ class Paged:
             finally:
                 manager.stop(hard_stop=True)
                 manager.destroy()
-        return pad_responses(prompts, [answers[name] for name in names], self.tokenizer, lm.device)
+        found = [answers[name] for name in names]
+        return pad_responses(prompts, found, int(self.tokenizer.pad_token_id), self.ends, lm.device)
 
     def _manager(self, lm: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Any:
         hints = WorkloadHints(max(map(len, prompts)), self.args.max_new_tokens, len(prompts))
@@ -169,7 +172,7 @@ class Paged:
     def _settings(self) -> GenerationConfig:
         return GenerationConfig(
             do_sample=True, temperature=self.args.temperature, top_k=0, top_p=1.0, max_new_tokens=self.args.max_new_tokens,
-            eos_token_id=int(self.tokenizer.eos_token_id), pad_token_id=int(self.tokenizer.pad_token_id),
+            eos_token_id=list(self.ends), pad_token_id=int(self.tokenizer.pad_token_id),
         )  # fmt: skip
 
     def _config(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> ContinuousBatchingConfig:

@@ -18,14 +18,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from . import auto_models
+from .chat_templates import text_ids
 from .config import SalsaError, require
 from .data import check_messages
 from .function_reward import Rows, Tally, decode
 from .hub_errors import said_in_a_line
 from .models import device, positions, resolve_dtype
 from .reward_kinds import OWN_FUNCTION
+from .rollout import extend
 from .room import Room
 from .template_fields import in_form, options_of
+from .turn_ends import closed, turn_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +42,8 @@ class ClassifierReward:
     """The classifier's one logit for prompt and response.
 
     Messages: the prompt and the response as an assistant's turn through the classifier's own chat template, which closes the turn
-    also of a response that the limit cut. Text: prompt and response, with what its tokenizer puts around a text. Longer than the
+    also of a response that the limit cut. Token ids that are scored as they are: closed as the template does where a token that ends a
+    turn was sampled. Text: prompt and response, with what its tokenizer puts around a text. Longer than the
     classifier can read: tokens after the first are left out until it fits, and counted (`rewards/<name>/truncated`). Raises
     SalsaError for more labels than one, and for messages without a template.
     """
@@ -86,11 +90,14 @@ class ClassifierReward:
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """What the classifier reads of each response: token ids, whole."""
         if self.as_they_are:
+            turn = turn_of(self.tokenizer)
+            responses = extend(responses, closed(responses, rows, turn), turn.after)
             masks, ids = responses.attention_mask, responses.input_ids
             return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
         before = decode(self.policy_tokenizer, responses.prompt_ids, responses.prompt_mask)
-        whole = decode(self.policy_tokenizer, responses.input_ids, responses.attention_mask)
-        alone = decode(self.policy_tokenizer, responses.response_ids, responses.response_mask)
+        content = torch.cat([responses.prompt_mask, responses.content_mask], dim=1)
+        whole = decode(self.policy_tokenizer, responses.input_ids, content)
+        alone = decode(self.policy_tokenizer, responses.response_ids, responses.content_mask)
         sequences = []
         for row, prompt, both, answer in zip(rows, before, whole, alone, strict=True):
             require(
@@ -99,7 +106,7 @@ class ClassifierReward:
             )
             if isinstance(row["prompt"], str):  # some tokenizers leave a text's first space out, so not `answer`
                 text = row["prompt"] + (both[len(prompt) :] if both.startswith(prompt) else answer)
-                sequences.append(list(self.tokenizer(text)["input_ids"]))  # type: ignore[call-overload]
+                sequences.append(text_ids(text, self.tokenizer))
             else:
                 sequences.append(
                     self._chat([*row["prompt"], {"role": "assistant", "content": answer}], options_of(row))

@@ -82,6 +82,10 @@ class Source:
 DataSource = Annotated[Source, BeforeValidator(_source)]
 
 
+OWN_TEMPLATE = "tokenizer"
+"""What model.chat_template says for the template that the base's tokenizer has."""
+
+
 @dataclass(config=STRICT, kw_only=True)
 class Model:
     """The base that every role shares."""
@@ -100,7 +104,7 @@ class Model:
     max_length: Count = 1024
     """Tokens of a training sequence (SFT, reward) and of prompt + response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """A Jinja file with {% generation %} marks, of ours (chatml, zephyr) or yours. None: the embedded world's own."""
+    """chatml or zephyr (ours), tokenizer (the base's own), or a Jinja file of yours. None: the embedded world's own."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import row_formats
+from .chat_templates import text_ids
 from .config import Recipe, Source, require
 from .data_files import FILES as FILES
 from .data_files import check_characters
@@ -224,7 +225,7 @@ def prompt_tokens(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int | None = None, name: str = "prompts"
 ) -> list[int]:
     """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template, with the row's `tools` and
-    `chat_template_kwargs`; text as it is, with BOS.
+    `chat_template_kwargs`; text as it is, with one BOS.
 
     number, name: the row's and its data set's, for messages.
     """
@@ -236,7 +237,7 @@ def prompt_tokens(
     prompt = row["prompt"]
     check_characters(prompt, f"{where}, prompt")
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
+        ids = text_ids(prompt, tokenizer)
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     messages = in_form(check_messages(prompt, f"{where}, prompt"), tokenizer)
     options = options_of(row) | {"add_generation_prompt": True, "return_dict": True}

@@ -131,9 +131,8 @@ class FunctionReward:
         return torch.tensor(numbers, dtype=torch.float32, device=device), applies
 
     def _given(self, responses: Responses, rows: Rows) -> dict[str, Any]:
-        texts = decode(
-            self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=self.special_tokens
-        )
+        kept = responses.response_mask if self.special_tokens else responses.content_mask
+        texts = decode(self.tokenizer, responses.response_ids, kept, special_tokens=self.special_tokens)
         prompts = prompts_of(self.tokenizer, responses, rows)
         ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
         completions = [

@@ -20,6 +20,7 @@ from .config import Sampling, require
 from .logprobs import entropy_of, sampled_distribution
 from .models import causal_lm, head_product
 from .rollout import Responses, pad_prompts
+from .turn_ends import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +83,7 @@ class Sampler(LogitsProcessor):
     probability 1e-12 is still drawn as often as it should.
     """
 
-    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: int, recording: Recording | None,
+    def __init__(self, uniforms: Tensor, sampling: Sampling, eos: tuple[int, ...], recording: Recording | None,
                  check: Callable[[], None] | None) -> None:  # fmt: skip
         self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
         self.step = 0
@@ -128,17 +129,18 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
     seeds: one for each prompt. recording: filled with log-probs, entropies and values on the way. check: called before each
     token, and may raise. cache: one of Transformers', empty; None: a dynamic one. options: more of Transformers' GenerationConfig.
-    The random state of the process is not touched. Raises SalsaError where the model's logits are no distribution (NaN).
+    A response ends with any of `turn_ends.ends_of`. The random state of the process is not touched. Raises SalsaError where the model's logits are no distribution (NaN).
     """
-    lm, pad, eos = causal_lm(model), int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
+    ends = ends_of(tokenizer, lm)
     ids, mask = pad_prompts(prompts, pad, lm.device)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos,
-        pad_token_id=pad, **options,
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(ends), pad_token_id=pad, **options,
     )  # fmt: skip
     uniforms = uniform_numbers(seeds, sampling.max_new_tokens)
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
-    sampler = Sampler(uniforms, sampling, eos, recording, check)
+    sampler = Sampler(uniforms, sampling, ends, recording, check)
     with _settled(lm, settings), recording.listening(lm) if recording else contextlib.nullcontext():
         tokens = lm.generate(
             input_ids=ids,
@@ -155,7 +157,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         " its weights, or for a dtype that overflows",
     )
     response_ids = tokens[:, ids.shape[1] :]
-    ended = (response_ids == eos).long()
+    ended = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device)).long()
     response_mask = ended.cumsum(-1) - ended == 0
     return Responses(ids, mask, response_ids.masked_fill(~response_mask, pad), response_mask, ended.any(-1))
 

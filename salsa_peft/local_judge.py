@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .chat_judge import Messages, Outcome
+from .chat_templates import readable
 from .config import Judge, require
 from .fingerprints import fingerprint
 from .generation import WITHOUT_FLOAT64, choose, uniform_numbers
@@ -25,6 +26,7 @@ from .hub_errors import said_in_a_line
 from .judge_cache import Reply
 from .models import device, positions, resolve_dtype
 from .rollout import pad_prompts
+from .turn_ends import ends_of
 
 WHERE = "evaluate.judge.model"
 FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -95,7 +97,8 @@ class LocalModel:
         return list(encoded["input_ids"])
 
     def _templated(self, messages: Messages) -> Any:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        chat = readable(messages, self.tokenizer)
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
 
     def _plain(self, text: str) -> str:
         for token in self.special:
@@ -107,11 +110,7 @@ class LocalModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
-        said = (
-            model.generation_config.eos_token_id
-        )  # a chat model's turn can end with another token than its tokenizer's EOS
-        found = {self.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])} - {None}
-        self.ends = sorted(found)
+        self.ends = list(ends_of(self.tokenizer, model))
         require(
             bool(self.ends), f"{WHERE}: found no token that ends a turn in {self.section.model}, expected a chat model"
         )

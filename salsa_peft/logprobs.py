@@ -31,8 +31,8 @@ class Head(NamedTuple):
     bias: Tensor | None
     """(V,)"""
     temperature: float
-    eos: int
-    """The token that `forbidden` forbids."""
+    eos: tuple[int, ...]
+    """The tokens that `forbidden` forbids: those that end a response (turn_ends.py)."""
     scaling: LogitScaling = LogitScaling()
     """What the architecture makes of the product before it is divided by the temperature."""
 
@@ -44,7 +44,7 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor
 
 
-def head_of(lm: Any, temperature: float, eos: int) -> Head:
+def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
     """The Head of a Transformers causal language model. Raises SalsaError where adapters change it: policy and references share it."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
@@ -64,14 +64,14 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
     return head.scaling(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
 
 
-def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: int) -> Tensor:
+def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: tuple[int, ...]) -> Tensor:
     """Logits (n, V) and (n,) True = EOS forbidden → log-probs of the distribution that is sampled, (n, V), float32."""
     return _normalized(logits.float() / temperature, forbidden, eos)
 
 
-def _normalized(scaled: Tensor, forbidden: Tensor, eos: int) -> Tensor:
+def _normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
     if forbidden.any():
-        scaled[:, eos] = scaled[:, eos].masked_fill(forbidden, -torch.inf)
+        scaled[:, list(eos)] = scaled[:, list(eos)].masked_fill(forbidden[:, None], -torch.inf)
     return scaled.log_softmax(-1)
 
 

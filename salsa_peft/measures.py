@@ -24,7 +24,8 @@ from .logprobs import head_of, token_logprobs
 from .models import causal_lm, hidden_states, load_base, load_tokenizer
 from .soup_options import MEASURES
 from .stacked_adapter import StackedAdapter
-from .template_fields import in_form, options_of, without_skipped
+from .template_fields import in_form, trained_tokens
+from .turn_ends import ends_of
 from .workbench import Workbench, fitting
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 class SFTLoss:
     """Minus the mean negative log-likelihood (nats) of the assistant's tokens in held-out demonstrations.
 
-    Rows {messages}; the chat template marks the assistant's turns, as for SFT. Raises SalsaError where no row has such a token
+    Rows {messages}; the assistant's tokens are those of SFT (assistant_masks.py). Raises SalsaError where no row has such a token
     within max_length.
     """
 
@@ -54,10 +55,10 @@ class SFTLoss:
         require(
             bool(self.chats),
             f"held-out demonstrations: found no assistant's token within {max_length} tokens in {len(rows)} rows, expected some;"
-            " raise model.max_length, or use a chat template with {% generation %} marks",
+            " raise model.max_length",
         )
         self.tokens = sum(sum(mask) for _, mask in self.chats)
-        self.head = head_of(causal_lm(live.model), 1.0, int(tokenizer.eos_token_id or 0))
+        self.head = head_of(causal_lm(live.model), 1.0, ends_of(tokenizer, causal_lm(live.model)))
 
     def __call__(self, weights: Sequence[float]) -> float:
         """The measure at a point."""
@@ -100,11 +101,7 @@ class SFTLoss:
 
 def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
     """Token ids and, for each, whether it is the assistant's and counts."""
-    row = {**row, "messages": in_form(row["messages"], tokenizer)}
-    options = options_of(row) | {"return_dict": True, "return_assistant_tokens_mask": True}
-    done: Any = tokenizer.apply_chat_template(row["messages"], **options)
-    ids, mask = list(done["input_ids"]), list(done["assistant_masks"])
-    mask = without_skipped(row, ids, mask, tokenizer, left_out=0)
+    ids, mask = trained_tokens({**row, "messages": in_form(row["messages"], tokenizer)}, tokenizer)
     return ids[:max_length], mask[:max_length]
 
 

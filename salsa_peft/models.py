@@ -11,9 +11,11 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -21,9 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils.hub import cached_file
 
-from . import adapters, auto_models, disk, sharding
-from .config import Model, SalsaError, require
+from . import adapters, auto_models, chat_templates, disk, sharding, turn_ends
+from .config import OWN_TEMPLATE, Model, SalsaError, require
 from .hub_errors import said_in_a_line
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """What configurations call the factor of the logits: 1 where they are multiplied by it, -1 where they are divided by it."""
 MULTIPLIED = ("hyperclovax",)
 """Architectures that multiply by `logits_scaling`."""
+LOADED: WeakSet[Any] = WeakSet()
+"""Tokenizers of a recipe: what is odd in them is said when its run begins, not by every trainer."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configurations call the length that a model reads."""
 
@@ -80,43 +85,39 @@ def quantisation(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     )
 
 
-def _padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A padding token that is not the EOS.
+def load_tokenizer(
+    base: str, revision: str | None = None, chat_template: str | None = None, say: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with its own chat template, or that of the file `chat_template`, made ready for training (chat_templates.py),
+    and with a padding token that no template writes and that ends no response.
 
-    TRL and Transformers find a sequence's end by its padding token: with pad = eos the response's EOS would never be
-    scored. So an unused special token pads: the tokenizer's own, else unk, else any special one, else one named for it.
-    """
-    taken = {tokenizer.eos_token, tokenizer.bos_token}
-    named = [token for token in tokenizer.get_vocab() if "pad" in token.lower() and token.startswith("<")]
-    for token in [tokenizer.pad_token, *sorted(named), tokenizer.unk_token, *tokenizer.all_special_tokens]:
-        if token is not None and token not in taken:
-            return str(token)
-    raise SalsaError(
-        f"tokenizer: found no special token besides eos {tokenizer.eos_token!r} to pad with, expected one;"
-        " give the tokenizer a pad_token that is in its vocabulary"
-    )
-
-
-def load_tokenizer(base: str, revision: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, its padding token set apart from EOS, with the chat template of the file `chat_template`.
-
-    Raises SalsaError for a tokenizer without EOS, or a template that is to be used and has no {% generation %} marks.
+    say: the base's name; what is odd in its tokenizer and template is printed under it. Raises SalsaError for a tokenizer without EOS.
     """
     with said_in_a_line(base):
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
     require(
         tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with"
     )
-    tokenizer.pad_token = _padding_token(tokenizer)
-    tokenizer.padding_side = "right"
-    if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-    require(
-        tokenizer.chat_template is None or "{% generation %}" in tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}"),
-        f"{base}: its chat template has no {{% generation %}} marks, which say what the assistant's tokens are;"
-        " set model.chat_template to chatml, zephyr or a Jinja file of yours",
-    )  # fmt: skip
+    if chat_template not in (None, OWN_TEMPLATE):
+        tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
+    changes = chat_templates.prepare(tokenizer)
+    ends = turn_ends.ends(tokenizer, _generation_config(base, revision))
+    tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    LOADED.add(tokenizer)
+    for line in [*changes, *turn_ends.facts(tokenizer, ends)] if say is not None else []:
+        print(f"{say}: {line}", file=sys.stderr, flush=True)
     return tokenizer
+
+
+def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
+    """What a folder's generation_config.json says, or without one its config.json; None where there is neither (an adapter's folder)."""
+    for name in ("generation_config.json", "config.json"):
+        with said_in_a_line(base):
+            file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            if file is not None:
+                return GenerationConfig.from_pretrained(Path(file).parent, name)
+    return None
 
 
 def _pretrained(
@@ -156,12 +157,15 @@ def load_base(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
     """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
-    penalties) that it came with."""
+    penalties) that it came with; all tokens that end a response are named as EOS."""
     loaded = _pretrained(auto_models.language_model, base, model, trained)
     if trained is not None:
         auto_models.train_language(loaded, loaded.get_output_embeddings())
+    ends = turn_ends.ends_of(tokenizer, loaded)
     loaded.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else list(ends),
+        pad_token_id=tokenizer.pad_token_id,
     )
     loaded.config.pad_token_id = tokenizer.pad_token_id
     without_router_logits(loaded)

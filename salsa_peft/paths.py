@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import row_formats
-from salsa_peft.config import NAME, SEED, Recipe, SalsaError, Source, require
+from salsa_peft.config import NAME, OWN_TEMPLATE, SEED, Recipe, SalsaError, Source, require
 from salsa_peft.data_files import FILES, HF, HF_PATH, KINDS, OPEN, WRAPPED, file_kind, open_bytes, read_file, table
 from salsa_peft.messages import path_text, short
-from salsa_peft.reward_kinds import placed
+from salsa_peft.reward_kinds import has_template, placed
 from salsa_peft.soup_options import placed_measure
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
@@ -155,13 +155,7 @@ def check_files(recipe: Recipe) -> None:
     model = recipe.model
     if model.base is not None:
         check_path("model.base", model.base, "a model's folder", "config.json")
-    if model.chat_template is not None:
-        folder = bundled("recipes") / "chat_templates"
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
-        require(
-            is_local(model.chat_template) and os.path.isfile(model.chat_template),
-            f"model.chat_template: found {path_text(model.chat_template)}, which is no file, expected a Jinja file or one of ours: {known}",
-        )
+    check_template(recipe)
     for key, kind, source in sources(recipe):
         if is_local(source.path) and not os.path.isdir(source.path):
             require(
@@ -180,6 +174,25 @@ def check_files(recipe: Recipe) -> None:
             )
         elif not is_local(source.path):
             _check_hub_id(key, source.path, EXPECTED_DATA)
+
+
+def check_template(recipe: Recipe) -> None:
+    """Raise SalsaError for a template that is no file, or a base's own that it does not have; a Hub id is not looked at."""
+    model = recipe.model
+    if model.chat_template == OWN_TEMPLATE:
+        if model.base is not None and os.path.isdir(model.base):
+            require(
+                has_template("model.chat_template", model.base),
+                f"model.chat_template: {path_text(model.base)} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
+            )
+    elif model.chat_template is not None:
+        folder = bundled("recipes") / "chat_templates"
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
+        require(
+            is_local(model.chat_template) and os.path.isfile(model.chat_template),
+            f"model.chat_template: found {path_text(model.chat_template)}, which is no file, expected {OWN_TEMPLATE} (the base's own), a Jinja"
+            f" file, or one of ours: {known}",
+        )
 
 
 def check_path(where: str, path: str, what: str, file: str) -> None:

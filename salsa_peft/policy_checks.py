@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from . import adapters
 from .config import SalsaError, require
 from .logprobs import head_of
-from .models import causal_lm, check_head, keep_layout
+from .models import LOADED, causal_lm, check_head, keep_layout
 from .precision import OPTIMIZER, ROUNDING, rounds_stochastically
+from .turn_ends import ends_of, facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -111,7 +112,7 @@ def check_trained(
             " requires_grad_(False)",
         )
     check_precision(trained, args)
-    head_of(causal_lm(model), 1.0, int(tokenizer.eos_token_id))
+    head_of(causal_lm(model), 1.0, ends_of(tokenizer, causal_lm(model)))
     check_noise(model)
 
 
@@ -154,7 +155,7 @@ def check_noise(model: PeftModel | PreTrainedModel) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTrainedModel) -> None:
-    """Raise SalsaError for a tokenizer without EOS or padding token, or with one that has no embedding; say which EOS counts."""
+    """Raise SalsaError for a tokenizer without EOS or padding token, or with one that has no embedding; say what is odd in it."""
     lm = causal_lm(model)
     rows = lm.get_input_embeddings().weight.shape[0]
     for name, token, number, remedy in (
@@ -167,14 +168,5 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
             f"processing_class: found {name} {token!r} ({number}) over {rows} embeddings, expected one of them;"
             " model.resize_token_embeddings(len(tokenizer)), or take another",
         )
-    said = None if lm.generation_config is None else lm.generation_config.eos_token_id
-    ends = sorted({*(said if isinstance(said, list) else [said])} - {None, int(tokenizer.eos_token_id)})
-    known = zip(ends, tokenizer.convert_ids_to_tokens(ends), strict=True)  # None: none of the tokenizer's
-    others = [(number, token) for number, token in known if token is not None]
-    if others:
-        named = ", ".join(f"{token!r} ({number})" for number, token in others)
-        print(
-            f"processing_class: a response ends with {tokenizer.eos_token!r} ({tokenizer.eos_token_id}) alone, not with {named} of the"
-            " model's generation_config; set tokenizer.eos_token where another ends a turn",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    for line in facts(tokenizer, ends_of(tokenizer, lm)) if tokenizer not in LOADED else []:
+        print(f"processing_class: {line}", file=sys.stderr, flush=True)

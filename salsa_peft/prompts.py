@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .chat_templates import adds_bos
 from .config import SalsaError, require
 from .data import Odd, check_messages, prompt_tokens
 from .messages import one_line, short
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .ppo_config import SalsaPPOConfig
+
+
+OWN_BOS = "begin with {} already: the tokenizer's own is left out"
 
 
 class Prompt(NamedTuple):
@@ -75,6 +79,7 @@ class Encoder(NamedTuple):
             odd = Odd(name)
             for number, prompt in enumerate(prompts, 1):
                 odd.drops(number, self.dropped(prompt.row, number, name))
+                odd.add(number, OWN_BOS.format(self.tokenizer.bos_token), self.begins_with_bos(prompt.row))
             odd.tell(len(prompts))
         return kept, left_out
 
@@ -116,6 +121,11 @@ class Encoder(NamedTuple):
             not odd, f"{where}: found token id {odd[:1]}, expected 0 to {self.vocabulary - 1}, the model's embeddings"
         )
         return ids
+
+    def begins_with_bos(self, row: Mapping[str, Any]) -> bool:
+        """Whether a text has the BOS that the tokenizer adds: a chat template has rendered it."""
+        text = row.get("prompt") if "input_ids" not in row else None
+        return isinstance(text, str) and adds_bos(self.tokenizer) and text.startswith(str(self.tokenizer.bos_token))
 
     def dropped(self, row: Mapping[str, Any], number: int, name: str) -> list[str]:
         """What the chat template leaves out of a row: a system turn, `tools` …"""

@@ -177,12 +177,18 @@ def check_classifier_folder(where: str, folder: str) -> None:
         labels == 1,
         f"{where}: {path_text(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {OWN_FUNCTION}",
     )
-    settings = _json_file(where, Path(folder) / "tokenizer_config.json")
     require(
-        "chat_template" in settings or (Path(folder) / "chat_template.jinja").is_file(),
+        has_template(where, folder),
         f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages."
         " Put the template that it was trained with beside it as chat_template.jinja, or write a function (reward: module:name)",
     )
+
+
+def has_template(where: str, folder: str) -> bool:
+    """Whether a folder's tokenizer has a chat template. Raises SalsaError for a tokenizer_config.json that can't be read."""
+    if (Path(folder) / "chat_template.jinja").is_file():
+        return True
+    return _json_file(where, Path(folder) / "tokenizer_config.json").get("chat_template") is not None
 
 
 def _json_file(where: str, path: Path) -> dict[str, Any]:

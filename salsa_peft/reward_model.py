@@ -89,6 +89,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     if adapters.is_quantised(model):
         adapters.in_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
+    pad_apart(trainer)
     # 4. a share of the pairs that are short enough is held out
     fitting = len(trainer.train_dataset)
     kept_out = count_held_out(recipe, len(rows), fitting)
@@ -107,6 +108,16 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         "left_out": len(rows) - fitting,
         "steps": trainer.state.global_step,
     }
+
+
+def pad_apart(trainer: Any) -> None:
+    """Pad with a token that stands at no sequence's end, where the tokenizer's padding token might: Transformers' classifiers score the last
+    token that is not the padding token's id, and have no other way of finding a sequence's end."""
+    pad = trainer.processing_class.pad_token_id
+    lasts = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
+    if pad in lasts:
+        pad = next(token for token in range(len(lasts) + 1) if token not in lasts)
+        trainer.data_collator.pad_token_id = trainer.model.config.get_text_config().pad_token_id = pad
 
 
 def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:

@@ -27,8 +27,9 @@ from .hub_errors import said_in_a_line
 from .messages import short
 from .models import causal_lm, head_product
 from .reward_kinds import ADAPTER, FUNCTION
-from .rollout import Responses, last_token_states
+from .rollout import Responses, extend, last_token_states
 from .room import Room
+from .turn_ends import closed, turn_of
 from .workbench import note_tokenizer
 
 if TYPE_CHECKING:
@@ -54,16 +55,30 @@ class Reward(Protocol):
 
 
 class AdapterReward:
-    """The reward adapter on the shared base, and its linear head on the last token that counts."""
+    """The reward adapter on the shared base, and its linear head on the last token of the conversation.
 
-    def __init__(self, model: PeftModel, folder: Path, micro_batch_size: int = 64) -> None:
+    tokenizer: whose chat template the adapter was trained with. What that writes behind the token that ends a turn is read too, as TRL's
+    RewardTrainer does. None: nothing is.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        folder: Path,
+        micro_batch_size: int = 64,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
+        self.tokenizer = tokenizer
         self.adapter = adapters.free_name(model, REWARD_ADAPTER)
         adapters.attach(model, folder, self.adapter)
         self.head = adapters.score_head(folder).to(model.device)
         self.toggle = adapters.Toggle(model)
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
+        if self.tokenizer is not None:
+            turn = turn_of(self.tokenizer)
+            responses = extend(responses, closed(responses, rows, turn), turn.after)
         return self.room.fit(lambda: self._scores(responses), len(rows))
 
     @torch.no_grad()
@@ -207,7 +222,7 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
             f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
         )
     note_tokenizer(folder, tokenizer, str(causal_lm(model).name_or_path))
-    return AdapterReward(model, folder, micro_batch_size)
+    return AdapterReward(model, folder, micro_batch_size, tokenizer)
 
 
 def is_adapter(name: str) -> bool:

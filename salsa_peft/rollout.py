@@ -1,13 +1,13 @@
 """Responses, and how probable policy and references find them.
 
 Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the mask.
-The EOS that ends a response counts, nothing after it; a response that is EOS alone has length 1.
+The token that ends a response (turn_ends.py) counts, nothing after it; a response that is this token alone has length 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from .logprobs import Head, full_kl, token_logprobs
 from .losses import KL_ESTIMATORS
 from .models import hidden_states
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Responses(NamedTuple):
@@ -32,7 +29,7 @@ class Responses(NamedTuple):
     response_mask: Tensor
     """(B, T) bool"""
     finished: Tensor
-    """(B,) bool: EOS ended it, rather than the limit."""
+    """(B,) bool: a token that ends responses ended it, rather than the limit."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -46,12 +43,18 @@ class Responses(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """(B,): tokens of each response, EOS included."""
+        """(B,): tokens of each response, the one that ends it included."""
         return self.response_mask.sum(-1)
 
     @property
+    def content_mask(self) -> Tensor:
+        """(B, T) bool: the response without the token that ends it. Such a token need not be a special one, which decoding leaves out."""
+        places = torch.arange(self.response_mask.shape[1], device=self.response_mask.device)
+        return self.response_mask & (places < (self.lengths - self.finished.long())[:, None])
+
+    @property
     def empty(self) -> Tensor:
-        """(B,) bool: the response is EOS alone."""
+        """(B,) bool: the response is the token that ends it, alone."""
         return self.finished & (self.lengths == 1)
 
     def rows(self, index: Tensor) -> Responses:
@@ -83,7 +86,7 @@ def response_states(hidden: Tensor, responses: Responses) -> Tensor:
 
 
 def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
-    """(N,) bool: EOS could not be sampled at this token."""
+    """(N,) bool: no token that ends a response could be sampled here."""
     early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
     return early.expand_as(responses.response_mask)[responses.response_mask]
 
@@ -133,15 +136,14 @@ def response_values(values: Tensor, responses: Responses) -> Tensor:
     return values[:, start : start + responses.response_ids.shape[1]]
 
 
-def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase,
+def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],
                   device: torch.device) -> Responses:  # fmt: skip
-    """Token ids of prompts and of what was answered (its EOS included, where one ended it) → Responses."""
-    pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    """Token ids of prompts and of what was answered, with the one of `ends` that ended it, if any → Responses."""
     prompt_ids, prompt_mask = pad_prompts(prompts, pad, device)
     width = max(len(answer) for answer in answers)
     ids = torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers], device=device)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
-    finished = torch.tensor([bool(answer) and answer[-1] == eos for answer in answers], device=device)
+    finished = torch.tensor([bool(answer) and answer[-1] in ends for answer in answers], device=device)
     return Responses(prompt_ids, prompt_mask, ids, torch.arange(width, device=device) < lengths[:, None], finished)
 
 
@@ -149,6 +151,18 @@ def widen(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -
     """(B, L) → (B, width), filled up with `value` on the right, or on the left."""
     missing = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
+
+
+def extend(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> Responses:
+    """`tokens` behind the responses of `rows` (B,), bool, for what scores more than was sampled; the others stay."""
+    if not tokens or not rows.any():
+        return responses
+    device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(tokens)
+    ids, mask = widen(responses.response_ids, count), widen(responses.response_mask, count)
+    places = responses.lengths[rows][:, None] + torch.arange(len(tokens), device=device)
+    which = rows.nonzero()
+    ids[which, places], mask[which, places] = torch.tensor(tokens, device=device), True
+    return responses._replace(response_ids=ids, response_mask=mask)
 
 
 def concatenate(parts: Sequence[Responses], pad: int) -> Responses:

@@ -28,6 +28,7 @@ from .rewards import Reward, RunningScale, decode, take_figures
 from .rollout import Responses, concatenate, kl_to_reference, response_logprobs, response_states, response_values, widen
 from .room import Room
 from .sharding import gathered, keep_whole
+from .turn_ends import ends_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +78,7 @@ class RolloutMaker:
                  args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
+        self.ends = ends_of(tokenizer, causal_lm(model.policy))
         self.present = place(references, reward, args)
         world = accelerator.num_processes
         self.room = Room(
@@ -89,7 +91,7 @@ class RolloutMaker:
         """Of the policy's base, or of a model of its own. Looked up anew: once it is sharded, the weight is another tensor."""
         lm = causal_lm(self.model.policy) if model is None else model
         keep_whole(lm.get_output_embeddings(), self.accelerator)
-        return head_of(lm, self.args.temperature, int(self.tokenizer.eos_token_id))
+        return head_of(lm, self.args.temperature, self.ends)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], update: int, kl_coef: float, check: Callable[[], None]) -> Rollout:
@@ -265,7 +267,7 @@ class RolloutMaker:
 
 
 def shape(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
-    """The options on scores (B,), in TRL 0.8's order: scale, clip, then the penalty for a missing EOS."""
+    """The options on scores (B,), in TRL 0.8's order: scale, clip, then the penalty for a response that nothing ended."""
     if args.normalize_scores:
         scores = scale(scores)
     if args.score_clip is not None:

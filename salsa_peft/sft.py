@@ -10,9 +10,8 @@ import json
 import random
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
@@ -24,8 +23,12 @@ from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .models import check_head
 from .runs import Job, write_atomic
-from .template_fields import without_skipped
+from .template_fields import trained_tokens
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -50,18 +53,15 @@ def run(job: Job) -> dict[str, Any]:
         model=model,
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
-            assistant_only_loss=True,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=data.dataset(rows),
+        train_dataset=labelled(rows, bench.tokenizer),
         processing_class=bench.tokenizer,
         peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
         callbacks=[Bar(job.unit.id, job.folder)],
     )
     if is_quantised(model):
         in_float32(trainer.model)
-    if any("skipped" in row for row in rows):
-        trainer.train_dataset = trainer.train_dataset.map(partial(leave_out_skipped, tokenizer=bench.tokenizer))
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
     require(
@@ -90,9 +90,18 @@ def run(job: Job) -> dict[str, Any]:
     return metrics
 
 
-def leave_out_skipped(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The labels of a tokenised row without the assistant's turns that the data does not train on."""
-    return {"labels": without_skipped(row, row["input_ids"], row["labels"], tokenizer)}
+def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows {messages} → {input_ids, labels}, the form that TRL trains on as it is: labels are −100 but for the assistant's tokens."""
+
+    def tokens(row: dict[str, Any]) -> dict[str, list[int]]:
+        ids, mask = trained_tokens(row, tokenizer)
+        return {
+            "input_ids": ids,
+            "labels": [token if counts else -100 for token, counts in zip(ids, mask, strict=True)],
+        }
+
+    made = data.dataset(rows)
+    return made.map(tokens, remove_columns=made.column_names)
 
 
 def take(job: Job, path: str) -> dict[str, Any]:

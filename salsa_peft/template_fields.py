@@ -6,11 +6,13 @@ A template drops without an error: other words, or none, in a field then give th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from .assistant_masks import assistant_tokens
+from .chat_templates import ANSWER, USER, readable, remembered, rendered
 from .errors import SalsaError, require
 from .message_formats import Messages, tool_list
 from .messages import one_line
@@ -39,63 +41,41 @@ def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, whe
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, TypeError) as error:
-        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}") from error
+        system = any(message["role"] == "system" for message in messages)
+        remedy = "; remove the system turn, or set model.chat_template to one that has such turns" if system else ""
+        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}{remedy}") from error
 
 
-class Form(NamedTuple):
-    """In which form a template reads what has several."""
+@remembered
+def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template reads a tool call's arguments as JSON text (DeepSeek's) and not as an object, which is the convention."""
 
-    parts: bool
-    """Whether content is a list of {type: text, text}: multimodal templates write nothing of text alone."""
-    text_arguments: bool
-    """Whether a tool call's arguments are JSON text (DeepSeek's), not an object."""
+    def shown(arguments: Any) -> bool:
+        function = {"name": "f", "arguments": arguments}
+        answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        try:
+            return ANSWER in rendered([{"role": "user", "content": USER}, answer], tokenizer)
+        except (TemplateError, TypeError):
+            return False
 
-
-_forms: dict[str, Form] = {}
-
-
-def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
-    """The form that a tokenizer's chat template reads, found by rendering a word in each."""
-    template = str(tokenizer.chat_template)
-    if template not in _forms:
-        word = "perpendicular"
-        asked: Messages = [{"role": "user", "content": word}]
-        typed: Messages = [{"role": "user", "content": [{"type": "text", "text": word}]}]
-
-        def shows(messages: Messages) -> bool:
-            try:
-                return word in str(tokenizer.apply_chat_template(messages, tokenize=False))
-            except (TemplateError, TypeError):
-                return False
-
-        def call(arguments: Any) -> Messages:
-            function = {"name": "f", "arguments": arguments}
-            answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-            return [{"role": "user", "content": "q"}, answer]
-
-        _forms[template] = Form(
-            parts=not shows(asked) and shows(typed),
-            text_arguments=not shows(call({"x": word})) and shows(call(f'{{"x": "{word}"}}')),
-        )
-    return _forms[template]
+    return not shown({"x": ANSWER}) and shown(json.dumps({"x": ANSWER}))
 
 
 def in_form(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> Messages:
     """The messages in the form that the tokenizer's template reads; without a tokenizer or template as they are."""
     if tokenizer is None or tokenizer.chat_template is None:
         return messages
-    form = form_of(tokenizer)
-    return [dict(_in_form(message, form)) for message in messages]
-
-
-def _in_form(message: Mapping[str, Any], form: Form) -> Iterator[tuple[str, Any]]:
-    for key, value in message.items():
-        if key == "content" and form.parts and isinstance(value, str):
-            yield key, [{"type": "text", "text": value}]
-        elif key == "tool_calls" and form.text_arguments:
-            yield key, [{**call, "function": _with_text(call["function"])} for call in value]
-        else:
-            yield key, value
+    if reads_text_arguments(tokenizer):
+        messages = [
+            {
+                **message,
+                "tool_calls": [{**call, "function": _with_text(call["function"])} for call in message["tool_calls"]],
+            }
+            if "tool_calls" in message
+            else message
+            for message in messages
+        ]
+    return readable(messages, tokenizer)
 
 
 def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,27 +137,22 @@ def _other_words(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": words if isinstance(message["content"], str) else [{"type": "text", "text": words}]}
 
 
-def without_skipped(
-    row: Mapping[str, Any],
-    ids: Sequence[int],
-    labels: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    left_out: int = -100,
-) -> list[int]:
-    """The labels (or mask) of a chat's tokens, `left_out` in place of those of the assistant's turns that the row's `skipped` names.
+def trained_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of a row's chat and, for each, 1 where it is trained on: the assistant's, but for the turns that `skipped` names.
 
     A turn begins where the tokens of what stands before it, with the generation prompt, part from the whole chat's (as TRL finds a
     completion's start), and ends where the next of the assistant's begins.
     """
-    messages, found = row["messages"], list(labels)
+    messages = row["messages"]
+    ids, mask = assistant_tokens(messages, tokenizer, **options_of(row))
     if not row.get("skipped"):
-        return found
+        return ids, mask
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     starts = [_common(_before(row, place, tokenizer), ids) for place in places]
     for place, start, end in zip(places, starts, [*starts[1:], len(ids)], strict=True):
         if place in row["skipped"]:
-            found[start:end] = [left_out] * (end - start)
-    return found
+            mask[start:end] = [0] * (end - start)
+    return ids, mask
 
 
 def _before(row: Mapping[str, Any], place: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:

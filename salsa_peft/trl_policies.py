@@ -21,6 +21,7 @@ from .runs import Job, write_atomic
 from .statistics import mean_interval
 from .template_fields import in_form, options_of
 from .trl_reference import use_reference
+from .turn_ends import ends_of
 from .workbench import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
             max_completion_length=recipe.generation.max_new_tokens,
             temperature=recipe.generation.temperature,
         ),
-        reward_funcs=as_function(reward, bench),
+        reward_funcs=as_function(reward, bench, ends_of(bench.tokenizer, models.causal_lm(model))),
         train_dataset=data.dataset(kept),
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, job.folder)],
@@ -184,8 +185,9 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
     return made, None, {"prompts": len(kept), "left_out": len(rows) - len(kept)}
 
 
-def as_function(reward: Reward, bench: Workbench) -> Callable[..., list[float]]:
+def as_function(reward: Reward, bench: Workbench, ends: tuple[int, ...]) -> Callable[..., list[float]]:
     """One of our rewards as TRL calls one: prompts, completion_ids, columns → a score each."""
+    pad = int(bench.tokenizer.pad_token_id)  # type: ignore[arg-type]
     idle = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
     def score(prompts: list[Any], completion_ids: list[list[int]], **given: Any) -> list[float]:
@@ -195,7 +197,7 @@ def as_function(reward: Reward, bench: Workbench) -> Callable[..., list[float]]:
             for i, prompt in enumerate(prompts)
         ]
         asked = [data.prompt_tokens(row, bench.tokenizer) for row in rows]
-        responses = pad_responses(asked, completion_ids, bench.tokenizer, models.device())
+        responses = pad_responses(asked, completion_ids, pad, ends, models.device())
         return reward(responses, rows).tolist()
 
     score.__name__ = "reward"

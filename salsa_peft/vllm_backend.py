@@ -19,6 +19,7 @@ from .generation import Recording
 from .merged import merged_parameters
 from .models import causal_lm, device
 from .rollout import Responses, pad_responses
+from .turn_ends import ends_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +57,7 @@ class VLLM:
             f"temperature: found {args.temperature:g} with rollout_backend vllm, expected 0.01 to 2; vLLM samples at no other",
         )
         self.model, self.args, self.tokenizer, self.synced = model, args, tokenizer, False
+        self.ends = ends_of(tokenizer, causal_lm(model))
         self.engine = self._engine(accelerator, options)
 
     def _engine(self, accelerator: Accelerator, options: Mapping[str, Any]) -> Any:
@@ -76,12 +78,11 @@ class VLLM:
                 )
                 return merged_parameters(self.model, policy)  # type: ignore[arg-type]
 
-        eos = int(self.tokenizer.eos_token_id)
-        # vLLM would also stop at every EOS of the base's generation_config, and counts these among what min_tokens forbids
-        plain = {"ignore_eos": True, "stop_token_ids": [eos], "min_tokens": self.args.min_new_tokens, "presence_penalty": 0.0,
+        # vLLM would also stop at every EOS of the base's own files, and counts these among what min_tokens forbids
+        plain = {"ignore_eos": True, "stop_token_ids": list(self.ends), "min_tokens": self.args.min_new_tokens, "presence_penalty": 0.0,
                  "frequency_penalty": 0.0}  # fmt: skip
         if self.args.min_new_tokens:
-            require_one_eos(causal_lm(self.model), eos)
+            require_same_ends(causal_lm(self.model), self.ends)
         try:
             return Engine(
                 self.model, accelerator, self.tokenizer, temperature=self.args.temperature, top_p=1.0, top_k=0, min_p=0.0,
@@ -104,17 +105,18 @@ class VLLM:
         if not self.synced:  # vLLM starts with the base's weights
             self.updated()
         _, answers, _, _ = self.engine.generate([list(prompt) for prompt in prompts], images=None, num_generations=1)
-        return pad_responses(prompts, answers, self.tokenizer, causal_lm(self.model).device)
+        pad = int(self.tokenizer.pad_token_id)
+        return pad_responses(prompts, answers, pad, self.ends, causal_lm(self.model).device)
 
 
-def require_one_eos(lm: Any, eos: int) -> None:
-    """Raise SalsaError where the base names other EOS tokens, which vLLM would forbid too before min_new_tokens."""
+def require_same_ends(lm: Any, ends: tuple[int, ...]) -> None:
+    """Raise SalsaError where the base names EOS tokens that end no response here: vLLM would forbid them too before min_new_tokens."""
     named = [lm.config.eos_token_id]
     with contextlib.suppress(OSError):  # a base without generation_config.json
         named.append(GenerationConfig.from_pretrained(lm.name_or_path).eos_token_id)
-    others = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])} - {None, eos}
+    others = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])} - {None, *ends}
     require(
         not others,
-        f"min_new_tokens: found further EOS tokens {sorted(others)} in the base's configuration with rollout_backend vllm, expected"
-        f" {eos} alone: vLLM would forbid them too; take hf",
+        f"min_new_tokens: the base's configuration names EOS tokens {sorted(others)} beside those that end a response, {list(ends)}, and"
+        " vLLM would forbid them too. Use rollout_backend hf.",
     )

@@ -65,7 +65,12 @@ class Workbench:
                 Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
                 model.base,
             )
-        tokenizer = models.load_tokenizer(str(folder), chat_template=model.chat_template)
+        say = name if job.unit.id == "sft/seed-0" else None  # once a run
+        tokenizer = models.load_tokenizer(str(folder), chat_template=model.chat_template, say=say)
+        require(
+            tokenizer.chat_template is not None,
+            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
+        )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
     def base(self) -> PreTrainedModel:

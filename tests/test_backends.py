@@ -246,7 +246,7 @@ class TestPaged:
         found = paged(prompts, range(12))
         with torch.no_grad():
             hidden = hidden_states(two_adapters, found.input_ids, found.attention_mask)
-        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, EOS), 0)
+        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, (EOS,)), 0)
         for row, name in enumerate(sorted(own, key=lambda name: int(name.split("_")[1]))):
             scored = logprobs[row][found.response_mask[row]]
             torch.testing.assert_close(scored, torch.tensor(own[name]), rtol=1e-4, atol=1e-4)
@@ -655,11 +655,11 @@ class TestVLLM:
             make(vllm_options(options, with_vllm), SimpleNamespace(num_processes=2))
         model.config.eos_token_id = [EOS, 9]
         make(vllm_options(options, with_vllm))
-        with pytest.raises(SalsaError, match=r"further EOS tokens \[9\]"):
+        with pytest.raises(SalsaError, match=r"names EOS tokens \[9\] beside those that end a response"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         model.config.eos_token_id, model.name_or_path = EOS, str(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 8]}))
-        with pytest.raises(SalsaError, match=r"further EOS tokens \[8\]"):
+        with pytest.raises(SalsaError, match=r"names EOS tokens \[8\] beside those"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         nobody = {"mode": "server", "server_base_url": "http://127.0.0.1:9", "server_timeout": 0.0}
         with pytest.raises(

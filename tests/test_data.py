@@ -288,19 +288,13 @@ class TestTemplates:
         prompt = data.prompt_tokens({"prompt": chat[:-1]}, chat_tokenizer)
         assert chat_tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"][: len(prompt)] == prompt
 
-    def test_bos_stands_once_where_the_format_has_it(self, chat_tokenizer: Any) -> None:
-        """Zephyr's starts with it (the paper's bases need one), ChatML has none."""
-        tokens = data.prompt_tokens({"prompt": [user("q")]}, chat_tokenizer)
-        assert tokens.count(chat_tokenizer.bos_token_id) == (1 if tokens[0] == chat_tokenizer.bos_token_id else 0)
-        assert (tokens[0] == chat_tokenizer.bos_token_id) is ("im_start" not in chat_tokenizer.chat_template)
-
     def test_the_formats_text(self, chat_tokenizer: Any) -> None:
         """By hand."""
         text = chat_tokenizer.apply_chat_template([SYSTEM, user("q"), assistant("a")], tokenize=False)
         if "im_start" in chat_tokenizer.chat_template:
             expected = "<|im_start|>system\nbe brief<eos>\n<|im_start|>user\nq<eos>\n<|im_start|>assistant\na<eos>"
         else:
-            expected = "<s><|system|>\nbe brief<eos>\n<|user|>\nq<eos>\n<|assistant|>\na<eos>"
+            expected = "<|system|>\nbe brief<eos>\n<|user|>\nq<eos>\n<|assistant|>\na<eos>"
         assert text == expected
 
     def test_the_embedded_worlds_template_too(self, tokenizer: Any) -> None:

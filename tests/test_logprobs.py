@@ -42,7 +42,7 @@ class Case:
         self.labels[1] = EOS
         weight = torch.randn(V, H, generator=generator).requires_grad_(trained)
         shift = torch.randn(V, generator=generator) if bias else None
-        self.head = Head(weight, shift, temperature, EOS, LogitScaling(factor, cap))
+        self.head = Head(weight, shift, temperature, (EOS,), LogitScaling(factor, cap))
 
     def distribution(self, hidden: Tensor) -> Tensor:
         """log π in double, by the formula: softmax(logits / temperature) over what could be sampled."""
@@ -118,7 +118,7 @@ def test_more_rows_than_the_real_chunk() -> None:
     generator = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(513, H, generator=generator), torch.randn(V, H, generator=generator)
     labels = torch.randint(0, V, (513,), generator=generator)
-    found = token_logprobs(hidden, labels, torch.zeros(513, dtype=torch.bool), Head(weight, None, 1.0, EOS))
+    found = token_logprobs(hidden, labels, torch.zeros(513, dtype=torch.bool), Head(weight, None, 1.0, (EOS,)))
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(513), labels]
     torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-5)
 
@@ -249,7 +249,7 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch, trained: 
 
     hidden, other = torch.randn(2, rows, width)
     hidden.requires_grad_()
-    head = Head(torch.randn(vocabulary, width, requires_grad=trained), None, 1.0, EOS)
+    head = Head(torch.randn(vocabulary, width, requires_grad=trained), None, 1.0, (EOS,))
     labels, forbidden = torch.full((rows,), 5), torch.zeros(rows, dtype=torch.bool)
     with Watch():
         token_logprobs(hidden, labels, forbidden, head).logprobs.sum().backward()
@@ -293,7 +293,7 @@ def test_kl_has_a_direction() -> None:
 
     π = (½, ½), ref = (¾, ¼): KL(π ‖ ref) = ½ ln(⅔) + ½ ln 2 = ½ ln(4/3).
     """
-    head = Head(torch.tensor([[1.0], [0.0]]), None, 1.0, 0)
+    head = Head(torch.tensor([[1.0], [0.0]]), None, 1.0, (0,))
     policy, reference = torch.tensor([[0.0]]), torch.tensor([[3.0]]).log()
     found = full_kl(policy, reference, torch.tensor([False]), head, head)
     torch.testing.assert_close(found, torch.tensor([4 / 3]).log() / 2)
@@ -302,9 +302,9 @@ def test_kl_has_a_direction() -> None:
 def test_head_of_a_model(make_base: Callable[..., Any], tokenizer: Any) -> None:
     """Its output embeddings; log π from it and the trunk is log_softmax of the model's logits."""
     lm = make_base()
-    head = head_of(lm, 0.7, int(tokenizer.eos_token_id))
+    head = head_of(lm, 0.7, (int(tokenizer.eos_token_id),))
     assert head.weight is lm.lm_head.weight
-    assert (head.bias, head.temperature, head.eos) == (None, 0.7, tokenizer.eos_token_id)
+    assert (head.bias, head.temperature, head.eos) == (None, 0.7, (tokenizer.eos_token_id,))
     ids = torch.tensor([[5, 9, 12, 7]])
     with torch.no_grad():
         states = lm.model(ids)[0][0, :-1]
@@ -317,10 +317,10 @@ def test_a_head_with_adapters_is_refused(make_base: Callable[..., Any], make_ada
     """Policy and references are read through one head: LoRA on lm_head would be left out of the log-probs in silence."""
     model = make_adapter(make_base(), "policy", 0, target_modules=["q_proj", "lm_head"])
     with pytest.raises(SalsaError, match="found an adapter on the output embeddings"):
-        head_of(model.get_base_model(), 1.0, EOS)
+        head_of(model.get_base_model(), 1.0, (EOS,))
     model = make_adapter(make_base(), "policy", 0, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(SalsaError, match="found an adapter on the output embeddings"):
-        head_of(model.get_base_model(), 1.0, EOS)
+        head_of(model.get_base_model(), 1.0, (EOS,))
 
 
 def log_softmax_loop(logits: list[float], temperature: float, forbidden: int | None) -> list[float]:
@@ -342,7 +342,7 @@ def test_everything_equals_the_plain_loop(
         return torch.randn(*shape, generator=generator)
 
     states, others = normal(2, rows, 4)
-    heads = [Head(normal(vocabulary, 4), normal(vocabulary) if bias else None, temperature, 0) for _ in range(2)]
+    heads = [Head(normal(vocabulary, 4), normal(vocabulary) if bias else None, temperature, (0,)) for _ in range(2)]
     labels = torch.randint(1, vocabulary, (rows,), generator=generator)
     forbidden = torch.rand(rows, generator=generator) < 0.4
     with pytest.MonkeyPatch.context() as patch:

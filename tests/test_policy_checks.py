@@ -276,14 +276,14 @@ class TestTokenizer:
     def test_further_eos_tokens_are_told(
         self, make_base: Any, make_adapter: Any, train: Any, tokenizer: Any, capsys: Any
     ) -> None:
-        """As Gemma-it's <end_of_turn>, at which a response goes on."""
+        """As Gemma-it's <end_of_turn>."""
         base = make_base()
         base.generation_config.eos_token_id = [tokenizer.eos_token_id, 10]
         train(make_adapter(base, "policy", 1))
         token = tokenizer.convert_ids_to_tokens(10)
-        assert f"a response ends with '<eos>' (2) alone, not with '{token}' (10) of the" in capsys.readouterr().err
+        assert f"a response ends with any of <eos> (2), {token} (10)" in capsys.readouterr().err
         train(make_adapter(make_base(), "policy", 1))
-        assert "a response ends" not in capsys.readouterr().err
+        assert "processing_class" not in capsys.readouterr().err
 
 
 def test_dropout_of_what_is_attached_later_is_off(

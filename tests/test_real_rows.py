@@ -14,6 +14,7 @@ from trl_rows import HERMES, by_reward, by_sft, tokenizer_of
 from salsa_peft import data
 from salsa_peft.config import SalsaError, Source
 from salsa_peft.questions import questions
+from salsa_peft.sft import labelled
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "hub" / "rows"
 pytestmark = pytest.mark.skipif(not ROWS.is_dir(), reason="needs the real rows in ../shared/hub/rows")
@@ -186,7 +187,9 @@ class TestEveryRow:
             return
         given = SFT[name, number](row)
         rows = Dataset.from_list([given], features=Features({key: Json() for key in given}))
-        ((ids, labels),) = by_sft(tokenizer, model, data.dataset(data.demonstrations(source, tokenizer)), tmp_path)
+        ((ids, labels),) = by_sft(
+            tokenizer, model, labelled(data.demonstrations(source, tokenizer), tokenizer), tmp_path
+        )
         theirs = by_sft(tokenizer, model, rows, tmp_path)
         show("demonstration", name, number, tokenizer, ids, theirs[0][0])
         assert (ids, labels) == theirs[0] and any(label != -100 for label in labels)

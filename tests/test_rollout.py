@@ -252,7 +252,7 @@ class TestLogprobs:
         with torch.no_grad():
             hidden = hidden_states(model, responses.input_ids, responses.attention_mask)
             found, entropy = response_logprobs(
-                hidden, responses, head_of(model, temperature, EOS), minimum, with_entropy=True
+                hidden, responses, head_of(model, temperature, (EOS,)), minimum, with_entropy=True
             )
             for row in range(len(prompts)):
                 expected = alone(model, responses, row, temperature, minimum)
@@ -266,7 +266,7 @@ class TestLogprobs:
     ) -> None:
         """Each estimator as losses.reference_kl has it; `full` is 0 to itself, more than 0 to another, 0 outside the mask."""
         model = make_adapter(make_adapter(make_base(), "policy", 1), "a", 2)
-        responses, head = sample(model, prompts, SAMPLING, tokenizer, 0), head_of(model.get_base_model(), 1.0, EOS)
+        responses, head = sample(model, prompts, SAMPLING, tokenizer, 0), head_of(model.get_base_model(), 1.0, (EOS,))
         states = {}
         for name in ("policy", "a"):
             with torch.no_grad(), adapters.active(model, name):

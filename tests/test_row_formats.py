@@ -19,7 +19,8 @@ from salsa_peft import data, data_checks, data_files
 from salsa_peft.config import Data, SalsaError, Source
 from salsa_peft.parsing import load_recipe
 from salsa_peft.questions import questions
-from salsa_peft.template_fields import form_of
+from salsa_peft.sft import labelled
+from salsa_peft.template_fields import reads_text_arguments
 
 Row = dict[str, Any]
 
@@ -353,7 +354,7 @@ class TestTemplates:
     def test_arguments_as_text(self, put: Any) -> None:
         """Where the template adds them to text (DeepSeek's)."""
         tokenizer = tokenizer_of(TEXT_ARGUMENTS)
-        assert form_of(tokenizer).text_arguments and not form_of(tokenizer_of(HERMES)).text_arguments
+        assert reads_text_arguments(tokenizer) and not reads_text_arguments(tokenizer_of(HERMES))
         (row,) = data.demonstrations(put(self.ROW), tokenizer)
         assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"born": "1990-05-15"}'
         assert '<call>age age{"born": "1990-05-15"}' in tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -361,7 +362,6 @@ class TestTemplates:
     def test_content_as_parts(self, put: Any) -> None:
         """Where the template shows nothing of text alone (LLaVA's)."""
         tokenizer = tokenizer_of(PARTS)
-        assert form_of(tokenizer).parts
         (row,) = data.demonstrations(put({"messages": PLAIN}), tokenizer)
         assert tokenizer.apply_chat_template(row["messages"], tokenize=False) == "<user>q<assistant>a<eos>"
         assert tokenizer.decode(data.prompt_tokens({"prompt": turns("q")}, tokenizer)) == "<user>q<assistant>"
@@ -400,7 +400,7 @@ class TestBesideTRL:
             {"prompt": turns("q", "a", "r"), "completion": turns("", "b")[1:]},
             {"prompt": turns("q", system="s"), "completion": turns("", "b")[1:], "tools": json.dumps([TOOL])},
         ]
-        ours = by_sft(tokenizer, tiny_model, data.dataset(data.demonstrations(put(*rows), tokenizer)), tmp_path)
+        ours = by_sft(tokenizer, tiny_model, labelled(data.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path)
         for row, found in zip(rows, ours, strict=True):
             features = Features({name: Json() for name in row})
             plain = Dataset.from_list([{**row, **({"tools": [TOOL]} if "tools" in row else {})}], features=features)

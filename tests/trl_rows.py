@@ -32,20 +32,20 @@ def tokenizer_of(template: str) -> Any:
 
 
 def by_sft(tokenizer: Any, model: Any, rows: Any, folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels as TRL's SFTTrainer and its collator hand them to the model."""
+    """Ids and labels as TRL's SFTTrainer and its collator hand them to the model; rows: TRL's, or what the sft stage gives it."""
     from trl import SFTConfig, SFTTrainer
 
-    from salsa_peft.sft import leave_out_skipped
-
     config = SFTConfig(
-        output_dir=str(folder), assistant_only_loss=True, max_length=None, use_cpu=True, bf16=False, report_to="none"
+        output_dir=str(folder),
+        assistant_only_loss="input_ids" not in rows.column_names,
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
     )
     trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
-    made = trainer.train_dataset
-    if "skipped" in made.column_names:
-        made = made.map(leave_out_skipped, fn_kwargs={"tokenizer": tokenizer})
     found = []
-    for row in made:
+    for row in trainer.train_dataset:
         batch = trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")}])
         found.append((batch["input_ids"][0].tolist(), batch["labels"][0].tolist()))
     return found

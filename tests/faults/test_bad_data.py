@@ -532,7 +532,10 @@ class TestTemplates:
     @pytest.mark.parametrize(
         ("asked", "why"),
         [
-            ([SYSTEM, user("q")], "System role not supported"),
+            (
+                [SYSTEM, user("q")],
+                "System role not supported; remove the system turn, or set model.chat_template to one that has such turns",
+            ),
             ([user("q"), user("r")], "Conversation roles must alternate user/assistant/user/assistant/..."),
         ],
     )
