@@ -60,7 +60,7 @@ class FunctionReward:
 
     As TRL (1.16) calls it: prompts as the data has them, so where they are messages a completion is [{role: assistant, content}];
     text else. completion_ids: lists of token ids, EOS among them. Every other column of the data: a list. `log_metric(name,
-    value)`: a figure for the logs, averaged. Ours: `finished`, whether EOS ended each response. Special tokens are left out of
+    value)`: a figure for the logs, averaged. Ours: `finished`, whether a token ended each response, not the limit. Special tokens are left out of
     completions, unless `special_tokens` keeps them. An async function is awaited. None: the reward does not apply to the
     response, which only a weighted sum allows.
     """

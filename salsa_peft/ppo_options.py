@@ -20,7 +20,7 @@ class Sampling:
     max_new_tokens: Count = 128
     """Longest response, EOS included (TRL's response_length)."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """EOS is forbidden before this many tokens, in policy and reference log-probs alike. A remedy for the KL-hack."""
+    """EOS and the ends of a turn are forbidden before this many tokens, in policy and reference log-probs alike. A remedy for the KL-hack."""
     temperature: Positive = 1.0
     """Of sampling; log-probs are those of this distribution (TRL's default is 0.7)."""
 
@@ -92,7 +92,7 @@ class PPOOptions:
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Name → off | warn | stop, or {action, limit}: what guards.py watches. Those not named warn, at their own limits."""
     missing_eos_penalty: NonNegative | None = None
-    """Taken off the score of a response without EOS (TRL). None: off."""
+    """Taken off the score of a response that no EOS or end of a turn closed (TRL). None: off."""
     score_clip: Positive | None = None
     """Scores are clipped to ± this. None: off."""
     normalize_scores: bool = False

@@ -101,7 +101,8 @@ def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
         }
 
     made = data.dataset(rows)
-    return made.map(tokens, remove_columns=made.column_names)
+    # a fingerprint names cached results, and rows in memory have none: hashing the tokenizer for it would take seconds
+    return made.map(tokens, remove_columns=made.column_names, new_fingerprint="labelled")
 
 
 def take(job: Job, path: str) -> dict[str, Any]:

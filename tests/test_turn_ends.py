@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -312,6 +313,59 @@ class TestGeneration:
             logits[: sampling.min_new_tokens, [1, 2, 3]] = -torch.inf
             expected = (logits / sampling.temperature).log_softmax(-1)[range(len(answer)), answer]
             assert logprobs[row, : len(answer)].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_trainer(tmp_path: Path) -> None:
+    """Messages through a Llama-3-like template, whose turns end with another token than EOS, and a third end: responses, penalty and KL."""
+    from peft import LoraConfig, get_peft_model
+
+    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+
+    tokenizer, seen = _padded(make("llama3")), []
+    lm = Tiny(tokenizer).lm
+    lm.generation_config.eos_token_id = [1, 3]
+    model: Any = get_peft_model(
+        lm, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2), adapter_name="policy"
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+
+    def reward(
+        completion_ids: list[list[int]], completions: list[Any], finished: list[bool], **columns: Any
+    ) -> list[float]:
+        seen.extend(zip(columns["prompts"], completion_ids, completions, finished, strict=True))
+        return [1.0] * len(completion_ids)
+
+    quiet = {
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "shown_every": None,
+    }
+    sizes = {"batch_size": 8, "max_new_tokens": 9, "num_ppo_epochs": 1, "num_train_epochs": 1, "learning_rate": 0.0}
+    args = SalsaPPOConfig(output_dir=str(tmp_path), missing_eos_penalty=1.0, temperature=1.0, **sizes, **quiet)
+    rows = [{"prompt": said(text)} for text in ("the cat", "what", "is", "on the mat", "q", "this question", "a", "b")]
+    SalsaPPOTrainer(model, args, rows, references=["base"], reward=reward, processing_class=tokenizer).train()
+    kls, ended = [], 0
+    for prompt, ids, completion, finished in seen:
+        assert finished is (ids[-1] in (1, 2, 3)) and not set(ids[:-1]) & {1, 2, 3}
+        assert not any(token in completion[0]["content"] for token in ("<|eot_id|>", "<|end_of_text|>"))
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert asked.count(0) == 1 and asked[0] == 0  # <|begin_of_text|>
+        scored = []
+        for reference in (False, True):
+            with torch.no_grad(), model.disable_adapter() if reference else contextlib.nullcontext():
+                logits = model(input_ids=torch.tensor([asked + ids])).logits[0, len(asked) - 1 : -1].double()
+            scored.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
+        kls.append(scored[0] - scored[1])
+        ended += finished
+    figures = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < ended < len(seen) == 8, "some should end and some not, or the test shows nothing"
+    assert figures["val/num_eos_tokens"] == ended
+    assert figures["objective/kl"] == pytest.approx(sum(kls) / 8, abs=1e-5)
 
 
 class TestRewards:
