@@ -19,6 +19,7 @@ from salsa_peft.assistant_masks import assistant_tokens
 from salsa_peft.config import SalsaError, Sampling
 from salsa_peft.logprobs import Head
 from salsa_peft.policy_checks import check_tokenizer
+from salsa_peft.prompts import Encoder
 from salsa_peft.rollout import response_logprobs
 from salsa_peft.sft import labelled
 
@@ -164,6 +165,16 @@ class TestBOS:
         other = make("qwen", bos="<|im_start|>")  # SmolLM2's: a BOS that nothing adds
         twice = "<|im_start|><|im_start|>"
         assert chat_templates.text_ids(twice, other) == [1, 1]
+
+    def test_it_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
+        tokenizer = make("llama3")
+        rows = [{"prompt": "<|begin_of_text|>the cat"}, {"prompt": "the cat"}, {"prompt": said("<|begin_of_text|>")}]
+        kept, _ = Encoder(tokenizer, None, 500)(rows, "rows")
+        assert kept[0].tokens == kept[1].tokens
+        line = (
+            "rows: 1 of 3 rows (the first: row 1) begin with <|begin_of_text|> already: the tokenizer's own is left out"
+        )
+        assert capsys.readouterr().err.splitlines() == [line]
 
     def test_templates_that_start_with_a_block(self) -> None:
         """Jinja strips blanks before a block tag at a line's start, which the BOS must not hinder."""
