@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Generati
 from transformers.utils.hub import cached_file
 
 from . import adapters, auto_models, chat_templates, disk, sharding, turn_ends
-from .config import OWN_TEMPLATE, Model, SalsaError, require
+from .config import OWN_TEMPLATE, Model, require
 from .hub_errors import said_in_a_line
 
 if TYPE_CHECKING:

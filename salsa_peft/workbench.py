@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from . import adapters, base_checks, memory, models, precision, same_base, sharding
+from . import adapters, base_checks, chat_templates, memory, models, precision, same_base, sharding
 from .auto_models import language_model
 from .config import Recipe, Reference, Training, require
 from .data import prompt_tokens
@@ -164,6 +164,7 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
         return False
     with said_in_a_line(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    chat_templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
     known, found = tokenizer.get_vocab(), own.get_vocab()
     odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
     require(
