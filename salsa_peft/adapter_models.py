@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from salsa_peft.adapter_tensors import TOKENS
+from salsa_peft.adapter_names import ORIGINAL, SAVED, TOKENS
 from salsa_peft.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Wrapped:
     """The base's parameters in it, by their names in the model."""
     rank: int = 0
     """Of its LoRA; 0: it has none."""
+    saved: bool = False
+    """Whether it is one of modules_to_save, whose values replace the base's."""
 
 
 class AdapterModel:
@@ -82,7 +84,7 @@ class AdapterModel:
         from peft import get_peft_model, set_peft_model_state_dict
         from peft.tuners.lora import LoraLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied weights, which are said by the merge, and of base model's names
@@ -116,6 +118,7 @@ class AdapterModel:
             inside = {self._firsts[_place(p)] for p in wrapped.module.parameters() if _place(p) in self._firsts}
             wrapped.parameters = sorted(inside)
             layers = [module for module in wrapped.module.modules() if isinstance(module, LoraLayer)]
+            wrapped.saved = isinstance(wrapped.module, ModulesToSaveWrapper)
             wrapped.rank = max((layer.r[ADAPTER] for layer in layers), default=0)
         return found
 
@@ -137,6 +140,11 @@ class AdapterModel:
             for first in wrapped.parameters:
                 found.setdefault(first, []).extend(wrapped.parameters)
         return found
+
+    def replaces(self, name: str) -> bool:
+        """Whether the adapter has a whole value of its own for a parameter."""
+        first = self.first[name]
+        return first in self.replaced or any(one.saved and first in one.parameters for one in self.wrapped.values())
 
     def tied_deltas(self, names: Sequence[str]) -> bool:
         """Whether LoRA is on one of several modules that share a parameter: the merge of one changes the others too."""
@@ -233,9 +241,12 @@ def _in_a_line(error: Exception, model: str) -> str:
 
 
 def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether it is the trained tokens of tied embeddings, which PEFT saves a second time for the output's and reads once."""
-    others = (tensor for other, tensor in tensors.items() if other != key and other.endswith(TOKENS))
-    return key.endswith(TOKENS) and any(torch.equal(tensors[key], tensor) for tensor in others)
+    """Whether it is a tensor that PEFT saved a second time, and reads once: a saved module's, or the trained tokens of tied embeddings."""
+    if not any(part in key for part in (SAVED, ORIGINAL, TOKENS)):
+        return False
+    leaf = key.rpartition(".")[2]
+    others = (tensor for other, tensor in tensors.items() if other != key and other.endswith(leaf))
+    return any(torch.equal(tensors[key], tensor) for tensor in others)
 
 
 def _plain(name: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 from salsa_peft.adapter_bases import check_one_base, local_folder
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
 from salsa_peft.adapter_folders import check_out
+from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config import SalsaError, require
 from salsa_peft.hub_errors import said_in_a_line
 from salsa_peft.paths import HUB_ID
@@ -253,6 +254,7 @@ def _merged(job: _Job) -> dict[str, Any]:
 
     assert job.base is not None
     asked = job.asked
+    read_checkpoint(job.base)  # so that what is wrong with it is said before anything is made of it
     choice = job.choose(lambda: StackedAdapter.load(job.folders, job.names, same_base=asked.same_base).gram())
     used = _used(job, choice)
     return merged_soup.merge(
@@ -266,6 +268,8 @@ def _checkpoints(job: _Job) -> dict[str, Any]:
     from salsa_peft import checkpoint_soup
 
     base, asked = job.base, job.asked
+    for folder in (*job.folders, *([] if base is None else [base])):
+        read_checkpoint(folder)  # so that what is wrong with one is said before anything is made of it
 
     def gram() -> Any:
         assert base is not None

@@ -17,7 +17,7 @@ import torch
 
 from salsa_peft.adapter_folders import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config, read_fingerprint
 from salsa_peft.adapter_models import AdapterModel, blank_model
-from salsa_peft.adapter_names import plain_names
+from salsa_peft.adapter_names import own_module, plain_names, unwrap
 from salsa_peft.adapter_tensors import Member
 from salsa_peft.checkpoint_folders import Checkpoint, default_names
 from salsa_peft.errors import SalsaError, require
@@ -41,8 +41,8 @@ class Loaded(NamedTuple):
     adapters: list[AdapterModel]
     names: ModelNames
     """Of the base, as its files have it."""
-    shapes: dict[str, tuple[int, ...]]
-    """Of the merged model's parameters."""
+    result: ModelNames
+    """Of the merged model, which may have other rows of embeddings."""
     rows: int | None
     """Of the embeddings, where training gave them another number than the base has."""
 
@@ -104,9 +104,8 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made:
         AdapterModel(member.file.path, copy.deepcopy(lora), tensors, blank_model(made, wanted))
         for member, tensors, lora in given
     ]
-    resized = blank_model(made, wanted)
-    shapes = {name: tuple(p.shape) for name, p in resized.named_parameters(remove_duplicate=False)}
-    return Loaded(adapters, ModelNames(base), shapes, None if rows[0] in (None, before) else rows[0])
+    resized = base if rows[0] in (None, before) else blank_model(made, wanted)
+    return Loaded(adapters, ModelNames(base), ModelNames(resized), None if rows[0] in (None, before) else rows[0])
 
 
 def _classes(
@@ -129,7 +128,13 @@ def _classes(
 def _tensors(member: Member) -> dict[str, torch.Tensor]:
     """The member's values in float32, under names without the prefixes of wrappers. Raises SalsaError where one is not finite."""
     found = {}
-    for name, key in plain_names(member.file.entries, member.config, member.file.path).items():
+    names = plain_names(member.file.entries, member.config, member.file.path)
+    known, own = (
+        set(names.values()),
+        own_module(member.config),
+    )  # PEFT reads an original's rows, where tokens were added
+    names |= {unwrap(key, own): key for key in member.file.entries if key not in known}
+    for name, key in names.items():
         values = member.file.read(key)
         require(
             bool(values.isfinite().all()),

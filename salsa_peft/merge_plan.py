@@ -1,4 +1,4 @@
-"""What a merge makes of the base's tensors: which change, in what they are computed together, and the layout of the result.
+"""What a merge makes of the base's tensors: which change, in what units they are computed, and the shapes of the result.
 
 A unit is a set of parameters that are merged at once: those of one module of PEFT, tied ones, and those that share a tensor of the
 base's files (fused or split by Transformers' conversion mapping). It is computed when the first of its tensors is written.
@@ -6,7 +6,6 @@ base's files (fused or split by Transformers' conversion mapping). It is compute
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from salsa_peft.checkpoint_folders import FLOATS, text_part
+from salsa_peft.checkpoint_folders import FLOATS
 from salsa_peft.errors import require
 from salsa_peft.merge_members import Loaded
 from salsa_peft.quantised_bases import PlainBase
-from salsa_peft.safetensors_files import BITS, NAMES, make_header
+from salsa_peft.safetensors_files import NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class Plan:
 
     def __init__(self, source: PlainBase, loaded: Loaded, weights: Sequence[float], untie: bool = False) -> None:
         self.source, self.loaded, self.weights, self.untie = source, loaded, list(weights), untie
-        self.adapters, self.names, self.shapes = loaded.adapters, loaded.names, loaded.shapes
+        self.adapters, self.names, self.shapes = loaded.adapters, loaded.names, loaded.result.shapes
         files = source.checkpoint.files
         shapes = {name: source.shape(name) for file in files for name in source.names(file)}
         self.resolved = loaded.names.resolve(shapes, str(source.checkpoint.folder))
@@ -73,7 +72,9 @@ class Plan:
         }
         for unit in self.units:
             self._check(unit)
+        self._check_rows()
         self._untie()
+        self._check_result()
 
     def _units(self) -> list[Unit]:
         """Parameters that any member touches, in sets that are merged at once, in the order of the model."""
@@ -125,6 +126,34 @@ class Plan:
                 f"{self.source.checkpoint.tensors[name].file.path}: {name} is {self.source.dtype(name)}, expected one of"
                 f" {', '.join(FLOATS)} for a delta to be added to: name the base before its quantisation with --base",
             )
+
+    def _check_rows(self) -> None:
+        """Embeddings that were resized in training are in every member's file: the base has no values for what was added."""
+        for name in self.first:
+            shape = self.shapes[name]
+            odd = next((a for a in self.adapters if shape != self.names.shapes[name] and not a.replaces(name)), None)
+            require(
+                odd is None,
+                f"{odd and odd.path}: found no {name} of {shape[0] if shape else 1} rows, though the embeddings were resized in training: save"
+                " the adapter with save_embedding_layers=True",
+            )
+
+    def _check_result(self) -> None:
+        """Every parameter of the model has a tensor in the result. Raises SalsaError where it would be initialised at random."""
+        folder = self.source.checkpoint.folder
+        shapes = {name: shape for entries in self.layout.values() for name, _, shape in entries}
+        found = self.loaded.result.resolve(shapes, str(folder))
+        for name in found.unknown[:1]:
+            logger.warning(
+                "warning: %s: %s and %d other tensors have no place in %s: they are copied as they are", folder, name,
+                len(found.unknown) - 1, self.names,
+            )  # fmt: skip
+        there = {self.first[name] for name in found.blocks if name in self.first}
+        missing = next((n for n, first in self.first.items() if first not in there and n not in self.names.tied), None)
+        require(
+            missing is None,
+            f"{folder}: the base has no tensor {missing}, which {self.names} has: Transformers would start it at random; save the base again",
+        )
 
     def _written(self, source: str) -> tuple[int, ...]:
         """The shape of a tensor in the result: the base's, but for embeddings that training gave other rows."""
@@ -323,63 +352,3 @@ def _add_products(gram: torch.Tensor, deltas: Sequence[torch.Tensor | None]) -> 
                 gram[i, j] += product
                 if i != j:
                     gram[j, i] += product
-
-
-class Layout:
-    """Files of the result: the base's own headers, index and configuration where nothing in them changes."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.source = plan, plan.source
-        self.same = {
-            file: entries
-            == [(name, self.source.dtype(name), self.source.shape(name)) for name in self.source.names(file)]
-            for file, entries in plan.layout.items()
-        }
-
-    def header(self, file: str) -> bytes:
-        """Of a shard."""
-        if self.same[file]:
-            return self.source.header(file)
-        return make_header(self.plan.layout[file], self.source.checkpoint.files[file].metadata or None)
-
-    def size_of(self, file: str) -> int:
-        """Bytes of a shard."""
-        if self.same[file]:
-            return self.source.size_of(file)
-        return (
-            8
-            + len(self.header(file))
-            + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in self.plan.layout[file])
-        )
-
-    def names(self, file: str) -> Iterator[str]:
-        """Tensors of a shard, in order."""
-        return (name for name, _, _ in self.plan.layout[file])
-
-    def index(self) -> bytes | str:
-        """model.safetensors.index.json."""
-        given = self.source.index()
-        content = json.loads(given)
-        shards = {name: file for file in self.plan.layout for name in self.names(file)}
-        total = sum(self.size_of(file) - len(self.header(file)) - 8 for file in self.plan.layout)
-        if content["weight_map"] == shards and content.get("metadata", {}).get("total_size") == total:
-            return given
-        return (
-            json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}, indent=2) + "\n"
-        )
-
-    def config(self) -> bytes | str:
-        """config.json, with the rows of the embeddings and whether they are tied."""
-        rows, untied = self.plan.loaded.rows, self.plan.untied
-        given = self.source.config()
-        if rows is None and untied is None:
-            return given
-        content = json.loads(given)
-        parts = [content, *([content["text_config"]] if text_part(content) else [])]
-        if rows is not None:
-            (parts[-1] if "vocab_size" not in content else content)["vocab_size"] = rows
-            if "vocab_size" in parts[-1]:
-                parts[-1]["vocab_size"] = rows
-        for part in parts if untied else ():
-            part["tie_word_embeddings"] = False
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -26,8 +26,9 @@ from salsa_peft.checkpoint_folders import INDEX, Checkpoint, check_manifest, che
 from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, has_vocabulary, making, others
 from salsa_peft.config import require
 from salsa_peft.fingerprints import EMBEDDINGS, base_fingerprints
+from salsa_peft.merge_layout import Layout
 from salsa_peft.merge_members import Loaded, load_members, read_members
-from salsa_peft.merge_plan import ELEMENTS, Figures, Layout, Plan
+from salsa_peft.merge_plan import ELEMENTS, Figures, Plan
 from salsa_peft.quantised_bases import Dequantised, open_base
 from salsa_peft.safetensors_files import Buffer, as_bytes
 from salsa_peft.soup_summary import figures_of, relative

@@ -201,6 +201,31 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
         assert not (tmp_path / "none" / "config.json").exists()
 
 
+def test_the_result_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What Transformers would start at random is refused; what it has no place for is said and stays."""
+    base = made(llama, tmp_path / "base")
+    member = train(opened(base), tmp_path / "a", 1)
+    resized = train(opened(base, rows=44), tmp_path / "resized", 1)
+    path = resized / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if "lora_" in name or "lm_head" in name}, path)
+    with pytest.raises(
+        SalsaError, match=r"found no model.embed_tokens.weight of 44 rows, .*save_embedding_layers=True"
+    ):
+        merge(tmp_path / "none", base, [resized], [1.0])
+    (base / "model.safetensors.index.json").unlink()
+    tensors = {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    save_file(tensors | {"v_head.summary.weight": torch.ones(1, 16)}, base / "model.safetensors", {"format": "pt"})
+    merge(tmp_path / "extra", base, [member], [1.0])
+    assert "v_head.summary.weight and 0 other tensors have no place in LlamaForCausalLM" in caplog.text
+    assert "v_head.summary.weight" in load_file(tmp_path / "extra" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SalsaError, match=r"base: the base has no tensor model.norm.weight, which LlamaForCausalLM has"):
+        merge(tmp_path / "none", base, [member], [1.0])
+
+
 def test_killed_between_the_shards_of_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts that are one parameter lie in several shards: made again after a kill they end with the same bytes and figures."""
     from salsa_peft.checkpoint_output import Output
