@@ -114,6 +114,9 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     check_factors_alone(config, str(folder))
     tensors = factors_alone(model, tensors, folder)
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
+    config.base_model_name_or_path = str(
+        model.name_or_path
+    )  # PEFT warns of another name, which same_base has dealt with
     _check_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
