@@ -26,9 +26,12 @@ logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SUMMARY = "soup.json"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
-TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(TARGETS),
     **dict.fromkeys(("task_type", "auto_mapping", "base_model_name_or_path", "revision")),
@@ -41,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "fan_in_fan_out": False,
     "bias": "none",
     "lora_bias": False,
+    "ensure_weight_tying": False,
     "init_lora_weights": True,
 }
 """LoraConfig's fields that a soup reads, and what PEFT takes where a file has none."""
@@ -51,29 +55,43 @@ IGNORED = (
     "lora_dropout",
     "megatron_core",
     "qalora_group_size",
+    "runtime_config",
     "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
+    "velora_config",
+    "merge_weights",
 )
-# Any other field that is set is refused: what PEFT invents next must not be dropped in silence.
+"""Fields that do not change what a trained adapter computes: how it was started (init_lora_weights says whether that changed the base),
+how its gradients were made (VeLoRA), and run-time settings."""
+MERGES = "--merge adds such adapters to their base exactly"
 WHY = {
-    "use_dora": "DoRA's delta is not linear in its factors",
-    "target_parameters": "LoRA on bare parameters is not averaged",
-    "layer_replication": "it changes the base",
+    "use_dora": f"DoRA's delta is not linear in its factors, so that no adapter is the mean; {MERGES}",
+    "layer_replication": "it repeats layers of the base, which a soup does not read; merge each adapter with PEFT and average the checkpoints",
+    "alora_invocation_tokens": "aLoRA is active only after its invocation tokens; train the adapters as plain LoRA",
+    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which today's PEFT reads otherwise; train it again with a newer PEFT",
+    "use_qalora": "QA-LoRA pools the layer's input, so that its delta is not B·A; train the adapters without it",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal and sharded; train the adapters without it",
+    "arrow_config": "Arrow routes between adapters for every token, so that there is no one delta; average the task adapters instead",
+    "kasa_config": "KaSA truncates the base's weights; merge each adapter with PEFT and average the checkpoints",
+    "monteclora_config": "MonteCLoRA samples its delta; merge each adapter with PEFT and average the checkpoints",
+    "megatron_config": "Megatron's layers are sharded; save the adapter from an unsharded model",
 }
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), (list, str)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    **dict.fromkeys(("use_rslora", "fan_in_fan_out", "lora_bias"), (bool,)),
+    **dict.fromkeys(("use_rslora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"), (bool,)),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), (str,)),
-    "modules_to_save": (list,),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),
     "trainable_token_indices": (list, dict),
 }
-KEEPS_BASE = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # pissa, olora, corda, loftq … change the base's own weights
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change its weights."""
+CONVERT_PICKLE = (
+    'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
+    "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,8 +112,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     tuner = raw.get("peft_type")
     require(tuner == "LORA", f"{path}: peft_type is {tuner!r}, expected 'LORA': only LoRA adapters can be averaged")
     for field, value in raw.items():
-        known = field in DEFAULTS or field in IGNORED or value in (None, False, "", [], {})
-        require(known, f"{path}: {field} is {value!r}: {WHY.get(field, 'a soup has no rule for this option')}")
+        if field not in DEFAULTS and field not in IGNORED:
+            check_unread(path, field, value)
         expected = KINDS.get(field)
         fits = expected is None or value is None or isinstance(value, expected)
         names = " or ".join(kind.__name__ for kind in expected or ())
@@ -106,10 +124,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     initial = config["init_lora_weights"]
     require(
         initial in KEEPS_BASE,
-        f"{path}: init_lora_weights is {initial!r}, which changes the base's own weights: "
-        "save the adapter with path_initial_model_for_weight_conversion first",
+        f"{path}: init_lora_weights is {initial!r}, which changes the base's own weights: save the adapter with "
+        "path_initial_model_for_weight_conversion (PEFT's save_pretrained), which makes it an ordinary LoRA of the unchanged base",
     )
     return config
+
+
+def check_unread(path: Path, field: str, value: Any) -> None:
+    """Refuse an option that changes what the adapter computes; say that an unknown one is ignored.
+
+    Of a field that is unknown here, an empty value is off, and a number or a string sets what another option would switch on: PEFT too
+    drops fields that it does not know. True, a list or a mapping switches something on, which a soup must not lose in silence.
+    """
+    if value in (None, False, "", [], {}):
+        return
+    require(field not in WHY, f"{path}: {field} is {value!r}: {WHY.get(field)}")
+    require(
+        isinstance(value, int | float | str) and not isinstance(value, bool),
+        f"{path}: {field} is {value!r:.80}, an option that this version does not know and that may change what the adapter computes: if it "
+        f"does not, take it out of {CONFIG}",
+    )
+    logger.warning(
+        "warning: %s: %s is %r, which this version does not know: it is ignored, as PEFT does", path, field, value
+    )
 
 
 def check_manifest(folder: Path) -> None:
@@ -128,38 +165,6 @@ def check_manifest(folder: Path) -> None:
         require(
             same,
             f"{path} is not what {MANIFEST} says (size or SHA-256): it is damaged or changed; copy or make it again",
-        )
-
-
-def check_one_base(members: Sequence[Member]) -> None:
-    """Fingerprints decide where every member has one; names and revisions decide otherwise."""
-    unknown = [member for member in members if member.fingerprint is None]
-    known = [member for member in members if member.fingerprint is not None]
-    for member in known[1:]:
-        require(
-            member.fingerprint == known[0].fingerprint,
-            f"{member.folder} was trained on base {str(member.fingerprint)[:12]}…, "
-            f"{known[0].folder} on {str(known[0].fingerprint)[:12]}…: a soup needs members of one base",
-        )
-    for member in unknown:
-        logger.warning(
-            "warning: %s has no %s: that its base is the others' is believed, not checked", member.folder, FINGERPRINT
-        )
-    head = members[0]
-    for member in members:
-        base, other = (
-            (m.config["base_model_name_or_path"] or "", m.config["revision"] or "main") for m in (head, member)
-        )
-        require(
-            not unknown or base == other,
-            f"{member.folder} names the base {'@'.join(other)!r}, {head.folder} {'@'.join(base)!r}, "
-            f"and no {FINGERPRINT} says that they are the same: a soup needs members of one base",
-        )
-        tasks = [m.config["task_type"] for m in (member, head)]
-        require(
-            tasks[0] == tasks[1] or member.factors.keys() == head.factors.keys(),
-            f"{member.folder} has task_type {tasks[0]!r}, {head.folder} {tasks[1]!r}, "
-            "and other modules: a soup needs members of one task",
         )
 
 

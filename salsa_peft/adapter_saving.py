@@ -7,7 +7,6 @@ whole or not at all, soup.json after them and adapter_config.json last, so that 
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +21,14 @@ from .adapter_folders import (
     CONFIG,
     FINGERPRINT,
     SUMMARY,
-    TOKENIZER,
     WEIGHTS,
     check_out,
     make_room,
     remove_remains,
-    write_file,
     write_json,
 )
 from .adapter_tensors import Member
+from .adapter_tokenizers import Tokenizer, tokenizer_of, write_tokenizer
 from .checkpoint_output import LOCK
 from .errors import require
 from .float_arrays import Array
@@ -75,13 +73,15 @@ def save(
     writes; an earlier soup in the folder stays until the new weights are there.
     """
     code, ranks = dtype_code(options.dtype, stacks.dtype), kept_ranks(stacks.shapes, options.rank)
+    stacks.check_whole()
     check_out(folder, members)
+    tokenizer = tokenizer_of(members)
     made = not folder.exists()
     with locked(folder):
         try:
             check_out(folder, members)  # again: until now another process may have written there
             remove_remains(folder)
-            return _save(members, stacks, folder, weights, options, code, ranks)
+            return _save(members, stacks, folder, weights, options, code, ranks, tokenizer)
         finally:
             (folder / LOCK).unlink(missing_ok=True)
             if made and not any(folder.iterdir()):
@@ -90,7 +90,7 @@ def save(
 
 def _save(
     members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], options: SaveOptions,
-    code: str, ranks: dict[str, int],
+    code: str, ranks: dict[str, int], tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `save` does in a folder that is locked."""
     start = time.perf_counter()
@@ -100,17 +100,16 @@ def _save(
     summary = summarise(members, weights, tally.gram, ranks)
     rounding = relative(tally.rounding, sum(tally.norms.values()) - sum(tally.lost.values()))
     summary |= {"strategy": options.strategy, "dtype": NAMES[code], "rounding": rounding, "rank": options.rank}
+    summary |= {"tokenizer": None if tokenizer is None else tokenizer.said()}
     summary |= {"error": errors(tally) if options.rank else None, **options.more}
     summary |= {"bytes": (folder / WEIGHTS).stat().st_size, "seconds": round(time.perf_counter() - start, 3)}
     write_json(folder / SUMMARY, summary)  # from here on what lies beside the weights is known as ours
-    for name in TOKENIZER:
-        source = members[0].folder / name
-        if source.is_file():
-            write_file(folder / name, partial(shutil.copyfile, source))
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder)
     fingerprints = {member.fingerprint for member in members}
     if len(fingerprints) == 1 and None not in fingerprints:
         write_json(folder / FINGERPRINT, {"base": fingerprints.pop()})
-    write_json(folder / CONFIG, config_fields(members, ranks))
+    write_json(folder / CONFIG, config_fields(members, stacks, ranks))
     sync_folder(folder)
     return summary
 
@@ -131,7 +130,9 @@ def kept_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
     if rank is not None and rank >= highest:
         logger.warning("warning: rank %d: no module of the soup has more than %d, nothing is cut off", rank, highest)
     return {
-        module: shape.rank if rank is None or rank >= shape.rank else min(rank, shape.limit)
+        module: shape.rank
+        if rank is None or rank >= shape.rank
+        else min(max(rank // shape.groups, 1) * shape.groups, shape.limit)
         for module, shape in shapes.items()
     }
 
@@ -153,14 +154,12 @@ def sections(members: Sequence[Member], stacks: Stacks, weights: Sequence[float]
              progress: Callable[..., None] | None) -> list[Section]:  # fmt: skip
     """Wide dtypes first, so that every tensor lies at a multiple of its values' size."""
     layout = [
-        (name, code, shape)
-        for module in stacks.shapes
-        for name, shape in factor_layout(module, stacks.shapes[module], ranks[module], stacks.with_bias)
+        (name, code, shape) for module in stacks.shapes for name, shape in factor_layout(stacks, module, ranks[module])
     ]
     found = [Section(layout, partial(factors, stacks, weights, code, ranks, tally, progress))]
-    for name, key in members[0].direct.items():
-        kept = direct_parts.dtype_of(members, name)
-        entry = (direct_parts.saved_as(name, stacks.shapes), kept, members[0].file.entries[key].shape)
+    for name in direct_parts.names(members):
+        kept, holder = direct_parts.dtype_of(members, name), direct_parts.holders(members, name)[0]
+        entry = (direct_parts.saved_as(name, stacks.wrappers), kept, holder.file.entries[holder.direct[name]].shape)
         found.append(Section([entry], partial(direct, members, name, weights, kept)))
     return sorted(found, key=lambda part: -BITS[part.layout[0][1]])
 
@@ -169,10 +168,11 @@ def direct(members: Sequence[Member], name: str, weights: Sequence[float], code:
     yield float_arrays.narrow(direct_parts.mean(members, name, weights), code)
 
 
-def factor_layout(module: str, shape: Shape, rank: int, with_bias: bool) -> list[tuple[str, tuple[int, ...]]]:
+def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tuple[int, ...]]]:
     """PEFT's names and shapes of a module's tensors."""
-    found = list(zip(shape.names(module), shape.saved(rank), strict=True))
-    return [*found, (found[1][0].removesuffix("weight") + "bias", (shape.out,))] if with_bias else found
+    shape = stacks.shapes[module]
+    found = list(zip(stacks.names(module), shape.saved(rank), strict=True))
+    return [*found, (found[1][0].removesuffix("weight") + "bias", (shape.out,))] if stacks.with_bias else found
 
 
 def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int], tally: Tally,
@@ -180,16 +180,21 @@ def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str
     """A, B and, with lora_bias, the bias of each module in turn, as they go into the file."""
     for module, shape in stacks.shapes.items():
         arrays = stacks.arrays(module)
-        given = moments(arrays.A, arrays.B)
+        given = [moments(A, B) for A, B in arrays.each_block()]
         gram = arrays.gram(given, len(weights))
         tally.gram += gram
         tally.norms[module] = max(float(np.array(weights) @ gram @ np.array(weights)), 0.0)
         if ranks[module] < shape.rank:
-            found = recompress(given, arrays.coefficients(weights), ranks[module])
-            A, B, tally.lost[module], tally.norms[module] = found
+            cut = [recompress(block, arrays.coefficients(weights), ranks[module] // shape.groups) for block in given]
+            A, B = (
+                np.stack(half) if shape.blocks > 1 else half[0] for half in ([c.A for c in cut], [c.B for c in cut])
+            )
+            tally.lost[module], tally.norms[module] = sum(c.lost for c in cut), sum(c.norm for c in cut)
         else:
             A, B = arrays.A, arrays.weighted_B(weights)
-        yield from rounded(A, B, code, tally)
+        narrowed = rounded(A, B, code, tally)
+        yield narrowed[0].reshape(-1, narrowed[0].shape[-1])
+        yield shape.whole_B(narrowed[1])
         if arrays.bias is not None:
             yield float_arrays.narrow(np.array(weights) @ arrays.bias, code)
         if progress is not None:
@@ -203,7 +208,7 @@ def rounded(A: Array, B: Array, code: str, tally: Tally) -> list[Array]:
         A_hat, B_hat = (float_arrays.widen(values, code) for values in narrowed)
         change_A, change_B = A_hat - A, B_hat - B
         if change_A.any():
-            tally.rounding += squared_norm(np.concatenate([A_hat, change_A]), np.concatenate([change_B, B], axis=1))
-        else:
-            tally.rounding += squared_norm(A_hat, change_B)
+            A_hat, change_B = np.concatenate([A_hat, change_A], axis=-2), np.concatenate([change_B, B], axis=-1)
+        pairs = [(A_hat, change_B)] if A_hat.ndim == 2 else zip(A_hat, change_B, strict=True)
+        tally.rounding += sum(squared_norm(*pair) for pair in pairs)
     return narrowed

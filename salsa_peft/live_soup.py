@@ -14,7 +14,7 @@ import torch
 
 from . import adapters
 from .config import require
-from .stacked_adapter import live_factors
+from .live_factors import live_factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .checkpoint_folders import Checkpoint
     from .stacked_adapter import StackedAdapter
-    from .stacks import Stack
 
 
 class LiveSoup(Protocol):
@@ -59,10 +58,10 @@ class LiveAdapters:
         """The stacked adapter is active; the one that was before is again afterwards."""
         return adapters.active(self.model, self.name)
 
-    def _live(self) -> list[tuple[Stack, torch.Tensor, torch.Tensor | None]]:
-        """Of each module the members' factors, the live B (out, R; of a convolution with its kernel's ones), and B's bias."""
+    def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+        """Each module with its live B (out, R; of a convolution with its kernel's ones) and B's bias."""
         stacks = self.stacked.stacks
-        return [(stacks[name], *live_factors(self.model, name, self.name, stacks[name])[1:]) for name in stacks]
+        return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -80,9 +79,12 @@ class LiveAdapters:
     def slopes(self) -> list[float]:
         """B's column of member i is w_i · scaling_i · B_i, so ∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over its columns."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
-        for stack, B, bias in self._live():
+        stacks = self.stacked.stacks
+        for name, B, bias in self._live():
+            stack = stacks[name]
             if B.grad is not None:
-                columns = (B.grad.cpu().double().reshape(stack.B.shape) * stack.B.double()).sum(0) * stack.scaling
+                grad = stacks.shapes[name].blocks_B(B.grad.cpu().double())
+                columns = (grad * stack.B.double()).flatten(0, -2).sum(0) * stack.scaling
                 found.index_add_(0, stack.member, columns)
             if bias is not None and bias.grad is not None and stack.bias is not None:
                 found += stack.bias @ bias.grad.cpu().double()

@@ -70,6 +70,6 @@ def summarise(members: Sequence[Member], weights: Sequence[float], gram: Array,
         "modules": len(ranks),
         "ranks": sorted(set(ranks.values())),
         "norm": norm,
-        "averaged": list(members[0].direct),
+        "averaged": sorted({name for member in members for name in member.direct}),
     }
     return {"weights": [float(weight) for weight in weights], "members": listed, "pairs": pairs, **soup}

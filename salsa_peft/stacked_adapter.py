@@ -6,7 +6,7 @@ The mean of products is not the product of means, so the factors are stacked, ne
 B = [w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding.
 Members may differ in rank, alpha, rsLoRA, patterns and modules; a module that a member lacks is a delta of zero.
 What is no delta (modules_to_save, biases, trained tokens) is averaged directly, see direct_parts.py.
-Left out: merging into the base.
+Stacks of experts (target_parameters) and grouped convolutions have a delta for each expert and group. Left out: merging into the base.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import direct_parts, float_arrays
-from .adapter_folders import check_one_base
+from .adapter_bases import check_one_base
+from .adapter_layouts import in_one_layout
 from .adapter_saving import SaveOptions, save
-from .adapter_tensors import TOKENS, Member, check_same_direct, read_member
+from .adapter_tensors import TOKENS, Member, read_member
 from .checkpoint_folders import check_weights as check_weights
 from .checkpoint_folders import default_names
 from .errors import SalsaError, require
+from .live_factors import is_there, live_factors, same_parameters
 from .recompression import moments
 from .soup_config import config_fields
 from .soup_summary import summarise
-from .stacks import Stack, Stacks
+from .stacks import Stacks
 
 if TYPE_CHECKING:
     import torch
@@ -46,17 +48,28 @@ class StackedAdapter:
         """Module → Stack, read from the files when asked for, until `in_memory`."""
 
     @classmethod
-    def load(cls, members: Sequence[Path | str], names: Sequence[str] | None = None) -> StackedAdapter:
+    def load(
+        cls,
+        members: Sequence[Path | str],
+        names: Sequence[str] | None = None,
+        *,
+        same_base: bool = False,
+        one_sided: bool = False,
+    ) -> StackedAdapter:
         """Members are local PEFT adapter folders; `names` is what summaries call them (default: the folders' names).
 
-        Only headers are read: values are looked at when they are used. Raises SalsaError for what cannot be averaged.
+        same_base: their bases are the same, whatever fingerprints and names say. one_sided: full values that only some members have are let
+        pass, for a caller that has the base's. Only headers are read: values are looked at when they are used. Raises SalsaError for what
+        cannot be averaged.
         """
         require(bool(members), "a soup of no members: expected at least one adapter folder")
         folders = [Path(member) for member in members]
         names = default_names(folders, names)
         read = [read_member(folder, name) for folder, name in zip(folders, names, strict=True)]
-        check_one_base(read)
-        check_same_direct(read)
+        read = in_one_layout(read)
+        check_one_base(read, same_base)
+        if not one_sided:
+            direct_parts.check_same(read)
         return cls(read, Stacks(read))
 
     def in_memory(self) -> StackedAdapter:
@@ -73,15 +86,16 @@ class StackedAdapter:
     def state_dict(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
         """The soup's factors, float32, and what is averaged directly, under the names that PEFT saves them by."""
         weights = self.check(weights)
+        self.stacks.check_whole()
         tensors = {}
         for module, stack in self.stacks.items():
             shape = self.stacks.shapes[module]
-            (A, B), saved = shape.names(module), shape.saved(shape.rank)
+            (A, B), saved = self.stacks.names(module), shape.saved(shape.rank)
             tensors[A] = stack.A.reshape(saved[0])
-            tensors[B] = stack.weighted_B(weights).reshape(saved[1])
+            tensors[B] = shape.whole_B(stack.weighted_B(weights)).reshape(saved[1])
             if stack.bias is not None:
                 tensors[B.removesuffix("weight") + "bias"] = stack.weighted_bias(weights).to(stack.B)
-        names = {name: direct_parts.saved_as(name, self.stacks.shapes) for name in self.members[0].direct}
+        names = {name: direct_parts.saved_as(name, self.stacks.wrappers) for name in direct_parts.names(self.members)}
         return tensors | {names[name]: self.mean(name, weights) for name in names}
 
     def mean(self, name: str, weights: Sequence[float]) -> torch.Tensor:
@@ -92,14 +106,14 @@ class StackedAdapter:
     def full_tensors(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
         """What replaces the base's own parameters, under the base's names: modules_to_save, biases, saved embeddings."""
         weights = self.check(weights)
-        names = (name for name in self.members[0].direct if not direct_parts.is_tokens(name))
+        names = (name for name in direct_parts.names(self.members) if not direct_parts.is_tokens(name))
         return {name: self.mean(name, weights) for name in names}
 
     def token_rows(self, weights: Sequence[float]) -> dict[str, tuple[list[int], torch.Tensor]]:
         """Trained tokens: the base's embedding → which of its rows are replaced, and by what (tokens, features)."""
         weights = self.check(weights)
         head = self.members[0]
-        names = [name for name in head.direct if direct_parts.is_tokens(name)]
+        names = [name for name in direct_parts.names(self.members) if direct_parts.is_tokens(name)]
         rows = {name: (head.token_indices(name), self.mean(name, weights)) for name in names}
         return {f"{name.removesuffix(TOKENS)}.weight": rows[name] for name in names}
 
@@ -116,7 +130,8 @@ class StackedAdapter:
         return LoraConfig(**{name: value for name, value in self._config().items() if name != "peft_type"})
 
     def _config(self) -> dict[str, Any]:
-        return config_fields(self.members, {module: shape.rank for module, shape in self.stacks.shapes.items()})
+        self.stacks.check_whole()
+        return config_fields(self.members, self.stacks, {m: shape.rank for m, shape in self.stacks.shapes.items()})
 
     def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear", rank: int | None = None,
              dtype: str | torch.dtype | None = None, progress: Callable[..., None] | None = None,
@@ -143,7 +158,8 @@ class StackedAdapter:
         with float_arrays.one_thread():
             for module in self.stacks:
                 arrays = self.stacks.arrays(module)
-                total += torch.from_numpy(arrays.gram(moments(arrays.A, arrays.B), len(self.members)))
+                given = [moments(A, B) for A, B in arrays.each_block()]
+                total += torch.from_numpy(arrays.gram(given, len(self.members)))
         return total
 
     def summary(self, weights: Sequence[float]) -> dict[str, Any]:
@@ -162,16 +178,10 @@ class StackedAdapter:
         from peft.tuners.lora import LoraLayer
 
         self.check(weights)
-        odd = next((name for name in self.members[0].direct if name != SCORE_HEAD), None)
-        require(
-            odd is None,
-            f"{self.members[0].folder} holds {odd}, a value of the base's own: on a base that roles share it would be dropped; "
-            "save the soup and open it with PEFT on a base of its own",
-        )
+        self._check_shared(model)
         if adapter_name in model.peft_config:
             raise SalsaError(f"the model has an adapter {adapter_name!r} already: delete it or take another name")
-        modules = dict(model.get_base_model().named_modules())
-        missing = next((module for module in self.stacks if module not in modules), None)
+        missing = next((module for module in self.stacks if not is_there(model, self.stacks, module)), None)
         require(
             missing is None,
             f"{missing} is in {self.members[0].folder} but not in the model: the soup is of another base",
@@ -179,6 +189,7 @@ class StackedAdapter:
         self.in_memory()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         fields = self._config() | {"modules_to_save": None, "bias": "none"}
+        fields["target_parameters"] = same_parameters(model, self.stacks, fields["target_parameters"])
         model.add_adapter(adapter_name, LoraConfig(**{name: fields[name] for name in fields if name != "peft_type"}))
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
@@ -188,9 +199,29 @@ class StackedAdapter:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for module, stack in self.stacks.items():
-                A = live_factors(model, module, adapter_name, stack)[0]
+                A = live_factors(model, self.stacks, module, adapter_name)[0]
                 A.copy_(stack.A.reshape(A.shape))
         self.set_weights(model, adapter_name, weights)
+
+    def _check_shared(self, model: PeftModel) -> None:
+        """Refuse full values on a base that roles share, but for a score head and for the base's own, which PEFT saves with LoRA."""
+        import torch
+
+        own = dict(model.get_base_model().named_parameters())
+        for name in direct_parts.names(self.members):
+            if name == SCORE_HEAD:
+                continue
+            module, _, leaf = name.rpartition(".")
+            there = own.get(name, own.get(f"{module}.base_layer.{leaf}"))
+            same = direct_parts.frozen(self.members, name) and there is not None
+            if same and there is not None:
+                values = self.mean(name, [1 / len(self.members)] * len(self.members))
+                same = values.shape == there.shape and torch.equal(values.to(there), there)
+            require(
+                same,
+                f"{direct_parts.holders(self.members, name)[0].folder} holds {name}, a value of the base's own: on a base that roles share it "
+                "would be dropped; save the soup and open it with PEFT on a base of its own",
+            )
 
     def set_weights(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
         """Scale the blocks of an attached soup's lora_B in place: any point of a line or plane, nothing is re-made."""
@@ -199,37 +230,7 @@ class StackedAdapter:
         weights = self.check(weights)
         with torch.no_grad():
             for module, stack in self.stacks.items():
-                _, B, bias = live_factors(model, module, adapter_name, stack)
-                B.copy_(stack.weighted_B(weights).reshape(B.shape))
+                _, B, bias = live_factors(model, self.stacks, module, adapter_name)
+                B.copy_(self.stacks.shapes[module].whole_B(stack.weighted_B(weights)).reshape(B.shape))
                 if bias is not None:
                     bias.copy_(stack.weighted_bias(weights))
-
-
-def live_factors(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> tuple[Any, Any, Any]:
-    """The live parameters A, B and, with lora_bias, B's bias (else None), checked as `layer_of` does."""
-    layer = layer_of(model, module, adapter_name, stack)
-    if adapter_name in layer.lora_embedding_B:
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], None
-    B = layer.lora_B[adapter_name]
-    return layer.lora_A[adapter_name].weight, B.weight, B.bias
-
-
-def layer_of(model: PeftModel, module: str, adapter_name: str, stack: Stack) -> Any:
-    """The live layer that holds this soup's adapter; refused where it is another adapter, or merged into the base."""
-    layer: Any = model.get_base_model().get_submodule(module)
-    if adapter_name not in model.peft_config or adapter_name not in layer.r:
-        raise SalsaError(f"{module} has no adapter {adapter_name!r}: attach this soup under that name first")
-    if adapter_name in layer.lora_embedding_B:
-        shapes = [tuple(half[adapter_name].shape) for half in (layer.lora_embedding_A, layer.lora_embedding_B)]
-    else:
-        shapes = [tuple(half[adapter_name].weight.flatten(1).shape) for half in (layer.lora_A, layer.lora_B)]
-    expected = [tuple(stack.A.shape), tuple(stack.B.shape)]
-    require(
-        shapes == expected,
-        f"{module}: adapter {adapter_name!r} has factors {shapes}, expected {expected}: of another soup or base",
-    )
-    require(
-        adapter_name not in layer.merged_adapters,
-        f"{module}: adapter {adapter_name!r} is merged into the base: unmerge it, its weights would have no effect",
-    )
-    return layer

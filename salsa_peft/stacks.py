@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import float_arrays
-from .adapter_tensors import PREFIX, Member
+from .adapter_folders import MERGES
+from .adapter_names import PREFIX
+from .adapter_targets import WRAPPED, registered
+from .adapter_tensors import Factors, Member, unnested
+from .direct_parts import wrapped
 from .errors import require
 from .float_arrays import Array
 from .recompression import Moments
@@ -24,30 +28,62 @@ if TYPE_CHECKING:
 
 
 class Shape(NamedTuple):
-    """What a module's stacked factors look like. `inner`: (in,), of an embedding (tokens,), of a convolution (in, *kernel)."""
+    """What a module's stacked factors look like. `inner`: (in,), of an embedding (tokens,), of a convolution (in, *kernel).
+
+    A stack of experts (target_parameters) and a convolution in groups have a delta for each of their `blocks`.
+    """
 
     rank: int
     inner: tuple[int, ...]
     out: int
     embedding: bool
+    experts: int = 1
+    groups: int = 1
+    holder: str = ""
+    """The module whose wrapper holds the factors."""
+    parameter: str | None = None
+    """Of target_parameters: the parameter's name in `holder`, "" where names do not say it. None: the factors are a layer's."""
+    owner: str = ""
+    """The module that is targeted."""
+
+    @property
+    def blocks(self) -> int:
+        return self.experts * self.groups
 
     @property
     def limit(self) -> int:
         """The highest rank that a delta of this shape can have."""
-        return min(math.prod(self.inner), self.out)
-
-    def names(self, module: str) -> tuple[str, str]:
-        """PEFT's names of A and B."""
-        parts = ("embedding_A", "embedding_B") if self.embedding else ("A.weight", "B.weight")
-        return f"{PREFIX}{module}.lora_{parts[0]}", f"{PREFIX}{module}.lora_{parts[1]}"
+        return min(math.prod(self.inner), self.out // self.groups) * self.groups
 
     def saved(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes that PEFT saves A and B in."""
-        return (rank, *self.inner), (self.out, rank, *(1 for _ in self.inner[1:]))
+        rows = rank * self.experts
+        return (rows, *self.inner), (self.out, rows // self.groups, *(1 for _ in self.inner[1:]))
+
+    def blocks_A(self, A: Any) -> Any:
+        """A as PEFT has it → (R, in), of several blocks (blocks, R / groups, in). An array or a tensor, as the others here."""
+        return A.reshape(len(A), -1) if self.blocks == 1 else A.reshape(self.blocks, len(A) // self.blocks, -1)
+
+    def blocks_B(self, B: Any) -> Any:
+        """B as PEFT has it → (out, R), of several blocks (blocks, out / groups, R / groups)."""
+        if self.blocks == 1:
+            return B.reshape(len(B), -1)
+        if self.groups > 1:
+            return B.reshape(self.groups, self.out // self.groups, -1)
+        return B.reshape(self.out, -1, self.experts).swapaxes(0, 1).swapaxes(0, 2)
+
+    def whole_B(self, B: Any) -> Any:
+        """The way back from blocks_B; as a matrix (out, columns)."""
+        if self.experts > 1:
+            B = B.swapaxes(0, 2).swapaxes(0, 1)
+        return B.reshape(self.out, -1)
 
 
 class Stack(NamedTuple):
-    """As torch tensors, for a live model. Shapes, R = Σ r_i: A (R, in), B (out, R), scaling (R,), member (R,), bias (n, out)."""
+    """As torch tensors, for a live model. Shapes, R = Σ r_i: A (R, in), B (out, R), scaling (R,), member (R,), bias (n, out).
+
+    Of several blocks (experts, groups): A (blocks, R, in), B (blocks, out, R), with R and out those of one block.
+    """
 
     A: torch.Tensor
     B: torch.Tensor
@@ -57,7 +93,7 @@ class Stack(NamedTuple):
     """Each member's scaling_i · b_i (lora_bias), float64; a member without one has zeros."""
 
     def weighted_B(self, weights: Sequence[float]) -> torch.Tensor:
-        """B with w_i · scaling_i in its columns: (out, R). The n scalars are multiplied in float64."""
+        """B with w_i · scaling_i in its columns. The n scalars are multiplied in float64."""
         return self.B * (self.scaling * self.scaling.new_tensor(weights)[self.member]).to(self.B)
 
     def weighted_bias(self, weights: Sequence[float]) -> torch.Tensor:
@@ -82,10 +118,14 @@ class Arrays(NamedTuple):
     def weighted_B(self, weights: Sequence[float]) -> Array:
         return self.B * self.coefficients(weights).astype(self.B.dtype)
 
-    def gram(self, given: Moments, n: int) -> Array:
-        """⟨delta_i, delta_j⟩ of this module: (n, n), float64. tr((B_i A_i)ᵀ B_j A_j) = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ)."""
+    def each_block(self) -> Iterator[tuple[Array, Array]]:
+        """A (R, in) and B (out, R) of each expert or group; of other modules the one pair that there is."""
+        yield from zip(self.A, self.B, strict=True) if self.A.ndim == 3 else [(self.A, self.B)]
+
+    def gram(self, given: Sequence[Moments], n: int) -> Array:
+        """⟨delta_i, delta_j⟩ of this module: (n, n), float64. tr((B_i A_i)ᵀ B_j A_j) = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), of all blocks."""
         owner = np.eye(n)[self.member] * self.scaling[:, None]
-        return np.asarray(owner.T @ (given.AA * given.BB) @ owner)
+        return np.asarray(owner.T @ sum(block.AA * block.BB for block in given) @ owner)
 
 
 class Stacks(Mapping[str, Stack]):
@@ -93,6 +133,7 @@ class Stacks(Mapping[str, Stack]):
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
+        check_parameters(members)
         modules = sorted({module for member in members for module in member.factors})
         self.shapes = {module: shape_of(module, members) for module in modules}
         self.dtype = float_arrays.promote(
@@ -100,12 +141,8 @@ class Stacks(Mapping[str, Stack]):
         )
         """Safetensors' name of the dtype that holds every member's factors exactly."""
         self.with_bias = any(member.config["lora_bias"] for member in members)
-        embedding = next((module for module, shape in self.shapes.items() if shape.embedding), None)
-        require(
-            not self.with_bias or embedding is None,
-            f"{members[0].folder}: a soup of members with lora_bias and with LoRA on the embedding {embedding}: PEFT has no such "
-            "adapter; leave one of them out",
-        )
+        self.wrappers = wrappers_of(self.shapes)
+        """Module with LoRA → how many of PEFT's wrappers are around it: one, but for several parameters of one module."""
         self.held: dict[str, Arrays] = {}
 
     def __getitem__(self, module: str) -> Stack:
@@ -125,6 +162,45 @@ class Stacks(Mapping[str, Stack]):
         for module in self.shapes:
             self.held[module] = self.arrays(module)
 
+    def check_whole(self) -> None:
+        """Refuse what no PEFT adapter can hold, though a model can: then the soup is merged, not saved as an adapter."""
+        odd = [module for module, shape in self.shapes.items() if shape.embedding or shape.parameter is not None]
+        require(
+            not self.with_bias or not odd,
+            f"{self.members[0].folder}: a soup of members with lora_bias and with LoRA on {odd[0] if odd else ''}: PEFT has no such adapter; "
+            f"{MERGES}",
+        )
+
+    def place(self, module: str) -> str:
+        """Where the wrapper that holds a module's factors lies in the model, under PEFT's names."""
+        shape = self.shapes[module]
+        return wrapped(shape.holder, self.wrappers) + WRAPPED * self.depth(module)
+
+    def depth(self, module: str) -> int:
+        """How many wrappers of other parameters of the same module are around this one's: the first registered lies innermost."""
+        shape = self.shapes[module]
+        if shape.parameter is None:
+            return 0
+        if not shape.parameter:
+            return unnested(module)[1]
+        there = [s.parameter for s in self.shapes.values() if s.holder == shape.holder and s.parameter is not None]
+        return len(there) - 1 - sorted(there, key=registered).index(shape.parameter)
+
+    def names(self, module: str) -> tuple[str, str]:
+        """PEFT's names of A and B."""
+        parts = ("embedding_A", "embedding_B") if self.shapes[module].embedding else ("A.weight", "B.weight")
+        place = f"{PREFIX}{self.place(module)}"
+        return f"{place}.lora_{parts[0]}", f"{place}.lora_{parts[1]}"
+
+    def weight(self, module: str) -> str:
+        """The base's own name of the parameter that a module's delta is added to."""
+        shape = self.shapes[module]
+        if shape.parameter is not None:
+            return module
+        inner = f"{module}.out_proj"  # torch's MultiheadAttention: PEFT wraps both, in_proj has no module of its own
+        attention = inner in self.shapes and self.shapes[inner].owner == module
+        return f"{module}.in_proj_weight" if attention else f"{module}.weight"
+
     def arrays(self, module: str) -> Arrays:
         if module in self.held:
             return self.held[module]
@@ -135,27 +211,56 @@ class Stacks(Mapping[str, Stack]):
         for i, member, factors in owners:
             if bias is not None and factors.bias is not None:
                 bias[i] = factors.scaling * member.read(factors.bias).astype(np.float64)
-        ranks = [factors.rank for _, _, factors in owners]
+        ranks = [factors.rank // shape.groups for _, _, factors in owners]
         return Arrays(
-            np.concatenate([m.read(f.A).reshape(f.rank, -1) for _, m, f in owners], dtype=wide),
-            np.concatenate([m.read(f.B).reshape(shape.out, f.rank) for _, m, f in owners], axis=1, dtype=wide),
+            np.concatenate([shape.blocks_A(m.read(f.A)) for _, m, f in owners], axis=-2, dtype=wide),
+            np.concatenate([shape.blocks_B(m.read(f.B)) for _, m, f in owners], axis=-1, dtype=wide),
             np.repeat([factors.scaling for _, _, factors in owners], ranks).astype(np.float64),
             np.repeat([i for i, _, _ in owners], ranks),
             bias,
         )
 
 
+def wrappers_of(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Module with LoRA → how many of PEFT's wrappers are around it."""
+    found: dict[str, int] = {}
+    for shape in shapes.values():
+        found[shape.holder] = found.get(shape.holder, 0) + 1
+    return found
+
+
 def shape_of(module: str, members: Sequence[Member]) -> Shape:
     owners = [(member, member.factors[module]) for member in members if module in member.factors]
     head, first = owners[0]
     for member, other in owners[1:]:
-        found, expected = (f"maps {maps(f.shape_A[1:])} to {f.shape_B[0]} features" for f in (other, first))
+        found, expected = (f"maps {maps(f.shape_A[1:])} to {f.shape_B[0]} features{blocks(f)}" for f in (other, first))
         same = found == expected and other.embedding == first.embedding
         require(
             same,
             f"{member.file.path}: {module} {found}, in {head.file.path} {expected}: a soup needs members of one base",
         )
-    return Shape(sum(f.rank for _, f in owners), first.shape_A[1:], first.shape_B[0], first.embedding)
+    rank = sum(f.rank for _, f in owners)
+    shape = Shape(rank, first.shape_A[1:], first.shape_B[0], first.embedding, first.experts, first.groups)
+    return shape._replace(holder=first.holder, parameter=first.parameter, owner=first.owner)
+
+
+def blocks(factors: Factors) -> str:
+    """For messages: of how many experts or groups."""
+    many = [(factors.experts, "experts"), (factors.groups, "groups")]
+    return "".join(f" in {number} {name}" for number, name in many if number > 1)
+
+
+def check_parameters(members: Sequence[Member]) -> None:
+    """Refuse members that target different parameters of one module, where the names do not say which factors belong to which."""
+    unclear = [(module, m) for m in members for module, factors in m.factors.items() if factors.parameter == ""]
+    for module, member in unclear:
+        for other in members:
+            same = sorted(other.config["target_parameters"] or ()) == sorted(member.config["target_parameters"] or ())
+            require(
+                same and not (member.config["rank_pattern"] or member.config["alpha_pattern"]),
+                f"{member.file.path}: {module}: its name does not say which of target_parameters it belongs to, which matters since "
+                f"{other.folder} has others, or patterns; train the members with the same target_parameters and one rank",
+            )
 
 
 def maps(inner: tuple[int, ...]) -> str:

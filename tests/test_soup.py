@@ -179,7 +179,8 @@ class TestFolder:
         assert config["inference_mode"] and config["task_type"] == "CAUSAL_LM" and config["init_lora_weights"] is True
         assert json.loads((folder / "soup" / "fingerprint.json").read_text()) == {"base": "5e" * 32}
         assert summary == json.loads((folder / "soup" / "soup.json").read_text())
-        expected = "adapter_config.json adapter_model.safetensors chat_template.jinja fingerprint.json soup.json"
+        expected = "adapter_config.json adapter_model.safetensors chat_template.jinja fingerprint.json soup.json tokenizer.json"
+        assert summary["tokenizer"] == {"from": "1", "chat_template": "0"}
         assert sorted(path.name for path in (folder / "soup").iterdir()) == expected.split()
 
     def test_modules_are_listed_where_members_differ(self, base, folder: Path) -> None:

@@ -296,10 +296,10 @@ class TestDirect:
         ("second", "line"),
         [
             (
-                LM | {"trainable_token_indices": [1, 3]},
+                LM | {"trainable_token_indices": [1, 2]},
                 "trainable_token_indices of model.embed_tokens are not those of",
             ),
-            (LM | {"trainable_token_indices": [3]}, r"has shape \[1, 16\], in .* \[2, 16\]"),
+            (LM | {"trainable_token_indices": [3]}, "trainable_token_indices of model.embed_tokens are not those of"),
             (LM, "found no model.embed_tokens.token_adapter.trainable_tokens_delta, which"),
             (LM | {"modules_to_save": ["lm_head"]}, "found no lm_head.weight, which"),
         ],
@@ -310,7 +310,7 @@ class TestDirect:
             train(llama, tmp_path / "b", 1, **second),
         ]
         for order in (members, members[::-1]):
-            with pytest.raises(SalsaError, match=line.replace("1, 16", r"\d, 16").replace("2, 16", r"\d, 16")):
+            with pytest.raises(SalsaError, match=line):
                 soup(tmp_path / "soup", order)
         assert not (tmp_path / "soup").exists()
 
@@ -330,9 +330,9 @@ class TestDirect:
             train(llama, tmp_path / "a", 0, **LM, lora_bias=True),
             train(llama, tmp_path / "b", 0, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
         ]
-        tensors = {key: value for key, value in load_file(members[1] / WEIGHTS).items() if "lora_" in key}
-        save_file(tensors, members[1] / WEIGHTS)  # without the embedding itself, which the other has not
-        with pytest.raises(SalsaError, match=r"lora_bias and with LoRA on the embedding model.embed_tokens"):
+        with pytest.raises(
+            SalsaError, match=r"lora_bias and with LoRA on model.embed_tokens: PEFT has no such adapter"
+        ):
             soup(tmp_path / "soup", members)
 
 

@@ -62,7 +62,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "lora_bias": (
         configure(lora_bias=True),
-        f"{Q0}.lora_B.bias: adapter_config.json has lora_bias True: the two files",
+        f"{Q0}.lora_B.bias: adapter_config.json has lora_bias True, and the file has not the bias",
     ),
     "lora_bias tensor": (put(f"{Q0}.lora_B.bias", (16,)), f"{Q0}.lora_B.bias: adapter_config.json has lora_bias False"),
     "bias": (configure(bias="some"), "bias is 'some', expected one of none, all, lora_only"),
@@ -70,10 +70,6 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias of one": (
         lambda m: [configure(bias="all")(m), put(f"{Q0}.base_layer.bias", (16,))(m)],
         f"found no {Q0}.bias, which ",
-    ),
-    "bias saved twice": (
-        lambda m: [configure(bias="all")(m), put("score.original_module.bias", (2,))(m)],
-        "score.original_module.bias: a bias of modules_to_save saved twice",
     ),
     "another tuner": (configure(peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
     "trainable tokens": (
@@ -102,7 +98,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "embed_tokens.scale: unknown tensor, expected a module of modules_to_save",
     ),
     "embedding lora alone": (
-        put("model.embed_tokens.lora_embedding_A"),
+        lambda m: [
+            configure(target_modules=["q_proj", "v_proj", "embed_tokens"])(m),
+            put("model.embed_tokens.lora_embedding_A")(m),
+        ],
         "has lora_embedding_A alone, expected lora_embedding_A and",
     ),
     "kinds of fields": (configure(target_modules=3), "target_modules is 3, expected list or str"),
@@ -118,12 +117,26 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "tokenizer.json is missing, manifest.json lists it",
     ),
-    "target_parameters": (configure(target_parameters=["experts.w"]), "LoRA on bare parameters"),
     "layer_replication": (
         configure(layer_replication=[[0, 2], [0, 2]]),
-        "layer_replication is [[0, 2], [0, 2]]: it changes",
+        "layer_replication is [[0, 2], [0, 2]]: it repeats layers of the base",
     ),
-    "unknown option": (configure(use_warp=True), "use_warp is True: a soup has no rule for this option"),
+    "unknown option": (configure(use_warp=True), "use_warp is True, an option that this version does not know"),
+    "unknown configuration": (
+        configure(warp_config={"a": 1}),
+        "warp_config is {'a': 1}, an option that this version does not",
+    ),
+    "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens is [1]: aLoRA is active only after"),
+    "PEFT 0.2": (
+        configure(enable_lora=[True, False]),
+        "enable_lora is [True, False]: this is the fused-layer LoRA of PEFT 0.2",
+    ),
+    "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the base's own weights"),
+    "two adapters": (put(f"{Q0}.lora_A.default.weight", (2, 16)), f"are both base_model.model.{Q0}.lora_A.weight: save the adapter again"),
+    "two adapters by name": (
+        lambda m: [put(f"{Q0}.lora_A.{name}.weight", (2, 16))(m) for name in ("one", "two")],
+        "the tensors of 2 adapters (one, two) are in one file",
+    ),
     "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the base's own weights"),
     "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
     "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x', expected"),
@@ -132,7 +145,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json is not JSON"),
     "no config": (rename("adapter_config.json", "x"), "found neither adapter_config.json nor config.json"),
     "no weights": (rename("adapter_model.safetensors", "x"), "adapter_model.safetensors is missing"),
-    "pickled": (rename("adapter_model.safetensors", "adapter_model.bin"), "which is pickled and never read"),
+    "pickled": (
+        rename("adapter_model.safetensors", "adapter_model.bin"),
+        "a pickle, which is never read since it can run code",
+    ),
     "truncated": (truncate, "adapter_model.safetensors: found "),
     "not safetensors": (write(WEIGHTS, "nonsense that is long enough"), "adapter_model.safetensors: found "),
     "empty": (lambda m: edit_tensors(m, lambda tensors: tensors.clear()), "holds no tensors"),
@@ -146,9 +162,9 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         put(f"{Q0}.lora_A.weight", (2, 16, 1, 1)),
         f"{Q0} has lora_A [2, 16, 1, 1] and lora_B [16, 2], expected two matrices, or a convolution's",
     ),
-    "groups": (
-        lambda m: [put(f"{Q0}.lora_A.weight", (2, 16, 1))(m), put(f"{Q0}.lora_B.weight", (16, 1, 1))(m)],
-        "expected rank 2 from adapter_config.json: the two files do not belong together; convolutions in groups are not",
+    "groups that r does not divide into": (
+        lambda m: [put(f"{Q0}.lora_A.weight", (2, 16, 1))(m), put(f"{Q0}.lora_B.weight", (15, 1, 1))(m)],
+        "expected rank 2, which r and rank_pattern of adapter_config.json say",
     ),
     "integers": (put(f"{Q0}.lora_A.weight", (2, 16), torch.int8), "is I8 of shape [2, 16], expected one of F64, F32"),
     "rank": (put(f"{Q0}.lora_A.weight", (3, 16)), f"{Q0} has lora_A [3, 16] and lora_B [16, 2], expected rank 2"),

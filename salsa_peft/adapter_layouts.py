@@ -1,0 +1,242 @@
+"""An adapter's modules under the names that they have in today's Transformers, by PEFT's own conversion.
+
+    language_model.model.layers.0.…                     →  model.language_model.layers.0.…            multimodal models before 4.52
+    block_sparse_moe.experts.3.w1.lora_A, .w3.lora_A    →  mlp.experts.base_layer.lora_A (stacked)    experts before 5.0
+
+The model's names come from the base's files where it is at hand. Where these have every module of the adapter, nothing else is looked at;
+else the model is built without weights, and what has no place in it after the conversion is refused: PEFT would drop it with a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import float_arrays
+from .adapter_bases import base_folder
+from .adapter_folders import DEFAULTS, WEIGHTS
+from .adapter_names import PREFIX
+from .errors import SalsaError, require
+from .safetensors_files import Entry, SafetensorsFile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .adapter_tensors import Member
+
+EXPERT = re.compile(r"(?P<holder>.*\.experts)\.\d+\.")
+WRAPPED = ".base_layer"
+TOWER = ("model", "language_model")
+"""Parts of a name that moved when multimodal models were laid out anew."""
+Names = dict[str, str]
+"""PEFT's name of a tensor → the file's."""
+
+
+class ConvertedFile(SafetensorsFile):
+    """An adapter's tensors in memory, where PEFT joins several of the file's into one; else as the file on the disk."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, float_arrays.Array]) -> None:
+        super().__init__(path)
+        codes = {np.dtype(np.float64): "F64"}
+        self.arrays = dict(arrays)
+        self.entries = {
+            name: Entry(codes.get(values.dtype, "F32"), values.shape, 0, values.nbytes)
+            for name, values in arrays.items()
+        }
+
+
+def in_todays_layout(
+    names: Names, config: dict[str, Any], file: SafetensorsFile, folder: Path
+) -> tuple[Names, dict[str, Any], SafetensorsFile]:
+    """The names, the configuration and the tensors that PEFT makes of an adapter when it loads it; mostly they are what was given."""
+    modules = sorted(set(lora_modules(names)))
+    old_experts = any(EXPERT.match(module) for module in modules)
+    base = base_folder(config, folder)
+    if base is not None and not old_experts and all(there(module, *known_modules(str(base))) for module in modules):
+        return names, config, file
+    first = None
+    for model in candidates(base, config, modules):
+        places = {name for name, _ in model.named_modules()}
+        if set(modules) <= places:
+            return names, config, file
+        found = converted(model, names, config, file)
+        odd = next((module for module in sorted(set(lora_modules(found[0]))) if module not in places), None)
+        if odd is None:
+            return found
+        first = first or (odd, type(model).__name__)
+    require(
+        first is None or base is None,
+        f"{folder / WEIGHTS}: {first[0] if first else ''} has no place in {first[1] if first else ''}, the model of {base}: PEFT would drop its "
+        "tensors in silence; correct base_model_name_or_path, or save the adapter again from the model that it was trained on",
+    )
+    return names, config, file
+
+
+def lora_modules(names: Iterable[str]) -> Iterator[str]:
+    """The modules that LoRA is on, without wrappers."""
+    for name in names:
+        module, lora, _ = name.removeprefix(PREFIX).rpartition(".lora_")
+        if lora:
+            while module.endswith(WRAPPED):
+                module = module.removesuffix(WRAPPED)
+            yield module.replace(f"{WRAPPED}.", ".")
+
+
+def there(module: str, places: frozenset[str], first: frozenset[str]) -> bool:
+    """Whether a base's files name a module. Files of a bare model lack its first part; tied output embeddings are not in them."""
+    head, _, rest = module.partition(".")
+    return module in places or module == "lm_head" or (head not in first and rest in places)
+
+
+@functools.lru_cache(maxsize=8)
+def known_modules(base: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The modules that a base's safetensors files name, and the first parts of their names. Empty where there are none."""
+    index = Path(base) / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            keys = list(json.loads(index.read_bytes())["weight_map"])
+        else:
+            keys = list(SafetensorsFile(Path(base) / "model.safetensors").entries)
+    except (
+        SalsaError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+    ):  # what a base lacks is said by those who read its weights
+        return frozenset(), frozenset()
+    parts = [key.split(".") for key in keys]
+    places = {".".join(part[:i]) for part in parts for i in range(1, len(part))}
+    return frozenset(places), frozenset(part[0] for part in parts)
+
+
+def candidates(base: Path | None, config: dict[str, Any], modules: list[str]) -> Iterator[nn.Module]:
+    """Models without weights that the adapter may be of, the likeliest first."""
+    if base is not None:
+        yield from models_of(str(base), config["task_type"])
+    elif any("block_sparse_moe.experts." in module for module in modules):
+        layers = 1 + max(int(number) for module in modules for number in re.findall(r"\.layers\.(\d+)\.", module))
+        yield mixtral(layers)
+
+
+@functools.lru_cache(maxsize=2)
+def models_of(base: str, task: str | None) -> tuple[nn.Module, ...]:
+    """The model that config.json names, or that of a task; of a multimodal one its language model too. None where that takes foreign code."""
+    import torch
+    import transformers
+
+    found: list[nn.Module] = []
+    auto = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+            "QUESTION_ANS": "ForQuestionAnswering", "FEATURE_EXTRACTION": ""}.get(task or "", "ForCausalLM")  # fmt: skip
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return ()
+    named = [vars(transformers).get(name) for name in config.architectures or () if task in (None, "CAUSAL_LM")]
+    makers = [functools.partial(cls, config) for cls in named if cls is not None]
+    general = getattr(transformers, f"AutoModel{auto}").from_config
+    makers += [functools.partial(general, given) for given in (config, config.get_text_config())]
+    for make in makers:
+        try:
+            with torch.device("meta"):
+                found.append(make())
+        except (ValueError, KeyError, ImportError, AttributeError):  # no such class for this configuration
+            continue
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=2)
+def mixtral(layers: int) -> nn.Module:
+    """A Mixtral's modules: the model of adapters whose names say block_sparse_moe, where the base is not at hand."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_local_experts=1,
+        vocab_size=8,
+    )
+    with torch.device("meta"):
+        return MixtralForCausalLM(config)
+
+
+def converted(
+    model: nn.Module, names: Names, config: dict[str, Any], file: SafetensorsFile
+) -> tuple[Names, dict[str, Any], SafetensorsFile]:
+    """What PEFT makes of names, configuration and tensors when it loads them into the model; values are read only where it joins some."""
+    import torch
+    from peft import LoraConfig
+    from peft.utils import transformers_weight_conversion as peft_conversion
+
+    known = {field: value for field, value in config.items() if field != "auto_mapping"}
+    given = LoraConfig(**known)
+    keys = list(names)
+    joined = any(EXPERT.match(module) for module in lora_modules(keys))
+    if joined:
+        tensors = {name: torch.from_numpy(float_arrays.read(file, key)) for name, key in names.items()}
+    else:
+        tensors = {name: torch.tensor([float(i)], dtype=torch.float64) for i, name in enumerate(keys)}
+    try:
+        peft_conversion.convert_peft_config_for_transformers(given, model, None)
+        found = peft_conversion.convert_peft_adapter_state_dict_for_transformers(model, given, tensors)
+    except ValueError as error:
+        raise SalsaError(f"{file.path}: PEFT cannot convert it to today's {type(model).__name__}: {error}") from None
+    if not joined:
+        return {name: names[keys[int(value)]] for name, value in found.items()}, config, file
+    changed = {field: as_list(vars(given)[field]) for field in DEFAULTS if field in vars(given)}
+    arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in found.items()}
+    return {name: name for name in arrays}, config | changed, ConvertedFile(file.path, arrays)
+
+
+def as_list(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def in_one_layout(members: Sequence[Member]) -> list[Member]:
+    """Members whose modules are named in two of a multimodal model's layouts, all in the newest: they are one set of modules."""
+    variants: dict[tuple[str, ...], set[str]] = {}
+    for member in members:
+        for name in (*member.factors, *member.direct):
+            variants.setdefault(without_tower(name), set()).add(name)
+    renamed = {name: newest(found) for found in variants.values() if len(found) > 1 for name in found}
+    return [in_layout(member, renamed) for member in members] if renamed else list(members)
+
+
+def without_tower(name: str) -> tuple[str, ...]:
+    return tuple(part for part in name.split(".") if part not in TOWER)
+
+
+def newest(names: set[str]) -> str:
+    """Of one module's names in several layouts."""
+    layers = {name for name in names if name.startswith("model.")}
+    tail = min(names, key=len)
+    if not layers:
+        return tail
+    inside = max(layers, key=lambda name: name.count("language_model"))
+    if "language_model" in inside or not any("language_model" in name for name in names):
+        return inside
+    return f"model.language_model.{inside.removeprefix('model.')}"
+
+
+def in_layout(member: Member, renamed: dict[str, str]) -> Member:
+    """A member with other names for its modules."""
+    factors = {}
+    for name, given in member.factors.items():
+        new = renamed.get(name, name)
+        holder = new.removesuffix(f".{given.parameter}") if given.parameter else new
+        owner = holder if given.owner == given.holder else holder.rpartition(".")[0]
+        factors[new] = given._replace(holder=holder, owner=owner)
+    direct = {renamed.get(name, name): key for name, key in member.direct.items()}
+    frozen = frozenset(renamed.get(name, name) for name in member.frozen)
+    return replace(member, factors=dict(sorted(factors.items())), direct=dict(sorted(direct.items())), frozen=frozen)
