@@ -35,7 +35,7 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(TARGETS),
     **dict.fromkeys(("task_type", "auto_mapping", "base_model_name_or_path", "revision")),
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices")),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")),
     "r": 8,
     "lora_alpha": 8,
     "use_rslora": False,
@@ -61,21 +61,20 @@ IGNORED = (
     "lora_ga_config",
     "loftq_config",
     "velora_config",
+    "monteclora_config",
     "merge_weights",
 )
 """Fields that do not change what a trained adapter computes: how it was started (init_lora_weights says whether that changed the base),
-how its gradients were made (VeLoRA), and run-time settings."""
+how it was trained (VeLoRA's gradients, MonteCLoRA's samples), and run-time settings."""
 MERGES = "--merge adds such adapters to their base exactly"
 WHY = {
     "use_dora": f"DoRA's delta is not linear in its factors, so that no adapter is the mean; {MERGES}",
     "layer_replication": "it repeats layers of the base, which a soup does not read; merge each adapter with PEFT and average the checkpoints",
-    "alora_invocation_tokens": "aLoRA is active only after its invocation tokens; train the adapters as plain LoRA",
     "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which today's PEFT reads otherwise; train it again with a newer PEFT",
     "use_qalora": "QA-LoRA pools the layer's input, so that its delta is not B·A; train the adapters without it",
     "use_bdlora": "BD-LoRA's factors are block-diagonal and sharded; train the adapters without it",
     "arrow_config": "Arrow routes between adapters for every token, so that there is no one delta; average the task adapters instead",
     "kasa_config": "KaSA truncates the base's weights; merge each adapter with PEFT and average the checkpoints",
-    "monteclora_config": "MonteCLoRA samples its delta; merge each adapter with PEFT and average the checkpoints",
     "megatron_config": "Megatron's layers are sharded; save the adapter from an unsharded model",
 }
 KINDS: dict[str, tuple[type, ...]] = {
@@ -83,7 +82,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"), (bool,)),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), (str,)),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),
+    **dict.fromkeys(("modules_to_save", "target_parameters", "alora_invocation_tokens"), (list,)),
     "trainable_token_indices": (list, dict),
 }
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")

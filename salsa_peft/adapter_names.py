@@ -26,6 +26,8 @@ PARALLEL = "module"
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")
 SAVED, ORIGINAL, TOKENS = ".modules_to_save.", ".original_module.", ".token_adapter."
 DELTA = "trainable_tokens_delta"
+TRAINING = (".lora_velora_", ".lora_monteclora_")
+"""What VeLoRA and MonteCLoRA save for training alone: at inference they are plain LoRA."""
 
 
 def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict[str, str]:
@@ -88,8 +90,8 @@ def unwrap(key: str, own: bool = False) -> str:
 
 
 def without_adapter(key: str, name: str | None) -> str | None:
-    """PEFT's name on the disk; None for what lies in the model only: a module's original, a trained token's embedding."""
-    if ORIGINAL in key:
+    """PEFT's name on the disk; None for what an adapter does not compute with: a module's original, a trained token's embedding."""
+    if ORIGINAL in key or any(part in key for part in TRAINING):
         return None
     if TOKENS in key and DELTA not in key:
         return None

@@ -48,6 +48,7 @@ def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, in
         "bias": bias_of(members),
         "lora_bias": any(config["lora_bias"] for config in configs),
         "trainable_token_indices": head["trainable_token_indices"],
+        "alora_invocation_tokens": head["alora_invocation_tokens"],
     }
 
 

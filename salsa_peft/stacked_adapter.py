@@ -106,6 +106,7 @@ class StackedAdapter:
     def full_tensors(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
         """What replaces the base's own parameters, under the base's names: modules_to_save, biases, saved embeddings."""
         weights = self.check(weights)
+        self.stacks.check_everywhere()
         names = (name for name in direct_parts.names(self.members) if not direct_parts.is_tokens(name))
         return {name: self.mean(name, weights) for name in names}
 
@@ -178,6 +179,7 @@ class StackedAdapter:
         from peft.tuners.lora import LoraLayer
 
         self.check(weights)
+        self.stacks.check_everywhere()
         self._check_shared(model)
         if adapter_name in model.peft_config:
             raise SalsaError(f"the model has an adapter {adapter_name!r} already: delete it or take another name")

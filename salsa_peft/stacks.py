@@ -134,6 +134,7 @@ class Stacks(Mapping[str, Stack]):
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
         check_parameters(members)
+        check_invocation(members)
         modules = sorted({module for member in members for module in member.factors})
         self.shapes = {module: shape_of(module, members) for module in modules}
         self.dtype = float_arrays.promote(
@@ -169,6 +170,15 @@ class Stacks(Mapping[str, Stack]):
             not self.with_bias or not odd,
             f"{self.members[0].folder}: a soup of members with lora_bias and with LoRA on {odd[0] if odd else ''}: PEFT has no such adapter; "
             f"{MERGES}",
+        )
+
+    def check_everywhere(self) -> None:
+        """Refuse what is not active for every token, so that neither a merged base nor a model of several roles can be it."""
+        tokens = self.members[0].config["alora_invocation_tokens"]
+        require(
+            not tokens,
+            f"{self.members[0].folder}: alora_invocation_tokens are {tokens}: aLoRA is active only after its tokens, which no merged weights "
+            "and no reference can be; make a soup that is an adapter, or train the members as plain LoRA",
         )
 
     def place(self, module: str) -> str:
@@ -248,6 +258,18 @@ def blocks(factors: Factors) -> str:
     """For messages: of how many experts or groups."""
     many = [(factors.experts, "experts"), (factors.groups, "groups")]
     return "".join(f" in {number} {name}" for number, name in many if number > 1)
+
+
+def check_invocation(members: Sequence[Member]) -> None:
+    """Refuse members of which some are active only after invocation tokens (aLoRA), or after others."""
+    head = members[0]
+    for member in members[1:]:
+        tokens = [m.config["alora_invocation_tokens"] for m in (member, head)]
+        require(
+            tokens[0] == tokens[1],
+            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, in {head.folder} {tokens[1]}: aLoRA is active only after its "
+            "tokens, so that no adapter is the mean; train the members with the same tokens",
+        )
 
 
 def check_parameters(members: Sequence[Member]) -> None:

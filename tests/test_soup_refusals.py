@@ -126,13 +126,16 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         configure(warp_config={"a": 1}),
         "warp_config is {'a': 1}, an option that this version does not",
     ),
-    "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens is [1]: aLoRA is active only after"),
+    "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens are [1], in "),
     "PEFT 0.2": (
         configure(enable_lora=[True, False]),
         "enable_lora is [True, False]: this is the fused-layer LoRA of PEFT 0.2",
     ),
     "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the base's own weights"),
-    "two adapters": (put(f"{Q0}.lora_A.default.weight", (2, 16)), f"are both base_model.model.{Q0}.lora_A.weight: save the adapter again"),
+    "two adapters": (
+        put(f"{Q0}.lora_A.default.weight", (2, 16)),
+        f"are both base_model.model.{Q0}.lora_A.weight: save the adapter again",
+    ),
     "two adapters by name": (
         lambda m: [put(f"{Q0}.lora_A.{name}.weight", (2, 16))(m) for name in ("one", "two")],
         "the tensors of 2 adapters (one, two) are in one file",
