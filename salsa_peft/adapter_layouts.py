@@ -126,30 +126,47 @@ def candidates(base: Path | None, config: dict[str, Any], modules: list[str]) ->
         yield mixtral(layers)
 
 
-@functools.lru_cache(maxsize=2)
-def models_of(base: str, task: str | None) -> tuple[nn.Module, ...]:
-    """The model that config.json names, or that of a task; of a multimodal one its language model too. None where that takes foreign code."""
+HEADS = {
+    "SEQ_CLS": ["ForSequenceClassification"],
+    "TOKEN_CLS": ["ForTokenClassification"],
+    "SEQ_2_SEQ_LM": ["ForSeq2SeqLM", "ForSpeechSeq2Seq"],
+    "QUESTION_ANS": ["ForQuestionAnswering"],
+    "FEATURE_EXTRACTION": [],
+    "CAUSAL_LM": ["ForImageTextToText", "ForCausalLM"],
+}
+"""PEFT's task_type → Transformers' auto classes that an adapter's base may be opened with, beside AutoModel."""
+ANY = [
+    "ForImageTextToText",
+    "ForCausalLM",
+    "ForSeq2SeqLM",
+    "ForSpeechSeq2Seq",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+]
+
+
+def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
+    """A base's model under each class that may be meant; of a multimodal one its language model too. None where that takes foreign code."""
+    for text in (False, True):
+        for head in (*HEADS.get(task or "", ANY), ""):
+            model = without_weights(base, f"AutoModel{head}", text)
+            if model is not None:
+                yield model
+
+
+@functools.lru_cache(maxsize=4)
+def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
+    """A base's model, or its language model, on no device; None where the class has none for this configuration."""
     import torch
     import transformers
 
-    found: list[nn.Module] = []
-    auto = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification", "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
-            "QUESTION_ANS": "ForQuestionAnswering", "FEATURE_EXTRACTION": ""}.get(task or "", "ForCausalLM")  # fmt: skip
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        return ()
-    named = [vars(transformers).get(name) for name in config.architectures or () if task in (None, "CAUSAL_LM")]
-    makers = [functools.partial(cls, config) for cls in named if cls is not None]
-    general = getattr(transformers, f"AutoModel{auto}").from_config
-    makers += [functools.partial(general, given) for given in (config, config.get_text_config())]
-    for make in makers:
-        try:
-            with torch.device("meta"):
-                found.append(make())
-        except (ValueError, KeyError, ImportError, AttributeError):  # no such class for this configuration
-            continue
-    return tuple(found)
+        with torch.device("meta"):
+            auto = getattr(transformers, name)
+            return auto.from_config(config.get_text_config() if text else config)  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):
+        return None
 
 
 @functools.lru_cache(maxsize=2)
