@@ -223,10 +223,16 @@ def as_list(value: Any) -> Any:
 def in_one_layout(members: Sequence[Member]) -> list[Member]:
     """Members whose modules are named in two of a multimodal model's layouts, all in the newest: they are one set of modules."""
     variants: dict[tuple[str, ...], set[str]] = {}
+    apart: set[tuple[str, ...]] = set()  # one member has two of these names: they are two modules
     for member in members:
+        mine: set[tuple[str, ...]] = set()
         for name in (*member.factors, *member.direct):
-            variants.setdefault(without_tower(name), set()).add(name)
-    renamed = {name: newest(found) for found in variants.values() if len(found) > 1 for name in found}
+            key = without_tower(name)
+            variants.setdefault(key, set()).add(name)
+            apart |= {key} & mine
+            mine.add(key)
+    moved = {key: names for key, names in variants.items() if len(names) > 1 and key not in apart}
+    renamed = {name: newest(names) for names in moved.values() for name in names}
     return [in_layout(member, renamed) for member in members] if renamed else list(members)
 
 
@@ -240,7 +246,7 @@ def newest(names: set[str]) -> str:
     tail = min(names, key=len)
     if not layers:
         return tail
-    inside = max(layers, key=lambda name: name.count("language_model"))
+    inside = max(layers, key=lambda name: (name.count("language_model"), -len(name)))
     if "language_model" in inside or not any("language_model" in name for name in names):
         return inside
     return f"model.language_model.{inside.removeprefix('model.')}"

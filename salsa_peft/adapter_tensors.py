@@ -253,6 +253,11 @@ def read_factors(
     matrices = len(A) == len(B) >= 2 and set(B[2:]) <= {1} and (not kind or len(A) == 2)
     shapes = f"lora_A {list(A)} and lora_B {list(B)}"
     require(
+        0 not in (*A, *B) and len(A) > 1 < len(B),
+        f"{file.path}: {module} has {shapes}: the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered when it was saved; "
+        "save it again from the gathered model",
+    )
+    require(
         matrices,
         f"{file.path}: {module} has {shapes}, expected two matrices, or a convolution's with lora_B of kernel 1",
     )

@@ -19,7 +19,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from salsa_peft import landscape  # noqa: F401  (what re-weighs attached soups)
 from salsa_peft.config import SalsaError
 from salsa_peft.live_soup import LiveAdapters
 from salsa_peft.soup import StackedAdapter, soup
@@ -61,8 +60,8 @@ def train(make: Make, folder: Path, seed: int, **options: Any) -> Path:
     model = get_peft_model(make(), LoraConfig(**{"r": 2, "lora_alpha": 4, "task_type": "CAUSAL_LM"} | options))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        if parameter.requires_grad:  # in place: tied adapters share their memory
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(folder)
     return folder
 
@@ -175,6 +174,67 @@ def test_embeddings_that_only_one_saved_with_its_lora(tmp_path: Path) -> None:
     )
 
 
+def resized() -> nn.Module:
+    model = llama()
+    model.resize_token_embeddings(40)  # type: ignore[operator]
+    return randomised(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"trainable_token_indices": [35, 36]},
+        {"modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_embeddings_that_peft_saves_because_they_were_resized(options: dict[str, Any], tmp_path: Path) -> None:
+    members = []
+    for i in range(2):
+        model = get_peft_model(
+            resized(), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options)
+        )
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.2
+        model.save_pretrained(tmp_path / str(i), save_embedding_layers=True)
+        members.append(tmp_path / str(i))
+    soup(tmp_path / "soup", members, W)
+    assert_is(resized, tmp_path / "soup", mean(resized, members))
+
+
+def test_tied_embeddings_of_which_one_member_says_so(tmp_path: Path) -> None:
+    """ensure_weight_tying saves the embeddings once more as the head; the other has them apart: so has the soup."""
+
+    def tied() -> nn.Module:
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL | {"tie_word_embeddings": True}))
+        randomised(model)
+        model.tie_weights()
+        return model
+
+    members = [
+        train(
+            tied,
+            tmp_path / str(i),
+            i,
+            target_modules=["q_proj"],
+            modules_to_save=["embed_tokens", "lm_head"],  # a list of its own: PEFT takes the head out of it
+            ensure_weight_tying=i == 0,
+        )
+        for i in range(2)
+    ]
+    for order, weights in ((members, W), (members[::-1], W[::-1])):
+        soup(tmp_path / "soup", order, weights)
+        assert_is(tied, tmp_path / "soup", mean(tied, members))
+    targets = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    members = [
+        train(tied, tmp_path / "c", 0, **targets, ensure_weight_tying=True),
+        train(tied, tmp_path / "d", 1, **targets, r=3),
+    ]
+    soup(tmp_path / "soup", members, W)
+    assert_is(tied, tmp_path / "soup", mean(tied, members))
+
+
 @pytest.mark.parametrize("where", ["the base at hand", "no base at hand"])
 def test_two_layouts_of_a_multimodal_model_are_one_set_of_modules(where: str, tmp_path: Path) -> None:
     targets = r".*(language_model|vision_tower).*\.(q_proj|v_proj)"
@@ -199,6 +259,21 @@ def test_two_layouts_of_a_multimodal_model_are_one_set_of_modules(where: str, tm
             "model.model.language_model" in key or "model.model.vision_tower" in key
             for key in load_file(tmp_path / "soup" / WEIGHTS)
         )
+
+
+def test_names_of_one_member_alone_are_never_joined(tmp_path: Path) -> None:
+    """Two towers whose names differ in a part that layouts move."""
+
+    def make() -> nn.Module:
+        inner = [nn.ModuleDict({"proj": nn.Linear(4, 4)}) for _ in range(2)]
+        return randomised(nn.ModuleDict({"model": inner[0], "language_model": inner[1]}))
+
+    members = [
+        train(make, tmp_path / "a", 0, target_modules=["proj"], task_type=None),
+        train(make, tmp_path / "b", 1, target_modules=["model.proj"], task_type=None),
+    ]
+    soup(tmp_path / "soup", members, W)
+    assert_is(make, tmp_path / "soup", mean(make, members))
 
 
 def test_what_has_no_place_in_the_base_is_refused(tmp_path: Path) -> None:

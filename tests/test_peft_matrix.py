@@ -232,7 +232,9 @@ def train(arch: str, folder: Path, seed: int, options: dict[str, Any], **saving:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data * 0.1 + torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data.mul_(0.1).add_(
+                torch.randn(parameter.shape, generator=generator) * 0.2
+            )  # tied ones share memory
     model.save_pretrained(folder, **saving)
     (folder / "fingerprint.json").write_text(json.dumps({"base": "5e" * 32}))
     return folder

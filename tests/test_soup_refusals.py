@@ -161,6 +161,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit_tensors(m, lambda t: t[f"base_model.model.{Q0}.lora_B.weight"].fill_(-math.inf)),
         "not finite",
     ),
+    "not gathered": (put(f"{Q0}.lora_A.weight", (0,)), "lora_A [0] and lora_B [16, 2]: the parts of a sharded model"),
     "half a convolution": (
         put(f"{Q0}.lora_A.weight", (2, 16, 1, 1)),
         f"{Q0} has lora_A [2, 16, 1, 1] and lora_B [16, 2], expected two matrices, or a convolution's",
