@@ -19,6 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from salsa_peft.adapter_layouts import newest
+from salsa_peft.adapter_targets import is_saved
 from salsa_peft.config import SalsaError
 from salsa_peft.live_soup import LiveAdapters
 from salsa_peft.soup import StackedAdapter, soup
@@ -535,3 +537,47 @@ def test_trained_tokens_in_another_order(tmp_path: Path) -> None:
     ]
     soup(tmp_path / "soup", members, W)
     assert_is(llama, tmp_path / "soup", mean(llama, members))
+
+
+def test_parameters_whose_names_do_not_tell_them_apart(tmp_path: Path) -> None:
+    """Two parameters of one module, of which only the model knows the order: fine where all members have the same targets."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.zeta, self.alpha = nn.Parameter(torch.zeros(3, 4, 6)), nn.Parameter(torch.zeros(3, 6, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,eio,eoi->bi", x, self.zeta, self.alpha)
+
+    def make() -> nn.Module:
+        return randomised(nn.ModuleDict({"mixer": Mixer(), **{f"lin{i}": nn.Linear(4, 4) for i in range(3)}}))
+
+    parameters = {"target_parameters": ["mixer.zeta", "mixer.alpha"], "task_type": None}
+    members = [
+        train(make, tmp_path / "a", 0, target_modules=["lin0", "lin1", "lin2"], **parameters),
+        train(make, tmp_path / "b", 1, target_modules=[], **parameters),
+    ]
+    soup(tmp_path / "soup", members, W)
+    assert_is(make, tmp_path / "soup", mean(make, members))
+    other = train(make, tmp_path / "c", 2, target_modules=[], target_parameters=["mixer.zeta"], task_type=None)
+    with pytest.raises(SalsaError, match="its name does not say which of target_parameters it belongs to"):
+        soup(tmp_path / "again", [members[0], other], W)
+
+
+def test_modules_to_save_are_found_by_the_ends_of_their_names() -> None:
+    for name, saved in (
+        ("lm_head.weight", "head"),
+        ("model.layers.0.input_layernorm.weight", "layernorm"),
+        ("score.dense.bias", "score"),
+    ):
+        assert is_saved(name, {"modules_to_save": [saved]})
+    assert not is_saved("model.norm.weight", {"modules_to_save": ["lm_head", "weight"]})
+
+
+def test_the_newest_of_several_layouts() -> None:
+    old, new = "language_model.model.layers.0.q_proj", "model.language_model.layers.0.q_proj"
+    assert newest({old, new}) == newest({old, "model.layers.0.q_proj"}) == new
+    assert newest({"vision_tower.layers.0", "model.vision_tower.layers.0"}) == "model.vision_tower.layers.0"
+    assert newest({"language_model.lm_head", "lm_head"}) == "lm_head"
+    assert newest({"layers.0", "model.layers.0"}) == "model.layers.0"

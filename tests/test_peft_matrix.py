@@ -286,7 +286,7 @@ SAMPLE = [
     ("llama, tied", "tied, LoRA on both ends", "other ranks"), ("gpt2", "all-linear", "other ranks"), ("mixtral", "experts and linears", "other ranks"),
     ("mixtral", "all-linear", "alike"), ("mixtral", "experts", "other modules"), ("qwen3_moe", "experts, a rank for one", "other ranks"),
     ("qwen3_moe", "the other half", "other modules"), ("gpt_oss", "experts, rsLoRA", "other ranks"), ("gemma3", "embedding and head", "alike"),
-    ("opt", "the architecture's own", "other ranks"), ("bag", "attention, its rank", "other ranks"), ("bag", "attention, biases", "alike"),
+    ("opt", "the architecture's own", "other ranks"), ("opt", "norms and head saved by suffix", "alike"), ("bag", "attention, its rank", "other ranks"), ("bag", "attention, biases", "alike"),
     ("bag", "groups", "other ranks"), ("bag", "convolutions and attention", "other ranks"),
 ]  # fmt: skip
 
