@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -120,6 +121,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     _check_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
+        tensors = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[name], tensors, name)
     except NoMatchingPeftModuleError as error:
         raise SalsaError(
             f"{folder}: found target modules {config.target_modules}, none of them in the base; expected an adapter of this base"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import hub_runs
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +24,8 @@ from transformers import (
     MixtralConfig,
     PreTrainedTokenizerFast,
 )
+
+from salsa_peft import adapters, auto_models
 
 REFUSED = {"llama-3.1-8b-instruct-int8": "is quantised already"}
 """Families that can't be trained on, and what is said of them."""
@@ -110,3 +115,31 @@ def test_a_made_up_model_of_each_mechanism(make: Callable[..., Any], mode: str, 
     if make is llava:
         adapter = json.loads((hub_runs.unit(tmp_path / "run", "soup") / "adapter_config.json").read_text())
         assert not any("vision" in name for name in map(str, adapter["target_modules"]))
+
+
+def test_an_adapter_in_a_multimodal_models_older_layout(tmp_path: Path) -> None:
+    """PEFT loads both layouts alike, and so does a base that roles share; LoRA stays in the language model."""
+    torch.manual_seed(0)
+    llava(vocab_size=80, pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+
+    options = auto_models.only_language(base())
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    made = get_peft_model(base(), config)
+    made.save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    assert all("language_model" in name for name in tensors)
+    now, then = "base_model.model.model.language_model.", "base_model.model.language_model.model."
+    older = {name.replace(now, then): tensor for name, tensor in tensors.items()}
+    save_file(older, tmp_path / "old" / "adapter_model.safetensors", metadata={"format": "pt"})
+    ids = torch.tensor([[1, 9, 12, 7]])
+    model: Any = base()
+    for name in ("new", "old"):
+        model = adapters.attach(model, tmp_path / name, name)
+        with adapters.active(model, name), torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, made(input_ids=ids).logits)
+    with adapters.active(model, None), torch.no_grad():
+        assert (model(input_ids=ids).logits - made(input_ids=ids).logits).abs().max() > 1e-3
