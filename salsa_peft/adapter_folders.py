@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SUMMARY = "soup.json"
+MORE_TEMPLATES = "additional_chat_templates"
+"""Transformers' folder of a tokenizer's chat templates beside the default one: for tools, for documents."""
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "chat_template.jinja",
@@ -193,9 +196,11 @@ def make_room(folder: Path) -> None:
 
     Its summary goes last: where there is none, a tokenizer in the folder is not a soup's, and stays.
     """
-    ours = (CONFIG, FINGERPRINT, *TOKENIZER, SUMMARY) if (folder / SUMMARY).exists() else (CONFIG,)
-    for name in ours:
-        (folder / name).unlink(missing_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    if (folder / SUMMARY).exists():
+        shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
+        for name in (FINGERPRINT, *TOKENIZER, SUMMARY):
+            (folder / name).unlink(missing_ok=True)
 
 
 def remove_remains(folder: Path) -> None:

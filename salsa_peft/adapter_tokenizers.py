@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .adapter_folders import TOKENIZER, read_json, write_file
+from .adapter_folders import MORE_TEMPLATES, TOKENIZER, read_json, write_file
 from .adapter_tensors import Member
-from .checkpoint_alignment import vocabulary
+from .checkpoint_alignment import say_special_tokens, vocabulary
 from .errors import SalsaError, require
 from .fingerprints import sha256
 
@@ -85,6 +85,7 @@ def say(members: Sequence[Member], taken: Member, source: str | None, templates:
     if taken is not members[0] or source not in (None, taken.name):
         template = "" if source in (None, taken.name) else f", with the chat template of {source}"
         logger.warning("warning: the tokenizer of %s goes with the soup%s", taken.name, template)
+    say_special_tokens(taken.name, {member.name: member.folder for member in members})
 
 
 def check_ids(mine: Member, known: dict[str, int], other: Member, given: dict[str, int]) -> None:
@@ -126,6 +127,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         source = tokenizer.folder / name
         if source.is_file():
             write_file(folder / name, partial(shutil.copyfile, source))
+    for source in sorted((tokenizer.folder / MORE_TEMPLATES).glob("*.jinja")):
+        (folder / MORE_TEMPLATES).mkdir(exist_ok=True)
+        write_file(folder / MORE_TEMPLATES / source.name, partial(shutil.copyfile, source))
     if tokenizer.written is not None:
         text = tokenizer.written
         write_file(folder / TEMPLATE, lambda temporary: temporary.write_text(text, encoding="utf-8"))

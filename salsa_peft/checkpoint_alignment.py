@@ -13,7 +13,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+HEADS = (HEAD, "embed_out.weight")
+"""What output embeddings are called."""
 
 
 class Written(NamedTuple):
@@ -86,7 +88,17 @@ def _reads_alike(head: Checkpoint, other: Checkpoint) -> bool:
         and head.tied == other.tied
         and all(_fits(place.entry, other.tensors[name].entry) for name, place in head.tensors.items())
         and all(tensor_names.unwrapped(name) == name for name in other.tensors)
+        and not _without_head(head)
         and (not other.tied or all(_same_as_input(other, name) for name in other.tensors))
+    )
+
+
+def _without_head(checkpoint: Checkpoint) -> bool:
+    """Whether a language model has no output embeddings of a usual name, though config.json does not say that they are the input's."""
+    causal = any(str(name).endswith("ForCausalLM") for name in checkpoint.config.get("architectures") or ())
+    with_input = any(name.endswith(EMBEDDINGS) for name in checkpoint.tensors)
+    return (
+        causal and with_input and not checkpoint.tied and not any(name.endswith(HEADS) for name in checkpoint.tensors)
     )
 
 
@@ -204,6 +216,7 @@ def _aligned_by_model(views: Sequence[ModelTensors]) -> Alignment:
         logger.warning("%s has output embeddings of its own, so the soup has too", own.checkpoint.folder)
     for view in views:
         _check_same_tensors(shown, view)
+    _check_head(shown)
     rows: list[dict[str, Place]] = [{} for _ in views]
     files = {}
     for file_name, file in shown.checkpoint.files.items():
@@ -225,6 +238,22 @@ def _check_same_tensors(shown: ModelTensors, view: ModelTensors) -> None:
         raise SalsaError(
             f"{lacks.checkpoint.folder}: {lacks.names} there has no {name}, which is in {has.parts[name][0].place.file.path}"
             f" ({has.names}); members of a soup have the same tensors: leave one of them out, or save it again with this tensor"
+        )
+    for name in shown.parts:
+        shape, other = shown.names.shapes[name], view.names.shapes[name]
+        require(
+            other == shape,
+            f"{view.checkpoint.folder}: {name} has shape {list(other)}, but {list(shape)} in {shown.checkpoint.folder}; members of a soup"
+            " have the same shapes: leave one of them out",
+        )
+
+
+def _check_head(view: ModelTensors) -> None:
+    for name in view.names.parameters - view.parts.keys():
+        require(
+            not name.endswith(HEADS),
+            f"{view.checkpoint.folder}: no member has {name}, which {view.names} needs: it would start at random values; save the models"
+            " again with it, or set tie_word_embeddings in config.json if it is the input embeddings",
         )
 
 
@@ -313,6 +342,24 @@ def _chunks(place: Place) -> Iterator[bytes]:
             yield bytes(piece)
     finally:
         os.close(descriptor)
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token and eos_token by a folder's tokenizer_config.json, where it names them."""
+    path = folder / "tokenizer_config.json"
+    settings = read_mapping(path) if path.is_file() else {}
+    given = {name: settings.get(name) for name in ("bos_token", "eos_token")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def say_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
+    """A line where another member's tokenizer has another BOS or EOS than the one that goes with the soup; folders: by member's name."""
+    own = special_tokens(folders[taken])
+    for name, folder in folders.items():
+        for token, text in special_tokens(folder).items():
+            if text != own.get(token):
+                logger.warning("tokenizer: %s is %r as in %s; it is %r in %s", token, own.get(token), taken, text, name)
 
 
 def _check_vocabulary(head: Checkpoint, other: Checkpoint) -> None:

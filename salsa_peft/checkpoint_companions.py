@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.checkpoint_alignment import vocabulary_of
+from salsa_peft.checkpoint_alignment import say_special_tokens, vocabulary_of
 from salsa_peft.checkpoint_folders import read_mapping
 from salsa_peft.checkpoint_output import Output, has_vocabulary, others
 
@@ -103,6 +103,7 @@ def _say(
             logger.warning(
                 "tokenizer: taken from %s, since %s has none or fewer tokens", owner.name, " and ".join(other)
             )
+        say_special_tokens(owner.name, {source.name: source.folder for source in sources})
     if speaker is not None:
         texts = {source: sorted(_templates(source, found[source]).values()) for source in sources}
         other = [source.name for source in sources if texts[source] != texts[speaker]]

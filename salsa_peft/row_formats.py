@@ -7,6 +7,7 @@ README, "Data". Which words a row's parts have is message_formats.py's. Imports 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -327,8 +328,11 @@ def _asked(row: Row, name: str, where: str) -> Asked:
     """Messages or text that end before the assistant speaks."""
     messages = instruction(row, name, where) if name not in WHOLE else conversation(row, name, where)
     messages = with_system(row, messages, where)
-    while name in WHOLE and messages and messages[-1]["role"] not in ("user", "tool"):
-        messages.pop()
+    behind = list(itertools.takewhile(lambda turn: turn["role"] not in ("user", "tool"), reversed(messages)))
+    if name in WHOLE and any(
+        turn["role"] == "assistant" for turn in behind
+    ):  # a system turn that nobody has answered stays
+        messages = messages[: -len(behind)]
     require(any(turn["role"] == "user" for turn in messages), f"{where}, {name}: found no user turn, expected one")
     return Asked(messages, name)
 

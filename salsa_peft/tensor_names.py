@@ -64,6 +64,7 @@ class ModelNames:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
         """Output embeddings → the input embeddings that they are tied to by the configuration."""
 

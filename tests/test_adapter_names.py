@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -521,6 +522,21 @@ class TestTokenizers:
             (member / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
         with pytest.raises(SalsaError, match="no member's tokenizer has them all"):
             soup(tmp_path / "soup", pair)
+
+    def test_templates_by_name_go_along_and_another_eos_is_told(
+        self, pair: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for member, eos in zip(pair, ("</s>", {"content": "<|im_end|>"}), strict=True):
+            self.write(member, ["<s>", "</s>", "<|im_end|>"], "one")
+            (member / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+            (member / "additional_chat_templates").mkdir()
+            (member / "additional_chat_templates" / "rag.jinja").write_text(f"of {member.name}")
+        soup(tmp_path / "soup", pair)
+        assert (tmp_path / "soup" / "additional_chat_templates" / "rag.jinja").read_text() == "of a"
+        assert "tokenizer: eos_token is '</s>' as in a; it is '<|im_end|>' in b" in caplog.messages
+        shutil.rmtree(pair[0] / "additional_chat_templates")
+        soup(tmp_path / "soup", pair)
+        assert not (tmp_path / "soup" / "additional_chat_templates").exists()
 
     def test_two_templates_are_told(self, pair: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         for member, template in zip(pair, ("one", "two"), strict=True):

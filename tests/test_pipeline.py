@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,8 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
     """By the fingerprint that every stage writes beside its adapter."""
     import shutil
 
-    from salsa_peft.config import SalsaError
+    from salsa_peft.config import Reference, SalsaError
+    from salsa_peft.models import load_tokenizer
     from salsa_peft.parsing import load_recipe
     from salsa_peft.runs import base_fingerprint
     from salsa_peft.workbench import Workbench
@@ -327,7 +329,10 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
     with pytest.raises(SalsaError, match="found weights of another base"):
         bench.check({"soup": tmp_path / "soup"})
     (tmp_path / "soup" / "fingerprint.json").unlink()
-    bench.check({"soup": tmp_path / "soup"})
+    bench.check({"soup": tmp_path / "soup"})  # of seeds without one, which was noted when they were taken
+    assert "no fingerprint.json" not in capsys.readouterr().err
+    bench = replace(bench, tokenizer=load_tokenizer(str(base), chat_template=str(base / "chat_template.jinja")))
+    bench.check({}, [Reference(label="soup", path=str(tmp_path / "soup"))])
     assert "no fingerprint.json" in capsys.readouterr().err
 
 

@@ -249,6 +249,14 @@ class TestPrompts:
         assert data.prompts(put(row)) == [{"prompt": expected}]
         assert questions(put(row))[0].messages == expected
 
+    def test_what_stands_behind_the_last_user_turn_stays_unless_it_was_answered(self, put: Any) -> None:
+        ask, brief, answer = (
+            {"role": role, "content": text}
+            for role, text in (("user", "q"), ("system", "be brief"), ("assistant", "a"))
+        )
+        rows = put({"messages": [ask, brief]}, {"messages": [ask, answer, brief]}, {"messages": [ask, answer]})
+        assert [row["prompt"] for row in data.prompts(rows)] == [[ask, brief], [ask], [ask]]
+
     def test_a_system_turn_beside_the_prompt_is_told(self, put: Any, capsys: Any) -> None:
         data.prompts(put({"prompt": "q", "messages": turns("q", "a", system="s")}))
         assert data.MORE_SYSTEM in capsys.readouterr().err

@@ -326,9 +326,9 @@ def plain_scores(model: Any) -> torch.Tensor:
 def responses() -> Any:
     from salsa_peft.rollout import pad_responses
 
-    return pad_responses(
-        [row[:3].tolist() for row in IDS], [row[3:].tolist() for row in IDS], make_tokenizer(), torch.device("cpu")
-    )
+    tokenizer = make_tokenizer()
+    prompts, answers = [row[:3].tolist() for row in IDS], [row[3:].tolist() for row in IDS]
+    return pad_responses(prompts, answers, tokenizer.pad_token_id, [tokenizer.eos_token_id], torch.device("cpu"))
 
 
 REWARDS: dict[str, Callable[[Path], Path]] = {

@@ -174,6 +174,19 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
     classifier = save(tmp_path / "classifier", "classifier", 1)
     with pytest.raises(SalsaError, match=r"lm_head.weight, which is in .*\(LlamaForCausalLM\)"):
         average(tmp_path / "out", [a, classifier], [0.5, 0.5])
+    two = save(tmp_path / "two", "classifier", 1, num_labels=2)
+    with pytest.raises(SalsaError, match=r"two: score.weight has shape \[2, 16\], but \[1, 16\] in .*classifier"):
+        average(tmp_path / "out", [classifier, two], [0.5, 0.5])
+    headless = [
+        save(
+            tmp_path / f"headless-{i}", "llama", i, lambda t: {name: t[name] for name in t if name != "lm_head.weight"}
+        )
+        for i in (1, 2)
+    ]
+    with pytest.raises(
+        SalsaError, match=r"no member has lm_head.weight, which LlamaForCausalLM needs: it would start at random"
+    ):
+        average(tmp_path / "out", headless, [0.5, 0.5])
     unknown = save(tmp_path / "unknown", "llama", 1, prefixed("_orig_mod."))
     edit(unknown, model_type="of-tomorrow")
     with pytest.raises(SalsaError, match=r"unknown/config.json: model_type 'of-tomorrow' is not one that transformers"):
