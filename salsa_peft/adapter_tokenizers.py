@@ -12,9 +12,9 @@ from typing import Any
 
 from .adapter_folders import MORE_TEMPLATES, TOKENIZER, read_json, write_file
 from .adapter_tensors import Member
-from .checkpoint_alignment import say_special_tokens, vocabulary
 from .errors import SalsaError, require
 from .fingerprints import sha256
+from .vocabularies import say_special_tokens, vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ HEADS = {
     "modernbert-decoder": "a layer between trunk and head",
     "xlstm": "a soft cap in evaluation mode alone",
 }
-"""Architectures whose logits do not follow from their output embeddings, and what there is besides (models.check_head)."""
+"""Architectures whose logits do not follow from their output embeddings, and what there is besides (logit_scaling.check_head)."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configurations call the length that a model reads."""
 OUTPUT = ("lm_head", "embed_out", "output_layer", "output_projection")

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.checkpoint_alignment import say_special_tokens, vocabulary_of
 from salsa_peft.checkpoint_folders import read_mapping
 from salsa_peft.checkpoint_output import Output, has_vocabulary, others
+from salsa_peft.vocabularies import say_special_tokens, vocabulary_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import require
-from .models import LogitScaling, logit_scaling
+from .logit_scaling import LogitScaling, logit_scaling
 
 CHUNK = 256
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from . import adapters
 from .config import SalsaError, require
+from .logit_scaling import check_head
 from .logprobs import head_of
-from .models import LOADED, causal_lm, check_head, keep_layout
+from .models import LOADED, causal_lm, keep_layout
 from .precision import OPTIMIZER, ROUNDING, rounds_stochastically
 from .turn_ends import ends_of, facts
 

@@ -20,7 +20,8 @@ from .checkpoint_folders import read_checkpoint
 from .config import Reference, SalsaError, require
 from .hub_errors import said_in_a_line
 from .live_soup import LiveCheckpoints
-from .models import causal_lm, check_head
+from .logit_scaling import check_head
+from .models import causal_lm
 from .stacked_adapter import StackedAdapter
 from .workbench import Workbench, local, seeds_of
 

@@ -21,7 +21,7 @@ from .auto_models import only_language
 from .checkpoint_folders import read_checkpoint
 from .config import require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from .models import check_head
+from .logit_scaling import check_head
 from .runs import Job, write_atomic
 from .template_fields import trained_tokens
 from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet

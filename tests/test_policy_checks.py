@@ -25,7 +25,8 @@ from transformers import (
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
 from salsa_peft.config import SalsaError
-from salsa_peft.models import PolicyWithValueHead, check_head
+from salsa_peft.logit_scaling import check_head
+from salsa_peft.models import PolicyWithValueHead
 
 
 @pytest.fixture
