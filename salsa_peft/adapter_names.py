@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import require
+from .tensor_names import WRAPPERS
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, FSDP and activation checkpointing put into the names of what they wrap."""
 PARALLEL = "module"
 """What DistributedDataParallel, DataParallel and DeepSpeed put there; also a name that a module may really have."""
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")

@@ -25,15 +25,16 @@ from salsa_peft.errors import SalsaError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)(?=\.)")
-"""Modules that torch.compile, FSDP, activation checkpointing and Lightning put around others."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""What torch.compile, FSDP, activation checkpointing and Lightning call the module that they wrap."""
+WRAPPED = re.compile(rf"(^|\.)({'|'.join(WRAPPERS)})(?=\.)")
 OUTERMOST = re.compile(r"^(base_model\.model\.)?(module\.)+")
 """The wrapper of DistributedDataParallel and DeepSpeed, which is only ever around the whole model."""
 
 
 def unwrapped(name: str) -> str:
     """A tensor's name without the prefixes of wrappers: `_orig_mod.model.norm.weight` → `model.norm.weight`."""
-    plain = WRAPPERS.sub("", name).removeprefix(".")
+    plain = WRAPPED.sub("", name).removeprefix(".")
     return OUTERMOST.sub(lambda found: found[1] or "", plain)
 
 
