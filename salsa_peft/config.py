@@ -72,7 +72,7 @@ class Source:
     name: str | None = None
     """The Hub dataset's configuration."""
     split: str = "train"
-    """Split on the Hub or in a folder; a single file is its own split."""
+    """Split on the Hub or in a folder, or a slice of it (train[:80%]); a single file is its own split, whatever the name, and is sliced."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     limit: Count | None = None

@@ -37,16 +37,44 @@ def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
     """
     rows: Any = _rows(source)
     require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
-    places = list(range(len(rows)))
-    if source.limit is not None and source.limit < len(rows):
+    places = _sliced(source, len(rows)) if is_file(source) else list(range(len(rows)))
+    if source.limit is not None and source.limit < len(places):
         random.Random(SHUFFLE_SEED).shuffle(places)
     chosen = ((place + 1, rows[place]) for place in places[: source.limit])
     return [(number, as_row(row, f"{source.path}, row {number}")) for number, row in chosen]
 
 
+def is_file(source: Source) -> bool:
+    """Whether a source is one file, read here and not by datasets."""
+    return file_kind(source.path) is not None and not Path(source.path).is_dir()
+
+
+def _sliced(source: Source, rows: int) -> list[int]:
+    """The places of a file's rows that a slice names, as datasets reads `train[:80%]`; a file is its own split, whatever the name.
+
+    Raises SalsaError for a slice that datasets cannot read, and for one without rows.
+    """
+    if "[" not in source.split:
+        return list(range(rows))
+    from datasets import ReadInstruction
+
+    where = f"{source.path}: split {source.split!r}"
+    try:
+        spec = ReadInstruction.from_spec(source.split)
+        names = {part.partition("[")[0].strip() for part in source.split.split("+")}
+        parts = spec.to_absolute(dict.fromkeys(names, rows))
+    except (ValueError, AssertionError) as error:
+        raise SalsaError(
+            f"{where} is no slice of {rows} rows ({one_line(error)}); write one such as train[:80%]"
+        ) from error
+    places = [place for part in parts for place in range(rows)[part.from_ : part.to]]
+    require(bool(places), f"{where} names none of the {rows} rows; write one such as train[:80%]")
+    return places
+
+
 def _rows(source: Source) -> Any:
     """The rows of a file, or of what datasets reads."""
-    if file_kind(source.path) is None or Path(source.path).is_dir():
+    if not is_file(source):
         return _Table(_dataset(source))
     return read_file(_fetched(source) if source.path.startswith(HF) else source.path)
 

@@ -210,9 +210,9 @@ def _check_hub_id(where: str, value: str, expected: str) -> None:
 
 
 def count_rows(source: Source | None) -> int | None:
-    """Rows of a local file (at most its limit); None where they are not known before the stage starts, would take long to count, or there
+    """Rows of a local file (at most its limit); None where they are not known before the stage starts, would take long to count (also of a slice), or there
     is no source."""
-    if source is None or not is_local(source.path) or not os.path.isfile(source.path):
+    if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
         return None
     status = os.stat(source.path)
     rows = _count(source.path, status.st_size, status.st_mtime_ns)

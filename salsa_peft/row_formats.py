@@ -65,7 +65,7 @@ def one_of(row: Row, names: Sequence[str]) -> str | None:
 def absent(row: Row, expected: str, where: str, missed: Sequence[str] = ()) -> SalsaError:
     """The refusal of a row without the columns of its kind: what it has, what was expected, which are null."""
     found = f"columns {one_line(', '.join(sorted(map(str, row))))}" if row else "no columns"
-    null = "".join(f"; {name} is null" for name in missed if name in row)
+    null = "".join(f"; {name} is null" for name in missed if name in row and row[name] is None)
     return SalsaError(f"{where}: found {found}, expected {expected}{null}")
 
 

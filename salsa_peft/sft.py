@@ -105,6 +105,11 @@ def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
     return made.map(tokens, remove_columns=made.column_names, new_fingerprint="labelled")
 
 
+def _same_place(named: str, bench: Workbench) -> bool:
+    """Whether an adapter's base_model_name_or_path leads to this run's base, by its name or by its folder, also a relative one."""
+    return named == bench.name or Path(named).resolve() == bench.folder.resolve()
+
+
 def take(job: Job, path: str) -> dict[str, Any]:
     """A seed that is there already: a copy of an adapter of this base, or of a checkpoint, as this run's stages write them.
 
@@ -122,7 +127,7 @@ def take(job: Job, path: str) -> dict[str, Any]:
     else:
         named = take_checkpoint(bench, folder, path, job.folder)
     if not known:
-        other = "" if named in (None, bench.name, str(bench.folder)) else f", and it names another ({named})"
+        other = "" if named is None or _same_place(named, bench) else f", and it names another ({named})"
         told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {bench.name}"
         print(told, file=sys.stderr, flush=True)
     bench.sign(job.folder, checked=known)

@@ -103,6 +103,20 @@ class TestForms:
         assert data.show([user("q")]) == "q"
         assert data.show([SYSTEM, user("q")]) == "system: be brief\nuser: q"
 
+    def test_a_file_is_sliced_as_datasets_slices_a_split(self, write: Any) -> None:
+        """Held-out rows of one file are not its training rows; row numbers stay the file's; a name alone says nothing."""
+        rows = [{"prompt": f"p{i}"} for i in range(10)]
+
+        def take(split: str, **more: Any) -> list[int]:
+            return [number for number, _ in data.load(write(*rows, split=split, **more))]
+
+        assert take("train[:80%]") == [*range(1, 9)] and take("train[80%:]") == [9, 10]
+        assert take("train[:2]+train[-1:]") == [1, 2, 10] and take("validation") == [*range(1, 11)]
+        assert set(take("train[5:]", limit=3)) < {6, 7, 8, 9, 10}
+        for split, line in (("train[5:2]", "names none of the 10 rows"), ("train[a:]", "is no slice of 10 rows")):
+            with pytest.raises(SalsaError, match=line):
+                take(split)
+
     def test_limit_is_deterministic(self, write: Any) -> None:
         """The first rows after one shuffle: the same every time, smaller limits inside larger, not the file's order."""
         rows = [{"prompt": f"q{i}"} for i in range(40)]

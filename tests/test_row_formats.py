@@ -220,6 +220,15 @@ class TestPreferences:
         ):
             data.preferences(put({"messages": PLAIN, "label": True}))
 
+    def test_only_a_null_column_is_called_null(self, put: Any) -> None:
+        for row, null in (
+            ({"prompt": "q", "chosen": "a", "rejected": "b"}, False),
+            ({"prompt": None, "score": 1}, True),
+        ):
+            with pytest.raises(SalsaError) as caught:
+                data.demonstrations(put(row))
+            assert ("prompt is null" in str(caught.value)) == null
+
     def test_text_without_a_prompt_is_refused(self, put: Any) -> None:
         with pytest.raises(
             SalsaError,

@@ -145,6 +145,18 @@ def test_a_seed_that_is_taken_is_one_of_this_run(
     assert ("another chat template" in said) == (maker == "trl")
 
 
+def test_a_base_named_by_a_relative_path_is_no_other(
+    base: Path, small: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    folder = elsewhere.adapter_by("peft", base, tmp_path / "theirs", 1)
+    for named, other in ((f"./{base.name}/", False), (f"./{base.name}-other", True)):
+        config = read(folder / adapters.CONFIG) | {"base_model_name_or_path": named}
+        (folder / adapters.CONFIG).write_text(json.dumps(config))
+        take(small, base, folder, tmp_path / f"out-{other}")
+        assert ("it names another" in capsys.readouterr().err) == other
+
+
 @pytest.mark.parametrize("maker", ["peft", "axolotl", "llama-factory", "trl"])
 def test_a_checkpoint_that_is_taken(maker: str, base: Path, small: Path, tmp_path: Path) -> None:
     """Weights, configuration, tokenizer; no states, no logs, no checkpoints inside."""
