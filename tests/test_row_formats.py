@@ -539,7 +539,7 @@ class TestFiles:
         ("name", "raw", "said"),
         [
             ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read: Not a gzipped file"),
-            ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99)[:-20], "a.jsonl.gz: cannot be unpacked: "),
+            ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99, mtime=0)[:-20], "a.jsonl.gz: cannot be unpacked: "),
             ("a.csv", b"prompt\nq,r\n", "a.csv, row 1: found more fields than the header's, expected as many"),
             ("a.csv", b"prompt\n\xff\n", "a.csv: found no table ('utf-8' codec can't decode"),
             ("a.csv", b'prompt\n"q" r\n', "a.csv: found no table ("),
