@@ -1,7 +1,7 @@
 """What must fit together in a recipe beyond its types: names, positions, batches, local files and their columns.
 
-Every refusal is a SalsaError `key: found …, expected …`; parsing.py puts the file in front. What the Hub holds is seen at
-the stage's start, not here. Imports no torch.
+Every refusal is a SalsaError `key: found …, expected …`; parsing.py puts the file in front. What the Hub holds is
+looked at before the first stage, not here. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Local data, row by row, before a stage begins: a row that can't be used is refused at once, not after the stages before have trained.
+"""Data, row by row, before a stage begins: a row that can't be used is refused at once, not after the stages before have trained.
 
-Left out: what only a tokenizer can tell (lengths, templates), and the Hub's data sets. Imports no torch.
+Data sets of the Hub are fetched, and a part of their rows is read. Left out: what only a tokenizer can tell (lengths, templates).
+Imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Collection
@@ -15,6 +17,7 @@ from typing import Any
 from . import data
 from .config import Recipe, Source
 from .data_files import file_kind
+from .paths import is_local
 from .questions import questions
 
 LARGEST = 300_000_000
@@ -24,6 +27,8 @@ READ = {
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage → the data that it reads."""
+HUB_ROWS = 1000
+"""Rows of a data set of the Hub that are read, after the fixed shuffle that `limit` has."""
 READERS: dict[str, Callable[[Source], Any]] = {
     "demonstrations": data.demonstrations,
     "held_out": data.demonstrations,
@@ -33,18 +38,24 @@ READERS: dict[str, Callable[[Source], Any]] = {
 }
 
 
-def check(recipe: Recipe, stages: Collection[str]) -> None:
-    """Raise SalsaError for the first row, by file, number and column, that one of these stages could not use."""
+def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
+    """Raise SalsaError for the first row, by file, number and column, that one of these stages could not use; with `hub` also for a data
+    set of the Hub that cannot be fetched, or has such a row."""
     kinds = {kind for stage in stages for kind in READ.get(stage, ())}
     own = {name: getattr(recipe.data, name) for name in READERS if name != "evaluation"}
     for kind, reader in READERS.items():
         sources = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
         for source in sources if kind in kinds else ():
-            if source is not None and _is_small(source.path):
+            if source is not None and (_is_small(source.path) or (hub and not is_local(source.path))):
                 with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
-                    rows = reader(source)
+                    rows = reader(source if is_local(source.path) else _part(source))
                 for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
                     data.check_plain(rows, stage)
+
+
+def _part(source: Source) -> Source:
+    """At most HUB_ROWS of the rows that a stage would read."""
+    return dataclasses.replace(source, limit=min(source.limit or HUB_ROWS, HUB_ROWS))
 
 
 def _is_small(path: str) -> bool:

@@ -24,6 +24,7 @@ from salsa_peft.config import Recipe, SalsaError, require
 from salsa_peft.judge_section import check_ready
 from salsa_peft.messages import duration, nearest, one_line, short
 from salsa_peft.parsing import Loaded, load_recipe
+from salsa_peft.paths import is_local
 from salsa_peft.smaller import smaller
 from salsa_peft.yaml_text import dump_yaml
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             if args.dry_run or new:  # a refusal comes before anything is written
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
-                check_data(loaded.recipe, steps, asked)
+                check_data(loaded.recipe, steps, asked, hub=not args.dry_run)
                 check_machine(loaded.recipe, {} if args.dry_run else steps, asked)
             if args.dry_run:
                 from salsa_peft.planning import show_plan
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
                 if not new:
-                    check_data(loaded.recipe, steps, asked)
+                    check_data(loaded.recipe, steps, asked, hub=True)
                 for line in check_machine(loaded.recipe, steps, asked):
                     say(f"warning: {line}")
                 execute(loaded, run, steps, asked, args.debug)
@@ -213,20 +214,23 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
             )
 
 
-def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> None:
-    """Raise SalsaError for a row of a local file that a unit which will be made can't use, and for a seed, reference or reward."""
-    if any(steps[name].why is not None for name in asked):
+def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub: bool) -> None:
+    """Raise SalsaError for a row that a unit which will be made can't use, and for a seed, reference or reward: of local files, and with `hub`
+    of what the Hub holds too, which is fetched for that."""
+    made = {steps[name].unit.stage for name in asked if steps[name].why is not None}
+    if made:
         from salsa_peft import taken_results
 
-        taken_results.check(recipe)
+        taken_results.check(recipe, made, hub)
     own = recipe.data
     given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]
-    if any(source is not None and os.path.isabs(source.path) for source in given):
+    local = [is_local(source.path) for source in given if source is not None]
+    if made and (any(local) or (hub and local)):
         from salsa_peft import data_checks
 
-        data_checks.check(
-            recipe, {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
-        )
+        if hub and not all(local):
+            say("looking at the Hub's data sets …")
+        data_checks.check(recipe, made, hub)
 
 
 def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> list[str]:

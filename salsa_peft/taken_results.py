@@ -1,13 +1,13 @@
 """Seeds, references and rewards that somebody else made, looked at before the first stage: what a run cannot use is refused then.
 
 PEFT, unsloth, axolotl, LLaMA-Factory and TRL put other files beside the same weights. Read are adapter_config.json or config.json and the
-headers of the weights, in folders on this machine; a stage that fetches a Hub id calls the same functions. Imports no torch.
+headers of the weights, in folders on this machine and of Hub ids. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,10 @@ from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from .adapter_names import plain_names
 from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
+from .hub_errors import said_in_a_line
 from .messages import short
 from .paths import is_local
+from .reward_kinds import check_classifier_folder
 from .safetensors_files import SafetensorsFile
 from .score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
 
@@ -58,18 +60,35 @@ def taken(recipe: Recipe) -> Iterator[Taken]:
             yield Taken("reward.model", part.value, REWARD)
 
 
-def check(recipe: Recipe) -> None:
-    """Raise SalsaError for the first folder that the run could not use."""
-    found = [one for one in taken(recipe) if is_local(one.path)]
+def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
+    """Raise SalsaError for the first folder that the run could not use; with `hub` also for the first Hub id that one of these stages reads."""
+    found = [one for one in taken(recipe) if is_local(one.path) or (hub and _read_by(one.role, stages))]
     base = base_of(recipe) if found else None
     for where, path, role in found:
-        folder = Path(path)
+        folder = Path(path) if is_local(path) else _fetched(recipe, path)
         if role == REWARD and not (folder / CONFIG).is_file():
-            continue  # a classifier, which was looked at when the recipe was read
-        if recipe.adapter is None:
+            if not is_local(path):  # a classifier's folder was looked at when the recipe was read
+                check_classifier_folder(where, str(folder))
+        elif recipe.adapter is not None:
+            check_adapter(where, folder, role, base)
+        elif is_local(path):
             check_checkpoint(where, folder, base)
         else:
-            check_adapter(where, folder, role, base)
+            require((folder / "config.json").is_file(), f"{where}: {path} has no config.json; name a checkpoint")
+
+
+def _read_by(role: str, stages: Collection[str]) -> bool:
+    """Whether one of the stages reads what has this role: seeds are the first stage's, the rest the policies' and the evaluation's."""
+    return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "sft", "reward", "soup"})
+
+
+def _fetched(recipe: Recipe, path: str) -> Path:
+    """What can be looked at of a Hub id, in the Hub's cache: the adapter, or a checkpoint's files without its weights."""
+    from huggingface_hub import snapshot_download
+
+    weights = [WEIGHTS] if recipe.adapter is not None else []
+    with said_in_a_line(path):
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", *weights]))
 
 
 def base_of(recipe: Recipe) -> Checkpoint | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import json
 import lzma
@@ -16,6 +17,7 @@ import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft import data, data_checks, data_files
+from salsa_peft import recipe as recipes
 from salsa_peft.config import Data, SalsaError, Source
 from salsa_peft.parsing import load_recipe
 from salsa_peft.questions import questions
@@ -474,6 +476,36 @@ class TestBeforeAStageBegins:
         )
         with pytest.raises(SalsaError, match="set, row 2, messages: found no assistant turn"):
             data_checks.check(recipe, {"sft"})
+
+    def test_rows_of_the_hub_are_looked_at_too(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """A part of them, and those of the stages that are to be made."""
+        import huggingface_hub
+
+        rows = [{"prompt": f"q {place}"} for place in range(1200)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "a.jsonl"))
+        source = Source(path="hf://datasets/me/x/a.jsonl")
+        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}))
+        seen = []
+        reader = data_checks.READERS["prompts"]
+        monkeypatch.setitem(data_checks.READERS, "prompts", lambda one: seen.append(reader(one)) or seen[-1])
+        data_checks.check(recipe, {"ppo"})
+        data_checks.check(recipe, {"reward"}, hub=True)
+        assert not seen
+        data_checks.check(recipe, {"ppo"}, hub=True)
+        whole = data.prompts(dataclasses.replace(source, limit=1100))
+        assert len(seen[0]) == data_checks.HUB_ROWS and seen[0] == whole[: data_checks.HUB_ROWS]
+        (tmp_path / "a.jsonl").write_text('{"prompt": "q"}\n{"question_id": 3}\n')
+        with pytest.raises(SalsaError, match=r"hf://datasets/me/x/a\.jsonl, row 2: found columns question_id"):
+            data_checks.check(recipe, {"ppo"}, hub=True)
+
+    @pytest.mark.parametrize("key", ["preferences", "prompts"])
+    def test_the_hub_out_of_reach_is_said_before_a_seed_is_trained(self, tmp_path: Path, key: str, capfd: Any) -> None:
+        words = ["quickstart", "--lora", "--output-dir", str(tmp_path / "out"), "--set", f"data.{key}=me/x"]
+        assert recipes.main(words) == 2
+        assert "huggingface.co/datasets/me/x: not in the local cache and the Hub" in capfd.readouterr().err
+        assert not (tmp_path / "out").exists()
+        assert recipes.main([*words, "--dry-run"]) == 0, "a plan fetches nothing"
 
 
 class TestFiles:

@@ -18,7 +18,7 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import adapters, recipe, rewards
+from salsa_peft import adapters, recipe, rewards, taken_results
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
 from salsa_peft.parsing import load_recipe
@@ -426,6 +426,41 @@ def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path
         assert "is a LlamaForCausalLM, which Transformers does not load as a sequence classifier" in plan(
             salsa, {"reward": str(causal)}, *words
         )
+
+
+def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
+    base: Path, tmp_path: Path, salsa: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward of two labels, an adapter that is no LoRA, ids out of reach; a stage that does not read them fetches nothing."""
+    import huggingface_hub
+
+    hub = {
+        "me/several": elsewhere.classifier(base, tmp_path / "several", 1, labels=2),
+        "me/wide": elsewhere.adapter(make_base("gemma", tmp_path / "other"), tmp_path / "wide", 1),
+        "me/lora": elsewhere.adapter(base, tmp_path / "lora", 1),
+    }
+    real, asked = huggingface_hub.snapshot_download, []
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        return str(hub[name]) if name in hub else real(name, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for given, words, line in (
+        ({"reward": "me/several"}, ("--lora",), "is a classifier of 2 labels, and a reward is one number"),
+        ({"reward": "me/several"}, (), "is a classifier of 2 labels, and a reward is one number"),
+        ({"reward": "me/gone"}, (), "huggingface.co/me/gone: not in the local cache and the Hub"),
+        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
+        ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
+    ):
+        assert salsa(given, "--dry-run", *words)[0] == 0 and not asked, "a plan fetches nothing"
+        code, said = salsa(given, *words)
+        assert code == 2 and line in said and not (tmp_path / "run").exists(), said
+        assert ("adapter_model.safetensors" in asked[0][1]) == bool(words)
+        asked.clear()
+    load = load_recipe(str(tmp_path / "small.yaml"), lora="lora", overrides=["reward=me/gone"]).recipe
+    taken_results.check(load, {"sft", "soup"}, hub=True)
+    assert not asked
 
 
 @pytest.mark.parametrize("maker", elsewhere.MAKERS)
