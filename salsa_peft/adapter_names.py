@@ -64,7 +64,9 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
                 *([f"the adapter's name, {name!r}"] if name else []),
             ]
         )
-        logger.warning("warning: %s: %s is taken off the names of its tensors, since PEFT's have it not", path, said)
+        logger.warning(
+            "warning: %s: the names of its tensors hold %s, which PEFT's do not: it is taken off", path, said
+        )
     return {plain: found[plain] for plain in found}
 
 

@@ -97,12 +97,12 @@ def check_ids(mine: Member, known: dict[str, int], other: Member, given: dict[st
         there = known.get(token, number)
         require(
             there == number,
-            f"{other.folder / VOCABULARY}: token {token!r:.40} has id {number}, in {mine.folder} {there}: the members of a soup share the "
+            f"{other.folder / VOCABULARY}: token {token!r:.40} has id {number}, but {there} in {mine.folder}: the members of a soup share the "
             "vocabulary; if one was trained with another tokenizer, it cannot be averaged",
         )
         require(
             token in known or number not in tokens,
-            f"{other.folder / VOCABULARY}: id {number} is token {token!r:.40}, in {mine.folder} {tokens.get(number, '')!r:.40}: the members of a "
+            f"{other.folder / VOCABULARY}: id {number} is token {token!r:.40}, but {tokens.get(number, '')!r:.40} in {mine.folder}: the members of a "
             "soup share the vocabulary; give the tokens that were added ids of their own and train again",
         )
 

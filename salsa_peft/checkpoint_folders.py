@@ -98,9 +98,9 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
             )
             places[tensor] = Place(file, entry)
     for tensor in sorted((listed or {}).keys() ^ places.keys() if listed is not None else ()):
-        where = "in no shard" if tensor not in places else f"in {places[tensor].file.path.name} alone"
+        held = f"is in {places[tensor].file.path.name}, and the index leaves it out" if tensor in places else ""
         raise SalsaError(
-            f"{folder / INDEX}: {tensor}: found {where}, expected it in the index and in a shard; save the model again"
+            f"{folder / INDEX}: {tensor} {held or 'is in none of the shards that the index names'}; save the model again"
         )
     require(bool(places), f"{folder}: found no tensors, expected a model's weights; save it again")
     return Checkpoint(name or folder.resolve().name, folder, config, files, places)

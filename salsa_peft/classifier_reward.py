@@ -159,7 +159,8 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
     require((folder / "config.json").is_file(), f"{path}: found no config.json, expected a sequence classifier")
     require(
         any(folder.glob("*.safetensors")),
-        f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)",
+        f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)"
+        "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)",
     )
     with said_in_a_line(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)

@@ -166,7 +166,8 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     require(
         bool(files),
-        f"{folder}: found no safetensors file, expected the model's weights in one (other formats are not read)",
+        f"{folder}: found no safetensors file, expected the model's weights in one (other formats are not read)"
+        "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)",
     )
     return files
 

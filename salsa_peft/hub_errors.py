@@ -42,6 +42,7 @@ def explain(error: BaseException, model: str | None = None) -> str | None:
     if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
         return (
             f"{pickled[1]}: found no safetensors file, expected the model's weights in one (other formats are not read)"
+            "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)"
         )
     if "Couldn't instantiate the backend tokenizer" in text and model:
         return f"{model}: found no tokenizer that Transformers can open, expected its own beside the weights (tokenizer.json)"

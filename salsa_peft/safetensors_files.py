@@ -54,7 +54,9 @@ class SafetensorsFile:
                 require(8 < self.begin <= size, f"{path}: found {size} bytes, expected a header; {_AGAIN}")
                 self.header = raw.read(self.begin - 8)
         except (FileNotFoundError, NotADirectoryError):
-            raise SalsaError(f"{path}: found no such file, expected safetensors") from None
+            raise SalsaError(
+                f"{path}: found no such file, expected weights in safetensors; copy or download it again"
+            ) from None
         try:
             entries = json.loads(self.header)
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})

@@ -482,7 +482,7 @@ class TestPickles:
 
     def test_of_a_base(self, world: World, canary: Path, capsys: Any) -> None:
         folder = pickled(world.base / "pytorch_model.bin", canary, "model.safetensors")
-        line = r"base: found no safetensors file, expected the model's weights in one \(other formats are not read\)"
+        line = r"base: found no safetensors file, expected the model's weights in one \(other formats are not read\); load the model"
         one_line(lambda: models.load_base(str(folder), Model(), world.tokenizer), line)
         one_line(lambda: world.take(world.seeds[0]), line)
 
