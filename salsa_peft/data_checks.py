@@ -16,6 +16,7 @@ from . import data
 from .config import Recipe, Source
 from .data_files import file_kind
 from .questions import questions
+from .reward_kinds import check_columns
 
 LARGEST = 300_000_000
 """Bytes of a file, or of a folder's files, that are read for it: a few seconds."""
@@ -43,8 +44,18 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
             if source is not None and _is_small(source.path):
                 with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
                     rows = reader(source)
+                _check_functions(recipe, kind, source)
                 for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
                     data.check_plain(rows, stage)
+
+
+def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
+    """Raise SalsaError for a reward function that takes a column which no row of the prompts that it scores has."""
+    functions = [part for part in recipe.reward.parts if part.kind == "function"]
+    if functions and kind in ("prompts", "evaluation"):
+        columns = {name for _, row in data.load(source) for name in row}
+        for part in functions:
+            check_columns("reward.model", part.value, columns, source.path)
 
 
 def _is_small(path: str) -> bool:

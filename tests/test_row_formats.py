@@ -16,7 +16,7 @@ import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft import data, data_checks, data_files
-from salsa_peft.config import Data, SalsaError, Source
+from salsa_peft.config import Data, Reward, SalsaError, Source
 from salsa_peft.parsing import load_recipe
 from salsa_peft.questions import questions
 from salsa_peft.sft import labelled
@@ -453,13 +453,34 @@ class TestBeforeAStageBegins:
     def test_prompts_with_tools_are_refused_for_trls_sampling_trainers(self, put: Any) -> None:
         """Their prompts are rendered without; ours are not."""
         source = put({"prompt": "q"}, {"prompt": "q", "tools": [TOOL]})
-        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}))
+        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}), reward=Reward())
         data_checks.check(recipe, {"ppo"})
         with pytest.raises(
             SalsaError,
             match=r"data\.prompts: found `tools` or .* in 1 rows \(the first: row 2\), which TRL's rloo leaves out",
         ):
             data_checks.check(recipe, {"rloo"})
+
+    def test_a_reward_function_takes_columns_that_the_prompts_have(self, put: Any, tmp_path: Path) -> None:
+        """In PPO's prompts and in evaluation's; `prompt` itself is not passed, as in TRL."""
+        (tmp_path / "own_columns.py").write_text(
+            "def plain(completions, level, log_metric, k=1, *, finished, **rest): return []\n"
+            "def other(prompt, completions, *, answer): return []\n"
+            "first = lambda completions, answer: []\n"
+        )
+        source = put({"prompt": "q"}, {"prompt": "q", "level": 3})
+        for name, absent in (("plain", None), ("other", "prompt, answer"), ("first", "answer")):
+            for own, asked, stage in ((source, {}, "ppo"), (None, {"mine": source}, "evaluate")):
+                recipe: Any = SimpleNamespace(
+                    data=Data(prompts=own), evaluate=SimpleNamespace(prompts=asked),
+                    reward=Reward(model=f"{tmp_path}/own_columns:{name}"),
+                )  # fmt: skip
+                if absent is None:
+                    data_checks.check(recipe, {stage})
+                    continue
+                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(other .*: level\)"
+                with pytest.raises(SalsaError, match=line):
+                    data_checks.check(recipe, {stage})
 
     @pytest.mark.parametrize("disk", [True, False])
     def test_folders_are_looked_at_too(self, tmp_path: Path, disk: bool) -> None:
