@@ -659,7 +659,7 @@ class TestRecipe:
             ("adapter", 1.0, "adapter"), ("function", 0.5, "fit"), ("classifier", 1.0, "rm"),
         ]  # fmt: skip
         assert several.parts[1].value == f"{place}/own_score:f"
-        assert load("reward: json:dumps\n").recipe.reward.model == "json:dumps"
+        assert load("reward: json:JSONEncoder\n").recipe.reward.model == "json:JSONEncoder"
 
     def test_set_keeps_the_rest_of_the_section(self, load: Any, tmp_path: Path) -> None:
         """Paths of --set are taken from the current folder."""
