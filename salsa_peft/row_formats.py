@@ -22,7 +22,7 @@ from .message_formats import (
     tool_list,
     untrained,
 )
-from .messages import one_line, short
+from .messages import kind_text, one_line, short
 
 Row = Mapping[str, Any]
 INPUTS = ("input", "context")
@@ -75,7 +75,7 @@ def absent(row: Row, expected: str, where: str, missed: Sequence[str] = ()) -> S
 def text(row: Row, name: str, where: str) -> str:
     """A column of text, which no chat template has rendered. Raises SalsaError."""
     value = row[name]
-    require(isinstance(value, str), f"{where}, {name}: found {str(value)[:60]!r}, expected text")
+    require(isinstance(value, str), f"{where}, {name}: found {kind_text(value)}, expected text")
     begins = str(value).lstrip()
     for bos in ("<|begin_of_text|>", "<bos>", "<s>"):
         begins = begins.removeprefix(bos).lstrip()
@@ -100,7 +100,14 @@ def instruction(row: Row, name: str, where: str) -> Messages:
         parts = [text(row, name, where), *([text(row, about, where)] if about else [])]
         asked = [{"role": "user", "content": "\n".join(part for part in parts if part or part is parts[0])}]
         return _history(row, where) + asked
-    return parse_messages([value] if isinstance(value, dict) else value, f"{where}, {name}")
+    return _messages(value, f"{where}, {name}")
+
+
+def _messages(value: Any, where: str) -> Messages:
+    """One message, or a list of them. Raises SalsaError."""
+    fits = isinstance(value, list) or (isinstance(value, dict) and bool({"role", "from"} & set(value)))
+    require(fits, f"{where}: found {kind_text(value)}, expected text or messages")
+    return parse_messages([value] if isinstance(value, dict) else value, where)
 
 
 def _history(row: Row, where: str) -> Messages:
@@ -151,7 +158,7 @@ def answer(row: Row, name: str, where: str) -> Messages:
         return hh_messages(value)
     if isinstance(value, str):
         return [{"role": "assistant", "content": text(row, name, where)}]
-    return parse_messages([value] if isinstance(value, dict) else value, f"{where}, {name}")
+    return _messages(value, f"{where}, {name}")
 
 
 def with_system(row: Row, messages: Messages, where: str) -> Messages:
@@ -230,8 +237,8 @@ def demonstration(row: Row, where: str) -> Demonstration:
         hint = "; `text` alone does not say which of it is the assistant's, whom the loss is on"
     elif given(row, "chosen", "rejected"):
         hint = "; rows of chosen and rejected are for data.preferences"
-    missed = [name for name in ("messages", "conversations", "prompt", "instruction") if name in row][:1]
-    raise absent(row, EXPECTED["demonstrations"] + hint, where, missed)
+    missed = dict.fromkeys(name for names in DEMONSTRATIONS for name in names)
+    raise absent(row, EXPECTED["demonstrations"] + hint, where, list(missed))
 
 
 def undesirable(row: Row) -> bool:
@@ -283,7 +290,7 @@ def preference(row: Row, where: str) -> Pair:
     missing = [name for name in names if row.get(name) is None]
     if missing:
         label = "; rows with a `label` are unpaired (KTO's)" if isinstance(row.get("label"), bool) else ""
-        raise absent(row, " and ".join(missing) + label, where, missing[:1])
+        raise absent(row, " and ".join(missing) + label, where, missing)
     asked = _prompt_of_pair(row, where)
     texts = [row[name] for name in names]
     taken_off = False
@@ -342,12 +349,12 @@ def _several(row: Row, name: str, where: str) -> Asked:
     value = row[name]
     require(
         isinstance(value, list) and bool(value),
-        f"{where}, {name}: found {str(value)[:60]!r}, expected a list of user's turns",
+        f"{where}, {name}: found {kind_text(value)}, expected a list of user's turns",
     )
     turns = []
     for turn in value:
         said = turn.get("content") if isinstance(turn, dict) else turn
-        require(isinstance(said, str), f"{where}, {name}: found {str(said)[:60]!r}, expected text")
+        require(isinstance(said, str), f"{where}, {name}: found {kind_text(said)}, expected text")
         turns.append(str(said))
     return Asked(with_system(row, [{"role": "user", "content": turns[0]}], where), name, tuple(turns))
 
@@ -392,7 +399,7 @@ def prompt(row: Row, where: str) -> Asked:
     """What a row asks. Raises SalsaError that names `where` and the column."""
     name = one_of(row, list(PROMPTS))
     if name is None:
-        raise absent(row, EXPECTED["prompts"], where, [one for one in ("prompt", "messages", "turns") if one in row])
+        raise absent(row, EXPECTED["prompts"], where, list(PROMPTS))
     value = row[name]
     if name == "prompt" and isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         return _several(row, name, where)

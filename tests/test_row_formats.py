@@ -18,6 +18,7 @@ from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 from salsa_peft import data, data_checks, data_files
 from salsa_peft.config import Data, Reward, SalsaError, Source
 from salsa_peft.parsing import load_recipe
+from salsa_peft.paths import count_rows
 from salsa_peft.questions import questions
 from salsa_peft.sft import labelled
 from salsa_peft.template_fields import reads_text_arguments
@@ -497,6 +498,88 @@ class TestBeforeAStageBegins:
             data_checks.check(recipe, {"sft"})
 
 
+class TestFolders:
+    """What datasets reads, or leaves out, is said by file."""
+
+    GOOD = '{"prompt": "q", "completion": "a"}\n'
+
+    @pytest.mark.parametrize(
+        ("name", "text", "line"),
+        [
+            ("b.jsonl", '{"prompt": [', r"set/b\.jsonl, row 1: found .* expected one JSON object a line"),
+            ("b.jsonl", '{"text": "x"}', r"set/b\.jsonl: found the columns text, and prompt, completion in a\.jsonl, expected the sam"),
+            ("b.jsonl", '{"prompt": [3], "completion": "a"}', r"b\.jsonl, row 1, prompt: found the list \[3\], and text in a\.jsonl"),
+            ("b.csv", "prompt,completion\n1,q,a\n", r"set/b\.csv, row 1: found more fields than the header's"),
+        ],
+    )  # fmt: skip
+    def test_the_odd_file_is_named(self, tmp_path: Path, name: str, text: str, line: str) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "a.jsonl").write_text(self.GOOD)
+        (tmp_path / "set" / name).write_text(text)
+        with pytest.raises(SalsaError, match=line) as caught:
+            data.demonstrations(Source(path=str(tmp_path / "set")))
+        assert "\n" not in str(caught.value)
+
+    def test_a_packed_file_that_is_no_parquet(self, tmp_path: Path) -> None:
+        (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+        with pytest.raises(SalsaError, match=r"a\.parquet: found no Parquet"):
+            data.demonstrations(Source(path=str(tmp_path)))
+
+    def test_a_split_that_is_not_there_accuses_no_file(self, tmp_path: Path) -> None:
+        (tmp_path / "train.jsonl").write_text(self.GOOD)
+        (tmp_path / "test.jsonl").write_text('{"prompt": "q"}\n')
+        with pytest.raises(SalsaError, match=r"split 'dev'"):
+            data.demonstrations(Source(path=str(tmp_path), split="dev"))
+
+    def test_a_file_of_another_kind_is_said(self, tmp_path: Path, capsys: Any) -> None:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        (folder / "a.jsonl").write_text(self.GOOD)
+        assert data.demonstrations(Source(path=str(folder))) and capsys.readouterr().err == ""
+        (folder / "b.csv").write_text("prompt,completion\nc,d\n")
+        assert len(data.demonstrations(Source(path=str(folder)))) == 1
+        assert f"{folder}/b.csv: not read, since the folder's other files are .jsonl\n" in capsys.readouterr().err
+
+
+class TestWrapped:
+    """Rows in a list inside one object."""
+
+    ROW: ClassVar[Row] = {"prompt": "q", "completion": "a"}
+
+    @pytest.mark.parametrize("indent", [None, 1])
+    @pytest.mark.parametrize(
+        ("whole", "rows"),
+        [
+            ({"data": [ROW] * 3}, 3),
+            ({"version": "1.0", "data": [ROW] * 3, "tags": ["x"]}, 3),
+            ({**ROW, "tools": [{"name": "f"}, {"name": "g"}]}, 1),
+        ],
+    )
+    def test_they_are_found_and_counted(self, tmp_path: Path, whole: Any, rows: int, indent: int | None) -> None:
+        """A row of its own with a list of objects is a row."""
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(whole, indent=indent))
+        assert len(data_files.load(Source(path=str(path)))) == rows == count_rows(Source(path=str(path)))
+        override = [f"data.demonstrations={path}", "sft.batch_size=1", "sft.micro_batch_size=1"]
+        assert load_recipe("quickstart", lora="lora", overrides=override).recipe.data.demonstrations
+
+    def test_what_is_no_list_of_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.json"
+        for whole, line in (
+            (
+                {"train": [self.ROW], "test": [self.ROW]},
+                "found one object with the lists train, test, expected a list of",
+            ),
+            (
+                {"messages": [turns("q", "a")]},
+                "row 1, messages: found the list .*; a list of such lists is a file by colum",
+            ),
+        ):
+            path.write_text(json.dumps(whole))
+            with pytest.raises(SalsaError, match=line):
+                data.demonstrations(Source(path=str(path)))
+
+
 class TestFiles:
     ROWS: ClassVar[list[Row]] = [{"prompt": 'a, "b"\nc', "completion": "d\u2028e"}, {"prompt": "f", "completion": ""}]
 
@@ -605,7 +688,7 @@ class TestFiles:
             return str(tmp_path / "a.jsonl")
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-        with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found .3."):
+        with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found the number 3"):
             data.prompts(Source(path="hf://datasets/me/x@v1/a.jsonl"))
         assert asked == [("me/x", "a.jsonl", {"repo_type": "dataset", "revision": "v1"})]
 
