@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
-from salsa_peft import data, data_checks, data_files
+from salsa_peft import data, data_checks, data_files, row_formats
 from salsa_peft.config import Data, Reward, SalsaError, Source
 from salsa_peft.parsing import load_recipe
 from salsa_peft.paths import count_rows
@@ -496,6 +496,28 @@ class TestBeforeAStageBegins:
         )
         with pytest.raises(SalsaError, match="set, row 2, messages: found no assistant turn"):
             data_checks.check(recipe, {"sft"})
+
+
+def test_readme_names_the_columns_in_their_order() -> None:
+    """Each kind of data has one row of README's table, with every column that is read."""
+    lines = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    table = {
+        kind: next(line for line in lines if line.startswith(f"| `data.{kind}`"))
+        for kind in ("demonstrations", "preferences", "prompts")
+    }
+    names = {
+        "demonstrations": [name for shape in row_formats.DEMONSTRATIONS for name in shape],
+        "preferences": [*(pair[0] for pair in row_formats.PAIRS), *row_formats.ASKING],
+        "prompts": [*row_formats.PROMPTS],
+    }
+    for kind, found in names.items():
+        assert [name for name in found if f"`{name}`" not in table[kind]] == []
+    pieces = table["demonstrations"].split("|")[2].split(" · ")
+    firsts = list(dict.fromkeys(shape[0] for shape in row_formats.DEMONSTRATIONS))
+    assert [piece.split("`")[1] for piece in pieces] == firsts
+    for names_of, piece in zip(firsts, pieces, strict=True):
+        answers = [shape[1] for shape in row_formats.DEMONSTRATIONS if shape[0] == names_of and len(shape) == 2]
+        assert [name for name in piece.rpartition(" and ")[2].split("`")[1::2] if answers] == answers
 
 
 class TestFolders:
