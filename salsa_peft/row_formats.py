@@ -418,10 +418,20 @@ def more_system(row: Row, asked: Asked) -> bool:
 # What goes with every kind
 
 
+def _older_tools(row: Row) -> bool:
+    """Whether a row has OpenAI's older column `functions`, also as JSON text, and no other data of that name."""
+    value = row.get("functions")
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = from_json(value, "functions")
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "name" in one for one in value)
+
+
 def extras(row: Row, where: str) -> dict[str, Any]:
-    """What a chat template is given beside the messages: the row's tools, and TRL's chat_template_kwargs."""
+    """What a chat template is given beside the messages: the row's tools (OpenAI's older `functions` too), and TRL's
+    chat_template_kwargs."""
     found: dict[str, Any] = {}
-    if row.get("tools") is not None and (tools := tool_list(row["tools"], f"{where}, tools")):
+    name = "tools" if row.get("tools") is not None or not _older_tools(row) else "functions"
+    if row.get(name) is not None and (tools := tool_list(row[name], f"{where}, {name}")):
         found["tools"] = tools
     options = row.get("chat_template_kwargs")
     if isinstance(options, str) and options.strip():

@@ -448,6 +448,17 @@ class TestBesideTRL:
             assert found[0]["prompt_ids"] == data.prompt_tokens(asked, tokenizer)
 
 
+def test_functions_are_the_older_name_of_tools(put: Any) -> None:
+    """OpenAI's function_call and functions; a column of that name with other data is none."""
+    described = {"name": "f", "parameters": {}}
+    chat = [turns("q")[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]
+    for given in ([described], json.dumps([described])):
+        found = data.demonstrations(put({"messages": chat, "functions": given}))
+        assert found[0]["tools"] == [{"type": "function", "function": described}]
+    for other in (["sin", "cos"], "sin", 3, [], [{"id": 1}]):
+        assert "tools" not in data.demonstrations(put({"messages": PLAIN, "functions": other}))[0]
+
+
 class TestBeforeAStageBegins:
     """data_checks.py"""
 
