@@ -14,7 +14,7 @@ from .adapter_folders import MORE_TEMPLATES, TOKENIZER, read_json, write_file
 from .adapter_tensors import Member
 from .errors import SalsaError, require
 from .fingerprints import sha256
-from .vocabularies import say_special_tokens, vocabulary
+from .vocabularies import check_vocabulary, say_special_tokens, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ def tokenizer_of(members: Sequence[Member]) -> Tokenizer | None:
     for i, member in enumerate(known):
         for other in known[:i]:
             check_ids(other, vocabularies[other.name], member, vocabularies[member.name])
+    for member in have[1:]:
+        if not {have[0].name, member.name} <= vocabularies.keys():
+            check_vocabulary(have[0].folder, member.folder)
     whole = {token for tokens in vocabularies.values() for token in tokens}
     taken = next((m for m in known if len(vocabularies[m.name]) == len(whole)), None if known else have[0])
     if taken is None:

@@ -15,7 +15,7 @@ from salsa_peft.fields import MOST_POLICIES
 from salsa_peft.messages import short
 from salsa_peft.paths import check_files, check_path, count_rows, is_local
 from salsa_peft.results import unit_of
-from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_function
+from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_columns, check_function, check_signature
 from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
 
 TOY_PROMPTS = ("in", "out")
@@ -265,6 +265,9 @@ def _check_reward(recipe: Recipe) -> None:
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
+            check_signature("reward.model", part.value)
+            if recipe.data.prompts is None and recipe.toy is not None:
+                check_columns("reward.model", part.value, ["prompt"], "the embedded world's prompts")
         elif part.kind == "classifier":
             _check_classifier(part, recipe)
     require(

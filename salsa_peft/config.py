@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from .fields import NAME, SEED, STRICT, Count, NonNegative, Positive, SalsaError, Seed, Share, require
 from .hub_options import Hub
@@ -60,6 +61,11 @@ __all__ = [
 
 
 def _source(value: Any) -> Any:
+    if isinstance(value, list):
+        raise PydanticCustomError(
+            "said",
+            "found a list, expected one source. Put the files into one folder and name it, or join them into one file",
+        )
     return {"path": value} if isinstance(value, str) else value
 
 
@@ -72,7 +78,7 @@ class Source:
     name: str | None = None
     """The Hub dataset's configuration."""
     split: str = "train"
-    """Split on the Hub or in a folder, or a slice of it (train[:80%]); a single file is its own split, whatever the name, and is sliced."""
+    """Split on the Hub or in a folder, or a slice of it (train[:80%]); a single file is the split train, and is sliced."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     limit: Count | None = None
@@ -150,8 +156,8 @@ class SFT(Training):
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each seed trains on its own random share of the rows. 1: all (the paper)."""
     from_: list[str | None] | None = None
-    """`from` in a recipe: seeds that are there already, such as published soups: a folder or Hub id for each position; null: trained here.
-    LoRA adapters of the base, with full weights checkpoints. None: all are trained."""
+    """`from` in a recipe: seeds that are there already, such as published soups: a folder or Hub id for each position (a bare string: of one
+    seed); null: trained here. LoRA adapters of the base, with full weights checkpoints. None: all are trained."""
 
     def taken(self, position: int) -> str | None:
         """Where a seed is taken from; None: it is trained."""

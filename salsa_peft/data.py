@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import row_formats
+from . import row_formats, row_parts
 from .chat_templates import text_ids
 from .config import Recipe, Source, require
 from .data_files import FILES as FILES
@@ -99,7 +99,7 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
     loaded = load(source)
     for number, row in loaded:
         where = f"{source.path}, row {number}"
-        found, more = row_formats.demonstration(row, where), row_formats.extras(row, where)
+        found, more = row_formats.demonstration(row, where), row_parts.extras(row, where)
         if row_formats.undesirable(row):
             odd.add(number, UNDESIRABLE)
             continue
@@ -140,7 +140,7 @@ def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
     loaded = load(source)
     for number, row in loaded:
         where = f"{source.path}, row {number}"
-        pair, more = row_formats.preference(row, where), row_formats.extras(row, where)
+        pair, more = row_formats.preference(row, where), row_parts.extras(row, where)
         sides = dict(zip(("chosen", "rejected"), pair[:2], strict=True))
         for name, chat in zip(pair.names, sides.values(), strict=True):
             last = chat[-1]["role"]
@@ -192,7 +192,7 @@ def prompts(
     rows, odd = [], Odd(source.path)
     for number, row in load(source):
         where = f"{source.path}, row {number}"
-        asked, more = asked_of(row, where), row_formats.extras(row, where)
+        asked, more = asked_of(row, where), row_parts.extras(row, where)
         odd.add(number, EMPTY_PROMPT, not (asked.turns or (asked.messages[-1]["content"],))[0].strip())
         odd.add(number, MORE_SYSTEM, row_formats.more_system(row, asked))
         odd.drops(
@@ -233,7 +233,7 @@ def prompt_tokens(
         return list(row["input_ids"])
     where = name if number is None else f"{name}, row {number}"
     if row.get("prompt") is None:
-        raise row_formats.absent(row, "prompt", where, ["prompt"])
+        raise row_parts.absent(row, "prompt", where, ["prompt"])
     prompt = row["prompt"]
     check_characters(prompt, f"{where}, prompt")
     if isinstance(prompt, str):

@@ -19,6 +19,7 @@ from .config import Recipe, Source
 from .data_files import file_kind
 from .paths import is_local
 from .questions import questions
+from .reward_kinds import check_columns
 
 LARGEST = 300_000_000
 """Bytes of a file, or of a folder's files, that are read for it: a few seconds."""
@@ -48,7 +49,9 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
         for source in sources if kind in kinds else ():
             if source is not None and (_is_small(source.path) or (hub and not is_local(source.path))):
                 with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
-                    rows = reader(source if is_local(source.path) else _part(source))
+                    part = source if is_local(source.path) else _part(source)
+                    rows = reader(part)
+                _check_functions(recipe, kind, part)
                 for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
                     data.check_plain(rows, stage)
 
@@ -56,6 +59,15 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
 def _part(source: Source) -> Source:
     """At most HUB_ROWS of the rows that a stage would read."""
     return dataclasses.replace(source, limit=min(source.limit or HUB_ROWS, HUB_ROWS))
+
+
+def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
+    """Raise SalsaError for a reward function that takes a column which no row of the prompts that it scores has."""
+    functions = [part for part in recipe.reward.parts if part.kind == "function"]
+    if functions and kind in ("prompts", "evaluation"):
+        columns = {name for _, row in data.load(source) for name in row}
+        for part in functions:
+            check_columns("reward.model", part.value, columns, source.path)
 
 
 def _is_small(path: str) -> bool:

@@ -11,20 +11,20 @@ import json
 import lzma
 import random
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .config import SalsaError, Source, require
-from .messages import one_line, short
+from .messages import kind_text, one_line, short
+from .row_formats import EXPECTED, fits
 
 SHUFFLE_SEED = 20_241
 HF = "hf://datasets/"
 """Begins the Hub's own paths: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
 HF_PATH = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?\Z")
-WRAPPED = re.compile(r'\A\{\s*"(?!messages|conversations?"|prompt"|turns)\w+"\s*:\s*\[(?=\s*\{)')
-"""Begins a JSON file whose rows are in a list under a key of their own, such as {"data": [{…}, …]}; a chat's own list is none."""
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Suffix of packed files → what opens them."""
 
@@ -35,6 +35,7 @@ def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
 
     Local files are read here: datasets' cache goes by path and time, and its errors name no row.
     """
+    check_split(source)
     rows: Any = _rows(source)
     require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
     places = _sliced(source, len(rows)) if is_file(source) else list(range(len(rows)))
@@ -47,6 +48,15 @@ def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
 def is_file(source: Source) -> bool:
     """Whether a source is one file, read here and not by datasets."""
     return file_kind(source.path) is not None and not Path(source.path).is_dir()
+
+
+def check_split(source: Source) -> None:
+    """Raise SalsaError for a split of a single file that is neither train nor a slice: it would have no effect."""
+    require(
+        not is_file(source) or source.split == "train" or "[" in source.split,
+        f"{source.path}: split {source.split!r} cannot be found in a single file, whose rows are all read. Take `split` out (train), cut a slice"
+        " such as train[:80%], or name the file that holds this split",
+    )
 
 
 def _sliced(source: Source, rows: int) -> list[int]:
@@ -184,9 +194,19 @@ def _json(path: Path) -> list[Any]:
         if text.lstrip().startswith(b"{"):
             return _lines(path)
         raise SalsaError(f"{path}: found no JSON ({one_line(error)}), expected a list of objects") from error
-    if isinstance(found, dict) and len(found) == 1 and WRAPPED.match(text.decode().lstrip()):
-        found = next(iter(found.values()))
-    return [found] if isinstance(found, dict) else list(found)
+    return rows_in(found, path)
+
+
+def rows_in(found: Any, path: Path | str) -> list[Any]:
+    """The rows of a JSON file by what it holds: a list's, those of the one list of objects in an object that is no row, or the object."""
+    if not isinstance(found, dict) or any(fits(kind, set(found)) for kind in EXPECTED):
+        return [found] if isinstance(found, dict) else list(found)
+    lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    require(
+        len(lists) < 2,
+        f"{path}: found one object with the lists {one_line(', '.join(lists))}, expected a list of rows; put the one to read into a file of its own",
+    )
+    return list(found[lists[0]]) if lists else [found]
 
 
 def table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
@@ -247,6 +267,7 @@ def _dataset(source: Source) -> Any:
     from .hub_errors import explain
 
     folder = Path(source.path)
+    check_tables(folder)
     try:
         if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):  # save_to_disk's
             found: Any = load_from_disk(source.path)
@@ -257,9 +278,12 @@ def _dataset(source: Source) -> Any:
         else:
             found = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except DatasetGenerationError as error:
+        check_alike(folder)
         why = one_line(error.__cause__ or error)
         raise SalsaError(f"{source.path}: found a file that does not parse ({why}), expected rows alike") from error
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+        for path in _files(folder):
+            read_file(str(path))  # which names the file that can't be read
         line = explain(error, f"datasets/{source.path.removeprefix(HF)}")
         raise SalsaError(line or f"{source.path}: cannot be read as {_wanted(source)}: {one_line(error)}") from error
     if isinstance(found, DatasetDict):
@@ -267,7 +291,46 @@ def _dataset(source: Source) -> Any:
         require(source.split in found, f"{source.path}: found the splits {splits}, expected `split` to be one of them")
         found = found[source.split]
     assert isinstance(found, Dataset)
+    read = BUILDERS.get(str(found.info.builder_name), tuple(FILES))
+    for path in _files(folder):
+        if file_kind(str(path)) not in read and path.name != "dataset_infos.json":
+            print(f"{path}: not read, since the folder's other files are {read[0]}", file=sys.stderr, flush=True)
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """A local folder's data files, those of save_to_disk's none."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and file_kind(str(path)) is not None]
+
+
+def check_tables(folder: Path) -> None:
+    """Raise SalsaError for a row of a folder's csv or tsv that has more fields than the header: pandas takes the first for its name, in silence."""
+    for path in _files(folder) if not (folder / "README.md").is_file() else ():  # which may say how its tables are read
+        if file_kind(str(path)) in (".csv", ".tsv"):
+            read_file(str(path))
+
+
+def check_alike(folder: Path) -> None:
+    """Raise SalsaError that names the file of a local folder which can't be read, or whose first row has other columns or kinds of values."""
+    first: Path | None = None
+    known: dict[str, Any] = {}
+    for path in _files(folder):
+        rows = [as_row(row, f"{path}, row {number}") for number, row in enumerate(read_file(str(path)), 1)]
+        if not rows:
+            continue
+        first, known = first or path, known or rows[0]
+        require(
+            known.keys() == rows[0].keys(),
+            f"{path}: found the columns {one_line(', '.join(rows[0]))}, and {one_line(', '.join(known))} in {first.name}, expected the same in"
+            " every file of a folder; name one file, or give each kind of rows a folder",
+        )
+        for name, value in rows[0].items():
+            alike = None in (value, known[name]) or WORDS.get(type(value)) == WORDS.get(type(known[name]))
+            require(
+                alike,
+                f"{path}, row 1, {one_line(name)}: found {kind_text(value)}, and {WORDS.get(type(known[name]))} in {first.name}, expected values"
+                " of one kind in every file of a folder",
+            )
 
 
 def _wanted(source: Source) -> str:
@@ -283,5 +346,9 @@ FILES: dict[str, Callable[[Path], list[Any]]] = {
     ".csv": _table,
     ".tsv": _table,
 }
+WORDS = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
+"""What JSON holds, in words."""
+BUILDERS = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
+"""What reads a folder in datasets → the files that it takes, leaving the others out in silence."""
 KINDS = "a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
 """What a source may be, for messages."""

@@ -140,8 +140,8 @@ def told(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
         return f"disk: known when the config.json of {recipe.model.base} is at hand"
     short = "" if found.most <= found.free else f": too little; {remedy(recipe, steps, asked, card)}"
     return (
-        f"disk: {shown(found.stays)} more when all is done, at most {shown(found.most)} at one time; {shown(found.free)} free in"
-        f" {found.place}{short}"
+        f"disk: {shown(found.stays)} more when all is done, at most {shown(found.most)} at one time; {shown(found.free)} free on"
+        f" the disk of {found.place}{short}"
     )
 
 
@@ -151,7 +151,7 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
     found = need(recipe, steps, asked, card)
     if found is not None and found.most > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(
-            f"results: found {shown(found.free)} free in {found.place}, expected {shown(found.most)}, of which"
+            f"results: found {shown(found.free)} free on the disk of {found.place}, expected {shown(found.most)}, of which"
             f" {shown(found.stays)} stay; {remedy(recipe, steps, asked, card)}"
         )
 
@@ -162,7 +162,7 @@ def require_room(folder: Path, size: float, what: str) -> None:
     total, _, free = shutil.disk_usage(place)
     if size > free and total > 0:  # some file systems tell no size
         raise SalsaError(
-            f"{what}: found {shown(free)} free in {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
+            f"{what}: found {shown(free)} free on the disk of {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
             " whole: make room, then go on from there"
         )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .config import SalsaError, require
-from .reward_kinds import find_module, split_function
+from .reward_kinds import OWN, find_module, split_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .rollout import Responses
 
 Rows = Sequence[Mapping[str, Any]]
-OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass
 TAKEN = re.compile(
     r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"

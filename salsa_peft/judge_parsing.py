@@ -3,7 +3,8 @@
 FastChat's rule is a search for [[A]], then [[B]], then [[C]], anywhere in the reply. So a judge that repeats its instruction, or quotes an
 answer that holds a verdict, says A. Here a bracket counts by how it is used:
 
-- not at all: in thinking aloud, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, or as code (`x[[A]]`);
+- not at all: in thinking aloud, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, asked, or as code
+  (`x[[A]]`);
 - as a verdict: otherwise; more so where it is declared ("final verdict: …"), or stands as a line or sentence of its own.
 
 The brackets of the strongest use decide. Where they name different letters, the last one is taken if the text says that it revises the
@@ -20,6 +21,9 @@ VERDICTS = {"A": "A", "B": "B", "C": "tie"}
 QUOTES = "\"'`*_“”‘’«»"
 CONTEXT = 400
 """Characters before and after a bracket that are looked at."""
+THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final<\|message\|>")
+"""Ends thinking aloud: tags, or gpt-oss' channels."""
+THINKS = re.compile(r"<think(?:ing)?>|<\|channel\|>analysis<\|message\|>")
 FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
 """After "if": not followed by "I had to choose", which announces a real verdict."""
 CONDITION = re.compile(rf"[{QUOTES}]*[ \t,:–—-]*\(?(if{FORCED}|when|whenever|in case)\b", re.IGNORECASE)
@@ -53,6 +57,14 @@ HYPOTHETICAL = re.compile(
     rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
     re.IGNORECASE,
 )
+ASKED = re.compile(
+    rf"[\s{QUOTES}(>#-]*((so|then|but|and|or|now|well|hmm),?\s+)?(is|are|was|were|do|does|did|should|shall|would|will|could|can|may|might|must|has|have|had"
+    r"|which|what|who|whose|why|how|when|where)\b",
+    re.IGNORECASE,
+)
+"""How a question begins."""
+QUESTION_MARK = re.compile(rf"[{QUOTES})\]]*\s?\?")
+"""Right after a bracket: it is asked, not said."""
 SPEAKER = r"\b(assistants?|answers?|responses?|models?|candidates?|repl(y|ies)|texts?|outputs?|prompts?|users?|instructions?|it|which|that)\b"
 SAYS = (
     r"(says?|said|saying|writes?|wrote|writing|written|claims?|claimed|claiming|contains?|contained|containing|includes?|included|including"
@@ -94,9 +106,8 @@ SAID, DECLARED = 1, 2
 
 def read_verdict(text: str) -> str | None:
     """A | B | tie, or None where the reply has no verdict, or more than one that could be meant."""
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:  # the reply was cut before it came to an answer
-        text = text.partition("<think>")[0]
+    text = THOUGHT.split(text)[-1]
+    text = THINKS.split(text)[0]  # the reply was cut before it came to an answer
     repeated = [match.span() for match in REPEATED.finditer(text)]
     fences = [match.span() for match in FENCE.finditer(text)]
     uses = [
@@ -136,7 +147,7 @@ def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> in
     """0 where a bracket is no verdict, else SAID or DECLARED."""
     before, after = _sentence(text, bracket), text[bracket.end() : bracket.end() + CONTEXT]
     listed = LISTED.search(before[-20:]) or "]]" in before[-LONGEST_GAP:]
-    if CONDITION.match(after) or (FOR_A_TIE.match(after) and listed):
+    if CONDITION.match(after) or (FOR_A_TIE.match(after) and listed) or _asked(before, after):
         return 0
     part = re.split(r"\]\]|\bbut\b|\bhowever\b", before)[-1]
     clause = re.split(r"[,;:—–(]", part)[-1]
@@ -161,6 +172,14 @@ def _sentence(text: str, bracket: re.Match[str]) -> str:
     before = text[max(0, bracket.start() - CONTEXT) : bracket.start()]
     ends = [match.end() for match in SENTENCE_END.finditer(before)]
     return before[ends[-1] if ends else 0 :].rpartition("\n")[2]
+
+
+def _asked(before: str, after: str) -> bool:
+    """Whether a bracket stands in a question; not one that follows a verdict in its sentence: "[[A]], right?"."""
+    ends = re.search(r"[.!?\n]", after)
+    return QUESTION_MARK.match(after) is not None or (
+        ASKED.match(before) is not None and ends is not None and ends[0] == "?"
+    )
 
 
 def _led_in(before: str) -> bool:

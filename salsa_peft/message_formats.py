@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from .errors import SalsaError, require
-from .messages import short
+from .messages import kind_text, short
 
 Messages = list[dict[str, Any]]
 ROLES = {
@@ -35,7 +35,9 @@ def parse_messages(value: Any, where: str) -> Messages:
     if isinstance(value, str) and value.lstrip().startswith("["):  # as csv files have them
         value = from_json(value, where)
     fits = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
-    require(fits, f"{where}: found {str(value)[:60]!r}, expected a list of {{role, content}} messages")
+    columns = isinstance(value, list) and bool(value) and all(isinstance(message, list) for message in value)
+    hint = "; a list of such lists is a file by columns: write one object a row" if columns else ""
+    require(fits, f"{where}: found {kind_text(value)}, expected a list of {{role, content}} messages{hint}")
     return [_message(message, where) for message in value]
 
 
@@ -58,7 +60,11 @@ def role_of(message: dict[str, Any], where: str) -> str:
     """A message's role as chat templates call it. Raises SalsaError for no text, and for an unknown one under ShareGPT's key `from`."""
     key = "from" if "from" in message and "role" not in message else "role"
     given = message.get(key)
-    require(isinstance(given, str), f"{where}: found {key} {str(given)[:60]!r}, expected text")
+    if key not in message:
+        raise SalsaError(
+            f"{where}: found no role in {kind_text(message)}, expected messages of {{role, content}} or {{from, value}}"
+        )
+    require(isinstance(given, str), f"{where}: found {kind_text(given)} as {key}, expected text")
     known = ROLES.get(str(given).lower())
     require(
         known is not None or key == "role",
@@ -82,7 +88,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         more |= {"reasoning_content": thoughts} if thoughts else {}
     if content is None and calls:
         content = ""
-    require(isinstance(content, str), f"{where}: found content {str(content)[:60]!r}, expected text")
+    require(isinstance(content, str), f"{where}: found {kind_text(content)} as the content of {role}, expected text")
     return {"role": role, "content": content, **more, **({"tool_calls": calls} if calls else {})}
 
 

@@ -10,7 +10,7 @@ TYPES = {
     "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number", "int_type": "a whole number",
     "int_parsing": "a whole number", "int_from_float": "a whole number", "int_parsing_size": "a smaller whole number",
     "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text", "list_type": "a list",
-    "dict_type": "a mapping", "dataclass_type": "a mapping", "dataclass_exact_type": "a mapping", "none_required": "null",
+    "dict_type": "a mapping of names to values, {NAME: …}", "dataclass_type": "a mapping", "dataclass_exact_type": "a mapping", "none_required": "null",
 }  # fmt: skip
 
 
@@ -18,6 +18,19 @@ def short(value: Any) -> str:
     """A value for a message, on one line and not long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def kind_text(value: Any) -> str:
+    """A value of a row for a message, by what JSON calls it: null, the number 4, an object with the keys a and b."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return f"the number {value!r:.40}"
+    if isinstance(value, dict):
+        return f"an object with the keys {one_line(', '.join(map(str, value)))[:60]}" if value else "an empty object"
+    if isinstance(value, list):
+        return f"the list {one_line(short(value))}" if value else "an empty list"
+    return one_line(short(value))
 
 
 def path_text(path: str) -> str:
@@ -54,6 +67,10 @@ def explain(error: dict[str, Any]) -> tuple[str, str]:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return key, "found nothing, expected a value; add it"
     found = f"found {short(error['input'])}, expected"
+    if kind == "said":
+        return key, error["msg"]
+    if kind == "list_type" and isinstance(error["input"], str | int | float):
+        return key, f"{found} a list; write [{error['input']!s:.60}]"
     if kind in TYPES:
         return key, f"{found} {TYPES[kind]}"
     bounds = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "less than"),

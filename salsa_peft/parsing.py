@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import json
 import os
@@ -28,6 +29,13 @@ from salsa_peft.messages import explain, nearest, short
 from salsa_peft.paths import bundled
 from salsa_peft.yaml_text import parse_yaml, read_yaml
 
+PEFTS = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_ga_config",
+    "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "qalora_group_size", "rank_pattern", "runtime_config", "target_parameters", "task_type",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Fields of PEFT's LoraConfig that a recipe does not take; tests hold them against PEFT's."""
 ATOMIC = {"reference"}  # replaced whole by a later layer: {soup: …} and {shrunk: …} don't merge
 NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"))  # of names: a later layer's null takes an entry out
 
@@ -257,10 +265,26 @@ def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
         known = [field.name for field in dataclasses.fields(hint)]
         for key, entry in value.items():
             if key not in known:
-                raise SalsaError(
-                    f"{label}: {_join(where, key)}: unknown key; {nearest(key, [name.rstrip('_') for name in known])}"
-                )
+                raise SalsaError(f"{label}: {_join(where, key)}: unknown key; {_hint(where, key, known)}")
             check_keys(label, _join(where, key), entry, hints[key])
+
+
+def _hint(where: str, key: str, known: list[str]) -> str:
+    """What to do about an unknown key: the nearest; the section that has it; of `adapter` that PEFT has more keys than a recipe."""
+    if where == "adapter" and key in (*PEFTS, "lora"):
+        inside = " itself, not under `lora`" if key == "lora" else ""
+        return f"of PEFT's LoraConfig a recipe takes {', '.join(known)}, in `adapter`{inside}"
+    names = [name.rstrip("_") for name in known]
+    sections = [] if where else [n for n, hint in _hints(Recipe).items() if key in _fields_of(hint)]
+    if key in PEFTS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+        return nearest(key, names)
+    return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
+
+
+def _fields_of(hint: Any) -> list[str]:
+    """The fields of a section's dataclass, of Section | None too."""
+    options = [hint, *typing.get_args(hint)]
+    return [field.name for one in options if dataclasses.is_dataclass(one) for field in dataclasses.fields(one)]
 
 
 @functools.cache
@@ -315,7 +339,7 @@ def _origin(key: str, layers: list[Layer], file: str) -> str:
     for layer in layers:
         inner: Any = layer.data
         said = 0
-        for part in key.split("[")[0].split("."):
+        for part in key.replace("sft.from", "sft.from_").split("[")[0].split("."):
             if not isinstance(inner, dict) or part not in inner:
                 break
             inner, said = inner[part], said + 1

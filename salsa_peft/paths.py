@@ -21,7 +21,19 @@ from typing import Any
 
 from salsa_peft import row_formats
 from salsa_peft.config import NAME, OWN_TEMPLATE, SEED, Recipe, SalsaError, Source, require
-from salsa_peft.data_files import FILES, HF, HF_PATH, KINDS, OPEN, WRAPPED, file_kind, open_bytes, read_file, table
+from salsa_peft.data_files import (
+    FILES,
+    HF,
+    HF_PATH,
+    KINDS,
+    OPEN,
+    check_split,
+    file_kind,
+    open_bytes,
+    read_file,
+    rows_in,
+    table,
+)
 from salsa_peft.messages import path_text, short
 from salsa_peft.reward_kinds import has_template, placed
 from salsa_peft.soup_options import placed_measure
@@ -102,6 +114,8 @@ def _path(value: Any, folder: str) -> Any:
 
 
 def _each_path(value: Any, folder: str) -> Any:
+    """Also of a bare string, which is a list of one."""
+    value = [value] if isinstance(value, str) else value
     return [_path(entry, folder) for entry in value] if isinstance(value, list) else value
 
 
@@ -166,6 +180,7 @@ def check_files(recipe: Recipe) -> None:
                 file_kind(source.path) is not None,
                 f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
             )
+            check_split(source)
             _check_columns(key, kind, source.path)
         elif source.path.startswith("hf://"):
             require(
@@ -225,13 +240,12 @@ def _count(path: str, size: int, _: int) -> int | None:
     try:
         if path.lower().endswith(".parquet"):
             return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
-        if size > COUNTABLE or not path.lower().endswith((".jsonl", ".ndjson", ".json")):
+        if path.lower().endswith(".json"):
+            return None if size > COUNTABLE // 10 else len(read_file(path))
+        if size > COUNTABLE or not path.lower().endswith((".jsonl", ".ndjson")):
             return None
         with open(path, "rb") as file:
-            begins = next((line for line in file if line.strip()), b"").strip()
-            if path.lower().endswith(".json") and not begins.endswith(b"}"):
-                return None if size > COUNTABLE // 10 else len(read_file(path))
-            return bool(begins) + sum(1 for line in file if line.strip())
+            return sum(1 for line in file if line.strip())
     except (OSError, ValueError, RecursionError):
         return None  # the check of its columns, or the stage, says what is wrong with it
 
@@ -246,10 +260,22 @@ def _first_row(path: str) -> Any:
             return next(table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
         if kind == ".json":
             text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip()
-            text = re.sub(WRAPPED, "[", text).removeprefix("[").lstrip()
-            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]}") else None
+            if text.startswith("{"):
+                return _first_of_object(path, text)
+            text = text.removeprefix("[").lstrip()
+            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
         line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
         return json.loads(line) if line else None
+
+
+def _first_of_object(path: str, text: str) -> Any:
+    """Of a .json file that begins with an object: the row that it is, or the first of those in it."""
+    try:
+        found = json.JSONDecoder().raw_decode(text)[0]
+    except ValueError:  # it may be longer than what was read
+        first = read_file(path)[0]
+        return json.loads(first) if isinstance(first, bytes) else first
+    return next(iter(rows_in(found, path)), None)
 
 
 def _check_columns(where: str, kind: str, path: str) -> None:

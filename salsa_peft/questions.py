@@ -12,7 +12,7 @@ from .config import Source
 from .data import EMPTY_PROMPT, Messages, Odd, asked_of, load
 from .errors import require
 from .messages import short
-from .row_formats import extras
+from .row_parts import extras
 from .template_fields import dropped, in_form, options_of
 
 if TYPE_CHECKING:

@@ -6,19 +6,20 @@ A function is looked up by its file alone: nothing of the user's runs, and nothi
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import json
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 from .fields import NAME, SalsaError, require
-from .messages import path_text
+from .messages import one_line, path_text
 
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -30,6 +31,12 @@ OWN_FUNCTION = (
 )
 """What to do with a model that is no classifier of one label."""
 EXPECTED = "expected adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
+
+
+GIVEN = ("prompts", "completions", "completion_ids", "finished", "log_metric")
+"""What every reward function is given, by keyword, beside the data's columns."""
+OWN = ("prompt", "completion", "completion_ids")
+"""Columns of the data that are not passed, as in TRL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,22 +129,64 @@ def find_module(folder: str | None, module: str) -> Path | None:
 
 
 def check_function(where: str, value: str) -> None:
-    """Raise SalsaError where a function's module is not there, or has nothing of its name."""
+    """Raise SalsaError where a function's module is not there, can't be parsed, imports what is not installed, or has nothing of its name."""
     folder, module, name = split_function(value)
     place = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
     file = find_module(folder, module)
     require(file is not None, f"{where}: found no module {module} {place}, expected one")
     assert file is not None
-    require(defines(file, name), f"{where}: found no {name} in {module} {place}, expected a function of that name")
+    if file.suffix != ".py":
+        return  # compiled: importing it will say what is wrong
+    tree = _parsed(where, file)
+    require(
+        defines(tree, name) or "setattr" in file.read_text(errors="ignore"),
+        f"{where}: found no {name} in {module} {place}, expected a function of that name",
+    )
+    for missing in _not_installed(tree, file):
+        raise SalsaError(f"{where}: {path_text(str(file))} imports {missing}, which is not installed")
 
 
-def defines(file: Path, name: str) -> bool:
-    """Whether a module's file seems to have `name` (of a dotted one the first part), read and not run; what it may get in ways that
-    can't be read (a star import, setattr) counts as there."""
+def check_signature(where: str, value: str) -> None:
+    """Raise SalsaError for a reward function that takes arguments by position only: it is called by keyword, as TRL calls it."""
+    arguments = _arguments(value)
+    names = [] if arguments is None else [one.arg for one in arguments.posonlyargs]
+    require(
+        not names,
+        f"{where}: {value.rpartition(':')[2]} takes {', '.join(names)} by position only, and rewards are called by keyword; take the / out of"
+        " its signature",
+    )
+
+
+def check_columns(where: str, value: str, columns: Collection[str], data: str) -> None:
+    """Raise SalsaError for a reward function that takes what is neither given to every one nor among the data's columns."""
+    arguments = _arguments(value)
+    if arguments is None:
+        return
+    optional = len(arguments.args) - len(arguments.defaults)
+    needs = [one.arg for one in arguments.args[:optional]]
+    needs += [
+        one.arg for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None
+    ]
+    passed = set(columns) - set(OWN)
+    absent = [name for name in needs if name not in GIVEN and name not in passed]
+    require(
+        not absent,
+        f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (other columns than the prompt:"
+        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(GIVEN)}. Add the column, or give the argument a default",
+    )
+
+
+def _parsed(where: str, file: Path) -> ast.Module:
+    """A module's file, read and not run."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError):
-        return True  # importing it will say what is wrong
+        return ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError) as error:
+        what = f"{error.msg}, line {error.lineno}" if isinstance(error, SyntaxError) else error
+        raise SalsaError(f"{where}: {path_text(str(file))} is no Python ({one_line(what)})") from error
+
+
+def defines(tree: ast.Module, name: str) -> bool:
+    """Whether a module seems to have `name` (of a dotted one the first part); what a star import may bring counts as there."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -146,9 +195,41 @@ def defines(file: Path, name: str) -> bool:
             found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-    return (
-        bool({name.split(".")[0], "*"} & found) or file.suffix != ".py" or "setattr" in file.read_text(errors="ignore")
-    )
+    return bool({name.split(".")[0], "*"} & found)
+
+
+def _not_installed(tree: ast.Module, file: Path) -> list[str]:
+    """Packages that a module imports as its first thing, in no `try`, and that are not there; none where it changes Python's path itself."""
+    if "sys.path" in file.read_text(errors="ignore"):
+        return []
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names.append(node.module)
+    tops = dict.fromkeys(name.partition(".")[0] for name in names)
+    beside = {path.stem for path in file.parent.iterdir()} | {folder.name for folder in file.parents}
+    known = {*sys.modules, *sys.stdlib_module_names, *beside}
+    return [top for top in tops if top not in known and importlib.util.find_spec(top) is None]
+
+
+def _arguments(value: str) -> ast.arguments | None:
+    """A function's parameters as its file writes them; None for what is no plain `def` or lambda there, such as a decorated one or a class."""
+    folder, module, name = split_function(value)
+    file = find_module(folder, module)
+    if file is None or file.suffix != ".py":
+        return None
+    found: list[ast.arguments | None] = []
+    for node in ast.walk(_parsed(value, file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
+            plain = not isinstance(node, ast.ClassDef) and not node.decorator_list
+            found.append(node.args if plain else None)  # type: ignore[union-attr]
+        elif isinstance(node, ast.Assign) and any(isinstance(one, ast.Name) and one.id == name for one in node.targets):
+            found.append(node.value.args if isinstance(node.value, ast.Lambda) else None)
+        elif isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            found.append(None)
+    return found[0] if len(found) == 1 else None
 
 
 def placed(value: str, folder: str) -> str:

@@ -6,31 +6,28 @@ README, "Data". Which words a row's parts have is message_formats.py's. Imports 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import SalsaError, require
-from .message_formats import (
-    Messages,
-    from_json,
-    hh_messages,
-    is_hh,
-    parse_messages,
-    tool_list,
-    untrained,
+from .errors import require
+from .message_formats import Messages, is_hh, parse_messages, untrained
+from .messages import kind_text
+from .row_parts import (
+    Row,
+    absent,
+    after,
+    answer,
+    conversation,
+    given,
+    instruction,
+    json_messages,
+    one_of,
+    raw_conversation,
+    with_system,
 )
-from .messages import one_line, short
 
-Row = Mapping[str, Any]
-INPUTS = ("input", "context")
-"""What an instruction is about: Alpaca's column, Dolly's."""
-SYSTEMS = ("system", "system_prompt")
 PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"))
-TURN_MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<|system|>", "[INST]")
-"""How text begins that a chat template has rendered already: chatml, Llama 3 and 2, Mistral, Gemma, Zephyr, Phi."""
 
 
 class Asked(NamedTuple):
@@ -50,133 +47,6 @@ class Demonstration(NamedTuple):
     name: str
     skipped: tuple[int, ...] = ()
     """Positions of the assistant's turns that are not trained on."""
-
-
-def given(row: Row, *names: str) -> bool:
-    """Whether the row has all of these columns, none of them null."""
-    return all(row.get(name) is not None for name in names)
-
-
-def one_of(row: Row, names: Sequence[str]) -> str | None:
-    """The first of these columns that the row has, not null."""
-    return next((name for name in names if row.get(name) is not None), None)
-
-
-def absent(row: Row, expected: str, where: str, missed: Sequence[str] = ()) -> SalsaError:
-    """The refusal of a row without the columns of its kind: what it has, what was expected, which are null."""
-    found = f"columns {one_line(', '.join(sorted(map(str, row))))}" if row else "no columns"
-    null = "".join(f"; {name} is null" for name in missed if name in row and row[name] is None)
-    return SalsaError(f"{where}: found {found}, expected {expected}{null}")
-
-
-# Parts of rows
-
-
-def text(row: Row, name: str, where: str) -> str:
-    """A column of text, which no chat template has rendered. Raises SalsaError."""
-    value = row[name]
-    require(isinstance(value, str), f"{where}, {name}: found {str(value)[:60]!r}, expected text")
-    begins = str(value).lstrip()
-    for bos in ("<|begin_of_text|>", "<bos>", "<s>"):
-        begins = begins.removeprefix(bos).lstrip()
-    require(
-        not begins.startswith(TURN_MARKS),
-        f"{where}, {name}: found text that a chat template has rendered already ({short(value)}), expected messages, or the turn's text alone:"
-        " the recipe's template would be put around it",
-    )
-    return str(value)
-
-
-def instruction(row: Row, name: str, where: str) -> Messages:
-    r"""A question of one or two columns, instruction and input joined by "\n" as LLaMA-Factory does; HH-RLHF's text → its turns.
-
-    LLaMA-Factory's `history`, pairs of texts, stands before it.
-    """
-    value = _json_messages(row[name])
-    if is_hh(value):
-        return hh_messages(value)
-    if isinstance(value, str):
-        about = one_of(row, INPUTS) if name == "instruction" else None
-        parts = [text(row, name, where), *([text(row, about, where)] if about else [])]
-        asked = [{"role": "user", "content": "\n".join(part for part in parts if part or part is parts[0])}]
-        return _history(row, where) + asked
-    return parse_messages([value] if isinstance(value, dict) else value, f"{where}, {name}")
-
-
-def _history(row: Row, where: str) -> Messages:
-    found, pairs = Messages(), row.get("history") or []
-    for pair in from_json(pairs, f"{where}, history") if isinstance(pairs, str) else pairs:
-        fits = isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
-        require(fits, f"{where}, history: found {short(pair)}, expected pairs of a question and its answer")
-        found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return found
-
-
-def _json_messages(value: Any) -> Any:
-    """Messages where text is their JSON, as csv files have them; else the value."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        with contextlib.suppress(ValueError, RecursionError):  # text may well begin so
-            found = json.loads(value)
-            if all(isinstance(one, dict) and {"role", "from"} & set(one) for one in found):
-                return found
-    return value
-
-
-def raw_conversation(row: Row, name: str, where: str) -> Any:
-    """The messages of a whole chat, as they are: ShareGPT's list, Capybara's pairs of {input, output}, LIMA's list of texts."""
-    value = row[name]
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = from_json(value, f"{where}, {name}")
-    if isinstance(value, list) and value and name != "messages":
-        if all(isinstance(one, dict) and {"input", "output"} <= set(one) for one in value):
-            value = [
-                {"role": role, "content": one[key]}
-                for one in value
-                for role, key in (("user", "input"), ("assistant", "output"))
-            ]
-        elif all(isinstance(one, str) for one in value):
-            value = [{"role": ("user", "assistant")[i % 2], "content": one} for i, one in enumerate(value)]
-    return value
-
-
-def conversation(row: Row, name: str, where: str) -> Messages:
-    """A whole chat."""
-    return parse_messages(raw_conversation(row, name, where), f"{where}, {name}")
-
-
-def answer(row: Row, name: str, where: str) -> Messages:
-    """One answer, or the chat that ends with it: text, one message, or messages."""
-    value = _json_messages(row[name])
-    if is_hh(value):
-        return hh_messages(value)
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": text(row, name, where)}]
-    return parse_messages([value] if isinstance(value, dict) else value, f"{where}, {name}")
-
-
-def with_system(row: Row, messages: Messages, where: str) -> Messages:
-    """The messages after the row's `system` column. Raises SalsaError where they begin with another system turn."""
-    name = one_of(row, SYSTEMS)
-    if name is None or not (words := text(row, name, where)).strip():
-        return messages
-    if messages and messages[0]["role"] == "system":
-        same = messages[0]["content"].strip() == words.strip()
-        require(
-            same,
-            f"{where}, {name}: found another text than the first turn's system text, expected one of them; take one out",
-        )
-        return messages
-    return [{"role": "system", "content": words}, *messages]
-
-
-def after(asked: Messages, answered: Messages) -> Messages:
-    """The answer after what was asked, which stands before it once: an answer that holds its prompt already does not get it again."""
-    systems = asked[:1] if asked and asked[0]["role"] == "system" else []
-    rest = asked[len(systems) :]
-    if answered[0]["role"] not in ("user", "system"):
-        return asked + answered
-    own = answered[0]["role"] == "system"
-    return answered if own or (rest and answered[: len(rest)] != rest) else systems + answered
 
 
 # Demonstrations
@@ -230,8 +100,8 @@ def demonstration(row: Row, where: str) -> Demonstration:
         hint = "; `text` alone does not say which of it is the assistant's, whom the loss is on"
     elif given(row, "chosen", "rejected"):
         hint = "; rows of chosen and rejected are for data.preferences"
-    missed = [name for name in ("messages", "conversations", "prompt", "instruction") if name in row][:1]
-    raise absent(row, EXPECTED["demonstrations"] + hint, where, missed)
+    missed = dict.fromkeys(name for names in DEMONSTRATIONS for name in names)
+    raise absent(row, EXPECTED["demonstrations"] + hint, where, list(missed))
 
 
 def undesirable(row: Row) -> bool:
@@ -253,7 +123,7 @@ ASKING = ("prompt", "conversations", "conversation", "instruction", "question", 
 
 def lacks_prompt(row: Row) -> bool:
     """Whether chosen is text without a prompt in it or beside it."""
-    chosen = _json_messages(row.get(pair_names(row)[0]))
+    chosen = json_messages(row.get(pair_names(row)[0]))
     return isinstance(chosen, str) and not is_hh(chosen) and not set(ASKING) & set(row)
 
 
@@ -283,7 +153,7 @@ def preference(row: Row, where: str) -> Pair:
     missing = [name for name in names if row.get(name) is None]
     if missing:
         label = "; rows with a `label` are unpaired (KTO's)" if isinstance(row.get("label"), bool) else ""
-        raise absent(row, " and ".join(missing) + label, where, missing[:1])
+        raise absent(row, " and ".join(missing) + label, where, missing)
     asked = _prompt_of_pair(row, where)
     texts = [row[name] for name in names]
     taken_off = False
@@ -342,12 +212,12 @@ def _several(row: Row, name: str, where: str) -> Asked:
     value = row[name]
     require(
         isinstance(value, list) and bool(value),
-        f"{where}, {name}: found {str(value)[:60]!r}, expected a list of user's turns",
+        f"{where}, {name}: found {kind_text(value)}, expected a list of user's turns",
     )
     turns = []
     for turn in value:
         said = turn.get("content") if isinstance(turn, dict) else turn
-        require(isinstance(said, str), f"{where}, {name}: found {str(said)[:60]!r}, expected text")
+        require(isinstance(said, str), f"{where}, {name}: found {kind_text(said)}, expected text")
         turns.append(str(said))
     return Asked(with_system(row, [{"role": "user", "content": turns[0]}], where), name, tuple(turns))
 
@@ -392,7 +262,7 @@ def prompt(row: Row, where: str) -> Asked:
     """What a row asks. Raises SalsaError that names `where` and the column."""
     name = one_of(row, list(PROMPTS))
     if name is None:
-        raise absent(row, EXPECTED["prompts"], where, [one for one in ("prompt", "messages", "turns") if one in row])
+        raise absent(row, EXPECTED["prompts"], where, list(PROMPTS))
     value = row[name]
     if name == "prompt" and isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         return _several(row, name, where)
@@ -406,24 +276,6 @@ def more_system(row: Row, asked: Asked) -> bool:
     name = one_of(row, ("messages", "chosen"))
     first = row[name][0] if name is not None and isinstance(row[name], list) and row[name] else None
     return isinstance(first, dict) and first.get("role", first.get("from")) == "system"
-
-
-# What goes with every kind
-
-
-def extras(row: Row, where: str) -> dict[str, Any]:
-    """What a chat template is given beside the messages: the row's tools, and TRL's chat_template_kwargs."""
-    found: dict[str, Any] = {}
-    if row.get("tools") is not None and (tools := tool_list(row["tools"], f"{where}, tools")):
-        found["tools"] = tools
-    options = row.get("chat_template_kwargs")
-    if isinstance(options, str) and options.strip():
-        options = from_json(options, f"{where}, chat_template_kwargs")
-    require(
-        options is None or options == "" or isinstance(options, dict),
-        f"{where}, chat_template_kwargs: found {short(options)}, expected options of the template by name",
-    )
-    return found | ({"chat_template_kwargs": options} if options else {})
 
 
 def _listed(shapes: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from salsa_peft import parsing
-from salsa_peft.config import Recipe, SalsaError, parse_reference
+from salsa_peft.config import Adapter, Recipe, SalsaError, parse_reference
 from salsa_peft.parsing import load_recipe
 from salsa_peft.yaml_text import MAX_BYTES, dump_yaml, parse_yaml
 
@@ -89,6 +89,27 @@ REFUSED = [
     ("ppo.learning_rat=1e-6", ["ppo.learning_rat: unknown key", "did you mean learning_rate?"]),
     ("polices.x=1", ["polices: unknown key", "did you mean policies?"]),
     ("adapter.rank=3", ["adapter.rank: unknown key", "r, lora_alpha"]),
+    (
+        "adapter.use_dora=true",
+        [
+            "adapter.use_dora: unknown key; of PEFT's LoraConfig a recipe takes r, lora_alpha, lora_dropout, target_modules, use_rsl"
+        ],
+    ),
+    (
+        "adapter.lora={r: 8}",
+        ["adapter.lora: unknown key; of PEFT's LoraConfig a recipe takes r,", "in `adapter` itself, not under `lora`"],
+    ),
+    ("adapter.alpha=3", ["adapter.alpha: unknown key; did you mean lora_alpha?"]),
+    ("lora_dropout=0.1", ["lora_dropout: unknown key; did you mean adapter.lora_dropout?"]),
+    ("max_length=8", ["max_length: unknown key; did you mean model.max_length?"]),
+    (
+        "data.demonstrations=[a.jsonl, b.jsonl]",
+        ["--set: data.demonstrations: found a list, expected one source. Put the files into one folder"],
+    ),
+    ("evaluate.prompts={x: [a.jsonl]}", ["--set: evaluate.prompts.x: found a list, expected one source"]),
+    ("evaluate.prompts=a.jsonl", ["evaluate.prompts: found 'a.jsonl', expected a mapping of names to values, {NAME: "]),
+    ("sft.seeds=3", ["--set: sft.seeds: found 3, expected a list; write [3]"]),
+    ("evaluate.models=base", ["evaluate.models: found 'base', expected a list; write [base]"]),
     ("data.demonstrations.splitt=a", ["data.demonstrations.splitt: unknown key", "split?"]),
     ("policies.salsa.kl_coeff=1", ["policies.salsa.kl_coeff: unknown key", "kl_coef?"]),
     ("policies.new.kl_coef=1", ["policies.new.reference: found nothing, expected a value"]),
@@ -185,6 +206,27 @@ def test_refusals(load, override, words):
     line = said(load, *(override.split(" & ")))
     for word in words:
         assert word in line
+
+
+def test_the_fields_of_pefts_configuration():
+    """Each is a key of `adapter`, or one that a recipe is known not to take: none is mistaken for a misspelt one."""
+    from peft import LoraConfig, PeftConfig
+
+    ours = {field.name for field in dataclasses.fields(Adapter)}
+    common = {field.name for field in dataclasses.fields(PeftConfig)} - {"task_type"}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - ours - common == set(parsing.PEFTS)
+
+
+def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
+    """In a file and by --set; a folder's path is made absolute as in a list."""
+    for taken, path in (("org/seed", "org/seed"), ("./mine/seed", str(tmp_path / "mine" / "seed"))):
+        if taken[0] == ".":
+            (tmp_path / "mine" / "seed").mkdir(parents=True)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (tmp_path / "mine" / "seed" / name).write_text("{}")
+        for found in (load(f"sft.from={taken}"), load(text=RECIPE + f"sft: {{from: {taken}}}\n")):
+            assert (found.recipe.sft.from_, found.recipe.sft.seeds, found.recipe.soup.members) == ([path], [0], [0])
+    assert said(load, "sft.from=3") == "--set: sft.from: found 3, expected a list; write [3]"
 
 
 def test_the_layer_that_said_it_is_named(load):
@@ -309,12 +351,12 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
         (tmp_path / folder / "base").mkdir()
         (tmp_path / folder / "base" / "config.json").write_text("{}")
     (tmp_path / "there" / "r.yaml").write_text(
-        RECIPE + "data: {demonstrations: {path: d.jsonl, split: x}}\nmodel: {base: base}\n"
+        RECIPE + "data: {demonstrations: {path: d.jsonl, split: 'train[:80%]'}}\nmodel: {base: base}\n"
     )
     monkeypatch.chdir(tmp_path / "here")
     recipe = load_recipe("../there/r.yaml", lora="lora", overrides=[]).recipe
     assert recipe.data.demonstrations.path == str(tmp_path / "there" / "d.jsonl")
-    assert recipe.data.demonstrations.split == "x"
+    assert recipe.data.demonstrations.split == "train[:80%]"
     assert recipe.model.base == str(tmp_path / "there" / "base")
     recipe = load_recipe(
         "../there/r.yaml", lora="lora", overrides=["data.demonstrations=d.jsonl", "model.base=./base"]
@@ -326,7 +368,7 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
         "../there/r.yaml", lora="lora", overrides=["data.demonstrations.path=d.jsonl", "model.base=org/model"]
     ).recipe
     assert recipe.data.demonstrations.path == str(tmp_path / "here" / "d.jsonl")
-    assert recipe.data.demonstrations.split == "x"
+    assert recipe.data.demonstrations.split == "train[:80%]"
     assert recipe.model.base == "org/model"
     os.remove(tmp_path / "there" / "base" / "config.json")
     with pytest.raises(SalsaError, match=r"r.yaml: model.base: found no config.json in"):

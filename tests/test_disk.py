@@ -110,7 +110,7 @@ def test_a_run_that_cannot_fit_is_refused(
     assert recipe.main(words) == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and line.startswith(
-        f"results: found 120.0 GiB free in {tmp_path}, expected 163.5 GiB, of which 100.2 GiB stay"
+        f"results: found 120.0 GiB free on the disk of {tmp_path}, expected 163.5 GiB, of which 100.2 GiB stay"
     )
     assert line.endswith("take --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
     free.free = 145 * GIB

@@ -77,8 +77,8 @@ def test_ids_that_come_twice(read: Any) -> None:
     [
         ({"turns": []}, "row 1, turns: found"),
         ({"turns": "text"}, "row 1, turns: found 'text', expected a list"),
-        ({"turns": ["a", 3]}, "row 1, turns: found '3', expected text"),
-        ({"turns": [{"text": "a"}]}, "row 1, turns: found 'None', expected text"),
+        ({"turns": ["a", 3]}, "row 1, turns: found the number 3, expected text"),
+        ({"turns": [{"text": "a"}]}, "row 1, turns: found null, expected text"),
         ({"text": "a"}, "expected prompt, messages, conversations, instruction, question or turns"),
         ({"prompt": []}, "row 1, prompt: found"),
     ],

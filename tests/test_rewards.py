@@ -624,9 +624,7 @@ def load(tmp_path: Path, monkeypatch: Any) -> Any:
     """load(text, …) → the recipe with `text` after it; own_score.py with function f lies beside it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "own_score.py").write_text(
-        "import no_such_module\ndef f(completions): return [0.0]\ng = f\n"
-    )
+    (tmp_path / "recipes" / "own_score.py").write_text("raise RuntimeError\ndef f(completions): return [0.0]\ng = f\n")
 
     def make(text: str = "", *overrides: str) -> Any:
         (tmp_path / "recipes" / "tiny.yaml").write_text(RECIPE + text)
@@ -661,7 +659,7 @@ class TestRecipe:
             ("adapter", 1.0, "adapter"), ("function", 0.5, "fit"), ("classifier", 1.0, "rm"),
         ]  # fmt: skip
         assert several.parts[1].value == f"{place}/own_score:f"
-        assert load("reward: json:dumps\n").recipe.reward.model == "json:dumps"
+        assert load("reward: json:JSONEncoder\n").recipe.reward.model == "json:JSONEncoder"
 
     def test_set_keeps_the_rest_of_the_section(self, load: Any, tmp_path: Path) -> None:
         """Paths of --set are taken from the current folder."""
@@ -710,6 +708,42 @@ class TestRecipe:
         with pytest.raises(SalsaError, match=line) as caught:
             load(text + "\n")
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            (
+                "def f(completions, /): return []",
+                "f takes completions by position only, and rewards are called by keyw",
+            ),
+            ("async def f(completions: return []", r"f_score.py' is no Python \(invalid syntax, line 1\)"),
+            (
+                "import no_such_package.deep\ndef f(completions): ...",
+                "f_score.py' imports no_such_package, which is not",
+            ),
+            ("from no_such_package import f", "f_score.py' imports no_such_package, which is not installed"),
+        ],
+    )
+    def test_a_function_is_read_before_anything_trains(self, load: Any, tmp_path: Path, text: str, line: str) -> None:
+        (tmp_path / "recipes" / "f_score.py").write_text(text + "\n")
+        with pytest.raises(SalsaError, match=line) as caught:
+            load("reward: f_score:f\n")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "import sys\nsys.path.append('lib')\nimport no_such_package\ndef f(completions): ...",
+            "try:\n    import no_such_package\nexcept ImportError: pass\ndef f(completions): ...",
+            "import own_score, torch, time, _io\nfrom . import x\ndef f(completions): ...",
+            "from functools import cache\n@cache\ndef f(answer, /): ...",
+            "class f:\n    def __init__(self, answer, /): ...",
+            "def f(answer, /): ...\nf = print",
+        ],
+    )
+    def test_what_reading_cannot_tell_is_left_to_the_stage(self, load: Any, tmp_path: Path, text: str) -> None:
+        (tmp_path / "recipes" / "f_score.py").write_text(text + "\n")
+        assert load("reward: f_score:f\n").recipe.reward.parts[0].kind == "function"
 
     def test_a_local_classifier_is_looked_into(self, load: Any, tmp_path: Path) -> None:
         saved(tmp_path / "recipes" / "rm")

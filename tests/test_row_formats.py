@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
-from salsa_peft import data, data_checks, data_files
+from salsa_peft import data, data_checks, data_files, row_formats
 from salsa_peft import recipe as recipes
-from salsa_peft.config import Data, SalsaError, Source
+from salsa_peft.config import Data, Reward, SalsaError, Source
 from salsa_peft.parsing import load_recipe
+from salsa_peft.paths import count_rows
 from salsa_peft.questions import questions
 from salsa_peft.sft import labelled
 from salsa_peft.template_fields import reads_text_arguments
@@ -449,19 +450,51 @@ class TestBesideTRL:
             assert found[0]["prompt_ids"] == data.prompt_tokens(asked, tokenizer)
 
 
+def test_functions_are_the_older_name_of_tools(put: Any) -> None:
+    """OpenAI's function_call and functions; a column of that name with other data is none."""
+    described = {"name": "f", "parameters": {}}
+    chat = [turns("q")[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]
+    for given in ([described], json.dumps([described])):
+        found = data.demonstrations(put({"messages": chat, "functions": given}))
+        assert found[0]["tools"] == [{"type": "function", "function": described}]
+    for other in (["sin", "cos"], "sin", 3, [], [{"id": 1}]):
+        assert "tools" not in data.demonstrations(put({"messages": PLAIN, "functions": other}))[0]
+
+
 class TestBeforeAStageBegins:
     """data_checks.py"""
 
     def test_prompts_with_tools_are_refused_for_trls_sampling_trainers(self, put: Any) -> None:
         """Their prompts are rendered without; ours are not."""
         source = put({"prompt": "q"}, {"prompt": "q", "tools": [TOOL]})
-        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}))
+        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}), reward=Reward())
         data_checks.check(recipe, {"ppo"})
         with pytest.raises(
             SalsaError,
             match=r"data\.prompts: found `tools` or .* in 1 rows \(the first: row 2\), which TRL's rloo leaves out",
         ):
             data_checks.check(recipe, {"rloo"})
+
+    def test_a_reward_function_takes_columns_that_the_prompts_have(self, put: Any, tmp_path: Path) -> None:
+        """In PPO's prompts and in evaluation's; `prompt` itself is not passed, as in TRL."""
+        (tmp_path / "own_columns.py").write_text(
+            "def plain(completions, level, log_metric, k=1, *, finished, **rest): return []\n"
+            "def other(prompt, completions, *, answer): return []\n"
+            "first = lambda completions, answer: []\n"
+        )
+        source = put({"prompt": "q"}, {"prompt": "q", "level": 3})
+        for name, absent in (("plain", None), ("other", "prompt, answer"), ("first", "answer")):
+            for own, asked, stage in ((source, {}, "ppo"), (None, {"mine": source}, "evaluate")):
+                recipe: Any = SimpleNamespace(
+                    data=Data(prompts=own), evaluate=SimpleNamespace(prompts=asked),
+                    reward=Reward(model=f"{tmp_path}/own_columns:{name}"),
+                )  # fmt: skip
+                if absent is None:
+                    data_checks.check(recipe, {stage})
+                    continue
+                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(other .*: level\)"
+                with pytest.raises(SalsaError, match=line):
+                    data_checks.check(recipe, {stage})
 
     @pytest.mark.parametrize("disk", [True, False])
     def test_folders_are_looked_at_too(self, tmp_path: Path, disk: bool) -> None:
@@ -485,7 +518,7 @@ class TestBeforeAStageBegins:
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "a.jsonl"))
         source = Source(path="hf://datasets/me/x/a.jsonl")
-        recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}))
+        recipe: Any = SimpleNamespace(data=Data(prompts=source), reward=Reward(), evaluate=SimpleNamespace(prompts={}))
         seen = []
         reader = data_checks.READERS["prompts"]
         monkeypatch.setitem(data_checks.READERS, "prompts", lambda one: seen.append(reader(one)) or seen[-1])
@@ -506,6 +539,110 @@ class TestBeforeAStageBegins:
         assert "huggingface.co/datasets/me/x: not in the local cache and the Hub" in capfd.readouterr().err
         assert not (tmp_path / "out").exists()
         assert recipes.main([*words, "--dry-run"]) == 0, "a plan fetches nothing"
+
+
+def test_readme_names_the_columns_in_their_order() -> None:
+    """Each kind of data has one row of README's table, with every column that is read."""
+    lines = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    table = {
+        kind: next(line for line in lines if line.startswith(f"| `data.{kind}`"))
+        for kind in ("demonstrations", "preferences", "prompts")
+    }
+    names = {
+        "demonstrations": [name for shape in row_formats.DEMONSTRATIONS for name in shape],
+        "preferences": [*(pair[0] for pair in row_formats.PAIRS), *row_formats.ASKING],
+        "prompts": [*row_formats.PROMPTS],
+    }
+    for kind, found in names.items():
+        assert [name for name in found if f"`{name}`" not in table[kind]] == []
+    pieces = table["demonstrations"].split("|")[2].split(" · ")
+    firsts = list(dict.fromkeys(shape[0] for shape in row_formats.DEMONSTRATIONS))
+    assert [piece.split("`")[1] for piece in pieces] == firsts
+    for names_of, piece in zip(firsts, pieces, strict=True):
+        answers = [shape[1] for shape in row_formats.DEMONSTRATIONS if shape[0] == names_of and len(shape) == 2]
+        assert [name for name in piece.rpartition(" and ")[2].split("`")[1::2] if answers] == answers
+
+
+class TestFolders:
+    """What datasets reads, or leaves out, is said by file."""
+
+    GOOD = '{"prompt": "q", "completion": "a"}\n'
+
+    @pytest.mark.parametrize(
+        ("name", "text", "line"),
+        [
+            ("b.jsonl", '{"prompt": [', r"set/b\.jsonl, row 1: found .* expected one JSON object a line"),
+            ("b.jsonl", '{"text": "x"}', r"set/b\.jsonl: found the columns text, and prompt, completion in a\.jsonl, expected the sam"),
+            ("b.jsonl", '{"prompt": [3], "completion": "a"}', r"b\.jsonl, row 1, prompt: found the list \[3\], and text in a\.jsonl"),
+            ("b.csv", "prompt,completion\n1,q,a\n", r"set/b\.csv, row 1: found more fields than the header's"),
+        ],
+    )  # fmt: skip
+    def test_the_odd_file_is_named(self, tmp_path: Path, name: str, text: str, line: str) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "a.jsonl").write_text(self.GOOD)
+        (tmp_path / "set" / name).write_text(text)
+        with pytest.raises(SalsaError, match=line) as caught:
+            data.demonstrations(Source(path=str(tmp_path / "set")))
+        assert "\n" not in str(caught.value)
+
+    def test_a_packed_file_that_is_no_parquet(self, tmp_path: Path) -> None:
+        (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+        with pytest.raises(SalsaError, match=r"a\.parquet: found no Parquet"):
+            data.demonstrations(Source(path=str(tmp_path)))
+
+    def test_a_split_that_is_not_there_accuses_no_file(self, tmp_path: Path) -> None:
+        (tmp_path / "train.jsonl").write_text(self.GOOD)
+        (tmp_path / "test.jsonl").write_text('{"prompt": "q"}\n')
+        with pytest.raises(SalsaError, match=r"split 'dev'"):
+            data.demonstrations(Source(path=str(tmp_path), split="dev"))
+
+    def test_a_file_of_another_kind_is_said(self, tmp_path: Path, capsys: Any) -> None:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        (folder / "a.jsonl").write_text(self.GOOD)
+        assert data.demonstrations(Source(path=str(folder))) and capsys.readouterr().err == ""
+        (folder / "b.csv").write_text("prompt,completion\nc,d\n")
+        assert len(data.demonstrations(Source(path=str(folder)))) == 1
+        assert f"{folder}/b.csv: not read, since the folder's other files are .jsonl\n" in capsys.readouterr().err
+
+
+class TestWrapped:
+    """Rows in a list inside one object."""
+
+    ROW: ClassVar[Row] = {"prompt": "q", "completion": "a"}
+
+    @pytest.mark.parametrize("indent", [None, 1])
+    @pytest.mark.parametrize(
+        ("whole", "rows"),
+        [
+            ({"data": [ROW] * 3}, 3),
+            ({"version": "1.0", "data": [ROW] * 3, "tags": ["x"]}, 3),
+            ({**ROW, "tools": [{"name": "f"}, {"name": "g"}]}, 1),
+        ],
+    )
+    def test_they_are_found_and_counted(self, tmp_path: Path, whole: Any, rows: int, indent: int | None) -> None:
+        """A row of its own with a list of objects is a row."""
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(whole, indent=indent))
+        assert len(data_files.load(Source(path=str(path)))) == rows == count_rows(Source(path=str(path)))
+        override = [f"data.demonstrations={path}", "sft.batch_size=1", "sft.micro_batch_size=1"]
+        assert load_recipe("quickstart", lora="lora", overrides=override).recipe.data.demonstrations
+
+    def test_what_is_no_list_of_rows(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.json"
+        for whole, line in (
+            (
+                {"train": [self.ROW], "test": [self.ROW]},
+                "found one object with the lists train, test, expected a list of",
+            ),
+            (
+                {"messages": [turns("q", "a")]},
+                "row 1, messages: found the list .*; a list of such lists is a file by colum",
+            ),
+        ):
+            path.write_text(json.dumps(whole))
+            with pytest.raises(SalsaError, match=line):
+                data.demonstrations(Source(path=str(path)))
 
 
 class TestFiles:
@@ -616,7 +753,7 @@ class TestFiles:
             return str(tmp_path / "a.jsonl")
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-        with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found .3."):
+        with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found the number 3"):
             data.prompts(Source(path="hf://datasets/me/x@v1/a.jsonl"))
         assert asked == [("me/x", "a.jsonl", {"repo_type": "dataset", "revision": "v1"})]
 

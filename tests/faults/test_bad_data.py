@@ -130,7 +130,7 @@ class TestFiles:
         """It has the column, so the line says what is wrong with it."""
         read, fine, columns = KINDS[kind]
         line = refusal(read, put(fine, dict.fromkeys(fine)))
-        null = next(iter(fine)) if kind != "preferences" else "chosen"
+        null = next(iter(fine)) if kind != "preferences" else "chosen is null; rejected"
         found = ", ".join(sorted(fine))
         assert line == f"rows.jsonl, row 2: found columns {found}, expected {columns}; {null} is null"
 
@@ -191,9 +191,7 @@ class TestFiles:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
-        assert "set: found a file that does not parse (JSON parse error" in refusal(
-            data.prompts, Source(path=str(tmp_path / "set"))
-        )
+        assert "set/train.jsonl, row 2: found" in refusal(data.prompts, Source(path=str(tmp_path / "set")))
 
     @kinds
     def test_a_limited_source_names_the_files_row(self, put: Any, kind: str) -> None:
@@ -318,7 +316,7 @@ class TestRoles:
             (data.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: found no assistant turn, expected at least one"),
             (data.demonstrations, {"messages": [{"from": "narrator", "value": "a"}]},
              "messages: found the unknown role 'narrator', expected human, gpt, system, function_call, observation or tool; rename it"),
-            (data.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: found role 'None', expected text"),
+            (data.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: found no role in an object with the keys speaker, text, expected messages of {role, content} or {from, value}"),
             (data.preferences, PAIR | {"chosen": [user("q")]}, "chosen: found a last turn of user, expected assistant"),
             (data.preferences, PAIR | {"prompt": [user("q"), assistant("a")]},
              "prompt: found a last turn of assistant, expected user: the policy answers next"),
@@ -776,7 +774,10 @@ class TestStages:
         write(path, rows)
         source = Source(path=str(path))
         job = trained.job["sft/seed-1"]
-        assert refusal(lambda _: sft.run(job), source) == "d.jsonl, row 3, messages: found content '3', expected text"
+        assert (
+            refusal(lambda _: sft.run(job), source)
+            == "d.jsonl, row 3, messages: found the number 3 as the content of assistant, expected text"
+        )
         write(path, rows[:2])
         with pytest.raises(
             SalsaError, match=r"^data\.demonstrations: found 2 rows with an answer within .* at least sft"
@@ -844,10 +845,10 @@ class TestBeforeAStageBegins:
         [
             ("demonstrations", '{"messages": [{"role": "user", "content": "q"}]}', "row 37, messages: found no assistant turn"),
             ("demonstrations", '{"messages": ', "row 37: found"),
-            ("held_out", '{"messages": []}', "row 37, messages: found '[]'"),
+            ("held_out", '{"messages": []}', "row 37, messages: found an empty list"),
             ("preferences", '{"prompt": "q", "chosen": "+"}', "row 37: found columns chosen, prompt, expected rejected"),
             ("prompts", '{"text": "q"}', "row 37: found columns text, expected prompt"),
-            ("evaluation", '{"messages": [3]}', "row 37, messages: found '[3]'"),
+            ("evaluation", '{"messages": [3]}', "row 37, messages: found the list [3]"),
         ],
     )  # fmt: skip
     def test_a_bad_row_is_refused_at_once(self, go: Any, tmp_path: Path, kind: str, row: str, said: str) -> None:

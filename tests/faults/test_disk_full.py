@@ -110,7 +110,7 @@ class TestCheckpoints:
 
         other._require_room = late
         with pytest.raises(
-            SalsaError, match=r"checkpoint-3: found .* free in .*, expected .*; nothing of it was written"
+            SalsaError, match=r"checkpoint-3: found .* free on .*, expected .*; nothing of it was written"
         ):
             other.train()
         assert [folder.name for folder in checkpoints.checkpoints(tmp_path / "other")] == [
@@ -205,13 +205,13 @@ class TestFiles:
         base = make_base(tie_word_embeddings=True)
         size = sum(parameter.nbytes for parameter in base.parameters())
         free(monkeypatch, size - 1)
-        with pytest.raises(SalsaError, match=r"policy: found .* free in .*, expected .*; nothing of it was written"):
+        with pytest.raises(SalsaError, match=r"policy: found .* free on .*, expected .*; nothing of it was written"):
             models.save_checkpoint(base, tmp_path / "policy", tokenizer)
         free(monkeypatch, size)
         models.save_checkpoint(base, tmp_path / "policy", tokenizer)
         model = make_adapter(make_base(), "seed-0", 1)
         free(monkeypatch, sum(parameter.nbytes for parameter in adapters.parameters(model, "seed-0")) - 1)
-        with pytest.raises(SalsaError, match=r"seed: found .* free in"):
+        with pytest.raises(SalsaError, match=r"seed: found .* free on"):
             adapters.save(model, "seed-0", tmp_path / "seed", None)
         assert not (tmp_path / "seed").exists()
 
@@ -253,7 +253,7 @@ class TestACommand:
         free(monkeypatch, 1_000_000)
         assert recipe.main(["quickstart", "--lora"]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "results: found 1.0 MiB free in" in said and not list(tmp_path.iterdir())
+        assert said.count("\n") == 1 and "results: found 1.0 MiB free on" in said and not list(tmp_path.iterdir())
 
     def test_a_stage_that_finds_none_says_so_in_a_line(self, tmp_path: Path) -> None:
         """No trace to look for; the trace is in the log all the same."""
@@ -291,7 +291,7 @@ class TestACommand:
             "Path('disk').mkdir()\n"
             "if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={sys.argv[1]}k', 'none', 'disk']).returncode: sys.exit(77)\n"
             "first = subprocess.run(sys.argv[2:], stderr=subprocess.PIPE, text=True)\n"
-            "print(first.returncode, first.stderr.count('Traceback'), 'found no room' in first.stderr or 'free in' in first.stderr, flush=True)\n"
+            "print(first.returncode, first.stderr.count('Traceback'), 'found no room' in first.stderr or 'free on' in first.stderr, flush=True)\n"
             "done = len(list(Path('disk/run').glob('*/**/manifest.json')))\n"
             "subprocess.run(['mount', '-o', 'remount,size=200m', 'disk'], check=True)\n"
             "again = subprocess.run(sys.argv[2:], stderr=subprocess.PIPE, text=True)\n"
