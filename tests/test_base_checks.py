@@ -78,6 +78,15 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
         (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: found vllm, which takes merged experts by other names"),
         ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "has router_jitter_noise in its config.json, noise in training mode"),
         ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "has hidden_dropout in its config.json"),
+        ({**LLAMA, "model_type": "rwkv"}, [], None, r"is a rwkv model, whose implementation in Transformers reads the padding .* Use another base"),
+        ({**LLAMA, "model_type": "recurrent_gemma"}, [], "lora", "is a recurrent_gemma model, whose implementation in Transformers reads the padding"),
+        ({**LLAMA, "model_type": "xlstm"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora", "is a xlstm model, whose implementation"),
+        ({**LLAMA, "model_type": "mamba"}, [], "lora", r"found all-linear, .* weights of out_proj past a LoRA on it. Set adapter.target_modules=\[in_proj,x_proj\], or train full"),
+        ({**LLAMA, "model_type": "mamba2"}, ["adapter.target_modules=[in_proj,out_proj]"], "lora", r"found in_proj, out_proj, .* weights of out_proj .*target_modules=\[in_proj\]"),
+        ({**LLAMA, "model_type": "falcon_h1"}, [], "lora", r"Set adapter.target_modules=\[in_proj,q_proj,k_proj,v_proj,o_proj\]"),
+        ({**LLAMA, "model_type": "nemotron_h"}, ["adapter.target_modules=.*(in|out)_proj"], "lora", "weights of out_proj past a LoRA"),
+        ({**LLAMA, "model_type": "falcon_mamba"}, ["adapter.target_modules=[in_proj,conv1d]"], "lora", "weights of conv1d past a LoRA"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, [], "lora", "weights of out_proj past a LoRA"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None, line: str) -> None:
@@ -99,7 +108,12 @@ def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str]
         (MIXTRAL, ["adapter.lora_dropout=0.1", "adapter.target_modules=[q_proj,v_proj]"], "lora"),
         ({"hidden_size": 8}, [], "lora"),  # says nothing of its kind
         (LLAMA, ["adapter.target_modules=[q_proj,lm_head]", "policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
-        ({**LLAMA, "model_type": "xlstm"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
+        ({**LLAMA, "model_type": "dory"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
+        ({**LLAMA, "model_type": "mamba"}, [], None),
+        ({**LLAMA, "model_type": "falcon_mamba"}, ["adapter.target_modules=[in_proj,x_proj]"], "lora"),
+        ({**LLAMA, "model_type": "mamba2"}, ["adapter.target_modules=.*in_proj"], "lora"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["attention", "attention"]}, [], "lora"),
+        ({**LLAMA, "model_type": "jamba"}, [], "lora"),
     ],
 )  # fmt: skip
 def test_what_is_not(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None) -> None:
@@ -112,6 +126,38 @@ def test_transformers_tables_are_what_it_imports() -> None:
 
     for name, table in base_checks.TABLES.items():
         assert base_checks.architectures()[name] == set(vars(modeling_auto)[table]), name
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "rwkv": {"attention_hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32, "lru_width": 16},
+    "xlstm": {"num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16},
+    "mamba": {"num_hidden_layers": 2, "state_size": 4},
+    "llama": {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_which_architectures_read_padding_as_text(kind: str) -> None:
+    """A padded prompt's logits against those of the prompt alone: where they differ, and only there, the base is refused."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, hidden_size=16, vocab_size=32, use_cache=False, **TINY[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    prompt = torch.tensor([[5, 9, 4, 21, 7]])
+    padded, mask = (
+        torch.cat([torch.full((1, 6), filler), rest], 1) for filler, rest in ((3, prompt), (0, torch.ones_like(prompt)))
+    )
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    options = {} if kind in ("rwkv", "xlstm") else {"position_ids": positions}  # which take none
+    with torch.no_grad():
+        alone = model(input_ids=prompt).logits
+        found = model(input_ids=padded, attention_mask=mask, **options).logits[:, 6:]
+    assert ((found - alone).abs().max() > 1e-3 * alone.abs().max()) == (kind in base_checks.UNMASKED)
 
 
 def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None:
