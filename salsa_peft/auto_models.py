@@ -35,7 +35,10 @@ def classifier(config: PreTrainedConfig) -> Any:
     causal = language_model(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
-    named = {"__module__": causal.__module__, "base_model_prefix": family.base_model_prefix}  # its tensors' names are the base's
+    named = {
+        "__module__": causal.__module__,
+        "base_model_prefix": family.base_model_prefix,
+    }  # its tensors' names are the base's
     return type(name, (_Classifier, family), named)
 
 

@@ -43,7 +43,9 @@ UNMASKED = {
 MAMBA = {
     **dict.fromkeys(("mamba", "falcon_mamba"), "in_proj,x_proj"),
     "mamba2": "in_proj",
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "in_proj,q_proj,k_proj,v_proj,o_proj"),
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "in_proj,q_proj,k_proj,v_proj,o_proj"
+    ),
 }
 """Architectures whose fused kernel is given `out_proj`'s weight, past a LoRA on it (PEFT refuses some of them) → what LoRA can be on."""
 PAST_LORA = ("out_proj", "conv1d", "dt_proj")

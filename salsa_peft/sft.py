@@ -28,7 +28,7 @@ from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tok
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -54,6 +54,7 @@ def run(job: Job) -> dict[str, Any]:
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
             max_length=recipe.model.max_length,
+            **router_loss(model, job.unit.id),
         ),
         train_dataset=labelled(rows, bench.tokenizer),
         processing_class=bench.tokenizer,
@@ -88,6 +89,18 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
+    """SFTConfig's coefficient of the routers' loss: 0 for a configuration without `num_experts`, which TRL (1.16) reads (Granite)."""
+    text = model.config.get_text_config(decoder=True)
+    said = text.to_dict()
+    if "output_router_logits" not in said or "num_experts" in {*said, *text.attribute_map}:
+        return {}
+    if any(said.get(key) for key in base_checks.EXPERTS):
+        line = f"{unit}  trained without the routers' balancing loss, which TRL does not compute for {text.model_type}"
+        print(line, file=sys.stderr, flush=True)
+    return {"router_aux_loss_coef": 0.0}
 
 
 def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -126,6 +139,9 @@ def take(job: Job, path: str) -> dict[str, Any]:
         named = take_adapter(bench, folder, path, job.folder)
     else:
         named = take_checkpoint(bench, folder, path, job.folder)
+    taken = job.recipe.sft.from_ or [None]
+    if base_checks.reads_head(job.recipe) and None not in taken and job.unit.name == "seed-0":
+        check_head(bench.base())  # as a seed that is trained does, before the reward model trains
     if not known:
         other = "" if named is None or _same_place(named, bench) else f", and it names another ({named})"
         told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {bench.name}"

@@ -7,6 +7,7 @@ headers of the weights, in folders on this machine; a stage that fetches a Hub i
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from .adapter_bases import require_same_family
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from .adapter_names import plain_names
 from .architectures import config_of
+from .base_checks import EXPERTS
 from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
+from .fingerprints import base_fingerprint, sha256
 from .messages import short
 from .paths import is_local
 from .safetensors_files import SafetensorsFile
@@ -73,6 +76,60 @@ def check(recipe: Recipe) -> None:
         else:
             check_adapter(where, folder, role, base)
             check_family(recipe, folder, where)
+    if recipe.adapter is not None:
+        _check_parameters([(where, Path(path)) for where, path, _ in found])
+    _note_same(recipe)
+
+
+def check_at_hand(recipe: Recipe) -> None:
+    """Raise SalsaError for a Hub id that is not in the cache while the Hub is not to be asked (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    base = recipe.model
+    named = [(where, path, "") for where, path, _ in taken(recipe)]
+    named += [] if base.base is None else [("model.base", base.base, base.revision or "")]
+    for where, path, revision in named if constants.HF_HUB_OFFLINE else ():
+        files = () if is_local(path) else (CONFIG, "config.json")
+        there = [try_to_load_from_cache(path, file, revision=revision or None) for file in files]
+        require(
+            is_local(path) or any(isinstance(file, str) for file in there),
+            f"{where}: {path} is no folder here, as a Hub id it is not in the cache, and HF_HUB_OFFLINE is set. Fetch it while online"
+            f" (`hf download {path}`), or name a folder",
+        )
+
+
+def _check_parameters(found: list[tuple[str, Path]]) -> None:
+    """Raise SalsaError for adapters on other parameters (of experts), which PEFT can't hold side by side on one base."""
+    first: tuple[str, Path, set[str]] | None = None
+    for where, folder in found:
+        own = read_json(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
+        if not own:
+            continue
+        first = first or (where, folder, set(own))
+        require(
+            set(own) == first[2],
+            f"{where}: {folder} adapts the parameters {', '.join(sorted(own))}, and {first[0]}, {first[1]}, adapts"
+            f" {', '.join(sorted(first[2]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
+            " target_parameters",
+        )
+
+
+def _note_same(recipe: Recipe) -> None:
+    """Say where two seeds are the same weights: a soup of them is no other model than each."""
+    seen: dict[str, int] = {}
+    for index, path in enumerate(recipe.sft.from_ or []):
+        if path is None:
+            continue
+        weights = Path(path) / WEIGHTS
+        local = is_local(path) and Path(path).is_dir()
+        same = sha256(weights) if local and weights.is_file() else base_fingerprint(path) if local else path
+        if same in seen:
+            print(
+                f"sft.from: seeds {seen[same]} and {index} have the same weights ({path}), so that they add nothing to each other in a soup",
+                file=sys.stderr,
+                flush=True,
+            )
+        seen.setdefault(same, index)
 
 
 def check_family(recipe: Recipe, folder: Path, where: str) -> None:
@@ -204,6 +261,12 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
             halves.setdefault(match["module"], {})[match["half"]] = shape
+    odd = [] if any(base.config.get(key) for key in (*EXPERTS, "text_config")) else _without_module(list(halves), base)
+    require(
+        not odd,
+        f"{what} changes {odd[0] if odd else ''}, and {base.folder} has no such module: the adapter is of another architecture, or its tensors"
+        f" are named otherwise than PEFT names them ({PREFIX}MODULE.lora_A.weight); save it with PEFT from the model that it was trained on",
+    )
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
         if place is None or place.entry.dtype not in FLOATS or {len(shape) for shape in shapes.values()} != {2}:
@@ -214,6 +277,12 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
             f"{what} changes {module} by a matrix of {delta[0]} × {delta[1]}, and in {base.folder} it has {' × '.join(map(str, weight))}: it was"
             " trained on another base; set model.base to that one, or take another adapter",
         )
+
+
+def _without_module(modules: list[str], base: Checkpoint) -> list[str]:
+    """Those that the base has no weights for; its files may leave out the base model's prefix (gpt2, bloom)."""
+    known = {name.removesuffix(".weight") for name in base.tensors}
+    return [module for module in modules if not {module, module.partition(".")[2]} & known and module != "lm_head"]
 
 
 def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:

@@ -172,3 +172,60 @@ def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("r.json: model.base: 'base' is quantised already") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        (
+            ["model.base=runs/seed-9"],
+            r"model.base: found '.*/runs/seed-9', which is no folder, expected a model's folder",
+        ),
+        (
+            ["sft.from=[runs/seed-9,null]"],
+            r"sft.from\[0\]: found '.*/runs/seed-9', which is no folder, expected a LoRA adapter",
+        ),
+        (
+            ["policies.salsa.reference=runs/seed-9"],
+            r"policies.salsa.reference: found '.*/runs/seed-9', which is no folder",
+        ),
+        (["reward.model=runs/seed-9"], r"reward.model: found '.*/runs/seed-9', which is no folder"),
+        (["evaluate.models=[runs/seed-9]"], r"evaluate.models\[0\]: found '.*/runs/seed-9', which is no folder"),
+        (["model.base=a\\\\b"], "model.base: found .*, which is no folder"),
+        (["model.base=a/b/c"], "model.base: found '.*/a/b/c', which is no folder"),
+    ],
+)
+def test_a_mistyped_folder_is_no_hub_id(
+    tmp_path: Path, sets: list[str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SalsaError, match=line):
+        load(tmp_path, LLAMA, *sets)
+    load(tmp_path, LLAMA, "sft.from=[someone/seed,null]", "policies.salsa.reference=someone/soup")  # may be on the Hub
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}', "adapter_model.safetensors": "", "config.json": "{}"},
+         r"is an adapter, not a model. Set model.base to some/base, the model that .* `salsa soup MERGED theirs --merge --base some/base`$"),
+        ({"adapter_config.json": "{}", "adapter_model.bin": ""}, "Set model.base to the model that it was trained on"),
+        ({"model-q4.gguf": ""}, "model.base: '.*theirs' has its weights in model-q4.gguf alone, a format of llama.cpp"),
+        ({"config.json": "{}", "pytorch_model.bin": "", "training_args.bin": ""}, "in pytorch_model.bin alone, pickles, which are never read. Load it"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "in consolidated.00.pth alone"),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_no_model_in_safetensors(
+    tmp_path: Path, files: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name, content in files.items():
+        (theirs / name).write_text(content)
+    with pytest.raises(SalsaError, match=line):
+        load(tmp_path, LLAMA, "model.base=theirs")
+    (theirs / "model.safetensors").write_text("")
+    (theirs / "config.json").write_text(json.dumps(LLAMA))
+    load(tmp_path, LLAMA, "model.base=theirs")

@@ -18,7 +18,7 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import adapters, recipe, rewards
+from salsa_peft import adapters, recipe, rewards, taken_results
 from salsa_peft.adapter_bases import require_same_family
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
@@ -609,3 +609,83 @@ def test_a_reference_whose_base_is_not_at_hand_is_said_with_both_names(base: Pat
     shared.get_base_model().name_or_path = str(base)
     as_references(shared, [folder])
     assert f"it names the base someone/of-the-hub, and is used on {base}" in capsys.readouterr().err
+
+
+def keyed(folder: Path, change: Callable[[str], str]) -> Path:
+    """The adapter in `folder`, its tensors under other names."""
+    return elsewhere.renamed(folder, change)
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "twice"])
+def test_names_that_no_module_of_the_base_has_are_refused_by_the_plan(
+    kind: str, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """Saved from AutoModel instead of the language model, or with PEFT's prefix twice."""
+    change: dict[str, Callable[[str], str]] = {
+        "AutoModel": lambda name: name.replace("base_model.model.model.", "base_model.model."),
+        "twice": lambda name: f"base_model.model.{name}",
+    }
+    folder = keyed(elsewhere.adapter(base, tmp_path / "theirs", 1), change[kind])
+    said = plan(salsa, {"sft.from": [None, str(folder)]}, "--lora")
+    assert f"sft.from[1]: {folder} changes " in said and "has no such module" in said
+
+
+def test_adapters_on_other_parameters_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
+    """PEFT can't hold them side by side, which PPO would say."""
+    folders = [elsewhere.adapter(base, tmp_path / f"theirs-{n}", n) for n in (1, 2)]
+    for folder, parameters in zip(folders, (["mlp.gate"], ["mlp.up"]), strict=True):
+        content = read(folder / adapters.CONFIG) | {"target_parameters": parameters}
+        (folder / adapters.CONFIG).write_text(json.dumps(content))
+    said = plan(salsa, {"sft.from": [str(folders[0]), None], "policies.salsa.reference": str(folders[1])}, "--lora")
+    assert f"policies.salsa.reference: {folders[1]} adapts the parameters mlp.up, and sft.from[0]" in said
+
+
+@pytest.mark.parametrize("kind", ["path", "copy"])
+@pytest.mark.parametrize("lora", ["--lora", None])
+def test_a_seed_that_is_given_twice_is_said(
+    kind: str, lora: str | None, base: Path, small: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """By its path, or by its bytes under another."""
+    make = elsewhere.checkpoint if lora is None else elsewhere.adapter
+    first, third = make(base, tmp_path / "one", 1), make(base, tmp_path / "three", 3)
+    second = first if kind == "path" else make(base, tmp_path / "two", 1)
+
+    def found(*seeds: Path) -> str:
+        given = [
+            f"sft.from={json.dumps(list(map(str, seeds)))}",
+            f"sft.seeds={list(range(len(seeds)))}",
+            f"model.base={base}",
+            "model.chat_template=chatml",
+        ]
+        loaded_recipe = load_recipe(str(small), lora=None if lora is None else "lora", overrides=given)
+        taken_results.check(loaded_recipe.recipe)
+        return str(capsys.readouterr().err)
+
+    assert f"sft.from: seeds 0 and 1 have the same weights ({second})" in found(first, second, third)
+    assert "same weights" not in found(first, third)
+
+
+def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
+    base: Path, small: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """With HF_HUB_OFFLINE; --dry-run plans without them."""
+    out = ["--output-dir", str(tmp_path / "out")]
+    for key, value in (("model.base", "some/base"), ("sft.from", '["some/one", null]')):
+        given = [
+            str(small),
+            "--lora",
+            "--set",
+            f"{key}={value}",
+            "--set",
+            "sft.seeds=[0, 1]",
+            "--set",
+            "model.chat_template=chatml",
+            *out,
+        ]
+        assert recipe.main(given) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"{key}{'[0]' if key == 'sft.from' else ''}: some/" in said
+            and "HF_HUB_OFFLINE is set" in said
+            and not (tmp_path / "out").exists()
+        )
