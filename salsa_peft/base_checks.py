@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,9 @@ def _check_mamba(recipe: Recipe, text: Mapping[str, Any]) -> None:
     """LoRA on modules of Mamba's layers that are not called."""
     kind, adapter = str(text.get("model_type")), recipe.adapter
     layers = [text[key] for key in ("layer_types", "layers_block_type") if isinstance(text.get(key), list)]
-    without = kind == "granitemoehybrid" and bool(layers) and not any("mamba" in str(one) for one in layers[0])
+    without = (
+        kind == "granitemoehybrid" and bool(layers) and all(one in ("attention", "full_attention") for one in layers[0])
+    )
     if adapter is None or kind not in MAMBA or without:
         return
     modules = adapter.target_modules
@@ -230,6 +232,25 @@ def _targets(pattern: str, name: str, regex: bool) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error:
         return False
+
+
+def require_targets(modules: str | list[str], there: Iterable[str]) -> None:
+    """Raise SalsaError for a name in `adapter.target_modules` that no module has; PEFT passes over it where another name fits.
+
+    there: the modules' whole names. A regular expression is not looked at: the names in files may lack a prefix.
+    """
+    names = list(there)
+    missing = [
+        one
+        for one in ([] if isinstance(modules, str) else modules)
+        if not any(name == one or name.endswith(f".{one}") or one.endswith(f".{name}") for name in names)
+    ]
+    known = {name.rpartition(".")[2] for name in names if not name.endswith((".bias", "norm")) and "." in name}
+    require(
+        not missing,
+        f"adapter.target_modules: the base has no module {', '.join(missing)}. It has {', '.join(sorted(known))[:400]}; all-linear takes every"
+        " linear layer",
+    )
 
 
 def _check_noise(recipe: Recipe, text: Mapping[str, Any]) -> None:

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from . import adapters, base_checks, data, same_base, taken_results
 from .adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
 from .auto_models import only_language
 from .checkpoint_folders import read_checkpoint
-from .config import require
+from .config import Adapter, require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .logit_scaling import check_head
 from .runs import Job, write_atomic
@@ -49,6 +52,8 @@ def run(job: Job) -> dict[str, Any]:
     model = bench.base() if recipe.adapter else bench.trainable()
     if base_checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
         check_head(model)
+    if recipe.adapter is not None:
+        check_targets(recipe.adapter, model)
     trainer: Any = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -89,6 +94,19 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
+    """Raise SalsaError for target modules that the model does not have, as PEFT would, and where it would pass over some."""
+    names, modules = [name for name, _ in model.named_modules() if name], adapter.target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    base_checks.require_targets(modules, names)
+    regex = isinstance(modules, str) and modules != "all-linear"
+    require(
+        not regex or any(re.fullmatch(str(modules), name) for name in names),
+        f"adapter.target_modules: no module of the base fits the regular expression {modules}, which must match a whole name such as"
+        f" {next(iter(linear), '')}; all-linear takes every linear layer",
+    )
 
 
 def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .adapter_bases import require_same_family
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from .adapter_names import plain_names
 from .architectures import config_of
-from .base_checks import EXPERTS
+from .base_checks import EXPERTS, require_targets
 from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
 from .fingerprints import base_fingerprint, sha256
@@ -66,7 +66,10 @@ def taken(recipe: Recipe) -> Iterator[Taken]:
 def check(recipe: Recipe) -> None:
     """Raise SalsaError for the first folder that the run could not use."""
     found = [one for one in taken(recipe) if is_local(one.path)]
-    base = base_of(recipe) if found else None
+    trains = recipe.adapter is not None and recipe.adapter.target_modules != "all-linear"
+    base = base_of(recipe) if found or trains else None
+    if base is not None and recipe.adapter is not None and _plain(base):
+        require_targets(recipe.adapter.target_modules, [name.removesuffix(".weight") for name in base.tensors])
     for where, path, role in found:
         folder = Path(path)
         if role == REWARD and not (folder / CONFIG).is_file():
@@ -261,7 +264,7 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
             halves.setdefault(match["module"], {})[match["half"]] = shape
-    odd = [] if any(base.config.get(key) for key in (*EXPERTS, "text_config")) else _without_module(list(halves), base)
+    odd = _without_module(list(halves), base) if _plain(base) else []
     require(
         not odd,
         f"{what} changes {odd[0] if odd else ''}, and {base.folder} has no such module: the adapter is of another architecture, or its tensors"
@@ -277,6 +280,11 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
             f"{what} changes {module} by a matrix of {delta[0]} × {delta[1]}, and in {base.folder} it has {' × '.join(map(str, weight))}: it was"
             " trained on another base; set model.base to that one, or take another adapter",
         )
+
+
+def _plain(base: Checkpoint) -> bool:
+    """Whether the tensors in a base's files are called as the modules are: not of experts, nor of several models in one."""
+    return not any(base.config.get(key) for key in (*EXPERTS, "text_config"))
 
 
 def _without_module(modules: list[str], base: Checkpoint) -> list[str]:

@@ -87,6 +87,7 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
         ({**LLAMA, "model_type": "nemotron_h"}, ["adapter.target_modules=.*(in|out)_proj"], "lora", "weights of out_proj past a LoRA"),
         ({**LLAMA, "model_type": "falcon_mamba"}, ["adapter.target_modules=[in_proj,conv1d]"], "lora", "weights of conv1d past a LoRA"),
         ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, [], "lora", "weights of out_proj past a LoRA"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["linear_attention", "full_attention"]}, [], "lora", "weights of out_proj past"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None, line: str) -> None:
@@ -112,7 +113,7 @@ def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str]
         ({**LLAMA, "model_type": "mamba"}, [], None),
         ({**LLAMA, "model_type": "falcon_mamba"}, ["adapter.target_modules=[in_proj,x_proj]"], "lora"),
         ({**LLAMA, "model_type": "mamba2"}, ["adapter.target_modules=.*in_proj"], "lora"),
-        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["attention", "attention"]}, [], "lora"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["attention", "full_attention"]}, [], "lora"),
         ({**LLAMA, "model_type": "jamba"}, [], "lora"),
     ],
 )  # fmt: skip

@@ -18,9 +18,9 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import adapters, recipe, rewards, taken_results
+from salsa_peft import adapters, base_checks, recipe, rewards, sft, taken_results
 from salsa_peft.adapter_bases import require_same_family
-from salsa_peft.config import SalsaError
+from salsa_peft.config import Adapter, SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
 from salsa_peft.parsing import load_recipe
 from salsa_peft.references import as_references
@@ -689,3 +689,29 @@ def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
             and "HF_HUB_OFFLINE is set" in said
             and not (tmp_path / "out").exists()
         )
+
+
+def test_target_modules_that_the_base_lacks(base: Path, tmp_path: Path, salsa: Any) -> None:
+    """By the plan where its files' headers say it; by the stage for a regular expression. PEFT would leave one out in silence."""
+    said = plan(salsa, {"adapter.target_modules": ["q_porj", "v_proj"]}, "--lora")
+    assert "adapter.target_modules: the base has no module q_porj. It has " in said and " o_proj, q_proj, " in said
+    model = loaded(base)
+    sft.check_targets(Adapter(target_modules=["q_proj", "self_attn.v_proj", "layers.0.mlp.up_proj"]), model)
+    sft.check_targets(Adapter(target_modules=r".*\.(q|v)_proj"), model)
+    sft.check_targets(Adapter(), model)
+    with pytest.raises(SalsaError, match="no module of the base fits the regular expression"):
+        sft.check_targets(Adapter(target_modules="q_proj|v_proj"), model)
+    with pytest.raises(SalsaError, match="has no module up_porj"):
+        sft.check_targets(Adapter(target_modules=["up_porj", "q_proj"]), model)
+
+
+def test_the_head_is_looked_at_where_all_seeds_are_taken(
+    base: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the reward model trains, as a seed that is trained does."""
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1)
+    seen: list[Any] = []
+    monkeypatch.setattr(sft, "check_head", seen.append)
+    monkeypatch.setattr(base_checks, "reads_head", lambda recipe: bool(recipe.sft.from_))  # as with a policy by PPO
+    take(small, base, folder, tmp_path / "out")
+    assert len(seen) == 1 and not next(seen[0].parameters()).is_meta
