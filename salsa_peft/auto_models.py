@@ -1,11 +1,12 @@
 """Which of Transformers' classes a base is opened with: as a language model, and under a score head.
 
-Multimodal models are opened whole and read text alone. Most architectures that scale their logits, and all multimodal ones, have no
+Multimodal models are opened whole and read text alone. Most architectures that scale their logits, all multimodal ones and Mamba's have no
 sequence classifier in Transformers: theirs is made of Transformers' generic one, so that a reward model can be trained on them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import ModelOutput
 
 
 def language_model(config: PreTrainedConfig) -> Any:
@@ -33,7 +35,24 @@ def classifier(config: PreTrainedConfig) -> Any:
     causal = language_model(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
-    return type(name, (GenericForSequenceClassification, family), {"__module__": causal.__module__})
+    named = {
+        "__module__": causal.__module__,
+        "base_model_prefix": family.base_model_prefix,
+    }  # its tensors' names are the base's
+    return type(name, (_Classifier, family), named)
+
+
+class _Classifier(GenericForSequenceClassification):
+    """Transformers' generic one, which passes on its trunk's `attentions`: Mamba's output has none."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        getattr(self, self.base_model_prefix).register_forward_hook(_with_attentions)
+
+
+def _with_attentions(trunk: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, ModelOutput) and "attentions" not in {field.name for field in dataclasses.fields(output)}:  # type: ignore[arg-type]
+        output.attentions = None
 
 
 def trunk(lm: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,25 @@ HEADS = {
     "xlstm": "a soft cap in evaluation mode alone",
 }
 """Architectures whose logits do not follow from their output embeddings, and what there is besides (logit_scaling.check_head)."""
+UNMASKED = {
+    "cpmant": "it takes no attention mask",
+    "deepseek_v4": "it compresses its keys in blocks that are counted from the first token",
+    "recurrent_gemma": "its recurrence takes no attention mask",
+    "rwkv": "its recurrence takes no attention mask",
+    "trocr": "it counts positions from the first token",
+    "xlstm": "its recurrence takes no attention mask",
+}
+"""Architectures that read padding in front of a prompt as if it were text, and why (in Transformers 5.24: a test tries those that it can)."""
+MAMBA = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), "in_proj,x_proj"),
+    "mamba2": "in_proj",
+    **dict.fromkeys(
+        ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "in_proj,q_proj,k_proj,v_proj,o_proj"
+    ),
+}
+"""Architectures whose fused kernel is given `out_proj`'s weight, past a LoRA on it (PEFT refuses some of them) → what LoRA can be on."""
+PAST_LORA = ("out_proj", "conv1d", "dt_proj")
+"""Modules of Mamba's layers whose weights are read without calling the module."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configurations call the length that a model reads."""
 OUTPUT = ("lm_head", "embed_out", "output_layer", "output_projection")
@@ -57,6 +76,8 @@ def check_config(recipe: Recipe, config: Mapping[str, Any]) -> None:
     if reads_head(recipe):
         _check_head(recipe, text)
         _check_noise(recipe, text)
+    _check_padding(recipe, text)
+    _check_mamba(recipe, text)
     _check_length(recipe, text)
     _check_experts(recipe, text)
 
@@ -169,6 +190,40 @@ def _check_head(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
 
 
+def _check_padding(recipe: Recipe, text: Mapping[str, Any]) -> None:
+    """Prompts of several lengths are padded on the left to be answered together, by every stage that generates."""
+    kind = str(text.get("model_type"))
+    require(
+        kind not in UNMASKED,
+        f"model.base: {_name(recipe)} is a {kind} model, whose implementation in Transformers reads the padding in front of a shorter prompt as"
+        f" text ({UNMASKED.get(kind)}), so that its responses and log-probs would be others than those of the prompt alone. Use another base",
+    )
+
+
+def _check_mamba(recipe: Recipe, text: Mapping[str, Any]) -> None:
+    """LoRA on modules of Mamba's layers that are not called."""
+    kind, adapter = str(text.get("model_type")), recipe.adapter
+    layers = [text[key] for key in ("layer_types", "layers_block_type") if isinstance(text.get(key), list)]
+    without = (
+        kind == "granitemoehybrid" and bool(layers) and all(one in ("attention", "full_attention") for one in layers[0])
+    )
+    if adapter is None or kind not in MAMBA or without:
+        return
+    modules = adapter.target_modules
+    named = [modules] if isinstance(modules, str) else modules
+    hit = [
+        name
+        for name in PAST_LORA
+        if any(one == "all-linear" or _targets(one, name, isinstance(modules, str)) for one in named)
+    ]
+    require(
+        not hit,
+        f"adapter.target_modules: found {modules if isinstance(modules, str) else ', '.join(modules)}, and {_name(recipe)} is a {kind} model,"
+        f" whose Mamba layers use the weights of {' and '.join(hit[:1])} past a LoRA on it. Set adapter.target_modules=[{MAMBA.get(kind)}], or"
+        " train full weights (without --lora)",
+    )
+
+
 def _targets(pattern: str, name: str, regex: bool) -> bool:
     """As PEFT matches a module's name."""
     if not regex or pattern == "all-linear":
@@ -177,6 +232,25 @@ def _targets(pattern: str, name: str, regex: bool) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error:
         return False
+
+
+def require_targets(modules: str | list[str], there: Iterable[str]) -> None:
+    """Raise SalsaError for a name in `adapter.target_modules` that no module has; PEFT passes over it where another name fits.
+
+    there: the modules' whole names. A regular expression is not looked at: the names in files may lack a prefix.
+    """
+    names = list(there)
+    missing = [
+        one
+        for one in ([] if isinstance(modules, str) else modules)
+        if not any(name == one or name.endswith(f".{one}") or one.endswith(f".{name}") for name in names)
+    ]
+    known = {name.rpartition(".")[2] for name in names if not name.endswith((".bias", "norm")) and "." in name}
+    require(
+        not missing,
+        f"adapter.target_modules: the base has no module {', '.join(missing)}. It has {', '.join(sorted(known))[:400]}; all-linear takes every"
+        " linear layer",
+    )
 
 
 def _check_noise(recipe: Recipe, text: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     _change(data, "reward", "model", lambda value: _reward(value, folder))
     _change(data, "sft", "from_", lambda value: _each_path(value, folder))
     _change(data, "soup", "measure", lambda value: placed_measure(value, folder))
-    _change(data, "model", "base", lambda value: _path(value, folder))
+    _change(data, "model", "base", lambda value: _model_path(value, folder))
     _change(data, "model", "chat_template", lambda value: _template(value, folder))
     for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
         for name, source in named.items():
@@ -113,10 +113,20 @@ def _path(value: Any, folder: str) -> Any:
     return path if looks_local or os.path.exists(path) else value
 
 
+def _model_path(value: Any, folder: str) -> Any:
+    """As _path; a path too is what has a backslash, or begins with a folder that is there (runs/seed-9), whether the rest is there or not."""
+    found = _path(value, folder)
+    if not isinstance(found, str) or os.path.isabs(found) or "\0" in found:
+        return found
+    first, slash, _ = found.partition("/")
+    local = "\\" in found or (slash and os.path.isdir(os.path.join(folder, first)))
+    return os.path.abspath(os.path.join(folder, found)) if local else found
+
+
 def _each_path(value: Any, folder: str) -> Any:
     """Also of a bare string, which is a list of one."""
     value = [value] if isinstance(value, str) else value
-    return [_path(entry, folder) for entry in value] if isinstance(value, list) else value
+    return [_model_path(entry, folder) for entry in value] if isinstance(value, list) else value
 
 
 def _template(value: Any, folder: str) -> Any:
@@ -131,7 +141,7 @@ def _references(value: Any, folder: str, bare: bool = True) -> Any:
     if isinstance(value, list):
         return [_references(entry, folder, bare) for entry in value]
     named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value) or not (bare or "/" in value))
-    return value if named else _path(value, folder)
+    return value if named else _model_path(value, folder)
 
 
 def _reward(value: Any, folder: str) -> Any:
@@ -142,7 +152,7 @@ def _reward(value: Any, folder: str) -> Any:
         return {key: _reward(entry, folder) if key == "model" else entry for key, entry in value.items()}
     if not isinstance(value, str) or value == "adapter":
         return value
-    return placed(value, folder) if ":" in value else _path(value, folder)
+    return placed(value, folder) if ":" in value else _model_path(value, folder)
 
 
 def _judge(value: Any, folder: str) -> Any:
@@ -168,6 +178,7 @@ def check_files(recipe: Recipe) -> None:
     """Base, chat template and data are there, and data has its columns."""
     model = recipe.model
     if model.base is not None:
+        _check_base(model.base)
         check_path("model.base", model.base, "a model's folder", "config.json")
     check_template(recipe)
     for key, kind, source in sources(recipe):
@@ -189,6 +200,32 @@ def check_files(recipe: Recipe) -> None:
             )
         elif not is_local(source.path):
             _check_hub_id(key, source.path, EXPECTED_DATA)
+
+
+def _check_base(base: str) -> None:
+    """Raise SalsaError for a folder that holds an adapter, or weights in other formats than safetensors alone."""
+    if not is_local(base) or not os.path.isdir(base):
+        return
+    names, start = sorted(os.listdir(base)), f"model.base: {path_text(base)}"
+    weights = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    if "adapter_config.json" in names and not weights:
+        try:
+            content = json.loads(Path(base, "adapter_config.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            content = {}
+        own = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        told = f"{own}, the model that it was trained on" if own else "the model that it was trained on"
+        raise SalsaError(
+            f"{start} is an adapter, not a model. Set model.base to {told}, or merge it first: `salsa soup MERGED {short(Path(base).name)[1:-1]}"
+            f" --merge --base {own or 'BASE'}`"
+        )
+    for ending, remedy in (
+        (".gguf", "a format of llama.cpp. Use the model that it was made from, with safetensors"),
+        (".bin", "pickles, which are never read. Load it with Transformers and save it again (save_pretrained writes safetensors)"),
+        (".pth", "pickles, which are never read. Convert it to Transformers' format, with safetensors"),
+    ):  # fmt: skip
+        odd = next((name for name in names if name.lower().endswith(ending) and name != "training_args.bin"), None)
+        require(bool(weights) or odd is None, f"{start} has its weights in {odd} alone, {remedy}")
 
 
 def check_template(recipe: Recipe) -> None:

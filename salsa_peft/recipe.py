@@ -239,6 +239,10 @@ def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) 
     made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
         launching.check(recipe)
+    if made:
+        from salsa_peft import taken_results
+
+        taken_results.check_at_hand(recipe)
     warnings = cards.check_device(recipe, cards.cards(), made) if made else []
     if "judge" in made and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")

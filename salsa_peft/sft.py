@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from . import adapters, base_checks, data, same_base, taken_results
 from .adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
 from .auto_models import only_language
 from .checkpoint_folders import read_checkpoint
-from .config import require
+from .config import Adapter, require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .logit_scaling import check_head
 from .runs import Job, write_atomic
@@ -28,7 +31,7 @@ from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tok
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -49,11 +52,14 @@ def run(job: Job) -> dict[str, Any]:
     model = bench.base() if recipe.adapter else bench.trainable()
     if base_checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
         check_head(model)
+    if recipe.adapter is not None:
+        check_targets(recipe.adapter, model)
     trainer: Any = SFTTrainer(
         model=model,
         args=SFTConfig(
             **bench.arguments(section, job.folder / "trainer", seed),
             max_length=recipe.model.max_length,
+            **router_loss(model, job.unit.id),
         ),
         train_dataset=labelled(rows, bench.tokenizer),
         processing_class=bench.tokenizer,
@@ -88,6 +94,31 @@ def run(job: Job) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
+
+
+def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
+    """Raise SalsaError for target modules that the model does not have, as PEFT would, and where it would pass over some."""
+    names, modules = [name for name, _ in model.named_modules() if name], adapter.target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    base_checks.require_targets(modules, names)
+    regex = isinstance(modules, str) and modules != "all-linear"
+    require(
+        not regex or any(re.fullmatch(str(modules), name) for name in names),
+        f"adapter.target_modules: no module of the base fits the regular expression {modules}, which must match a whole name such as"
+        f" {next(iter(linear), '')}; all-linear takes every linear layer",
+    )
+
+
+def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
+    """SFTConfig's coefficient of the routers' loss: 0 for a configuration without `num_experts`, which TRL (1.16) reads (Granite)."""
+    text = model.config.get_text_config(decoder=True)
+    said = text.to_dict()
+    if "output_router_logits" not in said or "num_experts" in {*said, *text.attribute_map}:
+        return {}
+    if any(said.get(key) for key in base_checks.EXPERTS):
+        line = f"{unit}  trained without the routers' balancing loss, which TRL does not compute for {text.model_type}"
+        print(line, file=sys.stderr, flush=True)
+    return {"router_aux_loss_coef": 0.0}
 
 
 def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -126,6 +157,9 @@ def take(job: Job, path: str) -> dict[str, Any]:
         named = take_adapter(bench, folder, path, job.folder)
     else:
         named = take_checkpoint(bench, folder, path, job.folder)
+    taken = job.recipe.sft.from_ or [None]
+    if base_checks.reads_head(job.recipe) and None not in taken and job.unit.name == "seed-0":
+        check_head(bench.base())  # as a seed that is trained does, before the reward model trains
     if not known:
         other = "" if named is None or _same_place(named, bench) else f", and it names another ({named})"
         told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {bench.name}"
@@ -146,6 +180,7 @@ def take(job: Job, path: str) -> dict[str, Any]:
 def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
     """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
     taken_results.check_adapter("sft.from", folder, taken_results.SEED, taken_results.base_of(bench.recipe))
+    taken_results.check_family(bench.recipe, folder, "sft.from")
     config, tensors = adapters.read(folder)
     saved = [name for name in tensors if ".lora_" not in name]
     base: Any = (

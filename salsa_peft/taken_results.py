@@ -7,14 +7,19 @@ headers of the weights, in folders on this machine and of Hub ids. Imports no to
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .adapter_bases import require_same_family
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from .adapter_names import plain_names
+from .architectures import config_of
+from .base_checks import EXPERTS, require_targets
 from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
+from .fingerprints import base_fingerprint, sha256
 from .hub_errors import said_in_a_line
 from .messages import short
 from .paths import is_local
@@ -63,7 +68,11 @@ def taken(recipe: Recipe) -> Iterator[Taken]:
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     """Raise SalsaError for the first folder that the run could not use; with `hub` also for the first Hub id that one of these stages reads."""
     found = [one for one in taken(recipe) if is_local(one.path) or (hub and _read_by(one.role, stages))]
-    base = base_of(recipe) if found else None
+    trains = recipe.adapter is not None and recipe.adapter.target_modules != "all-linear"
+    base = base_of(recipe) if found or trains else None
+    if base is not None and recipe.adapter is not None and _plain(base):
+        require_targets(recipe.adapter.target_modules, [name.removesuffix(".weight") for name in base.tensors])
+    folders: list[tuple[str, Path]] = []
     for where, path, role in found:
         folder = Path(path) if is_local(path) else _fetched(recipe, path)
         if role == REWARD and not (folder / CONFIG).is_file():
@@ -71,10 +80,74 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
                 check_classifier_folder(where, str(folder))
         elif recipe.adapter is not None:
             check_adapter(where, folder, role, base)
+            check_family(recipe, folder, where)
+            folders.append((where, folder))
         elif is_local(path):
             check_checkpoint(where, folder, base)
         else:
             require((folder / "config.json").is_file(), f"{where}: {path} has no config.json; name a checkpoint")
+    if recipe.adapter is not None:
+        _check_parameters(folders)
+    _note_same(recipe)
+
+
+def check_at_hand(recipe: Recipe) -> None:
+    """Raise SalsaError for a Hub id that is not in the cache while the Hub is not to be asked (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    base = recipe.model
+    named = [(where, path, "") for where, path, _ in taken(recipe)]
+    named += [] if base.base is None else [("model.base", base.base, base.revision or "")]
+    for where, path, revision in named if constants.HF_HUB_OFFLINE else ():
+        files = () if is_local(path) else (CONFIG, "config.json")
+        there = [try_to_load_from_cache(path, file, revision=revision or None) for file in files]
+        require(
+            is_local(path) or any(isinstance(file, str) for file in there),
+            f"{where}: {path} is no folder here, as a Hub id it is not in the cache, and HF_HUB_OFFLINE is set. Fetch it while online"
+            f" (`hf download {path}`), or name a folder",
+        )
+
+
+def _check_parameters(found: list[tuple[str, Path]]) -> None:
+    """Raise SalsaError for adapters on other parameters (of experts), which PEFT can't hold side by side on one base."""
+    first: tuple[str, Path, set[str]] | None = None
+    for where, folder in found:
+        own = read_json(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
+        if not own:
+            continue
+        first = first or (where, folder, set(own))
+        require(
+            set(own) == first[2],
+            f"{where}: {folder} adapts the parameters {', '.join(sorted(own))}, and {first[0]}, {first[1]}, adapts"
+            f" {', '.join(sorted(first[2]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
+            " target_parameters",
+        )
+
+
+def _note_same(recipe: Recipe) -> None:
+    """Say where two seeds are the same weights: a soup of them is no other model than each."""
+    seen: dict[str, int] = {}
+    for index, path in enumerate(recipe.sft.from_ or []):
+        if path is None:
+            continue
+        weights = Path(path) / WEIGHTS
+        local = is_local(path) and Path(path).is_dir()
+        same = sha256(weights) if local and weights.is_file() else base_fingerprint(path) if local else path
+        if same in seen:
+            print(
+                f"sft.from: seeds {seen[same]} and {index} have the same weights ({path}), so that they add nothing to each other in a soup",
+                file=sys.stderr,
+                flush=True,
+            )
+        seen.setdefault(same, index)
+
+
+def check_family(recipe: Recipe, folder: Path, where: str) -> None:
+    """Raise SalsaError for an adapter that was trained on another architecture than the recipe's base, as far as both are at hand."""
+    base = recipe.model.base
+    config = None if base is None else config_of(base, recipe.model.revision)
+    if config is not None:
+        require_same_family(folder, config, f"the recipe's base {base}", where)
 
 
 def _read_by(role: str, stages: Collection[str]) -> bool:
@@ -212,6 +285,12 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
             halves.setdefault(match["module"], {})[match["half"]] = shape
+    odd = _without_module(list(halves), base) if _plain(base) else []
+    require(
+        not odd,
+        f"{what} changes {odd[0] if odd else ''}, and {base.folder} has no such module: the adapter is of another architecture, or its tensors"
+        f" are named otherwise than PEFT names them ({PREFIX}MODULE.lora_A.weight); save it with PEFT from the model that it was trained on",
+    )
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
         if place is None or place.entry.dtype not in FLOATS or {len(shape) for shape in shapes.values()} != {2}:
@@ -222,6 +301,17 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
             f"{what} changes {module} by a matrix of {delta[0]} × {delta[1]}, and in {base.folder} it has {' × '.join(map(str, weight))}: it was"
             " trained on another base; set model.base to that one, or take another adapter",
         )
+
+
+def _plain(base: Checkpoint) -> bool:
+    """Whether the tensors in a base's files are called as the modules are: not of experts, nor of several models in one."""
+    return not any(base.config.get(key) for key in (*EXPERTS, "text_config"))
+
+
+def _without_module(modules: list[str], base: Checkpoint) -> list[str]:
+    """Those that the base has no weights for; its files may leave out the base model's prefix (gpt2, bloom)."""
+    known = {name.removesuffix(".weight") for name in base.tensors}
+    return [module for module in modules if not {module, module.partition(".")[2]} & known and module != "lm_head"]
 
 
 def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:

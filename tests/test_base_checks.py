@@ -78,6 +78,16 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
         (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: found vllm, which takes merged experts by other names"),
         ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "has router_jitter_noise in its config.json, noise in training mode"),
         ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "has hidden_dropout in its config.json"),
+        ({**LLAMA, "model_type": "rwkv"}, [], None, r"is a rwkv model, whose implementation in Transformers reads the padding .* Use another base"),
+        ({**LLAMA, "model_type": "recurrent_gemma"}, [], "lora", "is a recurrent_gemma model, whose implementation in Transformers reads the padding"),
+        ({**LLAMA, "model_type": "xlstm"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora", "is a xlstm model, whose implementation"),
+        ({**LLAMA, "model_type": "mamba"}, [], "lora", r"found all-linear, .* weights of out_proj past a LoRA on it. Set adapter.target_modules=\[in_proj,x_proj\], or train full"),
+        ({**LLAMA, "model_type": "mamba2"}, ["adapter.target_modules=[in_proj,out_proj]"], "lora", r"found in_proj, out_proj, .* weights of out_proj .*target_modules=\[in_proj\]"),
+        ({**LLAMA, "model_type": "falcon_h1"}, [], "lora", r"Set adapter.target_modules=\[in_proj,q_proj,k_proj,v_proj,o_proj\]"),
+        ({**LLAMA, "model_type": "nemotron_h"}, ["adapter.target_modules=.*(in|out)_proj"], "lora", "weights of out_proj past a LoRA"),
+        ({**LLAMA, "model_type": "falcon_mamba"}, ["adapter.target_modules=[in_proj,conv1d]"], "lora", "weights of conv1d past a LoRA"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, [], "lora", "weights of out_proj past a LoRA"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["linear_attention", "full_attention"]}, [], "lora", "weights of out_proj past"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None, line: str) -> None:
@@ -99,7 +109,12 @@ def test_what_is_refused(tmp_path: Path, config: dict[str, Any], sets: list[str]
         (MIXTRAL, ["adapter.lora_dropout=0.1", "adapter.target_modules=[q_proj,v_proj]"], "lora"),
         ({"hidden_size": 8}, [], "lora"),  # says nothing of its kind
         (LLAMA, ["adapter.target_modules=[q_proj,lm_head]", "policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
-        ({**LLAMA, "model_type": "xlstm"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
+        ({**LLAMA, "model_type": "dory"}, ["policies={dpo: {algorithm: dpo, reference: soup}}"], "lora"),
+        ({**LLAMA, "model_type": "mamba"}, [], None),
+        ({**LLAMA, "model_type": "falcon_mamba"}, ["adapter.target_modules=[in_proj,x_proj]"], "lora"),
+        ({**LLAMA, "model_type": "mamba2"}, ["adapter.target_modules=.*in_proj"], "lora"),
+        ({**LLAMA, "model_type": "granitemoehybrid", "layer_types": ["attention", "full_attention"]}, [], "lora"),
+        ({**LLAMA, "model_type": "jamba"}, [], "lora"),
     ],
 )  # fmt: skip
 def test_what_is_not(tmp_path: Path, config: dict[str, Any], sets: list[str], lora: str | None) -> None:
@@ -114,6 +129,38 @@ def test_transformers_tables_are_what_it_imports() -> None:
         assert base_checks.architectures()[name] == set(vars(modeling_auto)[table]), name
 
 
+TINY: dict[str, dict[str, Any]] = {
+    "rwkv": {"attention_hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32, "lru_width": 16},
+    "xlstm": {"num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16},
+    "mamba": {"num_hidden_layers": 2, "state_size": 4},
+    "llama": {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_which_architectures_read_padding_as_text(kind: str) -> None:
+    """A padded prompt's logits against those of the prompt alone: where they differ, and only there, the base is refused."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, hidden_size=16, vocab_size=32, use_cache=False, **TINY[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    prompt = torch.tensor([[5, 9, 4, 21, 7]])
+    padded, mask = (
+        torch.cat([torch.full((1, 6), filler), rest], 1) for filler, rest in ((3, prompt), (0, torch.ones_like(prompt)))
+    )
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    options = {} if kind in ("rwkv", "xlstm") else {"position_ids": positions}  # which take none
+    with torch.no_grad():
+        alone = model(input_ids=prompt).logits
+        found = model(input_ids=padded, attention_mask=mask, **options).logits[:, 6:]
+    assert ((found - alone).abs().max() > 1e-3 * alone.abs().max()) == (kind in base_checks.UNMASKED)
+
+
 def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None:
     """Code 2; --dry-run is what is run before a queue's turn."""
     path = write(tmp_path, {**LLAMA, "quantization_config": BITS_8})
@@ -126,3 +173,60 @@ def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("r.json: model.base: 'base' is quantised already") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        (
+            ["model.base=runs/seed-9"],
+            r"model.base: found '.*/runs/seed-9', which is no folder, expected a model's folder",
+        ),
+        (
+            ["sft.from=[runs/seed-9,null]"],
+            r"sft.from\[0\]: found '.*/runs/seed-9', which is no folder, expected a LoRA adapter",
+        ),
+        (
+            ["policies.salsa.reference=runs/seed-9"],
+            r"policies.salsa.reference: found '.*/runs/seed-9', which is no folder",
+        ),
+        (["reward.model=runs/seed-9"], r"reward.model: found '.*/runs/seed-9', which is no folder"),
+        (["evaluate.models=[runs/seed-9]"], r"evaluate.models\[0\]: found '.*/runs/seed-9', which is no folder"),
+        (["model.base=a\\\\b"], "model.base: found .*, which is no folder"),
+        (["model.base=a/b/c"], "model.base: found '.*/a/b/c', which is no folder"),
+    ],
+)
+def test_a_mistyped_folder_is_no_hub_id(
+    tmp_path: Path, sets: list[str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SalsaError, match=line):
+        load(tmp_path, LLAMA, *sets)
+    load(tmp_path, LLAMA, "sft.from=[someone/seed,null]", "policies.salsa.reference=someone/soup")  # may be on the Hub
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}', "adapter_model.safetensors": "", "config.json": "{}"},
+         r"is an adapter, not a model. Set model.base to some/base, the model that .* `salsa soup MERGED theirs --merge --base some/base`$"),
+        ({"adapter_config.json": "{}", "adapter_model.bin": ""}, "Set model.base to the model that it was trained on"),
+        ({"model-q4.gguf": ""}, "model.base: '.*theirs' has its weights in model-q4.gguf alone, a format of llama.cpp"),
+        ({"config.json": "{}", "pytorch_model.bin": "", "training_args.bin": ""}, "in pytorch_model.bin alone, pickles, which are never read. Load it"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "in consolidated.00.pth alone"),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_no_model_in_safetensors(
+    tmp_path: Path, files: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name, content in files.items():
+        (theirs / name).write_text(content)
+    with pytest.raises(SalsaError, match=line):
+        load(tmp_path, LLAMA, "model.base=theirs")
+    (theirs / "model.safetensors").write_text("")
+    (theirs / "config.json").write_text(json.dumps(LLAMA))
+    load(tmp_path, LLAMA, "model.base=theirs")

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -115,6 +116,29 @@ def test_a_made_up_model_of_each_mechanism(make: Callable[..., Any], mode: str, 
     if make is llava:
         adapter = json.loads((hub_runs.unit(tmp_path / "run", "soup") / "adapter_config.json").read_text())
         assert not any("vision" in name for name in map(str, adapter["target_modules"]))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "cohere"])
+def test_a_score_head_on_a_family_that_transformers_has_none_for(kind: str, tmp_path: Path) -> None:
+    """All of the base's weights under their names, and the head's product of the last token's states."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "pad_token_id": 0}
+    special: dict[str, Any] = {
+        "mamba2": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 4},
+        "cohere": {"num_attention_heads": 2, "intermediate_size": 32},
+    }
+    config = AutoConfig.for_model(kind, **sizes, **special.get(kind, {"state_size": 4}))
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in lm.parameters():
+        parameter.data.normal_(0, 0.2)
+    lm.save_pretrained(tmp_path)
+    model, told = auto_models.classifier(config).from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
+    assert told["missing_keys"] == {"score.weight"}
+    assert set(model.eval().state_dict()) - {"score.weight"} <= set(lm.state_dict())
+    ids = torch.tensor([[5, 9, 12, 7], [8, 3, 30, 2]])
+    with torch.no_grad():
+        states = lm(input_ids=ids, output_hidden_states=True).hidden_states[-1][:, -1]
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, states @ model.score.weight.T)
 
 
 def test_an_adapter_in_a_multimodal_models_older_layout(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import adapters, recipe, rewards, taken_results
-from salsa_peft.config import SalsaError
+from salsa_peft import adapters, base_checks, recipe, rewards, sft, taken_results
+from salsa_peft.adapter_bases import require_same_family
+from salsa_peft.config import Adapter, SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
 from salsa_peft.parsing import load_recipe
 from salsa_peft.references import as_references
@@ -575,3 +576,177 @@ def test_a_soup_of_one_member(lora: bool, base: Path, tmp_path: Path) -> None:
     )
     for name, tensor in given.items():
         torch.testing.assert_close(made[name], tensor, atol=1e-6, rtol=0)
+
+
+def naming(folder: Path, base: str) -> Path:
+    """The adapter in `folder`, as if it had been trained on `base`."""
+    content = read(folder / adapters.CONFIG) | {"base_model_name_or_path": base}
+    (folder / adapters.CONFIG).write_text(json.dumps(content))
+    return folder
+
+
+OTHER_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"model_type": "mistral"}, "a mistral model, and the recipe's base {base} is a llama model. Use {other} as the base"),
+    "size": ({"num_hidden_layers": 7}, "which has num_hidden_layers 7, and the recipe's base {base} has 2. Use {other} as the base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["sft.from", "policies.salsa.reference", "evaluate.models", "reward.model"])
+@pytest.mark.parametrize("kind", OTHER_FAMILY)
+def test_an_adapter_of_another_family_is_refused_though_its_shapes_fit(
+    kind: str, key: str, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """As those of Mistral-7B and Llama-3-8B do. The folder of its base tells them apart."""
+    changes, line = OTHER_FAMILY[kind]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(read(base / "config.json") | changes))
+    options: dict[str, Any] = {"task_type": "SEQ_CLS"} if key == "reward.model" else {}
+    folder = naming(elsewhere.adapter(base, tmp_path / "theirs", 1, **options), str(other))
+    value = [str(folder)] if key == "evaluate.models" else named(key, folder)
+    said = plan(salsa, {key: value}, "--lora")
+    assert f"{folder} was trained on {other}, {line.format(base=base, other=other)}" in said
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    shared.get_base_model().name_or_path = str(base)
+    with pytest.raises(SalsaError, match="was trained on"):
+        as_references(shared, [folder])
+    (folder / "fingerprint.json").write_text(json.dumps({"base": base_fingerprint(base)}))
+    as_references(shared, [folder])  # its fingerprint says that the name is wrong
+
+
+def test_one_architecture_by_two_configurations_is_one_family(base: Path, tmp_path: Path) -> None:
+    """A multimodal model and its language model, a file of version 4 without its text part's own type, other embeddings."""
+    text = {"model_type": "gemma3_text", "hidden_size": 8, "vocab_size": 10}
+    pairs = [
+        (text, {"model_type": "gemma3", "text_config": text | {"vocab_size": 12}}),
+        (text | {"model_type": "qwen2_5_vl"}, {"model_type": "qwen2_5_vl", "text_config": text | {"model_type": "qwen2_5_vl_text"}}),
+        ({"hidden_size": 8}, text),
+    ]  # fmt: skip
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    naming(folder, str(other))
+    for one, two in pairs:
+        for own, used in ((one, two), (two, one)):
+            (other / "config.json").write_text(json.dumps(own))
+            assert require_same_family(folder, used, "it") is None
+    (other / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "llama"}}))
+    with pytest.raises(SalsaError, match="a llama model, and it is a mistral model"):
+        require_same_family(folder, {"model_type": "llava", "text_config": {"model_type": "mistral"}}, "it")
+    assert require_same_family(naming(folder, "someone/of-the-hub"), text, "it") == "someone/of-the-hub"
+    with pytest.raises(SalsaError, match=r"mistralai/Mistral-7B-v0\.1, a mistral model, and it is a llama model"):
+        require_same_family(naming(folder, "mistralai/Mistral-7B-v0.1"), {"model_type": "llama"}, "it")
+
+
+def test_a_reference_whose_base_is_not_at_hand_is_said_with_both_names(base: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = naming(elsewhere.adapter(base, tmp_path / "theirs", 1), "someone/of-the-hub")
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    shared.get_base_model().name_or_path = str(base)
+    as_references(shared, [folder])
+    assert f"it names the base someone/of-the-hub, and is used on {base}" in capsys.readouterr().err
+
+
+def keyed(folder: Path, change: Callable[[str], str]) -> Path:
+    """The adapter in `folder`, its tensors under other names."""
+    return elsewhere.renamed(folder, change)
+
+
+@pytest.mark.parametrize("kind", ["AutoModel", "twice"])
+def test_names_that_no_module_of_the_base_has_are_refused_by_the_plan(
+    kind: str, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """Saved from AutoModel instead of the language model, or with PEFT's prefix twice."""
+    change: dict[str, Callable[[str], str]] = {
+        "AutoModel": lambda name: name.replace("base_model.model.model.", "base_model.model."),
+        "twice": lambda name: f"base_model.model.{name}",
+    }
+    folder = keyed(elsewhere.adapter(base, tmp_path / "theirs", 1), change[kind])
+    said = plan(salsa, {"sft.from": [None, str(folder)]}, "--lora")
+    assert f"sft.from[1]: {folder} changes " in said and "has no such module" in said
+
+
+def test_adapters_on_other_parameters_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
+    """PEFT can't hold them side by side, which PPO would say."""
+    folders = [elsewhere.adapter(base, tmp_path / f"theirs-{n}", n) for n in (1, 2)]
+    for folder, parameters in zip(folders, (["mlp.gate"], ["mlp.up"]), strict=True):
+        content = read(folder / adapters.CONFIG) | {"target_parameters": parameters}
+        (folder / adapters.CONFIG).write_text(json.dumps(content))
+    said = plan(salsa, {"sft.from": [str(folders[0]), None], "policies.salsa.reference": str(folders[1])}, "--lora")
+    assert f"policies.salsa.reference: {folders[1]} adapts the parameters mlp.up, and sft.from[0]" in said
+
+
+@pytest.mark.parametrize("kind", ["path", "copy"])
+@pytest.mark.parametrize("lora", ["--lora", None])
+def test_a_seed_that_is_given_twice_is_said(
+    kind: str, lora: str | None, base: Path, small: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """By its path, or by its bytes under another."""
+    make = elsewhere.checkpoint if lora is None else elsewhere.adapter
+    first, third = make(base, tmp_path / "one", 1), make(base, tmp_path / "three", 3)
+    second = first if kind == "path" else make(base, tmp_path / "two", 1)
+
+    def found(*seeds: Path) -> str:
+        given = [
+            f"sft.from={json.dumps(list(map(str, seeds)))}",
+            f"sft.seeds={list(range(len(seeds)))}",
+            f"model.base={base}",
+            "model.chat_template=chatml",
+        ]
+        loaded_recipe = load_recipe(str(small), lora=None if lora is None else "lora", overrides=given)
+        taken_results.check(loaded_recipe.recipe)
+        return str(capsys.readouterr().err)
+
+    assert f"sft.from: seeds 0 and 1 have the same weights ({second})" in found(first, second, third)
+    assert "same weights" not in found(first, third)
+
+
+def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
+    base: Path, small: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """With HF_HUB_OFFLINE; --dry-run plans without them."""
+    out = ["--output-dir", str(tmp_path / "out")]
+    for key, value in (("model.base", "some/base"), ("sft.from", '["some/one", null]')):
+        given = [
+            str(small),
+            "--lora",
+            "--set",
+            f"{key}={value}",
+            "--set",
+            "sft.seeds=[0, 1]",
+            "--set",
+            "model.chat_template=chatml",
+            *out,
+        ]
+        assert recipe.main(given) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"{key}{'[0]' if key == 'sft.from' else ''}: some/" in said
+            and "HF_HUB_OFFLINE is set" in said
+            and not (tmp_path / "out").exists()
+        )
+
+
+def test_target_modules_that_the_base_lacks(base: Path, tmp_path: Path, salsa: Any) -> None:
+    """By the plan where its files' headers say it; by the stage for a regular expression. PEFT would leave one out in silence."""
+    said = plan(salsa, {"adapter.target_modules": ["q_porj", "v_proj"]}, "--lora")
+    assert "adapter.target_modules: the base has no module q_porj. It has " in said and " o_proj, q_proj, " in said
+    model = loaded(base)
+    sft.check_targets(Adapter(target_modules=["q_proj", "self_attn.v_proj", "layers.0.mlp.up_proj"]), model)
+    sft.check_targets(Adapter(target_modules=r".*\.(q|v)_proj"), model)
+    sft.check_targets(Adapter(), model)
+    with pytest.raises(SalsaError, match="no module of the base fits the regular expression"):
+        sft.check_targets(Adapter(target_modules="q_proj|v_proj"), model)
+    with pytest.raises(SalsaError, match="has no module up_porj"):
+        sft.check_targets(Adapter(target_modules=["up_porj", "q_proj"]), model)
+
+
+def test_the_head_is_looked_at_where_all_seeds_are_taken(
+    base: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the reward model trains, as a seed that is trained does."""
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1)
+    seen: list[Any] = []
+    monkeypatch.setattr(sft, "check_head", seen.append)
+    monkeypatch.setattr(base_checks, "reads_head", lambda recipe: bool(recipe.sft.from_))  # as with a policy by PPO
+    take(small, base, folder, tmp_path / "out")
+    assert len(seen) == 1 and not next(seen[0].parameters()).is_meta
