@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .adapter_bases import require_same_family
+from .architectures import config_of
 from .errors import require
 from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from .models import causal_lm
@@ -18,7 +20,7 @@ def of_model(model: Any) -> list[str] | None:
     """The fingerprints (of this version and earlier ones) of the base that a model in memory was made of, by the files that its
     name_or_path leads to; None where it leads to none. A folder that was trained from another says which in its own fingerprint.json."""
     name = str(causal_lm(model).name_or_path or "")
-    folder = Path(name) if name and Path(name).is_dir() else _cached(name)
+    folder = _folder(name)
     if folder is None:
         return None
     written = read_fingerprint(folder)
@@ -27,8 +29,10 @@ def of_model(model: Any) -> list[str] | None:
     return base_fingerprints(folder) if any(folder.glob("*.safetensors")) else None
 
 
-def _cached(name: str) -> Path | None:
-    """The folder of a Hub id's files in the Hub's cache."""
+def _folder(name: str) -> Path | None:
+    """A folder as it is, or that of a Hub id's files in the Hub's cache."""
+    if name and Path(name).is_dir():
+        return Path(name)
     if not name or name.startswith((".", "/")):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -47,7 +51,11 @@ def check(folder: Path, base: list[str] | None, name: str) -> None:
     found = read_fingerprint(folder)
     if found is None or base is None:
         what = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: no files at hand to take a fingerprint of"
-        print(f"{what}, so that its base can't be checked", file=sys.stderr, flush=True)
+        used = _folder(name)
+        config = None if used is None else config_of(str(used.resolve()), None)
+        named = None if config is None else require_same_family(folder, config, name)
+        other = "" if named is None or named == name else f"; it names the base {named}, and is used on {name}"
+        print(f"{what}, so that its base can't be checked{other}", file=sys.stderr, flush=True)
         return
     require(
         found in base,

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .adapter_bases import require_same_family
 from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from .adapter_names import plain_names
+from .architectures import config_of
 from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from .config import Recipe, SalsaError, parse_reference, require
 from .messages import short
@@ -70,6 +72,15 @@ def check(recipe: Recipe) -> None:
             check_checkpoint(where, folder, base)
         else:
             check_adapter(where, folder, role, base)
+            check_family(recipe, folder, where)
+
+
+def check_family(recipe: Recipe, folder: Path, where: str) -> None:
+    """Raise SalsaError for an adapter that was trained on another architecture than the recipe's base, as far as both are at hand."""
+    base = recipe.model.base
+    config = None if base is None else config_of(base, recipe.model.revision)
+    if config is not None:
+        require_same_family(folder, config, f"the recipe's base {base}", where)
 
 
 def base_of(recipe: Recipe) -> Checkpoint | None:

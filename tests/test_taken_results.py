@@ -19,6 +19,7 @@ from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft import adapters, recipe, rewards
+from salsa_peft.adapter_bases import require_same_family
 from salsa_peft.config import SalsaError
 from salsa_peft.fingerprints import base_fingerprint, fingerprint
 from salsa_peft.parsing import load_recipe
@@ -540,3 +541,71 @@ def test_a_soup_of_one_member(lora: bool, base: Path, tmp_path: Path) -> None:
     )
     for name, tensor in given.items():
         torch.testing.assert_close(made[name], tensor, atol=1e-6, rtol=0)
+
+
+def naming(folder: Path, base: str) -> Path:
+    """The adapter in `folder`, as if it had been trained on `base`."""
+    content = read(folder / adapters.CONFIG) | {"base_model_name_or_path": base}
+    (folder / adapters.CONFIG).write_text(json.dumps(content))
+    return folder
+
+
+OTHER_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": ({"model_type": "mistral"}, "a mistral model, and the recipe's base {base} is a llama model. Use {other} as the base"),
+    "size": ({"num_hidden_layers": 7}, "which has num_hidden_layers 7, and the recipe's base {base} has 2. Use {other} as the base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["sft.from", "policies.salsa.reference", "evaluate.models", "reward.model"])
+@pytest.mark.parametrize("kind", OTHER_FAMILY)
+def test_an_adapter_of_another_family_is_refused_though_its_shapes_fit(
+    kind: str, key: str, base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """As those of Mistral-7B and Llama-3-8B do. The folder of its base tells them apart."""
+    changes, line = OTHER_FAMILY[kind]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(read(base / "config.json") | changes))
+    options: dict[str, Any] = {"task_type": "SEQ_CLS"} if key == "reward.model" else {}
+    folder = naming(elsewhere.adapter(base, tmp_path / "theirs", 1, **options), str(other))
+    value = [str(folder)] if key == "evaluate.models" else named(key, folder)
+    said = plan(salsa, {key: value}, "--lora")
+    assert f"{folder} was trained on {other}, {line.format(base=base, other=other)}" in said
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    shared.get_base_model().name_or_path = str(base)
+    with pytest.raises(SalsaError, match="was trained on"):
+        as_references(shared, [folder])
+    (folder / "fingerprint.json").write_text(json.dumps({"base": base_fingerprint(base)}))
+    as_references(shared, [folder])  # its fingerprint says that the name is wrong
+
+
+def test_one_architecture_by_two_configurations_is_one_family(base: Path, tmp_path: Path) -> None:
+    """A multimodal model and its language model, a file of version 4 without its text part's own type, other embeddings."""
+    text = {"model_type": "gemma3_text", "hidden_size": 8, "vocab_size": 10}
+    pairs = [
+        (text, {"model_type": "gemma3", "text_config": text | {"vocab_size": 12}}),
+        (text | {"model_type": "qwen2_5_vl"}, {"model_type": "qwen2_5_vl", "text_config": text | {"model_type": "qwen2_5_vl_text"}}),
+        ({"hidden_size": 8}, text),
+    ]  # fmt: skip
+    folder = elsewhere.adapter(base, tmp_path / "theirs", 1)
+    other = tmp_path / "other"
+    other.mkdir()
+    naming(folder, str(other))
+    for one, two in pairs:
+        for own, used in ((one, two), (two, one)):
+            (other / "config.json").write_text(json.dumps(own))
+            assert require_same_family(folder, used, "it") is None
+    (other / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "llama"}}))
+    with pytest.raises(SalsaError, match="a llama model, and it is a mistral model"):
+        require_same_family(folder, {"model_type": "llava", "text_config": {"model_type": "mistral"}}, "it")
+    assert require_same_family(naming(folder, "someone/of-the-hub"), text, "it") == "someone/of-the-hub"
+    with pytest.raises(SalsaError, match="mistralai/Mistral-7B-v0.1, a mistral model, and it is a llama model"):
+        require_same_family(naming(folder, "mistralai/Mistral-7B-v0.1"), {"model_type": "llama"}, "it")
+
+
+def test_a_reference_whose_base_is_not_at_hand_is_said_with_both_names(base: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = naming(elsewhere.adapter(base, tmp_path / "theirs", 1), "someone/of-the-hub")
+    shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
+    shared.get_base_model().name_or_path = str(base)
+    as_references(shared, [folder])
+    assert f"it names the base someone/of-the-hub, and is used on {base}" in capsys.readouterr().err
