@@ -599,7 +599,7 @@ def test_one_architecture_by_two_configurations_is_one_family(base: Path, tmp_pa
     with pytest.raises(SalsaError, match="a llama model, and it is a mistral model"):
         require_same_family(folder, {"model_type": "llava", "text_config": {"model_type": "mistral"}}, "it")
     assert require_same_family(naming(folder, "someone/of-the-hub"), text, "it") == "someone/of-the-hub"
-    with pytest.raises(SalsaError, match="mistralai/Mistral-7B-v0.1, a mistral model, and it is a llama model"):
+    with pytest.raises(SalsaError, match=r"mistralai/Mistral-7B-v0\.1, a mistral model, and it is a llama model"):
         require_same_family(naming(folder, "mistralai/Mistral-7B-v0.1"), {"model_type": "llama"}, "it")
 
 
