@@ -180,7 +180,7 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
     assert "model-soup" in soup and "| soup | linear: 0.5·seed-0, 0.5·seed-1 |" in soup
     assert "## Members" not in body
     for path in run.glob("sft/seed-*/*/adapter_model.safetensors"):
-        own = [path.parent.parent.name, "0.5", path.parent.name, f"adapter_model.safetensors {sha256(path)[:16]}…"]
+        own = [path.parent.parent.name, "0.5", path.parent.name, f"adapter\\_model.safetensors {sha256(path)[:16]}…"]
         of_base = json.loads((path.parent / "fingerprint.json").read_text())["base"]
         assert "| " + " | ".join([*own, f"{of_base[:16]}…"]) + " |" in soup
     assert f"Averaged by salsa_peft {salsa_peft.__version__};" in soup and str(run) not in soup
