@@ -5,15 +5,9 @@ notes are switched off: a stage has one bar, and its figures are in its folder.
 """
 
 # ruff: noqa: E402
-import logging
-import warnings
+from salsa_peft.progress import without_notes
 
-for name in (
-    "torchao",
-    "bitsandbytes",
-    "torch.utils._pytree",
-):  # they say on import what this machine can't use of theirs
-    logging.getLogger(name).setLevel(logging.ERROR)
+without_notes()
 
 import datasets
 import peft  # noqa: F401
@@ -27,5 +21,3 @@ from salsa_peft import evaluate, landscape, parsing, policies, processes, reward
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-warnings.filterwarnings("ignore", message=r"`past_key_values` is deprecated")  # from 5.24 on; 5.17 knows no other name

@@ -74,10 +74,11 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(kind for kind in said if isinstance(kind, str)))
 
 
-def check_one_base(members: Sequence[Member], same_base: bool = False) -> None:
+def check_one_base(members: Sequence[Member], same_base: bool = False, merging: bool = False) -> None:
     """Fingerprints decide where every member has one; what the configurations name decides otherwise.
 
-    same_base: the caller says that the bases are the same, whatever they are called. Raises SalsaError naming two members.
+    same_base: the caller says that the bases are the same, whatever they are called. merging: what can't be checked is not said, since
+    the merge says it of each member and its base. Raises SalsaError naming two members.
     """
     unknown = [member for member in members if member.fingerprint is None]
     known = [member for member in members if member.fingerprint is not None]
@@ -88,7 +89,7 @@ def check_one_base(members: Sequence[Member], same_base: bool = False) -> None:
             f"{known[0].folder} on {str(known[0].fingerprint)[:12]}… (their {FINGERPRINT}): a soup needs members of one base; "
             "same_base=True (--same-base) asserts that the difference does not matter",
         )
-    if not same_base:
+    if not same_base and not merging and len(members) > 1:
         for member in unknown:
             logger.warning(
                 "warning: %s has no %s: that its base is the others' is believed, not checked",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import SalsaError, require
 from .fingerprints import FINGERPRINT as FINGERPRINT
 from .fingerprints import read_fingerprint as read_fingerprint
-from .runs import MANIFEST, read_manifest, sha256
+from .runs import MANIFEST, foreign, read_manifest, sha256
 
 if TYPE_CHECKING:
     from .adapter_tensors import Member
@@ -189,6 +189,9 @@ def check_out(folder: Path, members: Sequence[Member]) -> None:
         not (folder / CONFIG).exists() or (folder / SUMMARY).exists(),
         f"{folder} holds an adapter that is not a soup: name another folder (OUT comes first, then the members)",
     )
+    if folder.exists() and not (folder / SUMMARY).exists():
+        held = foreign(folder, WEIGHTS)  # weights alone: of a write that was killed
+        require(not held, f"{folder} holds {held} and no soup: name a new or empty folder, or an earlier soup's")
 
 
 def make_room(folder: Path) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.adapter_bases import check_one_base, local_folder
+from salsa_peft.adapter_bases import check_one_base, local_folder, require_same_family
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
 from salsa_peft.adapter_folders import check_out
+from salsa_peft.architectures import config_of
 from salsa_peft.checkpoint_folders import read_checkpoint
+from salsa_peft.checkpoint_output import check_free
 from salsa_peft.config import SalsaError, require
 from salsa_peft.hub_errors import said_in_a_line
 from salsa_peft.paths import HUB_ID
@@ -176,6 +178,7 @@ def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAd
             asked.strategy != "slerp" or asked.base is not None,
             "strategy slerp of checkpoints needs the base that they were trained from (--base): the angle is that of what each added to it",
         )
+        check_free(out, folders)
         return None if asked.base is None else local(asked.base)
     require(
         asked.device == "cpu",
@@ -194,11 +197,19 @@ def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAd
     for name, why in (("rank", "is exact and has no rank"), ("dtype", "has the base's")):
         value = getattr(asked, name)
         require(value is None, f"{name}: {value} does not go with merge: a merged soup {why}; leave it out")
+    check_free(out, folders)
+    base = _merge_base(folders, asked)
+    check_family(folders, base, asked.same_base)
+    return base
+
+
+def _merge_base(folders: Sequence[Path], asked: Options) -> Path:
+    """The folder of the base that the members are merged into."""
     from salsa_peft.merge_members import read_members
 
     members = read_members(folders, None)
     if asked.base is None:
-        check_one_base(members, asked.same_base)
+        check_one_base(members, asked.same_base, merging=True)
     if asked.base is None and (found := local_folder(members[0].config, folders[0])) is not None:
         return found
     given, revision = base_of(members[0].config, folders[0], asked.base)
@@ -207,6 +218,14 @@ def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAd
         revision,
         why="" if asked.base else f", which {folders[0] / ADAPTER_CONFIG} names as the base; name it with --base",
     )
+
+
+def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
+    """Raise SalsaError where an adapter names a base of another architecture or size than this one, unless the caller asserts the base."""
+    config = None if same_base else config_of(str(base.absolute()), None)
+    if config is not None:
+        for folder in folders:
+            require_same_family(folder, config, str(base))
 
 
 def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:

@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.checkpoint_folders import CONFIG, INDEX, read_mapping
+from salsa_peft.checkpoint_folders import CONFIG, read_mapping
 from salsa_peft.errors import SalsaError, require
 from salsa_peft.fingerprints import canonical
-from salsa_peft.runs import locked, sync_folder, write_atomic
+from salsa_peft.runs import foreign, locked, sync_folder, write_atomic
 from salsa_peft.safetensors_files import Writer, writing
 
 JOURNAL, SUMMARY, LOCK, NEXT = ".soup-journal.json", "soup.json", ".lock", ".soup-next"
-FOREIGN = ("adapter_config.json", "*.safetensors", "*.bin", "*.pt", "*.pth")
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.jinja2", "chat_template.json", "processor_config.json",
@@ -125,13 +124,8 @@ def making(folder: Path, identity: Mapping[str, Any], sources: Sequence[Path], s
     (SalsaError) inside leaves nothing of the new soup behind, and a whole earlier one as it was; one before the first write leaves
     a killed run's shards too. After a kill or any other error the next run goes on.
     """
-    for source in sources:
-        require(
-            folder.resolve() != source.resolve(),
-            f"{folder}: found a member of the soup itself, expected another folder for the result",
-        )
     new = not folder.exists()
-    _check_free(folder)
+    check_free(folder, sources)
     with locked(folder):
         key = hashlib.sha256(canonical(dict(identity)).encode()).hexdigest()
         try:
@@ -187,8 +181,13 @@ def others(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def _check_free(folder: Path) -> None:
-    """Raise SalsaError for a folder that holds what is no soup of full weights."""
+def check_free(folder: Path, sources: Sequence[Path]) -> None:
+    """Raise SalsaError for a folder that is a source, or holds what is no soup of full weights."""
+    for source in sources:
+        require(
+            folder.resolve() != source.resolve(),
+            f"{folder}: found a member of the soup itself, expected another folder for the result",
+        )
     require(not folder.exists() or folder.is_dir(), f"{folder}: found a file, expected a folder; name another one")
     if (folder / "adapter_config.json").exists():
         raise SalsaError(
@@ -196,10 +195,10 @@ def _check_free(folder: Path) -> None:
         )
     if (folder / SUMMARY).is_file() or (folder / JOURNAL).is_file():
         return
-    found = next((path.name for pattern in (CONFIG, INDEX, *FOREIGN) for path in folder.glob(pattern)), None)
+    held = foreign(folder) if folder.exists() else ""
     require(
-        found is None,
-        f"{folder}: found {found} there and no {SUMMARY}, expected an empty folder or an earlier soup; name another one",
+        not held,
+        f"{folder}: found {held} there and no {SUMMARY}, expected an empty folder or an earlier soup; name another one",
     )
 
 

@@ -12,7 +12,6 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
 import re
@@ -30,6 +29,7 @@ from salsa_peft.command_line import Parser, say
 from salsa_peft.errors import SalsaError
 from salsa_peft.fields import require
 from salsa_peft.messages import one_line
+from salsa_peft.progress import without_notes
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -352,8 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SalsaError, OSError) as error:
         say(one_line(str(error)))
         return 2
-    for name in ("torchao", "torch.utils._pytree"):  # on import they say what this machine can't use of theirs
-        logging.getLogger(name).setLevel(logging.ERROR)
+    without_notes()
     checks = dict(CHECKS)
     if args.run is not None:
         checks["run"] = lambda: of_run(Path(args.run))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""What Transformers' generate calls the cache that it is given."""
 WITHOUT_FLOAT64 = ("mps",)
 """Kinds of devices on which tokens can't be chosen: they are on the CPU."""
 
@@ -147,8 +151,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
             attention_mask=mask.long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
-            past_key_values=cache,
             synced_gpus=False,  # a process whose rows have ended waits for no other: sharded weights are gathered
+            **({} if cache is None else {CACHE: cache}),
         )
     broken = int(sampler.broken.sum())
     require(

@@ -36,7 +36,7 @@ def card(item: Item, repo: str, *, online: bool = False) -> str:
     environment.filters |= text.FILTERS
     data = metadata(item, repo, licence_of(item, online))
     page = environment.get_template("card.md.jinja").render(
-        item=item, repo=repo, title=TITLES[item.kind], load=loading(item, repo), lineage=lineage(item),
+        item=item, repo=repo, title=TITLES[item.kind], load=loading(item, repo), lineage=lineage(item), members=members(item),
         scores=scores(item), compared=compared(item), measured=measured(item), figure=FIGURE if item.figure else None,
         recipe=recipe_yaml(item.recipe), versions=runs.versions(),
     )  # fmt: skip
@@ -153,6 +153,30 @@ def lineage(item: Item) -> list[tuple[str, str]]:
         ]
     if kind in ("reward", "policy") and recipe.reward.trained:
         rows.append(("reward model", f"from seed-0, {hyperparameters(recipe.reward)}"))
+    return rows
+
+
+def members(item: Item) -> list[dict[str, str]]:
+    """A soup's members, by the provenance in its soup.json: {name, version of salsa_peft, weight, source, weights, base}, hashes cut."""
+    found: dict[str, Any] = own_figures(item).get("provenance", {}) if item.kind == "soup" else {}
+    rows = []
+    for member in found.get("members", []):
+        hashes = [
+            f"{name} {file['sha256'][:16]}…"
+            for name, file in member["files"].items()
+            if name.endswith(".safetensors") and file["sha256"] is not None
+        ]
+        own = member["fingerprint"]
+        rows.append(
+            {
+                "name": member["name"],
+                "version": found["salsa_peft"],
+                "weight": f"{member['weight']:g}",
+                "source": place(member["source"]) + (f", revision {member['revision']}" if member["revision"] else ""),
+                "weights": ", ".join(hashes) or ("" if own is None else f"fingerprint {own[:16]}…"),
+                "base": f"{member['base_fingerprint'][:16]}…" if member["base_fingerprint"] else "not known",
+            }
+        )
     return rows
 
 

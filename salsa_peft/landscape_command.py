@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return in_a_line("salsa landscape", args, told)
 
 
-def told(args: argparse.Namespace) -> None:
+def told(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Measure, and say what the line gave."""
-    found = measured(args)
+    found = measured(args, accepted)
     for line in found["lines"]:
         print(f"{line['name']}")
         for point in line["points"]:
@@ -88,7 +88,7 @@ def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
     return Landscape(**chosen)
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
+def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
     """Measure every point; write landscape.json, line-….svg and .png, plane-…."""
     folders = [local(member) for member in args.members]
     kind, names = kind_of(folders), called(args.members)
@@ -105,6 +105,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     from salsa_peft.measures import of_command
 
     measure, name = of_command(args, folders, kind), args.measure.rsplit(":", 1)[-1]
+    accepted()
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
         value = measure([weights.get(position, 0.0) for position in range(len(folders))])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from . import adapters, data, rewards
-from .averaging import base_of, local
+from .averaging import base_of, check_family, local
 from .checkpoint_alignment import align
 from .checkpoint_folders import read_checkpoint
 from .config import Generation, Model, SalsaError, Source, require
@@ -196,11 +197,13 @@ def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpo
 
 def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
     """The measure that `salsa soup --measure` asks for. Raises SalsaError for data, a function or a reward that it needs, before a model is loaded."""
+    disable_progress_bar()  # of loading weights: the command has its own
     function = load_function(args.measure) if ":" in args.measure else None
     rows = _rows(args) if function is None else []
     tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
     if kind == "adapters":
         named = local(*base_of(StackedAdapter.load(folders[:1]).members[0].config, folders[0], args.base))
+        check_family(folders, named, args.same_base)
         tokenizer = load_tokenizer(str(tokenizer_of or named))
         live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders, args.same_base)
     else:

@@ -38,6 +38,10 @@ class Layout:
             + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in self.plan.layout[file])
         )
 
+    def parameters(self) -> int:
+        """In all tensors."""
+        return sum(math.prod(shape) for entries in self.plan.layout.values() for _, _, shape in entries)
+
     def names(self, file: str) -> Iterator[str]:
         """Tensors of a shard, in order."""
         return (name for name, _, _ in self.plan.layout[file])

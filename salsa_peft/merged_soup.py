@@ -91,7 +91,7 @@ def merge(
         summary: dict[str, Any] = {"kind": "merged", "strategy": strategy, "base": str(checkpoint.folder)}
         summary |= _summary(read, loaded, numbers, figures) | source.said()
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
-        summary |= {"tokenizer": None if tokenizer is None else tokenizer.said()}
+        summary |= {"tokenizer": None if tokenizer is None else tokenizer.said(), "parameters": layout.parameters()}
         summary |= {"rounding": relative(figures.lost, figures.delta), "bytes": size, "shards": len(checkpoint.files)}
         summary |= {"shards_kept": kept, "seconds": round(time.perf_counter() - begun, 3)} | dict(more or {})
         output.finish(layout.config(), summary)
@@ -131,12 +131,13 @@ def _check_fingerprints(checkpoint: Checkpoint, members: Sequence[Member], same_
     known = [member for member in members if member.fingerprint is not None]
     if same_base:
         return
+    for member in members:
+        if member.fingerprint is None:
+            logger.warning(
+                "warning: %s has no %s: that it was trained on %s is believed, not checked; it names the base %s", member.folder, FINGERPRINT,
+                checkpoint.folder, member.config["base_model_name_or_path"] or "(no name)",
+            )  # fmt: skip
     if not known:
-        logger.warning(
-            "warning: %s: no member has a %s that says which base it was trained on: that it is this one is believed, not checked",
-            checkpoint.folder,
-            FINGERPRINT,
-        )
         return
     found = base_fingerprints(checkpoint.folder)
     for member in known:

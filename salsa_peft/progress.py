@@ -11,12 +11,23 @@ On standard error, so also from a stage's process. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, TextIO
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+NOTES = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of libraries that say on import what this machine can't use of theirs."""
+
+
+def without_notes() -> None:
+    """What NOTES say below an error, and what Transformers will rename of its own, is not shown; call it before they are imported."""
+    for name in NOTES:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 class Update(Protocol):

@@ -141,8 +141,13 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
         adapters.set_trainable(model, name, False)
         return Frozen(str(reference), name)
     require(
-        name != "base" and not (folder / adapters.CONFIG).is_file(),
-        f"references: found {name!r} for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
+        not (folder / adapters.CONFIG).is_file(),
+        f"references: {name} is an adapter and the policy has full weights: merge it into its base with"
+        f" `salsa soup OUT {name} --merge`, and pass that checkpoint OUT",
+    )
+    require(
+        name != "base",
+        "references: found 'base' for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
     )
     require(
         folder.is_dir() or bool(adapters.HUB_ID.match(name)),

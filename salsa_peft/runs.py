@@ -338,6 +338,12 @@ def _holder(handle: int) -> str:
     return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
 
 
+def foreign(folder: Path, *own: str) -> str:
+    """What a folder holds besides hidden files and `own`, for a message; empty for nothing."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """One process per run folder. Raises SalsaError that names the holder; the lock of a process that is gone is free."""

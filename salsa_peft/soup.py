@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -11,7 +12,8 @@ from typing import Any, NoReturn
 
 from salsa_peft.averaging import Options, called, check, kind_of, local_members, soup
 from salsa_peft.config import SalsaError, require
-from salsa_peft.progress import bar
+from salsa_peft.messages import nearest, one_line
+from salsa_peft.progress import bar, without_notes
 from salsa_peft.soup_options import MEASURED
 from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter
@@ -32,8 +34,26 @@ EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of f
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse's, with errors of one plain line; options are written out, since join_weights looks for them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {one_line(message).removeprefix('argument ')}; see {self.prog} --help\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises SystemExit, after a line that says what is wrong, for arguments that have no place."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            word = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(
+                f"{word}: no such option; {nearest(word, known, 'options')}"
+                if word.startswith("-")
+                else f"{word}: found after an option, expected a member before the options, or a number such as 0.25 where it is a weight"
+            )
+        return found
 
 
 def join_weights(argv: Sequence[str], options: Collection[str] = ("--weights",)) -> list[str]:
@@ -41,11 +61,12 @@ def join_weights(argv: Sequence[str], options: Collection[str] = ("--weights",))
     rest, joined = list(argv), []
     while rest:
         token = rest.pop(0)
-        if token in options and rest:
-            numbers = [rest.pop(0)]
+        option, _, value = token.partition("=")
+        if option in options and (value or rest):
+            numbers = [value or rest.pop(0)]
             while rest and re.fullmatch(r"[-+.,\deE]*\d[-+.,\deE]*", rest[0]):
                 numbers.append(rest.pop(0))
-            token = f"{token}={','.join(numbers)}"
+            token = f"{option}={','.join(numbers)}"
         joined.append(token)
     return joined
 
@@ -59,9 +80,17 @@ def parse_weights(text: str, option: str = "--weights") -> list[float]:
 
 def whole(text: str) -> int:
     """A whole number of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A number, for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a number") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="W,W", help="one number a member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the members are weighted (default: linear)")
-    add("--rank", type=int, help="adapters: recompress to this rank (default: exact, the sum of the members' ranks)")
+    add("--rank", type=whole, help="adapters: recompress to this rank (default: exact, the sum of the members' ranks)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: of the factors (default: the members')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
@@ -89,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
     add("--untie", action="store_true", help="with --merge: LoRA on tied embeddings gives input and output their own")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are added up (default: cpu)")
     add_measure(made)
-    add("--steps", type=int, default=20, help="learned: steps of Adam (default: 20)")
-    add("--step-size", type=float, default=0.1, help="learned: Adam's learning rate (default: 0.1)")
+    add("--steps", type=whole, default=20, help="learned: steps of Adam (default: 20)")
+    add("--step-size", type=number, default=0.1, help="learned: Adam's learning rate (default: 0.1)")
     add("--debug", action="store_true", help="show the trace of an error")
     return made
 
@@ -118,11 +147,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return in_a_line("salsa soup", args, cook)
 
 
-def in_a_line(prog: str, args: argparse.Namespace, work: Callable[[argparse.Namespace], None]) -> int:
-    """Do it: 0; 2 and one line for what a user can mend, files and disks among it; 130 where it was interrupted."""
+Work = Callable[[argparse.Namespace, Callable[[], None]], None]
+"""Given the arguments and what to call when they are accepted."""
+
+
+def in_a_line(prog: str, args: argparse.Namespace, work: Work) -> int:
+    """Do it: 0; 2 and one line for what a user can mend, files and disks among it; 130 where it was interrupted.
+
+    Warnings are held back until `work` calls its second argument, so that a refusal before that stands alone.
+    """
+    without_notes()
+    held, ours = Held(logging.WARNING), logging.getLogger("salsa_peft")
+    ours.addHandler(held)
     try:
-        work(args)
+        work(args, held.show)
+        held.show()
     except (SalsaError, OSError) as error:
+        if args.debug or isinstance(error, OSError):
+            held.show()
         if args.debug:
             raise
         print(f"{prog}: {error}", file=sys.stderr)
@@ -130,11 +172,35 @@ def in_a_line(prog: str, args: argparse.Namespace, work: Callable[[argparse.Name
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command again goes on where it can", file=sys.stderr)
         return 130
+    finally:
+        ours.removeHandler(held)
     return 0
 
 
-def cook(args: argparse.Namespace) -> None:
-    """Make the soup that the arguments ask for, and say what it is."""
+class Held(logging.Handler):
+    """A command's warnings: each line once, none before `show`."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.lines: list[str] = []
+        self.shown = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.lines:
+            self.lines.append(line)
+            if self.shown:
+                print(line, file=sys.stderr, flush=True)
+
+    def show(self) -> None:
+        """From now on warnings are printed at once."""
+        if not self.shown:
+            self.shown = True
+            print("".join(f"{line}\n" for line in self.lines), end="", file=sys.stderr, flush=True)
+
+
+def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
+    """Make the soup that the arguments ask for, and say what it is. accepted: called when the members are."""
     weights = None if args.weights is None else parse_weights(args.weights)
     measured = args.strategy in MEASURED
     require(
@@ -161,28 +227,27 @@ def cook(args: argparse.Namespace) -> None:
         from salsa_peft.measures import of_command
 
         options["measure"] = of_command(args, folders, kind_of(folders))
+        accepted()
     with bar(1, "soup") as update:
-        summary = soup(
-            args.out,
-            folders,
-            weights,
-            names=called(args.members),
-            progress=lambda done, total: update(done=done, total=total),
-            **options,
-        )
+
+        def progress(done: int, total: int) -> None:
+            accepted()
+            update(done=done, total=total)
+
+        summary = soup(args.out, folders, weights, names=called(args.members), progress=progress, **options)
     print_summary(summary)
     print(f"written to {args.out}")
 
 
 def print_summary(summary: SoupSummary) -> None:
     """What was averaged, in a few lines."""
-    adapters = "ranks" in summary
-    size = (
-        f"{summary['modules']} modules, rank {show(summary['ranks'])}"
-        if adapters
-        else f"{summary['parameters']:,} parameters"
-    )
-    kind = "adapters" if adapters else summary["kind"]
+    kind = summary.get("kind", "adapters")
+    if kind == "adapters":
+        size = f"{summary['modules']} modules, rank {show(summary['ranks'])}"
+    else:
+        size = f"a checkpoint of {summary['parameters']:,} parameters"
+    if kind == "merged":
+        kind, size = f"adapters merged into {summary['base']}", f"{size}, LoRA in {summary['modules']} modules"
     print(
         f"soup of {len(summary['members'])} {kind} ({summary['strategy']}): {size}, {summary['bytes']:,} bytes, {summary['seconds']} s"
     )

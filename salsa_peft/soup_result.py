@@ -122,7 +122,7 @@ class SoupSummary(TypedDict, total=False):
     tensors: int
     """Checkpoints."""
     parameters: int
-    """Checkpoints."""
+    """Merged, checkpoints: in all tensors of the result."""
     dtypes: dict[str, int]
     """Checkpoints."""
     device: str

@@ -188,7 +188,7 @@ def test_only_a_soup_is_written_over(tmp_path: Path) -> None:
             average(out, [a, b], [0.5, 0.5])
     foreign = write(tmp_path / "foreign", values(2))
     before = files(foreign)
-    with pytest.raises(SalsaError, match=r"foreign: found config.json there and no soup.json"):
+    with pytest.raises(SalsaError, match=r"foreign: found config.json, model.safetensors there and no soup.json"):
         average(foreign, [a, b], [0.5, 0.5])
     assert files(foreign) == before
     (tmp_path / "adapter").mkdir()

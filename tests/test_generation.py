@@ -17,6 +17,7 @@ from masked import PROPERTY
 from scipy import stats
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import StaticCache
 
 from salsa_peft import generation, toy
 from salsa_peft.config import Sampling
@@ -294,6 +295,19 @@ class TestWhatIsLeft:
         assert model.generation_config is kept and kept.to_dict() == before
         assert not model.lm_head._forward_pre_hooks
         assert torch.equal(torch.random.get_rng_state(), random_state)
+
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    def test_a_cache_is_given_as_transformers_calls_it(
+        self, make_base: Any, tokenizer: Any, prompts: list[list[int]]
+    ) -> None:
+        """The same responses as without, and no warning of an old name."""
+        model = make_base()
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        own, given = (
+            generate(model, prompts, Sampling(max_new_tokens=6), tokenizer, range(len(prompts)), cache=one)
+            for one in (None, cache)
+        )
+        assert torch.equal(own.response_ids, given.response_ids) and cache.get_seq_length() > 0
 
     def test_no_graph_is_kept(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         """Though the model's weights and the value head train."""

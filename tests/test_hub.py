@@ -19,8 +19,10 @@ from hub_server import Fault, Hub, Repo, hub
 from made_hub_run import BASE_ID, make_run
 from safetensors.torch import load_file
 
+import salsa_peft
 from salsa_peft import hub_push, runs
 from salsa_peft.config import SalsaError
+from salsa_peft.fingerprints import sha256
 from salsa_peft.hub import main
 from salsa_peft.parsing import load_recipe
 
@@ -176,6 +178,12 @@ def test_the_card_says_where_it_comes_from_and_what_was_measured(server: Hub, ru
     assert f"```yaml\n{files(server, 'tester/tiny-salsa')['recipe.yaml'].decode()}" in body
     soup = files(server, "tester/tiny-soup")["README.md"].decode()
     assert "model-soup" in soup and "| soup | linear: 0.5·seed-0, 0.5·seed-1 |" in soup
+    assert "## Members" not in body
+    for path in run.glob("sft/seed-*/*/adapter_model.safetensors"):
+        own = [path.parent.parent.name, "0.5", path.parent.name, f"adapter\\_model.safetensors {sha256(path)[:16]}…"]
+        of_base = json.loads((path.parent / "fingerprint.json").read_text())["base"]
+        assert "| " + " | ".join([*own, f"{of_base[:16]}…"]) + " |" in soup
+    assert f"Averaged by salsa_peft {salsa_peft.__version__};" in soup and str(run) not in soup
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,10 @@ def test_references_of_full_weights_that_are_refused(make_trainer: Any, make_bas
     """One line each."""
     with pytest.raises(SalsaError, match="found 'base' for a policy of full weights"):
         make_trainer(["base"], full=True)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    line = f"references: {tmp_path} is an adapter and the policy has full weights: merge it into its base with `salsa soup OUT {tmp_path} --merge`"
+    with pytest.raises(SalsaError, match=re.escape(line)):
+        make_trainer([str(tmp_path)], full=True)
     with pytest.raises(SalsaError, match=r"found a vocabulary of 10 tokens in .*, expected the policy's"):
         make_trainer([make_base(vocab_size=10)], full=True)
     with pytest.raises(SalsaError, match="value: found adapter"):

@@ -332,7 +332,7 @@ class TestCommand:
         [
             ([], "required: OUT, MEMBER"),
             (["out"], "required: MEMBER"),
-            (["out", "a", "--nope"], "unrecognized arguments: --nope"),
+            (["out", "a", "--nope"], "--nope: no such option; did you mean "),
             (["out", "a", "--weights"], "--weights: expected one argument"),
         ],
     )

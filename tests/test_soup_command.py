@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -13,6 +17,8 @@ import pytest
 import torch
 from made_members import make_llama, train
 from safetensors.torch import load_file
+from tiny import make_base
+from transformers import PreTrainedTokenizerFast
 
 import salsa_peft
 from salsa_peft.averaging import Options, soup
@@ -41,6 +47,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base.save_pretrained(folder / name)
     shutil.copytree(folder / "a0", folder / "run" / "sft" / "seed-0")
     (folder / "empty").mkdir()
+    (folder / "notes").mkdir()
+    for name in "abcd":
+        (folder / "notes" / f"{name}.txt").write_text("of the users")
+    (folder / "other").mkdir()
+    of_base = json.loads((folder / "base" / "config.json").read_text())
+    (folder / "other" / "config.json").write_text(json.dumps(of_base | {"model_type": "mistral"}))
+    for name, named in (("mistral", "other"), ("nowhere-known", "someone/llama")):
+        shutil.copytree(folder / "a0", folder / name)
+        config = json.loads((folder / "a0" / "adapter_config.json").read_text())
+        (folder / name / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        (folder / name / "fingerprint.json").unlink()
     return folder
 
 
@@ -56,6 +73,21 @@ WRONG = {
     "OUT a0 a1 --weights 1": "weights: found 1 (1.0), expected 2: one for each member",
     "OUT a0 a1 --weights 0,0": "all are 0",
     "OUT a0 a1 --weights a,b": "--weights: found a,b, expected numbers",
+    "OUT a0 a1 --weights 0.3 abc": "abc: found after an option, expected a member before the options, or a number such as 0.25",
+    "OUT a0 a1 --weights=0.3 abc": "abc: found after an option, expected a member before the options, or a number such as 0.25",
+    "OUT a0 --merge a1": "a1: found after an option, expected a member before the options",
+    "OUT a0 a1 --weight 0.3 0.7": "--weight: no such option; did you mean --weights?",
+    "OUT a0 a1 --rank x": "--rank: found x, expected a whole number of at least 1",
+    "OUT a0 a1 --rank 0": "--rank: found 0, expected a whole number of at least 1",
+    "OUT a0 a1 --steps 1.5": "--steps: found 1.5, expected a whole number of at least 1",
+    "OUT a0 a1 --step-size ten": "--step-size: found ten, expected a number",
+    "OUT a0 a1 --strategy mean": "--strategy: invalid choice: 'mean' (choose from ",
+    "notes a0 a1": "notes holds a.txt, b.txt, c.txt and 1 more and no soup: name a new or empty folder",
+    "notes c0 c1": "notes: found a.txt, b.txt, c.txt and 1 more there and no soup.json, expected an empty folder or an earlier soup",
+    "notes a0 a1 --merge --base base": "notes: found a.txt, b.txt, c.txt and 1 more there and no soup.json",
+    "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
+    "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
+    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known 'someone/llama@main'",
     "OUT a0 a1 --weights 1 -1 --normalize": "sum to 0 and cannot be normalised",
     "OUT c0 c1 --weights .5,.6": "sum to 1.1, expected 1, since checkpoints are averaged and not scaled",
     "OUT saved saved --weights .5,.6": "sum to 1.1, expected 1",
@@ -89,6 +121,46 @@ def test_a_wrong_command_line_is_told_in_one_line(
     assert code == 2 and found.startswith("salsa soup: ") and "\n" not in found
     assert WRONG[words] in found
     assert not (made / "OUT").exists()
+    assert sorted(path.name for path in (made / "notes").iterdir() if path.suffix != ".txt") == []
+
+
+def shell(made: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, where libraries are imported anew."""
+    command = [sys.executable, "-m", "salsa_peft.soup", *words]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{Path(salsa_peft.__file__).parents[1]}:{made}"}
+    done = subprocess.run(command, cwd=made, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path, tmp_path: Path) -> None:
+    """Each member without a fingerprint once, with the base that it names; what a checkpoint is."""
+    done = shell(made, str(tmp_path / "out"), "nowhere-known", "a1", "--merge", "--base", "base")
+    bar = re.compile(r"soup +\d.*")
+    lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
+    assert lines == [
+        "warning: nowhere-known has no fingerprint.json: that it was trained on base is believed, not checked; it names the base someone/llama"
+    ]
+    numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert done.stdout.startswith(
+        f"soup of 2 adapters merged into base (linear): a checkpoint of {numbers:,} parameters, LoRA in 4 modules, "
+    )
+
+
+def test_greedy_says_each_warning_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Members are read several times: for the check, the measure, the soup and the one that greedy chose. Transformers has no bar."""
+    base = make_base(tokenizer)
+    for place in (base, tokenizer):
+        place.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate("xy"):
+        (train(base, tmp_path / name, seed) / "fingerprint.json").unlink()
+    (tmp_path / "of_mine.py").write_text("def size(model):\n    return 1.0\n")
+    words = ["--strategy", "greedy", "--measure", "of_mine:size", "--base", "base"]
+    done = shell(tmp_path, "out", "x", "y", *words)
+    bar = re.compile(r"soup +\d.*")
+    lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
+    said = "warning: {} has no fingerprint.json: that its base is the others' is believed, not checked"
+    assert lines == [said.format("x"), said.format("y")]
 
 
 def test_weights_of_another_sum_scale_what_was_learned(

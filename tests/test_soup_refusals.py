@@ -277,8 +277,9 @@ class TestRefusals:
         member, other, out = train(base, folder / "a", 0), train(base, folder / "b", 1), folder / "soup"
         out.mkdir()
         (out / "tokenizer.json").write_text("mine")
-        soup(out, [member])
-        assert (out / "tokenizer.json").read_text() == "mine"
+        with pytest.raises(SalsaError, match=r"soup holds tokenizer.json and no soup: name a new or empty folder"):
+            soup(out, [member])
+        assert [(path.name, path.read_text()) for path in out.iterdir()] == [("tokenizer.json", "mine")]
         (other / "tokenizer.json").write_text("the other's")
         soup(folder / "again", [other])
         assert (folder / "again" / "tokenizer.json").read_text() == "the other's"

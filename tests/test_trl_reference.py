@@ -329,6 +329,15 @@ def test_without_a_fingerprint_it_is_said(world: World, capsys: Any) -> None:
     assert_reference(trainer, world, "soup")
 
 
+@pytest.mark.parametrize("world", ["full"], indirect=True)
+def test_an_adapter_is_no_reference_of_full_weights(world: World, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        SalsaError, match=r"is an adapter and the policy has full weights: merge it into its base with `salsa soup OUT"
+    ):
+        use_reference(world.trainer("dpo"), tmp_path)
+
+
 def test_a_policy_that_trained_more_than_factors(world: World) -> None:
     """PEFT gives `ref` the base's own modules; several references would be read through the policy's, and are refused."""
     from peft import LoraConfig, get_peft_model
