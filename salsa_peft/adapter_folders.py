@@ -51,6 +51,8 @@ DEFAULTS: dict[str, Any] = {
     "init_lora_weights": True,
 }
 """LoraConfig's fields that a soup reads, and what PEFT takes where a file has none."""
+EMPTY_IS_NONE = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+"""Fields of which an empty list says what null says."""
 IGNORED = (
     "peft_type",
     "peft_version",
@@ -125,7 +127,12 @@ def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
         fits = expected is None or value is None or isinstance(value, expected)
         names = " or ".join(kind.__name__ for kind in expected or ())
         require(fits, f"{path}: {field} is {value!r}, expected {names}: save the adapter again")
-    config = DEFAULTS | {field: raw[field] for field in DEFAULTS if raw.get(field) is not None}
+    given = {
+        field: value
+        for field, value in raw.items()
+        if value is not None and not (value in ([], {}) and field in EMPTY_IS_NONE)
+    }
+    config = DEFAULTS | {field: given[field] for field in DEFAULTS if field in given}
     biases = ("none", "all", "lora_only")
     require(config["bias"] in biases, f"{path}: bias is {config['bias']!r}, expected one of {', '.join(biases)}")
     initial = config["init_lora_weights"]

@@ -41,14 +41,13 @@ UNMASKED = {
 }
 """Architectures that read padding in front of a prompt as if it were text, and why (in Transformers 5.24: a test tries those that it can)."""
 MAMBA = {
-    **dict.fromkeys(("mamba", "falcon_mamba"), "in_proj,x_proj"),
-    "mamba2": "in_proj",
+    **dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), "in_proj"),
     **dict.fromkeys(
         ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "in_proj,q_proj,k_proj,v_proj,o_proj"
     ),
 }
 """Architectures whose fused kernel is given `out_proj`'s weight, past a LoRA on it (PEFT refuses some of them) → what LoRA can be on."""
-PAST_LORA = ("out_proj", "conv1d", "dt_proj")
+PAST_LORA = ("out_proj", "conv1d", "dt_proj", "x_proj")
 """Modules of Mamba's layers whose weights are read without calling the module."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configurations call the length that a model reads."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from made_members import Q0, WEIGHTS, edit, edit_tensors, train
 
+from salsa_peft.adapter_folders import read_config
 from salsa_peft.config import SalsaError
 from salsa_peft.runs import locked
 from salsa_peft.soup import StackedAdapter, main, soup
@@ -323,3 +324,10 @@ def test_what_a_measure_needs_is_looked_for_before_a_model_is_loaded(
     given |= {words[at].removeprefix("--"): words[at + 1] for at in range(0, len(words), 2)}
     with pytest.raises(SalsaError, match=re.escape(said)):
         measures.of_command(Namespace(**given), [Path("a"), Path("b")], "adapters")
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "trainable_token_indices", "alora_invocation_tokens"])
+def test_an_empty_list_says_what_null_says(tmp_path: Path, field: str) -> None:
+    """Some tools write one for the other; PEFT makes no difference."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, field: []}))
+    assert read_config(tmp_path)[field] is None
