@@ -47,7 +47,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     for kind, reader in READERS.items():
         sources = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
         for source in sources if kind in kinds else ():
-            if source is not None and (_is_small(source.path) or (hub and not is_local(source.path))):
+            if source is not None and (not is_local(source.path) if hub else _is_small(source.path)):
                 with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
                     part = source if is_local(source.path) else _part(source)
                     rows = reader(part)

@@ -76,8 +76,10 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             if args.dry_run or new:  # a refusal comes before anything is written
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
-                check_data(loaded.recipe, steps, asked, hub=not args.dry_run)
+                check_data(loaded.recipe, steps, asked)
                 check_machine(loaded.recipe, {} if args.dry_run else steps, asked)
+                if not args.dry_run:
+                    check_data(loaded.recipe, steps, asked, hub=True)
             if args.dry_run:
                 from salsa_peft.planning import show_plan
 
@@ -87,9 +89,11 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
                 if not new:
-                    check_data(loaded.recipe, steps, asked, hub=True)
+                    check_data(loaded.recipe, steps, asked)
                 for line in check_machine(loaded.recipe, steps, asked):
                     say(f"warning: {line}")
+                if not new:
+                    check_data(loaded.recipe, steps, asked, hub=True)
                 execute(loaded, run, steps, asked, args.debug)
                 for path in runs.prune(run, stages, steps) if args.prune else []:
                     say(f"pruned {path.relative_to(run)}")
@@ -214,21 +218,23 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
             )
 
 
-def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub: bool) -> None:
-    """Raise SalsaError for a row that a unit which will be made can't use, and for a seed, reference or reward: of local files, and with `hub`
-    of what the Hub holds too, which is fetched for that."""
+def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub: bool = False) -> None:
+    """Raise SalsaError for a row that a unit which will be made can't use, and for a seed, reference or reward: of local files, or with `hub`
+    of what the Hub holds, which is fetched for that."""
     made = {steps[name].unit.stage for name in asked if steps[name].why is not None}
     if made:
         from salsa_peft import taken_results
 
+        if hub:
+            taken_results.check_at_hand(recipe)
         taken_results.check(recipe, made, hub)
     own = recipe.data
     given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]
     local = [is_local(source.path) for source in given if source is not None]
-    if made and (any(local) or (hub and local)):
+    if made and (not all(local) if hub else any(local)):
         from salsa_peft import data_checks
 
-        if hub and not all(local):
+        if hub:
             say("looking at the Hub's data sets …")
         data_checks.check(recipe, made, hub)
 
@@ -239,10 +245,6 @@ def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) 
     made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
         launching.check(recipe)
-    if made:
-        from salsa_peft import taken_results
-
-        taken_results.check_at_hand(recipe)
     warnings = cards.check_device(recipe, cards.cards(), made) if made else []
     if "judge" in made and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")

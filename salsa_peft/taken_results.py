@@ -66,15 +66,15 @@ def taken(recipe: Recipe) -> Iterator[Taken]:
 
 
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
-    """Raise SalsaError for the first folder that the run could not use; with `hub` also for the first Hub id that one of these stages reads."""
-    found = [one for one in taken(recipe) if is_local(one.path) or (hub and _read_by(one.role, stages))]
+    """Raise SalsaError for the first folder that the run could not use, or with `hub` for the first Hub id that one of these stages reads."""
+    found = [one for one in taken(recipe) if is_local(one.path) != hub and (not hub or _read_by(one.role, stages))]
     trains = recipe.adapter is not None and recipe.adapter.target_modules != "all-linear"
     base = base_of(recipe) if found or trains else None
     if base is not None and recipe.adapter is not None and _plain(base):
         require_targets(recipe.adapter.target_modules, [name.removesuffix(".weight") for name in base.tensors])
     folders: list[tuple[str, Path]] = []
     for where, path, role in found:
-        folder = Path(path) if is_local(path) else _fetched(recipe, path)
+        folder = Path(path) if is_local(path) else _fetched(recipe, where, path)
         if role == REWARD and not (folder / CONFIG).is_file():
             if not is_local(path):  # a classifier's folder was looked at when the recipe was read
                 check_classifier_folder(where, str(folder))
@@ -88,23 +88,20 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
             require((folder / "config.json").is_file(), f"{where}: {path} has no config.json; name a checkpoint")
     if recipe.adapter is not None:
         _check_parameters(folders)
-    _note_same(recipe)
+    if not hub:
+        _note_same(recipe)
 
 
 def check_at_hand(recipe: Recipe) -> None:
-    """Raise SalsaError for a Hub id that is not in the cache while the Hub is not to be asked (HF_HUB_OFFLINE)."""
+    """Raise SalsaError for a base that is no folder and not in the Hub's cache, while the Hub is not to be asked (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    base = recipe.model
-    named = [(where, path, "") for where, path, _ in taken(recipe)]
-    named += [] if base.base is None else [("model.base", base.base, base.revision or "")]
-    for where, path, revision in named if constants.HF_HUB_OFFLINE else ():
-        files = () if is_local(path) else (CONFIG, "config.json")
-        there = [try_to_load_from_cache(path, file, revision=revision or None) for file in files]
+    base = recipe.model.base
+    if base is not None and not is_local(base) and constants.HF_HUB_OFFLINE:
         require(
-            is_local(path) or any(isinstance(file, str) for file in there),
-            f"{where}: {path} is no folder here, as a Hub id it is not in the cache, and HF_HUB_OFFLINE is set. Fetch it while online"
-            f" (`hf download {path}`), or name a folder",
+            isinstance(try_to_load_from_cache(base, "config.json", revision=recipe.model.revision), str),
+            f"model.base: {base} is no folder here, as a Hub id it is not in the cache, and HF_HUB_OFFLINE is set. Fetch it while online"
+            f" (`hf download {base}`), or name a folder",
         )
 
 
@@ -155,13 +152,16 @@ def _read_by(role: str, stages: Collection[str]) -> bool:
     return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "sft", "reward", "soup"})
 
 
-def _fetched(recipe: Recipe, path: str) -> Path:
+def _fetched(recipe: Recipe, where: str, path: str) -> Path:
     """What can be looked at of a Hub id, in the Hub's cache: the adapter, or a checkpoint's files without its weights."""
     from huggingface_hub import snapshot_download
 
     weights = [WEIGHTS] if recipe.adapter is not None else []
-    with said_in_a_line(path):
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", *weights]))
+    try:
+        with said_in_a_line(path):
+            return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", *weights]))
+    except SalsaError as error:
+        raise SalsaError(f"{where}: {error}") from error
 
 
 def base_of(recipe: Recipe) -> Checkpoint | None:

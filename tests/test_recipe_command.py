@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -80,7 +81,8 @@ def test_the_console_script_is_the_same_commands(here, capsys):
     assert cli.main(["run", "tiny.yaml", "--lora", "--dry-run"]) == 0
     first = capsys.readouterr().out
     assert recipe.main(["tiny.yaml", "--lora", "--dry-run"]) == 0
-    assert capsys.readouterr().out == first
+    free = r"[\d.]+ [GM]iB free"  # other processes write meanwhile
+    assert re.sub(free, "", capsys.readouterr().out) == re.sub(free, "", first)
     assert cli.main(["report", "tiny.yaml", "--lora"]) == 2
     assert "--stages: report needs" in capsys.readouterr().err
     done, _ = shell("run", "tiny.yaml", "--lora", "--dry-run", module="salsa_peft.cli")

@@ -450,7 +450,7 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
     for given, words, line in (
         ({"reward": "me/several"}, ("--lora",), "is a classifier of 2 labels, and a reward is one number"),
         ({"reward": "me/several"}, (), "is a classifier of 2 labels, and a reward is one number"),
-        ({"reward": "me/gone"}, (), "huggingface.co/me/gone: not in the local cache and the Hub"),
+        ({"reward": "me/gone"}, (), "reward.model: https://huggingface.co/me/gone: not in the local cache and the Hub"),
         ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
@@ -693,7 +693,7 @@ def test_a_seed_that_is_given_twice_is_said(
             "model.chat_template=chatml",
         ]
         loaded_recipe = load_recipe(str(small), lora=None if lora is None else "lora", overrides=given)
-        taken_results.check(loaded_recipe.recipe)
+        taken_results.check(loaded_recipe.recipe, {"sft"})
         return str(capsys.readouterr().err)
 
     assert f"sft.from: seeds 0 and 1 have the same weights ({second})" in found(first, second, third)
@@ -720,7 +720,11 @@ def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
         assert recipe.main(given) == 2
         said = capsys.readouterr().err
         assert (
-            f"{key}{'[0]' if key == 'sft.from' else ''}: some/" in said
+            {
+                "sft.from": "sft.from[0]: https://huggingface.co/some/one: not in",
+                "model.base": "model.base: some/base is",
+            }[key]
+            in said
             and "HF_HUB_OFFLINE is set" in said
             and not (tmp_path / "out").exists()
         )
