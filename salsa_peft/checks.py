@@ -1,4 +1,4 @@
-"""What must fit together in a recipe beyond its types: names, positions, batches, local files and their columns.
+"""What must fit together in a recipe beyond its types: names, positions, batches, and what it names on this machine.
 
 Every refusal is a SalsaError `key: found …, expected …`; parsing.py puts the file in front. What the Hub holds is
 looked at before the first stage, not here. Imports no torch.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from salsa_peft import base_checks, judge_section, search
+from salsa_peft import judge_section, search
 from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, SalsaError, parse_reference, require
 from salsa_peft.fields import MOST_POLICIES
 from salsa_peft.messages import short
-from salsa_peft.paths import check_files, check_path, count_rows, is_local
+from salsa_peft.paths import check_files, check_path, is_local
 from salsa_peft.results import unit_of
 from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_columns, check_function, check_signature
 from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
@@ -57,10 +57,8 @@ def check(recipe: Recipe) -> None:
     _check_hub(recipe)
     _check_present(recipe)
     check_files(recipe)
-    _check_rows(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
-    base_checks.check(recipe)
 
 
 def _check_taken(recipe: Recipe) -> None:
@@ -205,41 +203,6 @@ def _check_lengths(recipe: Recipe) -> None:
         f"ppo.max_prompt_length: found {prompt}, expected at most {limit - sampling.max_new_tokens}: model.max_length {limit}"
         f" less generation.max_new_tokens {sampling.max_new_tokens}",
     )
-
-
-def _check_rows(recipe: Recipe) -> None:
-    """The embedded world's sizes, and rows of local files, against the batches that are cut from them. How many are too long is seen by
-    the stage."""
-    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
-    wanted = {"demonstrations": ("sft", sft), "preferences": ("reward", reward), "prompts": ("ppo", ppo)}
-    algorithms = {policy.algorithm for policy in recipe.policies.values()}
-    if None not in (recipe.sft.from_ or [None]):
-        del wanted["demonstrations"]
-    for key, (stage, section) in wanted.items():
-        source, toy = getattr(recipe.data, key), recipe.toy
-        rows = count_rows(source) if source is not None else None if toy is None else getattr(toy, key)
-        used = {"preferences": reward.trained, "prompts": "ppo" in algorithms}.get(key, True)
-        if rows is None or not used:
-            continue
-        share, why = rows, ""
-        if key == "demonstrations" and sft.subset < 1:
-            share, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
-        elif key == "preferences":
-            share, why = rows - reward.held_out_of(rows), f" (reward.held_out {reward.held_out:g})"
-        found = (
-            f"toy.{key}: found {rows}" if source is None else f"data.{key}: found {rows} in {Path(source.path).name}"
-        )
-        require(
-            share >= section.batch_size,
-            f"{found}, {share} of them to train on{why}, expected at least {stage}.batch_size = {section.batch_size}; add some or lower"
-            f" {stage}.batch_size",
-        )
-    for algorithm in sorted(algorithms - {"ppo"}):
-        key = "preferences" if algorithm in PREFERENCES else "prompts"
-        source, section = getattr(recipe.data, key), getattr(recipe, algorithm)
-        rows = count_rows(source) if source is not None else None if recipe.toy is None else getattr(recipe.toy, key)
-        if rows is not None:
-            section.check_rows(rows, algorithm)
 
 
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:

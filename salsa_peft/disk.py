@@ -21,8 +21,8 @@ from typing import NamedTuple
 from . import cards, memory
 from .architectures import Architecture, of_recipe
 from .config import Adapter, Recipe, SalsaError
-from .paths import count_rows
 from .runs import Step
+from .source_checks import count_rows
 from .trl_options import ALGORITHMS
 
 AT_ONCE = 3

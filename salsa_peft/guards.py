@@ -1,6 +1,6 @@
 """Guards: what an update's figures say when PPO goes wrong: empty or short responses, gibberish, a KL that cannot be.
 
-A guard is one function, one row of GUARDS and one test. `ppo.guards` says what an alarm does, and may move its limit:
+A guard is one function and one row of GUARDS here, one row of guard_settings.DEFAULTS, and one test. `ppo.guards` says what an alarm does, and may move its limit:
 `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`; those not named act as their row says. Imports no torch.
 Figures are those of metrics.jsonl: row is this update's, start the run's first one's. One that is NaN raises its alarm.
 Left out: averages over updates. A `stop` goes by one update, so a small batch wants a wider limit.
@@ -8,18 +8,15 @@ Left out: averages over updates. A `stop` goes by one update, so a small batch w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from itertools import compress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .fields import SalsaError, require
-from .messages import nearest, short
+from .guard_settings import Action, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Action = Literal["off", "warn", "stop"]
 Row = Mapping[str, float]
 LENGTH, ENTROPY, REPETITION = START = ("objective/response_length", "objective/entropy", "objective/repetition")
 CALM = 10
@@ -145,74 +142,26 @@ class Guard(NamedTuple):
     """A row of GUARDS."""
 
     check: Callable[[Figures, float], str | None]
-    """Figures and limit → "found, expected …", or None where all is well."""
-    limit: float
+    """Takes the figures and the limit. Returns what is wrong ("found, expected …"), or None where all is well."""
     remedy: str
-    action: Action = "warn"
-    largest: float = math.inf
-    """Of its limit."""
 
 
 SHORT = "the KL-hack, few tokens cost little KL: set min_new_tokens or kl_per=token, or lower kl_coef"
 WILD = "gibberish: raise kl_coef, lower learning_rate or num_ppo_epochs, and see completions.jsonl"
 GUARDS: dict[str, Guard] = {
-    "empty": Guard(empty, 0.5, SHORT, largest=1),
-    "length": Guard(length, 0.25, SHORT, largest=1),
-    "repetition": Guard(repetitive, 0.5, f"{WILD}; missing_eos_penalty where responses never end", largest=1),
-    "entropy_low": Guard(entropy_low, 0.1, f"{WILD}, or that there is one answer to everything", largest=1),
-    "entropy_high": Guard(entropy_high, 1.5, WILD),
-    "kl_coef": Guard(kl_coef, 0.01, "widen kl_coef_min and kl_coef_max, move kl_target, or change learning_rate", largest=1),
+    "empty": Guard(empty, SHORT),
+    "length": Guard(length, SHORT),
+    "repetition": Guard(repetitive, f"{WILD}; missing_eos_penalty where responses never end"),
+    "entropy_low": Guard(entropy_low, f"{WILD}, or that there is one answer to everything"),
+    "entropy_high": Guard(entropy_high, WILD),
+    "kl_coef": Guard(kl_coef, "widen kl_coef_min and kl_coef_max, move kl_target, or change learning_rate"),
     "negative_kl": Guard(
-        negative_kl, 1.0, "what is sampled is not what is scored, or the batch is too small: set rollout_backend=hf and"
+        negative_kl, "what is sampled is not what is scored, or the batch is too small: set rollout_backend=hf and"
         " old_logprobs=recompute, kl_estimator=full or k3, or raise batch_size",
     ),
-    "kl": Guard(kl, 60.0, "the policy is far from its reference: take an earlier checkpoint, raise kl_coef or lower learning_rate", "off"),
+    "kl": Guard(kl, "the policy is far from its reference: take an earlier checkpoint, raise kl_coef or lower learning_rate"),
 }  # fmt: skip
-
-
-class Setting(NamedTuple):
-    """What a recipe says of a guard."""
-
-    action: Action
-    limit: float
-
-
-def parse(guards: Mapping[str, Any], where: str = "guards") -> dict[str, Setting]:
-    """A recipe's `guards` → a setting for every guard. Raises SalsaError, beginning with `where` and the guard's name."""
-    require(isinstance(guards, Mapping), f"{where}: found {short(guards)}, expected a mapping such as {{length: stop}}")
-    for name in guards:
-        if name not in GUARDS:
-            raise SalsaError(
-                f"{where}: found {short(name)}, expected a guard; {nearest(str(name), [*GUARDS], 'guards')}"
-            )
-    return {
-        name: _setting(guards[name], guard, f"{where}.{name}") if name in guards else Setting(guard.action, guard.limit)
-        for name, guard in GUARDS.items()
-    }
-
-
-def _setting(found: Any, guard: Guard, where: str) -> Setting:
-    """off | warn | stop, or {action, limit}, each of which may be left out: a limit alone warns."""
-    if not isinstance(found, Mapping):
-        return Setting(_action(found, where), guard.limit)
-    for key in found:
-        require(key in ("action", "limit"), f"{where}: found the key {short(key)}, expected action or limit")
-    require(len(found) > 0, f"{where}: found {{}}, expected action or limit")
-    limit = found.get("limit", guard.limit)
-    most = "" if guard.largest == math.inf else f" to {guard.largest:g}"
-    require(
-        isinstance(limit, int | float) and not isinstance(limit, bool) and 0 <= limit <= guard.largest and limit < math.inf,
-        f"{where}.limit: found {short(limit)}, expected a number from 0{most}",
-    )  # fmt: skip
-    return Setting(_action(found.get("action", "warn"), f"{where}.action"), float(limit))
-
-
-def _action(found: Any, where: str) -> Action:
-    if found is False:  # `off` in YAML 1.1
-        return "off"
-    known = get_args(Action)
-    require(isinstance(found, str) and found in known, f"{where}: found {short(found)}, expected {', '.join(known)}")
-    return found
+"""Each has its default limit and action in guard_settings.DEFAULTS."""
 
 
 class Alarm(NamedTuple):

@@ -16,7 +16,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,14 @@ def find_recipe(path_or_name: str) -> Path:
     raise SalsaError(f"{path_or_name}: no such recipe file; {nearest(stem, names('recipes'), 'bundled recipes')}")
 
 
-def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
-    """Read, merge and check; `lora` is a preset's name. Raises SalsaError, one line, before anything is written."""
+def load_recipe(
+    path_or_name: str, *, lora: str | None, overrides: list[str], more: Iterable[Callable[[Recipe], None]] = ()
+) -> Loaded:
+    """Read, merge and check a recipe.
+
+    lora: a preset's name. more: further checks, each of which raises SalsaError `key: …`, as checks.check does; they run after it, and the
+    layer that set the key is named in front. Raises SalsaError, one line, before anything is written.
+    """
     path = find_recipe(path_or_name)
     written = read_yaml(str(path))
     section = written.pop("lora", None)
@@ -112,7 +118,7 @@ def load_recipe(path_or_name: str, *, lora: str | None, overrides: list[str]) ->
     data = _of_one_seed(_numbered(_without_nulls(data)))
     with _placed(layers, path.name):
         data = search.expand(sweeps.expand(data))
-    recipe = _validated(data, layers, path.name)
+    recipe = _validated(data, layers, path.name, more)
     require(  # such as a QLoRA run's saved recipe under --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
         f"--lora {lora}: found model.quantization {recipe.model.quantization or 'none'}, expected"
@@ -303,10 +309,13 @@ def saved_recipe(path: Path) -> Recipe:
     return _typed(_without_nulls(python_names(read_yaml(str(path)))), [], str(path))
 
 
-def _validated(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
+def _validated(
+    data: dict[str, Any], layers: list[Layer], file: str, more: Iterable[Callable[[Recipe], None]]
+) -> Recipe:
     recipe = _typed(data, layers, file)
     with _placed(layers, file):
-        checks.check(recipe)
+        for check in (checks.check, *more):
+            check(recipe)
     return recipe
 
 

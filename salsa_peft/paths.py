@@ -1,4 +1,4 @@
-"""A recipe's local paths: made absolute, told from Hub ids, looked for, and the first row of a data file held against its kind.
+"""A recipe's local paths: made absolute, told from Hub ids, and looked for.
 
 Every refusal is a SalsaError `key: found …, expected …`. What the Hub holds is seen at the stage's start, not here. Imports no torch.
 """
@@ -6,51 +6,22 @@ Every refusal is a SalsaError `key: found …, expected …`. What the Hub holds
 from __future__ import annotations
 
 import copy
-import csv
-import functools
-import importlib
-import io
 import json
-import lzma
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import row_formats
-from salsa_peft.config import NAME, OWN_TEMPLATE, SEED, Recipe, SalsaError, Source, require
-from salsa_peft.data_files import (
-    FILES,
-    HF,
-    HF_PATH,
-    KINDS,
-    OPEN,
-    check_split,
-    file_kind,
-    open_bytes,
-    read_file,
-    rows_in,
-    table,
-)
+from salsa_peft.config import NAME, OWN_TEMPLATE, SEED, Recipe, SalsaError, require
 from salsa_peft.messages import path_text, short
 from salsa_peft.reward_kinds import has_template, placed
 from salsa_peft.soup_options import placed_measure
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
-LOCAL_SUFFIXES = (*FILES, *OPEN, ".jinja", ".yaml")
-ROWS = {
-    "demonstrations": "demonstrations",
-    "preferences": "preferences",
-    "prompts": "prompts",
-    "held_out": "demonstrations",
-}
-"""Key of `data` → the kind of its rows."""
-COUNTABLE = 500_000_000
-"""Bytes of a file that is read to count its rows; of one JSON list a tenth."""
-EXPECTED_ROWS = "expected one JSON object a line"
-EXPECTED_DATA = KINDS
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz")
+"""Of the files that data_files.py reads, packed or not."""
+LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".jinja", ".yaml")
 
 
 def bundled(kind: str) -> Path:
@@ -164,42 +135,13 @@ def _judge(value: Any, folder: str) -> Any:
     return {key: change[key](entry, folder) if key in change else entry for key, entry in value.items()}
 
 
-def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
-    """(key, kind, source) of every dataset that the recipe names."""
-    for kind in ROWS:
-        source = getattr(recipe.data, kind)
-        if source is not None:
-            yield f"data.{kind}", ROWS[kind], source
-    for name, source in recipe.evaluate.prompts.items():
-        yield f"evaluate.prompts.{name}", "prompts", source
-
-
 def check_files(recipe: Recipe) -> None:
-    """Base, chat template and data are there, and data has its columns."""
+    """The base and the chat template are there."""
     model = recipe.model
     if model.base is not None:
         _check_base(model.base)
         check_path("model.base", model.base, "a model's folder", "config.json")
     check_template(recipe)
-    for key, kind, source in sources(recipe):
-        if is_local(source.path) and not os.path.isdir(source.path):
-            require(
-                os.path.isfile(source.path),
-                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
-            )
-            require(
-                file_kind(source.path) is not None,
-                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
-            )
-            check_split(source)
-            _check_columns(key, kind, source.path)
-        elif source.path.startswith("hf://"):
-            require(
-                HF_PATH.match(source.path) is not None,
-                f"{key}: found {path_text(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
-            )
-        elif not is_local(source.path):
-            _check_hub_id(key, source.path, EXPECTED_DATA)
 
 
 def _check_base(base: str) -> None:
@@ -250,83 +192,12 @@ def check_template(recipe: Recipe) -> None:
 def check_path(where: str, path: str, what: str, file: str) -> None:
     """A folder that holds `file`, or what can be a Hub id."""
     if not is_local(path):
-        _check_hub_id(where, path, f"{what} or a Hub id")
+        check_hub_id(where, path, f"{what} or a Hub id")
         return
     require(os.path.isdir(path), f"{where}: found {path_text(path)}, which is no folder, expected {what} or a Hub id")
     require(os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {path_text(path)}, expected {what}")
 
 
-def _check_hub_id(where: str, value: str, expected: str) -> None:
+def check_hub_id(where: str, value: str, expected: str) -> None:
     fits = HUB_ID.match(value) is not None and "--" not in value and ".." not in value
     require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
-
-
-def count_rows(source: Source | None) -> int | None:
-    """Rows of a local file (at most its limit); None where they are not known before the stage starts, would take long to count (also of a slice), or there
-    is no source."""
-    if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
-        return None
-    status = os.stat(source.path)
-    rows = _count(source.path, status.st_size, status.st_mtime_ns)
-    return None if rows is None else min(rows, source.limit or rows)
-
-
-@functools.cache
-def _count(path: str, size: int, _: int) -> int | None:
-    """Of a file as it is: its size, and when it was changed."""
-    try:
-        if path.lower().endswith(".parquet"):
-            return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
-        if path.lower().endswith(".json"):
-            return None if size > COUNTABLE // 10 else len(read_file(path))
-        if size > COUNTABLE or not path.lower().endswith((".jsonl", ".ndjson")):
-            return None
-        with open(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    except (OSError, ValueError, RecursionError):
-        return None  # the check of its columns, or the stage, says what is wrong with it
-
-
-def _first_row(path: str) -> Any:
-    """Of a .jsonl, .json, .csv or .tsv file, also packed; of a .parquet file its columns alone."""
-    kind = file_kind(path)
-    if kind == ".parquet":
-        return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
-    with open_bytes(Path(path)) as file:
-        if kind in (".csv", ".tsv"):
-            return next(table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
-        if kind == ".json":
-            text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip()
-            if text.startswith("{"):
-                return _first_of_object(path, text)
-            text = text.removeprefix("[").lstrip()
-            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
-        line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
-        return json.loads(line) if line else None
-
-
-def _first_of_object(path: str, text: str) -> Any:
-    """Of a .json file that begins with an object: the row that it is, or the first of those in it."""
-    try:
-        found = json.JSONDecoder().raw_decode(text)[0]
-    except ValueError:  # it may be longer than what was read
-        first = read_file(path)[0]
-        return json.loads(first) if isinstance(first, bytes) else first
-    return next(iter(rows_in(found, path)), None)
-
-
-def _check_columns(where: str, kind: str, path: str) -> None:
-    """The first row of a local file is one of its kind; of a .parquet file the columns are."""
-    name, form = short(Path(path).name), "JSON" if "json" in str(file_kind(path)) else str(file_kind(path))[1:]
-    try:
-        row = _first_row(path)
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"
-        raise SalsaError(f"{where}: {name} cannot be read: {why}; {EXPECTED_ROWS}") from error
-    if not isinstance(row, dict):
-        raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
-    columns = ", ".join(map(str, list(row)[:12])) or "none"
-    expected = row_formats.EXPECTED[kind]
-    require(row_formats.fits(kind, set(row)), f"{where}: found the columns {columns} in {name}, expected {expected}")
-    alone = kind == "preferences" and row_formats.lacks_prompt(row)
-    require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")

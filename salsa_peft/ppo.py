@@ -24,7 +24,8 @@ from . import adapters, lora_forward, losses, moving, sharding
 from .backends import BACKENDS
 from .completions import show
 from .config import SalsaError, require
-from .guards import Bounds, Watch, parse
+from .guard_settings import parse
+from .guards import Bounds, Watch
 from .models import PolicyWithValueHead, causal_lm
 from .policy_checks import check_model, check_tokenizer, check_trained
 from .ppo_callbacks import UpdateCallback

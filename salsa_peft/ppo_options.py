@@ -10,7 +10,7 @@ from pydantic import Field
 
 from . import rollout_options
 from .fields import Count, NonNegative, Positive, require
-from .guards import parse
+from .guard_settings import parse
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salsa_peft import cards, disk, launching, processes, runs, units
+from salsa_peft import base_checks, cards, disk, launching, processes, runs, source_checks, units
 from salsa_peft.command_line import parse_args, say
 from salsa_peft.config import Recipe, SalsaError, require
 from salsa_peft.judge_section import check_ready
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
     run = Path()
     try:
         with processes.signals():
-            loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set)
+            loaded = load(args.recipe, lora=args.lora, overrides=args.set)
             run = run_folder(loaded, args.output_dir)
             work = [unit for stage in stages.values() for unit in stage.units(loaded.recipe, stage.run)]
             asked = selected(work, args.stages, "--stages") if args.stages is not None else {unit.id for unit in work}
@@ -109,6 +109,11 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         return _say_and(130, "stopped; the same command goes on where it was", False)
     except processes.Terminated:
         return _say_and(143, "terminated; the same command goes on where it was", False)
+
+
+def load(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
+    """load_recipe, and what the local data and the base's config.json show. Raises SalsaError."""
+    return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(source_checks.check, base_checks.check))
 
 
 def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[str], debug: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from salsa_peft import base_checks
 from salsa_peft.config import SalsaError
-from salsa_peft.parsing import load_recipe
+from salsa_peft.recipe import load as load_recipe
 
 LLAMA = {
     "model_type": "llama",

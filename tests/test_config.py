@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from salsa_peft import parsing
 from salsa_peft.config import Adapter, Recipe, SalsaError, parse_reference
-from salsa_peft.parsing import load_recipe
+from salsa_peft.recipe import load as load_recipe
 from salsa_peft.yaml_text import MAX_BYTES, dump_yaml, parse_yaml
 
 RECIPE = """

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from salsa_peft.guards import GUARDS, START, Bounds, Setting, Watch, alarms, parse, repetition
+from salsa_peft.guard_settings import DEFAULTS, Setting, parse
+from salsa_peft.guards import GUARDS, START, Bounds, Watch, alarms, repetition
 from salsa_peft.parsing import load_recipe
 
 SOUND = {
@@ -62,7 +63,7 @@ def test_each_guard_at_its_limit(guard: str, bad: dict[str, float], good: dict[s
 def test_every_guard_has_its_row_here():
     """`kl` has a test of its own below."""
     marks = test_each_guard_at_its_limit.pytestmark[0].args[1]
-    assert {guard for guard, *_ in marks} | {"kl"} == set(GUARDS)
+    assert {guard for guard, *_ in marks} | {"kl"} == set(GUARDS) == set(DEFAULTS)
 
 
 def test_entropy_is_a_tokens_not_a_responses():

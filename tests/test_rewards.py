@@ -20,7 +20,7 @@ from salsa_peft import adapters, data, recipe, report_input, rewards
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
 from salsa_peft.config import Adapter, Recipe, Reward, SalsaError, Source
 from salsa_peft.function_reward import load_function
-from salsa_peft.parsing import load_recipe
+from salsa_peft.recipe import load as load_recipe
 from salsa_peft.reward_kinds import find_module, parse_reward
 from salsa_peft.rollout import Responses, pad_prompts
 from salsa_peft.runs import plan

@@ -19,10 +19,10 @@ from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 from salsa_peft import data, data_checks, data_files, row_formats
 from salsa_peft import recipe as recipes
 from salsa_peft.config import Data, Reward, SalsaError, Source
-from salsa_peft.parsing import load_recipe
-from salsa_peft.paths import count_rows
 from salsa_peft.questions import questions
+from salsa_peft.recipe import load as load_recipe
 from salsa_peft.sft import labelled
+from salsa_peft.source_checks import count_rows
 from salsa_peft.template_fields import reads_text_arguments
 
 Row = dict[str, Any]

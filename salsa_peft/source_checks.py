@@ -1,0 +1,179 @@
+"""Local data files against the recipe: they can be read, their first row has the columns of its kind, and there are rows enough. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from salsa_peft import row_formats
+from salsa_peft.config import Recipe, SalsaError, Source, require
+from salsa_peft.data_files import HF, HF_PATH, KINDS, check_split, file_kind, open_bytes, read_file, rows_in, table
+from salsa_peft.messages import path_text, short
+from salsa_peft.paths import check_hub_id, is_local
+from salsa_peft.trl_options import PREFERENCES
+
+ROWS = {
+    "demonstrations": "demonstrations",
+    "preferences": "preferences",
+    "prompts": "prompts",
+    "held_out": "demonstrations",
+}
+"""Key of `data` → the kind of its rows."""
+COUNTABLE = 500_000_000
+"""Bytes of a file that is read to count its rows; of one JSON list a tenth."""
+EXPECTED_ROWS = "expected one JSON object a line"
+EXPECTED_DATA = KINDS
+
+
+def check(recipe: Recipe) -> None:
+    """Raise SalsaError for local data that can't be read, lacks a column, or has fewer rows than a batch."""
+    check_sources(recipe)
+    check_rows(recipe)
+
+
+def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
+    """(key, kind, source) of every dataset that the recipe names."""
+    for kind in ROWS:
+        source = getattr(recipe.data, kind)
+        if source is not None:
+            yield f"data.{kind}", ROWS[kind], source
+    for name, source in recipe.evaluate.prompts.items():
+        yield f"evaluate.prompts.{name}", "prompts", source
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raise SalsaError for a source that is no data file, folder or Hub id, and for a local file whose first row is not of its kind."""
+    for key, kind, source in sources(recipe):
+        if is_local(source.path) and not os.path.isdir(source.path):
+            require(
+                os.path.isfile(source.path),
+                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
+            )
+            require(
+                file_kind(source.path) is not None,
+                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
+            )
+            check_split(source)
+            _check_columns(key, kind, source.path)
+        elif source.path.startswith("hf://"):
+            require(
+                HF_PATH.match(source.path) is not None,
+                f"{key}: found {path_text(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
+            )
+        elif not is_local(source.path):
+            check_hub_id(key, source.path, EXPECTED_DATA)
+
+
+def check_rows(recipe: Recipe) -> None:
+    """The embedded world's sizes, and rows of local files, against the batches that are cut from them. How many are too long is seen by
+    the stage."""
+    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
+    wanted = {"demonstrations": ("sft", sft), "preferences": ("reward", reward), "prompts": ("ppo", ppo)}
+    algorithms = {policy.algorithm for policy in recipe.policies.values()}
+    if None not in (recipe.sft.from_ or [None]):
+        del wanted["demonstrations"]
+    for key, (stage, section) in wanted.items():
+        source, toy = getattr(recipe.data, key), recipe.toy
+        rows = count_rows(source) if source is not None else None if toy is None else getattr(toy, key)
+        used = {"preferences": reward.trained, "prompts": "ppo" in algorithms}.get(key, True)
+        if rows is None or not used:
+            continue
+        share, why = rows, ""
+        if key == "demonstrations" and sft.subset < 1:
+            share, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
+        elif key == "preferences":
+            share, why = rows - reward.held_out_of(rows), f" (reward.held_out {reward.held_out:g})"
+        found = (
+            f"toy.{key}: found {rows}" if source is None else f"data.{key}: found {rows} in {Path(source.path).name}"
+        )
+        require(
+            share >= section.batch_size,
+            f"{found}, {share} of them to train on{why}, expected at least {stage}.batch_size = {section.batch_size}; add some or lower"
+            f" {stage}.batch_size",
+        )
+    for algorithm in sorted(algorithms - {"ppo"}):
+        key = "preferences" if algorithm in PREFERENCES else "prompts"
+        source, section = getattr(recipe.data, key), getattr(recipe, algorithm)
+        rows = count_rows(source) if source is not None else None if recipe.toy is None else getattr(recipe.toy, key)
+        if rows is not None:
+            section.check_rows(rows, algorithm)
+
+
+def count_rows(source: Source | None) -> int | None:
+    """Rows of a local file (at most its limit); None where they are not known before the stage starts, would take long to count (also of a slice), or there
+    is no source."""
+    if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
+        return None
+    status = os.stat(source.path)
+    rows = _count(source.path, status.st_size, status.st_mtime_ns)
+    return None if rows is None else min(rows, source.limit or rows)
+
+
+@functools.cache
+def _count(path: str, size: int, _: int) -> int | None:
+    """Of a file as it is: its size, and when it was changed."""
+    try:
+        if path.lower().endswith(".parquet"):
+            return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
+        if path.lower().endswith(".json"):
+            return None if size > COUNTABLE // 10 else len(read_file(path))
+        if size > COUNTABLE or not path.lower().endswith((".jsonl", ".ndjson")):
+            return None
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, ValueError, RecursionError):
+        return None  # the check of its columns, or the stage, says what is wrong with it
+
+
+def _first_row(path: str) -> Any:
+    """Of a .jsonl, .json, .csv or .tsv file, also packed; of a .parquet file its columns alone."""
+    kind = file_kind(path)
+    if kind == ".parquet":
+        return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
+    with open_bytes(Path(path)) as file:
+        if kind in (".csv", ".tsv"):
+            return next(table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
+        if kind == ".json":
+            text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip()
+            if text.startswith("{"):
+                return _first_of_object(path, text)
+            text = text.removeprefix("[").lstrip()
+            return json.JSONDecoder().raw_decode(text)[0] if text.strip("]") else None
+        line = next((line for line in iter(lambda: file.readline(10_000_000), b"") if line.strip()), b"")
+        return json.loads(line) if line else None
+
+
+def _first_of_object(path: str, text: str) -> Any:
+    """Of a .json file that begins with an object: the row that it is, or the first of those in it."""
+    try:
+        found = json.JSONDecoder().raw_decode(text)[0]
+    except ValueError:  # it may be longer than what was read
+        first = read_file(path)[0]
+        return json.loads(first) if isinstance(first, bytes) else first
+    return next(iter(rows_in(found, path)), None)
+
+
+def _check_columns(where: str, kind: str, path: str) -> None:
+    """The first row of a local file is one of its kind; of a .parquet file the columns are."""
+    name, form = short(Path(path).name), "JSON" if "json" in str(file_kind(path)) else str(file_kind(path))[1:]
+    try:
+        row = _first_row(path)
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"
+        raise SalsaError(f"{where}: {name} cannot be read: {why}; {EXPECTED_ROWS}") from error
+    if not isinstance(row, dict):
+        raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
+    columns = ", ".join(map(str, list(row)[:12])) or "none"
+    expected = row_formats.EXPECTED[kind]
+    require(row_formats.fits(kind, set(row)), f"{where}: found the columns {columns} in {name}, expected {expected}")
+    alone = kind == "preferences" and row_formats.lacks_prompt(row)
+    require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")
