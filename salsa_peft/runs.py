@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from salsa_peft.config import Recipe
 
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
-MANIFEST, BEGUN = "manifest.json", "begun.json"
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
 ON_THE_WAY = re.compile(
     r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
 )  # what a stage in the making holds, and no result

@@ -34,7 +34,7 @@ EXPECTED_ROWS = "expected one JSON object a line"
 EXPECTED_DATA = KINDS
 
 
-def check(recipe: Recipe) -> None:
+def check_local(recipe: Recipe) -> None:
     """Raise SalsaError for local data that can't be read, lacks a column, or has fewer rows than a batch."""
     check_sources(recipe)
     check_rows(recipe)
