@@ -217,5 +217,5 @@ def _fits(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: 
 
 def shown(number: float) -> str:
     """GiB or MiB."""
-    unit, name = (memory.GIB, "GiB") if abs(number) >= memory.GIB else (2**20, "MiB")
+    unit, name = (2**30, "GiB") if abs(number) >= 2**30 else (2**20, "MiB")
     return f"{number / unit:.1f} {name}"

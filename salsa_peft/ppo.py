@@ -278,7 +278,17 @@ class SalsaPPOTrainer(ResumableTrainer):
         """Log the rollout batch, watch it, then let β follow its KL."""
         assert self.rollout is not None
         args, rollout = self.args, self.rollout
-        row = metrics(rollout, self.totals, self) | self.figures
+        row = (
+            metrics(
+                rollout,
+                self.totals,
+                update=self.update,
+                batch_size=self.args.batch_size,
+                kl_coef=self.kl_coef,
+                skipped=self.skipped,
+            )
+            | self.figures
+        )
         moved = moving.refresh(self.model.policy, self.policy_name, self.references, self.update)
         row |= {} if moved is None else {"reference/error": moved}
         if self.is_world_process_zero():

@@ -25,7 +25,6 @@ from .rollout import Responses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .ppo import SalsaPPOTrainer
     from .ppo_config import SalsaPPOConfig
     from .rollout_batch import Rollout
 
@@ -33,31 +32,34 @@ METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_
 FILES = (METRICS, COMPLETIONS, EVALUATIONS)
 
 
-def metrics(rollout: Rollout, totals: Sequence[Sequence[float]], trainer: SalsaPPOTrainer) -> dict[str, float]:
-    """What the logs say of a rollout batch, in TRL's names; KL and entropy in nats, KL summed over a response.
+def metrics(
+    rollout: Rollout, totals: Sequence[Sequence[float]], *, update: int, batch_size: int, kl_coef: float, skipped: int
+) -> dict[str, float]:
+    """The figures of an update, in TRL's names. KL and entropy are in nats, KL summed over a response.
 
+    update: its number, from 1. batch_size: responses of an update. kl_coef: β of the update. skipped: minibatches left out so far.
     totals: of each optimizer step that was not left out, PPOLoss's fields summed over its micro-steps and processes.
     """
-    responses, mask, args = rollout.responses, rollout.responses.response_mask, trainer.args
+    responses, mask = rollout.responses, rollout.responses.response_mask
     kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
     per_step = torch.tensor(totals, dtype=torch.float64)
     mean = losses.PPOLoss(*per_step.mean(0).tolist())
     ratios = per_step[:, losses.PPOLoss._fields.index("ratio")]
     return {
-        "update": trainer.update,
-        "episode": trainer.update * args.batch_size,
+        "update": update,
+        "episode": update * batch_size,
         "objective/scores": score,
         "objective/kl": kl,
-        "objective/kl_coef": trainer.kl_coef,
+        "objective/kl_coef": kl_coef,
         "objective/entropy": rollout.entropy.sum(-1).mean().item(),
-        "objective/non_score_reward": -trainer.kl_coef * kl,
-        "objective/rlhf_reward": score - trainer.kl_coef * kl,
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": score - kl_coef * kl,
         "objective/response_length": responses.lengths.float().mean().item(),
         "objective/empty_share": responses.empty.float().mean().item(),
         "objective/repetition": repetition(responses.response_ids, mask),
         "policy/approxkl_avg": mean.approxkl,  # type: ignore[dict-item]
         "policy/clipfrac_avg": mean.clipfrac,  # type: ignore[dict-item]
-        "policy/skipped_minibatches": trainer.skipped,
+        "policy/skipped_minibatches": skipped,
         "loss/policy_avg": mean.policy,  # type: ignore[dict-item]
         "loss/value_avg": mean.value,  # type: ignore[dict-item]
         "val/clipfrac_avg": mean.value_clipfrac,  # type: ignore[dict-item]

@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 def load(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
     """load_recipe, and what the local data and the base's config.json show. Raises SalsaError."""
-    return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(source_checks.check_local, base_checks.check))
+    return load_recipe(
+        path_or_name, lora=lora, overrides=overrides, more=(source_checks.check_local, base_checks.check)
+    )
 
 
 def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[str], debug: bool) -> None:
