@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import adapters, lora_forward, losses, moving, sharding
+from . import adapters, lora_forward, losses, moving
 from .backends import BACKENDS
 from .completions import show
 from .config import SalsaError, require
@@ -39,6 +39,7 @@ from .rewards import Reward, adapter_in, as_reward
 from .rollout import response_logprobs, response_values
 from .rollout_batch import Rollout, RolloutMaker
 from .room import Room
+from .sharding import check_sharding
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +113,7 @@ class SalsaPPOTrainer(ResumableTrainer):
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False
-        sharding.check(self.accelerator, args)
+        check_sharding(self.accelerator, args)
         cut = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         moving.check(self.references, model, self.policy_name, sharded=cut)
         backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)

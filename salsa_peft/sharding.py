@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from .ppo_config import SalsaPPOConfig
 
-ROOM = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml or zero3.yaml where the model is too large for one GPU"
+USE_CONFIG = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml or zero3.yaml where the model is too large for one GPU"
 
 
-def check(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
+def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
     """Raise SalsaError for a way of sharding that the engine does not run under. FSDP2 and ZeRO-3 then add up gradients in float32,
     also with bf16, where accelerate has them in bf16."""
     kind = accelerator.distributed_type
@@ -46,7 +46,7 @@ def check(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
 
 
 def _check_fsdp(plugin: Any) -> None:
-    require(plugin.fsdp_version == 2, f"fsdp_version: found {plugin.fsdp_version}, expected 2; {ROOM}")
+    require(plugin.fsdp_version == 2, f"fsdp_version: found {plugin.fsdp_version}, expected 2; {USE_CONFIG}")
     whole = plugin.state_dict_type.name
     require(
         whole == "FULL_STATE_DICT",
@@ -62,7 +62,7 @@ def _check_fsdp(plugin: Any) -> None:
 
 
 def _check_deepspeed(plugin: Any) -> None:
-    require(plugin.zero_stage == 3, f"zero_stage: found {plugin.zero_stage}, expected 3; {ROOM}")
+    require(plugin.zero_stage == 3, f"zero_stage: found {plugin.zero_stage}, expected 3; {USE_CONFIG}")
     require(
         plugin.zero3_save_16bit_model,
         "zero3_save_16bit_model: found false, expected true, which a checkpoint is saved with",
