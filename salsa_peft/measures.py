@@ -18,6 +18,7 @@ from .averaging import base_of, check_family, local
 from .checkpoint_alignment import align
 from .checkpoint_folders import read_checkpoint
 from .config import Generation, Model, SalsaError, Source, require
+from .data_files import FILES
 from .function_reward import load_function
 from .generation import respond
 from .live_soup import LiveAdapters, LiveCheckpoints
@@ -223,7 +224,7 @@ def _rows(args: Namespace) -> Any:
     require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")
     require(args.data is not None, f"--data: found none, expected held-out rows for the measure {args.measure}")
     require(args.measure != "reward" or args.reward is not None, "--reward: found none, expected what scores responses")
-    file = Path(args.data).suffix.lower() in data.FILES
+    file = Path(args.data).suffix.lower() in FILES
     require(
         not file or Path(args.data).is_file(),
         f"--data: found no file {args.data}, expected jsonl, json, parquet or a Hub id",
