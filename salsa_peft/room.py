@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.utils.memory import clear_device_cache
-
 from .config import SalsaError
 from .smaller import out_of_memory
 
@@ -38,6 +36,8 @@ class Room:
                 return work()
             except RuntimeError as error:
                 self._halve(error, rows)
+            from accelerate.utils.memory import clear_device_cache
+
             clear_device_cache(garbage_collection=True)  # here the frames of what failed are gone
 
     def _halve(self, error: RuntimeError, rows: int | None) -> None:
