@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from salsa_peft import data, runs, trl_policies, units
 from salsa_peft.config import SalsaError
 from salsa_peft.function_reward import FunctionReward
-from salsa_peft.parsing import load_recipe, saved_recipe
+from salsa_peft.parsing import saved_recipe
+from salsa_peft.recipe import load as load_recipe
 from salsa_peft.reward_model import SPLIT_SEED
 
 ALGORITHMS = ("dpo", "kto", "rloo", "grpo")
