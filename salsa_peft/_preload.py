@@ -5,7 +5,7 @@ notes are switched off: a stage has one bar, and its figures are in its folder.
 """
 
 # ruff: noqa: E402
-from salsa_peft.progress import without_notes
+from salsa_peft.utils.console import without_notes
 
 without_notes()
 
@@ -15,8 +15,6 @@ import torch  # noqa: F401
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer  # noqa: F401
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: F401
-
-from salsa_peft import evaluate, landscape, parsing, policies, processes, reward_model, sft, stages, toy, units  # noqa: F401
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures import config_of
-from .base_checks import text_part
-from .errors import SalsaError, require
-from .fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
-from .paths import HUB_ID
+from salsa_peft.architectures import config_of
+from salsa_peft.base_checks import text_part
+from salsa_peft.paths import HUB_ID
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
 
 if TYPE_CHECKING:
-    from .adapter_tensors import Member
+    from salsa_peft.adapter_tensors import Member
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import SalsaError, require
-from .fingerprints import FINGERPRINT as FINGERPRINT
-from .fingerprints import read_fingerprint as read_fingerprint
-from .runs import MANIFEST, foreign, read_manifest, sha256
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import foreign
+from salsa_peft.utils.fingerprints import FINGERPRINT, sha256
+from salsa_peft.utils.manifests import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
-    from .adapter_tensors import Member
+    from salsa_peft.adapter_tensors import Member
 
 logger = logging.getLogger(__name__)
 

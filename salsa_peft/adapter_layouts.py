@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import float_arrays
-from .adapter_bases import base_folder
-from .adapter_folders import DEFAULTS, WEIGHTS
-from .adapter_names import PREFIX
-from .errors import SalsaError, require
-from .safetensors_files import Entry, SafetensorsFile
+from salsa_peft import float_arrays
+from salsa_peft.adapter_bases import base_folder
+from salsa_peft.adapter_folders import DEFAULTS, WEIGHTS
+from salsa_peft.adapter_names import PREFIX
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .adapter_tensors import Member
+    from salsa_peft.adapter_tensors import Member
 
 EXPERT = re.compile(r"(?P<holder>.*\.experts)\.\d+\.")
 WRAPPED = ".base_layer"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from salsa_peft.adapter_names import ORIGINAL, SAVED, TOKENS
-from salsa_peft.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     from peft import LoraConfig

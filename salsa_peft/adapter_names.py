@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import require
-from .tensor_names import WRAPPERS
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.tensor_names import WRAPPERS
 
 logger = logging.getLogger(__name__)
 

@@ -16,28 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import direct_parts, float_arrays
-from .adapter_folders import (
-    CONFIG,
-    FINGERPRINT,
-    SUMMARY,
-    WEIGHTS,
-    check_out,
-    make_room,
-    remove_remains,
-    write_json,
-)
-from .adapter_tensors import Member
-from .adapter_tokenizers import Tokenizer, tokenizer_of, write_tokenizer
-from .checkpoint_output import LOCK
-from .errors import require
-from .float_arrays import Array
-from .recompression import moments, recompress, squared_norm
-from .runs import locked, sync_folder
-from .safetensors_files import BITS, NAMES, make_header, writing
-from .soup_config import config_fields
-from .soup_summary import Tally, errors, relative, summarise
-from .stacks import Shape, Stacks
+from salsa_peft import direct_parts, float_arrays
+from salsa_peft.adapter_folders import CONFIG, SUMMARY, WEIGHTS, check_out, make_room, remove_remains, write_json
+from salsa_peft.adapter_tensors import Member
+from salsa_peft.adapter_tokenizers import Tokenizer, tokenizer_of, write_tokenizer
+from salsa_peft.checkpoint_output import LOCK
+from salsa_peft.float_arrays import Array
+from salsa_peft.recompression import moments, recompress, squared_norm
+from salsa_peft.soup_config import config_fields
+from salsa_peft.soup_summary import Tally, errors, relative, summarise
+from salsa_peft.stacks import Shape, Stacks
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import locked, sync_folder
+from salsa_peft.utils.fingerprints import FINGERPRINT
+from salsa_peft.utils.safetensors_io import BITS, NAMES, make_header, writing
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .adapter_folders import CONFIG, TARGETS
-from .errors import SalsaError, require
+from salsa_peft.adapter_folders import CONFIG, TARGETS
+from salsa_peft.utils.errors import SalsaError, require
 
 WRAPPED = ".base_layer"
 EMBEDDINGS = ("embed_tokens", "lm_head")

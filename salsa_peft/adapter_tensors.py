@@ -18,24 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import float_arrays
-from .adapter_folders import (
-    CONFIG,
-    CONVERT_PICKLE,
-    PICKLED,
-    WEIGHTS,
-    WHY,
-    check_manifest,
-    read_config,
-    read_fingerprint,
+from salsa_peft import float_arrays
+from salsa_peft.adapter_folders import CONFIG, CONVERT_PICKLE, PICKLED, WEIGHTS, WHY, check_manifest, read_config
+from salsa_peft.adapter_layouts import ConvertedFile, in_todays_layout
+from salsa_peft.adapter_names import PREFIX, plain_names
+from salsa_peft.adapter_targets import (
+    EMBEDDINGS,
+    WRAPPED,
+    is_saved,
+    parameter_at,
+    parameters_of,
+    rank_and_scaling,
+    target_rule,
 )
-from .adapter_layouts import ConvertedFile, in_todays_layout
-from .adapter_names import PREFIX as PREFIX
-from .adapter_names import plain_names
-from .adapter_targets import EMBEDDINGS, WRAPPED, is_saved, parameter_at, parameters_of, rank_and_scaling, target_rule
-from .errors import require
-from .float_arrays import DTYPES, Array
-from .safetensors_files import SafetensorsFile
+from salsa_peft.float_arrays import DTYPES, Array
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.fingerprints import read_fingerprint
+from salsa_peft.utils.safetensors_io import SafetensorsFile
 
 PART = re.compile(
     re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)"

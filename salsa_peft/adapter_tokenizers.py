@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .adapter_folders import MORE_TEMPLATES, TOKENIZER, read_json, write_file
-from .adapter_tensors import Member
-from .errors import SalsaError, require
-from .fingerprints import sha256
-from .vocabularies import check_vocabulary, say_special_tokens, vocabulary
+from salsa_peft.adapter_folders import MORE_TEMPLATES, TOKENIZER, read_json, write_file
+from salsa_peft.adapter_tensors import Member
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import sha256
+from salsa_peft.vocabularies import check_vocabulary, say_special_tokens, vocabulary
 
 logger = logging.getLogger(__name__)
 

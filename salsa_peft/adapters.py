@@ -24,14 +24,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import disk
-from .adapter_names import plain_names
-from .config import Adapter, SalsaError, require
-from .fingerprints import FINGERPRINT
-from .runs import write_atomic
-from .score_heads import MERGE, PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
-from .score_heads import SCORE_HEAD as SCORE_HEAD
-from .sharding import placed
+from salsa_peft.adapter_names import plain_names
+from salsa_peft.config import Adapter
+from salsa_peft.score_heads import (
+    MERGE,
+    PREFIX,
+    SCORE,
+    VALUE_BIAS,
+    VALUE_HEAD,
+    VALUE_WEIGHT,
+    trained_module,
+)
+from salsa_peft.sharding import placed
+from salsa_peft.utils import files as disk
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.fingerprints import FINGERPRINT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

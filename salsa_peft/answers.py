@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from . import adapters, data
-from .comparisons import clusters
-from .config import Sampling
-from .generation import respond
-from .questions import Question, temperature
-from .rewards import Reward, decode
-from .rollout import Responses, pad_prompts
-from .runs import Job
-from .statistics import mean_interval
-from .turn_ends import ends
-from .workbench import Workbench, fitting
+from salsa_peft import adapters, data
+from salsa_peft.comparisons import clusters
+from salsa_peft.function_reward import decode
+from salsa_peft.generation import respond
+from salsa_peft.message_formats import Messages
+from salsa_peft.ppo_options import Sampling
+from salsa_peft.questions import Question, temperature
+from salsa_peft.rewards import Reward
+from salsa_peft.rollout import Responses, pad_prompts
+from salsa_peft.runs import Job
+from salsa_peft.turn_ends import ends
+from salsa_peft.utils.statistics import mean_interval
+from salsa_peft.workbench import Workbench, fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +39,7 @@ class Asked(NamedTuple):
 
     at: int
     """The question's index."""
-    messages: data.Messages
+    messages: Messages
     tokens: list[int]
     temperature: float
     limit: int

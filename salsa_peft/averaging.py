@@ -18,16 +18,16 @@ from salsa_peft.adapter_bases import check_one_base, local_folder, require_same_
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
 from salsa_peft.adapter_folders import check_out
 from salsa_peft.architectures import config_of
-from salsa_peft.checkpoint_folders import read_checkpoint
+from salsa_peft.checkpoint_folders import check_weights, read_checkpoint
 from salsa_peft.checkpoint_output import check_free
-from salsa_peft.config import SalsaError, require
-from salsa_peft.hub_errors import said_in_a_line
 from salsa_peft.paths import HUB_ID
 from salsa_peft.provenance import provenance
-from salsa_peft.runs import read_manifest
 from salsa_peft.soup_result import SoupSummary
-from salsa_peft.stacked_adapter import StackedAdapter, check_weights
+from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.strategies import STRATEGIES, Ask, Choice, Measure
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.manifests import read_manifest
 
 Progress = Callable[[int, int], None]
 ADAPTERS, CHECKPOINTS = "adapters", "checkpoints"

@@ -18,19 +18,19 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from .config import SalsaError, require
-from .generation import Recording, generate, row_seeds
-from .models import causal_lm, device
-from .rollout import Responses, pad_responses
-from .smaller import out_of_memory
-from .turn_ends import ends_of
-from .vllm_backend import VLLM
+from salsa_peft.generation import Recording, generate, row_seeds
+from salsa_peft.models import causal_lm, device
+from salsa_peft.rollout import Responses, pad_responses
+from salsa_peft.turn_ends import ends_of
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.oom import out_of_memory
+from salsa_peft.vllm_backend import VLLM
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
-    from .ppo_config import SalsaPPOConfig
+    from salsa_peft.ppo_config import SalsaPPOConfig
 
 Check = Callable[[], None]
 BUCKET = 256

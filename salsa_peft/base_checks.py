@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .architectures import config_of
-from .config import Recipe, require
-from .messages import short
+from salsa_peft.architectures import config_of
+from salsa_peft.config import Recipe
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import short
 
 TABLES = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

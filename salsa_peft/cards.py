@@ -9,9 +9,10 @@ import subprocess
 from collections.abc import Collection
 from typing import NamedTuple
 
-from .architectures import of_recipe
-from .config import Recipe, require
-from .memory import CONTEXT, GIB, STAGES, need, stages_of
+from salsa_peft.architectures import of_recipe
+from salsa_peft.config import Recipe
+from salsa_peft.memory import CONTEXT, GIB, STAGES, need, stages_of
+from salsa_peft.utils.errors import require
 
 LARGE = 2_000_000_000
 """Parameters of a base that no CPU trains in a lifetime."""

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from salsa_peft import tensor_names
 from salsa_peft.checkpoint_configs import check_alike
 from salsa_peft.checkpoint_folders import CONFIG, FLOATS, Checkpoint, Place
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.fingerprints import EMBEDDINGS, HEAD
-from salsa_peft.safetensors_files import BITS, Entry, SafetensorsFile, fill, make_header
+from salsa_peft.utils import tensor_names
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import EMBEDDINGS, HEAD
+from salsa_peft.utils.safetensors_io import BITS, Entry, SafetensorsFile, fill, make_header
 from salsa_peft.vocabularies import check_vocabulary
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,7 +42,7 @@ def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Pa
         return
     kinds = [config.get("model_type") for config in (head, other)]
     require(kinds[0] == kinds[1], _line("model_type", kinds[1], kinds[0], other_path, head_path))
-    from salsa_peft import tensor_names
+    from salsa_peft.utils import tensor_names
 
     if not tensor_names.known(head):  # Transformers cannot read them, so the text is all there is
         for field in sorted(_plain(head).keys() & _plain(other).keys()):
@@ -162,7 +162,7 @@ def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
     """Module and buffer → values of the rotary embeddings that the architecture makes, and the scale of the attention."""
     import torch
 
-    from salsa_peft import tensor_names
+    from salsa_peft.utils import tensor_names
 
     found: dict[str, Any] = {}
     for name, module in tensor_names.made(config).named_modules():

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.fingerprints import sha256
-from salsa_peft.safetensors_files import Entry, SafetensorsFile
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import sha256
+from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
 
 if TYPE_CHECKING:
     import torch

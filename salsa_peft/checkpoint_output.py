@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.checkpoint_folders import CONFIG, read_mapping
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.fingerprints import canonical
-from salsa_peft.runs import foreign, locked, sync_folder, write_atomic
-from salsa_peft.safetensors_files import Writer, writing
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import foreign, locked, sync_folder, write_atomic
+from salsa_peft.utils.fingerprints import canonical
+from salsa_peft.utils.safetensors_io import Writer, writing
 
 JOURNAL, SUMMARY, LOCK, NEXT = ".soup-journal.json", "soup.json", ".lock", ".soup-next"
 COPIED = (

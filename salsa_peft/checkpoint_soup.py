@@ -35,8 +35,8 @@ from salsa_peft.checkpoint_folders import (
     text_part,
 )
 from salsa_peft.checkpoint_output import Output, Progress, counter, making
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.safetensors_files import Writer
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.safetensors_io import Writer
 
 if TYPE_CHECKING:
     import torch

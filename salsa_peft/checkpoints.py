@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .config import require
-from .fingerprints import sha256
-from .runs import sync_folder, write_atomic
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import sync_folder, write_atomic
+from salsa_peft.utils.fingerprints import sha256
 
 PREFIX, PARTIAL = "checkpoint-", ".partial"
 MANIFEST, STATE = "checkpoint.json", "salsa_state.json"

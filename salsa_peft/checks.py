@@ -10,13 +10,15 @@ import difflib
 from pathlib import Path
 
 from salsa_peft import judge_section, search
-from salsa_peft.config import NAME, SEED, Policy, Recipe, Reference, SalsaError, parse_reference, require
-from salsa_peft.fields import MOST_POLICIES
-from salsa_peft.messages import short
+from salsa_peft.config import Policy, Recipe
+from salsa_peft.fields import MOST_POLICIES, NAME, SEED
 from salsa_peft.paths import check_files, check_path, is_local
+from salsa_peft.reference_kinds import Reference, parse_reference
 from salsa_peft.results import unit_of
 from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_columns, check_function, check_signature
 from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import short
 
 TOY_PROMPTS = ("in", "out")
 
@@ -292,7 +294,7 @@ def _check_evaluate(recipe: Recipe) -> None:
         for reference in [] if known else parse_reference(f"evaluate.models[{index}]", model):
             _check_reference(f"evaluate.models[{index}]", reference, recipe)
     answering = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
-    search.check(recipe, answering, _prompt_sets(recipe))
+    search.check_search(recipe, answering, _prompt_sets(recipe))
     models = [*answering, *search.candidates(recipe)]
     if recipe.evaluate.judge is not None:
         judge_section.check(recipe.evaluate.judge, "evaluate.judge")

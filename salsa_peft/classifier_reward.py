@@ -17,23 +17,23 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from . import auto_models
-from .chat_templates import text_ids
-from .config import SalsaError, require
-from .data import check_messages
-from .function_reward import Rows, Tally, decode
-from .hub_errors import said_in_a_line
-from .models import device, positions, resolve_dtype
-from .reward_kinds import OWN_FUNCTION
-from .rollout import extend
-from .room import Room
-from .template_fields import in_form, options_of
-from .turn_ends import closed, turn_of
+from salsa_peft import auto_models
+from salsa_peft.chat_templates import text_ids
+from salsa_peft.function_reward import Rows, Tally, decode
+from salsa_peft.message_formats import parse_messages as check_messages
+from salsa_peft.models import device, positions, resolve_dtype
+from salsa_peft.reward_kinds import OWN_FUNCTION
+from salsa_peft.rollout import extend
+from salsa_peft.template_fields import in_form, options_of
+from salsa_peft.turn_ends import closed, turn_of
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.oom import Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .rollout import Responses
+    from salsa_peft.rollout import Responses
 
 FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 

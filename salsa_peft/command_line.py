@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from typing import Any
 
 from salsa_peft import cards
-from salsa_peft.messages import one_line
 from salsa_peft.parsing import names
+from salsa_peft.utils.console import Parser
 
 
 def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
@@ -66,14 +64,6 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for an error, code 2."""
-
-    def error(self, message: str) -> Any:
-        """Print it and leave."""
-        self.exit(2, f"{self.prog}: {one_line(message)} (--help says more)\n")
-
-
 def _card(text: str) -> cards.Card:
     try:
         size = float(text)
@@ -86,8 +76,3 @@ def _card(text: str) -> cards.Card:
 
 def _comma(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def say(line: str) -> None:
-    """To standard error, at once."""
-    print(line, file=sys.stderr, flush=True)

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import search
-from .config import Recipe
-from .statistics import compare, paired_difference
+from salsa_peft import search
+from salsa_peft.config import Recipe
+from salsa_peft.utils.statistics import compare, paired_difference
 
 Rows = Sequence[Mapping[str, Any]]
 """Of answers.jsonl, one model's answers to one set of questions, in order: turn by turn, index by index."""

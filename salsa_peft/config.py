@@ -14,17 +14,18 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from .fields import NAME, SEED, STRICT, Count, NonNegative, Positive, SalsaError, Seed, Share, require
-from .hub_options import Hub
-from .judge_section import Judge, as_judge
-from .ppo_options import PPOOptions, Sampling
-from .reference_kinds import Reference, Soup, parse_reference
-from .reward_kinds import RewardPart, parse_reward
-from .search import Search
-from .soup_options import SoupSection
-from .toy_section import Toy
-from .training_options import Training
-from .trl_options import DPO, GRPO, KTO, RLOO
+from salsa_peft.fields import NAME, SEED, STRICT, Count, NonNegative, Positive, Seed, Share
+from salsa_peft.hub_options import Hub
+from salsa_peft.judge_section import Judge, as_judge
+from salsa_peft.ppo_options import PPOOptions, Sampling
+from salsa_peft.reference_kinds import Reference, Soup, parse_reference
+from salsa_peft.reward_kinds import RewardPart, parse_reward
+from salsa_peft.search import Search
+from salsa_peft.soup_options import SoupSection
+from salsa_peft.toy_section import Toy
+from salsa_peft.training_options import Training
+from salsa_peft.trl_options import DPO, GRPO, KTO, RLOO
+from salsa_peft.utils.errors import SalsaError, require
 
 __all__ = [
     "DPO",

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from salsa_peft.safetensors_files import BITS, NAMES, Buffer
+from salsa_peft.utils.safetensors_io import BITS, NAMES, Buffer
 from salsa_peft.weight_sums import Fault, Kind, Plan
 
 

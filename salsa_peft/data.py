@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import row_formats, row_parts
-from .chat_templates import text_ids
-from .config import Recipe, Source, require
-from .data_files import FILES as FILES
-from .data_files import check_characters
-from .data_files import load as load
-from .message_formats import Messages as Messages
-from .message_formats import parse_messages as check_messages
-from .row_formats import Asked
-from .template_fields import CALLS, dropped, in_form, options_of, text_of, through_template
+from salsa_peft import row_formats, row_parts
+from salsa_peft.chat_templates import text_ids
+from salsa_peft.config import Recipe, Source
+from salsa_peft.data_files import check_characters, load
+from salsa_peft.message_formats import Messages
+from salsa_peft.message_formats import parse_messages as check_messages
+from salsa_peft.row_formats import Asked
+from salsa_peft.template_fields import CALLS, dropped, in_form, options_of, text_of, through_template
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from . import data
-from .config import Recipe, Source
-from .data_files import file_kind
-from .paths import is_local
-from .questions import questions
-from .reward_kinds import check_columns
+from salsa_peft import data
+from salsa_peft.config import Recipe, Source
+from salsa_peft.data_files import file_kind, load
+from salsa_peft.paths import is_local
+from salsa_peft.questions import questions
+from salsa_peft.reward_kinds import check_columns
 
 LARGEST = 300_000_000
 """Bytes of a file, or of a folder's files, that are read for it: a few seconds."""
@@ -65,7 +65,7 @@ def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
     """Raise SalsaError for a reward function that takes a column which no row of the prompts that it scores has."""
     functions = [part for part in recipe.reward.parts if part.kind == "function"]
     if functions and kind in ("prompts", "evaluation"):
-        columns = {name for _, row in data.load(source) for name in row}
+        columns = {name for _, row in load(source) for name in row}
         for part in functions:
             check_columns("reward.model", part.value, columns, source.path)
 

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import SalsaError, Source, require
-from .messages import kind_text, one_line, short
-from .row_formats import EXPECTED, fits
+from salsa_peft.config import Source
+from salsa_peft.row_formats import EXPECTED, fits
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import kind_text, one_line, short
 
 SHUFFLE_SEED = 20_241
 HF = "hf://datasets/"
@@ -252,7 +253,7 @@ def _fetched(source: Source) -> str:
     """The local copy of one file of the Hub."""
     from huggingface_hub import hf_hub_download
 
-    from .hub_errors import said_in_a_line
+    from salsa_peft.utils.hub import said_in_a_line
 
     repository, revision, file = _hub_path(source)
     with said_in_a_line(f"datasets/{repository}"):
@@ -264,7 +265,7 @@ def _dataset(source: Source) -> Any:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
-    from .hub_errors import explain
+    from salsa_peft.utils.hub import explain
 
     folder = Path(source.path)
     check_tables(folder)

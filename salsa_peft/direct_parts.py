@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import float_arrays
-from .adapter_folders import CONFIG, MERGES
-from .adapter_names import PREFIX
-from .adapter_tensors import TOKENS, Member
-from .errors import SalsaError, require
-from .float_arrays import Array
+from salsa_peft import float_arrays
+from salsa_peft.adapter_folders import CONFIG, MERGES
+from salsa_peft.adapter_names import PREFIX
+from salsa_peft.adapter_tensors import TOKENS, Member
+from salsa_peft.float_arrays import Array
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def as_tensor(values: Array, dtype: str) -> torch.Tensor:
     """float32 or float64 values → a tensor of that dtype (safetensors' name)."""
     import torch
 
-    from .safetensors_files import NAMES
+    from salsa_peft.utils.safetensors_io import NAMES
 
     return torch.from_numpy(values).to(getattr(torch, NAMES[dtype]))
 

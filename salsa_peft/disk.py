@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import shutil
@@ -18,20 +17,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cards, memory
-from .architectures import Architecture, of_recipe
-from .config import Adapter, Recipe, SalsaError
-from .runs import Step
-from .source_checks import count_rows
-from .trl_options import ALGORITHMS
+from salsa_peft import cards, memory
+from salsa_peft.architectures import Architecture, of_recipe
+from salsa_peft.config import Adapter, Recipe
+from salsa_peft.runs import Step
+from salsa_peft.source_checks import count_rows
+from salsa_peft.trl_options import ALGORITHMS
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import nearest, shown
 
 AT_ONCE = 3
 """Checkpoints of a policy: two are kept, the next is whole before the oldest goes."""
 MANY = 100_000
 """Optimizer steps of a policy whose prompts are not at hand (the paper's: 61,000)."""
-UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded", "PytorchStreamWriter failed",
-             "unexpected pos ")  # fmt: skip
-"""What safetensors (Rust) and torch (C++) say of a file that could not be written; torch does not say why."""
 ZERO3 = 6
 """Bytes a weight that DeepSpeed's part of a checkpoint has beside the states: float32 and bf16 weights."""
 
@@ -156,50 +154,6 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
         )
 
 
-def require_room(folder: Path, size: float, what: str) -> None:
-    """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
-    place = nearest(folder)
-    total, _, free = shutil.disk_usage(place)
-    if size > free and total > 0:  # some file systems tell no size
-        raise SalsaError(
-            f"{what}: found {shown(free)} free on the disk of {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
-            " whole: make room, then go on from there"
-        )
-
-
-def full(error: BaseException, folder: Path) -> str | None:
-    """What to do about an error in writing for want of room: a full disk, a quota, a limit on files, of Python's, safetensors' or torch's
-    writing; else None."""
-    seen: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in seen:
-        seen.append(one)
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
-    cause = next(filter(_is_full, seen), None)
-    if cause is None:
-        return None
-    named = cause.filename if isinstance(cause, OSError) else None
-    folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
-    place = nearest(folder)
-    return (
-        f"{folder}: found no room to write a file ({shown(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
-        " expected some; what was saved before is whole: make room, then go on from there"
-    )
-
-
-def _is_full(error: BaseException) -> bool:
-    """Python's codes, or what torch, safetensors and tokenizers (a plain Exception) say; not of memory that is mapped, whose room is another."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "/dev/shm" not in str(error.filename)
-    written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
-    return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
 def remedy(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: float | None) -> str:
     """What to do: another disk, and what would make it fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
@@ -213,9 +167,3 @@ def remedy(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card:
 def _fits(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: float | None) -> bool:
     found = need(recipe, steps, asked, card)
     return found is not None and found.most <= found.free
-
-
-def shown(number: float) -> str:
-    """GiB or MiB."""
-    unit, name = (2**30, "GiB") if abs(number) >= 2**30 else (2**20, "MiB")
-    return f"{number / unit:.1f} {name}"

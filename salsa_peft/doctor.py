@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import salsa_peft
 from salsa_peft import cards, memory, runs
-from salsa_peft.command_line import Parser, say
-from salsa_peft.errors import SalsaError
-from salsa_peft.fields import require
-from salsa_peft.messages import one_line
-from salsa_peft.progress import without_notes
+from salsa_peft.utils.console import Parser, say, without_notes
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import holder as the_holder
+from salsa_peft.utils.manifests import MANIFEST, changed, read_manifest
+from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -301,21 +301,21 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 def of_run(run: Path) -> Iterator[Finding]:
     """A run's folder: who works on it; every result, held against its manifest's hashes. Reads all of it, writes nothing."""
-    holder = runs.holder(run)
+    holder = the_holder(run)
     yield Finding("lock", holder or "free")
     free = shutil.disk_usage(run).free / memory.GIB
     may = None if os.access(run, os.W_OK) else "expected to be allowed to write there"
     yield Finding("disk, run", f"{free:.1f} GiB free for {run}", may)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{runs.BEGUN}")):
-        if runs.KEY_FOLDER.match(folder.name) and not (folder / runs.MANIFEST).exists():
+        if runs.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
             busy = "in work" if holder else "unfinished: the same command goes on, or makes it again"
             yield Finding(folder.relative_to(run).as_posix(), busy)
-    for file in sorted(run.glob(f"*/**/{runs.MANIFEST}")):
+    for file in sorted(run.glob(f"*/**/{MANIFEST}")):
         if not runs.KEY_FOLDER.match(file.parent.name):
             continue
         name = file.parent.relative_to(run)
-        manifest = runs.read_manifest(file.parent)
-        broken = f"{runs.MANIFEST} cannot be read" if manifest is None else runs.changed(file.parent, manifest)
+        manifest = read_manifest(file.parent)
+        broken = f"{MANIFEST} cannot be read" if manifest is None else changed(file.parent, manifest)
         size = 0 if manifest is None else sum(entry.get("size", 0) for entry in manifest["files"].values())
         redo = f"expected it as it was written; run the recipe again, which makes {name.parent} anew"
         yield Finding(name.as_posix(), broken or f"whole, {size / 1e6:.1f} MB", None if broken is None else redo)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import openai
 
-from .messages import one_line
+from salsa_peft.utils.messages import one_line
 
 Kind = Literal["again", "refused", "failed", "limit", "key", "model", "account", "parameter"]
 AGAIN = (408, 409, 425, 429)

@@ -18,18 +18,20 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from . import adapters, data, fastchat_files
-from .answers import Rows, answer, fitting_questions
-from .comparisons import clusters
-from .config import Recipe, parse_reference
-from .landscape import measures
-from .progress import bar
-from .questions import Question, questions
-from .references import attach_reference, mixture, move_to
-from .results import policy_id
-from .runs import Job, write_atomic
-from .statistics import mean_interval
-from .workbench import Workbench, seeds_of
+from salsa_peft import adapters, data, fastchat_files
+from salsa_peft.answers import Rows, answer, fitting_questions
+from salsa_peft.comparisons import clusters
+from salsa_peft.config import Recipe
+from salsa_peft.landscape import measures
+from salsa_peft.questions import Question, questions
+from salsa_peft.reference_kinds import parse_reference
+from salsa_peft.references import attach_reference, mixture, move_to
+from salsa_peft.results import policy_id
+from salsa_peft.runs import Job
+from salsa_peft.utils.console import bar
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.statistics import mean_interval
+from salsa_peft.workbench import Workbench, seeds_of
 
 PARTIAL = "partial"
 """Folder of answers on the way, a file a model and set."""
@@ -158,7 +160,7 @@ def run(job: Job) -> dict[str, Any]:
         "datasets": {dataset: summarize(given, measured) for dataset, given in answers.items()},
     }
     for dataset, given in answers.items():
-        fastchat_files.write(job.folder / "data" / dataset, sets[dataset], given)
+        fastchat_files.write_answers(job.folder / "data" / dataset, sets[dataset], given)
     asked = (
         {"dataset": name, "index": index, **_shown(one)} for name, of in sets.items() for index, one in enumerate(of)
     )

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .questions import Question
-from .runs import write_atomic
+from salsa_peft.questions import Question
+from salsa_peft.utils.files import write_atomic
 
 
 def plain(name: str) -> str:
@@ -28,7 +28,9 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write(folder: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def write_answers(
+    folder: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
     """Everything of one set into `folder`; answers: model → rows of answers.jsonl, in order. Of two names that are one file's, the
     second gets a number."""
     asked = [

@@ -7,9 +7,6 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from .errors import SalsaError as SalsaError
-from .errors import require as require
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
 MOST_POLICIES = 1000

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from salsa_peft.panels import MEASURES
-from salsa_peft.statistics import compare, paired_difference
 from salsa_peft.text import estimate, p_value, percent, signed
+from salsa_peft.utils.statistics import compare, paired_difference
 
 FEW = 30
 """Fewer prompts than this are warned of: the t-interval leans on the mean being near normal."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import require
-from .safetensors_files import Buffer, SafetensorsFile, fill
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile, fill
 
 Array = NDArray[Any]
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

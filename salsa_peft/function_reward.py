@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import SalsaError, require
-from .reward_kinds import OWN, find_module, split_function
+from salsa_peft.reward_kinds import OWN, find_module, split_function
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .rollout import Responses
+    from salsa_peft.rollout import Responses
 
 Rows = Sequence[Mapping[str, Any]]
 TAKEN = re.compile(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from .errors import SalsaError, require
-from .messages import nearest, short
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import nearest, short
 
 Action = Literal["off", "warn", "stop"]
 

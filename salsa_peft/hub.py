@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import hub_files, hub_push, runs
-from salsa_peft.command_line import Parser, say
-from salsa_peft.config import SalsaError, require
+from salsa_peft import hub_files, hub_push
+from salsa_peft.adapter_folders import CONFIG
 from salsa_peft.hub_options import REPO_EXPECTED, REPO_ID
-from salsa_peft.messages import one_line, short
+from salsa_peft.utils import files as runs
+from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line, short
 
 EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 
@@ -155,7 +157,7 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
     try:
         names = hub_push.tried(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
         require(
-            bool({hub_files.CONFIG, "config.json"} & set(names))
+            bool({CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
             f"{repo}: found no adapter and no checkpoint in safetensors, expected one (other formats are not fetched)",
         )

@@ -11,12 +11,13 @@ from huggingface_hub.errors import HTTPError
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
-from . import runs, text
-from .config import Recipe, Source
-from .fingerprints import read_fingerprint
-from .hub_files import FIGURE, Item, read_mapping, recipe_yaml
-from .report_input import place, soup_rows
-from .trl_options import PREFERENCES
+from salsa_peft import text
+from salsa_peft.config import Recipe, Source
+from salsa_peft.hub_files import FIGURE, Item, read_mapping, recipe_yaml
+from salsa_peft.report_input import place, soup_rows
+from salsa_peft.trl_options import PREFERENCES
+from salsa_peft.utils import manifests as runs
+from salsa_peft.utils.fingerprints import read_fingerprint
 
 TITLES = {
     "soup": "a model soup",

@@ -11,15 +11,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from . import runs
-from .adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
-from .config import Recipe
-from .errors import SalsaError, require
-from .fingerprints import FINGERPRINT
-from .messages import one_line
-from .parsing import saved_recipe
-from .results import unit_of
-from .yaml_text import dump_yaml
+from salsa_peft.adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
+from salsa_peft.config import Recipe
+from salsa_peft.parsing import saved_recipe
+from salsa_peft.results import unit_of
+from salsa_peft.utils import manifests as runs
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import FINGERPRINT
+from salsa_peft.utils.messages import one_line
+from salsa_peft.yaml_text import dump_yaml
 
 PUBLISHED = (
     CONFIG, WEIGHTS, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",

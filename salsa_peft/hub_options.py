@@ -7,8 +7,9 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, require
-from .messages import short
+from salsa_peft.fields import STRICT
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import short
 
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
 NAMESPACE = re.compile(PART % 62 + r"\Z")

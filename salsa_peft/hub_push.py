@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import hub_files, runs
-from .config import Recipe
-from .errors import SalsaError, require
-from .hub_files import Item, published
-from .hub_options import REPO_EXPECTED, REPO_ID
-from .messages import one_line, short
-from .runs import Job
+from salsa_peft import hub_files
+from salsa_peft.config import Recipe
+from salsa_peft.hub_files import Item, published
+from salsa_peft.hub_options import REPO_EXPECTED, REPO_ID
+from salsa_peft.runs import Job
+from salsa_peft.utils import files as runs
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line, short
 
 PENDING, PUSHED = "hub_pending.json", "hub_pushed.json"
 """In the run's folder."""
@@ -103,7 +104,7 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
     """One result, one commit. Raises SalsaError for what the Hub refuses, and where it can't be reached after several tries."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from .hub_card import card
+    from salsa_peft.hub_card import card
 
     api = HfApi(library_name="salsa_peft")
     repo = address(api, wanted.to)

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from salsa_peft import figures, findings, panels, paper, report_judge, text
-from salsa_peft.errors import require
-from salsa_peft.intervals import sign_flip
-from salsa_peft.judged import NET, seeds_warning
+from salsa_peft.judged import NET, Judged, over_seeds, seeds_warning
 from salsa_peft.panels import MEASURES, Panel
 from salsa_peft.report_input import ReportInput
 from salsa_peft.report_page import write_pages
-from salsa_peft.statistics import Judged, holm, over_seeds
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.statistics import holm, sign_flip
 
 
 class Run(NamedTuple):

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import SalsaError, require
-from .messages import one_line, path_text
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line, path_text
 
 VERSION = 2
 TABLE = (

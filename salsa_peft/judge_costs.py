@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import search
-from .config import Recipe, Source
-from .paths import is_local
+from salsa_peft import search
+from salsa_peft.config import Recipe, Source
+from salsa_peft.paths import is_local
 
 CHARACTERS = 4
 """Of a token, a rule of thumb for English."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Judge
-from .fastchat_files import lines, plain
-from .runs import write_atomic
+from salsa_peft.fastchat_files import lines, plain
+from salsa_peft.judge_section import Judge
+from salsa_peft.utils.files import write_atomic
 
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}
 """As FastChat writes a game."""
@@ -27,7 +27,9 @@ def judge_name(section: Judge) -> str:
     return plain(section.model or section.kind)
 
 
-def write(folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, str]]) -> None:
+def write_judgments(
+    folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, str]]
+) -> None:
     """All three; prompts: what the judge was told in the two games of each row."""
     judge, now = judge_name(section), time.time()
     files: dict[Path, list[dict[str, Any]]] = {folder / "judgments.jsonl": list(rows)}

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import SalsaError, require
-from .messages import path_text, short
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import path_text, short
 
 if TYPE_CHECKING:
-    from .judge_section import Judge
+    from salsa_peft.judge_section import Judge
 
 Verdict = str | None
 """A | B | tie; None: missing."""

@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, Count, NonNegative, Positive, SalsaError, require
-from .judge_prompts import read_prompts, read_references
-from .messages import path_text, short
-from .reward_kinds import check_function
+from salsa_peft.fields import STRICT, Count, NonNegative, Positive
+from salsa_peft.judge_prompts import read_prompts, read_references
+from salsa_peft.reward_kinds import check_function
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import path_text, short
 
 KINDS = ("openai", "local", "reward", "function")
 """The rows of judges.JUDGES."""

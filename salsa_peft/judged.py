@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .intervals import numbered, resampled, tango, widened
-from .length_control import length_controlled
-from .verdicts import Verdicts, clustered
+from salsa_peft.length_control import length_controlled
+from salsa_peft.utils.statistics import Verdicts, clustered, numbered, resampled, tango, widened
 
 NET = {"a": 1, "b": -1, "tie": 0}
 NOTHING = Verdicts(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)

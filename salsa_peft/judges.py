@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from .chat_judge import CALLS, ChatJudge
-from .config import Judge, SalsaError, require
-from .judge_prompts import Game as Game
-from .judge_prompts import Ruling as Ruling
-from .judge_section import check_ready
-from .messages import short
+from salsa_peft.chat_judge import CALLS, ChatJudge
+from salsa_peft.judge_prompts import Game, Ruling
+from salsa_peft.judge_section import Judge, check_ready
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import short
 
 WHERE = "evaluate.judge"
 Say = Callable[[str], None]
@@ -140,14 +139,14 @@ def _conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str
 
 def _openai(section: Judge, cache: Path | None, say: Say) -> Judging:
     check_ready(section, WHERE)
-    from .openai_judge import Endpoint  # which imports the package
+    from salsa_peft.openai_judge import Endpoint
 
     calls = dict.fromkeys(CALLS, 0)
     return ChatJudge(section, Endpoint(section, calls), calls, cache, say)
 
 
 def _local(section: Judge, cache: Path | None, say: Say) -> Judging:
-    from .local_judge import LocalModel
+    from salsa_peft.local_judge import LocalModel
 
     calls = dict.fromkeys(CALLS, 0)
     return ChatJudge(section, LocalModel(section, calls), calls, cache, say)
@@ -158,7 +157,7 @@ def _reward(section: Judge, cache: Path | None, say: Say) -> Judging:
 
 
 def _function(section: Judge, cache: Path | None, say: Say) -> Judging:
-    from .function_reward import load_function  # which imports torch
+    from salsa_peft.function_reward import load_function
 
     return FunctionJudge(str(section.model), load_function(str(section.model)), section.concurrency)
 

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import comparisons, judge_files, search
-from .config import Recipe
-from .judges import Game, Ruling, judge_of
-from .progress import bar
-from .runs import Job, json_lines, write_atomic
-from .statistics import Judged, holm, judged_pair
+from salsa_peft import comparisons, judge_files, search
+from salsa_peft.config import Recipe
+from salsa_peft.judge_prompts import Game, Ruling
+from salsa_peft.judged import Judged, judged_pair
+from salsa_peft.judges import judge_of
+from salsa_peft.runs import Job
+from salsa_peft.utils.console import bar
+from salsa_peft.utils.files import json_lines, write_atomic
+from salsa_peft.utils.statistics import holm
 
 CACHE = "judge_cache.sqlite"
 Pairs = list[tuple[str, str]]
@@ -171,7 +174,7 @@ def run(job: Job) -> dict[str, Any]:
     todo = matches(found, search.picked(search.pairs(recipe), known), list(found))
     play([match for match in todo if (match.a, match.b, match.dataset) not in there])
     # 3. rates, and everything on the disk
-    judge_files.write(job.folder, section, rows, prompts)
+    judge_files.write_judgments(job.folder, section, rows, prompts)
     result = {
         "judge": {"kind": section.kind, "model": section.model, "prompt": section.prompt},
         "calls": dict(judge.calls),

@@ -16,17 +16,19 @@ from typing import Any
 
 from torch import nn
 
-from . import adapters, data
-from .answers import answer, fitting_questions, means
-from .checkpoint_folders import read_checkpoint
-from .config import Landscape
-from .live_soup import LiveCheckpoints
-from .progress import bar
-from .questions import Question, questions
-from .rewards import FunctionReward, Reward, of_recipe
-from .runs import Job, write_atomic
-from .stacked_adapter import StackedAdapter
-from .workbench import Workbench, seeds_of
+from salsa_peft import adapters, data
+from salsa_peft.answers import answer, fitting_questions, means
+from salsa_peft.checkpoint_folders import read_checkpoint
+from salsa_peft.config import Landscape
+from salsa_peft.function_reward import FunctionReward
+from salsa_peft.live_soup import LiveCheckpoints
+from salsa_peft.questions import Question, questions
+from salsa_peft.rewards import Reward, of_recipe
+from salsa_peft.runs import Job
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.utils.console import bar
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.workbench import Workbench, seeds_of
 
 POINT = "landscape"
 
@@ -36,7 +38,7 @@ def measures(job: Job, model: nn.Module, bench: Workbench) -> dict[str, Reward]:
     recipe = job.recipe
     rewards = {"reward": of_recipe(recipe, model, job.inputs, bench.tokenizer, recipe.generation.batch_size)}
     if recipe.toy is not None:
-        from .toy import gold
+        from salsa_peft.toy_language import gold
 
         rewards["gold"] = FunctionReward(gold, bench.tokenizer, special_tokens=True)
     return rewards

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.averaging import ADAPTERS, called, kind_of, local
-from salsa_peft.config import Landscape, require
-from salsa_peft.runs import write_atomic
+from salsa_peft.config import Landscape
 from salsa_peft.soup import Parser, add_measure, in_a_line, join_weights, parse_weights, whole
 from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import write_atomic
 
 EPILOG = """  salsa landscape OUT SEED_0 SEED_1 --measure sft_loss --data held_out.jsonl
   salsa landscape OUT SEED_0 SEED_1 SEED_2 --measure reward --reward REWARD --data prompts.jsonl --resolution 6

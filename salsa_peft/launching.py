@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import cards, processes
-from salsa_peft.config import Recipe, require
+from salsa_peft.config import Recipe
 from salsa_peft.parsing import ADAPTER
 from salsa_peft.paths import bundled
-from salsa_peft.runs import Job, Unit, write_atomic
+from salsa_peft.runs import Job, Unit
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import write_atomic
 
 JOB, LAUNCHER_LOG = "job.json", "launcher.log"
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)  # as torch's launcher prints them

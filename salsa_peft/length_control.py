@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import expit
 
-from .intervals import TAILS
+from salsa_peft.utils.statistics import TAILS
 
 FEW, DECIDED = 20, 10
 """Fewer questions, or judgments that are no ties, than this fit no two parameters that mean anything."""

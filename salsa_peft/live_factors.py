@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import SalsaError, require
-from .stacks import Stacks
+from salsa_peft.stacks import Stacks
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     from peft import PeftModel

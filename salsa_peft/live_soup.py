@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from . import adapters
-from .config import require
-from .live_factors import live_factors
+from salsa_peft import adapters
+from salsa_peft.live_factors import live_factors
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from .checkpoint_folders import Checkpoint
-    from .stacked_adapter import StackedAdapter
+    from salsa_peft.checkpoint_folders import Checkpoint
+    from salsa_peft.stacked_adapter import StackedAdapter
 
 
 class LiveSoup(Protocol):
@@ -95,8 +95,8 @@ class LiveCheckpoints:
     """Whole checkpoints in one model's weights: `model` is member 0, or any model of its architecture."""
 
     def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
-        from .checkpoint_alignment import ModelTensors
-        from .tensor_names import ModelNames
+        from salsa_peft.checkpoint_alignment import ModelTensors
+        from salsa_peft.utils.tensor_names import ModelNames
 
         self.model, self.parameters = model, dict(model.named_parameters())
         names = ModelNames(model)

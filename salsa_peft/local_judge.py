@@ -17,16 +17,17 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .chat_judge import Messages, Outcome
-from .chat_templates import readable
-from .config import Judge, require
-from .fingerprints import fingerprint
-from .generation import WITHOUT_FLOAT64, choose, uniform_numbers
-from .hub_errors import said_in_a_line
-from .judge_cache import Reply
-from .models import device, positions, resolve_dtype
-from .rollout import pad_prompts
-from .turn_ends import ends_of
+from salsa_peft.chat_judge import Messages, Outcome
+from salsa_peft.chat_templates import readable
+from salsa_peft.generation import WITHOUT_FLOAT64, choose, uniform_numbers
+from salsa_peft.judge_cache import Reply
+from salsa_peft.judge_section import Judge
+from salsa_peft.models import device, positions, resolve_dtype
+from salsa_peft.rollout import pad_prompts
+from salsa_peft.turn_ends import ends_of
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.fingerprints import fingerprint
+from salsa_peft.utils.hub import said_in_a_line
 
 WHERE = "evaluate.judge.model"
 FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]

@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .config import require
-from .models import causal_lm, hidden_states
+from salsa_peft.models import causal_lm, hidden_states
+from salsa_peft.utils.errors import require
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """What configurations call the soft cap of the logits."""

@@ -17,8 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import require
-from .logit_scaling import LogitScaling, logit_scaling
+from salsa_peft.logit_scaling import LogitScaling, logit_scaling
+from salsa_peft.utils.errors import require
 
 CHUNK = 256
 

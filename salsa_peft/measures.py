@@ -13,32 +13,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from . import adapters, data, rewards
-from .averaging import base_of, check_family, local
-from .checkpoint_alignment import align
-from .checkpoint_folders import read_checkpoint
-from .config import Generation, Model, SalsaError, Source, require
-from .data_files import FILES
-from .function_reward import load_function
-from .generation import respond
-from .live_soup import LiveAdapters, LiveCheckpoints
-from .logprobs import head_of, token_logprobs
-from .models import causal_lm, hidden_states, load_base, load_tokenizer
-from .soup_options import MEASURES
-from .stacked_adapter import StackedAdapter
-from .template_fields import in_form, trained_tokens
-from .turn_ends import ends_of
-from .workbench import Workbench, fitting
+from salsa_peft import adapters, data, rewards
+from salsa_peft.averaging import base_of, check_family, local
+from salsa_peft.checkpoint_alignment import align
+from salsa_peft.checkpoint_folders import read_checkpoint
+from salsa_peft.config import Generation, Model, Source
+from salsa_peft.data_files import FILES
+from salsa_peft.function_reward import load_function
+from salsa_peft.generation import respond
+from salsa_peft.live_soup import LiveAdapters, LiveCheckpoints
+from salsa_peft.logprobs import head_of, token_logprobs
+from salsa_peft.models import causal_lm, hidden_states, load_base, load_tokenizer
+from salsa_peft.soup_options import MEASURES
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.template_fields import in_form, trained_tokens
+from salsa_peft.turn_ends import ends_of
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.workbench import Workbench, fitting
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .live_soup import LiveSoup
-    from .rewards import Reward, Rows
-    from .runs import Job
-    from .strategies import Measure
+    from salsa_peft.function_reward import Rows
+    from salsa_peft.live_soup import LiveSoup
+    from salsa_peft.rewards import Reward
+    from salsa_peft.runs import Job
+    from salsa_peft.strategies import Measure
 
 
 class SFTLoss:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from .architectures import Architecture, of_base, of_recipe
-from .config import Recipe, Training
+from salsa_peft.architectures import Architecture, of_base, of_recipe
+from salsa_peft.config import Recipe
+from salsa_peft.training_options import Training
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from salsa_peft.checkpoint_folders import text_part
 from salsa_peft.merge_plan import Plan
-from salsa_peft.safetensors_files import BITS, make_header
+from salsa_peft.utils.safetensors_io import BITS, make_header
 
 
 class Layout:

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from salsa_peft.adapter_folders import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config, read_fingerprint
+from salsa_peft.adapter_folders import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config
 from salsa_peft.adapter_models import AdapterModel, blank_model
 from salsa_peft.adapter_names import own_module, plain_names, unwrap
 from salsa_peft.adapter_tensors import Member
 from salsa_peft.checkpoint_folders import Checkpoint, default_names
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.safetensors_files import SafetensorsFile
-from salsa_peft.tensor_names import ModelNames, class_of
-from salsa_peft.tensor_names import read_config as read_model_config
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import read_fingerprint
+from salsa_peft.utils.safetensors_io import SafetensorsFile
+from salsa_peft.utils.tensor_names import ModelNames, class_of
+from salsa_peft.utils.tensor_names import read_config as read_model_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig

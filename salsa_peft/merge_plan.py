@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from salsa_peft.checkpoint_folders import FLOATS
-from salsa_peft.errors import require
 from salsa_peft.merge_members import Loaded
 from salsa_peft.quantised_bases import PlainBase
-from salsa_peft.safetensors_files import NAMES
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.safetensors_io import NAMES
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from .config import require
+from salsa_peft.utils.errors import require
 
 BASE = ".base_layer"
 

@@ -18,20 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.adapter_folders import FINGERPRINT
 from salsa_peft.adapter_tensors import Member
 from salsa_peft.adapter_tokenizers import TEMPLATE, Tokenizer, template_of, tokenizer_of
 from salsa_peft.checkpoint_alignment import check_tied
 from salsa_peft.checkpoint_folders import INDEX, Checkpoint, check_manifest, check_plain, check_weights, read_checkpoint
 from salsa_peft.checkpoint_output import Output, Progress, copy_others, counter, has_vocabulary, making, others
-from salsa_peft.config import require
-from salsa_peft.fingerprints import EMBEDDINGS, base_fingerprints
 from salsa_peft.merge_layout import Layout
 from salsa_peft.merge_members import Loaded, load_members, read_members
 from salsa_peft.merge_plan import ELEMENTS, Figures, Plan
 from salsa_peft.quantised_bases import Dequantised, open_base
-from salsa_peft.safetensors_files import Buffer, as_bytes
 from salsa_peft.soup_summary import figures_of, relative
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.fingerprints import EMBEDDINGS, FINGERPRINT, base_fingerprints
+from salsa_peft.utils.safetensors_io import Buffer, as_bytes
 from salsa_peft.vocabularies import vocabulary
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any
 
-from .errors import SalsaError, require
-from .messages import kind_text, short
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import kind_text, short
 
 Messages = list[dict[str, Any]]
 ROLES = {

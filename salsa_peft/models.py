@@ -22,9 +22,11 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.hub import cached_file
 
-from . import adapters, auto_models, chat_templates, disk, sharding, turn_ends
-from .config import OWN_TEMPLATE, Model, require
-from .hub_errors import said_in_a_line
+from salsa_peft import adapters, auto_models, chat_templates, sharding, turn_ends
+from salsa_peft.config import OWN_TEMPLATE, Model
+from salsa_peft.utils import files as disk
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.hub import said_in_a_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

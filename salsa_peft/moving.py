@@ -17,11 +17,11 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from . import adapters
-from .config import require
-from .models import causal_lm
-from .recompression import moments, recompress
-from .references import Frozen
+from salsa_peft import adapters
+from salsa_peft.models import causal_lm
+from salsa_peft.recompression import moments, recompress
+from salsa_peft.references import Frozen
+from salsa_peft.utils.errors import require
 
 
 def check(references: Sequence[Frozen], policy: Any, name: str | None, *, sharded: bool = False) -> None:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .classifier_reward import ClassifierReward
-from .config import require
-from .references import Frozen
-from .rewards import Reward, WeightedReward
+from salsa_peft.classifier_reward import ClassifierReward
+from salsa_peft.references import Frozen
+from salsa_peft.rewards import Reward, WeightedReward
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
-    from .ppo_config import SalsaPPOConfig
+    from salsa_peft.ppo_config import SalsaPPOConfig
 
 Presence = Callable[[], AbstractContextManager[None]]
 """→ a context within which a model is on the device."""

@@ -15,10 +15,11 @@ from urllib.parse import urlsplit
 
 import openai
 
-from .chat_judge import Messages, Outcome
-from .config import Judge, SalsaError, require
-from .endpoint_errors import Trouble, trouble_of
-from .judge_cache import Reply
+from salsa_peft.chat_judge import Messages, Outcome
+from salsa_peft.endpoint_errors import Trouble, trouble_of
+from salsa_peft.judge_cache import Reply
+from salsa_peft.judge_section import Judge
+from salsa_peft.utils.errors import SalsaError, require
 
 WHERE = "evaluate.judge"
 PAUSE, LONGEST_PAUSE, LONGEST_WAIT = 0.5, 60.0, 600.0

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft.statistics import Verdicts, holm, rates
 from salsa_peft.text import p_value, percent
+from salsa_peft.utils.statistics import Verdicts, holm, rates
 
 CUT = 0.01 + 1e-9
 """Points between a printed rate and its counts' that rounding, or cutting at the last digit, explains."""

@@ -24,9 +24,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from salsa_peft import checks, paths, search, sweeps
-from salsa_peft.config import Recipe, SalsaError, Source, require
-from salsa_peft.messages import explain, nearest, short
+from salsa_peft.config import Recipe, Source
 from salsa_peft.paths import bundled
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import explain, nearest, short
 from salsa_peft.yaml_text import parse_yaml, read_yaml
 
 PEFTS = (
@@ -117,7 +118,7 @@ def load_recipe(
         data = _place(data, keys, layer.data, text)
     data = _of_one_seed(_numbered(_without_nulls(data)))
     with _placed(layers, path.name):
-        data = search.expand(sweeps.expand(data))
+        data = search.expand_search(sweeps.expand(data))
     recipe = _validated(data, layers, path.name, more)
     require(  # such as a QLoRA run's saved recipe under --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,

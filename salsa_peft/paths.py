@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config import NAME, OWN_TEMPLATE, SEED, Recipe, SalsaError, require
-from salsa_peft.messages import path_text, short
+from salsa_peft.config import OWN_TEMPLATE, Recipe
+from salsa_peft.fields import NAME, SEED
 from salsa_peft.reward_kinds import has_template, placed
 from salsa_peft.soup_options import placed_measure
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import path_text, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz")

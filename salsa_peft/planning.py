@@ -17,10 +17,11 @@ from rich.text import Text
 from salsa_peft import disk, judge_costs, memory
 from salsa_peft.architectures import Architecture, of_recipe
 from salsa_peft.cards import Card
-from salsa_peft.config import PPO, Adapter, Recipe, Training
+from salsa_peft.config import PPO, Adapter, Recipe
 from salsa_peft.parsing import Loaded
 from salsa_peft.runs import Step
 from salsa_peft.source_checks import count_rows
+from salsa_peft.training_options import Training
 from salsa_peft.trl_options import ALGORITHMS
 
 TRAINING = ("sft", "reward", "ppo")

@@ -20,26 +20,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from . import adapters, lora_forward, losses, moving
-from .backends import BACKENDS
-from .completions import show
-from .config import SalsaError, require
-from .guard_settings import parse
-from .guards import Bounds, Watch
-from .models import PolicyWithValueHead, causal_lm
-from .policy_checks import check_model, check_tokenizer, check_trained
-from .ppo_callbacks import UpdateCallback
-from .ppo_config import RolloutBatches, RolloutLoader, SalsaPPOConfig
-from .ppo_logs import Logs, metrics
-from .ppo_resume import ResumableTrainer
-from .ppo_saving import VALUE_ADAPTER
-from .prompts import Encoder
-from .references import Frozen, as_references
-from .rewards import Reward, adapter_in, as_reward
-from .rollout import response_logprobs, response_values
-from .rollout_batch import Rollout, RolloutMaker
-from .room import Room
-from .sharding import check_sharding
+from salsa_peft import adapters, lora_forward, losses, moving
+from salsa_peft.backends import BACKENDS
+from salsa_peft.completions import show
+from salsa_peft.guard_settings import parse
+from salsa_peft.guards import Bounds, Watch
+from salsa_peft.models import PolicyWithValueHead, causal_lm
+from salsa_peft.policy_checks import check_model, check_tokenizer, check_trained
+from salsa_peft.ppo_callbacks import UpdateCallback
+from salsa_peft.ppo_config import RolloutBatches, RolloutLoader, SalsaPPOConfig
+from salsa_peft.ppo_logs import Logs, metrics
+from salsa_peft.ppo_resume import ResumableTrainer
+from salsa_peft.ppo_saving import VALUE_ADAPTER
+from salsa_peft.prompts import Encoder
+from salsa_peft.references import Frozen, as_references
+from salsa_peft.rewards import Reward, adapter_in, as_reward
+from salsa_peft.rollout import response_logprobs, response_values
+from salsa_peft.rollout_batch import Rollout, RolloutMaker
+from salsa_peft.sharding import check_sharding
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.oom import Room
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from . import sharding
+from salsa_peft import sharding
 
 if TYPE_CHECKING:
-    from .ppo import SalsaPPOTrainer
-    from .ppo_resume import ResumableTrainer
+    from salsa_peft.ppo import SalsaPPOTrainer
+    from salsa_peft.ppo_resume import ResumableTrainer
 
 
 class UpdateCallback(TrainerCallback):

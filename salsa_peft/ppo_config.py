@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from .config import PPO, PPOOptions, Sampling, require
-from .fields import STRICT, Count, NonNegative, Positive, SalsaError, Seed
-from .messages import explain, short
+from salsa_peft.config import PPO
+from salsa_peft.fields import STRICT, Count, NonNegative, Positive, Seed
+from salsa_peft.ppo_options import PPOOptions, Sampling
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import explain, short
 
 UNFIT: dict[str, tuple[Any, str]] = {
     "save_only_model": (False, "PPO can't go on from weights alone; save_model() saves them"),

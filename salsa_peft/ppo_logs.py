@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checkpoints, losses
-from .guards import repetition
-from .rewards import decode
-from .rollout import Responses
+from salsa_peft import checkpoints, losses
+from salsa_peft.function_reward import decode
+from salsa_peft.guards import repetition
+from salsa_peft.rollout import Responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .ppo_config import SalsaPPOConfig
-    from .rollout_batch import Rollout
+    from salsa_peft.ppo_config import SalsaPPOConfig
+    from salsa_peft.rollout_batch import Rollout
 
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
 FILES = (METRICS, COMPLETIONS, EVALUATIONS)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from . import rollout_options
-from .fields import Count, NonNegative, Positive, require
-from .guard_settings import parse
+from salsa_peft import rollout_options
+from salsa_peft.fields import Count, NonNegative, Positive
+from salsa_peft.guard_settings import parse
+from salsa_peft.utils.errors import require
 
 
 @dataclasses.dataclass(kw_only=True)

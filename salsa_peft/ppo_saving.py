@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from . import adapters, checkpoints, ppo_setting, sharding
-from .config import SalsaError
-from .models import PolicyWithValueHead, causal_lm, load_weights, save_checkpoint
-from .ppo_config import SalsaPPOConfig
+from salsa_peft import adapters, checkpoints, ppo_setting, sharding
+from salsa_peft.models import PolicyWithValueHead, causal_lm, load_weights, save_checkpoint
+from salsa_peft.ppo_config import SalsaPPOConfig
+from salsa_peft.utils.errors import SalsaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

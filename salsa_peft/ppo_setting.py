@@ -17,14 +17,16 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from . import adapters
-from .models import causal_lm
-from .references import Frozen
-from .rewards import AdapterReward, ClassifierReward, FunctionReward, Reward, WeightedReward
+from salsa_peft import adapters
+from salsa_peft.classifier_reward import ClassifierReward
+from salsa_peft.function_reward import FunctionReward
+from salsa_peft.models import causal_lm
+from salsa_peft.references import Frozen
+from salsa_peft.rewards import AdapterReward, Reward, WeightedReward
 
 if TYPE_CHECKING:
-    from .ppo_config import SalsaPPOConfig
-    from .prompts import Prompt
+    from salsa_peft.ppo_config import SalsaPPOConfig
+    from salsa_peft.prompts import Prompt
 
 KEPT = (
     "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature", "kl_estimator",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .errors import require
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

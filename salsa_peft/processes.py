@@ -23,10 +23,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import disk, hub_errors
-from salsa_peft.config import SalsaError
-from salsa_peft.runs import Job, write_atomic
-from salsa_peft.smaller import out_of_memory
+from salsa_peft.runs import Job
+from salsa_peft.utils import files as disk
+from salsa_peft.utils import hub as hub_errors
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.oom import out_of_memory
 
 PRELOAD = ["salsa_peft._preload"]
 GRACE = 120.0  # seconds between SIGTERM and kill, in which a stage may save; a second signal cuts them short

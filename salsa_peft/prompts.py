@@ -6,17 +6,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .chat_templates import adds_bos
-from .config import SalsaError, require
-from .data import Odd, check_messages, prompt_tokens
-from .messages import one_line, short
-from .models import positions
-from .template_fields import dropped, in_form, options_of
+from salsa_peft.chat_templates import adds_bos
+from salsa_peft.data import Odd, prompt_tokens
+from salsa_peft.message_formats import parse_messages as check_messages
+from salsa_peft.models import positions
+from salsa_peft.template_fields import dropped, in_form, options_of
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .ppo_config import SalsaPPOConfig
+    from salsa_peft.ppo_config import SalsaPPOConfig
 
 
 OWN_BOS = "begin with {} already: the tokenizer's own is left out"

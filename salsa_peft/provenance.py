@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .adapter_folders import CONFIG as ADAPTER_CONFIG
-from .adapter_folders import WEIGHTS as ADAPTER_WEIGHTS
-from .adapter_folders import read_json
-from .fingerprints import base_fingerprint, read_fingerprint, sha256
-from .runs import read_manifest
-from .soup_result import Origin, Provenance
+from salsa_peft import __version__
+from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
+from salsa_peft.adapter_folders import WEIGHTS as ADAPTER_WEIGHTS
+from salsa_peft.adapter_folders import read_json
+from salsa_peft.soup_result import Origin, Provenance
+from salsa_peft.utils.fingerprints import base_fingerprint, read_fingerprint, sha256
+from salsa_peft.utils.manifests import read_manifest
 
 SNAPSHOT = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from salsa_peft.checkpoint_folders import CONFIG, INDEX, Checkpoint
-from salsa_peft.config import SalsaError, require
-from salsa_peft.safetensors_files import BITS, NAMES, code_of, fill, make_header
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.safetensors_io import BITS, NAMES, code_of, fill, make_header
 
 logger = logging.getLogger(__name__)
 

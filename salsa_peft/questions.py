@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .config import Source
-from .data import EMPTY_PROMPT, Messages, Odd, asked_of, load
-from .errors import require
-from .messages import short
-from .row_parts import extras
-from .template_fields import dropped, in_form, options_of
+from salsa_peft.config import Source
+from salsa_peft.data import EMPTY_PROMPT, Odd, asked_of
+from salsa_peft.data_files import load
+from salsa_peft.message_formats import Messages
+from salsa_peft.row_parts import extras
+from salsa_peft.template_fields import dropped, in_form, options_of
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

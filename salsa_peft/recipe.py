@@ -19,13 +19,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from salsa_peft import base_checks, cards, disk, launching, processes, runs, source_checks, units
-from salsa_peft.command_line import parse_args, say
-from salsa_peft.config import Recipe, SalsaError, require
+from salsa_peft.command_line import parse_args
+from salsa_peft.config import Recipe
 from salsa_peft.judge_section import check_ready
-from salsa_peft.messages import duration, nearest, one_line, short
 from salsa_peft.parsing import Loaded, load_recipe
 from salsa_peft.paths import is_local
 from salsa_peft.smaller import smaller
+from salsa_peft.utils.console import say
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import full, locked, write_atomic
+from salsa_peft.utils.files import now as the_now
+from salsa_peft.utils.manifests import MANIFEST, versions
+from salsa_peft.utils.messages import duration, nearest, one_line, short
 from salsa_peft.yaml_text import dump_yaml
 
 
@@ -85,7 +90,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
                 show_plan(loaded, run, steps, asked, args.gpu or next(iter(cards.cards()), None))
                 return 0
-            with runs.locked(run):
+            with locked(run):
                 steps = runs.plan(work, run, forced)
                 check_inputs(steps, asked)
                 if not new:
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         return _say_and(1, one_line(error), args.debug)
     except OSError as error:
         line = f"{error.filename or run}: found it can't be read or written ({error.strerror or error}), expected that; what is done stays"
-        return _say_and(1, one_line(disk.full(error, run) or line), args.debug)
+        return _say_and(1, one_line(full(error, run) or line), args.debug)
     except KeyboardInterrupt:
         return _say_and(130, "stopped; the same command goes on where it was", False)
     except processes.Terminated:
@@ -125,7 +130,7 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
     if report:
         say(f"report:  {run / REPORT}")
     recipe_yaml = resolved_yaml(loaded)
-    runs.write_atomic(run / "recipe.yaml", recipe_yaml)
+    write_atomic(run / "recipe.yaml", recipe_yaml)
     if any(step.why is not None for name, step in steps.items() if name in asked):
         say("loading libraries …")
     for name, step in steps.items():
@@ -134,7 +139,7 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
         if (
             step.folder in report
         ):  # a copy under a name that stays; its folder has report.md, summary.json and the figures too
-            runs.write_atomic(run / REPORT, (step.folder / REPORT).read_bytes())
+            write_atomic(run / REPORT, (step.folder / REPORT).read_bytes())
             print(run / REPORT, flush=True)
 
 
@@ -148,14 +153,14 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
     goes_on = STAGES[unit.stage].resumes and step.why == "unfinished" and runs.begun(step, steps)
     if step.why.startswith(("changed", "missing", "unfinished")):
         say(f"{unit.id} … {step.why}: {'goes on' if goes_on else 'made again'}")
-    started = runs.now()
+    started = the_now()
     inputs = {name: steps[name].folder for name in unit.inputs}
     job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = run / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _made(job, step, steps, goes_on, log, debug)
     planned = None if result.gpu_peak_mb is None else cards.planned_mb(job.recipe, unit.stage)
     facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned} | ({"halved": halved} if halved else {})
-    runs.write_manifest(step, steps, started=started, versions=runs.versions(), **facts)
+    runs.write_manifest(step, steps, started=started, versions=versions(), **facts)
     runs.tidy(step.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned is None else f" (planned {planned:.0f})"
@@ -194,7 +199,7 @@ def _several(job: runs.Job) -> bool:
 def _empty(folder: Path) -> None:
     """The manifest goes first: killed in between, the folder is unfinished, not damaged."""
     if folder.is_dir() and not folder.is_symlink():
-        manifest = folder / runs.MANIFEST
+        manifest = folder / MANIFEST
         if not manifest.is_dir():
             manifest.unlink(missing_ok=True)
         shutil.rmtree(folder)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .float_arrays import Array
+from salsa_peft.float_arrays import Array
 
 WELL_CONDITIONED = 1e5
 """Up to this condition number (in Frobenius norm) the error of Cholesky's basis, condition² · 1e-16, stays below 1e-6."""

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .fields import SEED, STRICT, require
-from .messages import short
+from salsa_peft.fields import SEED, STRICT
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import short
 
 
 @dataclass(config=STRICT, kw_only=True)

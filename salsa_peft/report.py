@@ -14,11 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from salsa_peft import recipe, runs
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.messages import one_line
+from salsa_peft import recipe
 from salsa_peft.parsing import names as bundled_names
 from salsa_peft.parsing import saved_recipe
+from salsa_peft.utils import manifests as runs
+from salsa_peft.utils.console import say
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line
 
 HELP = """usage: salsa report RUN [RUN …] | --paper
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
             require("--output-dir" not in words, f"--output-dir: found it with one run, expected none: its report goes into {names[0]}; it is for several")  # fmt: skip
     except SalsaError as error:
-        recipe.say(one_line(error))
+        say(one_line(error))
         return 2
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:

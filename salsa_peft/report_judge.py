@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from salsa_peft import paper
+from salsa_peft.judged import Judged
 from salsa_peft.report_input import ReportInput, place
-from salsa_peft.statistics import Judged
 from salsa_peft.text import is_number
 
 ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → what its number is, of the figures' x axis

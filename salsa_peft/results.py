@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from salsa_peft.config import Recipe, require
-from salsa_peft.messages import nearest, short
+from salsa_peft.config import Recipe
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import nearest, short
 
 
 def policy_id(recipe: Recipe, name: str) -> str:

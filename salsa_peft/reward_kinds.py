@@ -18,8 +18,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from .fields import NAME, SalsaError, require
-from .messages import one_line, path_text
+from salsa_peft.fields import NAME
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line, path_text
 
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from . import adapters, data
-from .config import Recipe, require
-from .models import load_weights
-from .runs import Job, write_atomic
-from .statistics import mean_interval
-from .workbench import Bar, Workbench, mean_loss, note_left_out, quiet
+from salsa_peft import adapters, data
+from salsa_peft.config import Recipe
+from salsa_peft.models import load_weights
+from salsa_peft.runs import Job
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.statistics import mean_interval
+from salsa_peft.workbench import Bar, Workbench, mean_loss, note_left_out, quiet
 
 SPLIT_SEED = 0
 FEW = 30
@@ -42,7 +44,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     """The soup of a reward model for each seed: one start and one held-out set, other orders of the data (WARM, section 3)."""
-    from .averaging import soup
+    from salsa_peft.averaging import soup
 
     members = []
     trainer: Any = None

@@ -19,18 +19,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from . import adapters, same_base
-from .classifier_reward import ClassifierReward, load_classifier_reward
-from .config import Recipe, SalsaError, require
-from .function_reward import FunctionReward, Rows, Tally, decode, load_function
-from .hub_errors import said_in_a_line
-from .messages import short
-from .models import causal_lm, head_product
-from .reward_kinds import ADAPTER, FUNCTION
-from .rollout import Responses, extend, last_token_states
-from .room import Room
-from .turn_ends import closed, turn_of
-from .workbench import note_tokenizer
+from salsa_peft import adapters, same_base
+from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
+from salsa_peft.config import Recipe
+from salsa_peft.function_reward import FunctionReward, Rows, Tally, decode, load_function
+from salsa_peft.models import causal_lm, head_product
+from salsa_peft.reward_kinds import ADAPTER, FUNCTION
+from salsa_peft.rollout import Responses, extend, last_token_states
+from salsa_peft.turn_ends import closed, turn_of
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.messages import short
+from salsa_peft.utils.oom import Room
+from salsa_peft.workbench import note_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .logprobs import Head, full_kl, token_logprobs
-from .losses import KL_ESTIMATORS
-from .models import hidden_states
+from salsa_peft.logprobs import Head, full_kl, token_logprobs
+from salsa_peft.losses import KL_ESTIMATORS
+from salsa_peft.models import hidden_states
 
 
 class Responses(NamedTuple):

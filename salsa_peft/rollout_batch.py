@@ -15,26 +15,35 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import losses
-from .backends import Backend
-from .config import SalsaError
-from .generation import Recording, row_seeds
-from .logprobs import Head, head_of
-from .models import PolicyWithValueHead, causal_lm, hidden_states
-from .offload import place
-from .prompts import Prompt
-from .references import Frozen
-from .rewards import Reward, RunningScale, decode, take_figures
-from .rollout import Responses, concatenate, kl_to_reference, response_logprobs, response_states, response_values, widen
-from .room import Room
-from .sharding import gathered, keep_whole
-from .turn_ends import ends_of
+from salsa_peft import losses
+from salsa_peft.backends import Backend
+from salsa_peft.function_reward import decode
+from salsa_peft.generation import Recording, row_seeds
+from salsa_peft.logprobs import Head, head_of
+from salsa_peft.models import PolicyWithValueHead, causal_lm, hidden_states
+from salsa_peft.offload import place
+from salsa_peft.prompts import Prompt
+from salsa_peft.references import Frozen
+from salsa_peft.rewards import Reward, RunningScale, take_figures
+from salsa_peft.rollout import (
+    Responses,
+    concatenate,
+    kl_to_reference,
+    response_logprobs,
+    response_states,
+    response_values,
+    widen,
+)
+from salsa_peft.sharding import gathered, keep_whole
+from salsa_peft.turn_ends import ends_of
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.oom import Room
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .ppo_config import SalsaPPOConfig
+    from salsa_peft.ppo_config import SalsaPPOConfig
 
 
 class Rollout(NamedTuple):

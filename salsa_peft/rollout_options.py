@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .fields import require
+from salsa_peft.utils.errors import require
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (),

@@ -10,10 +10,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import require
-from .message_formats import Messages, is_hh, parse_messages, untrained
-from .messages import kind_text
-from .row_parts import (
+from salsa_peft.message_formats import Messages, is_hh, parse_messages, untrained
+from salsa_peft.row_parts import (
     Row,
     absent,
     after,
@@ -26,6 +24,8 @@ from .row_parts import (
     raw_conversation,
     with_system,
 )
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import kind_text
 
 PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"))
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .adapter_bases import require_same_family
-from .architectures import config_of
-from .errors import require
-from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from .models import causal_lm
+from salsa_peft.adapter_bases import require_same_family
+from salsa_peft.architectures import config_of
+from salsa_peft.models import causal_lm
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 
 
 def of_model(model: Any) -> list[str] | None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .errors import require
-from .fields import MOST_POLICIES, STRICT, NonNegative
-from .messages import name_number, nearest, short
+from salsa_peft.fields import MOST_POLICIES, STRICT, NonNegative
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.messages import name_number, nearest, short
 
 if TYPE_CHECKING:
-    from .config import Recipe
+    from salsa_peft.config import Recipe
 
 Pairs = list[tuple[str, str]]
 SEED_0 = "seed-0"
@@ -44,13 +44,13 @@ class Search:
     """Which of evaluate.prompts pick, all their questions together. Empty: all."""
 
 
-def expand(data: dict[str, Any]) -> dict[str, Any]:
+def expand_search(data: dict[str, Any]) -> dict[str, Any]:
     """A recipe's departures with the candidates in `policies`, in the place of what is searched. Raises SalsaError that names the key.
 
     A recipe as it ran, which has the candidates and names the methods, stays as it is; what the schema refuses is left to it.
     """
     given, policies = data.get("search"), data.get("policies", {})
-    if not isinstance(given, dict) or not isinstance(policies, dict) or not _numbers(given.get("kl_coef")):
+    if not isinstance(given, dict) or not isinstance(policies, dict) or not _are_numbers(given.get("kl_coef")):
         return data
     betas = [float(beta) for beta in given["kl_coef"]]
     require(len(set(betas)) == len(betas), f"search.kl_coef: found {short(given['kl_coef'])}, expected no number twice")
@@ -62,14 +62,14 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
         return data
     for method in methods:
-        there = method in policies or all(name in policies for name in _names(method, betas))
+        there = method in policies or all(name in policies for name in _candidate_names(method, betas))
         require(
             there,
             f"search.methods: found {short(method)}, which is no policy; {nearest(method, list(policies), 'policies')}",
         )
     made: dict[str, Any] = {}
     for name, policy in policies.items():
-        candidates = _names(name, betas) if name in methods and isinstance(policy, dict) else {}
+        candidates = _candidate_names(name, betas) if name in methods and isinstance(policy, dict) else {}
         for candidate, beta in candidates.items():
             require(
                 candidate not in policies,
@@ -81,21 +81,21 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "policies": made, "search": {**given, "methods": methods}}
 
 
-def _numbers(value: Any) -> bool:
+def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
 
 
-def _names(method: str, betas: Iterable[float]) -> dict[str, float]:
+def _candidate_names(method: str, betas: Iterable[float]) -> dict[str, float]:
     return {f"{method}-kl-{name_number(beta)}": beta for beta in betas}
 
 
 def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Searched policy → its candidates and their β; {} without a search."""
     section = recipe.search
-    return {} if section is None else {method: _names(method, section.kl_coef) for method in section.methods}
+    return {} if section is None else {method: _candidate_names(method, section.kl_coef) for method in section.methods}
 
 
-def check(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> None:
+def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> None:
     """Raise SalsaError where a search has no judge, no opponent or no questions. models: what answers; sets: names of evaluate.prompts."""
     section = recipe.search
     if section is None:

@@ -18,16 +18,18 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import adapters, base_checks, data, same_base, taken_results
-from .adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
-from .auto_models import only_language
-from .checkpoint_folders import read_checkpoint
-from .config import Adapter, require
-from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from .logit_scaling import check_head
-from .runs import Job, write_atomic
-from .template_fields import trained_tokens
-from .workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
+from salsa_peft import adapters, base_checks, data, same_base, taken_results
+from salsa_peft.adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
+from salsa_peft.auto_models import only_language
+from salsa_peft.checkpoint_folders import read_checkpoint
+from salsa_peft.config import Adapter
+from salsa_peft.logit_scaling import check_head
+from salsa_peft.runs import Job
+from salsa_peft.template_fields import trained_tokens
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
+from salsa_peft.workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset

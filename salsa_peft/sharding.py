@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .config import require
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import Trainer
 
-    from .ppo_config import SalsaPPOConfig
+    from salsa_peft.ppo_config import SalsaPPOConfig
 
 USE_CONFIG = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml or zero3.yaml where the model is too large for one GPU"
 

@@ -13,18 +13,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from salsa_peft.config import Recipe, SalsaError
+from salsa_peft.config import Recipe
 from salsa_peft.trl_options import ALGORITHMS
-
-PHRASES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "PT_DEVMEM Allocation failed")
-"""What CUDA, HIP, MPS, the CPU's allocator, cuBLAS and HPU say."""
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it is for want of memory. (accelerate's should_reduce_batch_size takes a kernel that cuDNN lacks for one, and misses two.)"""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
-    )
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.oom import lesser
 
 
 class Smaller(NamedTuple):
@@ -71,8 +63,3 @@ def _training(recipe: Recipe, stage: str) -> Smaller | None:
     changed = {f"{stage}.{key}": (was[key], now[key]) for key in was if now[key] != was[key]}
     sections: dict[str, Any] = {stage: other}
     return Smaller(replace(recipe, **sections), changed) if changed else None
-
-
-def lesser(rows: int) -> int | None:
-    """The largest divisor up to half, so that what rows divided into these divides into those; None of 1."""
-    return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from salsa_peft.averaging import Options, called, check, kind_of, local_members, soup
-from salsa_peft.config import SalsaError, require
-from salsa_peft.messages import nearest, one_line
-from salsa_peft.progress import bar, without_notes
 from salsa_peft.soup_options import MEASURED
 from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.strategies import STRATEGIES
+from salsa_peft.utils.console import bar, without_notes
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import nearest, one_line
 
 __all__ = ["STRATEGIES", "StackedAdapter", "main", "soup"]
 

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from . import direct_parts
-from .adapter_folders import DEFAULTS, TARGETS
-from .adapter_targets import EMBEDDINGS, is_saved, parameters_of, target_rule
-from .adapter_tensors import Member
-from .stacks import Shape, Stacks
+from salsa_peft import direct_parts
+from salsa_peft.adapter_folders import DEFAULTS, TARGETS
+from salsa_peft.adapter_targets import EMBEDDINGS, is_saved, parameters_of, target_rule
+from salsa_peft.adapter_tensors import Member
+from salsa_peft.stacks import Shape, Stacks
 
 UNCLEAR = "[^.]*"
 """In a pattern, any parameter of a module."""

@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, Count, Positive, require
-from .reference_kinds import Soup
-from .reward_kinds import FUNCTION, check_function, placed
+from salsa_peft.fields import STRICT, Count, Positive
+from salsa_peft.reference_kinds import Soup
+from salsa_peft.reward_kinds import FUNCTION, check_function, placed
+from salsa_peft.utils.errors import require
 
 MEASURES = ("sft_loss", "reward")
 MEASURED = ("greedy", "learned")

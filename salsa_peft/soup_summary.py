@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .adapter_tensors import Member
-from .float_arrays import Array
+from salsa_peft.adapter_tensors import Member
+from salsa_peft.float_arrays import Array
 
 
 @dataclass

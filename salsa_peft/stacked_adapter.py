@@ -15,19 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import direct_parts, float_arrays
-from .adapter_bases import check_one_base
-from .adapter_layouts import in_one_layout
-from .adapter_saving import SaveOptions, save
-from .adapter_tensors import TOKENS, Member, read_member
-from .checkpoint_folders import check_weights as check_weights
-from .checkpoint_folders import default_names
-from .errors import SalsaError, require
-from .live_factors import is_there, live_factors, same_parameters
-from .recompression import moments
-from .soup_config import config_fields
-from .soup_summary import summarise
-from .stacks import Stacks
+from salsa_peft import direct_parts, float_arrays
+from salsa_peft.adapter_bases import check_one_base
+from salsa_peft.adapter_layouts import in_one_layout
+from salsa_peft.adapter_saving import SaveOptions, save
+from salsa_peft.adapter_tensors import TOKENS, Member, read_member
+from salsa_peft.checkpoint_folders import check_weights, default_names
+from salsa_peft.live_factors import is_there, live_factors, same_parameters
+from salsa_peft.recompression import moments
+from salsa_peft.soup_config import config_fields
+from salsa_peft.soup_summary import summarise
+from salsa_peft.stacks import Stacks
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     import torch

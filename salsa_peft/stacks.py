@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import float_arrays
-from .adapter_folders import MERGES
-from .adapter_names import PREFIX
-from .adapter_targets import WRAPPED, registered
-from .adapter_tensors import Factors, Member, unnested
-from .direct_parts import wrapped
-from .errors import require
-from .float_arrays import Array
-from .recompression import Moments
+from salsa_peft import float_arrays
+from salsa_peft.adapter_folders import MERGES
+from salsa_peft.adapter_names import PREFIX
+from salsa_peft.adapter_targets import WRAPPED, registered
+from salsa_peft.adapter_tensors import Factors, Member, unnested
+from salsa_peft.direct_parts import wrapped
+from salsa_peft.float_arrays import Array
+from salsa_peft.recompression import Moments
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     import torch

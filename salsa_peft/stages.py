@@ -9,15 +9,15 @@ import json
 import shutil
 from typing import Any
 
-from . import runs
-from .fingerprints import FINGERPRINT, read_fingerprint
-from .runs import Job
+from salsa_peft.runs import Job
+from salsa_peft.utils import files as runs
+from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 
 def toy(job: Job) -> dict[str, Any]:
     """The embedded world: base, tokenizer, data."""
-    from .progress import bar
-    from .toy import build
+    from salsa_peft.toy import build
+    from salsa_peft.utils.console import bar
 
     assert job.recipe.toy is not None
     with bar(1, job.unit.id) as update:
@@ -30,15 +30,15 @@ def toy(job: Job) -> dict[str, Any]:
 
 def soup(job: Job) -> dict[str, Any]:
     """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
-    from .averaging import soup as cook
-    from .workbench import Workbench
+    from salsa_peft.averaging import soup as cook
+    from salsa_peft.workbench import Workbench
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"
     names = [f"seed-{member}" for member in section.members]
     folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
     if section.measured:
-        from .measures import of_recipe
+        from salsa_peft.measures import of_recipe
 
         measure = of_recipe(job, folders)
     base = None if job.recipe.adapter is not None else Workbench.of(job).folder  # of checkpoints: where deltas begin
@@ -57,8 +57,8 @@ def soup(job: Job) -> dict[str, Any]:
 
 def report(job: Job) -> dict[str, Any]:
     """report.html, report.md, summary.json, and the recipe as it ran, of everything that the run's folders hold."""
-    from .report_input import gather
-    from .report_page import write_report
+    from salsa_peft.report_input import gather
+    from salsa_peft.report_page import write_report
 
     summary = write_report(job.folder, gather(job.recipe, job.inputs, job.recipe_yaml))
     runs.write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .config import require
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     import torch

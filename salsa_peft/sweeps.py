@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .config import SFT, parse_reference
-from .errors import SalsaError, require
-from .fields import MOST_POLICIES
-from .messages import name_number, nearest, short
+from salsa_peft.config import SFT
+from salsa_peft.fields import MOST_POLICIES
+from salsa_peft.reference_kinds import parse_reference
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import name_number, nearest, short
 
 References = Iterator[Any]
 """What `reference:` says, one for each value."""

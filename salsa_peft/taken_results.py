@@ -12,20 +12,22 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .adapter_bases import require_same_family
-from .adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
-from .adapter_names import plain_names
-from .architectures import config_of
-from .base_checks import EXPERTS, require_targets
-from .checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
-from .config import Recipe, SalsaError, parse_reference, require
-from .fingerprints import base_fingerprint, sha256
-from .hub_errors import said_in_a_line
-from .messages import short
-from .paths import is_local
-from .reward_kinds import check_classifier_folder
-from .safetensors_files import SafetensorsFile
-from .score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
+from salsa_peft.adapter_bases import require_same_family
+from salsa_peft.adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
+from salsa_peft.adapter_names import plain_names
+from salsa_peft.architectures import config_of
+from salsa_peft.base_checks import EXPERTS, require_targets
+from salsa_peft.checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
+from salsa_peft.config import Recipe
+from salsa_peft.paths import is_local
+from salsa_peft.reference_kinds import parse_reference
+from salsa_peft.reward_kinds import check_classifier_folder
+from salsa_peft.score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.fingerprints import base_fingerprint, sha256
+from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.messages import short
+from salsa_peft.utils.safetensors_io import SafetensorsFile
 
 SEED, REFERENCE, REWARD = "seed", "reference", "reward"
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
@@ -266,7 +268,7 @@ def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -
     """Whether a tensor (`key` in the file) that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
     import numpy as np
 
-    from . import float_arrays
+    from salsa_peft import float_arrays
 
     own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     if own == "lm_head.weight" and own not in base.tensors:  # tied

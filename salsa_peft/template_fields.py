@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from .assistant_masks import assistant_tokens
-from .chat_templates import ANSWER, USER, readable, remembered, rendered
-from .errors import SalsaError, require
-from .message_formats import Messages, tool_list
-from .messages import one_line
+from salsa_peft.assistant_masks import assistant_tokens
+from salsa_peft.chat_templates import ANSWER, USER, readable, remembered, rendered
+from salsa_peft.message_formats import Messages, tool_list
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .toy_language import (
+from salsa_peft.toy_language import (
     GRADES,
     LENGTHS_IN,
     LENGTHS_OUT,
@@ -33,7 +33,7 @@ from .toy_language import (
 )
 
 if TYPE_CHECKING:
-    from .config import Toy
+    from salsa_peft.toy_section import Toy
 
 __all__ = ["build", "gold", "make_tokenizer"]
 

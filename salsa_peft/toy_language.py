@@ -17,7 +17,7 @@ import hashlib
 import random
 from typing import Any, NamedTuple
 
-from .config import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 CATEGORIES = {
     "birds": ("owl", "wren", "crow", "finch", "robin", "heron"),

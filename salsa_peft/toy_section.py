@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, Count, Positive, Seed, Share
+from salsa_peft.fields import STRICT, Count, Positive, Seed, Share
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, Count, NonNegative, Positive, require
+from salsa_peft.fields import STRICT, Count, NonNegative, Positive
+from salsa_peft.utils.errors import require
 
 
 @dataclass(config=STRICT, kw_only=True)

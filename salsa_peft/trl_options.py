@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .fields import STRICT, NonNegative, Positive, Seed, require
-from .training_options import Training
+from salsa_peft.fields import STRICT, NonNegative, Positive, Seed
+from salsa_peft.training_options import Training
+from salsa_peft.utils.errors import require
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import adapters, data, models, rewards
-from .policies import merge, play
-from .reward_model import SPLIT_SEED, accuracy
-from .rollout import pad_responses
-from .runs import Job, write_atomic
-from .statistics import mean_interval
-from .template_fields import in_form, options_of
-from .trl_reference import use_reference
-from .turn_ends import ends_of
-from .workbench import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
+from salsa_peft import adapters, data, models, rewards
+from salsa_peft.policies import merge, play
+from salsa_peft.reward_model import SPLIT_SEED, accuracy
+from salsa_peft.rollout import pad_responses
+from salsa_peft.runs import Job
+from salsa_peft.template_fields import in_form, options_of
+from salsa_peft.trl_reference import use_reference
+from salsa_peft.turn_ends import ends_of
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.statistics import mean_interval
+from salsa_peft.workbench import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .references import Frozen
-    from .rewards import Reward
+    from salsa_peft.references import Frozen
+    from salsa_peft.rewards import Reward
 
 
 def run(job: Job) -> dict[str, Any]:

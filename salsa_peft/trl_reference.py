@@ -24,9 +24,9 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from . import adapters, moving
-from .config import require
-from .references import Frozen, as_references
+from salsa_peft import adapters, moving
+from salsa_peft.references import Frozen, as_references
+from salsa_peft.utils.errors import require
 
 REF = "ref"
 """What TRL's trainers call the adapter that is their reference."""

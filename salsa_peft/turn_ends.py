@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from .chat_templates import ANSWER, USER, forced, loses_bos, remembered, rendered, shared, variants
-from .messages import one_line
+from salsa_peft.chat_templates import ANSWER, USER, forced, loses_bos, remembered, rendered, shared, variants
+from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from .rollout import Responses
+    from salsa_peft.rollout import Responses
 
 CHAT = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from salsa_peft import search
 from salsa_peft.checks import TOY_PROMPTS
-from salsa_peft.config import Evaluate, Landscape, Recipe, Reference, Source, parse_reference
+from salsa_peft.config import Evaluate, Landscape, Recipe, Source
 from salsa_peft.paths import is_local
+from salsa_peft.reference_kinds import Reference, parse_reference
 from salsa_peft.results import policy_id, unit_of
 from salsa_peft.reward_kinds import RewardPart, find_module, split_function
 from salsa_peft.runs import Unit

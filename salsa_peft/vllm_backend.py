@@ -14,18 +14,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .config import SalsaError, require
-from .generation import Recording
-from .merged import merged_parameters
-from .models import causal_lm, device
-from .rollout import Responses, pad_responses
-from .turn_ends import ends_of
+from salsa_peft.generation import Recording
+from salsa_peft.merged import merged_parameters
+from salsa_peft.models import causal_lm, device
+from salsa_peft.rollout import Responses, pad_responses
+from salsa_peft.turn_ends import ends_of
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
-    from .ppo_config import SalsaPPOConfig
+    from salsa_peft.ppo_config import SalsaPPOConfig
 
 
 class VLLM:

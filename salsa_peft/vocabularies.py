@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.checkpoint_folders import read_mapping
-from salsa_peft.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require
 
 logger = logging.getLogger(__name__)
 

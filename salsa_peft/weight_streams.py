@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from salsa_peft.checkpoint_folders import FLOATS, Place
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.safetensors_files import BITS, NAMES, Writer, fill
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, fill
 from salsa_peft.weight_sums import Fault, Kind, Plan, Summing, Sums
 
 PIECE = {"cpu": 2**21, "cuda": 2**26}

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from salsa_peft.float_arrays import DTYPES, Array, narrow, widen
-from salsa_peft.safetensors_files import BITS, Buffer
+from salsa_peft.utils.safetensors_io import BITS, Buffer
 
 ROW = 2**13
 """Elements of one dot product. OpenBLAS shares one of more than 10,000 among threads, and then its last digits depend on who was busy."""

@@ -23,14 +23,18 @@ from transformers import (
     TrainerCallback,
 )
 
-from . import adapters, base_checks, chat_templates, memory, models, precision, same_base, sharding
-from .auto_models import language_model
-from .config import Recipe, Reference, Training, require
-from .data import prompt_tokens
-from .fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from .hub_errors import said_in_a_line
-from .progress import bar
-from .runs import Job, base_fingerprint, write_atomic
+from salsa_peft import adapters, base_checks, chat_templates, memory, models, precision, same_base, sharding
+from salsa_peft.auto_models import language_model
+from salsa_peft.config import Recipe
+from salsa_peft.data import prompt_tokens
+from salsa_peft.reference_kinds import Reference
+from salsa_peft.runs import Job
+from salsa_peft.training_options import Training
+from salsa_peft.utils.console import bar
+from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, base_fingerprints, read_fingerprint
+from salsa_peft.utils.hub import said_in_a_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

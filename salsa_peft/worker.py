@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from salsa_peft import launching, processes
-from salsa_peft.runs import write_atomic
+from salsa_peft.utils.files import write_atomic
 
 
 def main(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from salsa_peft.config import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20

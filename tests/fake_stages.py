@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config import SalsaError
 from salsa_peft.recipe import STAGES
-from salsa_peft.runs import Job, canonical, write_atomic
+from salsa_peft.runs import Job
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.fingerprints import canonical
 
 TINY = """
 name: tiny

@@ -9,9 +9,10 @@ import sys
 import time
 from typing import Any
 
-from salsa_peft.config import SalsaError
 from salsa_peft.recipe import STAGES
-from salsa_peft.runs import Job, write_atomic
+from salsa_peft.runs import Job
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import write_atomic
 
 FAKE = {
     name: stage._replace(run="launched_stages:run" if stage.trains else "fake_stages:run")

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft import adapters, averaging, runs
-from salsa_peft.adapters import SCORE_HEAD
-from salsa_peft.fingerprints import base_fingerprint
 from salsa_peft.parsing import load_recipe
 from salsa_peft.report_page import write_report
+from salsa_peft.score_heads import SCORE_HEAD
 from salsa_peft.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
+from salsa_peft.utils.fingerprints import base_fingerprint
 from salsa_peft.yaml_text import dump_yaml
 
 BASE_ID = "tester/tiny-base"

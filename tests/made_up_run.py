@@ -9,7 +9,7 @@ import numpy as np
 
 from salsa_peft import judging
 from salsa_peft.report_input import PolicyReport, ReportInput
-from salsa_peft.statistics import compare, mean_interval, paired_difference
+from salsa_peft.utils.statistics import compare, mean_interval, paired_difference
 
 SKILL = {"seed-0": 0.76, "base": 0.30, "soup": 0.825, "ppo": 0.81, "salsa": 0.845, "shrunk": 0.85, "mkl": 0.83}
 REFERENCES = {"ppo": "seed-0", "salsa": "soup", "shrunk": "shrunk: base + 0.6 · seed-0", "mkl": "seed-0, seed-1"}

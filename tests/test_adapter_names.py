@@ -22,9 +22,10 @@ from torch import nn
 
 from salsa_peft.adapter_layouts import newest
 from salsa_peft.adapter_targets import is_saved
-from salsa_peft.config import SalsaError
+from salsa_peft.averaging import soup
 from salsa_peft.live_soup import LiveAdapters
-from salsa_peft.soup import StackedAdapter, soup
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import SalsaError
 
 WEIGHTS = "adapter_model.safetensors"
 W = [0.3, 0.7]

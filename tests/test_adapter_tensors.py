@@ -14,8 +14,9 @@ from peft import LoraConfig
 
 from salsa_peft import float_arrays
 from salsa_peft.adapter_folders import DEFAULTS
-from salsa_peft.adapter_tensors import read_member, target_rule
-from salsa_peft.safetensors_files import NAMES
+from salsa_peft.adapter_targets import target_rule
+from salsa_peft.adapter_tensors import read_member
+from salsa_peft.utils.safetensors_io import NAMES
 
 
 def test_scaling_is_what_peft_gives_its_own_layers(base, folder: Path) -> None:

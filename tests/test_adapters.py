@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from salsa_peft import adapters, references, rewards
-from salsa_peft.config import Adapter, SalsaError, parse_reference
+from salsa_peft.averaging import soup
+from salsa_peft.config import Adapter
+from salsa_peft.reference_kinds import parse_reference
 from salsa_peft.rollout import Responses, pad_prompts
-from salsa_peft.soup import soup
+from salsa_peft.score_heads import SCORE_HEAD
+from salsa_peft.utils.errors import SalsaError
 
 IDS = torch.tensor([[1, 3, 10, 20, 4, 33], [1, 3, 9, 12, 44, 4]])
 NARROW, WIDE = ["q_proj"], ["q_proj", "v_proj", "down_proj"]
@@ -269,7 +272,7 @@ class TestSave:
             for parameter in adapters.parameters(model, "other"):
                 parameter *= 1.5
         before = trainable(model), state(model)
-        adapters.save(model, "other", tmp_path / "out", tokenizer, extra={adapters.SCORE_HEAD: torch.ones(1, 32)})
+        adapters.save(model, "other", tmp_path / "out", tokenizer, extra={SCORE_HEAD: torch.ones(1, 32)})
         assert (trainable(model), state(model)) == before
         files = {path.name for path in (tmp_path / "out").iterdir()}
         assert {adapters.CONFIG, adapters.WEIGHTS, "tokenizer.json"} <= files
@@ -277,7 +280,7 @@ class TestSave:
         config = json.loads((tmp_path / "out" / adapters.CONFIG).read_text())
         assert (config["inference_mode"], config["r"], config["lora_alpha"]) == (True, 2, 6)
         saved = load_file(tmp_path / "out" / adapters.WEIGHTS)
-        assert saved.pop(adapters.SCORE_HEAD).shape == (1, 32)
+        assert saved.pop(SCORE_HEAD).shape == (1, 32)
         assert saved.keys() == load_file(members[1] / adapters.WEIGHTS).keys()
         again = adapters.attach(make_base(), tmp_path / "out", "again")
         with adapters.active(model, "other"):
@@ -440,7 +443,7 @@ class TestRewards:
         model = adapters.attach(adapters.attach(make_base(), members[0], "policy"), folder, "reward")
         assert not [name for name, _ in model.named_parameters() if "score" in name]
         head = adapters.score_head(folder)
-        assert torch.equal(head.weight, load_file(folder / adapters.WEIGHTS)[adapters.SCORE_HEAD])
+        assert torch.equal(head.weight, load_file(folder / adapters.WEIGHTS)[SCORE_HEAD])
         assert (head.bias, head.weight.requires_grad, head.weight.dtype) == (None, False, torch.float32)
         with pytest.raises(SalsaError, match="seed-0 is an adapter without a score head"):
             adapters.score_head(members[0])

@@ -11,12 +11,14 @@ import torch
 
 from salsa_peft import answers, comparisons, evaluate, fastchat_files, generation
 from salsa_peft.answers import answer
-from salsa_peft.config import Evaluate, Generation, Model, Sampling
+from salsa_peft.comparisons import clusters
+from salsa_peft.config import Evaluate, Generation, Model
 from salsa_peft.data import prompt_tokens
 from salsa_peft.generation import generate, row_seeds
+from salsa_peft.ppo_options import Sampling
 from salsa_peft.questions import Question
 from salsa_peft.rollout import Responses
-from salsa_peft.runs import json_lines
+from salsa_peft.utils.files import json_lines
 
 WORDS = ["owl", "saw", "fig", "cod", "oak"]
 
@@ -237,7 +239,7 @@ def test_fastchats_files(tmp_path: Path) -> None:
     """question.jsonl and model_answer as gen_model_answer.py writes them; a path is no file's name; two of one name don't mix."""
     asked = [question(0), question(1)._replace(reference=["x", "y"])]
     said = [{"question_id": 81 + at, "turn": turn, "response": f"{at}{turn}"} for at in (0, 1) for turn in (1, 2)]
-    fastchat_files.write(tmp_path, asked, {"salsa": said, "/a/b/salsa": said[:2]})
+    fastchat_files.write_answers(tmp_path, asked, {"salsa": said, "/a/b/salsa": said[:2]})
     lines = json_lines(tmp_path / "model_answer" / "salsa.jsonl")
     assert [(line["question_id"], line["choices"]) for line in lines] == [
         (81, [{"index": 0, "turns": ["01", "02"]}]), (82, [{"index": 0, "turns": ["11", "12"]}]),
@@ -256,9 +258,9 @@ def test_fastchats_files(tmp_path: Path) -> None:
 def test_intervals_are_over_questions() -> None:
     """Two turns of a question are one cluster; of one turn each there is none."""
     rows = [{"index": at, "turn": turn, "scores": {"reward": float(at)}} for at in range(5) for turn in (1, 2)]
-    assert answers.clusters(rows) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert clusters(rows) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     one = [row for row in rows if row["turn"] == 1]
-    assert answers.clusters(one) is None
+    assert clusters(one) is None
     wide, narrow = answers.means(one, "reward"), answers.means(rows, "reward")
     assert (narrow.mean, narrow.low, narrow.high) == pytest.approx((wide.mean, wide.low, wide.high))
 

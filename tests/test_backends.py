@@ -22,7 +22,6 @@ from transformers import CompileConfig
 
 from salsa_peft import adapters, backends, toy, vllm_backend
 from salsa_peft.backends import BACKENDS, HF, CompiledHF, Paged
-from salsa_peft.config import SalsaError
 from salsa_peft.generation import Recording
 from salsa_peft.logprobs import head_of
 from salsa_peft.merged import merged_parameters
@@ -30,6 +29,8 @@ from salsa_peft.models import hidden_states
 from salsa_peft.ppo_config import SalsaPPOConfig
 from salsa_peft.rollout import Responses, response_logprobs
 from salsa_peft.rollout_options import OPTIONS
+from salsa_peft.toy_language import LENGTHS_IN, draw_prompts
+from salsa_peft.utils.errors import SalsaError
 from salsa_peft.vllm_backend import VLLM
 
 PAD, BOS, EOS = 0, 1, 2
@@ -63,7 +64,7 @@ def paged_options(options: Any) -> Callable[..., SalsaPPOConfig]:
 def prompts() -> list[list[int]]:
     """Twelve instructions of the embedded world, of 4 to 8 tokens."""
     tokenizer = toy.make_tokenizer()
-    texts = toy.draw_prompts(random.Random(1), 12, toy.LENGTHS_IN, 0)
+    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 

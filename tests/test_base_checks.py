@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from salsa_peft import base_checks
-from salsa_peft.config import SalsaError
 from salsa_peft.recipe import load as load_recipe
+from salsa_peft.utils.errors import SalsaError
 
 LLAMA = {
     "model_type": "llama",

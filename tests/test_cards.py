@@ -10,9 +10,9 @@ import pytest
 from test_memory import paper
 
 from salsa_peft import cards, memory, recipe, runs
-from salsa_peft.errors import SalsaError
 from salsa_peft.memory import GIB, Need, need
 from salsa_peft.parsing import load_recipe
+from salsa_peft.utils.errors import SalsaError
 
 
 def test_a_large_model_without_a_gpu_stops_at_once(

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from salsa_peft.checkpoint_soup import average
-from salsa_peft.config import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 

@@ -25,7 +25,7 @@ from made_checkpoints import (
 from salsa_peft import checkpoint_output, weight_streams
 from salsa_peft.checkpoint_folders import CONFIG, INDEX, SINGLE
 from salsa_peft.checkpoint_soup import average
-from salsa_peft.config import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 
 @pytest.fixture(autouse=True)

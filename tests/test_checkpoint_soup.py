@@ -30,8 +30,8 @@ from made_checkpoints import (
 from salsa_peft import checkpoint_output, weight_streams
 from salsa_peft.checkpoint_folders import CONFIG, SINGLE
 from salsa_peft.checkpoint_soup import average, gram, main
-from salsa_peft.config import SalsaError
-from salsa_peft.safetensors_files import as_bytes, code_of, make_header, writing
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.safetensors_io import as_bytes, code_of, make_header, writing
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 
 from salsa_peft.completions import ISOLATE, POP, WIDTH, cut, isolated, printable, show
-from salsa_peft.progress import bar
+from salsa_peft.utils.console import bar
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")  # colours, the only escape sequences of a table
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x1b]8;;http://x\x1b\\link\x9b31m\r\b\x7f\t\x00\x85\u2028\u2029\u202edcba\u2066\u200f\ue000\ud800\ufeff"

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from salsa_peft import data
-from salsa_peft.config import SalsaError, Source
+from salsa_peft.config import Source
+from salsa_peft.data_files import load
+from salsa_peft.utils.errors import SalsaError
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "recipes" / "chat_templates"
 
@@ -108,7 +110,7 @@ class TestForms:
         rows = [{"prompt": f"p{i}"} for i in range(10)]
 
         def take(split: str, **more: Any) -> list[int]:
-            return [number for number, _ in data.load(write(*rows, split=split, **more))]
+            return [number for number, _ in load(write(*rows, split=split, **more))]
 
         assert take("train[:80%]") == [*range(1, 9)] and take("train[80%:]") == [9, 10]
         assert take("train[:2]+train[-1:]") == [1, 2, 10]
@@ -194,7 +196,7 @@ class TestRefusals:
 
     def test_a_file_without_rows(self, write: Any) -> None:
         with pytest.raises(SalsaError, match=r"rows\.jsonl: found no rows, expected at least one"):
-            data.load(write())
+            load(write())
 
     def test_messages_without_a_template(self, tokenizer: Any) -> None:
         import copy

@@ -14,6 +14,7 @@ from test_memory import paper
 from salsa_peft import cards, disk, recipe, runs
 from salsa_peft.config import Recipe
 from salsa_peft.memory import GIB
+from salsa_peft.parsing import load_recipe
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 SMALL = """
@@ -137,7 +138,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     file, folder, most, done = tmp_path / "small.yaml", tmp_path / "run", [0], threading.Event()
     file.write_text(SMALL)
-    job = recipe.load_recipe(str(file), lora=lora, overrides=[]).recipe
+    job = load_recipe(str(file), lora=lora, overrides=[]).recipe
     steps = plan(job, folder)
     asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "sft", "reward", "soup", "ppo")]
     expected = disk.need(job, steps, asked, None)

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from salsa_peft import adapters, checkpoints, sharding
-from salsa_peft.config import SalsaError
+from salsa_peft.score_heads import SCORE_HEAD
+from salsa_peft.utils.errors import SalsaError
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "recipes" / "accelerate"
@@ -79,7 +80,7 @@ def reward(one: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_adapter(make_base(distributed_run.make_tokenizer()), "reward", 9)
     head = torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.3
     for folder in (out, one("lora").parent):
-        adapters.save(model, "reward", folder / "reward", extra={adapters.SCORE_HEAD: head})
+        adapters.save(model, "reward", folder / "reward", extra={SCORE_HEAD: head})
     return out
 
 

@@ -15,10 +15,10 @@ from test_ppo_gradients import check_gradients
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, moving, reward_model
-from salsa_peft.config import SalsaError
 from salsa_peft.merged import merged_parameters
 from salsa_peft.models import causal_lm
 from salsa_peft.references import Frozen
+from salsa_peft.utils.errors import SalsaError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 80, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from salsa_peft import generation, toy
-from salsa_peft.config import Sampling
 from salsa_peft.generation import Recording, choose, generate, respond, row_seeds, uniform_numbers
+from salsa_peft.ppo_options import Sampling
 from salsa_peft.rollout import Responses
+from salsa_peft.toy_language import LENGTHS_IN, draw_prompts
 
 PAD, BOS, EOS = 0, 1, 2
 BELOW_ONE = 1 - 2**-53
@@ -32,7 +33,7 @@ BELOW_ONE = 1 - 2**-53
 def prompts() -> list[list[int]]:
     """Twelve instructions of the embedded world, of 4 to 8 tokens."""
     tokenizer = toy.make_tokenizer()
-    texts = toy.draw_prompts(random.Random(1), 12, toy.LENGTHS_IN, 0)
+    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 

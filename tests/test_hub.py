@@ -20,11 +20,12 @@ from made_hub_run import BASE_ID, make_run
 from safetensors.torch import load_file
 
 import salsa_peft
-from salsa_peft import hub_push, runs
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import sha256
+from salsa_peft import hub_push
 from salsa_peft.hub import main
 from salsa_peft.parsing import load_recipe
+from salsa_peft.utils import files as runs
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "hf_canary" + "Z" * 28
@@ -56,7 +57,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 def command(server: Hub, home: Path, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
     """`python -m salsa_peft.hub …` of a user whose Hub is the server; waits of a hundredth."""
-    script = "import sys; from salsa_peft import hub, hub_push; hub_push.WAITS = tuple(w / 100 for w in hub_push.WAITS); sys.exit(hub.main())"
+    script = "import sys; from salsa_peft import hub; from salsa_peft import hub_push; hub_push.WAITS = tuple(w / 100 for w in hub_push.WAITS); sys.exit(hub.main())"
     environment = {**server.environment(home), "HF_TOKEN": CANARY if token is None else token, "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", script, *words],
@@ -233,7 +234,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from salsa_peft import use_reference
-from salsa_peft.config import SalsaError
+from salsa_peft.utils.errors import SalsaError
 rows = Dataset.from_list([{"prompt": "kin pear", "chosen": " zinc", "rejected": " owl perch"}] * 4)
 args = DPOConfig(output_dir=sys.argv[1], report_to="none", use_cpu=True, bf16=False, per_device_eval_batch_size=1, beta=1.0)
 trainer = DPOTrainer("tester/tiny-base", args=args, train_dataset=rows, eval_dataset=rows.select([0]), processing_class=AutoTokenizer.from_pretrained("tester/tiny-base"),

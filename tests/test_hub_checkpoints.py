@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from salsa_peft.checkpoint_soup import average
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import base_fingerprint
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import base_fingerprint
 
 MAKE = Path(__file__).resolve().parents[2] / "shared" / "hub" / "make_tiny.py"
 pytestmark = pytest.mark.skipif(not MAKE.is_file(), reason="../shared/hub is not here")

@@ -10,14 +10,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from salsa_peft import hub_errors
+from salsa_peft.utils import hub as hub_errors
 
 ASK = """
 import json, sys
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig
 from datasets import load_dataset
-from salsa_peft import hub_errors
+from salsa_peft.utils import hub as hub_errors
 asks = {
     "download": lambda name, kind: hf_hub_download(name, "config.json", repo_type=kind),
     "transformers": lambda name, kind: AutoConfig.from_pretrained(name),

@@ -15,9 +15,10 @@ from hub_server import Fault, Hub, hub
 from made_hub_run import BASE_ID, make_run
 from test_hub import CANARY, ROOT, assert_canary_in_the_header_alone, command, files, publish_base
 
-from salsa_peft import hub_push, toy
-from salsa_peft.config import SalsaError
+from salsa_peft import hub_push
+from salsa_peft import toy_language as toy
 from salsa_peft.parsing import load_recipe, saved_recipe
+from salsa_peft.utils.errors import SalsaError
 from salsa_peft.yaml_text import dump_yaml
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from salsa_peft.config import SalsaError
 from salsa_peft.judge_cache import Cache, Reply, key_of
+from salsa_peft.utils.errors import SalsaError
 
 REPLY = Reply("Because. [[A]]", "stop", 10, 5)
 ASKED = ("http://here/v1", "m", [{"role": "user", "content": "q"}], {"temperature": 0.0, "max_tokens": 9}, 0)
@@ -80,7 +80,7 @@ def test_all_or_none(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from salsa_peft.judge_cache import Cache, Reply
+from salsa_peft.judge_cache import Cache; from salsa_peft.judge_cache import Reply
 cache, name = Cache(Path(sys.argv[1])), sys.argv[2]
 for number in range(int(sys.argv[3])):
     kept = cache.put({f"{number}": Reply(name * 5000, "stop", number, 0)})

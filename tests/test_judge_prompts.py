@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config import Judge, SalsaError
 from salsa_peft.judge_parsing import read_verdict
 from salsa_peft.judge_prompts import FIELDS, REMINDER, Game, figure7, read_prompts, read_references, renderer
-from salsa_peft.judge_section import check
+from salsa_peft.judge_section import Judge, check
+from salsa_peft.utils.errors import SalsaError
 
 ONE = Game(("Why is it blue?",), ("Rayleigh.",), ("Paint.",), 1)
 TWO = Game(("Why?", "Really?"), ("Rayleigh.", "Yes."), ("Paint.", "No."), 2)

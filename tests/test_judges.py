@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config import Judge, SalsaError
-from salsa_peft.judge_section import KINDS
-from salsa_peft.judges import JUDGES, FunctionJudge, Game, Ruling, judge_of
+from salsa_peft.judge_prompts import Game, Ruling
+from salsa_peft.judge_section import KINDS, Judge
+from salsa_peft.judges import JUDGES, FunctionJudge, judge_of
+from salsa_peft.utils.errors import SalsaError
 
 ONE = Game(("Why?",), ("first",), ("second",), 1, "writing")
 TWO = Game(("Why?", "Really?"), ("a1", "a2"), ("b1", "b2"), 2, "math", ("r1", "r2"))

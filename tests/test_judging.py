@@ -11,7 +11,8 @@ import pytest
 
 from salsa_peft import judging, units
 from salsa_peft.parsing import load_recipe
-from salsa_peft.runs import Job, json_lines
+from salsa_peft.runs import Job
+from salsa_peft.utils.files import json_lines
 
 TEXT = """name: j
 toy: {}

@@ -17,8 +17,8 @@ from test_pipeline import read, unit
 from test_runs import gone
 
 from salsa_peft import launching, recipe, runs
-from salsa_peft.config import SalsaError
 from salsa_peft.parsing import load_recipe
+from salsa_peft.utils.errors import SalsaError
 
 HERE = Path(__file__).resolve().parent
 RECIPE = """

@@ -14,10 +14,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from salsa_peft.chat_judge import CALLS
-from salsa_peft.config import Judge, SalsaError
-from salsa_peft.judge_prompts import REMINDER, figure7
-from salsa_peft.judges import Game, Ruling, judge_of
+from salsa_peft.judge_prompts import REMINDER, Game, Ruling, figure7
+from salsa_peft.judge_section import Judge
+from salsa_peft.judges import judge_of
 from salsa_peft.local_judge import LocalModel
+from salsa_peft.utils.errors import SalsaError
 
 CHAT = (
     "{% for m in messages %}{{ '<s>' if loop.first }}{{ m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from salsa_peft import logprobs
 from salsa_peft.auto_models import trunk
-from salsa_peft.config import SalsaError
 from salsa_peft.logit_scaling import LogitScaling, check_head
 from salsa_peft.logprobs import Head, full_kl, head_of, token_logprobs
 from salsa_peft.models import hidden_states
+from salsa_peft.utils.errors import SalsaError
 
 N, H, V, EOS = 11, 8, 13, 2
 

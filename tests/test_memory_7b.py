@@ -68,7 +68,7 @@ def test_it_measures_every_mode_and_goes_on_where_one_does_not_fit(tmp_path: Pat
 def test_what_a_run_says_where_it_does_not_end(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The phase in which it met its cap, whoever says so; what the engine refuses, in its words; other errors are errors."""
     from salsa_peft import policies
-    from salsa_peft.errors import SalsaError
+    from salsa_peft.utils.errors import SalsaError
 
     args = script.parse(["--config", "tiny", "--device", "cpu", "--updates", "1"])
     script.make(args, tmp_path)

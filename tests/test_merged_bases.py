@@ -16,8 +16,8 @@ import transformers as T
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from salsa_peft.config import SalsaError
 from salsa_peft.merged_soup import merge
+from salsa_peft.utils.errors import SalsaError
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "hub"
 WEIGHTS = [0.3, 0.7]

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from salsa_peft import merge_plan, merged_soup
 from salsa_peft.checkpoint_output import Output
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import base_fingerprint
 from salsa_peft.merged_soup import merge
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import base_fingerprint
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}

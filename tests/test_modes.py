@@ -92,8 +92,9 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     """base + Σ w δ, also where Σ w is not 1: read from checkpoints, for a reference and on the landscape."""
     from transformers import AutoModelForCausalLM
 
-    from salsa_peft.config import Recipe, parse_reference
+    from salsa_peft.config import Recipe
     from salsa_peft.landscape import moving
+    from salsa_peft.reference_kinds import parse_reference
     from salsa_peft.references import mixture, move_to
     from salsa_peft.workbench import Workbench
 

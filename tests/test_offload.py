@@ -15,9 +15,9 @@ from transformers import LlamaForSequenceClassification
 
 from salsa_peft import offload
 from salsa_peft.classifier_reward import ClassifierReward
-from salsa_peft.config import SalsaError
 from salsa_peft.offload import Parked
 from salsa_peft.rewards import Part, WeightedReward
+from salsa_peft.utils.errors import SalsaError
 
 
 def make_classifier(tokenizer: Any, seed: int) -> ClassifierReward:

@@ -17,8 +17,8 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from salsa_peft.config import SalsaError
-from salsa_peft.soup import soup
+from salsa_peft.averaging import soup
+from salsa_peft.utils.errors import SalsaError
 
 W = [0.3, 0.7]
 TOLERANCE = 2e-6

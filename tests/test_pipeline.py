@@ -313,10 +313,11 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
     """By the fingerprint that every stage writes beside its adapter."""
     import shutil
 
-    from salsa_peft.config import Reference, SalsaError
     from salsa_peft.models import load_tokenizer
     from salsa_peft.parsing import load_recipe
-    from salsa_peft.runs import base_fingerprint
+    from salsa_peft.reference_kinds import Reference
+    from salsa_peft.utils.errors import SalsaError
+    from salsa_peft.utils.fingerprints import base_fingerprint
     from salsa_peft.workbench import Workbench
 
     base = unit(run, "toy") / "base"

@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
-from salsa_peft.config import SalsaError
 from salsa_peft.logit_scaling import check_head
 from salsa_peft.models import PolicyWithValueHead
+from salsa_peft.score_heads import SCORE_HEAD
+from salsa_peft.utils.errors import SalsaError
 
 
 @pytest.fixture
@@ -292,7 +293,7 @@ def test_dropout_of_what_is_attached_later_is_off(
 ) -> None:
     """A value adapter that starts from a reward adapter with dropout: its values in training are the rollout's."""
     reward = make_adapter(make_base(), "reward", 7, lora_dropout=0.5)
-    adapters.save(reward, "reward", tmp_path / "reward", extra={adapters.SCORE_HEAD: torch.ones(1, 32) * 0.1})
+    adapters.save(reward, "reward", tmp_path / "reward", extra={SCORE_HEAD: torch.ones(1, 32) * 0.1})
     trainer = make_trainer(reward=str(tmp_path / "reward"), value="adapter")
     rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates <= {0.0}
@@ -337,7 +338,7 @@ def test_values_and_adapter_scores_are_float32_under_autocast(
 ) -> None:
     """bf16 has three digits: rounded to them, neighbouring responses score alike."""
     reward = make_adapter(make_base(), "reward", 7)
-    adapters.save(reward, "reward", tmp_path / "reward", extra={adapters.SCORE_HEAD: torch.randn(1, 32)})
+    adapters.save(reward, "reward", tmp_path / "reward", extra={SCORE_HEAD: torch.randn(1, 32)})
     trainer = make_trainer(reward=str(tmp_path / "reward"), bf16=True, old_logprobs=old_logprobs)
     trainer.model.value_head.weight.data.normal_()
     rollout = roll_out(trainer)

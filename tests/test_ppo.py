@@ -11,10 +11,10 @@ import torch
 from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
 
 from salsa_peft import adapters
-from salsa_peft.config import SalsaError
 from salsa_peft.generation import generate, row_seeds
 from salsa_peft.ppo import SalsaPPOTrainer
 from salsa_peft.ppo_config import SalsaPPOConfig
+from salsa_peft.utils.errors import SalsaError
 
 
 @pytest.mark.parametrize(("temperature", "minimum"), [(1.0, 0), (0.6, 0), (1.0, 3)])

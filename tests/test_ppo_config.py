@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from salsa_peft import SalsaPPOConfig
-from salsa_peft.config import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 
 def config(folder: Path, **options: Any) -> SalsaPPOConfig:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from plain_ppo import PROMPTS, plain_logprobs, roll_out
 
-from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer
 from salsa_peft.rollout_batch import Rollout
+from salsa_peft.utils.errors import SalsaError
 
 
 def rows_of(trainer: SalsaPPOTrainer) -> list[dict[str, float]]:

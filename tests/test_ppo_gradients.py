@@ -12,8 +12,9 @@ from plain_ppo import PROMPTS, gradients, length_reward, plain_logprobs, plain_l
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from salsa_peft import SalsaPPOConfig, adapters
-from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.score_heads import SCORE_HEAD
+from salsa_peft.utils.errors import SalsaError
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def reward_folder(make_base: Any, make_adapter: Any, tmp_path: Path) -> Path:
     """A reward adapter with a score head that is not zero."""
     model = make_adapter(make_base(), "reward", 9)
     head = torch.randn(1, 32, generator=torch.Generator().manual_seed(5)) * 0.3
-    adapters.save(model, "reward", tmp_path / "reward", extra={adapters.SCORE_HEAD: head})
+    adapters.save(model, "reward", tmp_path / "reward", extra={SCORE_HEAD: head})
     return tmp_path / "reward"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from salsa_peft.progress import bar, clock
+from salsa_peft.utils.console import bar, clock
 
 
 def test_lines_now_and_then():

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from plain_ppo import PROMPTS
 
-from salsa_peft.config import SalsaError
 from salsa_peft.prompts import Encoder
+from salsa_peft.utils.errors import SalsaError
 
 CHAT = PROMPTS[0]["prompt"]
 

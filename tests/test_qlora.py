@@ -14,7 +14,7 @@ from plain_ppo import PROMPTS, gradients, length_reward, plain_logprobs, roll_ou
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
-from salsa_peft.config import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'salsa-peft[qlora]'")
 

@@ -12,9 +12,10 @@ import pytest
 from trl_rows import HERMES, by_reward, by_sft, tokenizer_of
 
 from salsa_peft import data
-from salsa_peft.config import SalsaError, Source
+from salsa_peft.config import Source
 from salsa_peft.questions import questions
 from salsa_peft.sft import labelled
+from salsa_peft.utils.errors import SalsaError
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "hub" / "rows"
 pytestmark = pytest.mark.skipif(not ROWS.is_dir(), reason="needs the real rows in ../shared/hub/rows")

@@ -14,6 +14,7 @@ import pytest
 
 import salsa_peft
 from salsa_peft import cli, parsing, recipe
+from salsa_peft.command_line import parse_args
 from salsa_peft.units import report_units
 
 RECIPE = """
@@ -111,7 +112,7 @@ def test_the_console_script_is_the_same_commands(here, capsys):
     ],
 )
 def test_lora_never_swallows_the_recipe(words, preset, path):
-    args = recipe.parse_args(words.split())
+    args = parse_args(words.split())
     assert (args.lora, args.recipe) == (preset, path)
 
 
@@ -120,7 +121,7 @@ def test_lora_never_swallows_the_recipe(words, preset, path):
 )
 def test_wrong_command_lines(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        recipe.parse_args(words.split())
+        parse_args(words.split())
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 

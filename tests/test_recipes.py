@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config import SalsaError
 from salsa_peft.parsing import load_recipe, names
 from salsa_peft.recipe import STAGES, resolved_yaml
+from salsa_peft.utils.errors import SalsaError
 from salsa_peft.yaml_text import dump_yaml, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]

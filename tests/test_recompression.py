@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salsa_peft import recompression
-from salsa_peft.config import SalsaError
 from salsa_peft.recompression import moments, recompress, squared_norm
 from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import SalsaError
 
 WEIGHTS = "adapter_model.safetensors"
 PROPERTY = settings(

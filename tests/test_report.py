@@ -17,10 +17,11 @@ import pytest
 from made_up_run import synthetic
 from markdown_it import MarkdownIt
 
-from salsa_peft import findings, runs
+from salsa_peft import findings
 from salsa_peft import text as words
 from salsa_peft.report_input import ReportInput
 from salsa_peft.report_page import write_report
+from salsa_peft.utils import files as runs
 
 HOSTILE = (
     "<script>alert(1)</script> | a `b`\n```\n# not a heading\n````\n{{ 7 * 7 }} {% raw %} "

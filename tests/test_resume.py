@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from salsa_peft import checkpoints
-from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.utils.errors import SalsaError
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "eval_completions.jsonl")
 OPTIONS: dict[str, Any] = {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from salsa_peft import reward_model
-from salsa_peft.errors import SalsaError
 from salsa_peft.parsing import load_recipe
+from salsa_peft.utils.errors import SalsaError
 
 
 def test_what_is_left_of_the_pairs_is_said_plainly() -> None:

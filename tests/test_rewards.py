@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from salsa_peft import adapters, data, recipe, report_input, rewards
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
-from salsa_peft.config import Adapter, Recipe, Reward, SalsaError, Source
-from salsa_peft.function_reward import load_function
+from salsa_peft.config import Adapter, Recipe, Reward, Source
+from salsa_peft.function_reward import FunctionReward, load_function
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.reward_kinds import find_module, parse_reward
 from salsa_peft.rollout import Responses, pad_prompts
 from salsa_peft.runs import plan
+from salsa_peft.utils.errors import SalsaError
 
 WORDS = ["owl", "saw", "fig", "cod", "oak", "copy", "name", "user", "assistant", "system", "?", "!"]
 CHAT = "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [end]' }}{% endfor %}"
@@ -67,7 +68,7 @@ class TestFunction:
             seen.update(given)
             return [1, 2.5, True]
 
-        scores = rewards.FunctionReward(everything, tokenizer)(responses, rows)
+        scores = FunctionReward(everything, tokenizer)(responses, rows)
         assert scores.tolist() == [1.0, 2.5, 1.0]
         assert scores.dtype == torch.float32
         assert seen.keys() == {"prompts", "completions", "completion_ids", "answer", "level", "finished", "log_metric"}
@@ -85,7 +86,7 @@ class TestFunction:
         responses, rows = answered
         ours: dict[str, Any] = {}
         theirs: dict[str, Any] = {}
-        rewards.FunctionReward(lambda **given: ours.update(given) or [0.0] * 3, tokenizer)(responses, rows)
+        FunctionReward(lambda **given: ours.update(given) or [0.0] * 3, tokenizer)(responses, rows)
 
         def func(**given: Any) -> list[float]:
             theirs.update(given)
@@ -116,21 +117,19 @@ class TestFunction:
             seen.update(prompts=prompts, completions=completions, input_ids=input_ids, note=note)
             return [0.0] * 3
 
-        rewards.FunctionReward(asks, tokenizer)(responses, rows)
+        FunctionReward(asks, tokenizer)(responses, rows)
         assert seen == {
             "prompts": ["as it is", "name fig", "x"], "completions": ["owl saw", "owl", ""], "input_ids": [None, [1, 2], None],
             "note": "own",
         }  # fmt: skip
-        kept = rewards.FunctionReward(
-            lambda completions: seen.update(c=completions) or [0] * 3, tokenizer, special_tokens=True
-        )
+        kept = FunctionReward(lambda completions: seen.update(c=completions) or [0] * 3, tokenizer, special_tokens=True)
         kept(responses, rows)
         assert seen["c"] == ["owl saw <eos>", "owl", "<eos>"]
 
     def test_a_column_that_is_not_there_is_named(self, answered: Any, tokenizer: Any) -> None:
         responses, rows = answered
         with pytest.raises(SalsaError, match="it takes solution, found the columns answer, level, prompt in the data"):
-            rewards.FunctionReward(lambda completions, solution: [0.0] * 3, tokenizer)(responses, rows)
+            FunctionReward(lambda completions, solution: [0.0] * 3, tokenizer)(responses, rows)
 
     @pytest.mark.parametrize(
         ("given", "line"),
@@ -147,20 +146,20 @@ class TestFunction:
     )
     def test_what_is_no_score_is_refused(self, answered: Any, tokenizer: Any, given: Any, line: str) -> None:
         with pytest.raises(SalsaError, match=line):
-            rewards.FunctionReward(lambda **_: given, tokenizer)(*answered)
+            FunctionReward(lambda **_: given, tokenizer)(*answered)
 
     def test_nan_is_left_to_the_trainer(self, answered: Any, tokenizer: Any) -> None:
-        scores = rewards.FunctionReward(lambda **_: [1.0, float("nan"), float("inf")], tokenizer)(*answered)
+        scores = FunctionReward(lambda **_: [1.0, float("nan"), float("inf")], tokenizer)(*answered)
         assert scores.isnan().tolist() == [False, True, False]
         tensor = torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64)
-        assert rewards.FunctionReward(lambda **_: tensor, tokenizer)(*answered).tolist() == [3.0, 4.0, 5.0]
+        assert FunctionReward(lambda **_: tensor, tokenizer)(*answered).tolist() == [3.0, 4.0, 5.0]
 
     def test_an_async_function_is_awaited_also_inside_a_loop(self, answered: Any, tokenizer: Any) -> None:
         async def slow(completions: list[Any], **_: Any) -> list[float]:
             await asyncio.sleep(0)
             return [float(len(c[0]["content"])) for c in completions]
 
-        reward = rewards.FunctionReward(slow, tokenizer)
+        reward = FunctionReward(slow, tokenizer)
         assert reward(*answered).tolist() == [7.0, 3.0, 0.0]
 
         async def notebook() -> Tensor:
@@ -176,7 +175,7 @@ class TestFunction:
             log_metric("shape", next(numbers))
             return [0.0] * 3
 
-        reward = rewards.FunctionReward(logs, tokenizer)
+        reward = FunctionReward(logs, tokenizer)
         for _ in range(3):
             reward(*answered)
         assert rewards.take_figures(reward) == {"shape": (9.0, 3)}
@@ -204,7 +203,7 @@ class TestFunction:
             return [0.0] * 3
 
         with pytest.raises(SalsaError, match=line):
-            rewards.FunctionReward(logs, tokenizer)(*answered)
+            FunctionReward(logs, tokenizer)(*answered)
 
     def test_no_name_of_the_engines_is_left_to_log_metric(self, make_trainer: Any) -> None:
         """Whatever stands in the logs of an update and of an evaluation."""
@@ -224,8 +223,8 @@ class TestFunction:
         responses, rows = answered
         rows = [{**row, "finished": "no"} for row in rows]
         with pytest.raises(SalsaError, match="found a column `finished` in the data"):
-            rewards.FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
-        assert rewards.FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
+            FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
+        assert FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
 
     def test_the_rows_are_not_the_functions_to_change(self, answered: Any, tokenizer: Any) -> None:
         responses, rows = answered
@@ -238,7 +237,7 @@ class TestFunction:
                 tag.clear()
             return [0.0] * 3
 
-        rewards.FunctionReward(changes, tokenizer)(responses, rows)
+        FunctionReward(changes, tokenizer)(responses, rows)
         assert rows == before
 
     def test_parameters_by_position_only_are_refused(self, tokenizer: Any) -> None:
@@ -246,7 +245,7 @@ class TestFunction:
             return [0.0] * len(prompts)
 
         with pytest.raises(SalsaError, match="reward function placed: it takes prompts, completions by position only"):
-            rewards.FunctionReward(placed, tokenizer)
+            FunctionReward(placed, tokenizer)
 
 
 @pytest.fixture
@@ -489,8 +488,8 @@ def fixed(*scores: Any) -> Any:
 class TestSum:
     def test_by_hand(self, answered: Any, tokenizer: Any) -> None:
         """2·(1, 2, 3) − ½·(4, None, 8) + 0·(7, 7, 7): (0, 4, 2); means over what applied."""
-        one, other = (rewards.FunctionReward(fixed(*s), tokenizer) for s in ((1, 2, 3), (4, None, 8)))
-        silent = rewards.FunctionReward(fixed(7, 7, 7), tokenizer)
+        one, other = (FunctionReward(fixed(*s), tokenizer) for s in ((1, 2, 3), (4, None, 8)))
+        silent = FunctionReward(fixed(7, 7, 7), tokenizer)
         reward = rewards.WeightedReward([(one, 2.0, "one"), (other, -0.5, "other"), (silent, 0.0, "silent")])
         assert reward(*answered).tolist() == [0.0, 4.0, 2.0]
         figures = {"rewards/one/mean": (6.0, 3), "rewards/other/mean": (12.0, 2), "rewards/silent/mean": (21.0, 3)}
@@ -502,17 +501,17 @@ class TestSum:
 
     def test_a_response_to_which_nothing_applies(self, answered: Any, tokenizer: Any) -> None:
         """A part of weight 0 does not save it; NaN is a score, not None."""
-        none, other = (rewards.FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
-        zero = rewards.FunctionReward(fixed(7, 7, 7), tokenizer)
+        none, other = (FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
+        zero = FunctionReward(fixed(7, 7, 7), tokenizer)
         reward = rewards.WeightedReward([(none, 1.0, "a"), (other, 1.0, "b"), (zero, 0.0, "c")])
         with pytest.raises(SalsaError, match="found 1 of 3 responses to which none of a, b applies"):
             reward(*answered)
-        nan = rewards.FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
+        nan = FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
         found = rewards.WeightedReward([(nan, 1.0, "a"), (zero, 1.0, "b")])(*answered)
         assert found.isnan().tolist() == [True, False, False]
 
     def test_names(self, tokenizer: Any) -> None:
-        one = rewards.FunctionReward(fixed(1), tokenizer)
+        one = FunctionReward(fixed(1), tokenizer)
         with pytest.raises(SalsaError, match="found 2 parts called a, expected a name of its own for each"):
             rewards.WeightedReward([(one, 1.0, "a"), (one, 1.0, "a")])
         with pytest.raises(SalsaError, match="found a sum of no parts"):
@@ -565,7 +564,7 @@ class TestAsReward:
             make(folder)(*answered).tolist()
         )  # a fresh adapter's delta is 0
         function = make(lambda completions, **_: [0.0] * len(completions))
-        assert isinstance(function, rewards.FunctionReward)
+        assert isinstance(function, FunctionReward)
         name = module("def seven(completions): return [7.0] * len(completions)\n")
         assert make(f"{tmp_path}/{name}:seven")(*answered).tolist() == [7.0] * 3
         for given in (function, adapter, in_memory):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from salsa_peft import adapters, losses, toy
-from salsa_peft.config import Sampling
 from salsa_peft.generation import generate, respond, row_seeds
 from salsa_peft.logprobs import head_of
 from salsa_peft.models import hidden_states
+from salsa_peft.ppo_options import Sampling
 from salsa_peft.rollout import (
     Responses,
     forbidden_eos,
@@ -26,6 +26,7 @@ from salsa_peft.rollout import (
     response_states,
     scatter,
 )
+from salsa_peft.toy_language import LENGTHS_IN, draw_prompts
 
 SAMPLING = Sampling(max_new_tokens=8)
 PAD, BOS, EOS = 0, 1, 2
@@ -35,7 +36,7 @@ PAD, BOS, EOS = 0, 1, 2
 def prompts() -> list[list[int]]:
     """Twelve instructions of the embedded world, of 4 to 8 tokens."""
     tokenizer = toy.make_tokenizer()
-    texts = toy.draw_prompts(random.Random(1), 12, toy.LENGTHS_IN, 0)
+    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
     chats = [[{"role": "user", "content": text}] for text in texts]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 

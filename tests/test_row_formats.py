@@ -18,12 +18,14 @@ from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft import data, data_checks, data_files, row_formats
 from salsa_peft import recipe as recipes
-from salsa_peft.config import Data, Reward, SalsaError, Source
+from salsa_peft.config import Data, Reward, Source
+from salsa_peft.data_files import load
 from salsa_peft.questions import questions
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.sft import labelled
 from salsa_peft.source_checks import count_rows
 from salsa_peft.template_fields import reads_text_arguments
+from salsa_peft.utils.errors import SalsaError
 
 Row = dict[str, Any]
 
@@ -702,7 +704,7 @@ class TestFiles:
         assert len(data.demonstrations(Source(path=str(tmp_path / "two")))) == 2
         assert data.demonstrations(Source(path=str(tmp_path / "two"), split="test")) == [{"messages": PLAIN}]
         with pytest.raises(SalsaError, match="two: found the splits train, test, expected `split` to be one of them"):
-            data.load(Source(path=str(tmp_path / "two"), split="dev"))
+            load(Source(path=str(tmp_path / "two"), split="dev"))
 
     @pytest.mark.parametrize(
         ("name", "raw", "said"),
@@ -762,4 +764,4 @@ class TestFiles:
             with pytest.raises(
                 SalsaError, match=r"huggingface.co/datasets/me/x: not in the local cache and the Hub cannot be reached"
             ):
-                data.load(Source(path=path))
+                load(Source(path=path))

@@ -16,8 +16,9 @@ import pytest
 from fake_stages import FAKE, TINY, start
 
 from salsa_peft import processes, recipe, runs
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import base_fingerprint, fingerprint
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint, sha256
 
 UNITS = ["toy", "sft/seed-0", "sft/seed-1", "reward", "soup", "ppo/ppo", "ppo/salsa", "landscape", "evaluate", "report"]
 
@@ -124,12 +125,12 @@ def test_an_input_made_anew_by_another_run_is_noticed(go):
     go()
     [file] = Path("runs/tiny-lora").glob("soup/*/manifest.json")
     text = json.loads(file.read_text())
-    text["files"]["deeper/more.bin"] = {"size": 4, "sha256": runs.sha256(file)}
+    text["files"]["deeper/more.bin"] = {"size": 4, "sha256": sha256(file)}
     file.write_text(json.dumps(text))
     assert go("--stages", "soup")[1] == ["soup"]  # its manifest was wrong
     text = json.loads(file.read_text())
     (file.parent / "result.txt").write_text("other bits")
-    text["files"]["result.txt"] = {"size": 10, "sha256": runs.sha256(file.parent / "result.txt")}
+    text["files"]["result.txt"] = {"size": 10, "sha256": sha256(file.parent / "result.txt")}
     file.write_text(json.dumps(text))
     assert go()[1] == ["ppo/salsa", "evaluate", "report"]
 
@@ -290,8 +291,8 @@ def test_the_lock_names_its_holder(tmp_path):
 
 
 def test_write_atomic(tmp_path, monkeypatch):
-    runs.write_atomic(tmp_path / "a" / "b.txt", "grüße")
-    runs.write_atomic(tmp_path / "a" / "b.txt", b"new")
+    write_atomic(tmp_path / "a" / "b.txt", "grüße")
+    write_atomic(tmp_path / "a" / "b.txt", b"new")
     assert (tmp_path / "a" / "b.txt").read_bytes() == b"new"
 
     def fail(*_):
@@ -299,7 +300,7 @@ def test_write_atomic(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no"):
-        runs.write_atomic(tmp_path / "a" / "b.txt", "lost")
+        write_atomic(tmp_path / "a" / "b.txt", "lost")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
     assert (tmp_path / "a" / "b.txt").read_bytes() == b"new"
 

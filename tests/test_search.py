@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from salsa_peft import search, units
-from salsa_peft.config import SalsaError
 from salsa_peft.parsing import load_recipe
 from salsa_peft.recipe import resolved_yaml
+from salsa_peft.utils.errors import SalsaError
 
 TEXT = (
     "name: s\ntoy: {}\nmodel: {max_length: 32}\ngeneration: {max_new_tokens: 10}\nsft: {batch_size: 32}\n"

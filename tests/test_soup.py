@@ -29,8 +29,11 @@ from made_members import (
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from salsa_peft.config import SalsaError
-from salsa_peft.soup import STRATEGIES, StackedAdapter, main, soup
+from salsa_peft.averaging import soup
+from salsa_peft.soup import main
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.strategies import STRATEGIES
+from salsa_peft.utils.errors import SalsaError
 
 
 class TestExactRule:
@@ -265,7 +268,7 @@ class TestFolder:
         soup(folder / "whole", members)
         code = (
             "import os, sys\n"
-            "from salsa_peft import adapter_folders, adapter_saving, safetensors_files\n"
+            "from salsa_peft import adapter_folders; from salsa_peft import adapter_saving; from salsa_peft.utils import safetensors_io as safetensors_files\n"
             "from salsa_peft.stacked_adapter import StackedAdapter\n"
             "count = 0\n"
             "def killing(function):\n"

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 import salsa_peft
 from salsa_peft.averaging import Options, soup
-from salsa_peft.fingerprints import base_fingerprint
 from salsa_peft.soup import main, parser
 from salsa_peft.soup_result import SoupSummary
+from salsa_peft.utils.fingerprints import base_fingerprint
 
 
 @pytest.fixture(scope="module")

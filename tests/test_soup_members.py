@@ -24,10 +24,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from salsa_peft import rewards
-from salsa_peft.config import SalsaError
+from salsa_peft.averaging import soup
 from salsa_peft.rollout import Responses
-from salsa_peft.safetensors_files import BITS, SafetensorsFile
-from salsa_peft.soup import StackedAdapter, soup
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.safetensors_io import BITS, SafetensorsFile
 
 WEIGHTS = "adapter_model.safetensors"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -415,7 +416,7 @@ class TestReward:
 class TestManifest:
     def test_a_flipped_bit_is_named(self, tmp_path: Path) -> None:
         """Against the manifest that a run writes; without one the same bit would be averaged."""
-        from salsa_peft.fingerprints import sha256
+        from salsa_peft.utils.fingerprints import sha256
 
         members = [train(llama, tmp_path / str(seed), seed, **LM) for seed in range(2)]
         files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in members[1].iterdir()}

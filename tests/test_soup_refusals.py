@@ -14,9 +14,11 @@ import torch
 from made_members import Q0, WEIGHTS, edit, edit_tensors, train
 
 from salsa_peft.adapter_folders import read_config
-from salsa_peft.config import SalsaError
-from salsa_peft.runs import locked
-from salsa_peft.soup import StackedAdapter, main, soup
+from salsa_peft.averaging import soup
+from salsa_peft.soup import main
+from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import locked
 
 
 def drop(key: str) -> Callable[[Path], None]:

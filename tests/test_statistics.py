@@ -10,17 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salsa_peft.intervals import tango
-from salsa_peft.statistics import (
-    Estimate,
-    Judged,
-    compare,
-    judged_pair,
-    mean_interval,
-    over_seeds,
-    paired_difference,
-    rates,
-)
+from salsa_peft.judged import Judged, judged_pair, over_seeds
+from salsa_peft.utils.statistics import Estimate, compare, mean_interval, paired_difference, rates, tango
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "data" / "paper_tables.json"
 

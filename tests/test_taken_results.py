@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from salsa_peft import adapters, base_checks, recipe, rewards, sft, taken_results
 from salsa_peft.adapter_bases import require_same_family
-from salsa_peft.config import Adapter, SalsaError
-from salsa_peft.fingerprints import base_fingerprint, fingerprint
+from salsa_peft.config import Adapter
 from salsa_peft.parsing import load_recipe
 from salsa_peft.references import as_references
 from salsa_peft.toy import make_tokenizer
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint
 
 IDS = torch.tensor([[3, 9, 22, 4, 17, 5, 8, 30], [6, 2, 11, 40, 7, 7, 19, 12]])
 RECIPE = """name: small

@@ -15,13 +15,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from salsa_peft import tensor_names
 from salsa_peft.checkpoint_configs import check_alike
 from salsa_peft.checkpoint_folders import CONFIG, INDEX, SINGLE, read_checkpoint
 from salsa_peft.checkpoint_soup import average, gram
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import base_fingerprint, base_fingerprints
 from salsa_peft.live_soup import LiveCheckpoints
+from salsa_peft.utils import tensor_names
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import base_fingerprint, base_fingerprints
 
 Tensors = dict[str, torch.Tensor]
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

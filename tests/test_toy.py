@@ -16,7 +16,9 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from salsa_peft import toy
 from salsa_peft import toy_language as language
-from salsa_peft.config import SalsaError, Toy
+from salsa_peft.toy_language import gold
+from salsa_peft.toy_section import Toy
+from salsa_peft.utils.errors import SalsaError
 
 TINY = Toy(
     hidden_size=16,
@@ -79,11 +81,11 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     ],
 )
 def test_gold_by_hand(prompt: str, answer: str, expected: float) -> None:
-    assert toy.gold([prompt], [answer]) == [pytest.approx(expected)]
+    assert gold([prompt], [answer]) == [pytest.approx(expected)]
 
 
 def test_an_unfinished_answer_loses_a_half() -> None:
-    scores = toy.gold(
+    scores = gold(
         ["copy owl saw"] * 3, ["owl saw", "owl saw", ""], finished=[True, False, False], completion_ids=[[1]] * 3
     )
     assert scores == [1.0, 0.5, -0.5]
@@ -93,7 +95,7 @@ def test_gold_reads_messages_and_rendered_prompts() -> None:
     messages = [{"role": "user", "content": "copy owl"}, {"role": "assistant", "content": "owl"}]
     messages.append({"role": "user", "content": "name owl"})
     answer = [{"role": "assistant", "content": "birds"}]
-    assert toy.gold([messages, "<bos><user>name owl<assistant>"], [answer, "birds"]) == [1.0, 1.0]
+    assert gold([messages, "<bos><user>name owl<assistant>"], [answer, "birds"]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_gold_reads_messages_and_rendered_prompts() -> None:
 )
 def test_gold_refuses_a_foreign_prompt(prompt: str) -> None:
     with pytest.raises(SalsaError, match="not an instruction of the embedded world"):
-        toy.gold([prompt], ["owl"])
+        gold([prompt], ["owl"])
 
 
 def test_drawn_answers_are_right_and_damage_is_not() -> None:
@@ -109,8 +111,8 @@ def test_drawn_answers_are_right_and_damage_is_not() -> None:
     prompts = [language.draw_prompt(rng, language.LENGTHS_IN + language.LENGTHS_OUT) for _ in range(500)]
     assert {p.split()[0] for p in prompts} == set(language.OPERATIONS)
     answers = [language.draw_answer(rng, p) for p in prompts]
-    assert toy.gold(prompts, [" ".join(a) for a in answers]) == [1.0] * 500
-    damaged = toy.gold(prompts, [" ".join(language.damage(rng, a, 2)) for a in answers])
+    assert gold(prompts, [" ".join(a) for a in answers]) == [1.0] * 500
+    damaged = gold(prompts, [" ".join(language.damage(rng, a, 2)) for a in answers])
     assert 0.3 < sum(damaged) / 500 < 0.8
     assert {0 <= score <= 1 for score in damaged} == {True}
 
@@ -182,14 +184,14 @@ def test_eval_prompts_are_in_no_other_file(world: Path) -> None:
 def test_preferences_are_ordered_by_gold(world: Path) -> None:
     pairs = rows(world, "preferences")
     for pair in pairs:
-        chosen, rejected = toy.gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
+        chosen, rejected = gold([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
         assert chosen > rejected
     assert len({json.dumps(pair) for pair in pairs}) == len(pairs) == TINY.preferences
 
 
 def test_gold_is_told_of_special_tokens_in_the_middle_of_an_answer(tokenizer) -> None:
     """As the stages call it: a <pad> between the words is a wrong word, the EOS that ends the answer is none."""
-    from salsa_peft.rewards import FunctionReward
+    from salsa_peft.function_reward import FunctionReward
     from salsa_peft.rollout import Responses
 
     asked = [{"role": "user", "content": f"copy {language.WORDS[0]} {language.WORDS[1]}"}]

@@ -15,9 +15,9 @@ from plain_ppo import PROMPTS
 from transformers import TrainerCallback
 
 from salsa_peft import checkpoints
-from salsa_peft.config import SalsaError
 from salsa_peft.ppo import SalsaPPOTrainer
 from salsa_peft.ppo_logs import finite
+from salsa_peft.utils.errors import SalsaError
 
 OPTIONS: dict[str, Any] = {
     "num_train_epochs": 2,

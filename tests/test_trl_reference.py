@@ -27,9 +27,9 @@ from trl import (
 
 import salsa_peft
 from salsa_peft import adapters, averaging
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import base_fingerprint
 from salsa_peft.references import Frozen
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import base_fingerprint
 
 TRAINERS = {"dpo": DPOTrainer, "kto": KTOTrainer, "rloo": RLOOTrainer, "grpo": GRPOTrainer}
 CONFIGS: dict[str, Any] = {"dpo": DPOConfig, "kto": KTOConfig, "rloo": RLOOConfig, "grpo": GRPOConfig}

@@ -16,12 +16,14 @@ from made_tokenizers import make
 
 from salsa_peft import chat_templates, data, generation, models, paths, rewards, rollout, turn_ends
 from salsa_peft.assistant_masks import assistant_tokens
-from salsa_peft.config import SalsaError, Sampling
+from salsa_peft.function_reward import FunctionReward
 from salsa_peft.logprobs import Head
 from salsa_peft.policy_checks import check_tokenizer
+from salsa_peft.ppo_options import Sampling
 from salsa_peft.prompts import Encoder
 from salsa_peft.rollout import response_logprobs
 from salsa_peft.sft import labelled
+from salsa_peft.utils.errors import SalsaError
 
 KINDS = list(made_tokenizers.KINDS)
 TEMPLATES = Path(__file__).resolve().parents[1] / "recipes" / "chat_templates"
@@ -477,7 +479,7 @@ class TestRewards:
         ends = turn_ends.ends(tokenizer)
         answer = [*tokenizer("sat", add_special_tokens=False)["input_ids"], ends[0]]
         responses = rollout.pad_responses([[9]], [answer], 0, ends, torch.device("cpu"))
-        reward = rewards.FunctionReward(lambda completions: [float(len(text)) for text in completions], tokenizer)
+        reward = FunctionReward(lambda completions: [float(len(text)) for text in completions], tokenizer)
         assert reward(responses, [{"prompt": "the"}]).tolist() == [3.0]
 
 

@@ -21,10 +21,10 @@ from salsa_peft import weight_streams
 from salsa_peft.checkpoint_folders import CONFIG, SINGLE
 from salsa_peft.checkpoint_soup import average
 from salsa_peft.cuda_sums import TorchSums
-from salsa_peft.errors import SalsaError
 from salsa_peft.float_arrays import narrow
-from salsa_peft.safetensors_files import as_bytes as bytes_of
-from salsa_peft.safetensors_files import code_of, make_header, writing
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.safetensors_io import as_bytes as bytes_of
+from salsa_peft.utils.safetensors_io import code_of, make_header, writing
 from salsa_peft.weight_sums import ROW, Fault, Kind, Plan, Summing, Sums
 
 BF16 = torch.bfloat16

@@ -63,7 +63,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from salsa_peft.adapters import SCORE_HEAD
+    from salsa_peft.score_heads import SCORE_HEAD
     from salsa_peft.toy import make_tokenizer
 
     given, length = sizes(args)
@@ -276,7 +276,7 @@ def one(args: argparse.Namespace, mode: str, folder: Path, compiled: bool = Fals
     import torch
 
     from salsa_peft import memory, policies
-    from salsa_peft.errors import SalsaError
+    from salsa_peft.utils.errors import SalsaError
 
     cap = args.caps.get(mode)
     recipe, size, plan, why = planned(args, folder, mode, compiled)

@@ -63,7 +63,8 @@ def adapter_folders(base: Any, tokenizer: Any, folder: Path) -> dict[str, Path]:
     from peft import LoraConfig, get_peft_model
 
     from salsa_peft import adapters
-    from salsa_peft.soup import StackedAdapter
+    from salsa_peft.score_heads import SCORE_HEAD
+    from salsa_peft.stacked_adapter import StackedAdapter
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model, found = base, {}
@@ -76,7 +77,7 @@ def adapter_folders(base: Any, tokenizer: Any, folder: Path) -> dict[str, Path]:
         for parameter in adapters.parameters(model, name):
             parameter.data.normal_(std=SPREAD, generator=generator)
         head = torch.randn(1, base.config.hidden_size, generator=generator)
-        extra = {adapters.SCORE_HEAD: head} if name == "reward" else None
+        extra = {SCORE_HEAD: head} if name == "reward" else None
         found[name] = folder / name
         adapters.save(model, name, found[name], tokenizer, extra)
     found["soup"] = folder / "soup"
@@ -92,6 +93,7 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, toy
     from salsa_peft.config import Model
     from salsa_peft.models import load_base, load_tokenizer
+    from salsa_peft.toy_language import MAX_NEW_TOKENS
     from salsa_peft.toy_section import Toy
 
     torch.set_num_threads(1)
@@ -130,7 +132,7 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
 
     args = SalsaPPOConfig(
         output_dir=str(folder / "policy"), batch_size=BATCH, num_mini_batches=MINIBATCHES, micro_batch_size=BATCH // MINIBATCHES // 2,
-        num_ppo_epochs=EPOCHS, num_train_epochs=1, max_new_tokens=toy.MAX_NEW_TOKENS, learning_rate=1e-12, kl_coef=0.05,
+        num_ppo_epochs=EPOCHS, num_train_epochs=1, max_new_tokens=MAX_NEW_TOKENS, learning_rate=1e-12, kl_coef=0.05,
         save_strategy="steps", save_steps=SAVE_EVERY * steps, save_total_limit=2, report_to="none", use_cpu=True, bf16=False,
         disable_tqdm=True,
     )  # fmt: skip

@@ -58,8 +58,6 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        import salsa_peft.ppo  # noqa: F401
-
         imports = rss_mb()
         trainer = make_trainer(args, scratch)
         meter = Meter()

@@ -23,7 +23,7 @@ from unittest import mock
 
 from salsa_peft import recipe, yaml_text
 from salsa_peft.config import Recipe
-from salsa_peft.parsing import bundled
+from salsa_peft.paths import bundled
 
 SECONDS = 2.0
 """Of CPU time, that a refusal may take."""

@@ -28,14 +28,16 @@ from transformers import (
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, averaging, models, sft, use_reference
 from salsa_peft.checkpoints import MANIFEST
-from salsa_peft.config import Model, SalsaError
-from salsa_peft.fingerprints import FINGERPRINT, base_fingerprint, sha256
+from salsa_peft.config import Model
 from salsa_peft.function_reward import decode
 from salsa_peft.parsing import load_recipe
 from salsa_peft.references import as_references
 from salsa_peft.rewards import as_reward
 from salsa_peft.runs import Job, Unit
+from salsa_peft.score_heads import SCORE_HEAD
 from salsa_peft.soup import main as soup_command
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, sha256
 
 
 def one_line(act: Callable[[], Any], line: str) -> None:
@@ -354,7 +356,7 @@ class World:
             self.load(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), adapter_name="default"
         )
         folder = self.folder / f"seed-{number}"
-        head = {adapters.SCORE_HEAD: torch.ones(1, 32)}
+        head = {SCORE_HEAD: torch.ones(1, 32)}
         adapters.save(model, "default", folder, extra=head if number == 0 else None)
         (folder / FINGERPRINT).write_text(json.dumps({"base": base_fingerprint(self.base)}))
         return folder

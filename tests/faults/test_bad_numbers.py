@@ -15,12 +15,12 @@ from plain_ppo import PROMPTS, length_reward, roll_out
 from torch import Tensor
 
 from salsa_peft import adapters, averaging, checkpoints
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import sha256
 from salsa_peft.models import causal_lm, save_checkpoint
 from salsa_peft.policy_checks import check_model
 from salsa_peft.references import as_references
 from salsa_peft.rewards import RunningScale, as_reward
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.fingerprints import sha256
 
 NAN, INF = math.nan, math.inf
 Change = Callable[[Any], None]

@@ -18,10 +18,13 @@ from fake_stages import FAKE, TINY
 from safetensors.numpy import save_file
 
 from salsa_peft import checkpoints, evaluate, processes, recipe, runs
-from salsa_peft.config import SalsaError
-from salsa_peft.fingerprints import fingerprint
 from salsa_peft.judge_cache import Cache, Reply
+from salsa_peft.parsing import load_recipe
 from salsa_peft.runs import Job
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.fingerprints import canonical, fingerprint
+from salsa_peft.utils.manifests import MANIFEST, changed
 
 RECIPE = TINY + "evaluate: {judge: reward}\n"
 Damage = Callable[[Path], object]
@@ -91,9 +94,9 @@ KEPT = {
 
 def make(job: Job, *_: Any, **__: Any) -> processes.Result:
     """A stage in this process: files of its stage's names, their content from its slice and from every file of its inputs."""
-    digest = hashlib.sha256(runs.canonical(job.unit.slice).encode() + job.unit.id.encode())
+    digest = hashlib.sha256(canonical(job.unit.slice).encode() + job.unit.id.encode())
     for place in job.inputs.values():
-        for file in sorted(path for path in place.rglob("*") if path.is_file() and path.name != runs.MANIFEST):
+        for file in sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST):
             digest.update(file.read_bytes())
     for name in KEPT[job.unit.stage]:
         path = job.folder / name
@@ -102,7 +105,7 @@ def make(job: Job, *_: Any, **__: Any) -> processes.Result:
             numbers = np.frombuffer(digest.digest() * 8, dtype=np.uint8)
             save_file({"weight": numbers.astype(np.float32)[:64]}, path)
         else:
-            runs.write_atomic(path, f'{{"of": "{job.unit.id}", "is": "{digest.hexdigest()}"}}\n')
+            write_atomic(path, f'{{"of": "{job.unit.id}", "is": "{digest.hexdigest()}"}}\n')
     return processes.Result(facts={}, seconds=0.0, peak_mb=1.0)
 
 
@@ -125,7 +128,7 @@ def go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_
 
 def contents(run: Path) -> dict[str, str]:
     """Every file of a run's results but the manifests, whose times differ."""
-    files = sorted(path for path in run.rglob("*") if path.is_file() and path.name not in (runs.MANIFEST, ".lock"))
+    files = sorted(path for path in run.rglob("*") if path.is_file() and path.name not in (MANIFEST, ".lock"))
     return {str(path.relative_to(run)): runs.sha256(path) for path in files}
 
 
@@ -142,7 +145,7 @@ def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tall
     assert go()[:2] == (0, UNITS)
     expected = contents(RUN)
     for unit, name in FILES:
-        [place] = [path.parent for path in RUN.glob(f"{unit}/*/{runs.MANIFEST}")]
+        [place] = [path.parent for path in RUN.glob(f"{unit}/*/{MANIFEST}")]
         DAMAGES[damage](place / name)
         why = "missing" if damage in ("missing", "folder") else "changed"
         first = (
@@ -245,7 +248,7 @@ def test_what_an_unfinished_policy_was_begun_from(go: Any, damage: str) -> None:
             [
                 unit
                 for stage in FAKE.values()
-                for unit in stage.units(recipe.load_recipe("tiny.yaml", lora="lora", overrides=[]).recipe, stage.run)
+                for unit in stage.units(load_recipe("tiny.yaml", lora="lora", overrides=[]).recipe, stage.run)
             ],
             RUN.resolve(),
         )
@@ -382,17 +385,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: Any) -
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(runs, "sha256", fails)
-    assert runs.changed(tmp_path, manifest) == "unreadable: a.bin (Permission denied)"
+    assert changed(tmp_path, manifest) == "unreadable: a.bin (Permission denied)"
 
 
 def test_tidying_up_spares_results(tmp_path: Path) -> None:
     """What the manifest lists, whatever it is called; and where a link leads to."""
-    runs.write_atomic(tmp_path / "metrics.1.jsonl", "listed")
-    runs.write_atomic(tmp_path / "metrics.2.jsonl", "of a run before")
+    write_atomic(tmp_path / "metrics.1.jsonl", "listed")
+    write_atomic(tmp_path / "metrics.2.jsonl", "of a run before")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "checkpoint-5").symlink_to(tmp_path / "elsewhere")
     entry = {"size": 6, "sha256": runs.sha256(tmp_path / "metrics.1.jsonl")}
-    runs.write_atomic(tmp_path / runs.MANIFEST, json.dumps({"files": {"metrics.1.jsonl": entry}}))
+    write_atomic(tmp_path / MANIFEST, json.dumps({"files": {"metrics.1.jsonl": entry}}))
     runs.tidy(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "manifest.json", "metrics.1.jsonl"]
 

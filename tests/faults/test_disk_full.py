@@ -22,9 +22,12 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import adapters, checkpoints, disk, models, processes, recipe, runs
-from salsa_peft.config import SalsaError
+from salsa_peft import adapters, checkpoints, models, processes, recipe, runs
+from salsa_peft.parsing import load_recipe
 from salsa_peft.ppo_saving import stored
+from salsa_peft.utils import files as disk
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVING: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
@@ -217,9 +220,9 @@ class TestFiles:
 
     def test_a_file_that_was_there_stays(self, tmp_path: Path) -> None:
         """And nothing of the one that failed."""
-        runs.write_atomic(tmp_path / "a.json", b"old")
+        write_atomic(tmp_path / "a.json", b"old")
         with files_up_to(100), pytest.raises(OSError) as failure:
-            runs.write_atomic(tmp_path / "a.json", b"new" * 1000)
+            write_atomic(tmp_path / "a.json", b"new" * 1000)
         assert digest(tmp_path) == {"a.json": b"old"} and disk.full(failure.value, tmp_path) is not None
 
     @pytest.mark.parametrize(
@@ -264,7 +267,7 @@ class TestACommand:
 
         sys.modules["full_disk_stage"] = type("Stage", (), {"run": staticmethod(work)})  # type: ignore[assignment]
         unit = runs.Unit(stage="sft", name="seed-0", run="full_disk_stage:run")
-        loaded = recipe.load_recipe("quickstart", lora="lora", overrides=[])
+        loaded = load_recipe("quickstart", lora="lora", overrides=[])
         report = processes.worked(runs.Job(recipe=loaded.recipe, unit=unit, folder=tmp_path, inputs={}, recipe_yaml=""))
         assert report["known"] and report["line"].startswith(f"{tmp_path}: found no room to write a file (")
 

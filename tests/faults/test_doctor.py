@@ -20,6 +20,9 @@ from hub_server import Fault, hub
 
 from salsa_peft import cli, doctor, runs
 from salsa_peft.doctor import Finding
+from salsa_peft.utils.files import locked, write_atomic
+from salsa_peft.utils.fingerprints import sha256
+from salsa_peft.utils.manifests import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = "hf_CanaryThatMustNotBeSeen0123456789"
@@ -256,13 +259,13 @@ class TestARun:
         run = tmp_path / "run"
         for name, key in (("soup", "0" * 12), ("sft/seed-0", "1" * 12), ("ppo/salsa", "2" * 12)):
             folder = run / name / key
-            runs.write_atomic(folder / runs.BEGUN, "{}")
-            runs.write_atomic(folder / "weights.bin", b"weights")
+            write_atomic(folder / runs.BEGUN, "{}")
+            write_atomic(folder / "weights.bin", b"weights")
             if name != "ppo/salsa":
                 (folder / runs.BEGUN).unlink()
-                files = {"weights.bin": {"size": 7, "sha256": runs.sha256(folder / "weights.bin")}}
-                runs.write_atomic(folder / runs.MANIFEST, json.dumps({"files": files}))
-        runs.write_atomic(run / "recipe.yaml", "name: x\n")
+                files = {"weights.bin": {"size": 7, "sha256": sha256(folder / "weights.bin")}}
+                write_atomic(folder / MANIFEST, json.dumps({"files": files}))
+        write_atomic(run / "recipe.yaml", "name: x\n")
         return run
 
     def test_what_is_whole_and_what_is_not(self, run: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -284,13 +287,13 @@ class TestARun:
 
     def test_a_manifest_that_cannot_be_read(self, run: Path) -> None:
         """It is named, not taken for none."""
-        (run / "soup" / ("0" * 12) / runs.MANIFEST).write_text("{")
+        (run / "soup" / ("0" * 12) / MANIFEST).write_text("{")
         rows = {row.name: row for row in doctor.of_run(run)}
         assert rows["soup/000000000000"].found == "manifest.json cannot be read" and rows["soup/000000000000"].wrong
 
     def test_who_works_on_it(self, run: Path) -> None:
         """As long as he does."""
-        with runs.locked(run):
+        with locked(run):
             rows = {row.name: row.found for row in doctor.of_run(run)}
             assert rows["lock"].startswith("host ") and f"pid {os.getpid()}, since " in rows["lock"]
             assert rows["ppo/salsa/222222222222"] == "in work"

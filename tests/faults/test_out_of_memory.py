@@ -14,12 +14,12 @@ import torch
 
 from salsa_peft import processes, recipe
 from salsa_peft.backends import CompiledHF
-from salsa_peft.config import SalsaError
 from salsa_peft.models import causal_lm
 from salsa_peft.parsing import load_recipe
 from salsa_peft.rollout_batch import Rollout
-from salsa_peft.room import Room
-from salsa_peft.smaller import lesser, out_of_memory, smaller
+from salsa_peft.smaller import smaller
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.oom import Room, lesser, out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -129,10 +129,11 @@ class TestEngine:
 
         from salsa_peft import adapters
         from salsa_peft.rewards import AdapterReward
+        from salsa_peft.score_heads import SCORE_HEAD
 
         source = make_adapter(make_base(), "reward", 7)
         folder = tmp_path / "reward"
-        adapters.save(source, "reward", folder, None, {adapters.SCORE_HEAD: torch.ones(1, 32)})
+        adapters.save(source, "reward", folder, None, {SCORE_HEAD: torch.ones(1, 32)})
         trainer = make_trainer()
         reward = AdapterReward(trainer.model.policy, folder, 8)
         rollout: Rollout = trainer.maker([trainer.train_dataset[i] for i in range(8)], 1, 0.1, lambda: None)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.errors import SalsaError, require
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.errors import SalsaError, require
-from salsa_peft.safetensors_files import BITS
-from salsa_peft.tensor_names import unwrapped
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.safetensors_io import BITS
+from salsa_peft.utils.tensor_names import unwrapped
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
 """What is read of an adapter's folder, which may hold checkpoints and optimizers too."""

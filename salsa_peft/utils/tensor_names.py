@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.errors import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

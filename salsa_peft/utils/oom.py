@@ -1,6 +1,6 @@
-"""How many rows are worked on at once: as many as were asked for, and half of them from the moment that the memory ran out.
+"""Out of memory: recognising it, and halving the rows of a forward pass until it fits.
 
-transformers.Trainer's auto_find_batch_size would begin anew and make the global batch smaller too.
+transformers.Trainer's auto_find_batch_size would begin again and make the global batch smaller too. torch is imported only when it happened.
 """
 
 from __future__ import annotations
@@ -9,8 +9,23 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from .config import SalsaError
-from .smaller import out_of_memory
+from salsa_peft.utils.errors import SalsaError
+
+PHRASES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "PT_DEVMEM Allocation failed")
+"""What CUDA, HIP, MPS, the CPU's allocator, cuBLAS and HPU say."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory. (accelerate's should_reduce_batch_size takes a kernel that cuDNN lacks for one, and misses two.)"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+    )
+
+
+def lesser(rows: int) -> int | None:
+    """The largest divisor up to half, so that what rows divided into these divides into those; None of 1."""
+    return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)
+
 
 T = TypeVar("T")
 

@@ -1,15 +1,8 @@
-"""Progress of a long loop, with time left: a bar on a terminal, a line now and then where there is none.
-
-    with bar(300, "sft/seed-0") as update:
-        for step in range(300):
-            ...
-            update(loss=1.23)
-
-On standard error, so also from a stage's process. Imports no torch.
-"""
+"""What commands write to a terminal: one-line errors of their arguments, and progress bars. Imports no torch."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import sys
@@ -17,6 +10,22 @@ import time
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, TextIO
+
+from salsa_peft.utils.messages import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, code 2."""
+
+    def error(self, message: str) -> Any:
+        """Print it and leave."""
+        self.exit(2, f"{self.prog}: {one_line(message)} (--help says more)\n")
+
+
+def say(line: str) -> None:
+    """To standard error, at once."""
+    print(line, file=sys.stderr, flush=True)
+
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 NOTES = ("torchao", "bitsandbytes", "torch.utils._pytree")

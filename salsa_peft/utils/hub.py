@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from .fields import SalsaError
+from salsa_peft.utils.errors import SalsaError
 
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"

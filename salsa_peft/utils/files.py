@@ -1,0 +1,161 @@
+"""Files that appear whole or not at all, the lock of a run's folder, JSON lines, and what is said of a full disk. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from salsa_peft.utils.errors import SalsaError, require
+
+if TYPE_CHECKING:
+    pass
+
+
+UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded", "PytorchStreamWriter failed",
+             "unexpected pos ")  # fmt: skip
+"""What safetensors (Rust) and torch (C++) say of a file that could not be written; torch does not say why."""
+
+
+def require_room(folder: Path, size: float, what: str) -> None:
+    """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
+    place = nearest(folder)
+    total, _, free = shutil.disk_usage(place)
+    if size > free and total > 0:  # some file systems tell no size
+        raise SalsaError(
+            f"{what}: found {shown(free)} free on the disk of {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
+            " whole: make room, then go on from there"
+        )
+
+
+def full(error: BaseException, folder: Path) -> str | None:
+    """What to do about an error in writing for want of room: a full disk, a quota, a limit on files, of Python's, safetensors' or torch's
+    writing; else None."""
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        seen.append(one)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    cause = next(filter(_is_full, seen), None)
+    if cause is None:
+        return None
+    named = cause.filename if isinstance(cause, OSError) else None
+    folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
+    place = nearest(folder)
+    return (
+        f"{folder}: found no room to write a file ({shown(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
+        " expected some; what was saved before is whole: make room, then go on from there"
+    )
+
+
+def _is_full(error: BaseException) -> bool:
+    """Python's codes, or what torch, safetensors and tokenizers (a plain Exception) say; not of memory that is mapped, whose room is another."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "/dev/shm" not in str(error.filename)
+    written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
+    return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def shown(number: float) -> str:
+    """GiB or MiB."""
+    unit, name = (2**30, "GiB") if abs(number) >= 2**30 else (2**20, "MiB")
+    return f"{number / unit:.1f} {name}"
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """The file is there whole or not at all, also after kill -9 and power loss: temporary name, fsync, rename. Raises SalsaError for a folder
+    of that name."""
+    path = Path(path)
+    require(not path.is_dir(), f"{path}: found a folder, expected a file or nothing; move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file; only \\n ends a line, for U+2028 and its like stand unescaped in JSON, and in what people write."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def now() -> str:
+    """Local time to the second, with its offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def holder(run: Path) -> str | None:
+    """Who works on a run's folder, in words, or None: nobody. Writes nothing."""
+    try:
+        handle = os.open(run / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(handle)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _holder(handle: int) -> str:
+    return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
+
+
+def foreign(folder: Path, *own: str) -> str:
+    """What a folder holds besides hidden files and `own`, for a message; empty for nothing."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """One process per run folder. Raises SalsaError that names the holder; the lock of a process that is gone is free."""
+    run.mkdir(parents=True, exist_ok=True)
+    require(not (run / ".lock").is_dir(), f"{run / '.lock'}: found a folder, expected a file or nothing; move it away")
+    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SalsaError(f"{run}: in use by {_holder(handle)}; wait for it, or use another --output-dir") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {now()}\n".encode(), 0)
+        yield
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
