@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from salsa_peft.architectures import config_of
 from salsa_peft.base_checks import text_part
-from salsa_peft.paths import HUB_ID
+from salsa_peft.config.paths import HUB_ID
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, read_fingerprint
 

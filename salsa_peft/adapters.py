@@ -25,16 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salsa_peft.adapter_names import plain_names
-from salsa_peft.config import Adapter
-from salsa_peft.score_heads import (
-    MERGE,
-    PREFIX,
-    SCORE,
-    VALUE_BIAS,
-    VALUE_HEAD,
-    VALUE_WEIGHT,
-    trained_module,
-)
+from salsa_peft.config.schema import Adapter
+from salsa_peft.score_heads import MERGE, PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
 from salsa_peft.sharding import placed
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError, require

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.config import Recipe
+from salsa_peft.config.schema import Recipe
 
 KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": {

@@ -20,7 +20,7 @@ from salsa_peft.adapter_folders import check_out
 from salsa_peft.architectures import config_of
 from salsa_peft.checkpoint_folders import check_weights, read_checkpoint
 from salsa_peft.checkpoint_output import check_free
-from salsa_peft.paths import HUB_ID
+from salsa_peft.config.paths import HUB_ID
 from salsa_peft.provenance import provenance
 from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from salsa_peft.architectures import of_recipe
-from salsa_peft.config import Recipe
+from salsa_peft.config.schema import Recipe
 from salsa_peft.memory import CONTEXT, GIB, STAGES, need, stages_of
 from salsa_peft.utils.errors import require
 

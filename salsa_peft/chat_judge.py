@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from salsa_peft.config.judge import Judge
 from salsa_peft.judge_cache import Cache, Reply, key_of
 from salsa_peft.judge_parsing import read_verdict
 from salsa_peft.judge_prompts import REMINDER, Game, Ruling, Told, renderer
-from salsa_peft.judge_section import Judge
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from salsa_peft import auto_models
 from salsa_peft.chat_templates import text_ids
+from salsa_peft.config.rewards import OWN_FUNCTION
 from salsa_peft.function_reward import Rows, Tally, decode
 from salsa_peft.message_formats import parse_messages as check_messages
 from salsa_peft.models import device, positions, resolve_dtype
-from salsa_peft.reward_kinds import OWN_FUNCTION
 from salsa_peft.rollout import extend
 from salsa_peft.template_fields import in_form, options_of
 from salsa_peft.turn_ends import closed, turn_of

@@ -6,7 +6,7 @@ import argparse
 import math
 
 from salsa_peft import cards
-from salsa_peft.parsing import names
+from salsa_peft.config.load import names
 from salsa_peft.utils.console import Parser
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from salsa_peft import search
-from salsa_peft.config import Recipe
+from salsa_peft.config import sweeps as search
+from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.statistics import compare, paired_difference
 
 Rows = Sequence[Mapping[str, Any]]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from salsa_peft import row_formats, row_parts
 from salsa_peft.chat_templates import text_ids
-from salsa_peft.config import Recipe, Source
+from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data_files import check_characters, load
 from salsa_peft.message_formats import Messages
 from salsa_peft.message_formats import parse_messages as check_messages

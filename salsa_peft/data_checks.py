@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import data
-from salsa_peft.config import Recipe, Source
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.rewards import check_columns
+from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data_files import file_kind, load
-from salsa_peft.paths import is_local
 from salsa_peft.questions import questions
-from salsa_peft.reward_kinds import check_columns
 
 LARGEST = 300_000_000
 """Bytes of a file, or of a folder's files, that are read for it: a few seconds."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config import Source
+from salsa_peft.config.schema import Source
 from salsa_peft.row_formats import EXPECTED, fits
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import kind_text, one_line, short

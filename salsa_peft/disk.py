@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from salsa_peft import cards, memory
 from salsa_peft.architectures import Architecture, of_recipe
-from salsa_peft.config import Adapter, Recipe
+from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.runs import Step
 from salsa_peft.source_checks import count_rows
-from salsa_peft.trl_options import ALGORITHMS
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import nearest, shown
 

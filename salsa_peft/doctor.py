@@ -193,7 +193,7 @@ def disk() -> Iterator[Finding]:
 
 def attention() -> Iterator[Finding]:
     """What `model.attention: auto` takes here."""
-    from salsa_peft.config import Model
+    from salsa_peft.config.schema import Model
     from salsa_peft.models import attention as chosen
 
     there = importlib.util.find_spec("flash_attn") is not None

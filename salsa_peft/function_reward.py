@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from salsa_peft.reward_kinds import OWN, find_module, split_function
+from salsa_peft.config.rewards import OWN, find_module, split_function
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

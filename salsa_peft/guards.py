@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.guard_settings import Action, Setting
+from salsa_peft.config.options.guards import Action, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
 from salsa_peft import text
-from salsa_peft.config import Recipe, Source
+from salsa_peft.config.options.trl import PREFERENCES
+from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.hub_files import FIGURE, Item, read_mapping, recipe_yaml
 from salsa_peft.report_input import place, soup_rows
-from salsa_peft.trl_options import PREFERENCES
 from salsa_peft.utils import manifests as runs
 from salsa_peft.utils.fingerprints import read_fingerprint
 

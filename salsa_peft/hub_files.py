@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
-from salsa_peft.config import Recipe
-from salsa_peft.parsing import saved_recipe
-from salsa_peft.results import unit_of
+from salsa_peft.config.job import unit_of
+from salsa_peft.config.load import saved_recipe
+from salsa_peft.config.schema import Recipe
+from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.utils import manifests as runs
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import FINGERPRINT
 from salsa_peft.utils.messages import one_line
-from salsa_peft.yaml_text import dump_yaml
 
 PUBLISHED = (
     CONFIG, WEIGHTS, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",

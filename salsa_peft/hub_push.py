@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from salsa_peft import hub_files
-from salsa_peft.config import Recipe
+from salsa_peft.config.job import Job
+from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
+from salsa_peft.config.schema import Recipe
 from salsa_peft.hub_files import Item, published
-from salsa_peft.hub_options import REPO_EXPECTED, REPO_ID
-from salsa_peft.runs import Job
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short

@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft import search
-from salsa_peft.config import Recipe, Source
-from salsa_peft.paths import is_local
+from salsa_peft.config import sweeps as search
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.schema import Recipe, Source
 
 CHARACTERS = 4
 """Of a token, a rule of thumb for English."""

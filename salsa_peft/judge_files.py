@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.judge import Judge
 from salsa_peft.fastchat_files import lines, plain
-from salsa_peft.judge_section import Judge
 from salsa_peft.utils.files import write_atomic
 
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}

@@ -7,18 +7,16 @@ and category as its gen_judgment.py does. FastChat's delimiters stay as they are
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import string
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import path_text, short
+from salsa_peft.config.judge import FIELDS, read_prompts
+from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
-    from salsa_peft.judge_section import Judge
+    from salsa_peft.config.judge import Judge
+
 
 Verdict = str | None
 """A | B | tie; None: missing."""
@@ -115,73 +113,9 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
     return lambda name, text: f"=== Begin{tag}: {name} ===\n{text}\n=== End{tag}: {name} ==="
 
 
-FIELDS = {
-    "pair-v2": {"question", "answer_a", "answer_b"},
-    "pair-v2-multi-turn": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"},
-}
 FIELDS["pair-math-v1"] = FIELDS["pair-v2"] | {"ref_answer_1"}
 FIELDS["pair-math-v1-multi-turn"] = FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
 """Prompts of FastChat's file that compare two answers, and what each has a place for."""
-
-
-def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
-    """FastChat's judge_prompts.jsonl → its four pairwise prompts. Raises SalsaError where one is missing or has other fields."""
-    found = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
-    lacking = sorted(set(FIELDS) - set(found))
-    require(
-        not lacking,
-        f"{path_text(str(path))}: found no prompt {', '.join(lacking)}, expected FastChat's judge_prompts.jsonl",
-    )
-    for name, fields in FIELDS.items():
-        texts = [found[name].get(key) for key in ("system_prompt", "prompt_template")]
-        fits = all(isinstance(text, str) for text in texts) and found[name].get("output_format") == "[[A]]"
-        require(
-            fits,
-            f"{path_text(str(path))}: {name}: expected system_prompt, prompt_template and the output_format [[A]], as FastChat has them",
-        )
-        there = _fields(str(texts[1]))
-        require(
-            there == fields,
-            f"{path_text(str(path))}: {name}: found the fields {short(sorted(there))}, expected {', '.join(sorted(fields))}",
-        )
-    return {name: found[name] for name in FIELDS}
-
-
-def _fields(template: str) -> set[str]:
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError:
-        return set()
-    return {name + (spec or "") + (f"!{change}" if change else "") for _, name, spec, change in parts if name is not None}  # fmt: skip
-
-
-def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """FastChat's reference_answer/<judge>.jsonl → question id, as text → answers by turn."""
-    found = {}
-    for row in _rows(path, "reference answers"):
-        try:
-            turns = row["choices"][0]["turns"]
-            found[str(row["question_id"])] = tuple(str(turn) for turn in turns)
-        except (KeyError, IndexError, TypeError) as error:
-            raise SalsaError(
-                f"{path_text(str(path))}: found a row without question_id and choices, expected FastChat's reference answers"
-            ) from error
-    return found
-
-
-def _rows(path: str | Path, what: str) -> list[dict[str, Any]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except FileNotFoundError as error:
-        raise SalsaError(f"{path_text(str(path))}: found no such file, expected FastChat's {what}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise SalsaError(f"{path_text(str(path))}: found no JSON lines, expected one JSON object a line") from error
-    require(
-        all(isinstance(row, dict) for row in rows),
-        f"{path_text(str(path))}: found a line that is no JSON object, expected one a line",
-    )
-    return rows
 
 
 def fastchat(prompts: Mapping[str, Mapping[str, str]], game: Game) -> Told:

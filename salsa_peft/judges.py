@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from salsa_peft.chat_judge import CALLS, ChatJudge
+from salsa_peft.config.judge import Judge, check_ready
 from salsa_peft.judge_prompts import Game, Ruling
-from salsa_peft.judge_section import Judge, check_ready
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
 

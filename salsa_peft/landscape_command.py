@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.averaging import ADAPTERS, called, kind_of, local
-from salsa_peft.config import Landscape
+from salsa_peft.config.schema import Landscape
 from salsa_peft.soup import Parser, add_measure, in_a_line, join_weights, parse_weights, whole
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import require

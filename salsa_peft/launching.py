@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import cards, processes
-from salsa_peft.config import Recipe
-from salsa_peft.parsing import ADAPTER
-from salsa_peft.paths import bundled
-from salsa_peft.runs import Job, Unit
+from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.load import ADAPTER
+from salsa_peft.config.paths import bundled
+from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from salsa_peft.chat_judge import Messages, Outcome
 from salsa_peft.chat_templates import readable
+from salsa_peft.config.judge import Judge
 from salsa_peft.generation import WITHOUT_FLOAT64, choose, uniform_numbers
 from salsa_peft.judge_cache import Reply
-from salsa_peft.judge_section import Judge
 from salsa_peft.models import device, positions, resolve_dtype
 from salsa_peft.rollout import pad_prompts
 from salsa_peft.turn_ends import ends_of

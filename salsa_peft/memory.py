@@ -13,8 +13,8 @@ import math
 from typing import Literal, NamedTuple
 
 from salsa_peft.architectures import Architecture, of_base, of_recipe
-from salsa_peft.config import Recipe
-from salsa_peft.training_options import Training
+from salsa_peft.config.options.training import Training
+from salsa_peft.config.schema import Recipe
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Generati
 from transformers.utils.hub import cached_file
 
 from salsa_peft import adapters, auto_models, chat_templates, sharding, turn_ends
-from salsa_peft.config import OWN_TEMPLATE, Model
+from salsa_peft.config.schema import OWN_TEMPLATE, Model
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import said_in_a_line

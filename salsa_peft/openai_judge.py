@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import openai
 
 from salsa_peft.chat_judge import Messages, Outcome
+from salsa_peft.config.judge import Judge
 from salsa_peft.endpoint_errors import Trouble, trouble_of
 from salsa_peft.judge_cache import Reply
-from salsa_peft.judge_section import Judge
 from salsa_peft.utils.errors import SalsaError, require
 
 WHERE = "evaluate.judge"

@@ -17,12 +17,12 @@ from rich.text import Text
 from salsa_peft import disk, judge_costs, memory
 from salsa_peft.architectures import Architecture, of_recipe
 from salsa_peft.cards import Card
-from salsa_peft.config import PPO, Adapter, Recipe
-from salsa_peft.parsing import Loaded
+from salsa_peft.config.load import Loaded
+from salsa_peft.config.options.training import Training
+from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.schema import PPO, Adapter, Recipe
 from salsa_peft.runs import Step
 from salsa_peft.source_checks import count_rows
-from salsa_peft.training_options import Training
-from salsa_peft.trl_options import ALGORITHMS
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from salsa_peft import adapters, lora_forward, losses, moving
 from salsa_peft.backends import BACKENDS
 from salsa_peft.completions import show
-from salsa_peft.guard_settings import parse
+from salsa_peft.config.options.guards import parse
 from salsa_peft.guards import Bounds, Watch
 from salsa_peft.models import PolicyWithValueHead, causal_lm
 from salsa_peft.policy_checks import check_model, check_tokenizer, check_trained

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from salsa_peft.config import PPO
-from salsa_peft.fields import STRICT, Count, NonNegative, Positive, Seed
-from salsa_peft.ppo_options import PPOOptions, Sampling
+from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed
+from salsa_peft.config.options.ppo import PPOOptions, Sampling
+from salsa_peft.config.schema import PPO
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import explain, short
 

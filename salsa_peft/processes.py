@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.runs import Job
+from salsa_peft.config.job import Job
 from salsa_peft.utils import files as disk
 from salsa_peft.utils import hub as hub_errors
 from salsa_peft.utils.errors import SalsaError

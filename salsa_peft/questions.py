@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.config import Source
+from salsa_peft.config.schema import Source
 from salsa_peft.data import EMPTY_PROMPT, Odd, asked_of
 from salsa_peft.data_files import load
 from salsa_peft.message_formats import Messages

@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 from salsa_peft import base_checks, cards, disk, launching, processes, runs, source_checks, units
 from salsa_peft.command_line import parse_args
-from salsa_peft.config import Recipe
-from salsa_peft.judge_section import check_ready
-from salsa_peft.parsing import Loaded, load_recipe
-from salsa_peft.paths import is_local
+from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.judge import check_ready
+from salsa_peft.config.load import Loaded, load_recipe
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.schema import Recipe
+from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.smaller import smaller
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -31,14 +33,13 @@ from salsa_peft.utils.files import full, locked, write_atomic
 from salsa_peft.utils.files import now as the_now
 from salsa_peft.utils.manifests import MANIFEST, versions
 from salsa_peft.utils.messages import duration, nearest, one_line, short
-from salsa_peft.yaml_text import dump_yaml
 
 
 class Stage(NamedTuple):
     """A row of the table: the function that does the work, and the one that says which pieces there are."""
 
     run: str
-    units: Callable[[Recipe, str], list[runs.Unit]]
+    units: Callable[[Recipe, str], list[Unit]]
     resumes: bool = False
     """Whether it goes on from its own checkpoints; what is unfinished in its folder is left to it."""
     trains: bool = False
@@ -155,7 +156,7 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
         say(f"{unit.id} … {step.why}: {'goes on' if goes_on else 'made again'}")
     started = the_now()
     inputs = {name: steps[name].folder for name in unit.inputs}
-    job = runs.Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    job = Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = run / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _made(job, step, steps, goes_on, log, debug)
     planned = None if result.gpu_peak_mb is None else cards.planned_mb(job.recipe, unit.stage)
@@ -169,8 +170,8 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
 
 
 def _made(
-    job: runs.Job, step: runs.Step, steps: dict[str, runs.Step], goes_on: bool, log: Path, debug: bool
-) -> tuple[processes.Result, runs.Job, dict[str, int]]:
+    job: Job, step: runs.Step, steps: dict[str, runs.Step], goes_on: bool, log: Path, debug: bool
+) -> tuple[processes.Result, Job, dict[str, int]]:
     """Run a unit's job; where its memory ran out, again with less at a time → its result, the job as it ended, what was halved."""
     halved: dict[str, int] = {}
     while True:
@@ -191,7 +192,7 @@ def _made(
             halved |= {key: now for key, (_, now) in less.changed.items()}
 
 
-def _several(job: runs.Job) -> bool:
+def _several(job: Job) -> bool:
     """Whether its stage's work is shared among processes."""
     return job.recipe.num_processes > 1 and STAGES[job.unit.stage].trains
 
@@ -208,7 +209,7 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def selected(work: list[runs.Unit], words: list[str], option: str) -> set[str]:
+def selected(work: list[Unit], words: list[str], option: str) -> set[str]:
     """Ids of the units that words name, by stage or by unit. Raises SalsaError with the nearest name."""
     found: set[str] = set()
     for word in words:

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from salsa_peft import adapters, same_base
 from salsa_peft.checkpoint_folders import read_checkpoint
+from salsa_peft.config.references import Reference
 from salsa_peft.live_soup import LiveCheckpoints
 from salsa_peft.logit_scaling import check_head
 from salsa_peft.models import causal_lm
-from salsa_peft.reference_kinds import Reference
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line

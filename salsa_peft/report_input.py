@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import comparisons
-from salsa_peft.config import Recipe
+from salsa_peft.config.job import policy_id
+from salsa_peft.config.schema import Recipe
 from salsa_peft.questions import TEMPERATURES
-from salsa_peft.results import policy_id
 from salsa_peft.utils import manifests as runs
 from salsa_peft.utils.files import json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT

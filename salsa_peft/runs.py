@@ -11,16 +11,17 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salsa_peft.config.job import Unit
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import canonical, fingerprint, sha256
 from salsa_peft.utils.manifests import MANIFEST, changed, digest, read_manifest, versions
 
 if TYPE_CHECKING:
-    from salsa_peft.config import Recipe
+    pass
 
 
 BEGUN = "begun.json"
@@ -28,44 +29,6 @@ ON_THE_WAY = re.compile(
     r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
 )  # what a stage in the making holds, and no result
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One piece of work with a result of its own: a seed, the soup, a policy."""
-
-    stage: str
-    name: str
-    """Of the piece: seed-0, salsa; the stage's own name where it has one piece only."""
-    run: str
-    """The function that does it: "salsa_peft.sft:run", run(job) → facts."""
-    inputs: tuple[str, ...] = ()
-    """Ids of units whose results it reads."""
-    slice: dict[str, Any] = field(default_factory=dict)
-    """The part of the resolved recipe that the result depends on, JSON-able, local paths out (they are in `files`)."""
-    files: tuple[str, ...] = ()
-    """Local files and folders whose content counts."""
-    several: bool = False
-    """Whether its stage is one of several pieces (sft, ppo), also where there is only one now."""
-
-    @property
-    def id(self) -> str:
-        """sft/seed-0, or soup."""
-        return f"{self.stage}/{self.name}" if self.several else self.stage
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a stage function is given."""
-
-    recipe: Recipe
-    unit: Unit
-    folder: Path
-    """Where the result goes; empty at the start."""
-    inputs: dict[str, Path]
-    """Unit id → its finished folder."""
-    recipe_yaml: str
-    """The resolved recipe, for the report and the cards."""
 
 
 @dataclass(frozen=True, kw_only=True)

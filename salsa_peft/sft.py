@@ -22,9 +22,9 @@ from salsa_peft import adapters, base_checks, data, same_base, taken_results
 from salsa_peft.adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
 from salsa_peft.auto_models import only_language
 from salsa_peft.checkpoint_folders import read_checkpoint
-from salsa_peft.config import Adapter
+from salsa_peft.config.job import Job
+from salsa_peft.config.schema import Adapter
 from salsa_peft.logit_scaling import check_head
-from salsa_peft.runs import Job
 from salsa_peft.template_fields import trained_tokens
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic

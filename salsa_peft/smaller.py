@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from salsa_peft.config import Recipe
-from salsa_peft.trl_options import ALGORITHMS
+from salsa_peft.config.options.trl import ALGORITHMS
+from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import lesser
 

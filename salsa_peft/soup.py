@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from salsa_peft.averaging import Options, called, check, kind_of, local_members, soup
-from salsa_peft.soup_options import MEASURED
+from salsa_peft.config.references import MEASURED
 from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.strategies import STRATEGIES

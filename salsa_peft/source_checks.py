@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import row_formats
-from salsa_peft.config import Recipe, Source
+from salsa_peft.config.options.trl import PREFERENCES
+from salsa_peft.config.paths import check_hub_id, is_local
+from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data_files import HF, HF_PATH, KINDS, check_split, file_kind, open_bytes, read_file, rows_in, table
-from salsa_peft.paths import check_hub_id, is_local
-from salsa_peft.trl_options import PREFERENCES
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import path_text, short
 

@@ -9,7 +9,7 @@ import json
 import shutil
 from typing import Any
 
-from salsa_peft.runs import Job
+from salsa_peft.config.job import Job
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 

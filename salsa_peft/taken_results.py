@@ -18,10 +18,10 @@ from salsa_peft.adapter_names import plain_names
 from salsa_peft.architectures import config_of
 from salsa_peft.base_checks import EXPERTS, require_targets
 from salsa_peft.checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
-from salsa_peft.config import Recipe
-from salsa_peft.paths import is_local
-from salsa_peft.reference_kinds import parse_reference
-from salsa_peft.reward_kinds import check_classifier_folder
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.references import parse_reference
+from salsa_peft.config.rewards import check_classifier_folder
+from salsa_peft.config.schema import Recipe
 from salsa_peft.score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256

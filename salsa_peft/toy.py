@@ -33,7 +33,7 @@ from salsa_peft.toy_language import (
 )
 
 if TYPE_CHECKING:
-    from salsa_peft.toy_section import Toy
+    from salsa_peft.config.options.toy import Toy
 
 __all__ = ["build", "gold", "make_tokenizer"]
 

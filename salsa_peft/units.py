@@ -11,15 +11,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from salsa_peft import search
-from salsa_peft.checks import TOY_PROMPTS
-from salsa_peft.config import Evaluate, Landscape, Recipe, Source
-from salsa_peft.paths import is_local
-from salsa_peft.reference_kinds import Reference, parse_reference
-from salsa_peft.results import policy_id, unit_of
-from salsa_peft.reward_kinds import RewardPart, find_module, split_function
-from salsa_peft.runs import Unit
-from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
+from salsa_peft.config import sweeps as search
+from salsa_peft.config.job import Unit, policy_id, unit_of
+from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
+from salsa_peft.config.paths import is_local
+from salsa_peft.config.references import Reference, parse_reference
+from salsa_peft.config.rewards import RewardPart, find_module, split_function
+from salsa_peft.config.schema import Evaluate, Landscape, Recipe, Source
+from salsa_peft.config.validate import TOY_PROMPTS
 
 
 class _Files:

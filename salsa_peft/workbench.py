@@ -25,11 +25,11 @@ from transformers import (
 
 from salsa_peft import adapters, base_checks, chat_templates, memory, models, precision, same_base, sharding
 from salsa_peft.auto_models import language_model
-from salsa_peft.config import Recipe
+from salsa_peft.config.job import Job
+from salsa_peft.config.options.training import Training
+from salsa_peft.config.references import Reference
+from salsa_peft.config.schema import Recipe
 from salsa_peft.data import prompt_tokens
-from salsa_peft.reference_kinds import Reference
-from salsa_peft.runs import Job
-from salsa_peft.training_options import Training
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic

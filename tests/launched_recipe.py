@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from salsa_peft import launching, recipe
-from salsa_peft.config import Recipe
+from salsa_peft.config.schema import Recipe
 
 launch = launching.command
 

@@ -9,8 +9,8 @@ import sys
 import time
 from typing import Any
 
+from salsa_peft.config.job import Job
 from salsa_peft.recipe import STAGES
-from salsa_peft.runs import Job
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft import adapters, averaging, runs
-from salsa_peft.parsing import load_recipe
+from salsa_peft.config.job import Unit
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report_page import write_report
 from salsa_peft.score_heads import SCORE_HEAD
 from salsa_peft.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.utils.fingerprints import base_fingerprint
-from salsa_peft.yaml_text import dump_yaml
 
 BASE_ID = "tester/tiny-base"
 
@@ -54,7 +55,7 @@ def make_run(
     steps: dict[str, runs.Step] = {}
     sign = json.dumps({"base": base_fingerprint(place)})
     for number, unit in enumerate(work):
-        unit = runs.Unit(**{**vars(unit), "inputs": tuple(name for name in unit.inputs if name in there)})
+        unit = Unit(**{**vars(unit), "inputs": tuple(name for name in unit.inputs if name in there)})
         step = runs.Step(unit=unit, key=f"{number:012x}" + "0" * 52, folder=run / unit.id / f"{number:012x}", why=None)
         steps[unit.id] = step
         step.folder.mkdir(parents=True)

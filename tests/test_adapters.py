@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from salsa_peft import adapters, references, rewards
 from salsa_peft.averaging import soup
-from salsa_peft.config import Adapter
-from salsa_peft.reference_kinds import parse_reference
+from salsa_peft.config.references import parse_reference
+from salsa_peft.config.schema import Adapter
 from salsa_peft.rollout import Responses, pad_prompts
 from salsa_peft.score_heads import SCORE_HEAD
 from salsa_peft.utils.errors import SalsaError

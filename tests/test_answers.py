@@ -12,10 +12,10 @@ import torch
 from salsa_peft import answers, comparisons, evaluate, fastchat_files, generation
 from salsa_peft.answers import answer
 from salsa_peft.comparisons import clusters
-from salsa_peft.config import Evaluate, Generation, Model
+from salsa_peft.config.options.ppo import Sampling
+from salsa_peft.config.schema import Evaluate, Generation, Model
 from salsa_peft.data import prompt_tokens
 from salsa_peft.generation import generate, row_seeds
-from salsa_peft.ppo_options import Sampling
 from salsa_peft.questions import Question
 from salsa_peft.rollout import Responses
 from salsa_peft.utils.files import json_lines
@@ -267,7 +267,7 @@ def test_intervals_are_over_questions() -> None:
 
 def search_recipe(tmp_path: Path, line: str) -> Any:
     """The embedded world's recipe with a search."""
-    from salsa_peft.parsing import load_recipe
+    from salsa_peft.config.load import load_recipe
 
     text = "name: s\ntoy: {}\nmodel: {max_length: 32}\ngeneration: {max_new_tokens: 10}\nsft: {batch_size: 32}\n"
     text += "policies: {ppo: {reference: seed-0}, salsa: {reference: soup}}\nevaluate: {pairs: [[salsa, ppo]]"

@@ -10,8 +10,9 @@ import pytest
 from test_memory import paper
 
 from salsa_peft import cards, memory, recipe, runs
+from salsa_peft.config.job import Unit
+from salsa_peft.config.load import load_recipe
 from salsa_peft.memory import GIB, Need, need
-from salsa_peft.parsing import load_recipe
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -86,7 +87,7 @@ def test_what_is_there_already_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(cards, "cards", list)
     job, _ = paper("llama2_full", "lora")
     steps = {
-        stage: runs.Step(unit=runs.Unit(stage=stage, name=stage, run=""), key="", folder=tmp_path, why=why)
+        stage: runs.Step(unit=Unit(stage=stage, name=stage, run=""), key="", folder=tmp_path, why=why)
         for stage, why in (("sft", None), ("ppo", "new"), ("report", "new"))
     }
     assert recipe.check_machine(job, steps, {"sft", "report"}) == []

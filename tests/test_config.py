@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from salsa_peft import parsing
-from salsa_peft.config import Adapter, Recipe
+from salsa_peft.config import load as parsing
+from salsa_peft.config.references import parse_reference
+from salsa_peft.config.schema import Adapter, Recipe
+from salsa_peft.config.yaml import MAX_BYTES, dump_yaml, parse_yaml
 from salsa_peft.recipe import load as load_recipe
-from salsa_peft.reference_kinds import parse_reference
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.yaml_text import MAX_BYTES, dump_yaml, parse_yaml
 
 RECIPE = """
 name: tiny

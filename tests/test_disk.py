@@ -12,9 +12,9 @@ import pytest
 from test_memory import paper
 
 from salsa_peft import cards, disk, recipe, runs
-from salsa_peft.config import Recipe
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.schema import Recipe
 from salsa_peft.memory import GIB
-from salsa_peft.parsing import load_recipe
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 SMALL = """

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from salsa_peft import generation, toy
+from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.generation import Recording, choose, generate, respond, row_seeds, uniform_numbers
-from salsa_peft.ppo_options import Sampling
 from salsa_peft.rollout import Responses
 from salsa_peft.toy_language import LENGTHS_IN, draw_prompts
 

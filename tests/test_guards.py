@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from salsa_peft.guard_settings import DEFAULTS, Setting, parse
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.options.guards import DEFAULTS, Setting, parse
 from salsa_peft.guards import GUARDS, START, Bounds, Watch, alarms, repetition
-from salsa_peft.parsing import load_recipe
 
 SOUND = {
     "update": 1,

@@ -17,9 +17,9 @@ from test_hub import CANARY, ROOT, assert_canary_in_the_header_alone, command, f
 
 from salsa_peft import hub_push
 from salsa_peft import toy_language as toy
-from salsa_peft.parsing import load_recipe, saved_recipe
+from salsa_peft.config.load import load_recipe, saved_recipe
+from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.yaml_text import dump_yaml
 
 
 def write_recipe(folder: Path, tokenizer: Any, **more: Any) -> Path:

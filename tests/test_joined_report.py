@@ -223,7 +223,7 @@ def test_a_searched_policy_by_its_own_name(runs: list[Run]) -> None:
 
 def test_identity(tmp_path: Path) -> None:
     """Training seeds, names and threads make no other recipe; everything that changes a policy does."""
-    from salsa_peft.parsing import load_recipe
+    from salsa_peft.config.load import load_recipe
 
     (tmp_path / "r.yaml").write_text(
         "name: r\ntoy: {}\npolicies: {ppo: {reference: seed-0}, salsa: {reference: soup}}\n"
@@ -330,7 +330,7 @@ class TestCommand:
 
 def test_what_a_page_says_of_the_temperature(tmp_path: Path) -> None:
     """A number, or FastChat's by category where a question has one."""
-    from salsa_peft.parsing import load_recipe
+    from salsa_peft.config.load import load_recipe
     from salsa_peft.report_input import _temperature
 
     (tmp_path / "r.yaml").write_text(

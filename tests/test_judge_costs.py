@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from salsa_peft.config.load import load_recipe
 from salsa_peft.judge_costs import INSTRUCTION, VERDICT, cost
-from salsa_peft.parsing import load_recipe
 
 
 @pytest.fixture

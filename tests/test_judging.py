@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from salsa_peft import judging, units
-from salsa_peft.parsing import load_recipe
-from salsa_peft.runs import Job
+from salsa_peft.config.job import Job
+from salsa_peft.config.load import load_recipe
 from salsa_peft.utils.files import json_lines
 
 TEXT = """name: j

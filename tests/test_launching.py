@@ -16,8 +16,9 @@ from launched_stages import FAKE
 from test_pipeline import read, unit
 from test_runs import gone
 
-from salsa_peft import launching, recipe, runs
-from salsa_peft.parsing import load_recipe
+from salsa_peft import launching, recipe
+from salsa_peft.config import job as runs
+from salsa_peft.config.load import load_recipe
 from salsa_peft.utils.errors import SalsaError
 
 HERE = Path(__file__).resolve().parent

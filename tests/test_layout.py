@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from salsa_peft.parsing import load_recipe
+from salsa_peft.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "salsa_peft"

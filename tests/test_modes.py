@@ -92,9 +92,9 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     """base + Σ w δ, also where Σ w is not 1: read from checkpoints, for a reference and on the landscape."""
     from transformers import AutoModelForCausalLM
 
-    from salsa_peft.config import Recipe
+    from salsa_peft.config.references import parse_reference
+    from salsa_peft.config.schema import Recipe
     from salsa_peft.landscape import moving
-    from salsa_peft.reference_kinds import parse_reference
     from salsa_peft.references import mixture, move_to
     from salsa_peft.workbench import Workbench
 
@@ -206,7 +206,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which has the 4-bit base")
     from peft import get_peft_model
 
-    from salsa_peft.config import Adapter, Model
+    from salsa_peft.config.schema import Adapter, Model
     from salsa_peft.models import load_base
     from salsa_peft.reward_model import copy_adapter
 
@@ -234,7 +234,7 @@ def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkey
     """A Hub id as a reference: which of its files come."""
     import huggingface_hub
 
-    from salsa_peft.config import Adapter, Recipe
+    from salsa_peft.config.schema import Adapter, Recipe
 
     asked: list[list[str]] = []
     monkeypatch.setattr(

@@ -27,8 +27,8 @@ from openai_server import Fault, Seen, Server, completion, refusal, serving
 pytest.importorskip("openai", reason="the package that the judge openai asks through")
 
 from salsa_peft import endpoint_errors, openai_judge
+from salsa_peft.config.judge import Judge
 from salsa_peft.judge_prompts import REMINDER, Game, Ruling
-from salsa_peft.judge_section import Judge
 from salsa_peft.judges import judge_of
 from salsa_peft.utils.errors import SalsaError
 
@@ -464,7 +464,7 @@ class TestKey:
 KILLED = """
 import sys
 from pathlib import Path
-from salsa_peft.judge_section import Judge
+from salsa_peft.config.judge import Judge
 from salsa_peft.judges import judge_of
 from test_openai_judge import games
 section = Judge(kind="openai", model="m", base_url=sys.argv[1], concurrency=3)

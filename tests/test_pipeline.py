@@ -159,10 +159,10 @@ def test_seeds_differ_and_the_policy_starts_at_seed_0(run: Path) -> None:
 def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) -> None:
     """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
     from salsa_peft import adapters, data
-    from salsa_peft.config import Generation, Source
+    from salsa_peft.config.load import load_recipe
+    from salsa_peft.config.schema import Generation, Source
     from salsa_peft.generation import respond
     from salsa_peft.models import load_base, load_tokenizer
-    from salsa_peft.parsing import load_recipe
     from salsa_peft.rewards import AdapterReward
 
     recipe = load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe
@@ -189,7 +189,7 @@ def test_the_reward_model_scores_as_trls_trainer_does(run: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     from salsa_peft import adapters
-    from salsa_peft.config import Model
+    from salsa_peft.config.schema import Model
     from salsa_peft.models import load_base, load_tokenizer
     from salsa_peft.rewards import AdapterReward
     from salsa_peft.rollout import Responses
@@ -313,9 +313,9 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
     """By the fingerprint that every stage writes beside its adapter."""
     import shutil
 
+    from salsa_peft.config.load import load_recipe
+    from salsa_peft.config.references import Reference
     from salsa_peft.models import load_tokenizer
-    from salsa_peft.parsing import load_recipe
-    from salsa_peft.reference_kinds import Reference
     from salsa_peft.utils.errors import SalsaError
     from salsa_peft.utils.fingerprints import base_fingerprint
     from salsa_peft.workbench import Workbench

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from salsa_peft import data
-from salsa_peft.config import Source
+from salsa_peft.config.schema import Source
 from salsa_peft.questions import Question, questions, temperature
 from salsa_peft.utils.errors import SalsaError
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import salsa_peft
-from salsa_peft import cli, parsing, recipe
+from salsa_peft import cli, recipe
 from salsa_peft.command_line import parse_args
+from salsa_peft.config import load as parsing
 from salsa_peft.units import report_units
 
 RECIPE = """

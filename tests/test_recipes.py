@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.parsing import load_recipe, names
+from salsa_peft.config.load import load_recipe, names
+from salsa_peft.config.yaml import dump_yaml, read_yaml
 from salsa_peft.recipe import STAGES, resolved_yaml
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.yaml_text import dump_yaml, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = {

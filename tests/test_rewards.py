@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from salsa_peft import adapters, data, recipe, report_input, rewards
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
-from salsa_peft.config import Adapter, Recipe, Reward, Source
+from salsa_peft.config.rewards import find_module, parse_reward
+from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
 from salsa_peft.function_reward import FunctionReward, load_function
 from salsa_peft.recipe import load as load_recipe
-from salsa_peft.reward_kinds import find_module, parse_reward
 from salsa_peft.rollout import Responses, pad_prompts
 from salsa_peft.runs import plan
 from salsa_peft.utils.errors import SalsaError

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from salsa_peft import adapters, losses, toy
+from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.generation import generate, respond, row_seeds
 from salsa_peft.logprobs import head_of
 from salsa_peft.models import hidden_states
-from salsa_peft.ppo_options import Sampling
 from salsa_peft.rollout import (
     Responses,
     forbidden_eos,

@@ -18,7 +18,7 @@ from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft import data, data_checks, data_files, row_formats
 from salsa_peft import recipe as recipes
-from salsa_peft.config import Data, Reward, Source
+from salsa_peft.config.schema import Data, Reward, Source
 from salsa_peft.data_files import load
 from salsa_peft.questions import questions
 from salsa_peft.recipe import load as load_recipe

@@ -16,6 +16,7 @@ import pytest
 from fake_stages import FAKE, TINY, start
 
 from salsa_peft import processes, recipe, runs
+from salsa_peft.config.job import Unit
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint, sha256
@@ -365,9 +366,7 @@ def test_fingerprint_of_a_models_folder(tmp_path):
 
 
 def test_a_data_files_content_counts_its_place_does_not(tmp_path):
-    unit = runs.Unit(
-        stage="sft", name="seed-0", run="x:y", slice={"a": 1}, files=(str(tmp_path / "a.jsonl"),), several=True
-    )
+    unit = Unit(stage="sft", name="seed-0", run="x:y", slice={"a": 1}, files=(str(tmp_path / "a.jsonl"),), several=True)
     (tmp_path / "a.jsonl").write_text("1")
     (tmp_path / "b.jsonl").write_text("1")
     first = runs.key(unit, {}, {"torch": "1"}, {})

@@ -12,7 +12,7 @@ import torch
 from tiny import make_adapter, make_base
 
 from salsa_peft.checkpoint_folders import read_checkpoint
-from salsa_peft.config import Generation
+from salsa_peft.config.schema import Generation
 from salsa_peft.live_soup import LiveAdapters, LiveCheckpoints
 from salsa_peft.measures import FunctionMeasure, RewardScore, SFTLoss
 from salsa_peft.stacked_adapter import StackedAdapter

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from salsa_peft import adapters, base_checks, recipe, rewards, sft, taken_results
 from salsa_peft.adapter_bases import require_same_family
-from salsa_peft.config import Adapter
-from salsa_peft.parsing import load_recipe
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.schema import Adapter
 from salsa_peft.references import as_references
 from salsa_peft.toy import make_tokenizer
 from salsa_peft.utils.errors import SalsaError
@@ -99,7 +99,7 @@ def test_a_reference_is_plain_pefts(maker: str, base: Path, tmp_path: Path, caps
 def take(recipe_file: Path, base: Path, folder: Path, out: Path, *, lora: str | None = "lora") -> Path:
     """The sft stage of `sft: {from: [folder]}`."""
     from salsa_peft import sft
-    from salsa_peft.runs import Job, Unit
+    from salsa_peft.config.job import Job, Unit
 
     template = recipe_file.parent / "toy.jinja"
     template.write_text(str(make_tokenizer().chat_template))

@@ -149,8 +149,8 @@ def score(folder: Path, config: Any) -> None:
 
 def recipe_of(args: argparse.Namespace, folder: Path, mode: str, compiled: bool = False, offload: str = "none") -> Any:
     """A recipe whose ppo stage has the work: 8 responses, each update 4 optimizer steps."""
+    from salsa_peft.config.load import load_recipe
     from salsa_peft.data import prompt_tokens
-    from salsa_peft.parsing import load_recipe
     from salsa_peft.toy import make_tokenizer
 
     _, length = sizes(args)
@@ -261,7 +261,7 @@ def planned(args: argparse.Namespace, folder: Path, mode: str, compiled: bool) -
 
 def job_of(folder: Path, mode: str, recipe: Any) -> Any:
     """The ppo unit of the recipe's run, its inputs as the stages before it would have left them."""
-    from salsa_peft.runs import Job, Unit
+    from salsa_peft.config.job import Job, Unit
 
     there = folder / ("full" if mode.startswith("full") else "lora")
     inputs = {"sft/seed-0": there / "seed-0", "sft/seed-1": there / "seed-1", "reward": there / "reward", "soup": there / "soup"}  # fmt: skip

@@ -30,7 +30,7 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
 
     from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
-    from salsa_peft.config import Model
+    from salsa_peft.config.schema import Model
     from salsa_peft.models import load_base
 
     tokenizer = _tokenizer(folder)
@@ -62,8 +62,8 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
 
 
 def _tokenizer(folder: str) -> Any:
+    from salsa_peft.config.paths import bundled
     from salsa_peft.models import load_tokenizer
-    from salsa_peft.paths import bundled
 
     return load_tokenizer(folder, chat_template=str(bundled("recipes") / "chat_templates" / "chatml.jinja"))
 

@@ -28,12 +28,12 @@ from transformers import (
 
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, averaging, models, sft, use_reference
 from salsa_peft.checkpoints import MANIFEST
-from salsa_peft.config import Model
+from salsa_peft.config.job import Job, Unit
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.schema import Model
 from salsa_peft.function_reward import decode
-from salsa_peft.parsing import load_recipe
 from salsa_peft.references import as_references
 from salsa_peft.rewards import as_reward
-from salsa_peft.runs import Job, Unit
 from salsa_peft.score_heads import SCORE_HEAD
 from salsa_peft.soup import main as soup_command
 from salsa_peft.utils.errors import SalsaError

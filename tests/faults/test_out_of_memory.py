@@ -14,8 +14,8 @@ import torch
 
 from salsa_peft import processes, recipe
 from salsa_peft.backends import CompiledHF
+from salsa_peft.config.load import load_recipe
 from salsa_peft.models import causal_lm
-from salsa_peft.parsing import load_recipe
 from salsa_peft.rollout_batch import Rollout
 from salsa_peft.smaller import smaller
 from salsa_peft.utils.errors import SalsaError

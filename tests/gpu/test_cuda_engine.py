@@ -85,7 +85,7 @@ def test_a_bf16_base_holds_float32_adapters(
     make_base: Any, make_adapter: Any, tokenizer: Any, on_gpu: dict[str, Any], tmp_path: Path
 ) -> None:
     """As a recipe loads it: two updates move float32 adapters and head, and no byte of the base; the first ratio is 1."""
-    from salsa_peft.config import Model
+    from salsa_peft.config.schema import Model
     from salsa_peft.models import load_base
 
     make_base().save_pretrained(tmp_path / "base")
@@ -210,7 +210,7 @@ def test_vllm(make_base: Any, make_adapter: Any, tokenizer: Any, on_gpu: dict[st
 
 def test_flash_attention_is_sdpas(make_base: Any, tokenizer: Any, tmp_path: Path, device: torch.device) -> None:
     """Left-padded prompts through both; on a CPU eager attention is the other."""
-    from salsa_peft.config import Model
+    from salsa_peft.config.schema import Model
     from salsa_peft.models import hidden_states, load_base
 
     cuda = device.type == "cuda"
@@ -259,7 +259,7 @@ def test_four_bits_train_adapters_and_no_base(
     """QLoRA: bf16 arithmetic, float32 adapters, the base's bytes and scales as they were, a run that goes on; the optimizer is the paged
     one where there is a card to page."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    from salsa_peft.config import Model
+    from salsa_peft.config.schema import Model
     from salsa_peft.models import load_base
 
     make_base(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")

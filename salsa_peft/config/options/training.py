@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.fields import STRICT, Count, NonNegative, Positive
+from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive
 from salsa_peft.utils.errors import require
 
 

@@ -23,12 +23,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from salsa_peft import checks, paths, search, sweeps
-from salsa_peft.config import Recipe, Source
-from salsa_peft.paths import bundled
+from salsa_peft.config import paths, sweeps
+from salsa_peft.config import sweeps as search
+from salsa_peft.config import validate as checks
+from salsa_peft.config.paths import bundled
+from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.config.yaml import parse_yaml, read_yaml
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import explain, nearest, short
-from salsa_peft.yaml_text import parse_yaml, read_yaml
 
 PEFTS = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",

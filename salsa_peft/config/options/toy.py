@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.fields import STRICT, Count, Positive, Seed, Share
+from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -7,7 +7,7 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.fields import STRICT
+from salsa_peft.config.fields import STRICT
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 

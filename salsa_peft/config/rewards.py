@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.fields import NAME
+from salsa_peft.config.fields import NAME
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, path_text
 

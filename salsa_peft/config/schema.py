@@ -14,17 +14,16 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from salsa_peft.fields import NAME, SEED, STRICT, Count, NonNegative, Positive, Seed, Share
-from salsa_peft.hub_options import Hub
-from salsa_peft.judge_section import Judge, as_judge
-from salsa_peft.ppo_options import PPOOptions, Sampling
-from salsa_peft.reference_kinds import Reference, Soup, parse_reference
-from salsa_peft.reward_kinds import RewardPart, parse_reward
-from salsa_peft.search import Search
-from salsa_peft.soup_options import SoupSection
-from salsa_peft.toy_section import Toy
-from salsa_peft.training_options import Training
-from salsa_peft.trl_options import DPO, GRPO, KTO, RLOO
+from salsa_peft.config.fields import NAME, SEED, STRICT, Count, NonNegative, Positive, Seed, Share
+from salsa_peft.config.judge import Judge, as_judge
+from salsa_peft.config.options.hub import Hub
+from salsa_peft.config.options.ppo import PPOOptions, Sampling
+from salsa_peft.config.options.search import Search
+from salsa_peft.config.options.toy import Toy
+from salsa_peft.config.options.training import Training
+from salsa_peft.config.options.trl import DPO, GRPO, KTO, RLOO
+from salsa_peft.config.references import Reference, Soup, SoupSection, parse_reference
+from salsa_peft.config.rewards import RewardPart, parse_reward
 from salsa_peft.utils.errors import SalsaError, require
 
 __all__ = [

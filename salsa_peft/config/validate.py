@@ -9,14 +9,21 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from salsa_peft import judge_section, search
-from salsa_peft.config import Policy, Recipe
-from salsa_peft.fields import MOST_POLICIES, NAME, SEED
-from salsa_peft.paths import check_files, check_path, is_local
-from salsa_peft.reference_kinds import Reference, parse_reference
-from salsa_peft.results import unit_of
-from salsa_peft.reward_kinds import RewardPart, check_classifier_folder, check_columns, check_function, check_signature
-from salsa_peft.trl_options import ALGORITHMS, PREFERENCES
+from salsa_peft.config import judge as judge_section
+from salsa_peft.config import sweeps as search
+from salsa_peft.config.fields import MOST_POLICIES, NAME, SEED
+from salsa_peft.config.job import unit_of
+from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
+from salsa_peft.config.paths import check_files, check_path, is_local
+from salsa_peft.config.references import Reference, parse_reference
+from salsa_peft.config.rewards import (
+    RewardPart,
+    check_classifier_folder,
+    check_columns,
+    check_function,
+    check_signature,
+)
+from salsa_peft.config.schema import Policy, Recipe
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
 

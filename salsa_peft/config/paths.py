@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config import OWN_TEMPLATE, Recipe
-from salsa_peft.fields import NAME, SEED
-from salsa_peft.reward_kinds import has_template, placed
-from salsa_peft.soup_options import placed_measure
+from salsa_peft.config.fields import NAME, SEED
+from salsa_peft.config.references import placed_measure
+from salsa_peft.config.rewards import has_template, placed
+from salsa_peft.config.schema import OWN_TEMPLATE, Recipe
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import path_text, short
 

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.fields import STRICT, NonNegative, Positive, Seed
-from salsa_peft.training_options import Training
+from salsa_peft.config.fields import STRICT, NonNegative, Positive, Seed
+from salsa_peft.config.options.training import Training
 from salsa_peft.utils.errors import require
 
 

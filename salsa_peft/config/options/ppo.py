@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from salsa_peft import rollout_options
-from salsa_peft.fields import Count, NonNegative, Positive
-from salsa_peft.guard_settings import parse
+from salsa_peft.config.fields import Count, NonNegative, Positive
+from salsa_peft.config.options import rollout as rollout_options
+from salsa_peft.config.options.guards import parse
 from salsa_peft.utils.errors import require
 
 
