@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from salsa_peft import auto_models
-from salsa_peft.chat_templates import text_ids
 from salsa_peft.config.rewards import OWN_FUNCTION
+from salsa_peft.data.chat.template_fields import in_form, options_of
+from salsa_peft.data.chat.templates import text_ids
+from salsa_peft.data.chat.turn_ends import closed, turn_of
+from salsa_peft.data.message_formats import parse_messages as check_messages
 from salsa_peft.function_reward import Rows, Tally, decode
-from salsa_peft.message_formats import parse_messages as check_messages
 from salsa_peft.models import device, positions, resolve_dtype
 from salsa_peft.rollout import extend
-from salsa_peft.template_fields import in_form, options_of
-from salsa_peft.turn_ends import closed, turn_of
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 from salsa_peft.utils.oom import Room

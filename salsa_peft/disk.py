@@ -21,8 +21,8 @@ from salsa_peft import cards, memory
 from salsa_peft.architectures import Architecture, of_recipe
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Adapter, Recipe
+from salsa_peft.data.check import count_rows
 from salsa_peft.runs import Step
-from salsa_peft.source_checks import count_rows
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import nearest, shown
 

@@ -18,14 +18,15 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from salsa_peft import adapters, data, fastchat_files
+from salsa_peft import adapters, fastchat_files
 from salsa_peft.answers import Rows, answer, fitting_questions
 from salsa_peft.comparisons import clusters
 from salsa_peft.config.job import Job, policy_id
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
+from salsa_peft.data import datasets as data
+from salsa_peft.data.questions import Question, questions
 from salsa_peft.landscape import measures
-from salsa_peft.questions import Question, questions
 from salsa_peft.references import attach_reference, mixture, move_to
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.files import write_atomic

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.questions import Question
+from salsa_peft.data.questions import Question
 from salsa_peft.utils.files import write_atomic
 
 

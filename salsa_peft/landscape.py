@@ -16,14 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from salsa_peft import adapters, data
+from salsa_peft import adapters
 from salsa_peft.answers import answer, fitting_questions, means
 from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
+from salsa_peft.data import datasets as data
+from salsa_peft.data.questions import Question, questions
 from salsa_peft.function_reward import FunctionReward
 from salsa_peft.live_soup import LiveCheckpoints
-from salsa_peft.questions import Question, questions
 from salsa_peft.rewards import Reward, of_recipe
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import bar
@@ -38,7 +39,7 @@ def measures(job: Job, model: nn.Module, bench: Workbench) -> dict[str, Reward]:
     recipe = job.recipe
     rewards = {"reward": of_recipe(recipe, model, job.inputs, bench.tokenizer, recipe.generation.batch_size)}
     if recipe.toy is not None:
-        from salsa_peft.toy_language import gold
+        from salsa_peft.data.toy_language import gold
 
         rewards["gold"] = FunctionReward(gold, bench.tokenizer, special_tokens=True)
     return rewards

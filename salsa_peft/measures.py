@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from salsa_peft import adapters, data, rewards
+from salsa_peft import adapters, rewards
 from salsa_peft.averaging import base_of, check_family, local
 from salsa_peft.checkpoint_alignment import align
 from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.references import MEASURES
 from salsa_peft.config.schema import Generation, Model, Source
-from salsa_peft.data_files import FILES
+from salsa_peft.data import datasets as data
+from salsa_peft.data.chat.template_fields import in_form, trained_tokens
+from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.files import FILES
 from salsa_peft.function_reward import load_function
 from salsa_peft.generation import respond
 from salsa_peft.live_soup import LiveAdapters, LiveCheckpoints
 from salsa_peft.logprobs import head_of, token_logprobs
 from salsa_peft.models import causal_lm, hidden_states, load_base, load_tokenizer
 from salsa_peft.stacked_adapter import StackedAdapter
-from salsa_peft.template_fields import in_form, trained_tokens
-from salsa_peft.turn_ends import ends_of
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.workbench import Workbench, fitting
 

@@ -22,8 +22,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.hub import cached_file
 
-from salsa_peft import adapters, auto_models, chat_templates, sharding, turn_ends
+from salsa_peft import adapters, auto_models, sharding
 from salsa_peft.config.schema import OWN_TEMPLATE, Model
+from salsa_peft.data.chat import templates as chat_templates
+from salsa_peft.data.chat import turn_ends
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import said_in_a_line

@@ -21,8 +21,8 @@ from salsa_peft.config.load import Loaded
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import PPO, Adapter, Recipe
+from salsa_peft.data.check import count_rows
 from salsa_peft.runs import Step
-from salsa_peft.source_checks import count_rows
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")

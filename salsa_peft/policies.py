@@ -11,9 +11,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from salsa_peft import adapters, averaging, checkpoints, data, models, rewards
+from salsa_peft import adapters, averaging, checkpoints, models, rewards
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
+from salsa_peft.data import datasets as data
 from salsa_peft.ppo import SalsaPPOTrainer
 from salsa_peft.ppo_config import SalsaPPOConfig
 from salsa_peft.references import Frozen, attach_reference, freeze, mixture, move_to

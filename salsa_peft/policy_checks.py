@@ -15,11 +15,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from salsa_peft import adapters
+from salsa_peft.data.chat.turn_ends import ends_of, facts
 from salsa_peft.logit_scaling import check_head
 from salsa_peft.logprobs import head_of
 from salsa_peft.models import LOADED, causal_lm, keep_layout
 from salsa_peft.precision import OPTIMIZER, ROUNDING, rounds_stochastically
-from salsa_peft.turn_ends import ends_of, facts
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salsa_peft import base_checks, cards, disk, launching, processes, runs, source_checks, units
+from salsa_peft import base_checks, cards, disk, launching, processes, runs, units
 from salsa_peft.command_line import parse_args
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.judge import check_ready
@@ -26,6 +26,7 @@ from salsa_peft.config.load import Loaded, load_recipe
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
+from salsa_peft.data import check as source_checks
 from salsa_peft.smaller import smaller
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -245,7 +246,7 @@ def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub
     given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]
     local = [is_local(source.path) for source in given if source is not None]
     if made and (not all(local) if hub else any(local)):
-        from salsa_peft import data_checks
+        from salsa_peft.data import check as data_checks
 
         if hub:
             say("looking at the Hub's data sets …")

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from salsa_peft import adapters, data
+from salsa_peft import adapters
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
+from salsa_peft.data import datasets as data
 from salsa_peft.models import load_weights
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic

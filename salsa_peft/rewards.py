@@ -23,10 +23,10 @@ from salsa_peft import adapters, same_base
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
+from salsa_peft.data.chat.turn_ends import closed, turn_of
 from salsa_peft.function_reward import FunctionReward, Rows, Tally, decode, load_function
 from salsa_peft.models import causal_lm, head_product
 from salsa_peft.rollout import Responses, extend, last_token_states
-from salsa_peft.turn_ends import closed, turn_of
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 from salsa_peft.utils.messages import short

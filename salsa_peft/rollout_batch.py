@@ -17,6 +17,7 @@ from torch import Tensor
 
 from salsa_peft import losses
 from salsa_peft.backends import Backend
+from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.function_reward import decode
 from salsa_peft.generation import Recording, row_seeds
 from salsa_peft.logprobs import Head, head_of
@@ -35,7 +36,6 @@ from salsa_peft.rollout import (
     widen,
 )
 from salsa_peft.sharding import gathered, keep_whole
-from salsa_peft.turn_ends import ends_of
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import Room
 

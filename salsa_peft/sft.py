@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from salsa_peft import adapters, base_checks, data, same_base, taken_results
+from salsa_peft import adapters, base_checks, same_base, taken_results
 from salsa_peft.adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
 from salsa_peft.auto_models import only_language
 from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Adapter
+from salsa_peft.data import datasets as data
+from salsa_peft.data.chat.template_fields import trained_tokens
 from salsa_peft.logit_scaling import check_head
-from salsa_peft.template_fields import trained_tokens
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint

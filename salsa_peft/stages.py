@@ -16,7 +16,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 def toy(job: Job) -> dict[str, Any]:
     """The embedded world: base, tokenizer, data."""
-    from salsa_peft.toy import build
+    from salsa_peft.data.toy import build
     from salsa_peft.utils.console import bar
 
     assert job.recipe.toy is not None

@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig
 
+from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.generation import Recording
 from salsa_peft.merged import merged_parameters
 from salsa_peft.models import causal_lm, device
 from salsa_peft.rollout import Responses, pad_responses
-from salsa_peft.turn_ends import ends_of
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

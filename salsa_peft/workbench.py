@@ -23,13 +23,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from salsa_peft import adapters, base_checks, chat_templates, memory, models, precision, same_base, sharding
+from salsa_peft import adapters, base_checks, memory, models, precision, same_base, sharding
 from salsa_peft.auto_models import language_model
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.references import Reference
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import prompt_tokens
+from salsa_peft.data.chat import templates as chat_templates
+from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic

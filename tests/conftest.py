@@ -35,7 +35,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The embedded world's: 66 tokens or so, distinct pad, bos, eos."""
-    from salsa_peft.toy import make_tokenizer
+    from salsa_peft.data.toy import make_tokenizer
 
     return make_tokenizer()
 

@@ -14,9 +14,9 @@ from salsa_peft.answers import answer
 from salsa_peft.comparisons import clusters
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Evaluate, Generation, Model
-from salsa_peft.data import prompt_tokens
+from salsa_peft.data.datasets import prompt_tokens
+from salsa_peft.data.questions import Question
 from salsa_peft.generation import generate, row_seeds
-from salsa_peft.questions import Question
 from salsa_peft.rollout import Responses
 from salsa_peft.utils.files import json_lines
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import data
 from salsa_peft.config.schema import Source
-from salsa_peft.data_files import load
+from salsa_peft.data import datasets as data
+from salsa_peft.data.files import load
 from salsa_peft.utils.errors import SalsaError
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "recipes" / "chat_templates"

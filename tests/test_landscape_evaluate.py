@@ -14,9 +14,9 @@ import torch
 from salsa_peft import adapters, comparisons, evaluate, landscape
 from salsa_peft.answers import answer
 from salsa_peft.config.schema import Evaluate, Generation, Landscape, Model, Policy, Recipe
-from salsa_peft.data import prompt_tokens
+from salsa_peft.data.datasets import prompt_tokens
+from salsa_peft.data.questions import Question
 from salsa_peft.generation import respond
-from salsa_peft.questions import Question
 from salsa_peft.rollout import Responses
 from salsa_peft.stacked_adapter import StackedAdapter
 

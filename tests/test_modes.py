@@ -17,7 +17,7 @@ from test_pipeline import SMALL, read, unit
 from transformers import GemmaConfig, LlamaConfig, MistralConfig
 
 from salsa_peft import adapters, processes, recipe, workbench
-from salsa_peft.toy import make_tokenizer
+from salsa_peft.data.toy import make_tokenizer
 
 SIZES = {
     "hidden_size": 64,

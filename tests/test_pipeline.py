@@ -158,9 +158,10 @@ def test_seeds_differ_and_the_policy_starts_at_seed_0(run: Path) -> None:
 
 def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) -> None:
     """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
-    from salsa_peft import adapters, data
+    from salsa_peft import adapters
     from salsa_peft.config.load import load_recipe
     from salsa_peft.config.schema import Generation, Source
+    from salsa_peft.data import datasets as data
     from salsa_peft.generation import respond
     from salsa_peft.models import load_base, load_tokenizer
     from salsa_peft.rewards import AdapterReward

@@ -189,7 +189,7 @@ def test_a_saved_policy_opens_in_plain_peft_and_generates_the_same(
 
 def test_text_prompts_are_used_as_they_are(make_trainer: Any, tokenizer: Any) -> None:
     """TRL's convention: text is no chat."""
-    from salsa_peft.data import prompt_tokens
+    from salsa_peft.data.datasets import prompt_tokens
 
     text = tokenizer.apply_chat_template(PROMPTS[0]["prompt"], tokenize=False, add_generation_prompt=True)
     chat = prompt_tokens(PROMPTS[0], tokenizer)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import data
 from salsa_peft.config.schema import Source
-from salsa_peft.questions import Question, questions, temperature
+from salsa_peft.data import datasets as data
+from salsa_peft.data.questions import Question, questions, temperature
 from salsa_peft.utils.errors import SalsaError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from salsa_peft import adapters, data, recipe, report_input, rewards
+from salsa_peft import adapters, recipe, report_input, rewards
 from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
 from salsa_peft.config.rewards import find_module, parse_reward
 from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
+from salsa_peft.data import datasets as data
 from salsa_peft.function_reward import FunctionReward, load_function
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.rollout import Responses, pad_prompts

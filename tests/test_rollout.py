@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from salsa_peft import adapters, losses, toy
+from salsa_peft import adapters, losses
 from salsa_peft.config.options.ppo import Sampling
+from salsa_peft.data import toy
+from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.generation import generate, respond, row_seeds
 from salsa_peft.logprobs import head_of
 from salsa_peft.models import hidden_states
@@ -26,7 +28,6 @@ from salsa_peft.rollout import (
     response_states,
     scatter,
 )
-from salsa_peft.toy_language import LENGTHS_IN, draw_prompts
 
 SAMPLING = Sampling(max_new_tokens=8)
 PAD, BOS, EOS = 0, 1, 2

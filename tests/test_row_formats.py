@@ -16,15 +16,18 @@ from typing import Any, ClassVar
 import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
-from salsa_peft import data, data_checks, data_files, row_formats
 from salsa_peft import recipe as recipes
 from salsa_peft.config.schema import Data, Reward, Source
-from salsa_peft.data_files import load
-from salsa_peft.questions import questions
+from salsa_peft.data import check as data_checks
+from salsa_peft.data import datasets as data
+from salsa_peft.data import files as data_files
+from salsa_peft.data import row_formats
+from salsa_peft.data.chat.template_fields import reads_text_arguments
+from salsa_peft.data.check import count_rows
+from salsa_peft.data.files import load
+from salsa_peft.data.questions import questions
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.sft import labelled
-from salsa_peft.source_checks import count_rows
-from salsa_peft.template_fields import reads_text_arguments
 from salsa_peft.utils.errors import SalsaError
 
 Row = dict[str, Any]

@@ -22,8 +22,8 @@ from salsa_peft import adapters, base_checks, recipe, rewards, sft, taken_result
 from salsa_peft.adapter_bases import require_same_family
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Adapter
+from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.references import as_references
-from salsa_peft.toy import make_tokenizer
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint
 

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
-from salsa_peft import toy
-from salsa_peft import toy_language as language
 from salsa_peft.config.options.toy import Toy
-from salsa_peft.toy_language import gold
+from salsa_peft.data import toy
+from salsa_peft.data import toy_language as language
+from salsa_peft.data.toy_language import gold
 from salsa_peft.utils.errors import SalsaError
 
 TINY = Toy(

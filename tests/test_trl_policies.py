@@ -14,8 +14,9 @@ from peft import PeftModel
 from test_pipeline import ENVIRONMENT, ROOT, SMALL, read, unit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from salsa_peft import data, trl_policies, units
+from salsa_peft import trl_policies, units
 from salsa_peft.config.load import saved_recipe
+from salsa_peft.data import datasets as data
 from salsa_peft.function_reward import FunctionReward
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.reward_model import SPLIT_SEED

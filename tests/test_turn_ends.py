@@ -14,10 +14,13 @@ import pytest
 import torch
 from made_tokenizers import make
 
-from salsa_peft import chat_templates, data, generation, models, rewards, rollout, turn_ends
-from salsa_peft.assistant_masks import assistant_tokens
+from salsa_peft import generation, models, rewards, rollout
 from salsa_peft.config import paths
 from salsa_peft.config.options.ppo import Sampling
+from salsa_peft.data import datasets as data
+from salsa_peft.data.chat import templates as chat_templates
+from salsa_peft.data.chat import turn_ends
+from salsa_peft.data.chat.assistant_masks import assistant_tokens
 from salsa_peft.function_reward import FunctionReward
 from salsa_peft.logprobs import Head
 from salsa_peft.policy_checks import check_tokenizer

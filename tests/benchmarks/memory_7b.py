@@ -63,8 +63,8 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from salsa_peft.data.toy import make_tokenizer
     from salsa_peft.score_heads import SCORE_HEAD
-    from salsa_peft.toy import make_tokenizer
 
     given, length = sizes(args)
     config = AutoConfig.for_model(**given, max_position_embeddings=max(64, 2 * length), dtype="bfloat16")
@@ -150,8 +150,8 @@ def score(folder: Path, config: Any) -> None:
 def recipe_of(args: argparse.Namespace, folder: Path, mode: str, compiled: bool = False, offload: str = "none") -> Any:
     """A recipe whose ppo stage has the work: 8 responses, each update 4 optimizer steps."""
     from salsa_peft.config.load import load_recipe
-    from salsa_peft.data import prompt_tokens
-    from salsa_peft.toy import make_tokenizer
+    from salsa_peft.data.datasets import prompt_tokens
+    from salsa_peft.data.toy import make_tokenizer
 
     _, length = sizes(args)
     asked = lambda words: {"prompt": [{"role": "user", "content": " ".join(["cat"] * words)}]}  # noqa: E731

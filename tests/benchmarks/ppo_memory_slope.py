@@ -90,11 +90,12 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
-    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, toy
+    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
     from salsa_peft.config.options.toy import Toy
     from salsa_peft.config.schema import Model
+    from salsa_peft.data import toy
+    from salsa_peft.data.toy_language import MAX_NEW_TOKENS
     from salsa_peft.models import load_base, load_tokenizer
-    from salsa_peft.toy_language import MAX_NEW_TOKENS
 
     torch.set_num_threads(1)
     world = Toy(pretrain_steps=60, pretrain_examples=1000, demonstrations=64, preferences=128, prompts=updates * BATCH,

@@ -13,18 +13,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from salsa_peft import data, reward_model, sft
 from salsa_peft import recipe as recipe_command
+from salsa_peft import reward_model, sft
 from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Generation, Model, Source
-from salsa_peft.data_files import load
+from salsa_peft.data import datasets as data
+from salsa_peft.data.files import load
+from salsa_peft.data.questions import questions
 from salsa_peft.generation import generate, row_seeds
 from salsa_peft.models import load_tokenizer
 from salsa_peft.policy_checks import check_tokenizer
 from salsa_peft.prompts import Encoder
-from salsa_peft.questions import questions
 from salsa_peft.rollout import pad_prompts
 from salsa_peft.units import reward_units, sft_units
 from salsa_peft.utils.errors import SalsaError

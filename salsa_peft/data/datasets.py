@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft import row_formats, row_parts
-from salsa_peft.chat_templates import text_ids
 from salsa_peft.config.schema import Recipe, Source
-from salsa_peft.data_files import check_characters, load
-from salsa_peft.message_formats import Messages
-from salsa_peft.message_formats import parse_messages as check_messages
-from salsa_peft.row_formats import Asked
-from salsa_peft.template_fields import CALLS, dropped, in_form, options_of, text_of, through_template
+from salsa_peft.data import row_formats, row_parts
+from salsa_peft.data.chat.template_fields import CALLS, dropped, in_form, options_of, text_of, through_template
+from salsa_peft.data.chat.templates import text_ids
+from salsa_peft.data.files import check_characters, load
+from salsa_peft.data.message_formats import Messages
+from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.row_formats import Asked
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:

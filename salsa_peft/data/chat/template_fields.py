@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from salsa_peft.assistant_masks import assistant_tokens
-from salsa_peft.chat_templates import ANSWER, USER, readable, remembered, rendered
-from salsa_peft.message_formats import Messages, tool_list
+from salsa_peft.data.chat.assistant_masks import assistant_tokens
+from salsa_peft.data.chat.templates import ANSWER, USER, readable, remembered, rendered
+from salsa_peft.data.message_formats import Messages, tool_list
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
 

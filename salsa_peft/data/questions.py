@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.config.schema import Source
-from salsa_peft.data import EMPTY_PROMPT, Odd, asked_of
-from salsa_peft.data_files import load
-from salsa_peft.message_formats import Messages
-from salsa_peft.row_parts import extras
-from salsa_peft.template_fields import dropped, in_form, options_of
+from salsa_peft.data.chat.template_fields import dropped, in_form, options_of
+from salsa_peft.data.datasets import EMPTY_PROMPT, Odd, asked_of
+from salsa_peft.data.files import load
+from salsa_peft.data.message_formats import Messages
+from salsa_peft.data.row_parts import extras
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 

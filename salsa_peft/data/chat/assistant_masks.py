@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.chat_templates import Messages, has_marks, readable, rendered, shared
-from salsa_peft.turn_ends import turn_of
+from salsa_peft.data.chat.templates import Messages, has_marks, readable, rendered, shared
+from salsa_peft.data.chat.turn_ends import turn_of
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:

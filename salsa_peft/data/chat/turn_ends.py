@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from salsa_peft.chat_templates import ANSWER, USER, forced, loses_bos, remembered, rendered, shared, variants
+from salsa_peft.data.chat.templates import ANSWER, USER, forced, loses_bos, remembered, rendered, shared, variants
 from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:

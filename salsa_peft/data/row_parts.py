@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salsa_peft.message_formats import Messages, from_json, hh_messages, is_hh, parse_messages, tool_list
+from salsa_peft.data.message_formats import Messages, from_json, hh_messages, is_hh, parse_messages, tool_list
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import kind_text, one_line, short
 

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from salsa_peft.message_formats import Messages, is_hh, parse_messages, untrained
-from salsa_peft.row_parts import (
+from salsa_peft.data.message_formats import Messages, is_hh, parse_messages, untrained
+from salsa_peft.data.row_parts import (
     Row,
     absent,
     after,

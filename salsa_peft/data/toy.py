@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from salsa_peft.toy_language import (
+from salsa_peft.data.toy_language import (
     GRADES,
     LENGTHS_IN,
     LENGTHS_OUT,

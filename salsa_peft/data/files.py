@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.schema import Source
-from salsa_peft.row_formats import EXPECTED, fits
+from salsa_peft.data.row_formats import EXPECTED, fits
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import kind_text, one_line, short
 
