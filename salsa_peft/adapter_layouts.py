@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from salsa_peft import float_arrays
-from salsa_peft.adapter_bases import base_folder
 from salsa_peft.adapter_folders import DEFAULTS, WEIGHTS
-from salsa_peft.adapter_names import PREFIX
+from salsa_peft.models.adapters.bases import base_folder
+from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
 

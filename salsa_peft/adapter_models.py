@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from salsa_peft.adapter_names import ORIGINAL, SAVED, TOKENS
+from salsa_peft.models.adapters.names import ORIGINAL, SAVED, TOKENS
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

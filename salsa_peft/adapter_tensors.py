@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from salsa_peft import float_arrays
 from salsa_peft.adapter_folders import CONFIG, CONVERT_PICKLE, PICKLED, WEIGHTS, WHY, check_manifest, read_config
 from salsa_peft.adapter_layouts import ConvertedFile, in_todays_layout
-from salsa_peft.adapter_names import PREFIX, plain_names
 from salsa_peft.adapter_targets import (
     EMBEDDINGS,
     WRAPPED,
@@ -32,6 +31,7 @@ from salsa_peft.adapter_targets import (
     target_rule,
 )
 from salsa_peft.float_arrays import DTYPES, Array
+from salsa_peft.models.adapters.names import PREFIX, plain_names
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import read_fingerprint
 from salsa_peft.utils.safetensors_io import SafetensorsFile

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from salsa_peft import adapters
 from salsa_peft.comparisons import clusters
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import Sampling
@@ -20,12 +19,13 @@ from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.turn_ends import ends
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
-from salsa_peft.function_reward import decode
-from salsa_peft.generation import respond
-from salsa_peft.rewards import Reward
-from salsa_peft.rollout import Responses, pad_prompts
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.generation import respond
+from salsa_peft.models.loader import Workbench, fitting
+from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.rewards.function import decode
+from salsa_peft.models.rewards.reward import Reward
 from salsa_peft.utils.statistics import mean_interval
-from salsa_peft.workbench import Workbench, fitting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

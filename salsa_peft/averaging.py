@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.adapter_bases import check_one_base, local_folder, require_same_family
+from salsa_peft.adapter_bases import check_one_base
 from salsa_peft.adapter_folders import CONFIG as ADAPTER_CONFIG
 from salsa_peft.adapter_folders import check_out
-from salsa_peft.architectures import config_of
 from salsa_peft.checkpoint_folders import check_weights, read_checkpoint
 from salsa_peft.checkpoint_output import check_free
 from salsa_peft.config.paths import HUB_ID
+from salsa_peft.models.adapters.bases import local_folder, require_same_family
+from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.provenance import provenance
 from salsa_peft.soup_result import SoupSummary
 from salsa_peft.stacked_adapter import StackedAdapter

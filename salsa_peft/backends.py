@@ -19,9 +19,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.generation import Recording, generate, row_seeds
-from salsa_peft.models import causal_lm, device
-from salsa_peft.rollout import Responses, pad_responses
+from salsa_peft.models.base import causal_lm, device
+from salsa_peft.models.generation import Recording, generate, row_seeds
+from salsa_peft.models.responses import Responses, pad_responses
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import out_of_memory
 from salsa_peft.vllm_backend import VLLM

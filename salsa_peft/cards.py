@@ -9,9 +9,9 @@ import subprocess
 from collections.abc import Collection
 from typing import NamedTuple
 
-from salsa_peft.architectures import of_recipe
 from salsa_peft.config.schema import Recipe
-from salsa_peft.memory import CONTEXT, GIB, STAGES, need, stages_of
+from salsa_peft.models.architectures.memory import CONTEXT, GIB, STAGES, need, stages_of
+from salsa_peft.models.architectures.sizes import of_recipe
 from salsa_peft.utils.errors import require
 
 LARGE = 2_000_000_000

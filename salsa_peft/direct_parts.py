@@ -15,9 +15,9 @@ import numpy as np
 
 from salsa_peft import float_arrays
 from salsa_peft.adapter_folders import CONFIG, MERGES
-from salsa_peft.adapter_names import PREFIX
 from salsa_peft.adapter_tensors import TOKENS, Member
 from salsa_peft.float_arrays import Array
+from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

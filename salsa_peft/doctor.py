@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import salsa_peft
-from salsa_peft import cards, memory, runs
+from salsa_peft import cards, runs
+from salsa_peft.models.architectures import memory
 from salsa_peft.utils.console import Parser, say, without_notes
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import holder as the_holder
@@ -194,7 +195,7 @@ def disk() -> Iterator[Finding]:
 def attention() -> Iterator[Finding]:
     """What `model.attention: auto` takes here."""
     from salsa_peft.config.schema import Model
-    from salsa_peft.models import attention as chosen
+    from salsa_peft.models.base import attention as chosen
 
     there = importlib.util.find_spec("flash_attn") is not None
     version = f"flash-attn {importlib.metadata.version('flash_attn')}" if there else "flash-attn not installed"

@@ -18,7 +18,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from salsa_peft import adapters, fastchat_files
+from salsa_peft import fastchat_files
 from salsa_peft.answers import Rows, answer, fitting_questions
 from salsa_peft.comparisons import clusters
 from salsa_peft.config.job import Job, policy_id
@@ -27,11 +27,12 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.landscape import measures
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.references import attach_reference, mixture, move_to
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
-from salsa_peft.workbench import Workbench, seeds_of
 
 PARTIAL = "partial"
 """Folder of answers on the way, a file a model and set."""

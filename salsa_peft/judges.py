@@ -157,7 +157,7 @@ def _reward(section: Judge, cache: Path | None, say: Say) -> Judging:
 
 
 def _function(section: Judge, cache: Path | None, say: Say) -> Judging:
-    from salsa_peft.function_reward import load_function
+    from salsa_peft.models.rewards.function import load_function
 
     return FunctionJudge(str(section.model), load_function(str(section.model)), section.concurrency)
 

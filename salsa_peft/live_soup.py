@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from salsa_peft import adapters
 from salsa_peft.live_factors import live_factors
+from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:

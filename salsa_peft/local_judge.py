@@ -21,10 +21,10 @@ from salsa_peft.chat_judge import Messages, Outcome
 from salsa_peft.config.judge import Judge
 from salsa_peft.data.chat.templates import readable
 from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.generation import WITHOUT_FLOAT64, choose, uniform_numbers
 from salsa_peft.judge_cache import Reply
-from salsa_peft.models import device, positions, resolve_dtype
-from salsa_peft.rollout import pad_prompts
+from salsa_peft.models.base import device, positions, resolve_dtype
+from salsa_peft.models.generation import WITHOUT_FLOAT64, choose, uniform_numbers
+from salsa_peft.models.responses import pad_prompts
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
 from salsa_peft.utils.hub import said_in_a_line

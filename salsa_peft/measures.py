@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from salsa_peft import adapters, rewards
 from salsa_peft.averaging import base_of, check_family, local
 from salsa_peft.checkpoint_alignment import align
 from salsa_peft.checkpoint_folders import read_checkpoint
@@ -23,14 +22,16 @@ from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.template_fields import in_form, trained_tokens
 from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.data.files import FILES
-from salsa_peft.function_reward import load_function
-from salsa_peft.generation import respond
 from salsa_peft.live_soup import LiveAdapters, LiveCheckpoints
-from salsa_peft.logprobs import head_of, token_logprobs
-from salsa_peft.models import causal_lm, hidden_states, load_base, load_tokenizer
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm, hidden_states, load_base, load_tokenizer
+from salsa_peft.models.generation import respond
+from salsa_peft.models.loader import Workbench, fitting
+from salsa_peft.models.logprobs import head_of, token_logprobs
+from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.models.rewards.function import load_function
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.workbench import Workbench, fitting
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from salsa_peft.config.job import Job
-    from salsa_peft.function_reward import Rows
     from salsa_peft.live_soup import LiveSoup
-    from salsa_peft.rewards import Reward
+    from salsa_peft.models.rewards.function import Rows
+    from salsa_peft.models.rewards.reward import Reward
     from salsa_peft.strategies import Measure
 
 

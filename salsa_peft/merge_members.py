@@ -17,9 +17,9 @@ import torch
 
 from salsa_peft.adapter_folders import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config
 from salsa_peft.adapter_models import AdapterModel, blank_model
-from salsa_peft.adapter_names import own_module, plain_names, unwrap
 from salsa_peft.adapter_tensors import Member
 from salsa_peft.checkpoint_folders import Checkpoint, default_names
+from salsa_peft.models.adapters.names import own_module, plain_names, unwrap
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import read_fingerprint
 from salsa_peft.utils.safetensors_io import SafetensorsFile

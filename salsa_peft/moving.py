@@ -17,8 +17,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from salsa_peft import adapters
-from salsa_peft.models import causal_lm
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm
 from salsa_peft.recompression import moments, recompress
 from salsa_peft.references import Frozen
 from salsa_peft.utils.errors import require

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from salsa_peft.classifier_reward import ClassifierReward
+from salsa_peft.models.rewards.classifier import ClassifierReward
+from salsa_peft.models.rewards.reward import Reward, WeightedReward
 from salsa_peft.references import Frozen
-from salsa_peft.rewards import Reward, WeightedReward
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:

@@ -14,12 +14,11 @@ from peft import PeftModel, PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from salsa_peft import adapters
 from salsa_peft.data.chat.turn_ends import ends_of, facts
-from salsa_peft.logit_scaling import check_head
-from salsa_peft.logprobs import head_of
-from salsa_peft.models import LOADED, causal_lm, keep_layout
-from salsa_peft.precision import OPTIMIZER, ROUNDING, rounds_stochastically
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import LOADED, causal_lm, keep_layout
+from salsa_peft.models.logprobs import check_head, head_of
+from salsa_peft.models.precision import OPTIMIZER, ROUNDING, rounds_stochastically
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

@@ -20,12 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from salsa_peft import adapters, lora_forward, losses, moving
+from salsa_peft import losses, moving
 from salsa_peft.backends import BACKENDS
 from salsa_peft.completions import show
 from salsa_peft.config.options.guards import parse
 from salsa_peft.guards import Bounds, Watch
-from salsa_peft.models import PolicyWithValueHead, causal_lm
+from salsa_peft.models.adapters import forward as lora_forward
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.responses import response_logprobs, response_values
+from salsa_peft.models.rewards.reward import Reward, adapter_in, as_reward
+from salsa_peft.models.sharding import check_sharding
+from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.policy_checks import check_model, check_tokenizer, check_trained
 from salsa_peft.ppo_callbacks import UpdateCallback
 from salsa_peft.ppo_config import RolloutBatches, RolloutLoader, SalsaPPOConfig
@@ -34,10 +40,7 @@ from salsa_peft.ppo_resume import ResumableTrainer
 from salsa_peft.ppo_saving import VALUE_ADAPTER
 from salsa_peft.prompts import Encoder
 from salsa_peft.references import Frozen, as_references
-from salsa_peft.rewards import Reward, adapter_in, as_reward
-from salsa_peft.rollout import response_logprobs, response_values
 from salsa_peft.rollout_batch import Rollout, RolloutMaker
-from salsa_peft.sharding import check_sharding
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import Room
 

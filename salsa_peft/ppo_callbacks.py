@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from salsa_peft import sharding
+from salsa_peft.models import sharding
 
 if TYPE_CHECKING:
     from salsa_peft.ppo import SalsaPPOTrainer

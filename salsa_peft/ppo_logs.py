@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from salsa_peft import checkpoints, losses
-from salsa_peft.function_reward import decode
 from salsa_peft.guards import repetition
-from salsa_peft.rollout import Responses
+from salsa_peft.models.responses import Responses
+from salsa_peft.models.rewards.function import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

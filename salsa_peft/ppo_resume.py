@@ -20,13 +20,14 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from salsa_peft import adapters, checkpoints, moving, ppo_setting
+from salsa_peft import checkpoints, moving, ppo_setting
 from salsa_peft.guards import Watch
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.rewards.reward import Reward
 from salsa_peft.ppo_callbacks import StopBetweenUpdates
 from salsa_peft.ppo_logs import Logs
 from salsa_peft.ppo_saving import SavingTrainer, stored
 from salsa_peft.references import Frozen
-from salsa_peft.rewards import Reward
 from salsa_peft.rollout_batch import Interrupted, Rollout, RolloutMaker
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError, require

@@ -19,8 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from salsa_peft import adapters, checkpoints, ppo_setting, sharding
-from salsa_peft.models import PolicyWithValueHead, causal_lm, load_weights, save_checkpoint
+from salsa_peft import checkpoints, ppo_setting
+from salsa_peft.models import sharding
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm, load_weights, save_checkpoint
+from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.ppo_config import SalsaPPOConfig
 from salsa_peft.utils.errors import SalsaError
 

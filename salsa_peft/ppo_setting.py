@@ -17,12 +17,12 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from salsa_peft import adapters
-from salsa_peft.classifier_reward import ClassifierReward
-from salsa_peft.function_reward import FunctionReward
-from salsa_peft.models import causal_lm
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.rewards.classifier import ClassifierReward
+from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.models.rewards.reward import AdapterReward, Reward, WeightedReward
 from salsa_peft.references import Frozen
-from salsa_peft.rewards import AdapterReward, Reward, WeightedReward
 
 if TYPE_CHECKING:
     from salsa_peft.ppo_config import SalsaPPOConfig

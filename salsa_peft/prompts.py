@@ -10,7 +10,7 @@ from salsa_peft.data.chat.template_fields import dropped, in_form, options_of
 from salsa_peft.data.chat.templates import adds_bos
 from salsa_peft.data.datasets import Odd, prompt_tokens
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.models import positions
+from salsa_peft.models.base import positions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from salsa_peft import base_checks, cards, disk, launching, processes, runs, units
+from salsa_peft import cards, disk, launching, processes, runs, units
 from salsa_peft.command_line import parse_args
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.judge import check_ready
@@ -27,6 +27,7 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data import check as source_checks
+from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.smaller import smaller
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require

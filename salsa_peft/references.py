@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from salsa_peft import adapters, same_base
 from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.references import Reference
 from salsa_peft.live_soup import LiveCheckpoints
-from salsa_peft.logit_scaling import check_head
-from salsa_peft.models import causal_lm
+from salsa_peft.models import base as same_base
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.loader import Workbench, local, seeds_of
+from salsa_peft.models.logprobs import check_head
 from salsa_peft.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
-from salsa_peft.workbench import Workbench, local, seeds_of
 
 EXPECTED = (
     "expected 'base', an adapter's name, an adapter's or a checkpoint's folder or Hub id, or a PreTrainedModel; of a PeftModel pass the"

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from salsa_peft import adapters
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets as data
-from salsa_peft.models import load_weights
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import load_weights
+from salsa_peft.models.loader import Bar, Workbench, mean_loss, note_left_out, quiet
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
-from salsa_peft.workbench import Bar, Workbench, mean_loss, note_left_out, quiet
 
 SPLIT_SEED = 0
 FEW = 30

@@ -18,15 +18,10 @@ from torch import Tensor
 from salsa_peft import losses
 from salsa_peft.backends import Backend
 from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.function_reward import decode
-from salsa_peft.generation import Recording, row_seeds
-from salsa_peft.logprobs import Head, head_of
-from salsa_peft.models import PolicyWithValueHead, causal_lm, hidden_states
-from salsa_peft.offload import place
-from salsa_peft.prompts import Prompt
-from salsa_peft.references import Frozen
-from salsa_peft.rewards import Reward, RunningScale, take_figures
-from salsa_peft.rollout import (
+from salsa_peft.models.base import causal_lm, hidden_states
+from salsa_peft.models.generation import Recording, row_seeds
+from salsa_peft.models.logprobs import Head, head_of
+from salsa_peft.models.responses import (
     Responses,
     concatenate,
     kl_to_reference,
@@ -35,7 +30,13 @@ from salsa_peft.rollout import (
     response_values,
     widen,
 )
-from salsa_peft.sharding import gathered, keep_whole
+from salsa_peft.models.rewards.function import decode
+from salsa_peft.models.rewards.reward import Reward, RunningScale, take_figures
+from salsa_peft.models.sharding import gathered, keep_whole
+from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.offload import place
+from salsa_peft.prompts import Prompt
+from salsa_peft.references import Frozen
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import Room
 

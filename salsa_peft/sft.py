@@ -18,19 +18,22 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from salsa_peft import adapters, base_checks, same_base, taken_results
-from salsa_peft.adapters import check_finite, in_float32, is_quantised, lora_config, read_tensors
-from salsa_peft.auto_models import only_language
+from salsa_peft import taken_results
 from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Adapter
 from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.template_fields import trained_tokens
-from salsa_peft.logit_scaling import check_head
+from salsa_peft.models import base as same_base
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.lora import check_finite, in_float32, is_quantised, lora_config, read_tensors
+from salsa_peft.models.architectures import checks as base_checks
+from salsa_peft.models.base import only_language
+from salsa_peft.models.loader import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
+from salsa_peft.models.logprobs import check_head
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from salsa_peft.workbench import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset

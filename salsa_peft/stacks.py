@@ -15,11 +15,11 @@ import numpy as np
 
 from salsa_peft import float_arrays
 from salsa_peft.adapter_folders import MERGES
-from salsa_peft.adapter_names import PREFIX
 from salsa_peft.adapter_targets import WRAPPED, registered
 from salsa_peft.adapter_tensors import Factors, Member, unnested
 from salsa_peft.direct_parts import wrapped
 from salsa_peft.float_arrays import Array
+from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.recompression import Moments
 from salsa_peft.utils.errors import require
 

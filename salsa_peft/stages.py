@@ -31,7 +31,7 @@ def toy(job: Job) -> dict[str, Any]:
 def soup(job: Job) -> dict[str, Any]:
     """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
     from salsa_peft.averaging import soup as cook
-    from salsa_peft.workbench import Workbench
+    from salsa_peft.models.loader import Workbench
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"

@@ -12,17 +12,16 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.adapter_bases import require_same_family
 from salsa_peft.adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
-from salsa_peft.adapter_names import plain_names
-from salsa_peft.architectures import config_of
-from salsa_peft.base_checks import EXPERTS, require_targets
 from salsa_peft.checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.rewards import check_classifier_folder
 from salsa_peft.config.schema import Recipe
-from salsa_peft.score_heads import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, trained_module
+from salsa_peft.models.adapters.bases import require_same_family
+from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
+from salsa_peft.models.architectures.checks import EXPERTS, require_targets
+from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
 from salsa_peft.utils.hub import said_in_a_line

@@ -13,24 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from salsa_peft import adapters, models, rewards
 from salsa_peft.config.job import Job
 from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.template_fields import in_form, options_of
 from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.models import base as models
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.loader import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
+from salsa_peft.models.responses import pad_responses
+from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.policies import merge, play
 from salsa_peft.reward_model import SPLIT_SEED, accuracy
-from salsa_peft.rollout import pad_responses
 from salsa_peft.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
-from salsa_peft.workbench import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from salsa_peft.models.rewards.reward import Reward
     from salsa_peft.references import Frozen
-    from salsa_peft.rewards import Reward
 
 
 def run(job: Job) -> dict[str, Any]:

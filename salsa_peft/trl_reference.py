@@ -24,7 +24,8 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from salsa_peft import adapters, moving
+from salsa_peft import moving
+from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.references import Frozen, as_references
 from salsa_peft.utils.errors import require
 

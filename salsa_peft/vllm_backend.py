@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.generation import Recording
-from salsa_peft.merged import merged_parameters
-from salsa_peft.models import causal_lm, device
-from salsa_peft.rollout import Responses, pad_responses
+from salsa_peft.models.adapters.merged import merged_parameters
+from salsa_peft.models.base import causal_lm, device
+from salsa_peft.models.generation import Recording
+from salsa_peft.models.responses import Responses, pad_responses
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:

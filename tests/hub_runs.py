@@ -23,7 +23,8 @@ import torch
 import transformers
 from peft import PeftModel
 
-from salsa_peft import auto_models, processes, recipe
+from salsa_peft import processes, recipe
+from salsa_peft.models import base as auto_models
 from salsa_peft.rollout_batch import RolloutMaker
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "hub"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salsa_peft import adapters
 from salsa_peft.data import toy_language as toy
-from salsa_peft.models import causal_lm
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm
 from salsa_peft.ppo import SalsaPPOTrainer
 from salsa_peft.rollout_batch import Rollout
 

@@ -12,7 +12,8 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import DistributedType, PartialState
 
-    from salsa_peft import workbench, worker
+    from salsa_peft import worker
+    from salsa_peft.models import loader as workbench
 
     arguments = workbench.training_arguments
 

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import answers, comparisons, evaluate, fastchat_files, generation
+from salsa_peft import answers, comparisons, evaluate, fastchat_files
 from salsa_peft.answers import answer
 from salsa_peft.comparisons import clusters
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Evaluate, Generation, Model
 from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.data.questions import Question
-from salsa_peft.generation import generate, row_seeds
-from salsa_peft.rollout import Responses
+from salsa_peft.models import generation
+from salsa_peft.models.generation import generate, row_seeds
+from salsa_peft.models.responses import Responses
 from salsa_peft.utils.files import json_lines
 
 WORDS = ["owl", "saw", "fig", "cod", "oak"]

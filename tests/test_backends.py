@@ -20,17 +20,18 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import CompileConfig
 
-from salsa_peft import adapters, backends, vllm_backend
+from salsa_peft import backends, vllm_backend
 from salsa_peft.backends import BACKENDS, HF, CompiledHF, Paged
 from salsa_peft.config.options.rollout import OPTIONS
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
-from salsa_peft.generation import Recording
-from salsa_peft.logprobs import head_of
-from salsa_peft.merged import merged_parameters
-from salsa_peft.models import hidden_states
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.merged import merged_parameters
+from salsa_peft.models.base import hidden_states
+from salsa_peft.models.generation import Recording
+from salsa_peft.models.logprobs import head_of
+from salsa_peft.models.responses import Responses, response_logprobs
 from salsa_peft.ppo_config import SalsaPPOConfig
-from salsa_peft.rollout import Responses, response_logprobs
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.vllm_backend import VLLM
 

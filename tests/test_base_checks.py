@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import base_checks
+from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.utils.errors import SalsaError
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from test_memory import paper
 
-from salsa_peft import cards, memory, recipe, runs
+from salsa_peft import cards, recipe, runs
 from salsa_peft.config.job import Unit
 from salsa_peft.config.load import load_recipe
-from salsa_peft.memory import GIB, Need, need
+from salsa_peft.models.architectures import memory
+from salsa_peft.models.architectures.memory import GIB, Need, need
 from salsa_peft.utils.errors import SalsaError
 
 

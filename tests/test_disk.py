@@ -14,7 +14,7 @@ from test_memory import paper
 from salsa_peft import cards, disk, recipe, runs
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
-from salsa_peft.memory import GIB
+from salsa_peft.models.architectures.memory import GIB
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 SMALL = """

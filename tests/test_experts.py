@@ -14,9 +14,10 @@ from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
 from test_ppo_gradients import check_gradients
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, moving, reward_model
-from salsa_peft.merged import merged_parameters
-from salsa_peft.models import causal_lm
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, moving, reward_model
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.merged import merged_parameters
+from salsa_peft.models.base import causal_lm
 from salsa_peft.references import Frozen
 from salsa_peft.utils.errors import SalsaError
 

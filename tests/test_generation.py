@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
-from salsa_peft import generation
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
-from salsa_peft.generation import Recording, choose, generate, respond, row_seeds, uniform_numbers
-from salsa_peft.rollout import Responses
+from salsa_peft.models import generation
+from salsa_peft.models.generation import Recording, choose, generate, respond, row_seeds, uniform_numbers
+from salsa_peft.models.responses import Responses
 
 PAD, BOS, EOS = 0, 1, 2
 BELOW_ONE = 1 - 2**-53

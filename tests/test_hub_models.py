@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from salsa_peft import adapters, auto_models
+from salsa_peft.models import base as auto_models
+from salsa_peft.models.adapters import lora as adapters
 
 REFUSED = {"llama-3.1-8b-instruct-int8": "is quantised already"}
 """Families that can't be trained on, and what is said of them."""

@@ -15,11 +15,9 @@ from masked import PROPERTY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from salsa_peft import logprobs
-from salsa_peft.auto_models import trunk
-from salsa_peft.logit_scaling import LogitScaling, check_head
-from salsa_peft.logprobs import Head, full_kl, head_of, token_logprobs
-from salsa_peft.models import hidden_states
+from salsa_peft.models import logprobs
+from salsa_peft.models.base import hidden_states, trunk
+from salsa_peft.models.logprobs import Head, LogitScaling, check_head, full_kl, head_of, token_logprobs
 from salsa_peft.utils.errors import SalsaError
 
 N, H, V, EOS = 11, 8, 13, 2

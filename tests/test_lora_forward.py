@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from salsa_peft import adapters, lora_forward
+from salsa_peft.models.adapters import forward as lora_forward
+from salsa_peft.models.adapters import lora as adapters
 
 
 class Two(nn.Module):

@@ -11,11 +11,11 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from salsa_peft import memory
-from salsa_peft.architectures import KNOWN, Architecture, of_recipe
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
-from salsa_peft.memory import GIB, Need, choose_precision, need
+from salsa_peft.models.architectures import memory
+from salsa_peft.models.architectures.memory import GIB, Need, choose_precision, need
+from salsa_peft.models.architectures.sizes import KNOWN, Architecture, of_recipe
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

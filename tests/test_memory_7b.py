@@ -118,7 +118,7 @@ def test_the_targets(script: Any) -> None:
 
 def test_what_a_token_step_reads_is_counted(script: Any, tmp_path: Path) -> None:
     """Llama-2-7B: every weight but the input embeddings, in bf16; of LoRA the adapter besides, in float32."""
-    from salsa_peft.architectures import of_recipe
+    from salsa_peft.models.architectures.sizes import of_recipe
 
     args = script.parse(["--device", "cpu"])
     (tmp_path / "base").mkdir()
@@ -154,7 +154,8 @@ def test_on_cuda_the_cap_holds_the_allocator_and_peaks_are_its(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cap less CUDA's own, as a share of the card; the peak is what was reserved and what lies outside the allocator."""
-    from salsa_peft import memory, policies
+    from salsa_peft import policies
+    from salsa_peft.models.architectures import memory
 
     args = script.parse(["--config", "tiny", "--updates", "1", "--cap", "lora=24"])
     script.make(args, tmp_path)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from test_pipeline import SMALL, read, unit
 from transformers import GemmaConfig, LlamaConfig, MistralConfig
 
-from salsa_peft import adapters, processes, recipe, workbench
+from salsa_peft import processes, recipe
 from salsa_peft.data.toy import make_tokenizer
+from salsa_peft.models import loader as workbench
+from salsa_peft.models.adapters import lora as adapters
 
 SIZES = {
     "hidden_size": 64,
@@ -95,8 +97,8 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
     from salsa_peft.landscape import moving
+    from salsa_peft.models.loader import Workbench
     from salsa_peft.references import mixture, move_to
-    from salsa_peft.workbench import Workbench
 
     base = make_base(kind, tmp_path / "base")
     inputs = {f"sft/seed-{number}": tmp_path / f"seed-{number}" for number in (0, 1)}
@@ -207,7 +209,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     from peft import get_peft_model
 
     from salsa_peft.config.schema import Adapter, Model
-    from salsa_peft.models import load_base
+    from salsa_peft.models.base import load_base
     from salsa_peft.reward_model import copy_adapter
 
     folder = make_base("llama", tmp_path / "base")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from salsa_peft import adapters, moving, units
+from salsa_peft import moving, units
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.references import parse_reference
-from salsa_peft.models import causal_lm
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm
 from salsa_peft.references import Frozen, attach_reference
 from salsa_peft.trl_reference import use_reference
 from salsa_peft.utils import fingerprints as runs

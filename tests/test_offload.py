@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 
 from salsa_peft import offload
-from salsa_peft.classifier_reward import ClassifierReward
+from salsa_peft.models.rewards.classifier import ClassifierReward
+from salsa_peft.models.rewards.reward import Part, WeightedReward
 from salsa_peft.offload import Parked
-from salsa_peft.rewards import Part, WeightedReward
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -158,13 +158,13 @@ def test_seeds_differ_and_the_policy_starts_at_seed_0(run: Path) -> None:
 
 def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) -> None:
     """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
-    from salsa_peft import adapters
     from salsa_peft.config.load import load_recipe
     from salsa_peft.config.schema import Generation, Source
     from salsa_peft.data import datasets as data
-    from salsa_peft.generation import respond
-    from salsa_peft.models import load_base, load_tokenizer
-    from salsa_peft.rewards import AdapterReward
+    from salsa_peft.models.adapters import lora as adapters
+    from salsa_peft.models.base import load_base, load_tokenizer
+    from salsa_peft.models.generation import respond
+    from salsa_peft.models.rewards.reward import AdapterReward
 
     recipe = load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe
     toy = unit(run, "toy")
@@ -189,11 +189,11 @@ def test_the_reward_model_scores_as_trls_trainer_does(run: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from salsa_peft import adapters
     from salsa_peft.config.schema import Model
-    from salsa_peft.models import load_base, load_tokenizer
-    from salsa_peft.rewards import AdapterReward
-    from salsa_peft.rollout import Responses
+    from salsa_peft.models.adapters import lora as adapters
+    from salsa_peft.models.base import load_base, load_tokenizer
+    from salsa_peft.models.responses import Responses
+    from salsa_peft.models.rewards.reward import AdapterReward
 
     base, folder = unit(run, "toy") / "base", unit(run, "reward")
     tokenizer = load_tokenizer(str(base))
@@ -316,10 +316,10 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
 
     from salsa_peft.config.load import load_recipe
     from salsa_peft.config.references import Reference
-    from salsa_peft.models import load_tokenizer
+    from salsa_peft.models.base import load_tokenizer
+    from salsa_peft.models.loader import Workbench
     from salsa_peft.utils.errors import SalsaError
     from salsa_peft.utils.fingerprints import base_fingerprint
-    from salsa_peft.workbench import Workbench
 
     base = unit(run, "toy") / "base"
     bench = Workbench(load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe, base, "base", None)  # type: ignore[arg-type]

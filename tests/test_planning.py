@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from test_memory import paper
 
-from salsa_peft import cards, memory, recipe
-from salsa_peft.memory import GIB, need
+from salsa_peft import cards, recipe
+from salsa_peft.models.architectures import memory
+from salsa_peft.models.architectures.memory import GIB, need
 from salsa_peft.planning import advice
 
 ONE = ("ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")

@@ -23,10 +23,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
-from salsa_peft.logit_scaling import check_head
-from salsa_peft.models import PolicyWithValueHead
-from salsa_peft.score_heads import SCORE_HEAD
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.models.logprobs import check_head
+from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -11,9 +11,10 @@ import torch
 from plain_ppo import PROMPTS, gradients, length_reward, plain_logprobs, plain_loss, roll_out
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from salsa_peft import SalsaPPOConfig, adapters
+from salsa_peft import SalsaPPOConfig
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.ppo import SalsaPPOTrainer
-from salsa_peft.score_heads import SCORE_HEAD
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, precision
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.models import precision
 from salsa_peft.utils.errors import SalsaError
 
 torchao = pytest.mark.skipif(not precision.find_spec("torchao"), reason="needs torchao: pip install 'salsa-peft[full]'")

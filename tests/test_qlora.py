@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from plain_ppo import PROMPTS, gradients, length_reward, plain_logprobs, roll_out
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.utils.errors import SalsaError
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'salsa-peft[qlora]'")

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from salsa_peft import models
 from salsa_peft.data import datasets as data
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
+from salsa_peft.models import base as models
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "recipes" / "chat_templates"
 CHAT = [

@@ -179,13 +179,13 @@ def die_inside_a_save(call: int, moment: str) -> None:
         Path.rename = wrap(Path.rename, False)  # type: ignore[method-assign]
         return
     torch.save = wrap(torch.save, True)
-    import salsa_peft.adapters
+    import salsa_peft.models.adapters.lora
     import salsa_peft.ppo_resume
     import salsa_peft.ppo_saving
 
     salsa_peft.ppo_resume.save_file = wrap(salsa_peft.ppo_resume.save_file, True)
     salsa_peft.ppo_saving.save_file = wrap(salsa_peft.ppo_saving.save_file, True)
-    salsa_peft.adapters.save_file = wrap(salsa_peft.adapters.save_file, True)
+    salsa_peft.models.adapters.lora.save_file = wrap(salsa_peft.models.adapters.lora.save_file, True)
 
 
 @pytest.mark.slow

@@ -16,14 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from salsa_peft import adapters, recipe, report_input, rewards
-from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
+from salsa_peft import recipe, report_input
 from salsa_peft.config.rewards import find_module, parse_reward
 from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
 from salsa_peft.data import datasets as data
-from salsa_peft.function_reward import FunctionReward, load_function
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
+from salsa_peft.models.rewards.function import FunctionReward, load_function
 from salsa_peft.recipe import load as load_recipe
-from salsa_peft.rollout import Responses, pad_prompts
 from salsa_peft.runs import plan
 from salsa_peft.utils.errors import SalsaError
 
@@ -210,7 +212,7 @@ class TestFunction:
         """Whatever stands in the logs of an update and of an evaluation."""
         from plain_ppo import PROMPTS
 
-        from salsa_peft.function_reward import TAKEN
+        from salsa_peft.models.rewards.function import TAKEN
 
         trainer = make_trainer(max_steps=1, eval_dataset=PROMPTS[:2])
         trainer.train()

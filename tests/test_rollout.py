@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from salsa_peft import adapters, losses
+from salsa_peft import losses
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
-from salsa_peft.generation import generate, respond, row_seeds
-from salsa_peft.logprobs import head_of
-from salsa_peft.models import hidden_states
-from salsa_peft.rollout import (
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import hidden_states
+from salsa_peft.models.generation import generate, respond, row_seeds
+from salsa_peft.models.logprobs import head_of
+from salsa_peft.models.responses import (
     Responses,
     forbidden_eos,
     kl_to_reference,

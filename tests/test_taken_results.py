@@ -18,11 +18,14 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import adapters, base_checks, recipe, rewards, sft, taken_results
-from salsa_peft.adapter_bases import require_same_family
+from salsa_peft import recipe, sft, taken_results
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Adapter
 from salsa_peft.data.toy import make_tokenizer
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.bases import require_same_family
+from salsa_peft.models.architectures import checks as base_checks
+from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.references import as_references
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint
@@ -338,7 +341,7 @@ def plain_scores(model: Any) -> torch.Tensor:
 
 
 def responses() -> Any:
-    from salsa_peft.rollout import pad_responses
+    from salsa_peft.models.responses import pad_responses
 
     tokenizer = make_tokenizer()
     prompts, answers = [row[:3].tolist() for row in IDS], [row[3:].tolist() for row in IDS]

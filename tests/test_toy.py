@@ -191,8 +191,8 @@ def test_preferences_are_ordered_by_gold(world: Path) -> None:
 
 def test_gold_is_told_of_special_tokens_in_the_middle_of_an_answer(tokenizer) -> None:
     """As the stages call it: a <pad> between the words is a wrong word, the EOS that ends the answer is none."""
-    from salsa_peft.function_reward import FunctionReward
-    from salsa_peft.rollout import Responses
+    from salsa_peft.models.responses import Responses
+    from salsa_peft.models.rewards.function import FunctionReward
 
     asked = [{"role": "user", "content": f"copy {language.WORDS[0]} {language.WORDS[1]}"}]
     prompt = torch.tensor([tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]])

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from salsa_peft import adapters, checkpoints, logprobs, losses
+from salsa_peft import checkpoints, losses
+from salsa_peft.models import logprobs
+from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.ppo import SalsaPPOTrainer
 
 PAD, EOS = 0, 2

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from salsa_peft import trl_policies, units
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.data import datasets as data
-from salsa_peft.function_reward import FunctionReward
+from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.recipe import load as load_recipe
 from salsa_peft.reward_model import SPLIT_SEED
 from salsa_peft.utils import fingerprints as runs

@@ -26,7 +26,8 @@ from trl import (
 )
 
 import salsa_peft
-from salsa_peft import adapters, averaging
+from salsa_peft import averaging
+from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.references import Frozen
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint

@@ -14,18 +14,21 @@ import pytest
 import torch
 from made_tokenizers import make
 
-from salsa_peft import generation, models, rewards, rollout
 from salsa_peft.config import paths
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data import datasets as data
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.function_reward import FunctionReward
-from salsa_peft.logprobs import Head
+from salsa_peft.models import base as models
+from salsa_peft.models import generation
+from salsa_peft.models import responses as rollout
+from salsa_peft.models.logprobs import Head
+from salsa_peft.models.responses import response_logprobs
+from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.policy_checks import check_tokenizer
 from salsa_peft.prompts import Encoder
-from salsa_peft.rollout import response_logprobs
 from salsa_peft.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 

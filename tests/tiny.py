@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from plain_ppo import PROMPTS, length_reward
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.models.adapters import lora as adapters
 
 
 def make_base(tokenizer: Any, seed: int = 0, **options: Any) -> LlamaForCausalLM:

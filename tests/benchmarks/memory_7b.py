@@ -48,7 +48,7 @@ BATCH, SHARD = 8, 2 * 10**9
 
 def sizes(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """config.json of the model, and tokens of a prompt and of a response."""
-    from salsa_peft.architectures import KNOWN
+    from salsa_peft.models.architectures.sizes import KNOWN
 
     if args.config == "tiny":
         return TINY, args.tokens or 24
@@ -64,7 +64,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from salsa_peft.data.toy import make_tokenizer
-    from salsa_peft.score_heads import SCORE_HEAD
+    from salsa_peft.models.adapters.names import SCORE_HEAD
 
     given, length = sizes(args)
     config = AutoConfig.for_model(**given, max_position_embeddings=max(64, 2 * length), dtype="bfloat16")
@@ -243,8 +243,8 @@ def planned(args: argparse.Namespace, folder: Path, mode: str, compiled: bool) -
     """Recipe, its sizes, what memory.py plans for it, and why it is left out: nothing is, but full-master on a card too small."""
     import torch
 
-    from salsa_peft import memory
-    from salsa_peft.architectures import of_recipe
+    from salsa_peft.models.architectures import memory
+    from salsa_peft.models.architectures.sizes import of_recipe
 
     card = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else None
     recipe = recipe_of(args, folder, mode, compiled)
@@ -275,7 +275,8 @@ def one(args: argparse.Namespace, mode: str, folder: Path, compiled: bool = Fals
     """A mode in this process."""
     import torch
 
-    from salsa_peft import memory, policies
+    from salsa_peft import policies
+    from salsa_peft.models.architectures import memory
     from salsa_peft.utils.errors import SalsaError
 
     cap = args.caps.get(mode)
@@ -317,7 +318,7 @@ def peaks(watch: Watch) -> dict[str, Any]:
 
 def ratios(plan: Any, watch: Watch) -> dict[str, Any]:
     """The plan over what was measured: all of it, and without CUDA's own and the allocator's waste over what tensors took."""
-    from salsa_peft import memory
+    from salsa_peft.models.architectures import memory
 
     allocated, reserved = (max(peak[place] for peak in watch.peaks.values()) for place in (0, 1))
     on_card = reserved + watch.outside
@@ -352,7 +353,7 @@ def speeds(args: argparse.Namespace, watch: Watch, recipe: Any, size: Any) -> di
 def bytes_read(recipe: Any, size: Any) -> float:
     """By one token step: linear layers in bf16 or nf4, norms and output embeddings in bf16, the adapter in float32; of the input embeddings
     a few rows."""
-    from salsa_peft import memory
+    from salsa_peft.models.architectures import memory
 
     looked_up = 0 if size.tied else size.vocabulary * size.hidden
     linears = memory.NF4.get(recipe.model.quantization or "", 2) * size.in_linears
@@ -483,7 +484,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_disk(args: argparse.Namespace) -> None:
     """Raise SystemExit where the checkpoint, and a policy of full weights, would not find room."""
-    from salsa_peft.architectures import Architecture
+    from salsa_peft.models.architectures.sizes import Architecture
 
     copies = 1 + any(mode.startswith("full") for mode in args.modes.split(","))
     needed = 2.1 * copies * Architecture.of(sizes(args)[0]).parameters + 1.5e9 * (args.config != "tiny")

@@ -62,8 +62,8 @@ def adapter_folders(base: Any, tokenizer: Any, folder: Path) -> dict[str, Path]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from salsa_peft import adapters
-    from salsa_peft.score_heads import SCORE_HEAD
+    from salsa_peft.models.adapters import lora as adapters
+    from salsa_peft.models.adapters.names import SCORE_HEAD
     from salsa_peft.stacked_adapter import StackedAdapter
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -90,12 +90,13 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     import torch
     from transformers import PrinterCallback, TrainerCallback
 
-    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
+    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
     from salsa_peft.config.options.toy import Toy
     from salsa_peft.config.schema import Model
     from salsa_peft.data import toy
     from salsa_peft.data.toy_language import MAX_NEW_TOKENS
-    from salsa_peft.models import load_base, load_tokenizer
+    from salsa_peft.models.adapters import lora as adapters
+    from salsa_peft.models.base import load_base, load_tokenizer
 
     torch.set_num_threads(1)
     world = Toy(pretrain_steps=60, pretrain_examples=1000, demonstrations=64, preferences=128, prompts=updates * BATCH,

@@ -29,9 +29,10 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
     torch.set_num_threads(1)
     from peft import LoraConfig, get_peft_model
 
-    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters
+    from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
     from salsa_peft.config.schema import Model
-    from salsa_peft.models import load_base
+    from salsa_peft.models.adapters import lora as adapters
+    from salsa_peft.models.base import load_base
 
     tokenizer = _tokenizer(folder)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -63,7 +64,7 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
 
 def _tokenizer(folder: str) -> Any:
     from salsa_peft.config.paths import bundled
-    from salsa_peft.models import load_tokenizer
+    from salsa_peft.models.base import load_tokenizer
 
     return load_tokenizer(folder, chat_template=str(bundled("recipes") / "chat_templates" / "chatml.jinja"))
 

@@ -54,7 +54,7 @@ def visit(
 
 def expect(model: Any, active: tuple[str, ...]) -> None:
     """Raise unless these adapters are active in every adapted layer; (): adapters are off."""
-    from salsa_peft import adapters
+    from salsa_peft.models.adapters import lora as adapters
 
     layers = adapters.tuner_layers(model)
     found = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
@@ -64,7 +64,7 @@ def expect(model: Any, active: tuple[str, ...]) -> None:
 
 def trainable_references(model: Any) -> int:
     """Weights of the adapters other than the policy's that require grad: 0 is right."""
-    from salsa_peft import adapters
+    from salsa_peft.models.adapters import lora as adapters
 
     return sum(p.requires_grad for name in ADAPTERS[1:] for p in adapters.parameters(model, name))
 
@@ -74,7 +74,7 @@ def measure(folder: str, repeats: int) -> dict[str, Any]:
     import torch
     from trl.trainer.utils import use_adapter
 
-    from salsa_peft import adapters
+    from salsa_peft.models.adapters import lora as adapters
 
     torch.set_num_threads(1)
     model = build(folder)

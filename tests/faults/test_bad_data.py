@@ -22,14 +22,14 @@ from salsa_peft.config.schema import Generation, Model, Source
 from salsa_peft.data import datasets as data
 from salsa_peft.data.files import load
 from salsa_peft.data.questions import questions
-from salsa_peft.generation import generate, row_seeds
-from salsa_peft.models import load_tokenizer
+from salsa_peft.models.base import load_tokenizer
+from salsa_peft.models.generation import generate, row_seeds
+from salsa_peft.models.loader import fitting
+from salsa_peft.models.responses import pad_prompts
 from salsa_peft.policy_checks import check_tokenizer
 from salsa_peft.prompts import Encoder
-from salsa_peft.rollout import pad_prompts
 from salsa_peft.units import reward_units, sft_units
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.workbench import fitting
 
 ROOT = Path(__file__).resolve().parents[2]
 

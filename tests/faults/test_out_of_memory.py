@@ -15,7 +15,7 @@ import torch
 from salsa_peft import processes, recipe
 from salsa_peft.backends import CompiledHF
 from salsa_peft.config.load import load_recipe
-from salsa_peft.models import causal_lm
+from salsa_peft.models.base import causal_lm
 from salsa_peft.rollout_batch import Rollout
 from salsa_peft.smaller import smaller
 from salsa_peft.utils.errors import SalsaError
@@ -127,9 +127,9 @@ class TestEngine:
         """The scores are the same."""
         from tiny import make_adapter
 
-        from salsa_peft import adapters
-        from salsa_peft.rewards import AdapterReward
-        from salsa_peft.score_heads import SCORE_HEAD
+        from salsa_peft.models.adapters import lora as adapters
+        from salsa_peft.models.adapters.names import SCORE_HEAD
+        from salsa_peft.models.rewards.reward import AdapterReward
 
         source = make_adapter(make_base(), "reward", 7)
         folder = tmp_path / "reward"

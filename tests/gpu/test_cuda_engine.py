@@ -16,7 +16,9 @@ import torch
 from plain_ppo import PROMPTS, gradients, length_reward, roll_out
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, adapters, precision
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
+from salsa_peft.models import precision
+from salsa_peft.models.adapters import lora as adapters
 
 FIGURES = ("objective/kl", "objective/scores", "objective/entropy", "loss/policy_avg", "loss/value_avg")
 
@@ -86,7 +88,7 @@ def test_a_bf16_base_holds_float32_adapters(
 ) -> None:
     """As a recipe loads it: two updates move float32 adapters and head, and no byte of the base; the first ratio is 1."""
     from salsa_peft.config.schema import Model
-    from salsa_peft.models import load_base
+    from salsa_peft.models.base import load_base
 
     make_base().save_pretrained(tmp_path / "base")
     model: Any = load_base(str(tmp_path / "base"), Model(dtype="bfloat16"), tokenizer)
@@ -211,7 +213,7 @@ def test_vllm(make_base: Any, make_adapter: Any, tokenizer: Any, on_gpu: dict[st
 def test_flash_attention_is_sdpas(make_base: Any, tokenizer: Any, tmp_path: Path, device: torch.device) -> None:
     """Left-padded prompts through both; on a CPU eager attention is the other."""
     from salsa_peft.config.schema import Model
-    from salsa_peft.models import hidden_states, load_base
+    from salsa_peft.models.base import hidden_states, load_base
 
     cuda = device.type == "cuda"
     if cuda:
@@ -260,7 +262,7 @@ def test_four_bits_train_adapters_and_no_base(
     one where there is a card to page."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     from salsa_peft.config.schema import Model
-    from salsa_peft.models import load_base
+    from salsa_peft.models.base import load_base
 
     make_base(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     optimizer = "adamw_torch" if on_gpu["use_cpu"] else "paged_adamw_32bit"
@@ -360,7 +362,7 @@ def test_a_soup_of_checkpoints_is_a_cpus(tmp_path: Path, device: torch.device, s
 
 def test_an_adapter_merges_as_peft_merges_it(make_base: Any, make_adapter: Any, device: torch.device) -> None:
     """On the card, in bf16: what vLLM is given. The base that all roles share keeps its bytes."""
-    from salsa_peft.merged import merged_parameters
+    from salsa_peft.models.adapters.merged import merged_parameters
 
     model = make_adapter(make_adapter(make_base().to(device, torch.bfloat16), "policy", 1), "soup", 2)
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}

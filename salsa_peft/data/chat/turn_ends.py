@@ -7,7 +7,6 @@ A turn is rendered by the chat template and looked at: many templates end a turn
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -16,10 +15,8 @@ from salsa_peft.data.chat.templates import ANSWER, USER, forced, loses_bos, reme
 from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from salsa_peft.rollout import Responses
 
 CHAT = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 
@@ -89,17 +86,6 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, lm: Any) -> tuple[int, ...]:
     return ends(tokenizer, lm.generation_config, lm.config.get_text_config(decoder=True).vocab_size)
 
 
-def closed(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: Turn) -> Tensor:
-    """(B,) bool: responses that the template's own end of a turn closed, after a prompt that asks for a turn; a text need not."""
-    asked = [
-        not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
-        for row in rows
-    ]
-    last = responses.response_ids.gather(-1, (responses.lengths - 1).clamp(min=0)[:, None]).squeeze(-1)
-    # a token that no vocabulary has, where the template has no end of a turn
-    return (last == (-1 if turn.end is None else turn.end)) & last.new_tensor(list(map(bool, asked))).bool()
-
-
 def facts(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str]:
     """What is worth telling about a tokenizer, its template and the `ends` of a response, a line each."""
     lines = []
@@ -126,9 +112,6 @@ def facts(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str
             "its chat template writes no token that ends an assistant's turn: SFT teaches none, and responses may run to the limit"
         )
     return lines
-
-
-# ------------------------------------------------------------------ padding
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, taken: tuple[int, ...]) -> str:

@@ -23,14 +23,19 @@ from transformers import (
     TrainerCallback,
 )
 
-from salsa_peft import adapters, base_checks, memory, models, precision, same_base, sharding
-from salsa_peft.auto_models import language_model
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.references import Reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.datasets import prompt_tokens
+from salsa_peft.models import base as models
+from salsa_peft.models import base as same_base
+from salsa_peft.models import precision, sharding
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.architectures import checks as base_checks
+from salsa_peft.models.architectures import memory
+from salsa_peft.models.base import language_model
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from salsa_peft.architectures import Architecture, of_base, of_recipe
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.schema import Recipe
+from salsa_peft.models.architectures.sizes import Architecture, of_base, of_recipe
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.architectures import config_of
 from salsa_peft.config.schema import Recipe
+from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 

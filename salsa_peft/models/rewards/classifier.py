@@ -17,15 +17,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from salsa_peft import auto_models
 from salsa_peft.config.rewards import OWN_FUNCTION
 from salsa_peft.data.chat.template_fields import in_form, options_of
 from salsa_peft.data.chat.templates import text_ids
-from salsa_peft.data.chat.turn_ends import closed, turn_of
+from salsa_peft.data.chat.turn_ends import turn_of
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.function_reward import Rows, Tally, decode
-from salsa_peft.models import device, positions, resolve_dtype
-from salsa_peft.rollout import extend
+from salsa_peft.models import base as auto_models
+from salsa_peft.models.base import device, positions, resolve_dtype
+from salsa_peft.models.responses import closed, extend
+from salsa_peft.models.rewards.function import Rows, Tally, decode
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 from salsa_peft.utils.oom import Room
@@ -33,7 +33,7 @@ from salsa_peft.utils.oom import Room
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from salsa_peft.rollout import Responses
+    from salsa_peft.models.responses import Responses
 
 FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 

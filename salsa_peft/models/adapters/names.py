@@ -1,10 +1,4 @@
-"""The names of an adapter file's tensors as PEFT saves them, whatever wrapped the model or kept the adapter's name in them.
-
-    module.base_model.model._orig_mod.model.layers.0.mlp.up_proj.lora_A.default.weight     as in the file
-                  base_model.model.model.layers.0.mlp.up_proj.lora_A.weight                what PEFT loads
-
-PEFT drops a tensor whose name it does not know with a warning at most, so these would be an adapter without effect. Imports no torch.
-"""
+"""The names of an adapter file's tensors as PEFT, TRL and LLaMA-Factory save them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +12,6 @@ from salsa_peft.utils.errors import require
 from salsa_peft.utils.tensor_names import WRAPPERS
 
 logger = logging.getLogger(__name__)
-
 PREFIX = "base_model.model."
 PARALLEL = "module"
 """What DistributedDataParallel, DataParallel and DeepSpeed put there; also a name that a module may really have."""
@@ -101,3 +94,26 @@ def without_adapter(key: str, name: str | None) -> str | None:
         key = re.sub(rf"(\.lora_[AB])\.{re.escape(name)}\.", r"\1.", key)
         key = re.sub(rf"(\.lora_embedding_[AB]|\.{DELTA})\.{re.escape(name)}$", r"\1", key)
     return key.replace(SAVED, ".")
+
+
+SCORE_HEAD = f"{PREFIX}score.weight"
+"""A reward adapter's score head as PEFT saves it."""
+SCORE = re.compile(re.escape(PREFIX) + r"(score|classifier)(\.modules_to_save(\.\w+)?)?\.weight")
+"""… and as older versions, and state dicts that were saved without PEFT, name it."""
+VALUE_HEAD = "value_head.safetensors"
+"""File of the head of a reward model by LLaMA-Factory, which is TRL's value head; PPO here saves its own under this name."""
+VALUE_WEIGHT, VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
+"""In that file; PPO's own has other names."""
+MERGE = (
+    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that checkpoint: in a recipe"
+    " with full weights (without --lora), in a script as a model"
+)
+"""What to do with an adapter that changes more than LoRA's factors."""
+
+
+def trained_module(what: str, name: str) -> str:
+    """Why an adapter with such a tensor cannot be used on a base that roles share."""
+    return (
+        f"{what} holds {name}, a trained copy of a module of the base (modules_to_save, or embeddings that were resized). All roles share"
+        f" one base here, so that it cannot be switched on and off with the adapter; {MERGE}"
+    )

@@ -6,15 +6,21 @@ The token that ends a response (turn_ends.py) counts, nothing after it; a respon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from salsa_peft.logprobs import Head, full_kl, token_logprobs
+from salsa_peft.data.chat.turn_ends import Turn
 from salsa_peft.losses import KL_ESTIMATORS
-from salsa_peft.models import hidden_states
+from salsa_peft.models.base import hidden_states
+from salsa_peft.models.logprobs import Head, full_kl, token_logprobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    pass
 
 
 class Responses(NamedTuple):
@@ -175,3 +181,14 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
         torch.cat([widen(part.response_mask, response) for part in parts]),
         torch.cat([part.finished for part in parts]),
     )
+
+
+def closed(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: Turn) -> Tensor:
+    """(B,) bool: responses that the template's own end of a turn closed, after a prompt that asks for a turn; a text need not."""
+    asked = [
+        not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
+        for row in rows
+    ]
+    last = responses.response_ids.gather(-1, (responses.lengths - 1).clamp(min=0)[:, None]).squeeze(-1)
+    # a token that no vocabulary has, where the template has no end of a turn
+    return (last == (-1 if turn.end is None else turn.end)) & last.new_tensor(list(map(bool, asked))).bool()

@@ -20,9 +20,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.logprobs import entropy_of, sampled_distribution
-from salsa_peft.models import causal_lm, head_product
-from salsa_peft.rollout import Responses, pad_prompts
+from salsa_peft.models.base import causal_lm, head_product
+from salsa_peft.models.logprobs import entropy_of, sampled_distribution
+from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:

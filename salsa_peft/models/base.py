@@ -1,11 +1,8 @@
-"""The base that every role shares: loading, precision, the trunk's forward, the value head.
-
-What differs between full weights and adapters stays in this file and adapters.py; no stage knows which it runs on.
-"""
+"""Base models: loading them and their tokenizers, their trunk and head, saving full weights, and whether weights are of the same base."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -19,19 +16,36 @@ from weakref import WeakSet
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import ModelOutput
 from transformers.utils.hub import cached_file
 
-from salsa_peft import adapters, auto_models, sharding
 from salsa_peft.config.schema import OWN_TEMPLATE, Model
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
+from salsa_peft.models import sharding
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.bases import require_same_family
+from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import require
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from salsa_peft.utils.hub import said_in_a_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 logger = logging.getLogger(__name__)
 LOADED: WeakSet[Any] = WeakSet()
@@ -153,9 +167,9 @@ def load_base(
 ) -> PreTrainedModel:
     """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
     penalties) that it came with; all tokens that end a response are named as EOS."""
-    loaded = _pretrained(auto_models.language_model, base, model, trained)
+    loaded = _pretrained(language_model, base, model, trained)
     if trained is not None:
-        auto_models.train_language(loaded, loaded.get_output_embeddings())
+        train_language(loaded, loaded.get_output_embeddings())
     ends = turn_ends.ends_of(tokenizer, loaded)
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -183,9 +197,9 @@ def load_classifier(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A causal model's folder with a linear head on the last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
-    loaded = _pretrained(auto_models.classifier, base, model, trained, num_labels=1)
+    loaded = _pretrained(classifier, base, model, trained, num_labels=1)
     if trained is not None:
-        auto_models.train_language(loaded, loaded.score)
+        train_language(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
     if adapters.is_quantised(loaded):  # whose states have the quantisation's dtype, not the head's
@@ -205,7 +219,7 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
     are counted over real tokens.
     """
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return auto_models.trunk(causal_lm(model))(
+    return trunk(causal_lm(model))(
         input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=positions, use_cache=False
     )[0]
 
@@ -285,65 +299,110 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     require(not lost, f"{folder}: found no {', '.join(lost[:2])}, expected all weights of the model")
 
 
-class PolicyWithValueHead(nn.Module):
-    """What PPO trains: a policy (an adapter on the shared base, or full weights) and a linear value head, one module.
+def language_model(config: PreTrainedConfig) -> Any:
+    """The Auto class that opens a base of this configuration with its output embeddings."""
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
-    The head reads the policy's own trunk, or with `value_adapter` the trunk under that adapter, in a forward of its own. It
-    starts at zero, so that the first values are 0 whatever the base, or as a copy of `start`; it is float32 over any base.
-    """
 
-    def __init__(self, policy: PeftModel | PreTrainedModel, value_adapter: str | None = None,
-                 start: torch.Tensor | None = None) -> None:  # fmt: skip
-        super().__init__()
-        self.policy, self.value_adapter = policy, value_adapter
-        self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers, which accelerate shards one by one
-        self.value_head = nn.Linear(causal_lm(policy).get_output_embeddings().weight.shape[1], 1)  # H
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        if start is not None:
-            self.value_head.weight.data.copy_(start)
-        self.toggle = adapters.Toggle(policy) if isinstance(policy, PeftModel) else None
-        if causal_lm(policy).is_activation_checkpointing:  # switched on by the user, where nothing holds the adapter
-            self.activation_checkpointing_enable()
+def classifier(config: PreTrainedConfig) -> Any:
+    """The class that opens a base of this configuration under a score head."""
+    auto = AutoModelForSequenceClassification
+    if type(config) in auto._model_mapping:
+        return auto
+    causal = language_model(config)._model_mapping[type(config)]
+    family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
+    name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
+    named = {
+        "__module__": causal.__module__,
+        "base_model_prefix": family.base_model_prefix,
+    }  # its tensors' names are the base's
+    return type(name, (_Classifier, family), named)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """→ hidden states (B, L, H) and values (B, L), float32: V at position i judges the state after token i."""
-        hidden = hidden_states(self.policy, input_ids, attention_mask)
-        return hidden, self.values(hidden, input_ids, attention_mask)
 
-    def values(
-        self, hidden: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Values (B, L) from the policy's states (B, L, H), which a value adapter's own forward takes the place of."""
-        if self.value_adapter is not None:
-            assert self.toggle is not None
-            with self.toggle(self.value_adapter):
-                hidden = hidden_states(self.policy, input_ids, attention_mask)
-        assert hidden is not None
-        # a copy: FSDP2 hangs hooks on what forward returns, which may be no view; with bf16 ZeRO-3 holds the head in bf16
-        return head_product(self.value_head, hidden).to(torch.float32, copy=True)
+class _Classifier(GenericForSequenceClassification):
+    """Transformers' generic one, which passes on its trunk's `attentions`: Mamba's output has none."""
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
-    ) -> None:
-        """Called by transformers.Trainer. A frozen embedding's output must require grad for it, and what is recomputed in the
-        backward must run under the adapter that was active in the forward."""
-        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if self.toggle is not None:
-            require(
-                not options["use_reentrant"],
-                "activation_checkpointing_kwargs: found use_reentrant true, expected false: its recomputation would run under"
-                " whichever adapter is active then",
-            )
-            options["context_fn"] = self._under_the_same_adapter
-        causal_lm(self.policy).activation_checkpointing_enable(options, **layers)
-        causal_lm(self.policy).enable_input_require_grads()
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        getattr(self, self.base_model_prefix).register_forward_hook(_with_attentions)
 
-    def _under_the_same_adapter(self) -> tuple[Any, Any]:
-        """torch.utils.checkpoint's context_fn: contexts of the forward and of its recomputation."""
-        assert self.toggle is not None
-        return contextlib.nullcontext(), self.toggle(self.toggle.active)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The same under its older name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+def _with_attentions(trunk: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, ModelOutput) and "attentions" not in {field.name for field in dataclasses.fields(output)}:  # type: ignore[arg-type]
+        output.attentions = None
+
+
+def trunk(lm: Any) -> Any:
+    """The decoder whose last states the output embeddings read. Llama 4 and Mllama name the language model itself as its decoder."""
+    decoder = lm.get_decoder()
+    return decoder if decoder.get_output_embeddings() is None else decoder.model
+
+
+def outside_language(lm: Any) -> list[str]:
+    """The linear layers of a language model that its trunk and head do not hold: towers for images, projectors."""
+    own = {id(module) for module in trunk(lm).modules()} | {id(lm.get_output_embeddings())}
+    return [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and id(module) not in own]
+
+
+def train_language(model: Any, head: nn.Module) -> None:
+    """Freeze what lies outside the trunk and its head: text gives it no gradient."""
+    own = {id(parameter) for part in (trunk(model), head) for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+
+
+def only_language(lm: Any) -> dict[str, str]:
+    """LoraConfig's `exclude_modules` that keeps LoRA to the language model of a multimodal one; nothing for others."""
+    if not outside_language(lm):
+        return {}
+    decoder = trunk(lm)
+    path = next(name for name, module in lm.named_modules() if module is decoder)
+    return {"exclude_modules": rf"(?!{path.replace('.', chr(92) + '.')}\.).*"}
+
+
+def of_model(model: Any) -> list[str] | None:
+    """The fingerprints (of this version and earlier ones) of the base that a model in memory was made of, by the files that its
+    name_or_path leads to; None where it leads to none. A folder that was trained from another says which in its own fingerprint.json."""
+    name = str(causal_lm(model).name_or_path or "")
+    folder = _folder(name)
+    if folder is None:
+        return None
+    written = read_fingerprint(folder)
+    if written is not None:
+        return [written]
+    return base_fingerprints(folder) if any(folder.glob("*.safetensors")) else None
+
+
+def _folder(name: str) -> Path | None:
+    """A folder as it is, or that of a Hub id's files in the Hub's cache."""
+    if name and Path(name).is_dir():
+        return Path(name)
+    if not name or name.startswith((".", "/")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check(folder: Path, base: list[str] | None, name: str) -> None:
+    """Raise SalsaError where the weights in `folder` are of another base than the one of these fingerprints, which people call `name`;
+    what can't be checked is said."""
+    found = read_fingerprint(folder)
+    if found is None or base is None:
+        what = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: no files at hand to take a fingerprint of"
+        used = _folder(name)
+        config = None if used is None else config_of(str(used.resolve()), None)
+        named = None if config is None else require_same_family(folder, config, name)
+        other = "" if named is None or named == name else f"; it names the base {named}, and is used on {name}"
+        print(f"{what}, so that its base can't be checked{other}", file=sys.stderr, flush=True)
+        return
+    require(
+        found in base,
+        f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {name} ({base[0][:12]} …)",
+    )

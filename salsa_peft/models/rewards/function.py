@@ -26,7 +26,7 @@ from salsa_peft.utils.errors import SalsaError, require
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from salsa_peft.rollout import Responses
+    from salsa_peft.models.responses import Responses
 
 Rows = Sequence[Mapping[str, Any]]
 TAKEN = re.compile(

@@ -24,10 +24,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from salsa_peft.adapter_names import plain_names
 from salsa_peft.config.schema import Adapter
-from salsa_peft.score_heads import MERGE, PREFIX, SCORE, VALUE_BIAS, VALUE_HEAD, VALUE_WEIGHT, trained_module
-from salsa_peft.sharding import placed
+from salsa_peft.models.adapters.names import (
+    MERGE,
+    PREFIX,
+    SCORE,
+    VALUE_BIAS,
+    VALUE_HEAD,
+    VALUE_WEIGHT,
+    plain_names,
+    trained_module,
+)
+from salsa_peft.models.sharding import placed
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import write_atomic

@@ -19,19 +19,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from salsa_peft import adapters, same_base
-from salsa_peft.classifier_reward import ClassifierReward, load_classifier_reward
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data.chat.turn_ends import closed, turn_of
-from salsa_peft.function_reward import FunctionReward, Rows, Tally, decode, load_function
-from salsa_peft.models import causal_lm, head_product
-from salsa_peft.rollout import Responses, extend, last_token_states
+from salsa_peft.data.chat.turn_ends import turn_of
+from salsa_peft.models import base as same_base
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm, head_product
+from salsa_peft.models.loader import note_tokenizer
+from salsa_peft.models.responses import Responses, closed, extend, last_token_states
+from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
+from salsa_peft.models.rewards.function import FunctionReward, Rows, Tally, decode, load_function
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 from salsa_peft.utils.messages import short
 from salsa_peft.utils.oom import Room
-from salsa_peft.workbench import note_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
