@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft import hub_files, hub_push
-from salsa_peft.adapter_folders import CONFIG
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
+from salsa_peft.soup.lora.read import CONFIG
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require

@@ -11,11 +11,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.adapter_folders import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from salsa_peft.config.job import unit_of
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
+from salsa_peft.soup.lora.read import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from salsa_peft.utils import manifests as runs
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import FINGERPRINT

@@ -17,17 +17,17 @@ from typing import Any
 from torch import nn
 
 from salsa_peft.answers import answer, fitting_questions, means
-from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.live_soup import LiveCheckpoints
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import Reward, of_recipe
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.checkpoints.read import read_checkpoint
+from salsa_peft.soup.live import LiveCheckpoints
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.files import write_atomic
 

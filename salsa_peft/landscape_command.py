@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.averaging import ADAPTERS, called, kind_of, local
 from salsa_peft.config.schema import Landscape
-from salsa_peft.soup import Parser, add_measure, in_a_line, join_weights, parse_weights, whole
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.__main__ import Parser, add_measure, in_a_line, join_weights, parse_weights, whole
+from salsa_peft.soup.average import ADAPTERS, called, kind_of, local
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 
@@ -103,7 +103,7 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
     )
     args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.landscape import measure_points, points
-    from salsa_peft.measures import of_command
+    from salsa_peft.soup.measures import of_command
 
     measure, name = of_command(args, folders, kind), args.measure.rsplit(":", 1)[-1]
     accepted()

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from salsa_peft import averaging, checkpoints
+from salsa_peft import checkpoints
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.data import datasets as data
@@ -22,6 +22,7 @@ from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.ppo import SalsaPPOTrainer
 from salsa_peft.ppo_config import SalsaPPOConfig
 from salsa_peft.references import Frozen, attach_reference, freeze, mixture, move_to
+from salsa_peft.soup import average as averaging
 from salsa_peft.utils.files import write_atomic
 
 

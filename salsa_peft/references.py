@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.references import Reference
-from salsa_peft.live_soup import LiveCheckpoints
 from salsa_peft.models import base as same_base
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.loader import Workbench, local, seeds_of
 from salsa_peft.models.logprobs import check_head
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.checkpoints.read import read_checkpoint
+from salsa_peft.soup.live import LiveCheckpoints
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 

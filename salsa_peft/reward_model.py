@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
     """The soup of a reward model for each seed: one start and one held-out set, other orders of the data (WARM, section 3)."""
-    from salsa_peft.averaging import soup
+    from salsa_peft.soup.average import soup
 
     members = []
     trainer: Any = None

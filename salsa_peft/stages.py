@@ -30,15 +30,15 @@ def toy(job: Job) -> dict[str, Any]:
 
 def soup(job: Job) -> dict[str, Any]:
     """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
-    from salsa_peft.averaging import soup as cook
     from salsa_peft.models.loader import Workbench
+    from salsa_peft.soup.average import soup as cook
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"
     names = [f"seed-{member}" for member in section.members]
     folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
     if section.measured:
-        from salsa_peft.measures import of_recipe
+        from salsa_peft.soup.measures import of_recipe
 
         measure = of_recipe(job, folders)
     base = None if job.recipe.adapter is not None else Workbench.of(job).folder  # of checkpoints: where deltas begin

@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.adapter_folders import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
-from salsa_peft.checkpoint_folders import FLOATS, Checkpoint, read_checkpoint, text_part
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.rewards import check_classifier_folder
@@ -22,6 +20,8 @@ from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
 from salsa_peft.models.architectures.checks import EXPERTS, require_targets
 from salsa_peft.models.architectures.sizes import config_of
+from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, text_part
+from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
 from salsa_peft.utils.hub import said_in_a_line
@@ -267,7 +267,7 @@ def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -
     """Whether a tensor (`key` in the file) that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
     import numpy as np
 
-    from salsa_peft import float_arrays
+    from salsa_peft.soup import arrays as float_arrays
 
     own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     if own == "lm_head.weight" and own not in base.tensors:  # tied

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from salsa_peft.checkpoint_folders import CONFIG, INDEX, SINGLE
+from salsa_peft.soup.checkpoints.read import CONFIG, INDEX, SINGLE
 
 Change = Callable[[Path], object]
 """Something that is done to a checkpoint's folder."""

@@ -20,11 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from salsa_peft.adapter_layouts import newest
-from salsa_peft.adapter_targets import is_saved
-from salsa_peft.averaging import soup
-from salsa_peft.live_soup import LiveAdapters
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.average import soup
+from salsa_peft.soup.live import LiveAdapters
+from salsa_peft.soup.lora.members import newest
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.lora.targets import is_saved
 from salsa_peft.utils.errors import SalsaError
 
 WEIGHTS = "adapter_model.safetensors"

@@ -12,10 +12,10 @@ import torch
 from made_members import open_plain, train
 from peft import LoraConfig
 
-from salsa_peft import float_arrays
-from salsa_peft.adapter_folders import DEFAULTS
-from salsa_peft.adapter_targets import target_rule
-from salsa_peft.adapter_tensors import read_member
+from salsa_peft.soup import arrays as float_arrays
+from salsa_peft.soup.lora.read import DEFAULTS
+from salsa_peft.soup.lora.targets import target_rule
+from salsa_peft.soup.lora.tensors import read_member
 from salsa_peft.utils.safetensors_io import NAMES
 
 

@@ -12,7 +12,7 @@ from made_checkpoints import parameters, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from salsa_peft.checkpoint_soup import average
+from salsa_peft.soup.checkpoints.average import average
 from salsa_peft.utils.errors import SalsaError
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -22,9 +22,10 @@ from made_checkpoints import (
     write,
 )
 
-from salsa_peft import checkpoint_output, weight_streams
-from salsa_peft.checkpoint_folders import CONFIG, INDEX, SINGLE
-from salsa_peft.checkpoint_soup import average
+from salsa_peft.soup.checkpoints import streams as weight_streams
+from salsa_peft.soup.checkpoints import write as checkpoint_output
+from salsa_peft.soup.checkpoints.average import average
+from salsa_peft.soup.checkpoints.read import CONFIG, INDEX, SINGLE
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -27,9 +27,10 @@ from made_checkpoints import (
     write,
 )
 
-from salsa_peft import checkpoint_output, weight_streams
-from salsa_peft.checkpoint_folders import CONFIG, SINGLE
-from salsa_peft.checkpoint_soup import average, gram, main
+from salsa_peft.soup.checkpoints import streams as weight_streams
+from salsa_peft.soup.checkpoints import write as checkpoint_output
+from salsa_peft.soup.checkpoints.average import average, gram, main
+from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import as_bytes, code_of, make_header, writing
 
@@ -99,7 +100,7 @@ def test_a_tensor_of_another_dtype_ends_a_run(tmp_path: Path, odd: tuple[int, ..
 
 def test_runs_are_as_long_as_the_files_allow(tmp_path: Path) -> None:
     """Equal layouts are one flat stream; a member in another order is cut where it must be."""
-    from salsa_peft.checkpoint_folders import read_checkpoint
+    from salsa_peft.soup.checkpoints.read import read_checkpoint
 
     one = read_checkpoint(write(tmp_path / "a", values(0)))
     two = read_checkpoint(write(tmp_path / "b", values(1), 2))
@@ -247,8 +248,8 @@ def test_tied_embeddings_may_be_saved_twice(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
-from salsa_peft import weight_streams
-from salsa_peft.checkpoint_soup import average
+from salsa_peft.soup.checkpoints import streams as weight_streams
+from salsa_peft.soup.checkpoints.average import average
 weight_streams.PIECE["cpu"] = 200
 out, a, b, moment = *sys.argv[1:4], int(sys.argv[4])
 replace, count = os.replace, 0

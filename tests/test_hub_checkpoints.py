@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from salsa_peft.checkpoint_soup import average
+from salsa_peft.soup.checkpoints.average import average
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint
 

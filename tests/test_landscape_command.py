@@ -12,7 +12,7 @@ from tiny import make_adapter, make_base
 
 from salsa_peft import landscape_command
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.soup import main as soup
+from salsa_peft.soup.__main__ import main as soup
 
 FUNCTION = """
 import torch

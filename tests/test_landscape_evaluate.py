@@ -19,7 +19,7 @@ from salsa_peft.data.questions import Question
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import respond
 from salsa_peft.models.responses import Responses
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 
 
 class TestPlane:

@@ -16,7 +16,7 @@ import transformers as T
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from salsa_peft.merged_soup import merge
+from salsa_peft.soup.merge.average import merge
 from salsa_peft.utils.errors import SalsaError
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "hub"
@@ -228,7 +228,7 @@ def test_the_result_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_killed_between_the_shards_of_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts that are one parameter lie in several shards: made again after a kill they end with the same bytes and figures."""
-    from salsa_peft.checkpoint_output import Output
+    from salsa_peft.soup.checkpoints.write import Output
 
     base = made(mixtral, tmp_path / "base")
     member = train(opened(base), tmp_path / "a", 1, **EXPERTS)

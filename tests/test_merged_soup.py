@@ -13,9 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from salsa_peft import merge_plan, merged_soup
-from salsa_peft.checkpoint_output import Output
-from salsa_peft.merged_soup import merge
+from salsa_peft.soup.checkpoints.write import Output
+from salsa_peft.soup.merge import average as merged_soup
+from salsa_peft.soup.merge import plan as merge_plan
+from salsa_peft.soup.merge.average import merge
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint
 

@@ -17,7 +17,7 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from salsa_peft.averaging import soup
+from salsa_peft.soup.average import soup
 from salsa_peft.utils.errors import SalsaError
 
 W = [0.3, 0.7]

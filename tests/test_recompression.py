@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from salsa_peft import recompression
-from salsa_peft.recompression import moments, recompress, squared_norm
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.lora import svd as recompression
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.lora.svd import moments, recompress, squared_norm
 from salsa_peft.utils.errors import SalsaError
 
 WEIGHTS = "adapter_model.safetensors"

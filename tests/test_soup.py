@@ -29,10 +29,10 @@ from made_members import (
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from salsa_peft.averaging import soup
-from salsa_peft.soup import main
-from salsa_peft.stacked_adapter import StackedAdapter
-from salsa_peft.strategies import STRATEGIES
+from salsa_peft.soup.__main__ import main
+from salsa_peft.soup.average import soup
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.strategies import STRATEGIES
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -239,7 +239,7 @@ class TestFolder:
 
     def test_a_failed_write_leaves_the_earlier_soup_or_nothing(self, base, folder: Path, monkeypatch) -> None:
         """A full disk in the middle of the weights; afterwards the same call gives the bytes that it always gives."""
-        from salsa_peft import adapter_saving
+        from salsa_peft.soup.lora import write as adapter_saving
 
         members = [train(base, folder / "a", 0), train(base, folder / "b", 1)]
         soup(folder / "soup", members)
@@ -268,8 +268,8 @@ class TestFolder:
         soup(folder / "whole", members)
         code = (
             "import os, sys\n"
-            "from salsa_peft import adapter_folders; from salsa_peft import adapter_saving; from salsa_peft.utils import safetensors_io as safetensors_files\n"
-            "from salsa_peft.stacked_adapter import StackedAdapter\n"
+            "from salsa_peft.soup.lora import read as adapter_folders; from salsa_peft.soup.lora import write as adapter_saving; from salsa_peft.utils import safetensors_io as safetensors_files\n"
+            "from salsa_peft.soup.lora.stacked_adapter import StackedAdapter\n"
             "count = 0\n"
             "def killing(function):\n"
             "    def call(*args, **kwargs):\n"
@@ -294,7 +294,7 @@ def test_averaging_files_imports_neither_torch_nor_peft(base, folder: Path) -> N
     """Both take longer, and more memory, than averaging a 7B model's adapters."""
     members = [str(train(base, folder / "a", 0)), str(train(base, folder / "b", 1))]
     code = (
-        "import sys\nfrom salsa_peft.stacked_adapter import StackedAdapter\n"
+        "import sys\nfrom salsa_peft.soup.lora.stacked_adapter import StackedAdapter\n"
         f"stacked = StackedAdapter.load({members!r})\n"
         f"stacked.save({str(folder / 'soup')!r}, [0.5, 0.5])\nstacked.save({str(folder / 'soup')!r}, [0.5, 0.5], rank=1)\n"
         "assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
@@ -355,7 +355,7 @@ class TestCommand:
 
     def test_help_and_refused_arguments_import_no_torch(self) -> None:
         code = (
-            "import sys\nfrom salsa_peft.soup import main\n"
+            "import sys\nfrom salsa_peft.soup.__main__ import main\n"
             "assert main(['out', '/none', '--weights', '2']) == main(['out', '/a', '--weights', 'b']) == 2\n"
             "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
             "assert not {'torch', 'peft', 'transformers', 'safetensors'} & sys.modules.keys()"

@@ -21,9 +21,9 @@ from tiny import make_base
 from transformers import PreTrainedTokenizerFast
 
 import salsa_peft
-from salsa_peft.averaging import Options, soup
-from salsa_peft.soup import main, parser
-from salsa_peft.soup_result import SoupSummary
+from salsa_peft.soup.__main__ import main, parser
+from salsa_peft.soup.average import Options, soup
+from salsa_peft.soup.result import SoupSummary
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 

@@ -14,7 +14,7 @@ from made_members import OPTIONS, PROPERTY, Q0, logits, open_plain, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError
 
 

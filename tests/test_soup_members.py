@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from salsa_peft.averaging import soup
 from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.average import soup
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import BITS, SafetensorsFile
 

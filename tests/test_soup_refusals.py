@@ -13,10 +13,10 @@ import pytest
 import torch
 from made_members import Q0, WEIGHTS, edit, edit_tensors, train
 
-from salsa_peft.adapter_folders import read_config
-from salsa_peft.averaging import soup
-from salsa_peft.soup import main
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.__main__ import main
+from salsa_peft.soup.average import soup
+from salsa_peft.soup.lora.read import read_config
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import locked
 
@@ -292,7 +292,7 @@ class TestRefusals:
 
 def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
     """sft/seed-0 by its manifest; others by the ends of their paths; all by their paths where two are alike."""
-    from salsa_peft.averaging import called
+    from salsa_peft.soup.average import called
 
     for name in ("a/0123", "b/4567", "c/plain", "d/plain"):
         (tmp_path / name).mkdir(parents=True)
@@ -319,7 +319,7 @@ def test_what_a_measure_needs_is_looked_for_before_a_model_is_loaded(
 ) -> None:
     from argparse import Namespace
 
-    from salsa_peft import measures
+    from salsa_peft.soup import measures
 
     monkeypatch.setattr(measures, "load_tokenizer", lambda name: pytest.fail("loaded"))
     given = {"measure": None, "data": None, "reward": None, "limit": 8, "base": None}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny import make_adapter, make_base
 
-from salsa_peft.checkpoint_folders import read_checkpoint
 from salsa_peft.config.schema import Generation
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.live_soup import LiveAdapters, LiveCheckpoints
-from salsa_peft.measures import FunctionMeasure, RewardScore, SFTLoss
-from salsa_peft.stacked_adapter import StackedAdapter
-from salsa_peft.strategies import STRATEGIES, Ask
+from salsa_peft.soup.checkpoints.read import read_checkpoint
+from salsa_peft.soup.live import LiveAdapters, LiveCheckpoints
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.measures import FunctionMeasure, RewardScore, SFTLoss
+from salsa_peft.soup.strategies import STRATEGIES, Ask
 from salsa_peft.utils.errors import SalsaError
 
 

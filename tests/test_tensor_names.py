@@ -15,10 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from salsa_peft.checkpoint_configs import check_alike
-from salsa_peft.checkpoint_folders import CONFIG, INDEX, SINGLE, read_checkpoint
-from salsa_peft.checkpoint_soup import average, gram
-from salsa_peft.live_soup import LiveCheckpoints
+from salsa_peft.soup.checkpoints.average import average, gram
+from salsa_peft.soup.checkpoints.configs import check_alike
+from salsa_peft.soup.checkpoints.read import CONFIG, INDEX, SINGLE, read_checkpoint
+from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.utils import tensor_names
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint, base_fingerprints

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.adapter_tokenizers import tokenizer_of
+from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, vocabulary
+from salsa_peft.soup.lora.members import tokenizer_of
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.vocabularies import check_vocabulary, vocabulary
 
 PIECES = ["<unk>", "<s>", "</s>", "▁a", "b" * 200]
 

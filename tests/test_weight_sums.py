@@ -17,15 +17,15 @@ import pytest
 import torch
 from made_checkpoints import Tensors, assert_rounded, files, read, values, write
 
-from salsa_peft import weight_streams
-from salsa_peft.checkpoint_folders import CONFIG, SINGLE
-from salsa_peft.checkpoint_soup import average
-from salsa_peft.cuda_sums import TorchSums
-from salsa_peft.float_arrays import narrow
+from salsa_peft.soup.arrays import narrow
+from salsa_peft.soup.checkpoints import streams as weight_streams
+from salsa_peft.soup.checkpoints.arithmetic import ROW, Fault, Kind, Plan, Summing, Sums
+from salsa_peft.soup.checkpoints.average import average
+from salsa_peft.soup.checkpoints.cuda_arithmetic import TorchSums
+from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import as_bytes as bytes_of
 from salsa_peft.utils.safetensors_io import code_of, make_header, writing
-from salsa_peft.weight_sums import ROW, Fault, Kind, Plan, Summing, Sums
 
 BF16 = torch.bfloat16
 EDGES = [1, 2, 7, ROW - 1, ROW, ROW + 1, 2 * ROW + 5]
@@ -280,7 +280,7 @@ ALONE = """
 import json, runpy, sys
 sys.argv = ["checkpoint_soup", *sys.argv[1:]]
 try:
-    runpy.run_module("salsa_peft.checkpoint_soup", run_name="__main__")
+    runpy.run_module("salsa_peft.soup.checkpoints.average", run_name="__main__")
 except SystemExit as end:
     assert end.code == 0
 print(json.dumps(sorted(sys.modules)))

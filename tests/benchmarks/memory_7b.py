@@ -99,7 +99,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
             (full / file.name).symlink_to(file)
     score(folder / "full" / "reward", config)
     (folder / "full" / "soup").symlink_to(folder / "full" / "seed-1")
-    from salsa_peft.averaging import soup
+    from salsa_peft.soup.average import soup
 
     soup(folder / "lora" / "soup", [folder / "lora" / "seed-0", folder / "lora" / "seed-1"])
 

@@ -64,7 +64,7 @@ def adapter_folders(base: Any, tokenizer: Any, folder: Path) -> dict[str, Path]:
 
     from salsa_peft.models.adapters import lora as adapters
     from salsa_peft.models.adapters.names import SCORE_HEAD
-    from salsa_peft.stacked_adapter import StackedAdapter
+    from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model, found = base, {}

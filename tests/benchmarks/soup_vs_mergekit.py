@@ -88,7 +88,7 @@ def errors(found: dict[str, Any], members: list[dict[str, Any]], weights: list[f
 
 def run(folder: Path, python: str) -> dict[str, Any]:
     """All cases, ours and mergekit's."""
-    from salsa_peft.checkpoint_soup import average
+    from salsa_peft.soup.checkpoints.average import average
 
     rows, merges = cases(), []
     for number, case in enumerate(rows):

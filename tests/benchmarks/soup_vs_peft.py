@@ -28,7 +28,7 @@ LINEARS = {
 CALL = """
 import sys, time
 sys.path.insert(0, {root!r})
-from salsa_peft.stacked_adapter import StackedAdapter
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 before = time.process_time()
 StackedAdapter.load({members!r}).save({out!r}, [0.5, 0.5], rank={rank!r})
 print(time.process_time() - before)
@@ -100,8 +100,8 @@ def one_layer(size: int = HIDDEN, repeats: int = 5) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from salsa_peft.float_arrays import one_thread
-    from salsa_peft.recompression import moments, recompress
+    from salsa_peft.soup.arrays import one_thread
+    from salsa_peft.soup.lora.svd import moments, recompress
 
     torch.manual_seed(0)
     model = get_peft_model(

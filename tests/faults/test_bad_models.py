@@ -26,7 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, averaging, sft, use_reference
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, sft, use_reference
 from salsa_peft.checkpoints import MANIFEST
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import load_recipe
@@ -37,7 +37,8 @@ from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import as_reward
 from salsa_peft.references import as_references
-from salsa_peft.soup import main as soup_command
+from salsa_peft.soup import average as averaging
+from salsa_peft.soup.__main__ import main as soup_command
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, sha256
 

@@ -344,7 +344,7 @@ def test_a_soup_of_checkpoints_is_a_cpus(tmp_path: Path, device: torch.device, s
     """`salsa soup --device cuda` of bf16 shards against `--device cpu`: the same bytes but at ties, which both round to a neighbour."""
     from made_checkpoints import assert_rounded, read, values, write
 
-    from salsa_peft.soup import main as soup
+    from salsa_peft.soup.__main__ import main as soup
 
     tensors = [values(seed) for seed in range(3)]
     *members, base = [str(write(tmp_path / f"m{seed}", one, shards=2)) for seed, one in enumerate(tensors)]

@@ -1,0 +1,144 @@
+"""The tokenizers beside weights, read as plain files: which token has which id, and which token begins or ends a text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from salsa_peft.soup.checkpoints.read import read_mapping
+from salsa_peft.utils.errors import SalsaError, require
+
+logger = logging.getLogger(__name__)
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token and eos_token by a folder's tokenizer_config.json, where it names them."""
+    path = folder / "tokenizer_config.json"
+    settings = read_mapping(path) if path.is_file() else {}
+    given = {name: settings.get(name) for name in ("bos_token", "eos_token")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def say_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
+    """A line where another member's tokenizer has another BOS or EOS than the one that goes with the soup; folders: by member's name."""
+    own = special_tokens(folders[taken])
+    for name, folder in folders.items():
+        for token, text in special_tokens(folder).items():
+            if text != own.get(token):
+                logger.warning("tokenizer: %s is %r as in %s; it is %r in %s", token, own.get(token), taken, text, name)
+
+
+def check_vocabulary(head: Path, other: Path) -> None:
+    """Raise SalsaError unless a token that both have has one id, and an id one token: rows of embeddings are averaged by id."""
+    if _vocabulary_file(head, PIECES) is None or _vocabulary_file(other, PIECES) is None:
+        return
+    kinds = next(
+        (one for one in (TOKENS, PIECES[-1:]) if _vocabulary_file(head, one) and _vocabulary_file(other, one)), None
+    )
+    if kinds is None:
+        logger.warning(
+            "tokenizer: those of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
+            head,
+            other,
+        )
+        return
+    mine, yours = Path(str(_vocabulary_file(head, kinds))), Path(str(_vocabulary_file(other, kinds)))
+    if mine.read_bytes() == yours.read_bytes():
+        return
+    known, found = vocabulary(mine), vocabulary(yours)
+    remedy = "rows of embeddings are averaged by id, so members of a soup share one vocabulary; leave one of them out"
+    for token, number in found.items():
+        require(
+            known.get(token, number) == number,
+            f"{yours}: the id of token {token!r:.40} is {number}, but {known.get(token)} in {mine}: {remedy}",
+        )
+    tokens: dict[int, set[str]] = {}
+    for token, number in known.items():
+        tokens.setdefault(number, set()).add(token)
+    shared = {number for token, number in found.items() if known.get(token) == number}
+    for token, number in found.items():
+        there = "" if number in shared else min(tokens.get(number, {""}))
+        require(
+            there == "", f"{yours}: the token of id {number} is {token!r:.40}, but {there!r:.40} in {mine}: {remedy}"
+        )
+
+
+TOKENS = ("tokenizer.json", "vocab.json")
+PIECES = (*TOKENS, "tokenizer.model")
+"""Files that name each token of a vocabulary; the last is SentencePiece's, in protobuf."""
+
+
+def _vocabulary_file(folder: Path, names: Sequence[str] = TOKENS) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token → id by a folder's tokenizer.json or vocab.json; None where it has neither."""
+    path = _vocabulary_file(folder)
+    return None if path is None else vocabulary(path)
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token → id by a tokenizer.json, or by a vocab.json with the added_tokens.json beside it."""
+    if path.suffix == ".model":
+        return _pieces(path)
+    content = read_mapping(path)
+    model, added = content.get("model"), content.get("added_tokens")
+    if path.name == "vocab.json":
+        beside = path.with_name("added_tokens.json")
+        return content | (read_mapping(beside) if beside.is_file() else {})
+    given = model.get("vocab") if isinstance(model, dict) else None
+    pairs: list[tuple[Any, Any]] = list(given.items()) if isinstance(given, dict) else []
+    if isinstance(given, list):  # Unigram: [token, score] in the order of ids
+        pairs = [(row[0], number) for number, row in enumerate(given) if isinstance(row, list) and row]
+    if isinstance(added, list):
+        pairs += [
+            (row["content"], row["id"]) for row in added if isinstance(row, dict) and {"content", "id"} <= row.keys()
+        ]
+    return dict(pairs)
+
+
+def _pieces(path: Path) -> dict[str, int]:
+    """Token → id of a tokenizer.model: SentencePiece's ModelProto, whose first field are the pieces in the order of ids, each with its text
+    as first field; with the added_tokens.json beside it."""
+    refusal = (
+        f"{path}: cannot be read as SentencePiece's, so it cannot be compared with the other members' tokenizers. Save each tokenizer with"
+        " Transformers (save_pretrained writes tokenizer.json), or leave the same file in every folder"
+    )
+    try:
+        pieces = [piece for number, piece in _fields(path.read_bytes()) if number == 1]
+        texts = [next(text for number, text in _fields(piece) if number == 1).decode() for piece in pieces]
+    except (IndexError, KeyError, ValueError, StopIteration) as error:
+        raise SalsaError(refusal) from error
+    require(bool(texts), refusal)
+    beside = path.with_name("added_tokens.json")
+    return {text: number for number, text in enumerate(texts)} | (read_mapping(beside) if beside.is_file() else {})
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of a protobuf message's fields that have a length; numbers are passed over."""
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place, value, shift = place + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            varint()
+            continue
+        size = varint() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        if place + size > len(message):
+            raise IndexError(place)
+        if tag & 7 == 2:
+            yield tag >> 3, message[place : place + size]
+        place += size

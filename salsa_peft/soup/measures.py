@@ -1,0 +1,237 @@
+"""What greedy and learned soups choose by, on held-out data, higher is better: SFT loss, reward score, a Python function.
+
+A measure is called with the members' weights and moves a live soup there (live_soup.py). Only the SFT loss has a slope, so
+only it can be `learned` by. "I want to add a measure" is a class here, and a row in `of_recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from salsa_peft.config.references import MEASURES
+from salsa_peft.config.schema import Generation, Model, Source
+from salsa_peft.data import datasets as data
+from salsa_peft.data.chat.template_fields import in_form, trained_tokens
+from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.files import FILES
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import causal_lm, hidden_states, load_base, load_tokenizer
+from salsa_peft.models.generation import respond
+from salsa_peft.models.loader import Workbench, fitting
+from salsa_peft.models.logprobs import head_of, token_logprobs
+from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.models.rewards.function import load_function
+from salsa_peft.soup.average import base_of, check_family, local
+from salsa_peft.soup.checkpoints.alignment import align
+from salsa_peft.soup.checkpoints.read import read_checkpoint
+from salsa_peft.soup.live import LiveAdapters, LiveCheckpoints
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.utils.errors import SalsaError, require
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from salsa_peft.config.job import Job
+    from salsa_peft.models.rewards.function import Rows
+    from salsa_peft.models.rewards.reward import Reward
+    from salsa_peft.soup.live import LiveSoup
+    from salsa_peft.soup.strategies import Measure
+
+
+class SFTLoss:
+    """Minus the mean negative log-likelihood (nats) of the assistant's tokens in held-out demonstrations.
+
+    Rows {messages}; the assistant's tokens are those of SFT (assistant_masks.py). Raises SalsaError where no row has such a token
+    within max_length.
+    """
+
+    def __init__(self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
+                 batch_size: int) -> None:  # fmt: skip
+        self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
+        encoded = [_encode(row, tokenizer, max_length) for row in rows]
+        self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
+        self.left_out = len(encoded) - len(self.chats)
+        require(
+            bool(self.chats),
+            f"held-out demonstrations: found no assistant's token within {max_length} tokens in {len(rows)} rows, expected some;"
+            " raise model.max_length",
+        )
+        self.tokens = sum(sum(mask) for _, mask in self.chats)
+        self.head = head_of(causal_lm(live.model), 1.0, ends_of(tokenizer, causal_lm(live.model)))
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        """The measure at a point."""
+        self.live.set(weights)
+        with torch.no_grad(), self.live.at_point():
+            return sum(self._part(start).item() for start in self._starts())
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """The measure and its slope along each member's weight."""
+        self.live.set(weights)
+        total = 0.0
+        with self.live.at_point(), self.live.differentiable():
+            for start in self._starts():
+                part = self._part(start)
+                part.backward()
+                total += part.item()
+            return total, self.live.slopes()
+
+    def _starts(self) -> range:
+        return range(0, len(self.chats), self.batch_size)
+
+    def _part(self, start: int) -> torch.Tensor:
+        """A batch's share of the mean log-likelihood."""
+        chats = self.chats[start : start + self.batch_size]
+        device, width = next(self.live.model.parameters()).device, max(len(ids) for ids, _ in chats)
+        rows = {
+            "ids": [ids + [self.pad] * (width - len(ids)) for ids, _ in chats],
+            "mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in chats],
+            "counts": [mask + [0] * (width - len(mask)) for _, mask in chats],
+        }
+        ids, mask, counts = (torch.tensor(value, device=device) for value in rows.values())
+        states = hidden_states(self.live.model, ids, mask)[:, :-1]
+        chosen = counts[:, 1:].bool()
+        labels = ids[:, 1:][chosen]
+        found = token_logprobs(
+            states[chosen], labels, torch.zeros_like(labels, dtype=torch.bool), self.head, with_entropy=False
+        )
+        return found.logprobs.sum() / self.tokens
+
+
+def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
+    """Token ids and, for each, whether it is the assistant's and counts."""
+    ids, mask = trained_tokens({**row, "messages": in_form(row["messages"], tokenizer)}, tokenizer)
+    return ids[:max_length], mask[:max_length]
+
+
+class RewardScore:
+    """Mean score of one response to each prompt, always drawn with the same random numbers."""
+
+    def __init__(self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
+                 tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:  # fmt: skip
+        self.live, self.rows, self.prompts, self.reward = live, rows, prompts, reward
+        self.generation, self.tokenizer, self.seed = generation, tokenizer, seed
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        """The measure at a point."""
+        self.live.set(weights)
+        scores: list[float] = []
+        with self.live.at_point():
+            answers = respond(
+                self.live.model, self.prompts, self.generation, self.tokenizer, self.seed, self.generation.batch_size
+            )
+            for indices, responses in answers:
+                scores += self.reward(responses, [self.rows[row] for row in indices]).tolist()
+        return sum(scores) / len(scores)
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """Raises SalsaError: sampled responses have no slope."""
+        raise SalsaError(_NO_SLOPE.format("reward"))
+
+
+class FunctionMeasure:
+    """`function(model) -> float`: a Python function of the model at that point, its adapter active, in evaluation mode."""
+
+    def __init__(self, live: LiveSoup, function: Callable[[Any], float], name: str) -> None:
+        self.live, self.function, self.name = live, function, name
+
+    def __call__(self, weights: Sequence[float]) -> float:
+        """The measure at a point. Raises SalsaError where the function gives no number."""
+        self.live.set(weights)
+        with torch.no_grad(), self.live.at_point():
+            found: Any = self.function(self.live.model)
+        try:
+            return float(found)
+        except (TypeError, ValueError) as error:
+            raise SalsaError(
+                f"measure {self.name}: found {found!r:.60}, expected a number (higher is better)"
+            ) from error
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """Raises SalsaError: a function of a number has no slope."""
+        raise SalsaError(_NO_SLOPE.format(self.name))
+
+
+_NO_SLOPE = "strategy learned: found the measure {}, which has no slope, expected sft_loss; or use strategy greedy"
+
+
+def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
+    """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base, or of these checkpoints."""
+    recipe, section = job.recipe, job.recipe.soup
+    bench = Workbench.of(job)
+    bench.check(job.inputs)
+    live: LiveSoup = _on_base(bench.base(), folders) if recipe.adapter else _checkpoints(bench.base(), folders)
+    if section.measure == "sft_loss":
+        rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["held_out"], bench.tokenizer)[
+            : section.limit
+        ]
+        size = recipe.sft.micro_batch_size or recipe.sft.batch_size
+        return SFTLoss(live, rows, bench.tokenizer, recipe.model.max_length, size)
+    if section.measure == "reward":
+        source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
+        found = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
+        asked = fitting(job, bench, found[: section.limit], "data.prompts")
+        tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(asked, 1)]
+        reward = rewards.of_recipe(recipe, live.model, job.inputs, bench.tokenizer, recipe.generation.batch_size)
+        return RewardScore(live, asked, tokens, reward, recipe.generation, bench.tokenizer)
+    return FunctionMeasure(live, load_function(section.measure), section.measure)
+
+
+def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:
+    """The base with every member as a block of one adapter, nothing random in it."""
+    model = adapters.attach(base, folders[0], "start")
+    live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
+    adapters.remove_dropout(model)
+    model.eval()
+    return live
+
+
+def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpoints:
+    """A model of the members' architecture that moves between them."""
+    read = [read_checkpoint(folder) for folder in folders]
+    align(read)
+    return LiveCheckpoints(model.eval(), read)
+
+
+def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
+    """The measure that `salsa soup --measure` asks for. Raises SalsaError for data, a function or a reward that it needs, before a model is loaded."""
+    disable_progress_bar()  # of loading weights: the command has its own
+    function = load_function(args.measure) if ":" in args.measure else None
+    rows = _rows(args) if function is None else []
+    tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
+    if kind == "adapters":
+        named = local(*base_of(StackedAdapter.load(folders[:1]).members[0].config, folders[0], args.base))
+        check_family(folders, named, args.same_base)
+        tokenizer = load_tokenizer(str(tokenizer_of or named))
+        live: LiveSoup = _on_base(load_base(str(named), Model(), tokenizer), folders, args.same_base)
+    else:
+        tokenizer = load_tokenizer(str(folders[0]))
+        live = _checkpoints(load_base(str(folders[0]), Model(), tokenizer), folders)
+    if function is not None:
+        return FunctionMeasure(live, function, args.measure)
+    if args.measure == "sft_loss":
+        return SFTLoss(live, rows, tokenizer, args.max_length, 8)
+    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
+    sampling = Generation(max_new_tokens=args.max_new_tokens, batch_size=16)
+    return RewardScore(live, rows, tokens, rewards.as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
+
+
+def _rows(args: Namespace) -> Any:
+    """The held-out chats or prompts of a measure that reads some."""
+    require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")
+    require(args.data is not None, f"--data: found none, expected held-out rows for the measure {args.measure}")
+    require(args.measure != "reward" or args.reward is not None, "--reward: found none, expected what scores responses")
+    file = Path(args.data).suffix.lower() in FILES
+    require(
+        not file or Path(args.data).is_file(),
+        f"--data: found no file {args.data}, expected jsonl, json, parquet or a Hub id",
+    )
+    source = Source(path=args.data, limit=args.limit)
+    return data.demonstrations(source) if args.measure == "sft_loss" else data.prompts(source)
