@@ -13,9 +13,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "SalsaPPOTrainer": "salsa_peft.ppo",
-    "SalsaPPOConfig": "salsa_peft.ppo_config",
-    "use_reference": "salsa_peft.trl_reference",
+    "SalsaPPOTrainer": "salsa_peft.training.ppo.trainer",
+    "SalsaPPOConfig": "salsa_peft.training.ppo.config",
+    "use_reference": "salsa_peft.training.trl_reference",
 }
 
 __all__ = ["SalsaPPOConfig", "SalsaPPOTrainer", "__version__", "use_reference"]

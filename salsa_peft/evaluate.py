@@ -29,7 +29,7 @@ from salsa_peft.data.questions import Question, questions
 from salsa_peft.landscape import measures
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.loader import Workbench, seeds_of
-from salsa_peft.references import attach_reference, mixture, move_to
+from salsa_peft.training.references import attach_reference, mixture, move_to
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval

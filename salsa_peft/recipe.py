@@ -50,14 +50,14 @@ class Stage(NamedTuple):
 
 STAGES = {
     "toy": Stage("salsa_peft.stages:toy", units.toy_units),
-    "sft": Stage("salsa_peft.sft:run", units.sft_units, trains=True),
-    "reward": Stage("salsa_peft.reward_model:run", units.reward_units, trains=True),
+    "sft": Stage("salsa_peft.training.sft:run", units.sft_units, trains=True),
+    "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, trains=True),
     "soup": Stage("salsa_peft.stages:soup", units.soup_units),
-    "ppo": Stage("salsa_peft.policies:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
-    "dpo": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["dpo"]),
-    "kto": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["kto"]),
-    "rloo": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["rloo"]),
-    "grpo": Stage("salsa_peft.trl_policies:run", units.POLICY_UNITS["grpo"]),
+    "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
+    "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"]),
+    "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"]),
+    "rloo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["rloo"]),
+    "grpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["grpo"]),
     "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.judging:run", units.judge_units),
@@ -238,7 +238,7 @@ def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub
     of what the Hub holds, which is fetched for that."""
     made = {steps[name].unit.stage for name in asked if steps[name].why is not None}
     if made:
-        from salsa_peft import taken_results
+        from salsa_peft.training import taken_results
 
         if hub:
             taken_results.check_at_hand(recipe)

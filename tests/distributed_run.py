@@ -26,9 +26,9 @@ from tiny import make_base, make_trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from salsa_peft import checkpoints
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 COMMON: dict[str, Any] = {
     "num_mini_batches": 2, "num_ppo_epochs": 2, "learning_rate": 1e-2, "micro_batch_size": 1, "save_strategy": "steps", "save_steps": 3,

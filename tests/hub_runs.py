@@ -25,7 +25,7 @@ from peft import PeftModel
 
 from salsa_peft import processes, recipe
 from salsa_peft.models import base as auto_models
-from salsa_peft.rollout_batch import RolloutMaker
+from salsa_peft.training.ppo.rollout import RolloutMaker
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "hub"
 MODES = ("lora", "full")

@@ -12,8 +12,8 @@ from torch import Tensor
 from salsa_peft.data import toy_language as toy
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
-from salsa_peft.ppo import SalsaPPOTrainer
-from salsa_peft.rollout_batch import Rollout
+from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 PROMPTS = [
     {"prompt": [{"role": "user", "content": prompt}]}

@@ -14,7 +14,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from salsa_peft import references
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Adapter
 from salsa_peft.models.adapters import lora as adapters
@@ -22,6 +21,7 @@ from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.soup.average import soup
+from salsa_peft.training import references
 from salsa_peft.utils.errors import SalsaError
 
 IDS = torch.tensor([[1, 3, 10, 20, 4, 33], [1, 3, 9, 12, 44, 4]])

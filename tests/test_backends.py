@@ -20,8 +20,6 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import CompileConfig
 
-from salsa_peft import backends, vllm_backend
-from salsa_peft.backends import BACKENDS, HF, CompiledHF, Paged
 from salsa_peft.config.options.rollout import OPTIONS
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
@@ -31,9 +29,11 @@ from salsa_peft.models.base import hidden_states
 from salsa_peft.models.generation import Recording
 from salsa_peft.models.logprobs import head_of
 from salsa_peft.models.responses import Responses, response_logprobs
-from salsa_peft.ppo_config import SalsaPPOConfig
+from salsa_peft.training.ppo import backends
+from salsa_peft.training.ppo import backends as vllm_backend
+from salsa_peft.training.ppo.backends import BACKENDS, HF, VLLM, CompiledHF, Paged
+from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.vllm_backend import VLLM
 
 PAD, BOS, EOS = 0, 1, 2
 CPU = torch.device("cpu")

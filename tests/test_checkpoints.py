@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import checkpoints
+from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
 
 FILES = {"salsa_state.json": b"{}", "model.safetensors": b"weights", "value/adapter.safetensors": b"\0" * 5000}

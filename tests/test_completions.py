@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from rich.cells import cell_len
 
-from salsa_peft.completions import ISOLATE, POP, WIDTH, cut, isolated, printable, show
+from salsa_peft.training.ppo.metrics import ISOLATE, POP, WIDTH, cut, isolated, printable, show
 from salsa_peft.utils.console import bar
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")  # colours, the only escape sequences of a table

@@ -23,10 +23,10 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from salsa_peft import checkpoints
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
 
 HERE = Path(__file__).resolve().parent

@@ -14,11 +14,13 @@ from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
 from test_ppo_gradients import check_gradients
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, moving, reward_model
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.merged import merged_parameters
 from salsa_peft.models.base import causal_lm
-from salsa_peft.references import Frozen
+from salsa_peft.training import reference_sync as moving
+from salsa_peft.training import reward_model
+from salsa_peft.training.references import Frozen
 from salsa_peft.utils.errors import SalsaError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -11,7 +11,7 @@ import pytest
 
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.guards import DEFAULTS, Setting, parse
-from salsa_peft.guards import GUARDS, START, Bounds, Watch, alarms, repetition
+from salsa_peft.training.ppo.guards import GUARDS, START, Bounds, Watch, alarms, repetition
 
 SOUND = {
     "update": 1,
@@ -129,7 +129,7 @@ def test_the_message_is_one_line_with_the_numbers_and_the_remedy():
 
 def test_remedies_name_options_that_exist():
     """Every word with an underscore in a remedy is a field."""
-    from salsa_peft.ppo_config import SalsaPPOConfig
+    from salsa_peft.training.ppo.config import SalsaPPOConfig
 
     fields = SalsaPPOConfig.__dataclass_fields__
     for guard in GUARDS.values():
@@ -286,5 +286,7 @@ def test_repetition_of_a_gram_in_two_responses_is_none():
 
 def test_guards_and_completions_import_no_torch():
     """A recipe is parsed and refused within two seconds."""
-    code = "import salsa_peft.guards, salsa_peft.completions, sys; sys.exit('torch' in sys.modules)"
+    code = (
+        "import salsa_peft.training.ppo.guards, salsa_peft.training.ppo.metrics, sys; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

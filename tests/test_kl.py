@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from masked import LENGTHS, POISON, PROPERTY, draw, mask_of, poisoned
 
-from salsa_peft import losses
 from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards.reward import RunningScale
-from salsa_peft.ppo_config import SalsaPPOConfig
-from salsa_peft.rollout_batch import shape
+from salsa_peft.training.ppo import losses
+from salsa_peft.training.ppo.config import SalsaPPOConfig
+from salsa_peft.training.ppo.rollout import shape
 
 
 class TestKL:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from masked import LENGTHS, POISON, PROPERTY, draw, mask_of, poisoned
 from torch import Tensor
 
-from salsa_peft import losses
+from salsa_peft.training.ppo import losses
 
 
 class TestGAE:

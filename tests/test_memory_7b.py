@@ -29,8 +29,8 @@ def load() -> Any:
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module; what it replaces in the engine's classes is put back afterwards."""
-    from salsa_peft.ppo import SalsaPPOTrainer
-    from salsa_peft.rollout_batch import RolloutMaker
+    from salsa_peft.training.ppo.rollout import RolloutMaker
+    from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
     for owner, name in ((RolloutMaker, "_sample"), (RolloutMaker, "_score"), (SalsaPPOTrainer, "end_update")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -67,7 +67,7 @@ def test_it_measures_every_mode_and_goes_on_where_one_does_not_fit(tmp_path: Pat
 
 def test_what_a_run_says_where_it_does_not_end(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The phase in which it met its cap, whoever says so; what the engine refuses, in its words; other errors are errors."""
-    from salsa_peft import policies
+    from salsa_peft.training import ppo_stage as policies
     from salsa_peft.utils.errors import SalsaError
 
     args = script.parse(["--config", "tiny", "--device", "cpu", "--updates", "1"])
@@ -154,8 +154,8 @@ def test_on_cuda_the_cap_holds_the_allocator_and_peaks_are_its(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cap less CUDA's own, as a share of the card; the peak is what was reserved and what lies outside the allocator."""
-    from salsa_peft import policies
     from salsa_peft.models.architectures import memory
+    from salsa_peft.training import ppo_stage as policies
 
     args = script.parse(["--config", "tiny", "--updates", "1", "--cap", "lora=24"])
     script.make(args, tmp_path)

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from salsa_peft import policy_checks
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture
+from salsa_peft.training.ppo import checks as policy_checks
 
 LENGTH, BATCH, MICRO = 64, 8, 4  # tokens of a prompt and of a response
 SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -98,7 +98,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     from salsa_peft.config.schema import Recipe
     from salsa_peft.landscape import moving
     from salsa_peft.models.loader import Workbench
-    from salsa_peft.references import mixture, move_to
+    from salsa_peft.training.references import mixture, move_to
 
     base = make_base(kind, tmp_path / "base")
     inputs = {f"sft/seed-{number}": tmp_path / f"seed-{number}" for number in (0, 1)}
@@ -210,7 +210,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
 
     from salsa_peft.config.schema import Adapter, Model
     from salsa_peft.models.base import load_base
-    from salsa_peft.reward_model import copy_adapter
+    from salsa_peft.training.reward_model import copy_adapter
 
     folder = make_base("llama", tmp_path / "base")
     model = load_base(str(folder), Model(quantization="nf4"), make_tokenizer())

@@ -13,10 +13,10 @@ from plain_ppo import length_reward, roll_out
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 
-from salsa_peft import offload
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.reward import Part, WeightedReward
-from salsa_peft.offload import Parked
+from salsa_peft.training import offload
+from salsa_peft.training.offload import Parked
 from salsa_peft.utils.errors import SalsaError
 
 

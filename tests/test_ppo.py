@@ -12,8 +12,8 @@ from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
 
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import generate, row_seeds
-from salsa_peft.ppo import SalsaPPOTrainer
-from salsa_peft.ppo_config import SalsaPPOConfig
+from salsa_peft.training.ppo.config import SalsaPPOConfig
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from plain_ppo import PROMPTS, plain_logprobs, roll_out
 
-from salsa_peft.ppo import SalsaPPOTrainer
-from salsa_peft.rollout_batch import Rollout
+from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from salsa_peft import SalsaPPOConfig
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
-from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from plain_ppo import PROMPTS
 
-from salsa_peft.prompts import Encoder
+from salsa_peft.training.ppo.prompts import Encoder
 from salsa_peft.utils.errors import SalsaError
 
 CHAT = PROMPTS[0]["prompt"]

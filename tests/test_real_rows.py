@@ -14,7 +14,7 @@ from trl_rows import HERMES, by_reward, by_sft, tokenizer_of
 from salsa_peft.config.schema import Source
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import questions
-from salsa_peft.sft import labelled
+from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "hub" / "rows"

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import checkpoints
-from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
 LOGS = ("metrics.jsonl", "completions.jsonl", "eval_completions.jsonl")
@@ -180,11 +180,11 @@ def die_inside_a_save(call: int, moment: str) -> None:
         return
     torch.save = wrap(torch.save, True)
     import salsa_peft.models.adapters.lora
-    import salsa_peft.ppo_resume
-    import salsa_peft.ppo_saving
+    import salsa_peft.training.ppo.resume
+    import salsa_peft.training.ppo.saving
 
-    salsa_peft.ppo_resume.save_file = wrap(salsa_peft.ppo_resume.save_file, True)
-    salsa_peft.ppo_saving.save_file = wrap(salsa_peft.ppo_saving.save_file, True)
+    salsa_peft.training.ppo.resume.save_file = wrap(salsa_peft.training.ppo.resume.save_file, True)
+    salsa_peft.training.ppo.saving.save_file = wrap(salsa_peft.training.ppo.saving.save_file, True)
     salsa_peft.models.adapters.lora.save_file = wrap(salsa_peft.models.adapters.lora.save_file, True)
 
 

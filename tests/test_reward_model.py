@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import reward_model
 from salsa_peft.config.load import load_recipe
+from salsa_peft.training import reward_model
 from salsa_peft.utils.errors import SalsaError
 
 

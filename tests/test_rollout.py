@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from salsa_peft import losses
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
@@ -21,7 +20,6 @@ from salsa_peft.models.logprobs import head_of
 from salsa_peft.models.responses import (
     Responses,
     forbidden_eos,
-    kl_to_reference,
     last_token_states,
     micro_batches,
     pad_prompts,
@@ -29,6 +27,8 @@ from salsa_peft.models.responses import (
     response_states,
     scatter,
 )
+from salsa_peft.training.ppo import losses
+from salsa_peft.training.ppo.rollout import kl_to_reference
 
 SAMPLING = Sampling(max_new_tokens=8)
 PAD, BOS, EOS = 0, 1, 2

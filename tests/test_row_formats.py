@@ -27,7 +27,7 @@ from salsa_peft.data.check import count_rows
 from salsa_peft.data.files import load
 from salsa_peft.data.questions import questions
 from salsa_peft.recipe import load as load_recipe
-from salsa_peft.sft import labelled
+from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 
 Row = dict[str, Any]

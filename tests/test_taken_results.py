@@ -18,7 +18,7 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import recipe, sft, taken_results
+from salsa_peft import recipe
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Adapter
 from salsa_peft.data.toy import make_tokenizer
@@ -26,7 +26,8 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.references import as_references
+from salsa_peft.training import sft, taken_results
+from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint
 
@@ -101,8 +102,8 @@ def test_a_reference_is_plain_pefts(maker: str, base: Path, tmp_path: Path, caps
 
 def take(recipe_file: Path, base: Path, folder: Path, out: Path, *, lora: str | None = "lora") -> Path:
     """The sft stage of `sft: {from: [folder]}`."""
-    from salsa_peft import sft
     from salsa_peft.config.job import Job, Unit
+    from salsa_peft.training import sft
 
     template = recipe_file.parent / "toy.jinja"
     template.write_text(str(make_tokenizer().chat_template))
@@ -117,7 +118,7 @@ def take(recipe_file: Path, base: Path, folder: Path, out: Path, *, lora: str | 
         str(recipe_file), lora=lora, overrides=[f"{key}={json.dumps(value)}" for key, value in given.items()]
     ).recipe
     out.mkdir()
-    unit = Unit(stage="sft", name="seed-0", run="salsa_peft.sft:run")
+    unit = Unit(stage="sft", name="seed-0", run="salsa_peft.training.sft:run")
     sft.run(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""))
     return out
 

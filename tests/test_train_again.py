@@ -14,9 +14,9 @@ import torch
 from plain_ppo import PROMPTS
 from transformers import TrainerCallback
 
-from salsa_peft import checkpoints
-from salsa_peft.ppo import SalsaPPOTrainer
-from salsa_peft.ppo_logs import finite
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo.metrics import finite
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
 OPTIONS: dict[str, Any] = {

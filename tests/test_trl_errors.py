@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from salsa_peft import checkpoints, losses
 from salsa_peft.models import logprobs
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.ppo import SalsaPPOTrainer
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo import losses
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 PAD, EOS = 0, 2
 

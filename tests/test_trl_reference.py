@@ -27,8 +27,8 @@ from trl import (
 
 import salsa_peft
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.references import Frozen
 from salsa_peft.soup import average as averaging
+from salsa_peft.training.references import Frozen
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint
 

@@ -27,9 +27,9 @@ from salsa_peft.models.logprobs import Head
 from salsa_peft.models.responses import response_logprobs
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.policy_checks import check_tokenizer
-from salsa_peft.prompts import Encoder
-from salsa_peft.sft import labelled
+from salsa_peft.training.ppo.checks import check_tokenizer
+from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 
 KINDS = list(made_tokenizers.KINDS)
@@ -399,7 +399,7 @@ class TestRewards:
         from transformers import AutoModelForSequenceClassification
         from trl import RewardConfig, RewardTrainer
 
-        from salsa_peft.reward_model import pad_apart
+        from salsa_peft.training.reward_model import pad_apart
 
         kind, *ours = request.param.split()
         tokenizer = make(kind)

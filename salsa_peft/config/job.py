@@ -22,7 +22,7 @@ class Unit:
     name: str
     """Of the piece: seed-0, salsa; the stage's own name where it has one piece only."""
     run: str
-    """The function that does it: "salsa_peft.sft:run", run(job) → facts."""
+    """The function that does it: "salsa_peft.training.sft:run", run(job) → facts."""
     inputs: tuple[str, ...] = ()
     """Ids of units whose results it reads."""
     slice: dict[str, Any] = field(default_factory=dict)

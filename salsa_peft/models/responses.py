@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from salsa_peft.data.chat.turn_ends import Turn
-from salsa_peft.losses import KL_ESTIMATORS
 from salsa_peft.models.base import hidden_states
-from salsa_peft.models.logprobs import Head, full_kl, token_logprobs
+from salsa_peft.models.logprobs import Head, token_logprobs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,21 +109,6 @@ def response_logprobs(
     states = response_states(hidden, responses)
     result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
     return scatter(result.logprobs, responses.response_mask), scatter(result.entropy, responses.response_mask)
-
-
-def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses, head: Head, other: Head,
-                 min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
-
-    `policy`: the policy's own states at the tokens that count (N, H), which only the estimator `full` reads.
-    """
-    if estimator == "full":
-        assert policy is not None
-        forbidden = forbidden_eos(responses, min_new_tokens)
-        kl = full_kl(policy, response_states(reference, responses), forbidden, head, other)
-        return scatter(kl, responses.response_mask)
-    logprobs, _ = response_logprobs(reference, responses, other, min_new_tokens)
-    return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)
 
 
 @torch.no_grad()

@@ -231,8 +231,8 @@ class Watch:
 
     def attach(self) -> None:
         """To the engine's classes, for the rest of this process."""
-        from salsa_peft.ppo import SalsaPPOTrainer
-        from salsa_peft.rollout_batch import RolloutMaker
+        from salsa_peft.training.ppo.rollout import RolloutMaker
+        from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
         RolloutMaker._sample = self.around("generation", "generate", "score", RolloutMaker._sample)  # type: ignore[method-assign]
         RolloutMaker._score = self.around("scoring", "score", "train", RolloutMaker._score)  # type: ignore[method-assign]
@@ -267,7 +267,9 @@ def job_of(folder: Path, mode: str, recipe: Any) -> Any:
     inputs = {"sft/seed-0": there / "seed-0", "sft/seed-1": there / "seed-1", "reward": there / "reward", "soup": there / "soup"}  # fmt: skip
     out = folder / f"out-{mode}"
     out.mkdir(exist_ok=True)
-    unit = Unit(stage="ppo", name="salsa", run="salsa_peft.policies:run", several=True, inputs=(), slice={}, files=())
+    unit = Unit(
+        stage="ppo", name="salsa", run="salsa_peft.training.ppo_stage:run", several=True, inputs=(), slice={}, files=()
+    )
     return Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
 
 
@@ -275,8 +277,8 @@ def one(args: argparse.Namespace, mode: str, folder: Path, compiled: bool = Fals
     """A mode in this process."""
     import torch
 
-    from salsa_peft import policies
     from salsa_peft.models.architectures import memory
+    from salsa_peft.training import ppo_stage as policies
     from salsa_peft.utils.errors import SalsaError
 
     cap = args.caps.get(mode)

@@ -26,8 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, sft, use_reference
-from salsa_peft.checkpoints import MANIFEST
+from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, use_reference
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Model
@@ -36,9 +35,11 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import as_reward
-from salsa_peft.references import as_references
 from salsa_peft.soup import average as averaging
 from salsa_peft.soup.__main__ import main as soup_command
+from salsa_peft.training import sft
+from salsa_peft.training.checkpoints import MANIFEST
+from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, sha256
 
@@ -383,7 +384,7 @@ class World:
         resolved = load_recipe(str(recipe), lora="lora", overrides=[]).recipe
         out = self.folder / "taken"
         out.mkdir()
-        unit = Unit(stage="sft", name="seed-0", run="salsa_peft.sft:run")
+        unit = Unit(stage="sft", name="seed-0", run="salsa_peft.training.sft:run")
         sft.take(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""), str(path))
         return out
 

@@ -14,13 +14,13 @@ from made_members import WEIGHTS, edit_tensors
 from plain_ppo import PROMPTS, length_reward, roll_out
 from torch import Tensor
 
-from salsa_peft import checkpoints
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm, save_checkpoint
 from salsa_peft.models.rewards.reward import RunningScale, as_reward
-from salsa_peft.policy_checks import check_model
-from salsa_peft.references import as_references
 from salsa_peft.soup import average as averaging
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo.checks import check_model
+from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import sha256
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from plain_ppo import PROMPTS
 
-from salsa_peft import checkpoints, ppo_resume
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo import resume as ppo_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES, EARLY = 2000, 200

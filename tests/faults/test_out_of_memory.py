@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from salsa_peft import processes, recipe
-from salsa_peft.backends import CompiledHF
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.base import causal_lm
-from salsa_peft.rollout_batch import Rollout
 from salsa_peft.smaller import smaller
+from salsa_peft.training.ppo.backends import CompiledHF
+from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import Room, lesser, out_of_memory
 

@@ -162,7 +162,7 @@ def test_compiled_decoding_gives_the_same_responses(
     make_trainer: Any, on_gpu: dict[str, Any], tmp_path: Path, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A static cache, and the decoding step compiled (a CPU takes the cache alone); also the second time, with other weights."""
-    from salsa_peft import backends
+    from salsa_peft.training.ppo import backends
 
     responses = []
     for compiled in (False, True):

@@ -1,4 +1,4 @@
-"""What of the PPO trainer is about being stopped and going on: checkpoints and logs, whose they are, SIGTERM, and what callbacks stop."""
+"""Checkpoints, resuming and SIGTERM of the PPO trainer."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from salsa_peft import checkpoints, moving, ppo_setting
-from salsa_peft.guards import Watch
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.rewards.reward import Reward
-from salsa_peft.ppo_callbacks import StopBetweenUpdates
-from salsa_peft.ppo_logs import Logs
-from salsa_peft.ppo_saving import SavingTrainer, stored
-from salsa_peft.references import Frozen
-from salsa_peft.rollout_batch import Interrupted, Rollout, RolloutMaker
+from salsa_peft.training import checkpoints
+from salsa_peft.training import reference_sync as moving
+from salsa_peft.training.ppo import saving as ppo_setting
+from salsa_peft.training.ppo.guards import Watch
+from salsa_peft.training.ppo.metrics import Logs
+from salsa_peft.training.ppo.rollout import Interrupted, Rollout, RolloutMaker
+from salsa_peft.training.ppo.saving import SavingTrainer, stored
+from salsa_peft.training.references import Frozen
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError, require
+
+if TYPE_CHECKING:
+    pass
+
 
 ROLLOUT, MOVED = "rollout.safetensors", "references.safetensors"
 HISTORY = 500
@@ -349,3 +354,23 @@ class ResumableTrainer(SavingTrainer):
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(self.terminated), device=self.accelerator.device)
             self.terminated = bool(self.accelerator.reduce(flag, "sum").item())
+
+
+class StopBetweenUpdates(TrainerCallback):
+    """A callback that wants training, or an epoch, to stop in the middle of an update has its way at the update's end: what a cut
+    update learned would stand in no log. The last of all callbacks; SIGTERM does not wait."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer, self.training, self.epoch = trainer, False, False
+
+    def _hold(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.training |= control.should_training_stop
+        self.epoch |= control.should_epoch_stop
+        ended = self.trainer.rollout is None or self.trainer.terminated
+        control.should_training_stop, control.should_epoch_stop = self.training and ended, self.epoch and ended
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The epoch that was to end has ended."""
+        self.epoch = False
+
+    on_substep_end = on_step_end = on_log = on_evaluate = on_save = _hold

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.reward import Reward, WeightedReward
-from salsa_peft.references import Frozen
+from salsa_peft.training.references import Frozen
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
-    from salsa_peft.ppo_config import SalsaPPOConfig
+    from salsa_peft.training.ppo.config import SalsaPPOConfig
 
 Presence = Callable[[], AbstractContextManager[None]]
 """→ a context within which a model is on the device."""

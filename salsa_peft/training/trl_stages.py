@@ -22,9 +22,9 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.loader import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.policies import merge, play
-from salsa_peft.reward_model import SPLIT_SEED, accuracy
-from salsa_peft.trl_reference import use_reference
+from salsa_peft.training.ppo_stage import merge, play
+from salsa_peft.training.reward_model import SPLIT_SEED, accuracy
+from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from salsa_peft.models.rewards.reward import Reward
-    from salsa_peft.references import Frozen
+    from salsa_peft.training.references import Frozen
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from salsa_peft import taken_results
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Adapter
 from salsa_peft.data import datasets as data
@@ -31,6 +30,7 @@ from salsa_peft.models.base import only_language
 from salsa_peft.models.loader import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.soup.checkpoints.read import read_checkpoint
+from salsa_peft.training import taken_results
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint

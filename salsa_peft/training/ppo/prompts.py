@@ -17,7 +17,7 @@ from salsa_peft.utils.messages import one_line, short
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from salsa_peft.ppo_config import SalsaPPOConfig
+    from salsa_peft.training.ppo.config import SalsaPPOConfig
 
 
 OWN_BOS = "begin with {} already: the tokenizer's own is left out"

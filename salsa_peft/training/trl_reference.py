@@ -24,9 +24,9 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from salsa_peft import moving
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.references import Frozen, as_references
+from salsa_peft.training import reference_sync as moving
+from salsa_peft.training.references import Frozen, as_references
 from salsa_peft.utils.errors import require
 
 REF = "ref"

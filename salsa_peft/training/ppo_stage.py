@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from salsa_peft import checkpoints
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.data import datasets as data
@@ -19,10 +18,11 @@ from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.loader import Bar, Workbench, quiet, seeds_of
 from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.ppo import SalsaPPOTrainer
-from salsa_peft.ppo_config import SalsaPPOConfig
-from salsa_peft.references import Frozen, attach_reference, freeze, mixture, move_to
 from salsa_peft.soup import average as averaging
+from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo.config import SalsaPPOConfig
+from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
+from salsa_peft.training.references import Frozen, attach_reference, freeze, mixture, move_to
 from salsa_peft.utils.files import write_atomic
 
 

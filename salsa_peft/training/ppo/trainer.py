@@ -20,33 +20,35 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from salsa_peft import losses, moving
-from salsa_peft.backends import BACKENDS
-from salsa_peft.completions import show
 from salsa_peft.config.options.guards import parse
-from salsa_peft.guards import Bounds, Watch
+from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward as lora_forward
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, adapter_in, as_reward
-from salsa_peft.models.sharding import check_sharding
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.policy_checks import check_model, check_tokenizer, check_trained
-from salsa_peft.ppo_callbacks import UpdateCallback
-from salsa_peft.ppo_config import RolloutBatches, RolloutLoader, SalsaPPOConfig
-from salsa_peft.ppo_logs import Logs, metrics
-from salsa_peft.ppo_resume import ResumableTrainer
-from salsa_peft.ppo_saving import VALUE_ADAPTER
-from salsa_peft.prompts import Encoder
-from salsa_peft.references import Frozen, as_references
-from salsa_peft.rollout_batch import Rollout, RolloutMaker
+from salsa_peft.training import reference_sync as moving
+from salsa_peft.training.ppo import losses
+from salsa_peft.training.ppo.backends import BACKENDS
+from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
+from salsa_peft.training.ppo.config import RolloutBatches, RolloutLoader, SalsaPPOConfig
+from salsa_peft.training.ppo.guards import Bounds, Watch
+from salsa_peft.training.ppo.metrics import Logs, metrics, show
+from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.resume import ResumableTrainer
+from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
+from salsa_peft.training.ppo.saving import VALUE_ADAPTER
+from salsa_peft.training.references import Frozen, as_references
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import Room
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    pass
+    from salsa_peft.training.ppo.resume import ResumableTrainer
 
 
 class MicroStep(NamedTuple):
@@ -356,3 +358,23 @@ def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, re
     name = adapters.free_name(model, VALUE_ADAPTER)
     adapters.attach(model, start.folder, name, trainable=True)
     return PolicyWithValueHead(model, name, start.head.weight)
+
+
+class UpdateCallback(TrainerCallback):
+    """What happens at an optimizer step besides Trainer's own: wild minibatches dropped, updates ended, SIGTERM answered."""
+
+    def __init__(self, trainer: SalsaPPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Between clipping and the optimizer's step."""
+        drop = self.trainer.drop_minibatch()
+        sharding.before_step(self.trainer.model, self.trainer.accelerator, drop=drop)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The update's end comes before Trainer saves, so that a checkpoint holds it."""
+        if state.global_step % args.steps_per_update == 0:
+            self.trainer.end_update()
+        self.trainer.agree()
+        if self.trainer.terminated or self.trainer.halted:
+            control.should_save = control.should_training_stop = True

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
-from salsa_peft.references import Frozen
 from salsa_peft.soup.lora.svd import moments, recompress
+from salsa_peft.training.references import Frozen
 from salsa_peft.utils.errors import require
 
 

@@ -15,36 +15,41 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salsa_peft import losses
-from salsa_peft.backends import Backend
 from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.models.generation import Recording, row_seeds
-from salsa_peft.models.logprobs import Head, head_of
+from salsa_peft.models.logprobs import Head, full_kl, head_of
 from salsa_peft.models.responses import (
     Responses,
     concatenate,
-    kl_to_reference,
+    forbidden_eos,
     response_logprobs,
     response_states,
     response_values,
+    scatter,
     widen,
 )
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale, take_figures
 from salsa_peft.models.sharding import gathered, keep_whole
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.offload import place
-from salsa_peft.prompts import Prompt
-from salsa_peft.references import Frozen
+from salsa_peft.training.offload import place
+from salsa_peft.training.ppo import losses
+from salsa_peft.training.ppo.backends import Backend
+from salsa_peft.training.ppo.losses import KL_ESTIMATORS
+from salsa_peft.training.ppo.prompts import Prompt
+from salsa_peft.training.references import Frozen
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import Room
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from salsa_peft.ppo_config import SalsaPPOConfig
+    from salsa_peft.training.ppo.config import SalsaPPOConfig
+
+    pass
 
 
 class Rollout(NamedTuple):
@@ -309,3 +314,18 @@ def _moved(part: Any, device: torch.device | str) -> Any:
         moved = [_moved(entry, device) for entry in part]
         return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
     return part
+
+
+def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses, head: Head, other: Head,
+                 min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
+
+    `policy`: the policy's own states at the tokens that count (N, H), which only the estimator `full` reads.
+    """
+    if estimator == "full":
+        assert policy is not None
+        forbidden = forbidden_eos(responses, min_new_tokens)
+        kl = full_kl(policy, response_states(reference, responses), forbidden, head, other)
+        return scatter(kl, responses.response_mask)
+    logprobs, _ = response_logprobs(reference, responses, other, min_new_tokens)
+    return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)

@@ -10,8 +10,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel, PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from salsa_peft.data.chat.turn_ends import ends_of, facts
@@ -22,7 +24,11 @@ from salsa_peft.models.precision import OPTIMIZER, ROUNDING, rounds_stochastical
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+    from salsa_peft.training.ppo.config import SalsaPPOConfig
+
 
 NOISE = ("drop", "jitter", "noise")
 """Parts of the names that configurations give to what is random in training mode."""
@@ -170,3 +176,56 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
         )
     for line in facts(tokenizer, ends_of(tokenizer, lm)) if tokenizer not in LOADED else []:
         print(f"processing_class: {line}", file=sys.stderr, flush=True)
+
+
+USE_CONFIG = "use recipes/accelerate/ddp.yaml, or fsdp2.yaml or zero3.yaml where the model is too large for one GPU"
+
+
+def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
+    """Raise SalsaError for a way of sharding that the engine does not run under. FSDP2 and ZeRO-3 then add up gradients in float32,
+    also with bf16, where accelerate has them in bf16."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    require(
+        args.rollout_backend == "hf" and not args.rollout_compile,
+        f"rollout_backend: found {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} with sharded weights,"
+        " expected hf, not compiled",
+    )
+    if kind == DistributedType.FSDP:
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    else:
+        _check_deepspeed(accelerator.state.deepspeed_plugin)
+
+
+def _check_fsdp(plugin: Any) -> None:
+    require(plugin.fsdp_version == 2, f"fsdp_version: found {plugin.fsdp_version}, expected 2; {USE_CONFIG}")
+    whole = plugin.state_dict_type.name
+    require(
+        whole == "FULL_STATE_DICT",
+        f"fsdp_state_dict_type: found {whole}, expected FULL_STATE_DICT, which a checkpoint is saved from",
+    )
+    for key in ("cpu_ram_efficient_loading", "activation_checkpointing"):
+        instead = " (set gradient_checkpointing in SalsaPPOConfig)" if key == "activation_checkpointing" else ""
+        require(not vars(plugin)[key], f"fsdp_{key}: found true, expected false{instead}")
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+        )
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    require(plugin.zero_stage == 3, f"zero_stage: found {plugin.zero_stage}, expected 3; {USE_CONFIG}")
+    require(
+        plugin.zero3_save_16bit_model,
+        "zero3_save_16bit_model: found false, expected true, which a checkpoint is saved with",
+    )
+    for key in ("offload_optimizer_device", "offload_param_device"):
+        found = vars(plugin)[key]
+        require(found == "none", f"{key}: found {found}, expected none")
+    config = plugin.deepspeed_config
+    require(not config["fp16"]["enabled"], "fp16: found true with DeepSpeed, expected bf16 or neither")
+    for key in ("optimizer", "scheduler"):
+        require(key not in config, f"{key}: found one in DeepSpeed's configuration, expected SalsaPPOConfig's alone")
+    config["communication_data_type"] = "fp32"
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
