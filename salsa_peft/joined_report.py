@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from salsa_peft import figures, findings, panels, paper, report_judge, text
-from salsa_peft.judged import NET, Judged, over_seeds, seeds_warning
+from salsa_peft.evaluation.judge_statistics import NET, Judged, over_seeds, seeds_warning
 from salsa_peft.panels import MEASURES, Panel
 from salsa_peft.report_input import ReportInput
 from salsa_peft.report_page import write_pages

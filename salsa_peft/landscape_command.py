@@ -102,7 +102,7 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
         args, kind, kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    from salsa_peft.landscape import measure_points, points
+    from salsa_peft.evaluation.landscape import measure_points, points
     from salsa_peft.soup.measures import of_command
 
     measure, name = of_command(args, folders, kind), args.measure.rsplit(":", 1)[-1]

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft import disk, judge_costs
+from salsa_peft import disk
 from salsa_peft.cards import Card
 from salsa_peft.config.load import Loaded
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import PPO, Adapter, Recipe
 from salsa_peft.data.check import count_rows
+from salsa_peft.evaluation.judges import costs as judge_costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, of_recipe
 from salsa_peft.runs import Step

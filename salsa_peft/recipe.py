@@ -58,9 +58,9 @@ STAGES = {
     "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"]),
     "rloo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["rloo"]),
     "grpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["grpo"]),
-    "landscape": Stage("salsa_peft.landscape:run", units.landscape_units),
-    "evaluate": Stage("salsa_peft.evaluate:run", units.evaluate_units, resumes=True),
-    "judge": Stage("salsa_peft.judging:run", units.judge_units),
+    "landscape": Stage("salsa_peft.evaluation.landscape:run", units.landscape_units),
+    "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
+    "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
     "report": Stage("salsa_peft.stages:report", units.report_units),
     "hub": Stage("salsa_peft.hub_push:run", units.hub_units),
 }

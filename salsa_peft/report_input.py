@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import comparisons
 from salsa_peft.config.job import policy_id
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
+from salsa_peft.evaluation import comparisons
 from salsa_peft.utils import manifests as runs
 from salsa_peft.utils.files import json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT

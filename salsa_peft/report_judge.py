@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from salsa_peft import paper
-from salsa_peft.judged import Judged
+from salsa_peft.evaluation.judge_statistics import Judged
 from salsa_peft.report_input import ReportInput, place
 from salsa_peft.text import is_number
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from salsa_peft import judging
+from salsa_peft.evaluation.judges import stage as judging
 from salsa_peft.report_input import PolicyReport, ReportInput
 from salsa_peft.utils.statistics import compare, mean_interval, paired_difference
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import answers, comparisons, evaluate, fastchat_files
-from salsa_peft.answers import answer
-from salsa_peft.comparisons import clusters
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Evaluate, Generation, Model
 from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.data.questions import Question
+from salsa_peft.evaluation import answers, comparisons, evaluate
+from salsa_peft.evaluation import fastchat as fastchat_files
+from salsa_peft.evaluation.answers import answer
+from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models import generation
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import Responses

@@ -15,8 +15,8 @@ from made_up_run import synthetic, with_judge
 from test_report import HOSTILE, Page
 
 from salsa_peft import report
+from salsa_peft.evaluation.judge_statistics import over_seeds
 from salsa_peft.joined_report import Run, replicates, table, write_joined
-from salsa_peft.judged import over_seeds
 from salsa_peft.report_input import identity
 from salsa_peft.report_judge import rows_of
 from salsa_peft.utils import manifests as runs_of

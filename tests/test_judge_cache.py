@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from salsa_peft.judge_cache import Cache, Reply, key_of
+from salsa_peft.evaluation.judges.cache import Cache, Reply, key_of
 from salsa_peft.utils.errors import SalsaError
 
 REPLY = Reply("Because. [[A]]", "stop", 10, 5)
@@ -80,7 +80,7 @@ def test_all_or_none(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from salsa_peft.judge_cache import Cache; from salsa_peft.judge_cache import Reply
+from salsa_peft.evaluation.judges.cache import Cache; from salsa_peft.evaluation.judges.cache import Reply
 cache, name = Cache(Path(sys.argv[1])), sys.argv[2]
 for number in range(int(sys.argv[3])):
     kept = cache.put({f"{number}": Reply(name * 5000, "stop", number, 0)})

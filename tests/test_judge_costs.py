@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from salsa_peft.config.load import load_recipe
-from salsa_peft.judge_costs import INSTRUCTION, VERDICT, cost
+from salsa_peft.evaluation.judges.costs import INSTRUCTION, VERDICT, cost
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from salsa_peft.judge_parsing import read_verdict
+from salsa_peft.evaluation.judges.parsing import read_verdict
 
 PLAIN = [  # one letter: FastChat's rule, whatever stands around it
     ("Assistant A gives the correct date, assistant B does not.\n\n[[A]]", "A"),

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from salsa_peft.config.judge import FIELDS, Judge, check, read_prompts, read_references
-from salsa_peft.judge_parsing import read_verdict
-from salsa_peft.judge_prompts import REMINDER, Game, figure7, renderer
+from salsa_peft.evaluation.judges.parsing import read_verdict
+from salsa_peft.evaluation.judges.prompts import REMINDER, Game, figure7, renderer
 from salsa_peft.utils.errors import SalsaError
 
 ONE = Game(("Why is it blue?",), ("Rayleigh.",), ("Paint.",), 1)
@@ -249,7 +249,7 @@ class TestVerdict:
 
 def test_without_torch() -> None:
     """The dry run imports it."""
-    code = "import sys, salsa_peft.judge_prompts, salsa_peft.judge_parsing, salsa_peft.config.judge; print('torch' in sys.modules)"
+    code = "import sys, salsa_peft.evaluation.judges.prompts, salsa_peft.evaluation.judges.parsing, salsa_peft.config.judge; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -13,7 +13,7 @@ from test_report import HOSTILE, Page
 
 from salsa_peft import findings, paper, report_answers, report_judge
 from salsa_peft import text as words
-from salsa_peft.judged import judged_pair
+from salsa_peft.evaluation.judge_statistics import judged_pair
 from salsa_peft.report_input import ReportInput
 from salsa_peft.report_page import write_report
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from salsa_peft.config.judge import KINDS, Judge
-from salsa_peft.judge_prompts import Game, Ruling
-from salsa_peft.judges import JUDGES, FunctionJudge, judge_of
+from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judges.registry import JUDGES, FunctionJudge, judge_of
 from salsa_peft.utils.errors import SalsaError
 
 ONE = Game(("Why?",), ("first",), ("second",), 1, "writing")

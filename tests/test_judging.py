@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import judging, units
+from salsa_peft import units
 from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
+from salsa_peft.evaluation.judges import stage as judging
 from salsa_peft.utils.files import json_lines
 
 TEXT = """name: j
@@ -84,7 +85,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.delitem(sys.modules, "my_judge", raising=False)
         (tmp_path / "j.yaml").write_text(TEXT + more)
         recipe = load_recipe(str(tmp_path / "j.yaml"), lora="lora", overrides=[]).recipe
-        (unit,) = units.judge_units(recipe, "salsa_peft.judging:run")
+        (unit,) = units.judge_units(recipe, "salsa_peft.evaluation.judges.stage:run")
         evaluated, folder = tmp_path / "run" / "evaluate" / "1", tmp_path / "run" / "judge" / "2"
         evaluated.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)

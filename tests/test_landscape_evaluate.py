@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import comparisons, evaluate, landscape
-from salsa_peft.answers import answer
 from salsa_peft.config.schema import Evaluate, Generation, Landscape, Model, Policy, Recipe
 from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.data.questions import Question
+from salsa_peft.evaluation import comparisons, evaluate, landscape
+from salsa_peft.evaluation.answers import answer
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import respond
 from salsa_peft.models.responses import Responses

@@ -13,11 +13,11 @@ from tiny import make_base
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from salsa_peft.chat_judge import CALLS
 from salsa_peft.config.judge import Judge
-from salsa_peft.judge_prompts import REMINDER, Game, Ruling, figure7
-from salsa_peft.judges import judge_of
-from salsa_peft.local_judge import LocalModel
+from salsa_peft.evaluation.judges.chat import CALLS
+from salsa_peft.evaluation.judges.local import LocalModel
+from salsa_peft.evaluation.judges.prompts import REMINDER, Game, Ruling, figure7
+from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.errors import SalsaError
 
 CHAT = (

@@ -96,7 +96,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
 
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
-    from salsa_peft.landscape import moving
+    from salsa_peft.evaluation.landscape import moving
     from salsa_peft.models.loader import Workbench
     from salsa_peft.training.references import mixture, move_to
 

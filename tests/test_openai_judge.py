@@ -26,10 +26,11 @@ from openai_server import Fault, Seen, Server, completion, refusal, serving
 
 pytest.importorskip("openai", reason="the package that the judge openai asks through")
 
-from salsa_peft import endpoint_errors, openai_judge
 from salsa_peft.config.judge import Judge
-from salsa_peft.judge_prompts import REMINDER, Game, Ruling
-from salsa_peft.judges import judge_of
+from salsa_peft.evaluation.judges import openai_api as endpoint_errors
+from salsa_peft.evaluation.judges import openai_api as openai_judge
+from salsa_peft.evaluation.judges.prompts import REMINDER, Game, Ruling
+from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.errors import SalsaError
 
 CANARY = "sk-canary-7f3e9a2b51d84c60"
@@ -465,7 +466,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from salsa_peft.config.judge import Judge
-from salsa_peft.judges import judge_of
+from salsa_peft.evaluation.judges.registry import judge_of
 from test_openai_judge import games
 section = Judge(kind="openai", model="m", base_url=sys.argv[1], concurrency=3)
 judge = judge_of(section, cache=Path(sys.argv[2]), say=print)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salsa_peft.judged import Judged, judged_pair, over_seeds
+from salsa_peft.evaluation.judge_statistics import Judged, judged_pair, over_seeds
 from salsa_peft.utils.statistics import Estimate, compare, mean_interval, paired_difference, rates, tango
 
 PAPER = Path(__file__).resolve().parents[2] / "shared" / "data" / "paper_tables.json"

@@ -17,11 +17,11 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from salsa_peft.chat_judge import Messages, Outcome
 from salsa_peft.config.judge import Judge
 from salsa_peft.data.chat.templates import readable
 from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.judge_cache import Reply
+from salsa_peft.evaluation.judges.cache import Reply
+from salsa_peft.evaluation.judges.chat import Messages, Outcome
 from salsa_peft.models.base import device, positions, resolve_dtype
 from salsa_peft.models.generation import WITHOUT_FLOAT64, choose, uniform_numbers
 from salsa_peft.models.responses import pad_prompts

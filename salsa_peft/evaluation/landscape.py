@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from salsa_peft.answers import answer, fitting_questions, means
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import Question, questions
+from salsa_peft.evaluation.answers import answer, fitting_questions, means
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.models.rewards.function import FunctionReward

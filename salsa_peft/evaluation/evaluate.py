@@ -18,15 +18,15 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from salsa_peft import fastchat_files
-from salsa_peft.answers import Rows, answer, fitting_questions
-from salsa_peft.comparisons import clusters
 from salsa_peft.config.job import Job, policy_id
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.landscape import measures
+from salsa_peft.evaluation import fastchat as fastchat_files
+from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
+from salsa_peft.evaluation.comparisons import clusters
+from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.training.references import attach_reference, mixture, move_to

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft import comparisons, judge_files
 from salsa_peft.config import sweeps as search
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
-from salsa_peft.judge_prompts import Game, Ruling
-from salsa_peft.judged import Judged, judged_pair
-from salsa_peft.judges import judge_of
+from salsa_peft.evaluation import comparisons
+from salsa_peft.evaluation import fastchat as judge_files
+from salsa_peft.evaluation.judge_statistics import Judged, judged_pair
+from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.files import json_lines, write_atomic
 from salsa_peft.utils.statistics import holm

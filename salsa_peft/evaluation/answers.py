@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from salsa_peft.comparisons import clusters
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.turn_ends import ends
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
+from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.generation import respond
 from salsa_peft.models.loader import Workbench, fitting

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from salsa_peft.chat_judge import CALLS, ChatJudge
 from salsa_peft.config.judge import Judge, check_ready
-from salsa_peft.judge_prompts import Game, Ruling
+from salsa_peft.evaluation.judges.chat import CALLS, ChatJudge
+from salsa_peft.evaluation.judges.prompts import Game, Ruling
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
 
@@ -139,14 +139,14 @@ def _conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str
 
 def _openai(section: Judge, cache: Path | None, say: Say) -> Judging:
     check_ready(section, WHERE)
-    from salsa_peft.openai_judge import Endpoint
+    from salsa_peft.evaluation.judges.openai_api import Endpoint
 
     calls = dict.fromkeys(CALLS, 0)
     return ChatJudge(section, Endpoint(section, calls), calls, cache, say)
 
 
 def _local(section: Judge, cache: Path | None, say: Say) -> Judging:
-    from salsa_peft.local_judge import LocalModel
+    from salsa_peft.evaluation.judges.local import LocalModel
 
     calls = dict.fromkeys(CALLS, 0)
     return ChatJudge(section, LocalModel(section, calls), calls, cache, say)

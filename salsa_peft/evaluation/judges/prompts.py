@@ -1,7 +1,7 @@
-"""What a judge is told of a game, and what is read out of its answer. Imports no torch.
+"""What a judge is asked about two answers.
 
-`figure7` says in our words what the paper's judge is told (Figure 7). `fastchat` reads FastChat's own judge_prompts.jsonl and picks by turn
-and category as its gen_judgment.py does. FastChat's delimiters stay as they are in its file; ours give way to what an answer holds.
+`figure7` says in our words what the paper's judge is told (Figure 7). `fastchat` takes FastChat's own judge_prompts.jsonl and picks by turn and
+category as its gen_judgment.py does. FastChat's delimiters stay as they are in its file; ours give way to what an answer holds. Imports no torch.
 """
 
 from __future__ import annotations

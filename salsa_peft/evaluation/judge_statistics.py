@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from salsa_peft.length_control import length_controlled
+from salsa_peft.evaluation.length_control import length_controlled
 from salsa_peft.utils.statistics import Verdicts, clustered, numbered, resampled, tango, widened
 
 NET = {"a": 1, "b": -1, "tie": 0}

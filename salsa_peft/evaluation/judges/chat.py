@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.judge_cache import Cache, Reply, key_of
-from salsa_peft.judge_parsing import read_verdict
-from salsa_peft.judge_prompts import REMINDER, Game, Ruling, Told, renderer
+from salsa_peft.evaluation.judges.cache import Cache, Reply, key_of
+from salsa_peft.evaluation.judges.parsing import read_verdict
+from salsa_peft.evaluation.judges.prompts import REMINDER, Game, Ruling, Told, renderer
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")
