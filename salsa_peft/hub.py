@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import hub_files, hub_push
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
+from salsa_peft.report import hub as hub_push
+from salsa_peft.report import model_card as hub_files
 from salsa_peft.soup.lora.read import CONFIG
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.console import Parser, say
@@ -118,7 +119,7 @@ def _push(args: object) -> int:
 
 def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     """Card and file list of each, nothing sent."""
-    from salsa_peft.hub_card import card
+    from salsa_peft.report.model_card import card
 
     folders = hub_files.folders_of(run)
     recipe = hub_files.recipe_of(run, folders)

@@ -121,8 +121,8 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
 
 def draw(found: Mapping[str, Any], folder: Path) -> None:
     """The figures, each as SVG and PNG."""
-    from salsa_peft.panels import looks
-    from salsa_peft.report_figures import draw_landscape
+    from salsa_peft.report.plots import draw_landscape
+    from salsa_peft.report.style import looks
 
     ends = [end for line in found["lines"] for end in line["ends"]]
     for panel in draw_landscape(found, looks([*ends, "soup"])):

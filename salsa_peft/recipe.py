@@ -62,7 +62,7 @@ STAGES = {
     "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
     "report": Stage("salsa_peft.stages:report", units.report_units),
-    "hub": Stage("salsa_peft.hub_push:run", units.hub_units),
+    "hub": Stage("salsa_peft.report.hub:run", units.hub_units),
 }
 
 

@@ -57,8 +57,8 @@ def soup(job: Job) -> dict[str, Any]:
 
 def report(job: Job) -> dict[str, Any]:
     """report.html, report.md, summary.json, and the recipe as it ran, of everything that the run's folders hold."""
-    from salsa_peft.report_input import gather
-    from salsa_peft.report_page import write_report
+    from salsa_peft.report.gather import gather
+    from salsa_peft.report.page import write_report
 
     summary = write_report(job.folder, gather(job.recipe, job.inputs, job.recipe_yaml))
     runs.write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)

@@ -18,7 +18,7 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
-from salsa_peft.report_page import write_report
+from salsa_peft.report.page import write_report
 from salsa_peft.soup import average as averaging
 from salsa_peft.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.utils.fingerprints import base_fingerprint

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from salsa_peft.evaluation.judges import stage as judging
-from salsa_peft.report_input import PolicyReport, ReportInput
+from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.utils.statistics import compare, mean_interval, paired_difference
 
 SKILL = {"seed-0": 0.76, "base": 0.30, "soup": 0.825, "ppo": 0.81, "salsa": 0.845, "shrunk": 0.85, "mkl": 0.83}

@@ -15,10 +15,10 @@ from hub_server import Fault, Hub, hub
 from made_hub_run import BASE_ID, make_run
 from test_hub import CANARY, ROOT, assert_canary_in_the_header_alone, command, files, publish_base
 
-from salsa_peft import hub_push
 from salsa_peft.config.load import load_recipe, saved_recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data import toy_language as toy
+from salsa_peft.report import hub as hub_push
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -14,11 +14,11 @@ import pytest
 from made_up_run import synthetic, with_judge
 from test_report import HOSTILE, Page
 
-from salsa_peft import report
+from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds
-from salsa_peft.joined_report import Run, replicates, table, write_joined
-from salsa_peft.report_input import identity
-from salsa_peft.report_judge import rows_of
+from salsa_peft.report.gather import identity
+from salsa_peft.report.joined import Run, replicates, table, write_joined
+from salsa_peft.report.judge_tables import rows_of
 from salsa_peft.utils import manifests as runs_of
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.statistics import holm, sign_flip
@@ -110,7 +110,7 @@ def test_the_page(runs: list[Run], tmp_path: Path) -> None:
 
 
 def test_the_finding_counts(runs: list[Run]) -> None:
-    from salsa_peft.joined_report import finding
+    from salsa_peft.report.joined import finding
 
     cells = [{"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.04, "runs": 1}, {"low": 0.51, "high": 0.6, "adjusted_win_rate": 0.55, "p_holm": 0.06, "runs": 1},
              {"low": 0.4, "high": 0.6, "adjusted_win_rate": 0.5, "p_holm": 1.0, "runs": 1}, {"low": 0.3, "high": 0.4, "adjusted_win_rate": 0.35, "p_holm": 0.01, "runs": 1}]  # fmt: skip
@@ -331,7 +331,7 @@ class TestCommand:
 def test_what_a_page_says_of_the_temperature(tmp_path: Path) -> None:
     """A number, or FastChat's by category where a question has one."""
     from salsa_peft.config.load import load_recipe
-    from salsa_peft.report_input import _temperature
+    from salsa_peft.report.gather import _temperature
 
     (tmp_path / "r.yaml").write_text(
         "name: r\ntoy: {}\ngeneration: {temperature: 0.9}\npolicies: {ppo: {reference: seed-0}}\n"

@@ -11,11 +11,13 @@ import pytest
 from made_up_run import synthetic, with_judge
 from test_report import HOSTILE, Page
 
-from salsa_peft import findings, paper, report_answers, report_judge
-from salsa_peft import text as words
 from salsa_peft.evaluation.judge_statistics import judged_pair
-from salsa_peft.report_input import ReportInput
-from salsa_peft.report_page import write_report
+from salsa_peft.report import findings, paper
+from salsa_peft.report import format as words
+from salsa_peft.report import judge_tables as report_judge
+from salsa_peft.report import page as report_answers
+from salsa_peft.report.gather import ReportInput
+from salsa_peft.report.page import write_report
 
 SALSA_PPO = ("salsa", "ppo")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from salsa_peft import paper
+from salsa_peft.report import paper
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "paper_tables.json"
 

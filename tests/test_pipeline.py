@@ -282,7 +282,15 @@ def test_a_judge_later_and_two_runs_in_one_report(run: Path, tmp_path: Path) -> 
     rate = f"{100 * pair['adjusted_win_rate']:.1f} [{100 * pair['low']:.1f}, {100 * pair['high']:.1f}]"
     page = (other / "report.html").read_text("utf-8")
     assert "What the judge says" in page and rate.split()[0] in page and rate.split(" ", 1)[1] in page
-    report = [sys.executable, "-m", "salsa_peft.report", str(run), str(other), "--output-dir", str(tmp_path / "joined")]
+    report = [
+        sys.executable,
+        "-m",
+        "salsa_peft.cli.report",
+        str(run),
+        str(other),
+        "--output-dir",
+        str(tmp_path / "joined"),
+    ]
     done = subprocess.run(report, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "joined" / "report.html")), done.stderr
     cells = read(tmp_path / "joined" / "summary.json")["cells"]

@@ -17,10 +17,10 @@ import pytest
 from made_up_run import synthetic
 from markdown_it import MarkdownIt
 
-from salsa_peft import findings
-from salsa_peft import text as words
-from salsa_peft.report_input import ReportInput
-from salsa_peft.report_page import write_report
+from salsa_peft.report import findings
+from salsa_peft.report import format as words
+from salsa_peft.report.gather import ReportInput
+from salsa_peft.report.page import write_report
 from salsa_peft.utils import files as runs
 
 HOSTILE = (

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from salsa_peft import paper
 from salsa_peft.evaluation.judge_statistics import Judged
-from salsa_peft.report_input import ReportInput, place
-from salsa_peft.text import is_number
+from salsa_peft.report import paper
+from salsa_peft.report.format import is_number
+from salsa_peft.report.gather import ReportInput, place
 
 ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → what its number is, of the figures' x axis
     "alpha": "α: 0 is the first seed, 1 the second (Figure 4a)",

@@ -1,10 +1,4 @@
-"""What a run measured → report.html (one file), report.md with its figures, summary.json (every number of both).
-
-The page is for a researcher who has a minute: the finding in words, then models × measures, wins and losses, the
-landscape, PPO's curves, score distributions, answers side by side, and what was run. Both texts come from one context
-through two templates, so they cannot disagree. A piece that the run does not have leaves its section out. The same
-input gives the same bytes. Left out: scripts, anything fetched, and dates (the run's folder has them).
-"""
+"""report.html, report.md and summary.json of a run, with answers side by side."""
 
 from __future__ import annotations
 
@@ -15,11 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from salsa_peft import findings, panels, report_answers, report_judge, text
-from salsa_peft.panels import Panel
-from salsa_peft.report_figures import CURVES, draw, scores_of
-from salsa_peft.report_input import PolicyReport, ReportInput
-from salsa_peft.text import is_number
+from salsa_peft.report import findings
+from salsa_peft.report import format as text
+from salsa_peft.report import judge_tables as report_judge
+from salsa_peft.report import style as panels
+from salsa_peft.report.format import is_number
+from salsa_peft.report.gather import PolicyReport, ReportInput
+from salsa_peft.report.plots import CURVES, draw, scores_of
+from salsa_peft.report.style import Panel
 
 
 def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def write_pages(
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for panel in (one for section in drawn.values() for one in section):
         (folder / "figures" / f"{panel.name}.png").write_bytes(panel.png)
-    looks = {"colors": panels.variables(), "dark": panels.darks(), "outcomes": report_answers.OUTCOMES}
+    looks = {"colors": panels.variables(), "dark": panels.darks(), "outcomes": OUTCOMES}
     more = {"panels": drawn, **looks}
     for kind in ("html", "md"):
         page = environment.get_template(f"{template}.{kind}.jinja").render({**told, **more})
@@ -73,7 +70,7 @@ def context(run: ReportInput) -> dict[str, Any]:
             *findings.warnings(run.evaluation, run.landscape, run.reward),
             *(
                 f"{text.percent(share)}% of the answers to “{dataset}” are as long as generation.max_new_tokens ({run.limit}) lets them be: cut."
-                for dataset, share in report_answers.cut(run).items()
+                for dataset, share in cut(run).items()
             ),
         ],
         "tiles": [
@@ -92,7 +89,7 @@ def context(run: ReportInput) -> dict[str, Any]:
         },
         "measures": panels.MEASURES,
         "training": {name: training(policy) for name, policy in run.policies.items() if policy.metrics},
-        "samples": report_answers.samples(run),
+        "samples": samples(run),
         "facts": {
             title: rows
             for title, rows in (
@@ -190,3 +187,100 @@ def what(name: str, run: ReportInput) -> str:
 
 def ends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
+
+
+OUTCOMES = ("win", "loss", "tie", "missing")
+"""Of the pair that the page is filtered by; a question whose turns end differently has several."""
+SHORT = 140
+"""Characters of a question in its heading."""
+
+
+def samples(run: ReportInput) -> dict[str, Any]:
+    """{"pair": (a, b) of the filter | None, "datasets": dataset → its first questions in order, so that nobody chose them}."""
+    names = findings.order(run.evaluation, run.policies)
+    pair = main_pair(run)
+    rows: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
+    for row in run.answers:
+        rows.setdefault(row["dataset"], {}).setdefault(row["index"], {}).setdefault(row["turn"], {})[row["model"]] = row
+    rulings: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
+    for row in run.judgments:
+        rulings.setdefault((row["dataset"], row["index"], row["turn"]), []).append(row)
+    return {
+        "pair": pair,
+        "datasets": {
+            dataset: [
+                _question(run, dataset, index, of[index], rulings, names, pair) for index in sorted(of)[: run.samples]
+            ]
+            for dataset, of in rows.items()
+        },
+    }
+
+
+def main_pair(run: ReportInput) -> tuple[str, str] | None:
+    """What the answers are filtered by: the judge's first pair, else the first of the evaluation."""
+    for source in (run.verdicts, run.evaluation):
+        for data in (source or {}).get("datasets", {}).values():
+            for pair in data.get("pairs", []):
+                return pair["a"], pair["b"]
+    return None
+
+
+def _question(
+    run: ReportInput,
+    dataset: str,
+    index: int,
+    turns: Mapping[int, Mapping[str, Mapping[str, Any]]],
+    rulings: Mapping[tuple[str, int, int], Sequence[Mapping[str, Any]]],
+    names: Sequence[str],
+    pair: tuple[str, str] | None,
+) -> dict[str, Any]:
+    told = []
+    for turn, answers in sorted(turns.items()):
+        judged = rulings.get((dataset, index, turn), [])
+        told.append(
+            {
+                "turn": turn,
+                "prompt": next(iter(answers.values()))["prompt"],
+                "answers": {name: answers[name] for name in names if name in answers},
+                "rulings": judged,
+                "outcome": None if pair is None else _outcome(run, pair, answers, judged),
+            }
+        )
+    first = " ".join(str(told[0]["prompt"]).split())
+    return {
+        "index": index,
+        "id": next(iter(turns[min(turns)].values())).get("question_id", index),
+        "category": next(iter(turns[min(turns)].values())).get("category"),
+        "heading": first if len(first) <= SHORT else f"{first[:SHORT]}…",
+        "turns": told,
+        "outcomes": [name for name in OUTCOMES if any(one["outcome"] == name for one in told)],
+    }
+
+
+def _outcome(
+    run: ReportInput,
+    pair: tuple[str, str],
+    answers: Mapping[str, Mapping[str, Any]],
+    rulings: Sequence[Mapping[str, Any]],
+) -> str | None:
+    """win: of the pair's first model."""
+    words = {"a": "win", "b": "loss", "tie": "tie", "missing": "missing"}
+    if run.verdicts is not None:
+        return next((words[row["winner"]] for row in rulings if (row["a"], row["b"]) == pair), None)
+    measure = findings.headline(run.evaluation)
+    scores = [answers.get(name, {"scores": {}})["scores"].get(measure) for name in pair]
+    if not all(is_number(score) for score in scores):
+        return None
+    return "win" if scores[0] > scores[1] else "loss" if scores[1] > scores[0] else "tie"
+
+
+def cut(run: ReportInput) -> dict[str, float]:
+    """Dataset → the share of its answers that are as long as they could be, where that is more than a tenth: they were cut."""
+    found: dict[str, float] = {}
+    if run.limit is None:
+        return found
+    for dataset in dict.fromkeys(row["dataset"] for row in run.answers):
+        lengths = [row["length"] for row in run.answers if row["dataset"] == dataset]
+        share = sum(length >= run.limit for length in lengths) / len(lengths)
+        found |= {dataset: share} if share > 0.1 else {}
+    return found

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from salsa_peft import hub_files
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.config.schema import Recipe
-from salsa_peft.hub_files import Item, published
+from salsa_peft.report import model_card as hub_files
+from salsa_peft.report.model_card import Item, published
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
@@ -104,7 +104,7 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
     """One result, one commit. Raises SalsaError for what the Hub refuses, and where it can't be reached after several tries."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from salsa_peft.hub_card import card
+    from salsa_peft.report.model_card import card
 
     api = HfApi(library_name="salsa_peft")
     repo = address(api, wanted.to)

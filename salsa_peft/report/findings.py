@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from salsa_peft.panels import MEASURES
-from salsa_peft.text import estimate, p_value, percent, signed
+from salsa_peft.report.format import estimate, p_value, percent, signed
+from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare, paired_difference
 
 FEW = 30

@@ -85,7 +85,7 @@ def _is_run(word: str) -> bool:
 def _paper() -> int:
     from rich.console import Console
 
-    from salsa_peft.paper import show
+    from salsa_peft.report.paper import show
 
     console = Console(highlight=False)
     show(console if console.width >= NARROWEST else Console(highlight=False, width=NARROWEST))
@@ -95,8 +95,8 @@ def _paper() -> int:
 def _joined(names: Sequence[str], words: Sequence[str]) -> int:
     out_dir = words[words.index("--output-dir") + 1] if "--output-dir" in words[:-1] else None
     require(out_dir != "" and words[-1] != "--output-dir", "--output-dir: found nothing, expected a folder")
-    from salsa_peft.joined_report import Run, write_joined
-    from salsa_peft.report_input import gather
+    from salsa_peft.report.gather import gather
+    from salsa_peft.report.joined import Run, write_joined
 
     for name in names:
         require(_is_run(name), f"{name}: {NO_RUN}")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft.text import p_value, percent
+from salsa_peft.report.format import p_value, percent
 from salsa_peft.utils.statistics import Verdicts, holm, rates
 
 CUT = 0.01 + 1e-9

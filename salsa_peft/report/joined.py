@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from salsa_peft import figures, findings, panels, paper, report_judge, text
 from salsa_peft.evaluation.judge_statistics import NET, Judged, over_seeds, seeds_warning
-from salsa_peft.panels import MEASURES, Panel
-from salsa_peft.report_input import ReportInput
-from salsa_peft.report_page import write_pages
+from salsa_peft.report import findings, paper
+from salsa_peft.report import format as text
+from salsa_peft.report import judge_tables as report_judge
+from salsa_peft.report import plots as figures
+from salsa_peft.report import style as panels
+from salsa_peft.report.gather import ReportInput
+from salsa_peft.report.page import write_pages
+from salsa_peft.report.style import MEASURES, Panel
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.statistics import holm, sign_flip
 
