@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import salsa_peft
-from salsa_peft import recipe
+from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.console import say
 from salsa_peft.utils.messages import nearest, one_line
 

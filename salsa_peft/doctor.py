@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import salsa_peft
-from salsa_peft import cards, runs
 from salsa_peft.models.architectures import memory
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import hardware as cards
 from salsa_peft.utils.console import Parser, say, without_notes
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import holder as the_holder

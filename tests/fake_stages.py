@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.recipe import STAGES
+from salsa_peft.recipe.run import STAGES
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import canonical
@@ -75,7 +75,8 @@ def run(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from salsa_peft import processes, recipe
+    from salsa_peft.recipe import processes
+    from salsa_peft.recipe import run as recipe
 
     processes.PRELOAD = ["fake_stages"]
     processes.GRACE = 1.0

@@ -23,8 +23,9 @@ import torch
 import transformers
 from peft import PeftModel
 
-from salsa_peft import processes, recipe
 from salsa_peft.models import base as auto_models
+from salsa_peft.recipe import processes
+from salsa_peft.recipe import run as recipe
 from salsa_peft.training.ppo.rollout import RolloutMaker
 
 HUB = Path(__file__).resolve().parents[2] / "shared" / "hub"
@@ -274,5 +275,5 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("salsa_peft._preload")
+    importlib.import_module("salsa_peft.recipe.preload")
     main(sys.argv[1:])

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.recipe import STAGES
+from salsa_peft.recipe.run import STAGES
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 
@@ -65,7 +65,8 @@ def save_on_sigterm(job: Job, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from salsa_peft import processes, recipe
+    from salsa_peft.recipe import processes
+    from salsa_peft.recipe import run as recipe
 
     processes.PRELOAD = ["launched_stages"]
     sys.exit(recipe.main(stages=FAKE))

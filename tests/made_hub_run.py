@@ -12,15 +12,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import runs
 from salsa_peft.config.job import Unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.report.page import write_report
 from salsa_peft.soup import average as averaging
-from salsa_peft.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 BASE_ID = "tester/tiny-base"

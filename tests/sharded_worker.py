@@ -1,4 +1,4 @@
-"""salsa_peft.worker on CPUs that accelerate is made to take for an accelerator, as distributed_run.py does: FSDP2 and ZeRO-3 without GPUs."""
+"""salsa_peft.recipe.launch on CPUs that accelerate is made to take for an accelerator, as distributed_run.py does: FSDP2 and ZeRO-3 without GPUs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import DistributedType, PartialState
 
-    from salsa_peft import worker
     from salsa_peft.models import loader as workbench
+    from salsa_peft.recipe import launch as worker
 
     arguments = workbench.training_arguments
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from test_memory import paper
 
-from salsa_peft import cards, recipe, runs
 from salsa_peft.config.job import Unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, Need, need
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.errors import SalsaError
 
 

@@ -18,7 +18,7 @@ from salsa_peft.config import load as parsing
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.config.yaml import MAX_BYTES, dump_yaml, parse_yaml
-from salsa_peft.recipe import load as load_recipe
+from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.utils.errors import SalsaError
 
 RECIPE = """
@@ -610,7 +610,7 @@ def test_a_dry_run_without_data_that_nothing_reads(tmp_path, monkeypatch, capsys
     """A reward that is a function needs no preferences, seeds that are taken no demonstrations, DPO no prompts: the plan is printed."""
     from safetensors.numpy import save_file
 
-    from salsa_peft import recipe as recipe_command
+    from salsa_peft.recipe import run as recipe_command
 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows(tmp_path / "d.jsonl", *[{"messages": chat}] * 40)

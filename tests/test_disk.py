@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import pytest
 from test_memory import paper
 
-from salsa_peft import cards, disk, recipe, runs
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.memory import GIB
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import disk
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import run as recipe
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 SMALL = """

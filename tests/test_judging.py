@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import units
 from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
 from salsa_peft.evaluation.judges import stage as judging
+from salsa_peft.recipe import units
 from salsa_peft.utils.files import json_lines
 
 TEXT = """name: j

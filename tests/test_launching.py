@@ -16,9 +16,10 @@ from launched_stages import FAKE
 from test_pipeline import read, unit
 from test_runs import gone
 
-from salsa_peft import launching, recipe
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
+from salsa_peft.recipe import launch as launching
+from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.errors import SalsaError
 
 HERE = Path(__file__).resolve().parent
@@ -133,7 +134,7 @@ def test_kill_9_of_the_command_takes_all_along(tmp_path: Path) -> None:
 
 def test_a_process_without_its_command_ends_at_once(tmp_path: Path) -> None:
     """Launched by a command that was killed in the meantime: the job is gone, or nobody holds it."""
-    argv = [sys.executable, "-c", "import sys, time, pathlib, salsa_peft.launching as l; l.end_with_command(pathlib.Path(sys.argv[1])); time.sleep(60)"]  # fmt: skip
+    argv = [sys.executable, "-c", "import sys, time, pathlib, salsa_peft.recipe.launch as l; l.end_with_command(pathlib.Path(sys.argv[1])); time.sleep(60)"]  # fmt: skip
     done = [subprocess.run([*argv, str(tmp_path)], env=environment(), timeout=30, check=False).returncode]
     (tmp_path / launching.JOB).write_text("{}")
     done += [subprocess.run([*argv, str(tmp_path)], env=environment(), timeout=30, check=False).returncode]

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from test_pipeline import SMALL, read, unit
 from transformers import GemmaConfig, LlamaConfig, MistralConfig
 
-from salsa_peft import processes, recipe
 from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.models import loader as workbench
 from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.recipe import processes
+from salsa_peft.recipe import run as recipe
 
 SIZES = {
     "hidden_size": 64,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from salsa_peft import units
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.references import parse_reference
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
+from salsa_peft.recipe import units
 from salsa_peft.training import reference_sync as moving
 from salsa_peft.training.references import Frozen, attach_reference
 from salsa_peft.training.trl_reference import use_reference

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from test_memory import paper
 
-from salsa_peft import cards, recipe
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, need
-from salsa_peft.planning import advice
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.dry_run import advice
 
 ONE = ("ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")
 TWO = ("num_processes=2", "ppo.batch_size=36", "ppo.micro_batch_size=18", "sft.batch_size=36", "sft.micro_batch_size=9")

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import salsa_peft
-from salsa_peft import cli, recipe
-from salsa_peft.command_line import parse_args
+from salsa_peft import cli
 from salsa_peft.config import load as parsing
-from salsa_peft.units import report_units
+from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.run import parse_args
+from salsa_peft.recipe.units import report_units
 
 RECIPE = """
 name: tiny

@@ -13,7 +13,7 @@ import pytest
 
 from salsa_peft.config.load import load_recipe, names
 from salsa_peft.config.yaml import dump_yaml, read_yaml
-from salsa_peft.recipe import STAGES, resolved_yaml
+from salsa_peft.recipe.run import STAGES, resolved_yaml
 from salsa_peft.utils.errors import SalsaError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +184,7 @@ def test_qlora_is_lora_on_four_bits() -> None:
 def test_a_7b_recipes_dry_run_takes_two_seconds_and_no_torch(mode: list[str], tmp_path: Path) -> None:
     """The plan is made of headers and arithmetic."""
     script = (
-        "import sys; from salsa_peft.recipe import main; code = main(sys.argv[1:]);"
+        "import sys; from salsa_peft.recipe.run import main; code = main(sys.argv[1:]);"
         " assert not {'torch', 'transformers'} & set(sys.modules); raise SystemExit(code)"
     )
     start = time.perf_counter()

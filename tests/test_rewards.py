@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from salsa_peft import recipe
 from salsa_peft.config.rewards import find_module, parse_reward
 from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
 from salsa_peft.data import datasets as data
@@ -25,9 +24,10 @@ from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
-from salsa_peft.recipe import load as load_recipe
+from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.cache import plan
+from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.report import gather as report_input
-from salsa_peft.runs import plan
 from salsa_peft.utils.errors import SalsaError
 
 WORDS = ["owl", "saw", "fig", "cod", "oak", "copy", "name", "user", "assistant", "system", "?", "!"]

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import pytest
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
-from salsa_peft import recipe as recipes
 from salsa_peft.config.schema import Data, Reward, Source
 from salsa_peft.data import check as data_checks
 from salsa_peft.data import datasets as data
@@ -26,7 +25,8 @@ from salsa_peft.data.chat.template_fields import reads_text_arguments
 from salsa_peft.data.check import count_rows
 from salsa_peft.data.files import load
 from salsa_peft.data.questions import questions
-from salsa_peft.recipe import load as load_recipe
+from salsa_peft.recipe import run as recipes
+from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from fake_stages import FAKE, TINY, start
 
-from salsa_peft import processes, recipe, runs
 from salsa_peft.config.job import Unit
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import processes
+from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint, sha256

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import units
 from salsa_peft.config import sweeps as search
 from salsa_peft.config.load import load_recipe
-from salsa_peft.recipe import resolved_yaml
+from salsa_peft.recipe import units
+from salsa_peft.recipe.run import resolved_yaml
 from salsa_peft.utils.errors import SalsaError
 
 TEXT = (

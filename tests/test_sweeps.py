@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from salsa_peft import recipe
 from salsa_peft.config.load import Loaded, load_recipe
+from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.errors import SalsaError
 
 TEXT = "name: s\ntoy: {}\nmodel: {max_length: 32}\ngeneration: {max_new_tokens: 10}\nsft: {seeds: [0, 1, 2], batch_size: 32}\n"

@@ -18,7 +18,6 @@ from test_modes import make_base
 from test_pipeline import read, unit
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from salsa_peft import recipe
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Adapter
 from salsa_peft.data.toy import make_tokenizer
@@ -26,6 +25,7 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.recipe import run as recipe
 from salsa_peft.training import sft, taken_results
 from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError

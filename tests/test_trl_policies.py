@@ -14,11 +14,11 @@ from peft import PeftModel
 from test_pipeline import ENVIRONMENT, ROOT, SMALL, read, unit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from salsa_peft import units
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.data import datasets as data
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.recipe import load as load_recipe
+from salsa_peft.recipe import units
+from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.training import trl_stages as trl_policies
 from salsa_peft.training.reward_model import SPLIT_SEED
 from salsa_peft.utils import fingerprints as runs

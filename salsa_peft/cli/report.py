@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from salsa_peft import recipe
 from salsa_peft.config.load import names as bundled_names
 from salsa_peft.config.load import saved_recipe
+from salsa_peft.recipe import run as recipe
 from salsa_peft.utils import manifests as runs
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from salsa_peft import recipe
 from salsa_peft.config import yaml as yaml_text
 from salsa_peft.config.paths import bundled
 from salsa_peft.config.schema import Recipe
+from salsa_peft.recipe import run as recipe
 
 SECONDS = 2.0
 """Of CPU time, that a refusal may take."""

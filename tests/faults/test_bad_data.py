@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from salsa_peft import recipe as recipe_command
 from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.ppo import Sampling
@@ -25,10 +24,11 @@ from salsa_peft.models.base import load_tokenizer
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.loader import fitting
 from salsa_peft.models.responses import pad_prompts
+from salsa_peft.recipe import run as recipe_command
+from salsa_peft.recipe.units import reward_units, sft_units
 from salsa_peft.training import reward_model, sft
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import Encoder
-from salsa_peft.units import reward_units, sft_units
 from salsa_peft.utils.errors import SalsaError
 
 ROOT = Path(__file__).resolve().parents[2]

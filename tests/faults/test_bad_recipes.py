@@ -15,7 +15,7 @@ from typing import Any
 import bad_recipes
 import pytest
 
-from salsa_peft import recipe
+from salsa_peft.recipe import run as recipe
 
 HERE = Path(__file__).parent
 SOME, COUNT, COMMANDS = 400, 2000, 50
@@ -64,7 +64,7 @@ def test_thousands_of_bad_recipes(tmp_path: Path, tally: Callable[..., None], co
 
 def test_the_watch_sees_what_a_recipe_may_not_do(tmp_path: Path) -> None:
     """A good recipe by the same judge: it is told what began, a file that was written, a trace."""
-    made = "import sys, pathlib\nsys.path.insert(0, {here!r})\nimport bad_recipes\nfrom unittest import mock\nfrom salsa_peft import recipe\n{more}"
+    made = "import sys, pathlib\nsys.path.insert(0, {here!r})\nimport bad_recipes\nfrom unittest import mock\nfrom salsa_peft.recipe import run as recipe\n{more}"
     more = """
 folder = pathlib.Path(sys.argv[1]); import os; os.chdir(folder); sys.addaudithook(bad_recipes.watch)
 good = bad_recipes.good()["tiny"].encode()

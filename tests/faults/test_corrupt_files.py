@@ -17,11 +17,13 @@ import pytest
 from fake_stages import FAKE, TINY
 from safetensors.numpy import save_file
 
-from salsa_peft import processes, recipe, runs
 from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
 from salsa_peft.evaluation import evaluate
 from salsa_peft.evaluation.judges.cache import Cache, Reply
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import processes
+from salsa_peft.recipe import run as recipe
 from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic

@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 import torch
 
-from salsa_peft import processes, recipe
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.recipe import processes
+from salsa_peft.recipe import run as recipe
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.saving import stored
 from salsa_peft.utils import files as disk

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from hub_server import Fault, hub
 
-from salsa_peft import cli, doctor, runs
+from salsa_peft import cli, doctor
 from salsa_peft.doctor import Finding
+from salsa_peft.recipe import cache as runs
 from salsa_peft.utils.files import locked, write_atomic
 from salsa_peft.utils.fingerprints import sha256
 from salsa_peft.utils.manifests import MANIFEST

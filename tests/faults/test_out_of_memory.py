@@ -12,10 +12,11 @@ import fake_stages
 import pytest
 import torch
 
-from salsa_peft import processes, recipe
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.base import causal_lm
-from salsa_peft.smaller import smaller
+from salsa_peft.recipe import processes
+from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.run import smaller
 from salsa_peft.training.ppo.backends import CompiledHF
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError

@@ -1,7 +1,6 @@
-"""The run folder: what a unit of work depends on (its key), whether it is there whole (its manifest), who works on it (the lock).
+"""Which results of a run are up to date: the key of each unit, its folder, and why it has to be made again.
 
-A unit's folder is <run>/<stage>/[<name>/]<key, 12 digits>. Its manifest is written last: a folder without one is unfinished.
-Files appear by write to a temporary name, fsync, rename. Imports no torch.
+A unit's folder is <run>/<stage>/[<name>/]<key, 12 digits>. Its manifest is written last: a folder without one is unfinished. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-"""A stage in several processes, one for each GPU (or on CPUs, with gloo), started by `accelerate launch`.
+"""A stage in several processes, one for each GPU (or on CPUs, with gloo), started by `accelerate launch`; and what each of them runs.
 
-    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 … -m salsa_peft.worker FOLDER
-
-FOLDER, beside the logs while the stage runs, is all that command and processes exchange: job.json, on which the command holds a lock as
-long as it lives; pid-N and report-N.json of each process; launcher.log. The command imports no torch.
+accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 … -m salsa_peft.recipe.run.launch FOLDER
 """
 
 from __future__ import annotations
@@ -11,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import importlib.util
 import json
 import os
@@ -22,15 +20,17 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from salsa_peft import cards, processes
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import ADAPTER
 from salsa_peft.config.paths import bundled
 from salsa_peft.config.schema import Recipe
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import processes
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 
@@ -140,7 +140,7 @@ def command(recipe: Recipe, folder: Path, threads: str) -> list[str]:
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
         *("--num_processes", str(recipe.num_processes), "--num_cpu_threads_per_process", threads),
-        *("--main_process_port", "0", "-m", "salsa_peft.worker", str(folder)),
+        *("--main_process_port", "0", "-m", "salsa_peft.recipe.launch", str(folder)),
     ]
 
 
@@ -216,3 +216,31 @@ def _outcome(job: Job, folder: Path, code: int, log: Path, debug: bool) -> proce
     cards_memory = [report["gpu_peak_mb"] for report in reports.values() if report["gpu_peak_mb"] is not None]
     whole = {**reports[0], "peak_mb": memory, "gpu_peak_mb": max(cards_memory, default=None)}
     return processes.settled(whole, job.unit.id, log, debug=debug)
+
+
+def main(folder: Path) -> None:
+    """Do the job in FOLDER and leave a report there. Ends the process: torch's own end would wait for others that are gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_command(folder)
+    rank = int(os.environ["RANK"])
+    write_atomic(folder / f"pid-{rank}", str(os.getpid()))
+    if rank == 0:  # the launcher's standard output is the command's standard error
+        sys.stderr = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    job, preload = read_job(folder)
+    for module in preload:
+        importlib.import_module(module)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")  # DeepSpeed calls what torch renamed
+    report = processes.worked(job)
+    write_report(folder, rank, report)
+    if "line" in report:
+        sys.stderr.flush()
+        os._exit(1)
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        sys.modules["torch"].distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

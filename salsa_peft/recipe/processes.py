@@ -30,7 +30,7 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.oom import out_of_memory
 
-PRELOAD = ["salsa_peft._preload"]
+PRELOAD = ["salsa_peft.recipe.preload"]
 GRACE = 120.0  # seconds between SIGTERM and kill, in which a stage may save; a second signal cuts them short
 
 

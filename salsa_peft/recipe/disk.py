@@ -17,13 +17,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from salsa_peft import cards
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.data.check import count_rows
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, of_recipe
-from salsa_peft.runs import Step
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe.cache import Step
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import nearest, shown
 

@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft import disk
-from salsa_peft.cards import Card
 from salsa_peft.config.load import Loaded
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
@@ -24,7 +22,9 @@ from salsa_peft.data.check import count_rows
 from salsa_peft.evaluation.judges import costs as judge_costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, of_recipe
-from salsa_peft.runs import Step
+from salsa_peft.recipe import disk
+from salsa_peft.recipe.cache import Step
+from salsa_peft.recipe.hardware import Card
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")

@@ -1,40 +1,46 @@
-"""The whole of SALSA from one recipe: seeds → reward model → soup → policies → landscape → evaluation → report.
+"""`salsa run`: a recipe from its SFT seeds to the report.
 
     python -m salsa_peft.recipe quickstart --lora
     python -m salsa_peft.recipe my.yaml --lora --set ppo.learning_rate=1e-5 --dry-run
 
-Each stage is a function of its own module, run in a process of its own; one whose result is there is skipped. This module
-and what it imports load no torch.
+Each stage is a function of its own module, run in a process of its own; one whose result is there is skipped. This module and what it imports
+load no torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from salsa_peft import cards, disk, launching, processes, runs, units
-from salsa_peft.command_line import parse_args
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.judge import check_ready
-from salsa_peft.config.load import Loaded, load_recipe
+from salsa_peft.config.load import Loaded, load_recipe, names
+from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data import check as source_checks
 from salsa_peft.models.architectures import checks as base_checks
-from salsa_peft.smaller import smaller
-from salsa_peft.utils.console import say
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import disk, processes, units
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import launch as launching
+from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import full, locked, write_atomic
 from salsa_peft.utils.files import now as the_now
 from salsa_peft.utils.manifests import MANIFEST, versions
 from salsa_peft.utils.messages import duration, nearest, one_line, short
+from salsa_peft.utils.oom import lesser
 
 
 class Stage(NamedTuple):
@@ -49,10 +55,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "toy": Stage("salsa_peft.stages:toy", units.toy_units),
+    "toy": Stage("salsa_peft.recipe.stages:toy", units.toy_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, trains=True),
-    "soup": Stage("salsa_peft.stages:soup", units.soup_units),
+    "soup": Stage("salsa_peft.recipe.stages:soup", units.soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"]),
     "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"]),
@@ -61,11 +67,9 @@ STAGES = {
     "landscape": Stage("salsa_peft.evaluation.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
-    "report": Stage("salsa_peft.stages:report", units.report_units),
+    "report": Stage("salsa_peft.recipe.stages:report", units.report_units),
     "hub": Stage("salsa_peft.report.hub:run", units.hub_units),
 }
-
-
 REPORT = "report.html"
 
 
@@ -89,7 +93,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
                 if not args.dry_run:
                     check_data(loaded.recipe, steps, asked, hub=True)
             if args.dry_run:
-                from salsa_peft.planning import show_plan
+                from salsa_peft.recipe.dry_run import show_plan
 
                 show_plan(loaded, run, steps, asked, args.gpu or next(iter(cards.cards()), None))
                 return 0
@@ -307,3 +311,117 @@ def _say_and(code: int, line: str, debug: bool) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
+    """The command line; `--lora` takes a preset's name after it and leaves the recipe alone, wherever it stands."""
+    parser = Parser(prog=prog, description="Run a recipe: seeds, reward model, soup, PPO, landscape, evaluation, report.",
+                    epilog=f"Bundled recipes: {', '.join(names('recipes')) or 'none'}.", allow_abbrev=False)  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a bundled recipe's name")
+    parser.add_argument(
+        "--lora", metavar="PRESET", help=f"train adapters: one of {', '.join(names('adapters'))} (no value: lora)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--gpu",
+        type=_card,
+        metavar="GIB",
+        help="with --dry-run: the memory of a GPU to plan for (default: the one that is there)",
+    )
+    parser.add_argument("--stages", type=_comma, metavar="A,B", help="only these stages or units: sft,ppo/salsa")
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="do a stage or unit again, and what hangs on it"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="instead of runs/<name>-<preset>")
+    parser.add_argument("--prune", action="store_true", help="at the end remove results that this recipe no longer has")
+    parser.add_argument("--debug", action="store_true", help="show traces")
+    after = None
+    for index, word in enumerate(argv):
+        if word == "--":
+            break
+        if word == "--lora":
+            after = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("-") else None
+            argv = [
+                *argv[:index],
+                f"--lora={after}" if after in names("adapters") else "--lora=lora",
+                *argv[index + 1 :],
+            ]
+            if after in names("adapters"):
+                del argv[index + 1]
+                after = None
+            break
+    args = parser.parse_intermixed_args(argv)
+    if after is not None and len(args.words) == 2 and after in args.words:
+        args.lora = after  # no preset of that name: load_recipe says which there are
+        args.words.remove(after)
+    if len(args.words) != 1:
+        parser.error(
+            f"found {len(args.words)} recipes ({' '.join(args.words) or 'none'}), expected one: a YAML file or a bundled name"
+        )
+    if args.gpu is not None and not args.dry_run:
+        parser.error("found --gpu without --dry-run, expected both: it plans for a card, it chooses none")
+    args.recipe = args.words[0]
+    return args
+
+
+def _card(text: str) -> cards.Card:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < 10_000:
+        raise argparse.ArgumentTypeError(f"found {text}, expected GiB such as 24")
+    return cards.Card("--gpu", int(size * 2**30))
+
+
+def _comma(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+class Smaller(NamedTuple):
+    """What to go on with."""
+
+    recipe: Recipe
+    changed: dict[str, tuple[int, int]]
+    """Key of the recipe → what it was, what it is."""
+
+    def told(self) -> str:
+        """For people."""
+        return ", ".join(f"{key} {now} (was {was})" for key, (was, now) in self.changed.items())
+
+
+def smaller(recipe: Recipe, stage: str) -> Smaller | None:
+    """The recipe with half as much at a time in that stage, or None where there is nothing to halve."""
+    if stage in ("sft", "reward", "ppo", *ALGORITHMS):
+        return _training(recipe, stage)
+    if stage in ("landscape", "evaluate") and (now := lesser(recipe.generation.batch_size)):
+        changed = {"generation.batch_size": (recipe.generation.batch_size, now)}
+        return Smaller(replace(recipe, generation=replace(recipe.generation, batch_size=now)), changed)
+    judge: Any = recipe.evaluate.judge
+    if stage == "judge" and judge is not None and judge.kind == "local" and (now := lesser(judge.concurrency)):
+        evaluate = replace(recipe.evaluate, judge=replace(judge, concurrency=now))
+        return Smaller(replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, now)})  # fmt: skip
+    return None
+
+
+def _training(recipe: Recipe, stage: str) -> Smaller | None:
+    section: Any = getattr(recipe, stage)
+    processes = 1 if stage in ALGORITHMS else recipe.num_processes
+    share = section.batch_size // processes
+    was = {"micro_batch_size": section.micro_batch_size or share}
+    if stage == "ppo":
+        ppo = recipe.ppo
+        was["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
+        was["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
+    now = {key: lesser(rows) or rows for key, rows in was.items()}
+    other = replace(section, **now)
+    try:
+        other.check(stage, processes)
+    except SalsaError:  # KTO's two
+        return None
+    changed = {f"{stage}.{key}": (was[key], now[key]) for key in was if now[key] != was[key]}
+    sections: dict[str, Any] = {stage: other}
+    return Smaller(replace(recipe, **sections), changed) if changed else None
