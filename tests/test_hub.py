@@ -20,8 +20,8 @@ from made_hub_run import BASE_ID, make_run
 from safetensors.torch import load_file
 
 import salsa_peft
+from salsa_peft.cli.hub import main
 from salsa_peft.config.load import load_recipe
-from salsa_peft.hub import main
 from salsa_peft.report import hub as hub_push
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.errors import SalsaError
@@ -56,8 +56,8 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def command(server: Hub, home: Path, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`python -m salsa_peft.hub …` of a user whose Hub is the server; waits of a hundredth."""
-    script = "import sys; from salsa_peft import hub; from salsa_peft.report import hub as hub_push; hub_push.WAITS = tuple(w / 100 for w in hub_push.WAITS); sys.exit(hub.main())"
+    """`python -m salsa_peft.cli.hub …` of a user whose Hub is the server; waits of a hundredth."""
+    script = "import sys; from salsa_peft.cli import hub; from salsa_peft.report import hub as hub_push; hub_push.WAITS = tuple(w / 100 for w in hub_push.WAITS); sys.exit(hub.main())"
     environment = {**server.environment(home), "HF_TOKEN": CANARY if token is None else token, "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", script, *words],

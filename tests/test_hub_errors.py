@@ -58,7 +58,7 @@ def ask(tmp_path: Path, questions: list[tuple[str, str, str]], **environment: st
     settings = {
         **os.environ,
         "HF_HOME": str(tmp_path),
-        "PYTHONPATH": str(Path(hub_errors.__file__).parent.parent),
+        "PYTHONPATH": str(Path(hub_errors.__file__).parents[2]),
         **environment,
     }
     settings.pop("HF_TOKEN", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import make_adapter, make_base
 
-from salsa_peft import landscape_command
+from salsa_peft.cli import landscape as landscape_command
 from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.soup.__main__ import main as soup
 

@@ -217,7 +217,7 @@ def test_what_a_machine_can_not_run(
     message: str | None,
 ) -> None:
     """By the GPUs that nvidia-smi names, less those that CUDA_VISIBLE_DEVICES hides."""
-    monkeypatch.setattr(launching.cards, "cards", lambda: [launching.cards.Card("card", 2**34)] * there)
+    monkeypatch.setattr(launching.hardware, "cards", lambda: [launching.hardware.Card("card", 2**34)] * there)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -235,7 +235,7 @@ def test_a_refusal_of_the_machine_comes_before_anything_is_written(
 ) -> None:
     """And not in a plan, nor where no training stage is to be made."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launching.cards, "cards", list)
+    monkeypatch.setattr(launching.hardware, "cards", list)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     words = ["tiny.yaml", "--lora", "--set", "accelerate=fsdp2"]
     assert recipe.main(words, stages=FAKE) == 2

@@ -1,9 +1,9 @@
-"""README's tree against the disk, imports against its floors, the wheel against the repository, every recipe against the parser."""
+"""The order of the packages against the imports, the wheel against the repository, every recipe against the parser."""
 
 from __future__ import annotations
 
 import ast
-import re
+import graphlib
 import subprocess
 import sys
 import zipfile
@@ -15,75 +15,98 @@ from salsa_peft.config.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "salsa_peft"
+ORDER = ("utils", "config", "data", "models", "soup", "training", "evaluation", "report", "recipe", "cli")
+"""Each package imports those before it, and itself."""
+MOST_FILES = 12
 
 
-def floors() -> dict[str, int]:
-    """Module → floor, as README's tree says."""
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("\nsalsa_peft/\n")[1].split("```")[0]
-    found, floor = {}, -1
-    for line in tree.splitlines():
-        row = re.match(r"  (\d| ) (\w+)\.py\s+\S", line)
-        assert row, f"a row of README's tree that says nothing: {line!r}"
-        floor = int(row[1]) if row[1].strip() else floor
-        found[row[2]] = floor
+def module_name(path: Path, package: Path) -> str:
+    """models/base.py is models.base, models/__init__.py is models; the top __init__.py is the empty text."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """Module → modules of ours that it imports, also inside functions and for types alone."""
+    files = {module_name(path, package): path for path in sorted(package.rglob("*.py"))}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        here = (module if path.name == "__init__.py" else module.rpartition(".")[0]).split(".")
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                up = ["salsa_peft", *filter(None, here)]
+                above = ".".join(up[: len(up) - node.level + 1]) if node.level else ""
+                source = ".".join(filter(None, (above, node.module)))
+                named = [f"{source}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in named:
+                if name.split(".")[0] == "salsa_peft":
+                    inner = name.removeprefix("salsa_peft").lstrip(".")
+                    graph[module].add(inner if inner in files else inner.rpartition(".")[0])
+    return graph
+
+
+def faults(package: Path) -> list[str]:
+    """What is against the order: a full folder, a stray module, an arrow upwards, a circle."""
+    found = [f"{path.name} stands beside __init__.py" for path in package.glob("*.py") if path.name != "__init__.py"]
+    folders = {path.parent for path in package.rglob("*.py")}
+    for folder in sorted(folders):
+        count = len(list(folder.glob("*.py")))
+        if count > MOST_FILES:
+            found.append(f"{folder.name} holds {count} files, at most {MOST_FILES} are allowed")
+    graph = import_graph(package)
+    levels = {module: ORDER.index(module.split(".")[0]) for module in graph if module.split(".")[0] in ORDER}
+    for module, wanted in graph.items():
+        found += [f"{module} imports {other}, which is above it" for other in sorted(wanted) if module in levels and other in levels and levels[other] > levels[module]]  # fmt: skip
+    try:
+        graphlib.TopologicalSorter({module: wanted - {module} for module, wanted in graph.items()}).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"imports in a circle: {' → '.join(error.args[1])}")
     return found
 
 
-def imports(module: str) -> set[str]:
-    """Modules of ours that a module imports, also inside functions; not for types alone."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    checking = [
-        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-    ]
-    skipped = {id(child) for node in checking for child in ast.walk(node)}
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.ImportFrom):
-            path = (node.module or "") if node.level else (node.module or "").removeprefix("salsa_peft").lstrip(".")
-            if node.level or (node.module or "").split(".")[0] == "salsa_peft":
-                found |= {path.split(".")[0]} if path else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("salsa_peft.")}
-    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+def test_imports_point_down_and_not_in_circles() -> None:
+    """Nothing stands at the top, no folder is full, no package imports one above it."""
+    assert faults(PACKAGE) == []
 
 
-def test_readmes_tree_is_what_is_on_disk() -> None:
-    """No file without a row, no row without a file."""
-    assert set(floors()) == {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    top = {
-        path.name
-        for path in ROOT.iterdir()
-        if not path.name.startswith(".") and path.name not in ("runs", "dist", "build")
-    }
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({"utils/a.py": "from salsa_peft.config import b", "config/b.py": ""}, "utils.a imports config.b, which is above it"),
+        ({"utils/a.py": "def f():\n    from ..config.b import x", "config/b.py": ""}, "utils.a imports config.b, which is above it"),
+        ({"utils/a.py": "if TYPE_CHECKING:\n    import salsa_peft.cli.b", "cli/b.py": ""}, "utils.a imports cli.b, which is above it"),
+        ({"soup/a.py": "from .b import x", "soup/b.py": "from salsa_peft.soup import a"}, "imports in a circle: soup.a → soup.b → soup.a"),
+        ({"__main__.py": "", "utils/a.py": ""}, "__main__.py stands beside __init__.py"),
+        ({f"data/m{n}.py": "" for n in range(12)}, "data holds 13 files, at most 12 are allowed"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_found(files: dict[str, str], fault: str, tmp_path: Path) -> None:
+    """In a package of a few lines."""
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        (path.parent / "__init__.py").touch()
+    (tmp_path / "__init__.py").touch()
+    (found,) = faults(tmp_path)
+    circle = "imports in a circle: "
+    assert set(found.removeprefix(circle).split(" → ")) == set(fault.removeprefix(circle).split(" → "))
+
+
+def test_the_top_of_the_repository() -> None:
+    """No folder or file that README does not know."""
+    top = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in ("runs", "dist", "build")}  # fmt: skip
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if tracked:
         top = {name.split("/")[0] for name in tracked} - {".gitignore", ".pre-commit-config.yaml", ".ci"}
-    assert top == {
-        "salsa_peft",
-        "adapters",
-        "recipes",
-        "tests",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "CONTRIBUTING.md",
-    }
-
-
-def test_imports_point_down_and_not_in_circles() -> None:
-    """To the same floor or below."""
-    level = floors()
-    wanted = {module: imports(module) for module in level}
-    upward = [f"{module} ({level[module]}) imports {other} ({level[other]})" for module in wanted for other in wanted[module]
-              if level[other] > level[module]]  # fmt: skip
-    assert not upward
-    order: list[str] = []
-    while len(order) < len(wanted):
-        ready = [module for module in wanted if module not in order and wanted[module] <= set(order)]
-        assert ready, f"imports in a circle among {sorted(set(wanted) - set(order))}"
-        order += ready
+    assert top == {"salsa_peft", "adapters", "recipes", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [name for name in ORDER if f"`{name}/`" not in page] == []
 
 
 def test_readmes_commands_are_what_ci_runs() -> None:
@@ -118,12 +141,14 @@ def test_the_wheel_carries_recipes_adapters_and_templates(tmp_path: Path) -> Non
         if path.is_file()
     }
     data |= {f"salsa_peft/_adapters/{path.name}" for path in (ROOT / "adapters").iterdir()}
-    data |= {f"salsa_peft/templates/{path.name}" for path in (PACKAGE / "templates").iterdir()}
-    code = {f"salsa_peft/{path.name}" for path in PACKAGE.glob("*.py")} | {
+    data |= {f"salsa_peft/report/templates/{path.name}" for path in (PACKAGE / "report" / "templates").iterdir()}
+    code = {f"salsa_peft/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} | {
         "salsa_peft/py.typed",
-        "salsa_peft/paper_tables.json",
+        "salsa_peft/report/paper_tables.json",
     }
     ours = {name for name in names if ".dist-info/" not in name}
     assert ours == data | code
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "salsa = salsa_peft.cli:main" in zipfile.ZipFile(tmp_path / built.stdout.split()[-1]).read(entry).decode()
+    assert (
+        "salsa = salsa_peft.cli.main:main" in zipfile.ZipFile(tmp_path / built.stdout.split()[-1]).read(entry).decode()
+    )

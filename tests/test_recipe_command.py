@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import salsa_peft
-from salsa_peft import cli
+from salsa_peft.cli import main as cli
 from salsa_peft.config import load as parsing
 from salsa_peft.recipe import run as recipe
 from salsa_peft.recipe.run import parse_args
@@ -29,7 +29,7 @@ policies:
   mkl: {reference: [seed-0, {shrunk: {seed: 1, scale: 0.5}}]}
   a75: {reference: {soup: {members: [0, 2], weights: [0.25, 0.75]}}}
 """
-PACKAGE = Path(recipe.__file__).parent.parent
+PACKAGE = Path(recipe.__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_console_script_is_the_same_commands(here, capsys):
     assert re.sub(free, "", capsys.readouterr().out) == re.sub(free, "", first)
     assert cli.main(["report", "tiny.yaml", "--lora"]) == 2
     assert "--stages: report needs" in capsys.readouterr().err
-    done, _ = shell("run", "tiny.yaml", "--lora", "--dry-run", module="salsa_peft.cli")
+    done, _ = shell("run", "tiny.yaml", "--lora", "--dry-run", module="salsa_peft.cli.main")
     assert done.returncode == 0
     assert done.stdout.startswith(first)
     assert "HEAVY []" in done.stdout

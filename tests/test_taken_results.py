@@ -198,7 +198,7 @@ def test_names_of_wrappers_are_no_part_of_a_seed(wrapper: str, base: Path, small
 
 def test_the_landscape_of_adapters_that_name_their_base_differently(base: Path, tmp_path: Path, capsys: Any) -> None:
     """--same-base says that it is one; so does a soup that goes by a measure."""
-    from salsa_peft.landscape_command import main as landscape
+    from salsa_peft.cli.landscape import main as landscape
     from salsa_peft.soup.__main__ import main as soup
 
     members = [str(elsewhere.adapter_by(maker, base, tmp_path / maker, 1)) for maker in ("unsloth", "trl")]

@@ -4,7 +4,7 @@
     salsa report RUN RUN … [--output-dir FOLDER]
     salsa report --paper                    Tables 1 to 5 from their counts, and what does not agree
 
-The pages themselves: report_page.py and joined_report.py.
+The pages themselves: report/page.py and report/joined.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from salsa_peft.config.load import names as bundled_names
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.recipe import run as recipe
-from salsa_peft.utils import manifests as runs
+from salsa_peft.utils import manifests
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
@@ -105,7 +105,7 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
         folder = Path(os.path.abspath(name))
         saved = folder / "recipe.yaml"
         try:
-            told = gather(saved_recipe(saved), runs.finished(folder), saved.read_text(encoding="utf-8"))
+            told = gather(saved_recipe(saved), manifests.finished(folder), saved.read_text(encoding="utf-8"))
         except KeyError as error:
             raise SalsaError(f"{name}: found results without {error}, of an earlier salsa_peft, expected this one's; salsa run {name}/recipe.yaml --output-dir {name}") from error  # fmt: skip
         found.append(Run(told, folder))

@@ -8,7 +8,7 @@ import os
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -18,10 +18,6 @@ from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive
 from salsa_peft.config.rewards import check_function
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import path_text, short
-
-if TYPE_CHECKING:
-    pass
-
 
 KINDS = ("openai", "local", "reward", "function")
 """The rows of judges.JUDGES."""
@@ -36,7 +32,7 @@ class Judge:
     compared. function: your own, module:name."""
     model: str | None = None
     """openai: the endpoint's name of the model. local: a chat model's folder or Hub id. function: module:name, as in reward.model; its
-    signature stands in judges.py."""
+    signature stands in evaluation/judges/registry.py."""
     base_url: str | None = None
     """openai: where the endpoint is, such as http://localhost:8000/v1. None: the package openai's own."""
     api_key_env: str = "OPENAI_API_KEY"

@@ -23,9 +23,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from salsa_peft.config import paths, sweeps
+from salsa_peft.config import paths, sweeps, validate
 from salsa_peft.config import sweeps as search
-from salsa_peft.config import validate as checks
 from salsa_peft.config.paths import bundled
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
@@ -317,7 +316,7 @@ def _validated(
 ) -> Recipe:
     recipe = _typed(data, layers, file)
     with _placed(layers, file):
-        for check in (checks.check, *more):
+        for check in (validate.check, *more):
             check(recipe)
     return recipe
 

@@ -22,13 +22,13 @@ from salsa_peft.utils.messages import path_text, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz")
-"""Of the files that data_files.py reads, packed or not."""
+"""Of the files that data/files.py reads, packed or not."""
 LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".jinja", ".yaml")
 
 
 def bundled(kind: str) -> Path:
     """The folder of the recipes or adapters that come along: package data in a wheel, beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / f"_{kind}"
     return inside if inside.is_dir() else package.parent / kind
 

@@ -1,6 +1,6 @@
 """The recipe's schema: every section, every default once, its unit and source in the docstring under the field.
 
-Nothing here imports torch: a recipe is parsed and refused within two seconds. `parsing.py` makes a `Recipe` out of YAML,
+Nothing here imports torch: a recipe is parsed and refused within two seconds. `config/load.py` makes a `Recipe` out of YAML,
 an adapter preset and `--set`; this file says what a Recipe may hold and what must fit together.
 """
 
@@ -134,11 +134,11 @@ class Data:
     """What is trained on. None: the embedded world's own."""
 
     demonstrations: DataSource | None = None
-    """SFT: rows with `messages`, or another of the shapes in row_formats.py."""
+    """SFT: rows with `messages`, or another of the shapes in data/row_formats.py."""
     preferences: DataSource | None = None
-    """Reward model: rows with `chosen` and `rejected` (and `prompt` or another column of row_formats.py, unless the two hold it)."""
+    """Reward model: rows with `chosen` and `rejected` (and `prompt` or another column of data/row_formats.py, unless the two hold it)."""
     prompts: DataSource | None = None
-    """PPO: rows with `prompt` (or `messages`, whose last assistant turn is dropped, or another of the shapes in row_formats.py)."""
+    """PPO: rows with `prompt` (or `messages`, whose last assistant turn is dropped, or another of the shapes in data/row_formats.py)."""
     held_out: DataSource | None = None
     """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
 
@@ -325,7 +325,7 @@ class Recipe:
     """CPU threads of a stage's process. None: PyTorch's choice."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
     """Of trained full weights (adapters are float32 always). master: float32 weights and AdamW under bf16 autocast. stochastic: bf16
-    weights, rounded stochastically, and 8-bit AdamW (torchao, the extra `full`). auto: master where memory.py finds room, else stochastic."""
+    weights, rounded stochastically, and 8-bit AdamW (torchao, the extra `full`). auto: master where models/architectures/memory.py finds room, else stochastic."""
     offload: Literal["none", "frozen"] = "none"
     """frozen: references and reward models of full weights wait in the CPU's memory while the policy generates and trains."""
     num_processes: Count = 1
@@ -338,10 +338,10 @@ class Recipe:
     adapter: Adapter | None = None
     """Set by --lora. None: full weights."""
     sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Policies that differ in one number: sweeps.py. They are written into `policies` when the recipe is read, so that a recipe as it
+    """Policies that differ in one number: config/sweeps.py. They are written into `policies` when the recipe is read, so that a recipe as it
     ran has none."""
     search: Search | None = None
-    """Each policy at several KL coefficients, and which is picked: search.py. The candidates are written into `policies` too."""
+    """Each policy at several KL coefficients, and which is picked: config/sweeps.py. The candidates are written into `policies` too."""
     toy: Toy | None = None
     data: Data = dataclasses.field(default_factory=Data)
     sft: SFT = dataclasses.field(default_factory=SFT)

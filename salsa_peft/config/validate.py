@@ -1,6 +1,6 @@
 """What must fit together in a recipe beyond its types: names, positions, batches, and what it names on this machine.
 
-Every refusal is a SalsaError `key: found …, expected …`; parsing.py puts the file in front. What the Hub holds is
+Every refusal is a SalsaError `key: found …, expected …`; config/load.py puts the file in front. What the Hub holds is
 looked at before the first stage, not here. Imports no torch.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from salsa_peft.config import judge as judge_section
-from salsa_peft.config import sweeps as search
+from salsa_peft.config import judge, sweeps
 from salsa_peft.config.fields import MOST_POLICIES, NAME, SEED
 from salsa_peft.config.job import unit_of
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
@@ -301,10 +300,10 @@ def _check_evaluate(recipe: Recipe) -> None:
         for reference in [] if known else parse_reference(f"evaluate.models[{index}]", model):
             _check_reference(f"evaluate.models[{index}]", reference, recipe)
     answering = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
-    search.check_search(recipe, answering, _prompt_sets(recipe))
-    models = [*answering, *search.candidates(recipe)]
+    sweeps.check_search(recipe, answering, _prompt_sets(recipe))
+    models = [*answering, *sweeps.candidates(recipe)]
     if recipe.evaluate.judge is not None:
-        judge_section.check(recipe.evaluate.judge, "evaluate.judge")
+        judge.check(recipe.evaluate.judge, "evaluate.judge")
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: found {short(pair)}, expected two different names")

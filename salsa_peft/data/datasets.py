@@ -1,6 +1,6 @@
 """Datasets → demonstrations, preferences, prompts, in one form each: lists of messages (or text, for prompts).
 
-Which columns are read: row_formats.py. A row that does not fit is refused by its number and column, never dropped in silence; what is odd
+Which columns are read: data/row_formats.py. A row that does not fit is refused by its number and column, never dropped in silence; what is odd
 and may be meant is said once.
 """
 

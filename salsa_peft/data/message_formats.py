@@ -1,7 +1,7 @@
 """Messages as data sets have them → {role, content, …} of text: ShareGPT's keys and roles, typed parts, tool calls, HH-RLHF's strings.
 
 TRL's maybe_convert_to_chatml renames keys alone, and TRL imports torch, which a dry run must not. Further keys of a message stay: which of
-them a chat template shows is looked at in template_fields.py. Imports no torch.
+them a chat template shows is looked at in data/chat/template_fields.py. Imports no torch.
 """
 
 from __future__ import annotations

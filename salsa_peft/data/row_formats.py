@@ -1,7 +1,7 @@
 """Rows as people have them → ours: a table of the shapes for each kind of data. A new shape is one function and one line.
 
 Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's own types, as TRL, alignment-handbook and LLaMA-Factory read them. What is read:
-README, "Data". Which words a row's parts have is message_formats.py's. Imports no torch.
+README, "Data". Which words a row's parts have is data/message_formats.py's. Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The embedded world: a tiny Llama that half knows a small language of instructions, and data in that language. No download.
 
-toy_language.py has the language and its gold reward. The base is pre-trained on noisy text of all lengths, part of it followed by a
+data/toy_language.py has the language and its gold reward. The base is pre-trained on noisy text of all lengths, part of it followed by a
 word that grades the answer; demonstrations, preferences and PPO's prompts hold the short lengths only (in distribution); eval prompts
 are in none of them. Preferences exist before any seed, as UltraFeedback's do: they compare the base's samples and damaged right
 answers, ranked by `gold`.

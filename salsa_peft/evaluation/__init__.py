@@ -1,0 +1,1 @@
+"""Answers of every model, their scores, and comparisons of them."""

@@ -19,7 +19,7 @@ from salsa_peft.data.chat.turn_ends import ends
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
 from salsa_peft.evaluation.comparisons import clusters
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import respond
 from salsa_peft.models.loader import Workbench, fitting
 from salsa_peft.models.responses import Responses, pad_prompts
@@ -62,7 +62,7 @@ def answer(
     known: answers that are there, which are taken as they are. keep: called with the rows of each batch that is answered here.
     """
     found = dict(known or {})
-    with adapters.active(model, adapter):
+    with lora.active(model, adapter):
         for turn in range(1, max((len(one.turns) for one in questions), default=0) + 1):
             asked = [
                 _ask(index, one, turn, found, bench) for index, one in enumerate(questions) if len(one.turns) >= turn

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from salsa_peft.config import sweeps as search
+from salsa_peft.config import sweeps
 from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.statistics import compare, paired_difference
 
@@ -31,7 +31,7 @@ def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
     return found
 
 
-def pairs(answers: Mapping[str, Rows], wanted: search.Pairs, measures: Sequence[str]) -> list[dict[str, Any]]:
+def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[str]) -> list[dict[str, Any]]:
     """One set of questions: each pair's verdicts by every measure and the mean difference; over all turns, clustered by question."""
     found = []
     for (a, b), measure in itertools.product(wanted, measures):
@@ -50,13 +50,13 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
     if section is None or section.by == "judge":
         return None
     sets, rates = section.questions or list(answers), {}
-    for a, b in search.trials(recipe):
+    for a, b in sweeps.trials(recipe):
         x, y = ([row["scores"]["reward"] for name in sets for row in answers[name][model]] for model in (a, b))
         of = [(name, row["index"]) for name in sets for row in answers[name][a]]
         rates[a] = asdict(compare(x, y, clusters=of if len(set(of)) < len(of) else None))
-    return search.pick(recipe, rates, list(answers))
+    return sweeps.pick(recipe, rates, list(answers))
 
 
-def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> search.Pairs:
+def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
     """Candidates against the opponent first, then the recipe's pairs, a searched policy by the candidate that was picked."""
-    return list(dict.fromkeys(search.trials(recipe) + search.picked(search.pairs(recipe), found)))
+    return list(dict.fromkeys(sweeps.trials(recipe) + sweeps.picked(sweeps.pairs(recipe), found)))

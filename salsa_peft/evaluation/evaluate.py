@@ -23,11 +23,11 @@ from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.evaluation import fastchat as fastchat_files
+from salsa_peft.evaluation import fastchat
 from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import measures
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.training.references import attach_reference, mixture, move_to
 from salsa_peft.utils.console import bar
@@ -46,7 +46,7 @@ def model_names(recipe: Recipe) -> list[str]:
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
     """The adapter that answers as `name`: a policy, or what a reference of that name is."""
     if name in recipe.policies:
-        adapters.attach(model, inputs[policy_id(recipe, name)], f"model-{len(model.peft_config)}")
+        lora.attach(model, inputs[policy_id(recipe, name)], f"model-{len(model.peft_config)}")
         return list(model.peft_config)[-1]
     (reference,) = parse_reference("evaluate.models", name)
     adapter = f"model-{len(model.peft_config)}"
@@ -58,7 +58,7 @@ def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], 
     full weights are read into the model (→ None)."""
     recipe, inputs = job.recipe, job.inputs
     if recipe.adapter is not None:
-        shared = adapters.attach(bench.base(), seeds_of(inputs)[0], "start")
+        shared = lora.attach(bench.base(), seeds_of(inputs)[0], "start")
         attached = {name: attach(shared, name, recipe, inputs) for name in model_names(recipe)}
         return shared, {name: functools.partial(lambda adapter: adapter, adapter) for name, adapter in attached.items()}
     model = bench.base()
@@ -73,7 +73,7 @@ def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], 
 
 
 def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
-    """One set of questions: each model's means with intervals, over all turns, clustered by question. Pairs: comparisons.py."""
+    """One set of questions: each model's means with intervals, over all turns, clustered by question. Pairs: evaluation/comparisons.py."""
     rows = next(iter(answers.values()))
     of = clusters(rows)
     models = {
@@ -161,7 +161,7 @@ def run(job: Job) -> dict[str, Any]:
         "datasets": {dataset: summarize(given, measured) for dataset, given in answers.items()},
     }
     for dataset, given in answers.items():
-        fastchat_files.write_answers(job.folder / "data" / dataset, sets[dataset], given)
+        fastchat.write_answers(job.folder / "data" / dataset, sets[dataset], given)
     asked = (
         {"dataset": name, "index": index, **_shown(one)} for name, of in sets.items() for index, one in enumerate(of)
     )
@@ -171,8 +171,8 @@ def run(job: Job) -> dict[str, Any]:
         for model, rows in given.items()
         for row in rows
     )
-    write_atomic(job.folder / "questions.jsonl", fastchat_files.lines(asked))
-    write_atomic(job.folder / "answers.jsonl", fastchat_files.lines(said))
+    write_atomic(job.folder / "questions.jsonl", fastchat.lines(asked))
+    write_atomic(job.folder / "answers.jsonl", fastchat.lines(said))
     write_atomic(job.folder / "evaluation.json", json.dumps(result, indent=2))
     return {name: len(of) for name, of in sets.items()}
 

@@ -21,7 +21,7 @@ from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets as data
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation.answers import answer, fitting_questions, means
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import Reward, of_recipe
@@ -130,7 +130,7 @@ def moving(bench: Workbench, seeds: Mapping[int, Path]) -> tuple[Any, str | None
         )
         return model, None, lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)])
     stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
-    model = adapters.attach(bench.base(), seeds[positions[0]], "start")
+    model = lora.attach(bench.base(), seeds[positions[0]], "start")
     stacked.attach(model, POINT, [0.0] * len(positions))
     return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights)
 

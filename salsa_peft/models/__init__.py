@@ -1,0 +1,1 @@
+"""Base models, adapters on them, sampling and log-probabilities."""

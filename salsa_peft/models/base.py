@@ -32,13 +32,12 @@ from transformers.utils import ModelOutput
 from transformers.utils.hub import cached_file
 
 from salsa_peft.config.schema import OWN_TEMPLATE, Model
-from salsa_peft.data.chat import templates as chat_templates
-from salsa_peft.data.chat import turn_ends
+from salsa_peft.data.chat import templates, turn_ends
 from salsa_peft.models import sharding
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.architectures.sizes import config_of
-from salsa_peft.utils import files as disk
+from salsa_peft.utils import files
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from salsa_peft.utils.hub import said_in_a_line
@@ -97,7 +96,7 @@ def quantisation(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
 def load_tokenizer(
     base: str, revision: str | None = None, chat_template: str | None = None, say: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with its own chat template, or that of the file `chat_template`, made ready for training (chat_templates.py),
+    """The base's tokenizer with its own chat template, or that of the file `chat_template`, made ready for training (data/chat/templates.py),
     and with a padding token that no template writes and that ends no response.
 
     say: the base's name; what is odd in its tokenizer and template is printed under it. Raises SalsaError for a tokenizer without EOS.
@@ -109,7 +108,7 @@ def load_tokenizer(
     )
     if chat_template not in (None, OWN_TEMPLATE):
         tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
-    changes = chat_templates.prepare(tokenizer)
+    changes = templates.prepare(tokenizer)
     ends = turn_ends.ends(tokenizer, _generation_config(base, revision))
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -202,7 +201,7 @@ def load_classifier(
         train_language(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-    if adapters.is_quantised(loaded):  # whose states have the quantisation's dtype, not the head's
+    if lora.is_quantised(loaded):  # whose states have the quantisation's dtype, not the head's
         loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
@@ -253,12 +252,12 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
         tied = model.all_tied_weights_keys or {}  # copies of what they are tied to
         weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
     held = model.state_dict() if weights is None else weights
-    adapters.check_finite(held, f"{folder} is not saved")
+    lora.check_finite(held, f"{folder} is not saved")
     stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied ones once
     without_router_logits(model)
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # of a kill before
-    disk.require_room(folder, sum(stored.values()), str(folder))
+    files.require_room(folder, sum(stored.values()), str(folder))
     try:
         model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
         if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
@@ -288,7 +287,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Give a model the weights of the checkpoint in `folder`, in place. Raises SalsaError where a tensor has no place in it."""
     found: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
-        tensors = adapters.read_tensors(file)
+        tensors = lora.read_tensors(file)
         missing = sharding.load(model, tensors, strict=False)
         require(
             not missing.unexpected_keys, f"{file}: found {missing.unexpected_keys[:1]}, expected weights of this model"

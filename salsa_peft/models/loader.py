@@ -27,14 +27,13 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.references import Reference
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data.chat import templates as chat_templates
+from salsa_peft.data.chat import templates
 from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.models import base as models
 from salsa_peft.models import base as same_base
 from salsa_peft.models import precision, sharding
-from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.models.architectures import checks as base_checks
-from salsa_peft.models.architectures import memory
+from salsa_peft.models.adapters import lora
+from salsa_peft.models.architectures import checks, memory
 from salsa_peft.models.base import language_model
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.errors import require
@@ -70,7 +69,7 @@ class Workbench:
             from huggingface_hub import hf_hub_download, snapshot_download
 
             hf_hub_download(model.base, "config.json", revision=model.revision)
-            base_checks.check(job.recipe)  # before the weights are fetched
+            checks.check(job.recipe)  # before the weights are fetched
             folder, name = (
                 Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
                 model.base,
@@ -141,7 +140,7 @@ class Workbench:
         if trainer.is_world_process_zero():
             self.sign(folder)
             if isinstance(model, PeftModel):
-                adapters.save(model, "default", folder, self.tokenizer, state_dict=weights)
+                lora.save(model, "default", folder, self.tokenizer, state_dict=weights)
             else:
                 models.save_checkpoint(model, folder, self.tokenizer, weights, dtype)
         trainer.accelerator.wait_for_everyone()
@@ -174,7 +173,7 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
         return False
     with said_in_a_line(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    chat_templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
+    templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
     known, found = tokenizer.get_vocab(), own.get_vocab()
     odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
     require(
@@ -251,7 +250,7 @@ def _optimizer(name: str) -> str:
 def local(recipe: Recipe, path: str) -> Path:
     """The folder of a reference, a Hub id fetched: an adapter's files, or with full weights a checkpoint's."""
     if recipe.adapter is not None or Path(path).is_dir():
-        return adapters.local_folder(path)
+        return lora.local_folder(path)
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(path, allow_patterns=MODEL_FILES))

@@ -60,7 +60,7 @@ LARGE = 50.0
 def check_head(model: nn.Module) -> None:
     """Raise SalsaError unless this is a causal language model whose logits are known from its output embeddings and trunk.
 
-    Log-probs are computed from these in chunks (logprobs.py), so an architecture that does more with its logits than scale and cap
+    Log-probs are computed from these in chunks (models/logprobs.py), so an architecture that does more with its logits than scale and cap
     them as its configuration says would be scored wrongly. One forward is compared as it is, and one with the head's input enlarged,
     because a cap leaves the small logits of an untrained model almost as they are.
     """
@@ -127,7 +127,7 @@ class Head(NamedTuple):
     """(V,)"""
     temperature: float
     eos: tuple[int, ...]
-    """The tokens that `forbidden` forbids: those that end a response (turn_ends.py)."""
+    """The tokens that `forbidden` forbids: those that end a response (data/chat/turn_ends.py)."""
     scaling: LogitScaling = LogitScaling()
     """What the architecture makes of the product before it is divided by the temperature."""
 

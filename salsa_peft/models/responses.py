@@ -1,7 +1,7 @@
 """Responses, and how probable policy and references find them.
 
 Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the mask.
-The token that ends a response (turn_ends.py) counts, nothing after it; a response that is this token alone has length 1.
+The token that ends a response (data/chat/turn_ends.py) counts, nothing after it; a response that is this token alone has length 1.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, head_product, hidden_states
 from salsa_peft.utils.errors import require
 
@@ -34,7 +34,7 @@ class PolicyWithValueHead(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         if start is not None:
             self.value_head.weight.data.copy_(start)
-        self.toggle = adapters.Toggle(policy) if isinstance(policy, PeftModel) else None
+        self.toggle = lora.Toggle(policy) if isinstance(policy, PeftModel) else None
         if causal_lm(policy).is_activation_checkpointing:  # switched on by the user, where nothing holds the adapter
             self.activation_checkpointing_enable()
 

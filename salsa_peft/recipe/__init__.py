@@ -1,0 +1,1 @@
+"""Running a recipe: its units, their cache, and the processes that make them."""

@@ -12,16 +12,12 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from salsa_peft.config.job import Unit
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import canonical, fingerprint, sha256
 from salsa_peft.utils.manifests import MANIFEST, changed, digest, read_manifest, versions
-
-if TYPE_CHECKING:
-    pass
-
 
 BEGUN = "begun.json"
 ON_THE_WAY = re.compile(

@@ -22,7 +22,7 @@ from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.data.check import count_rows
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, of_recipe
-from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import hardware
 from salsa_peft.recipe.cache import Step
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import nearest, shown
@@ -99,7 +99,7 @@ def written(recipe: Recipe, stage: str, size: Architecture, card: float | None) 
 
 
 def _policy(recipe: Recipe, size: Architecture, card: float | None, width: float) -> tuple[float, float]:
-    """A policy, and its checkpoints: weights as they train, the optimizer's states (ppo_saving.py)."""
+    """A policy, and its checkpoints: weights as they train, the optimizer's states (training/ppo/saving.py)."""
     ppo, lora = recipe.ppo, recipe.adapter
     precision = memory.choose_precision(recipe, "ppo", card, size) if lora is None else "master"
     weight, _, states = memory.TRAINED[precision]
@@ -128,7 +128,7 @@ def _steps(recipe: Recipe) -> int:
 
 def _width(recipe: Recipe, size: Architecture, card: float | None) -> int:
     """Bytes of a weight of the base's dtype, by `auto` float32 where there is no card and it is small enough to do without."""
-    on_cpu = recipe.model.dtype == "auto" and card is None and size.parameters < cards.LARGE
+    on_cpu = recipe.model.dtype == "auto" and card is None and size.parameters < hardware.LARGE
     return 4 if recipe.model.dtype == "float32" or on_cpu else 2
 
 
@@ -146,7 +146,7 @@ def told(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
 
 def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> None:
     """Raise SalsaError where what will be written can't fit. steps: the plan; an empty one writes nothing."""
-    card = next((float(one.bytes) for one in cards.cards()), None)
+    card = next((float(one.bytes) for one in hardware.cards()), None)
     found = need(recipe, steps, asked, card)
     if found is not None and found.most > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(

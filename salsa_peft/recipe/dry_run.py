@@ -19,7 +19,7 @@ from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import PPO, Adapter, Recipe
 from salsa_peft.data.check import count_rows
-from salsa_peft.evaluation.judges import costs as judge_costs
+from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, of_recipe
 from salsa_peft.recipe import disk
@@ -59,9 +59,7 @@ def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str]
     _print_memory(console, loaded, card)
     console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
     answered = steps["evaluate"]
-    asked_of_judge = judge_costs.told(
-        loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None
-    )
+    asked_of_judge = costs.told(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
     if asked_of_judge is not None:
         console.print(Text(f"{asked_of_judge}\n"))
     idle = {*ALGORITHMS} - {policy.algorithm for policy in loaded.recipe.policies.values()}

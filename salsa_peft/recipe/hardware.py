@@ -69,7 +69,7 @@ def _visible(found: dict[str, Card], words: str | None) -> list[Card]:
 
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
-    """What memory.py says a stage holds of the GPU that is here, without CUDA's own; None for one that holds no base."""
+    """What models/architectures/memory.py says a stage holds of the GPU that is here, without CUDA's own; None for one that holds no base."""
     size, there = of_recipe(recipe), cards()
     if size is None or stage not in stages_of(recipe):
         return None

@@ -1,6 +1,6 @@
 """A stage in several processes, one for each GPU (or on CPUs, with gloo), started by `accelerate launch`; and what each of them runs.
 
-accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 … -m salsa_peft.recipe.run.launch FOLDER
+accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 2 … -m salsa_peft.recipe.launch FOLDER
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import ADAPTER
 from salsa_peft.config.paths import bundled
 from salsa_peft.config.schema import Recipe
-from salsa_peft.recipe import hardware as cards
-from salsa_peft.recipe import processes
+from salsa_peft.recipe import hardware, processes
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 
@@ -59,7 +58,7 @@ def check(recipe: Recipe) -> None:
 
 def gpus() -> int:
     """That a process here can use: those of nvidia-smi that CUDA_VISIBLE_DEVICES leaves."""
-    there, visible = len(cards.cards()), os.environ.get("CUDA_VISIBLE_DEVICES")
+    there, visible = len(hardware.cards()), os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return there
     return min(there, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
@@ -147,7 +146,7 @@ def command(recipe: Recipe, folder: Path, threads: str) -> list[str]:
 def _launched(job: Job, folder: Path) -> int:
     """Start the processes and wait for their end → the launcher's code. On any exception they are ended first."""
     recipe, environment = job.recipe, dict(os.environ)
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(
         [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path] + [package]
     )

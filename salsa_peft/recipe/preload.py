@@ -16,6 +16,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer  # noqa: F401
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: F401
 
+from salsa_peft.config import load  # noqa: F401
+from salsa_peft.data import toy  # noqa: F401
+from salsa_peft.evaluation import evaluate, landscape  # noqa: F401
+from salsa_peft.recipe import processes, stages, units  # noqa: F401
+from salsa_peft.training import ppo_stage, reward_model, sft  # noqa: F401
+
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

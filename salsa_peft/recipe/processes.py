@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.utils import files as disk
+from salsa_peft.utils import files
 from salsa_peft.utils import hub as hub_errors
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -94,7 +94,7 @@ def settled(report: dict[str, Any], unit: str, log: Path, *, debug: bool) -> Res
 def _context(threads: int | None) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    package = str(Path(__file__).resolve().parent.parent)
+    package = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package not in paths:  # the server of Python 3.11 looks for the modules to preload on its own path only
         os.environ["PYTHONPATH"] = os.pathsep.join([path for path in paths if path] + [package])
@@ -168,7 +168,7 @@ def worked(job: Job) -> dict[str, Any]:
         }
     except Exception as error:
         known = str(error) if isinstance(error, SalsaError) else None
-        known = known or hub_errors.explain(error, job.recipe.model.base) or disk.full(error, job.folder)
+        known = known or hub_errors.explain(error, job.recipe.model.base) or files.full(error, job.folder)
         line = known or f"{type(error).__name__}: {error}"
         return {
             "line": " ".join(line.split())[:1000],

@@ -29,11 +29,8 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.data import check as source_checks
-from salsa_peft.models.architectures import checks as base_checks
-from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import disk, processes, units
-from salsa_peft.recipe import hardware as cards
-from salsa_peft.recipe import launch as launching
+from salsa_peft.models.architectures import checks
+from salsa_peft.recipe import cache, disk, hardware, launch, processes, units
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import full, locked, write_atomic
@@ -86,7 +83,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             forced = selected(work, args.force, "--force")
             new = not run.exists()
             if args.dry_run or new:  # a refusal comes before anything is written
-                steps = runs.plan(work, run, forced)
+                steps = cache.plan(work, run, forced)
                 check_inputs(steps, asked)
                 check_data(loaded.recipe, steps, asked)
                 check_machine(loaded.recipe, {} if args.dry_run else steps, asked)
@@ -95,10 +92,10 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             if args.dry_run:
                 from salsa_peft.recipe.dry_run import show_plan
 
-                show_plan(loaded, run, steps, asked, args.gpu or next(iter(cards.cards()), None))
+                show_plan(loaded, run, steps, asked, args.gpu or next(iter(hardware.cards()), None))
                 return 0
             with locked(run):
-                steps = runs.plan(work, run, forced)
+                steps = cache.plan(work, run, forced)
                 check_inputs(steps, asked)
                 if not new:
                     check_data(loaded.recipe, steps, asked)
@@ -107,7 +104,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
                 if not new:
                     check_data(loaded.recipe, steps, asked, hub=True)
                 execute(loaded, run, steps, asked, args.debug)
-                for path in runs.prune(run, stages, steps) if args.prune else []:
+                for path in cache.prune(run, stages, steps) if args.prune else []:
                     say(f"pruned {path.relative_to(run)}")
             return 0
     except SalsaError as error:
@@ -125,12 +122,10 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 def load(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
     """load_recipe, and what the local data and the base's config.json show. Raises SalsaError."""
-    return load_recipe(
-        path_or_name, lora=lora, overrides=overrides, more=(source_checks.check_local, base_checks.check)
-    )
+    return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(source_checks.check_local, checks.check))
 
 
-def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[str], debug: bool) -> None:
+def execute(loaded: Loaded, run: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
     """Do what the plan says, in order; the run folder is locked."""
     report = [step.folder for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
     say(f"results: {run}")
@@ -150,14 +145,16 @@ def execute(loaded: Loaded, run: Path, steps: dict[str, runs.Step], asked: set[s
             print(run / REPORT, flush=True)
 
 
-def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool) -> None:
+def _do(
+    step: cache.Step, steps: dict[str, cache.Step], recipe: Recipe, recipe_yaml: str, run: Path, debug: bool
+) -> None:
     """Make one unit, or say that it is there."""
     unit = step.unit
     if step.why is None:
-        runs.tidy(step.folder)  # a kill can have come just before
+        cache.tidy(step.folder)  # a kill can have come just before
         say(f"{unit.id} … cached")
         return
-    goes_on = STAGES[unit.stage].resumes and step.why == "unfinished" and runs.begun(step, steps)
+    goes_on = STAGES[unit.stage].resumes and step.why == "unfinished" and cache.begun(step, steps)
     if step.why.startswith(("changed", "missing", "unfinished")):
         say(f"{unit.id} … {step.why}: {'goes on' if goes_on else 'made again'}")
     started = the_now()
@@ -165,10 +162,10 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
     job = Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = run / "logs" / f"{unit.id.replace('/', '-')}.log"
     result, job, halved = _made(job, step, steps, goes_on, log, debug)
-    planned = None if result.gpu_peak_mb is None else cards.planned_mb(job.recipe, unit.stage)
+    planned = None if result.gpu_peak_mb is None else hardware.planned_mb(job.recipe, unit.stage)
     facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned} | ({"halved": halved} if halved else {})
-    runs.write_manifest(step, steps, started=started, versions=versions(), **facts)
-    runs.tidy(step.folder)
+    cache.write_manifest(step, steps, started=started, versions=versions(), **facts)
+    cache.tidy(step.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
     gpu += "" if planned is None else f" (planned {planned:.0f})"
     together = f" in {recipe.num_processes} processes together" if _several(job) else ""
@@ -176,16 +173,16 @@ def _do(step: runs.Step, steps: dict[str, runs.Step], recipe: Recipe, recipe_yam
 
 
 def _made(
-    job: Job, step: runs.Step, steps: dict[str, runs.Step], goes_on: bool, log: Path, debug: bool
+    job: Job, step: cache.Step, steps: dict[str, cache.Step], goes_on: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
     """Run a unit's job; where its memory ran out, again with less at a time → its result, the job as it ended, what was halved."""
     halved: dict[str, int] = {}
     while True:
         if not goes_on:
             _empty(step.folder)
-            runs.write_begun(step, steps)
+            cache.write_begun(step, steps)
         try:
-            return (launching.run if _several(job) else processes.run_in_process)(job, log, debug=debug), job, halved
+            return (launch.run if _several(job) else processes.run_in_process)(job, log, debug=debug), job, halved
         except processes.OutOfMemory as error:
             if (less := smaller(job.recipe, job.unit.stage)) is None:
                 raise
@@ -226,7 +223,7 @@ def selected(work: list[Unit], words: list[str], option: str) -> set[str]:
     return found
 
 
-def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
+def check_inputs(steps: dict[str, cache.Step], asked: set[str]) -> None:
     """Raise SalsaError where a unit that will be made reads one that is neither finished nor asked for."""
     for name in asked:
         for needed in steps[name].unit.inputs if steps[name].why is not None else ():
@@ -237,7 +234,7 @@ def check_inputs(steps: dict[str, runs.Step], asked: set[str]) -> None:
             )
 
 
-def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub: bool = False) -> None:
+def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hub: bool = False) -> None:
     """Raise SalsaError for a row that a unit which will be made can't use, and for a seed, reference or reward: of local files, or with `hub`
     of what the Hub holds, which is fetched for that."""
     made = {steps[name].unit.stage for name in asked if steps[name].why is not None}
@@ -258,13 +255,13 @@ def check_data(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str], hub
         data_checks.check(recipe, made, hub)
 
 
-def check_machine(recipe: Recipe, steps: dict[str, runs.Step], asked: set[str]) -> list[str]:
+def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
     """Raise SalsaError where a unit that will be made wants a GPU that is not there, more processes than this machine can run, more room
     than the disk has, or a key that is not set; → warnings, a line each."""
     made = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in made):
-        launching.check(recipe)
-    warnings = cards.check_device(recipe, cards.cards(), made) if made else []
+        launch.check(recipe)
+    warnings = hardware.check_device(recipe, hardware.cards(), made) if made else []
     if "judge" in made and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
@@ -307,10 +304,6 @@ def _say_and(code: int, line: str, debug: bool) -> int:
         traceback.print_exc()
     say(line)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
@@ -367,14 +360,14 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
     return args
 
 
-def _card(text: str) -> cards.Card:
+def _card(text: str) -> hardware.Card:
     try:
         size = float(text)
     except ValueError:
         size = math.nan
     if not 0 < size < 10_000:
         raise argparse.ArgumentTypeError(f"found {text}, expected GiB such as 24")
-    return cards.Card("--gpu", int(size * 2**30))
+    return hardware.Card("--gpu", int(size * 2**30))
 
 
 def _comma(text: str) -> list[str]:

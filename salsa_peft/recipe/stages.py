@@ -1,4 +1,4 @@
-"""The thin stages: what a job's folders hold → the function of toy.py, soup.py or report.py that does the work.
+"""The thin stages: what a job's folders hold → the function of data/toy.py, soup/__main__.py or cli/report.py that does the work.
 
 Those three stand on their own and know nothing of jobs; the stages with loops are functions `run` of their own modules.
 """
@@ -10,7 +10,7 @@ import shutil
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.utils import files as runs
+from salsa_peft.utils import files
 from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 
@@ -48,7 +48,7 @@ def soup(job: Job) -> dict[str, Any]:
     )  # fmt: skip
     bases = {read_fingerprint(folder) for folder in folders}
     if job.recipe.adapter is None and len(bases) == 1 and None not in bases:  # a soup of adapters has it already
-        runs.write_atomic(cooked / FINGERPRINT, json.dumps({"base": bases.pop()}))
+        files.write_atomic(cooked / FINGERPRINT, json.dumps({"base": bases.pop()}))
     for file in cooked.iterdir():
         shutil.move(file, job.folder / file.name)
     cooked.rmdir()
@@ -61,5 +61,5 @@ def report(job: Job) -> dict[str, Any]:
     from salsa_peft.report.page import write_report
 
     summary = write_report(job.folder, gather(job.recipe, job.inputs, job.recipe_yaml))
-    runs.write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)
+    files.write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)
     return {"numbers": len(json.dumps(summary))}

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from salsa_peft.config import sweeps as search
+from salsa_peft.config import sweeps
 from salsa_peft.config.job import Unit, policy_id, unit_of
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
 from salsa_peft.config.paths import is_local
@@ -261,7 +261,7 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     parts: dict[str, Any] = {
         "judge": {**dataclasses.asdict(judge), **idle, **told},
-        "pairs": [list(pair) for pair in search.pairs(recipe)],
+        "pairs": [list(pair) for pair in sweeps.pairs(recipe)],
         **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
     }
     return [Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), slice=parts, files=tuple(files.paths))]
@@ -301,7 +301,7 @@ def report_units(recipe: Recipe, run: str) -> list[Unit]:
     search_section = None if recipe.search is None else dataclasses.asdict(recipe.search)
     parts = {
         "samples": recipe.evaluate.samples,
-        "pairs": [list(pair) for pair in search.pairs(recipe)],
+        "pairs": [list(pair) for pair in sweeps.pairs(recipe)],
         "search": search_section,
     }
     return [Unit(stage="report", name="report", run=run, inputs=inputs, slice=parts)]

@@ -1,0 +1,1 @@
+"""A finished run as a page, as figures, and on the Hub."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.config.schema import Recipe
-from salsa_peft.report import model_card as hub_files
+from salsa_peft.report import model_card
 from salsa_peft.report.model_card import Item, published
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.errors import SalsaError, require
@@ -97,7 +97,7 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
 
 def item_of(run: Path, recipe: Recipe, wanted: Push, folders: dict[str, Path]) -> Item:
     """The result that is to be pushed; refusals as in `hub_files.item`."""
-    return hub_files.item(run, recipe, wanted.item, wanted.base_model, folders)
+    return model_card.item(run, recipe, wanted.item, wanted.base_model, folders)
 
 
 def push(wanted: Push, item: Item) -> dict[str, Any]:

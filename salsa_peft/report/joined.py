@@ -14,11 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from salsa_peft.evaluation.judge_statistics import NET, Judged, over_seeds, seeds_warning
-from salsa_peft.report import findings, paper
+from salsa_peft.report import findings, judge_tables, paper, plots, style
 from salsa_peft.report import format as text
-from salsa_peft.report import judge_tables as report_judge
-from salsa_peft.report import plots as figures
-from salsa_peft.report import style as panels
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import write_pages
 from salsa_peft.report.style import MEASURES, Panel
@@ -100,7 +97,7 @@ def _by(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         measure = findings.headline(run.told.evaluation)
         judge: Any = measure if run.told.verdicts is None else run.told.verdicts["judge"]
-        name = MEASURES.get(measure, measure) if run.told.verdicts is None else report_judge.by_whom(judge)
+        name = MEASURES.get(measure, measure) if run.told.verdicts is None else judge_tables.by_whom(judge)
         names = (name, *(f"{name} ({number})" for number in range(2, len(runs) + 2)))
         by = next(one for one in names if who.setdefault(one, judge) == judge)
         found.setdefault(by, []).append(run)
@@ -116,11 +113,11 @@ def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
     """Of methods: a searched policy by its own name, whichever β was picked in a run; candidates that were passed over are left out."""
     found = []
     for run in runs:
-        passed = report_judge.passed_over(run.told)
+        passed = judge_tables.passed_over(run.told)
         for pair in _datasets(run.told).get(dataset, {"pairs": []})["pairs"]:
             if not passed.isdisjoint((pair["a"], pair["b"])):
                 continue
-            named = (report_judge.method(run.told, pair["a"]), report_judge.method(run.told, pair["b"]))
+            named = (judge_tables.method(run.told, pair["a"]), judge_tables.method(run.told, pair["b"]))
             found += [named] if named[0] != named[1] and named not in found and named[::-1] not in found else []
     return found
 
@@ -179,9 +176,9 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
 
 def _rows(run: ReportInput, dataset: str, a: str, b: str) -> list[Judged]:
     """A pair's judgments in one run, of the candidates that stand for a and b there."""
-    tried = (report_judge.searched(run) or {"methods": {}})["methods"]
+    tried = (judge_tables.searched(run) or {"methods": {}})["methods"]
     picked = [tried[name]["best"] if name in tried else name for name in (a, b)]
-    return report_judge.rows_of(run, dataset, picked[0], picked[1], findings.headline(run.evaluation))
+    return judge_tables.rows_of(run, dataset, picked[0], picked[1], findings.headline(run.evaluation))
 
 
 def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -244,7 +241,7 @@ def _scores(run: Run) -> list[dict[str, Any]]:
 
 def _draw(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
     """Figure 1: for each pair its cells."""
-    styles, drawn = panels.looks([name for pair in pairs for name in pair]), []
+    styles, drawn = style.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):
         cells = [
             {**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"}
@@ -252,5 +249,5 @@ def _draw(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -
             if pair in row["cells"] and row["cells"][pair]["runs"]
         ]
         title = f"{pair[0]} over {pair[1]}"
-        drawn += [figures.win_rates(f"joined-{number}", title, cells, styles)] if cells else []
+        drawn += [plots.win_rates(f"joined-{number}", title, cells, styles)] if cells else []
     return drawn

@@ -23,7 +23,7 @@ from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report import format as text
 from salsa_peft.report.gather import place, soup_rows
 from salsa_peft.soup.lora.read import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
-from salsa_peft.utils import manifests as runs
+from salsa_peft.utils import manifests
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 from salsa_peft.utils.messages import one_line
@@ -41,14 +41,14 @@ CLASSES = {True: "AutoModelForSequenceClassification", False: "AutoModelForCausa
 def card(item: Item, repo: str, *, online: bool = False) -> str:
     """README.md of a result. online: the base's licence may be asked of the Hub where it is not at hand."""
     environment = Environment(
-        loader=PackageLoader("salsa_peft"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("salsa_peft.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= text.FILTERS
     data = metadata(item, repo, licence_of(item, online))
     page = environment.get_template("card.md.jinja").render(
         item=item, repo=repo, title=TITLES[item.kind], load=loading(item, repo), lineage=lineage(item), members=members(item),
         scores=scores(item), compared=compared(item), measured=measured(item), figure=FIGURE if item.figure else None,
-        recipe=recipe_yaml(item.recipe), versions=runs.versions(),
+        recipe=recipe_yaml(item.recipe), versions=manifests.versions(),
     )  # fmt: skip
     return f"---\n{data.to_yaml().rstrip()}\n---\n\n{page.rstrip()}\n"
 
@@ -295,13 +295,13 @@ def item(run: Path, recipe: Recipe, name: str, base_model: str | None, folders: 
 
 def folders_of(run: Path) -> dict[str, Path]:
     """Unit id → its folder: what the newest report was made from, and the report; without one the newest finished folder of each unit."""
-    report = runs.newest_report(run)
+    report = manifests.newest_report(run)
     if report is not None:
-        return {**runs.finished(run), "report": report}
-    there = [*run.glob(f"*/*/{runs.MANIFEST}"), *run.glob(f"*/*/*/{runs.MANIFEST}")]
+        return {**manifests.finished(run), "report": report}
+    there = [*run.glob(f"*/*/{manifests.MANIFEST}"), *run.glob(f"*/*/*/{manifests.MANIFEST}")]
     made: dict[str, Path] = {}
     for path in sorted(there, key=lambda path: path.stat().st_mtime_ns):
-        manifest = runs.read_manifest(path.parent)
+        manifest = manifests.read_manifest(path.parent)
         if manifest is not None:
             made[str(manifest.get("unit"))] = path.parent
     return made
@@ -327,10 +327,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def check_whole(folder: Path) -> None:
     """Raise SalsaError where a result is not as it was made: nothing broken is published."""
-    why = runs.changed(folder, runs.read_manifest(folder) or {"files": {}})
+    why = manifests.changed(folder, manifests.read_manifest(folder) or {"files": {}})
     require(
         why is None,
-        f"{folder}: found it not as it was made ({why}), expected it as {runs.MANIFEST} says; make it again",
+        f"{folder}: found it not as it was made ({why}), expected it as {manifests.MANIFEST} says; make it again",
     )
 
 

@@ -9,10 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from salsa_peft.report import findings
+from salsa_peft.report import findings, judge_tables, style
 from salsa_peft.report import format as text
-from salsa_peft.report import judge_tables as report_judge
-from salsa_peft.report import style as panels
 from salsa_peft.report.format import is_number
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.plots import CURVES, draw, scores_of
@@ -30,7 +28,7 @@ def write_pages(
 ) -> dict[str, Any]:
     """One context through a template for HTML and one for Markdown, the figures as PNG beside them, every number as JSON."""
     environment = Environment(
-        loader=PackageLoader("salsa_peft"),
+        loader=PackageLoader("salsa_peft.report"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -40,7 +38,7 @@ def write_pages(
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for panel in (one for section in drawn.values() for one in section):
         (folder / "figures" / f"{panel.name}.png").write_bytes(panel.png)
-    looks = {"colors": panels.variables(), "dark": panels.darks(), "outcomes": OUTCOMES}
+    looks = {"colors": style.variables(), "dark": style.darks(), "outcomes": OUTCOMES}
     more = {"panels": drawn, **looks}
     for kind in ("html", "md"):
         page = environment.get_template(f"{template}.{kind}.jinja").render({**told, **more})
@@ -57,16 +55,16 @@ def context(run: ReportInput) -> dict[str, Any]:
     told = [one for one in compared if not findings.untuned(one, run.policies)]
     reach = max((abs(one[key]) for one in told for key in ("low", "high")), default=0.0) or 1.0
     lead, more = findings.finding(run.evaluation, run.landscape, compared, run.policies)
-    judged = report_judge.judged(run)
+    judged = judge_tables.judged(run)
     by_judge, also = findings.of_judge(judged, run.policies) if judged else ([], [])
     return {
         "lead": [" ".join(part) for part in (by_judge, lead) if part],
         "more": [*also, *more],
         "judged": judged,
-        "search": report_judge.searched(run),
+        "search": judge_tables.searched(run),
         "compared": compared,
         "warnings": [
-            *report_judge.warnings(run),
+            *judge_tables.warnings(run),
             *findings.warnings(run.evaluation, run.landscape, run.reward),
             *(
                 f"{text.percent(share)}% of the answers to “{dataset}” are as long as generation.max_new_tokens ({run.limit}) lets them be: cut."
@@ -87,7 +85,7 @@ def context(run: ReportInput) -> dict[str, Any]:
             name: {"what": what(name, run), "control": findings.is_control(name, run.policies)}
             for name in findings.order(run.evaluation, run.policies)
         },
-        "measures": panels.MEASURES,
+        "measures": style.MEASURES,
         "training": {name: training(policy) for name, policy in run.policies.items() if policy.metrics},
         "samples": samples(run),
         "facts": {
@@ -126,7 +124,7 @@ def summarise(run: ReportInput, told: Mapping[str, Any]) -> dict[str, Any]:
                 for dataset, data in (told["judged"] or {"datasets": {}})["datasets"].items()
             },
             "search": told["search"],
-            "ablations": report_judge.ablations(run, findings.headline(run.evaluation)) if datasets else [],
+            "ablations": judge_tables.ablations(run, findings.headline(run.evaluation)) if datasets else [],
             "training_seeds": run.training_seeds,
             "fingerprint": run.fingerprint,
             "evaluation": run.evaluation,

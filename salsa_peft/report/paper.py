@@ -61,7 +61,7 @@ class Cell:
 
 @cache
 def _facts() -> Any:
-    return json.loads(files("salsa_peft").joinpath("paper_tables.json").read_text(encoding="utf-8"))
+    return json.loads(files("salsa_peft.report").joinpath("paper_tables.json").read_text(encoding="utf-8"))
 
 
 @cache

@@ -10,10 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from matplotlib.tri import Triangulation
 
-from salsa_peft.report import findings
+from salsa_peft.report import findings, judge_tables, style
 from salsa_peft.report import format as text
-from salsa_peft.report import judge_tables as report_judge
-from salsa_peft.report import style as panels
 from salsa_peft.report.format import fixed, is_number
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.style import INK, KNOWN, MEASURES, MUTED, PAPER, SPARE, Look, Panel, panel
@@ -295,7 +293,7 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
     names = findings.order(run.evaluation, run.policies)
     others = [end for line in (run.landscape or {}).get("lines", []) for end in line["ends"]]
     controls = [name for name in names if findings.is_control(name, run.policies)]
-    styles = panels.looks([*names, *others, "soup"], controls)
+    styles = style.looks([*names, *others, "soup"], controls)
     drawn: dict[str, list[Panel]] = {
         name: [] for name in ("judged", "ablations", "scores", "pairs", "landscape", "training", "distributions")
     }
@@ -308,7 +306,7 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
     for dataset, data in run.evaluation.get("datasets", {}).items():
         for measure in run.evaluation["measures"]:
             tag = text.file_name(f"{dataset}-{measure}")
-            title = f"{panels.MEASURES.get(measure, measure).capitalize()}, “{dataset}”"
+            title = f"{style.MEASURES.get(measure, measure).capitalize()}, “{dataset}”"
             models = {
                 name: data["models"][name]["scores"][measure]
                 for name in names
@@ -333,8 +331,8 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
 
 def _ablations(run: ReportInput, styles: Mapping[str, Look]) -> list[Panel]:
     measure, drawn = findings.headline(run.evaluation), []
-    by = "the judge" if run.verdicts else panels.MEASURES.get(measure, measure)
-    for number, one in enumerate(report_judge.ablations(run, measure)):
+    by = "the judge" if run.verdicts else style.MEASURES.get(measure, measure)
+    for number, one in enumerate(judge_tables.ablations(run, measure)):
         title = f"Over {one['against']}, “{one['dataset']}”, by {by}"
         drawn.append(ablation(f"ablation-{number}-{one['kind']}", title, one["points"], one["xlabel"], one["log"], styles))  # fmt: skip
     return drawn
@@ -344,7 +342,7 @@ def draw_landscape(landscape: Mapping[str, Any], styles: Mapping[str, Look]) -> 
     """For each measure: lines between seeds and the control lines beside them, on one scale; then the planes."""
     drawn, planes = [], []
     for measure in landscape["measures"]:
-        title = panels.MEASURES.get(measure, measure).capitalize()
+        title = style.MEASURES.get(measure, measure).capitalize()
         edges = [
             point["scores"][measure][key]
             for line in landscape["lines"]

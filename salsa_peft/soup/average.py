@@ -1,9 +1,9 @@
-"""Soups: members → their weighted mean. The library call, for adapters and for full checkpoints; the command is soup.py.
+"""Soups: members → their weighted mean. The library call, for adapters and for full checkpoints; the command is soup/__main__.py.
 
-    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; of adapters the exact weighted mean of their deltas (stacked_adapter.py)
+    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; of adapters the exact weighted mean of their deltas (soup/lora/stacked_adapter.py)
 
 Stands on its own: knows nothing of PPO; its adapters open with plain PEFT, its checkpoints with plain Transformers. How weights
-are chosen is in strategies.py, "I want to add a strategy" a row there.
+are chosen is in soup/strategies.py, "I want to add a strategy" a row there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Options:
     strategy: str = "linear"
     """linear | slerp | greedy | learned"""
     measure: Measure | None = None
-    """What greedy and learned go by: weights → a number, higher is better (measures.py)."""
+    """What greedy and learned go by: weights → a number, higher is better (soup/measures.py)."""
     steps: int = 20
     """learned: steps of Adam."""
     step_size: float = 0.1

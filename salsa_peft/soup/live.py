@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.soup.lora.live_factors import live_factors
 from salsa_peft.utils.errors import require
 
@@ -46,7 +46,7 @@ class LiveAdapters:
     """Adapters as one stacked adapter `name` on a model that shares its base with other roles."""
 
     def __init__(self, model: PeftModel, stacked: StackedAdapter, name: str = "point") -> None:
-        self.model, self.stacked, self.name = model, stacked, adapters.free_name(model, name)
+        self.model, self.stacked, self.name = model, stacked, lora.free_name(model, name)
         n = len(stacked.members)
         stacked.attach(model, self.name, [1 / n] * n)
 
@@ -56,7 +56,7 @@ class LiveAdapters:
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
         """The stacked adapter is active; the one that was before is again afterwards."""
-        return adapters.active(self.model, self.name)
+        return lora.active(self.model, self.name)
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
         """Each module with its live B (out, R; of a convolution with its kernel's ones) and B's bias."""

@@ -1,6 +1,6 @@
 """What greedy and learned soups choose by, on held-out data, higher is better: SFT loss, reward score, a Python function.
 
-A measure is called with the members' weights and moves a live soup there (live_soup.py). Only the SFT loss has a slope, so
+A measure is called with the members' weights and moves a live soup there (soup/live.py). Only the SFT loss has a slope, so
 only it can be `learned` by. "I want to add a measure" is a class here, and a row in `of_recipe`.
 """
 
@@ -19,7 +19,7 @@ from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.template_fields import in_form, trained_tokens
 from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.data.files import FILES
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, hidden_states, load_base, load_tokenizer
 from salsa_peft.models.generation import respond
 from salsa_peft.models.loader import Workbench, fitting
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 class SFTLoss:
     """Minus the mean negative log-likelihood (nats) of the assistant's tokens in held-out demonstrations.
 
-    Rows {messages}; the assistant's tokens are those of SFT (assistant_masks.py). Raises SalsaError where no row has such a token
+    Rows {messages}; the assistant's tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError where no row has such a token
     within max_length.
     """
 
@@ -186,9 +186,9 @@ def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
 
 def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:
     """The base with every member as a block of one adapter, nothing random in it."""
-    model = adapters.attach(base, folders[0], "start")
+    model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
-    adapters.remove_dropout(model)
+    lora.remove_dropout(model)
     model.eval()
     return live
 

@@ -15,7 +15,7 @@ class Origin(TypedDict):
     revision: str | None
     """Its commit."""
     files: dict[str, dict[str, Any]]
-    """Configuration and weights: size and SHA-256 (None: not known and not computed, see provenance.py)."""
+    """Configuration and weights: size and SHA-256 (None: not known and not computed, see soup/provenance.py)."""
     fingerprint: str | None
     """Of a checkpoint: fingerprints.base_fingerprint."""
     base_fingerprint: str | None

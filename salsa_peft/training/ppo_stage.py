@@ -15,7 +15,7 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.data import datasets as data
 from salsa_peft.models import base as models
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import Bar, Workbench, quiet, seeds_of
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.soup import average as averaging
@@ -54,7 +54,7 @@ def play(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[Fr
     wanted = bench.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
     bench.check(job.inputs, wanted)
     if bench.recipe.adapter is not None:
-        model: Any = adapters.attach(bench.base(), seeds[0], name, trainable=True)
+        model: Any = lora.attach(bench.base(), seeds[0], name, trainable=True)
         return model, [
             attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}")
             for index, reference in enumerate(wanted)

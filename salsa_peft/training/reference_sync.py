@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.soup.lora.svd import moments, recompress
 from salsa_peft.training.references import Frozen
@@ -70,7 +70,7 @@ def _move_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
 def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
     """The layers that a reference adapts, plain linear ones and stacks of experts, those of the policy's adapter among them. Raises
     SalsaError for others."""
-    for layer in adapters.tuner_layers(model):
+    for layer in lora.tuner_layers(model):
         held = [name for name in (policy, reference) if name in (*layer.lora_A, *layer.lora_embedding_A)]
         if not held:
             continue
@@ -142,5 +142,5 @@ def load_state(model: Any, references: Sequence[Frozen], saved: dict[str, Tensor
 def _weights(model: Any, references: Sequence[Frozen]) -> Iterator[tuple[str, Tensor]]:
     for number, one in enumerate(references):
         if one.sync_every is not None:
-            found = one.model.parameters() if one.model is not None else adapters.parameters(model, str(one.adapter))
+            found = one.model.parameters() if one.model is not None else lora.parameters(model, str(one.adapter))
             yield from ((f"{number}.{place}", weight) for place, weight in enumerate(found))

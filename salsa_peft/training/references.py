@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from salsa_peft.config.references import Reference
 from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.loader import Workbench, local, seeds_of
 from salsa_peft.models.logprobs import check_head
@@ -41,7 +41,7 @@ class Frozen(NamedTuple):
     model: PreTrainedModel | None = None
     """Full weights, frozen; `adapter` is None then."""
     sync_every: int | None = None
-    """Updates between two moves towards the policy (moving.py). None: it stays."""
+    """Updates between two moves towards the policy (training/reference_sync.py). None: it stays."""
     mixup_alpha: float = 0.1
     """How far: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
@@ -60,13 +60,13 @@ def attach_reference(
         return Frozen(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
     if reference.soup:
         require(soup is not None, "reference soup: found no soup, expected the soup stage's result")
-        adapters.attach(model, Path(str(soup)), name)
+        lora.attach(model, Path(str(soup)), name)
     elif reference.path is not None:
-        adapters.attach(model, adapters.local_folder(reference.path), name)
+        lora.attach(model, lora.local_folder(reference.path), name)
     elif not reference.members:
         return Frozen(reference.label, None)
     elif reference.weights == [1.0]:
-        adapters.attach(model, seeds[reference.members[0]], name)
+        lora.attach(model, seeds[reference.members[0]], name)
     else:
         StackedAdapter.load([seeds[member] for member in reference.members]).attach(model, name, reference.weights)
     return Frozen(reference.label, name)
@@ -135,15 +135,15 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
         return Frozen("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
-            name = adapters.free_name(model, wish)
+            name = lora.free_name(model, wish)
             with said_in_a_line(str(reference)):
-                attached = adapters.local_folder(str(reference))
+                attached = lora.local_folder(str(reference))
             same_base.check(attached, same_base.of_model(model), str(causal_lm(model).name_or_path))
-            adapters.attach(model, attached, name)
-        adapters.set_trainable(model, name, False)
+            lora.attach(model, attached, name)
+        lora.set_trainable(model, name, False)
         return Frozen(str(reference), name)
     require(
-        not (folder / adapters.CONFIG).is_file(),
+        not (folder / lora.CONFIG).is_file(),
         f"references: {name} is an adapter and the policy has full weights: merge it into its base with"
         f" `salsa soup OUT {name} --merge`, and pass that checkpoint OUT",
     )
@@ -152,7 +152,7 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
         "references: found 'base' for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
     )
     require(
-        folder.is_dir() or bool(adapters.HUB_ID.match(name)),
+        folder.is_dir() or bool(lora.HUB_ID.match(name)),
         f"{name}: found no such folder, expected a checkpoint's folder or a Hub id",
     )
     with said_in_a_line(name):
@@ -163,7 +163,7 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / adapters.CONFIG).is_file()
+    return (folder / "config.json").is_file() and not (folder / lora.CONFIG).is_file()
 
 
 def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> Frozen:

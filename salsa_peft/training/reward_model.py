@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets as data
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import load_weights
 from salsa_peft.models.loader import Bar, Workbench, mean_loss, note_left_out, quiet
 from salsa_peft.utils.errors import require
@@ -89,8 +89,8 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         processing_class=bench.tokenizer,
         callbacks=[Bar(job.unit.id, folder)],
     )
-    if adapters.is_quantised(model):
-        adapters.in_float32(model)
+    if lora.is_quantised(model):
+        lora.in_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     pad_apart(trainer)
     # 4. a share of the pairs that are short enough is held out
@@ -141,7 +141,7 @@ def start(bench: Workbench, seed: Path) -> Any:
     torch.manual_seed(SPLIT_SEED)
     if bench.recipe.adapter is None:
         return bench.classifier(seed)
-    config, _ = adapters.read(seed)
+    config, _ = lora.read(seed)
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
     model = get_peft_model(bench.classifier(), config)
     copy_adapter(model, seed)
@@ -150,7 +150,7 @@ def start(bench: Workbench, seed: Path) -> Any:
 
 def copy_adapter(model: Any, folder: Path) -> None:
     """The factors of the adapter in `folder`; the score head stays."""
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model) | adapters.read(folder)[1])
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model) | lora.read(folder)[1])
 
 
 def held_out(trainer: Any) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from salsa_peft.config.schema import Adapter
 from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.template_fields import trained_tokens
 from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.lora import check_finite, in_float32, is_quantised, lora_config, read_tensors
-from salsa_peft.models.architectures import checks as base_checks
+from salsa_peft.models.architectures import checks
 from salsa_peft.models.base import only_language
 from salsa_peft.models.loader import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 from salsa_peft.models.logprobs import check_head
@@ -56,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
     model = bench.base() if recipe.adapter else bench.trainable()
-    if base_checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
+    if checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
         check_head(model)
     if recipe.adapter is not None:
         check_targets(recipe.adapter, model)
@@ -106,7 +106,7 @@ def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
     """Raise SalsaError for target modules that the model does not have, as PEFT would, and where it would pass over some."""
     names, modules = [name for name, _ in model.named_modules() if name], adapter.target_modules
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    base_checks.require_targets(modules, names)
+    checks.require_targets(modules, names)
     regex = isinstance(modules, str) and modules != "all-linear"
     require(
         not regex or any(re.fullmatch(str(modules), name) for name in names),
@@ -121,7 +121,7 @@ def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
     said = text.to_dict()
     if "output_router_logits" not in said or "num_experts" in {*said, *text.attribute_map}:
         return {}
-    if any(said.get(key) for key in base_checks.EXPERTS):
+    if any(said.get(key) for key in checks.EXPERTS):
         line = f"{unit}  trained without the routers' balancing loss, which TRL does not compute for {text.model_type}"
         print(line, file=sys.stderr, flush=True)
     return {"router_aux_loss_coef": 0.0}
@@ -164,7 +164,7 @@ def take(job: Job, path: str) -> dict[str, Any]:
     else:
         named = take_checkpoint(bench, folder, path, job.folder)
     taken = job.recipe.sft.from_ or [None]
-    if base_checks.reads_head(job.recipe) and None not in taken and job.unit.name == "seed-0":
+    if checks.reads_head(job.recipe) and None not in taken and job.unit.name == "seed-0":
         check_head(bench.base())  # as a seed that is trained does, before the reward model trains
     if not known:
         other = "" if named is None or _same_place(named, bench) else f", and it names another ({named})"
@@ -187,15 +187,15 @@ def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | 
     """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
     taken_results.check_adapter("sft.from", folder, taken_results.SEED, taken_results.base_of(bench.recipe))
     taken_results.check_family(bench.recipe, folder, "sft.from")
-    config, tensors = adapters.read(folder)
+    config, tensors = lora.read(folder)
     saved = [name for name in tensors if ".lora_" not in name]
     base: Any = (
         bench.base() if saved else bench.skeleton()
     )  # what is saved beside the factors must be the base's own values
-    adapters.attach(base, folder, "taken")
+    lora.attach(base, folder, "taken")
     save_file(
         {name: tensors[name] for name in tensors if name not in saved},
-        out / adapters.WEIGHTS,
+        out / lora.WEIGHTS,
         metadata={"format": "pt"},
     )
     named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, bench.base_name, None

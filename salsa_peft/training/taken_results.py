@@ -267,7 +267,7 @@ def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -
     """Whether a tensor (`key` in the file) that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
     import numpy as np
 
-    from salsa_peft.soup import arrays as float_arrays
+    from salsa_peft.soup import arrays
 
     own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
     if own == "lm_head.weight" and own not in base.tensors:  # tied
@@ -276,8 +276,8 @@ def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -
     known = place is not None and place.entry.dtype in FLOATS and entry.dtype in FLOATS
     if place is None or not known or place.entry.shape != entry.shape:
         return False
-    rounded = float_arrays.narrow(float_arrays.read(place.file, own), entry.dtype)
-    return bool(np.array_equal(float_arrays.widen(rounded, entry.dtype), float_arrays.read(file, key)))
+    rounded = arrays.narrow(arrays.read(place.file, own), entry.dtype)
+    return bool(np.array_equal(arrays.widen(rounded, entry.dtype), arrays.read(file, key)))
 
 
 def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint) -> None:

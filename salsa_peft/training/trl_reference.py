@@ -24,8 +24,8 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head
 
-from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.training import reference_sync as moving
+from salsa_peft.models.adapters import lora
+from salsa_peft.training import reference_sync
 from salsa_peft.training.references import Frozen, as_references
 from salsa_peft.utils.errors import require
 
@@ -58,7 +58,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     check_moving(model, own, [one for one in given if isinstance(one, Frozen)])
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
     with (
-        adapters.taken_off(model, REF) if replaced else contextlib.nullcontext()
+        lora.taken_off(model, REF) if replaced else contextlib.nullcontext()
     ):  # TRL's copy of the start, or what was asked for before
         frozen = as_references(model, given, names=[REF] if len(given) == 1 else None)
     for one in frozen:
@@ -140,7 +140,7 @@ def check_moving(model: Any, own: str | None, frozen: Sequence[Frozen]) -> None:
             one.sync_every is None or one.model is None,
             f"reference {one.label}: found sync_every for full weights, expected TRL's own sync_ref_model, which moves this reference",
         )
-    moving.check(frozen, model, own)
+    reference_sync.check(frozen, model, own)
 
 
 class Moves(TrainerCallback):
@@ -151,7 +151,7 @@ class Moves(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After an optimizer step."""
-        moving.refresh(self.model, self.policy, self.references, state.global_step)
+        reference_sync.refresh(self.model, self.policy, self.references, state.global_step)
 
 
 def head_options(trainer: Any) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class MeanReference(nn.Module):
             return reference.model.__call__
 
         def under_adapter(**inputs: Any) -> Any:
-            with adapters.active(policy, reference.adapter):
+            with lora.active(policy, reference.adapter):
                 return policy(**inputs)
 
         return under_adapter

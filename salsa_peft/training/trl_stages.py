@@ -18,7 +18,7 @@ from salsa_peft.data import datasets as data
 from salsa_peft.data.chat.template_fields import in_form, options_of
 from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.models import base as models
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import reward as rewards
@@ -43,9 +43,9 @@ def run(job: Job) -> dict[str, Any]:
     model, references = play(bench, job, "default")  # the one name that TRL knows
     # 2. TRL's trainer, whose reference is then ours
     trainer, held_out, facts = TRAINERS[algorithm](bench, job, model, references)
-    if adapters.is_quantised(model):  # TRL casts adapters to bfloat16
-        adapters.in_float32(model)
-        adapters.load(model, "default", seeds_of(job.inputs)[0])
+    if lora.is_quantised(model):  # TRL casts adapters to bfloat16
+        lora.in_float32(model)
+        lora.load(model, "default", seeds_of(job.inputs)[0])
     use_reference(trainer, references)
     quiet(trainer)
     # 3. train, measure, save

@@ -13,13 +13,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from salsa_peft.utils.errors import SalsaError, require
-
-if TYPE_CHECKING:
-    pass
-
 
 UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded", "PytorchStreamWriter failed",
              "unexpected pos ")  # fmt: skip

@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import salsa_peft
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import canonical, sha256
-
-if TYPE_CHECKING:
-    pass
-
 
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
 MANIFEST = "manifest.json"

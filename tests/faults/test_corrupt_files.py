@@ -388,7 +388,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: Any) -
     def fails(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(runs, "sha256", fails)
+    monkeypatch.setattr("salsa_peft.utils.manifests.sha256", fails)
     assert changed(tmp_path, manifest) == "unreadable: a.bin (Permission denied)"
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from hub_server import Fault, hub
 
-from salsa_peft import cli, doctor
-from salsa_peft.doctor import Finding
+from salsa_peft.cli import doctor
+from salsa_peft.cli import main as cli
+from salsa_peft.cli.doctor import Finding
 from salsa_peft.recipe import cache as runs
 from salsa_peft.utils.files import locked, write_atomic
 from salsa_peft.utils.fingerprints import sha256
@@ -36,7 +37,7 @@ def found(check: Any) -> dict[str, Finding]:
 
 def asked(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """The Hub's check alone, in a process that knows that environment."""
-    code = "from salsa_peft import doctor\nfor one in doctor.hub(): print(repr(tuple(one)))"
+    code = "from salsa_peft.cli import doctor\nfor one in doctor.hub(): print(repr(tuple(one)))"
     words = words or (sys.executable, "-c", code)
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 

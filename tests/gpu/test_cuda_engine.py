@@ -386,7 +386,7 @@ def test_a_landscape_is_a_cpus(
     make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, device: torch.device, kind: str
 ) -> None:
     """`salsa landscape` moves a model on the card to the points that a CPU computes from the members' weights."""
-    from salsa_peft import landscape_command
+    from salsa_peft.cli import landscape as landscape_command
 
     make_base().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

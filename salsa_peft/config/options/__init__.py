@@ -1,0 +1,1 @@
+"""The options of a recipe's sections, one file for each kind."""

@@ -1,4 +1,4 @@
-"""The recipe's `ppo.guards`: which guards there are, their default limits and actions. What each looks at is in guards.py. Imports no torch."""
+"""The recipe's `ppo.guards`: which guards there are, their default limits and actions. What each looks at is in training/ppo/guards.py. Imports no torch."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class PPOOptions:
     rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
     """What generates: Transformers' generate, its continuous batching, or vLLM through TRL (the extra `vllm`)."""
     rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """More for paged (of Transformers' ContinuousBatchingConfig) or vllm (of TRL's VLLMGeneration); names in rollout_options.py."""
+    """More for paged (of Transformers' ContinuousBatchingConfig) or vllm (of TRL's VLLMGeneration); names in config/options/rollout.py."""
     rollout_compile: bool = False
     """hf on CUDA: a static cache, and the decoding step compiled."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
@@ -91,7 +91,7 @@ class PPOOptions:
     """An update's later minibatches are left out once one moved the policy by more than 1.5 times this (approxkl, nats per
     token; TRL 0.8's early_stopping). None: off."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Name → off | warn | stop, or {action, limit}: what guards.py watches. Those not named warn, at their own limits."""
+    """Name → off | warn | stop, or {action, limit}: what training/ppo/guards.py watches. Those not named warn, at their own limits."""
     missing_eos_penalty: NonNegative | None = None
     """Taken off the score of a response that no EOS or end of a turn closed (TRL). None: off."""
     score_clip: Positive | None = None

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, NonNegative
-
-if TYPE_CHECKING:
-    pass
-
 
 SEED_0 = "seed-0"
 

@@ -9,7 +9,7 @@ from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
 @dataclass(config=STRICT, kw_only=True)
 class Toy:
-    """The embedded world (toy.py): its tiny Llama, and how much of which data is written. Numbers of rows unless said otherwise."""
+    """The embedded world (data/toy.py): its tiny Llama, and how much of which data is written. Numbers of rows unless said otherwise."""
 
     seed: Seed = 0
     """of everything random in the world: data, initialisation, pre-training, sampling."""

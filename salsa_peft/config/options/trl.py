@@ -1,6 +1,6 @@
 """The sections of policies that TRL's own trainers train: what a recipe may say, every default once.
 
-Left out: what those trainers have beyond what SALSA changes; another option is a field here and a keyword in trl_policies.py.
+Left out: what those trainers have beyond what SALSA changes; another option is a field here and a keyword in training/trl_stages.py.
 """
 
 from __future__ import annotations

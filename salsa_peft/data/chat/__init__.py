@@ -1,0 +1,1 @@
+"""Chat templates: rendering, loss masks, and the tokens that end a turn."""

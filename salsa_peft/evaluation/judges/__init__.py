@@ -1,0 +1,1 @@
+"""Judges of pairs of answers: an endpoint, a local model, the reward, a function."""

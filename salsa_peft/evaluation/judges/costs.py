@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.config import sweeps as search
+from salsa_peft.config import sweeps
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe, Source
 
@@ -75,11 +75,11 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
         if not sizes:
             return None
     section = recipe.search
-    pairs = len(search.picked(search.pairs(recipe), None))
+    pairs = len(sweeps.picked(sweeps.pairs(recipe), None))
     calls = tokens = 0
     for name, matches in sizes.items():
         tried = (
-            len(search.trials(recipe))
+            len(sweeps.trials(recipe))
             if section and section.by == "judge" and name in (section.questions or sizes)
             else 0
         )

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from salsa_peft.config import sweeps as search
+from salsa_peft.config import sweeps
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
-from salsa_peft.evaluation import comparisons
-from salsa_peft.evaluation import fastchat as judge_files
+from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judged, judged_pair
 from salsa_peft.evaluation.judges.prompts import Game, Ruling
 from salsa_peft.evaluation.judges.registry import judge_of
@@ -169,14 +168,14 @@ def run(job: Job) -> dict[str, Any]:
 
     # 1. a search by the judge: the candidates first
     if recipe.search is not None and recipe.search.by == "judge":
-        play(matches(found, search.trials(recipe), recipe.search.questions or list(found)))
+        play(matches(found, sweeps.trials(recipe), recipe.search.questions or list(found)))
         known = _search_by_judge(recipe, rows, list(found))
     # 2. the pairs, a searched policy by the candidate that was picked
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
-    todo = matches(found, search.picked(search.pairs(recipe), known), list(found))
+    todo = matches(found, sweeps.picked(sweeps.pairs(recipe), known), list(found))
     play([match for match in todo if (match.a, match.b, match.dataset) not in there])
     # 3. rates, and everything on the disk
-    judge_files.write_judgments(job.folder, section, rows, prompts)
+    fastchat.write_judgments(job.folder, section, rows, prompts)
     result = {
         "judge": {"kind": section.kind, "model": section.model, "prompt": section.prompt},
         "calls": dict(judge.calls),
@@ -188,5 +187,5 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _search_by_judge(recipe: Recipe, rows: Sequence[dict[str, Any]], sets: list[str]) -> dict[str, Any] | None:
-    rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in search.trials(recipe)}
-    return search.pick(recipe, rates, sets)
+    rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in sweeps.trials(recipe)}
+    return sweeps.pick(recipe, rates, sets)

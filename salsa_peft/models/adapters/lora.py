@@ -36,7 +36,7 @@ from salsa_peft.models.adapters.names import (
     trained_module,
 )
 from salsa_peft.models.sharding import placed
-from salsa_peft.utils import files as disk
+from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT
@@ -363,7 +363,7 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
     check_finite(tensors, f"{folder} is not saved")
     temporary = folder / f".{WEIGHTS}.part"
     temporary.unlink(missing_ok=True)  # of a kill before
-    disk.require_room(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
+    files.require_room(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})
     with temporary.open("rb+") as file:

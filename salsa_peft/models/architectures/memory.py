@@ -22,7 +22,7 @@ CONTEXT = int(0.6 * GIB)
 MARGIN = 1.04
 """What the allocator can't use for holes between blocks."""
 CHUNK = 256
-"""Tokens whose logits exist at one time, in PPO (logprobs.py) and in TRL's SFT loss."""
+"""Tokens whose logits exist at one time, in PPO (models/logprobs.py) and in TRL's SFT loss."""
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes of a weight with its share of the scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}

@@ -1,0 +1,1 @@
+"""Rewards: adapters, classifiers, functions, and weighted sums of them."""

@@ -64,7 +64,7 @@ class ClassifierReward:
         )
         self.room = Room(micro_batch_size, f"reward {name}, rows scored at once")
         self.name, self.tally, self.noted = name, Tally(), False
-        self.present: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # offload.py sets it
+        self.present: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # training/offload.py sets it
         self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
             tokenizer.chat_template == policy_tokenizer.chat_template

@@ -23,7 +23,7 @@ from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import turn_of
 from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, head_product
 from salsa_peft.models.loader import note_tokenizer
 from salsa_peft.models.responses import Responses, closed, extend, last_token_states
@@ -72,10 +72,10 @@ class AdapterReward:
     ) -> None:
         self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
         self.tokenizer = tokenizer
-        self.adapter = adapters.free_name(model, REWARD_ADAPTER)
-        adapters.attach(model, folder, self.adapter)
-        self.head = adapters.score_head(folder).to(model.device)
-        self.toggle = adapters.Toggle(model)
+        self.adapter = lora.free_name(model, REWARD_ADAPTER)
+        lora.attach(model, folder, self.adapter)
+        self.head = lora.score_head(folder).to(model.device)
+        self.toggle = lora.Toggle(model)
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         if self.tokenizer is not None:
@@ -214,8 +214,8 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
     if not os.path.isdir(name) and FUNCTION.match(name):
         return FunctionReward(load_function(name), tokenizer)
     with said_in_a_line(name):
-        folder = adapters.local_folder(name)
-        if not (folder / adapters.CONFIG).is_file():
+        folder = lora.local_folder(name)
+        if not (folder / lora.CONFIG).is_file():
             return load_classifier_reward(name, tokenizer, micro_batch_size)
     if isinstance(model, PeftModel):
         same_base.check(folder, same_base.of_model(model), str(causal_lm(model).name_or_path))
@@ -230,7 +230,7 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
 def is_adapter(name: str) -> bool:
     """Whether a folder or Hub id holds a PEFT adapter, and no whole model."""
     with said_in_a_line(name):
-        return (adapters.local_folder(name) / adapters.CONFIG).is_file()
+        return (lora.local_folder(name) / lora.CONFIG).is_file()
 
 
 def _last(path: str) -> str:

@@ -2,7 +2,7 @@
 
 Checkpoints whose files agree in names are compared as they are, without torch. Where names differ (the Hub's GPT-2 beside what
 Transformers saves, experts apart or in one tensor, prefixes of wrappers, tied output embeddings written or not), each name is resolved to
-the one in the model that Transformers makes (tensor_names.py). What is no parameter there (rotary frequencies, causal masks) is averaged
+the one in the model that Transformers makes (utils/tensor_names.py). What is no parameter there (rotary frequencies, causal masks) is averaged
 where every checkpoint has it, else copied from the one whose layout is written.
 """
 

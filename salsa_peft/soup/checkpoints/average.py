@@ -2,7 +2,7 @@
 
 What is written has member 0's shards, headers, dtypes and configuration; where another member has output embeddings of its own and member
 0 has them tied, that one's. Members may be cut into other shards, be of other float dtypes and have other names for the same tensors
-(checkpoint_alignment.py). Left out: quantised weights, members of another architecture or vocabulary. On a CPU torch is not imported
+(soup/checkpoints/alignment.py). Left out: quantised weights, members of another architecture or vocabulary. On a CPU torch is not imported
 unless names or configurations differ, and NumPy not before there is something to add.
     python -m salsa_peft.soup.checkpoints.average OUT MEMBER MEMBER … [--weights 0.25,0.75]
 """

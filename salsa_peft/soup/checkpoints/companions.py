@@ -2,7 +2,7 @@
 
 Members may have no tokenizer, or one with fewer added tokens, or no chat template. The result gets the tokenizer that has all tokens of
 the others (the first of them), its chat template or else the first that there is, and settings of generation and of a processor from the
-first that has them. Ids that disagree are refused before (checkpoint_alignment.py). Imports no torch.
+first that has them. Ids that disagree are refused before (soup/checkpoints/alignment.py). Imports no torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Transformers writes a configuration back in other words than it read: `hidden_act: gelu` of Gemma as `gelu_pytorch_tanh`, an unused
 `sliding_window` as null, `rope_theta` inside `rope_parameters`, defaults filled in. So the two files are compared as text first, and
 where they differ both are read by Transformers and compared field by field. Sizes and the vocabulary are compared by the tensors' shapes
-too; whether output embeddings are tied is a question of the tensors (checkpoint_alignment.py).
+too; whether output embeddings are tied is a question of the tensors (soup/checkpoints/alignment.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arithmetic of weight_sums.py on a GPU, with torch: the same sums, a large block at a time.
+"""The arithmetic of soup/checkpoints/arithmetic.py on a GPU, with torch: the same sums, a large block at a time.
 
 Only the order of additions within a product differs, so distances agree to float32's digits; the sums are rounded as a CPU rounds them
 but where the GPU fuses a multiplication and an addition in float64.

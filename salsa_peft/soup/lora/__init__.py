@@ -1,0 +1,1 @@
+"""Averages of LoRA adapters, exact in their deltas."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from salsa_peft.models.adapters.names import PREFIX
-from salsa_peft.soup import arrays as float_arrays
+from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.lora.read import CONFIG, MERGES
 from salsa_peft.soup.lora.tensors import TOKENS, Member
@@ -90,7 +90,7 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
 
 def dtype_of(members: Sequence[Member], name: str) -> str:
     """Safetensors' name of the dtype that holds every member's tensor exactly."""
-    return float_arrays.promote(member.file.entries[member.direct[name]].dtype for member in holders(members, name))
+    return arrays.promote(member.file.entries[member.direct[name]].dtype for member in holders(members, name))
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:

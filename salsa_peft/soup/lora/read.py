@@ -2,7 +2,7 @@
 
 What a soup has no rule for is refused with the file and the reason, never dropped in silence. The configuration is read as plain
 data and peft is not imported: that takes longer, and more memory, than averaging a 7B model's adapters.
-Left out: full checkpoints, Hub ids. What the tensors of a folder are is in adapter_tensors.py.
+Left out: full checkpoints, Hub ids. What the tensors of a folder are is in soup/lora/tensors.py.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import FINGERPRINT, sha256
 from salsa_peft.utils.manifests import MANIFEST, read_manifest
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -5,7 +5,7 @@
 The mean of products is not the product of means, so the factors are stacked, never averaged: A = [A_0; A_1; …] and
 B = [w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding.
 Members may differ in rank, alpha, rsLoRA, patterns and modules; a module that a member lacks is a delta of zero.
-What is no delta (modules_to_save, biases, trained tokens) is averaged directly, see direct_parts.py.
+What is no delta (modules_to_save, biases, trained tokens) is averaged directly, see soup/lora/direct_parts.py.
 Stacks of experts (target_parameters) and grouped convolutions have a delta for each expert and group. Left out: merging into the base.
 """
 

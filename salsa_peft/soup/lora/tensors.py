@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.models.adapters.names import PREFIX, plain_names
-from salsa_peft.soup import arrays as float_arrays
+from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import DTYPES, Array
 from salsa_peft.soup.lora.layouts import ConvertedFile, in_todays_layout
 from salsa_peft.soup.lora.read import CONFIG, CONVERT_PICKLE, PICKLED, WEIGHTS, WHY, check_manifest, read_config
@@ -94,7 +94,7 @@ class Member:
 
     def read(self, key: str) -> Array:
         """A tensor's values, float32 (float64 where the file has that). Raises SalsaError where one is not finite."""
-        return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else float_arrays.read(self.file, key)
+        return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
         """The rows of the embedding that trained tokens' values replace."""

@@ -1,0 +1,1 @@
+"""Adapters merged into their base, and the average of such merges."""

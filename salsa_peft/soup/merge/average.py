@@ -2,11 +2,11 @@
 
     W' = W + Σ_i w_i · (PEFT's merge of member i − W)        summed in float32 or float64, rounded once to the base's dtype
 
-Each member is merged by PEFT itself (adapter_models.py), so that whatever PEFT merges has an exact mean: LoRA, DoRA, saved modules,
+Each member is merged by PEFT itself (soup/merge/adapter_models.py), so that whatever PEFT merges has an exact mean: LoRA, DoRA, saved modules,
 trained tokens, experts. Layout, names, dtypes and files are the base's, the tokenizer the first member's where it has one. What
 changes in the layout: rows of tokens that were added in training, and output embeddings that are no longer the input's. A base in
 bitsandbytes' 4 bits is dequantised, and `quantized_base` puts a plain base through 4 bits and back first, since that is what a QLoRA
-adapter was trained on (quantised_bases.py); nothing is written in 4 bits. Left out: heads that the base has no tensor for.
+adapter was trained on (soup/merge/quantised_bases.py); nothing is written in 4 bits. Left out: heads that the base has no tensor for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def merge(
 ) -> dict[str, Any]:
     """Write base + Σ w_i δ_i into the folder `out` and return the summary, also out/soup.json.
 
-    Members are PEFT adapter folders; weights have any sum. quantized_base: nf4 or nf4-double, see quantised_bases.py. same_base: the
+    Members are PEFT adapter folders; weights have any sum. quantized_base: nf4 or nf4-double, see soup/merge/quantised_bases.py. same_base: the
     caller says that `base` is what the members were trained on, whatever their fingerprints say. untie: LoRA on embeddings that are tied
     in the base is merged into input and output embeddings of their own, so that the result computes what the adapters do; else it is
     merged as PEFT does, into the one tensor. Raises SalsaError naming file and

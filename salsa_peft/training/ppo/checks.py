@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from salsa_peft.data.chat.turn_ends import ends_of, facts
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import LOADED, causal_lm, keep_layout
 from salsa_peft.models.logprobs import check_head, head_of
 from salsa_peft.models.precision import OPTIMIZER, ROUNDING, rounds_stochastically
@@ -73,7 +73,7 @@ def check_adapters(model: PeftModel) -> None:
         kind = config.peft_type
         if kind != PeftType.LORA:
             raise SalsaError(f"model: found adapter {name!r} of kind {PeftType(kind).value}, expected LoRA")
-        adapters.check_keeps_base(config, f"model, adapter {name!r}")  # type: ignore[arg-type]
+        lora.check_keeps_base(config, f"model, adapter {name!r}")  # type: ignore[arg-type]
         bias = config.bias  # type: ignore[attr-defined]
         require(
             bias == "none",
@@ -85,7 +85,7 @@ def check_adapters(model: PeftModel) -> None:
         f"model: found {', '.join(wrapped[:1])} in modules_to_save or trainable_token_indices, expected LoRA factors only: references"
         " share the base, and would see it",
     )
-    name, layers = str(model.active_adapter), adapters.tuner_layers(model)
+    name, layers = str(model.active_adapter), lora.tuner_layers(model)
     require(
         not any(layer.disable_adapters for layer in layers),
         f"model: found adapter {name!r} disabled, expected it active; model.base_model.enable_adapter_layers()",
@@ -110,7 +110,7 @@ def check_trained(
         bool(trained), "model: found no weight that requires a gradient, expected a policy to train; requires_grad_()"
     )
     if isinstance(model, PeftModel):
-        factors = {id(parameter) for name in model.peft_config for parameter in adapters.parameters(model, name)}
+        factors = {id(parameter) for name in model.peft_config for parameter in lora.parameters(model, name)}
         outside = [name for name, parameter in trained.items() if id(parameter) not in factors]
         require(
             not outside,
@@ -124,7 +124,7 @@ def check_trained(
 
 def check_precision(trained: dict[str, torch.nn.Parameter], args: TrainingArguments) -> None:
     """Raise SalsaError for trained weights in fp16, and in bf16 unless the optimizer rounds at random: PPO's steps are smaller than these
-    can hold (precision.py)."""
+    can hold (models/precision.py)."""
     held = {torch.float32, torch.bfloat16} if rounds_stochastically(args) else {torch.float32}
     rounded = [(name, parameter.dtype) for name, parameter in trained.items() if parameter.dtype not in held]
     if rounded:

@@ -37,7 +37,7 @@ KL_ESTIMATORS = {
 def reference_kl(logprobs: Tensor, references: Tensor, estimator: str) -> Tensor:
     """Per-token KL, averaged over the references (paper eq. 5): (B, T), (K, B, T) → (B, T).
 
-    `full` is no function of the sampled token's log-probs: rollout.py computes it over the vocabulary.
+    `full` is no function of the sampled token's log-probs: models/responses.py computes it over the vocabulary.
     """
     estimate = KL_ESTIMATORS[estimator]
     return torch.stack([estimate(logprobs, reference) for reference in references]).mean(0)

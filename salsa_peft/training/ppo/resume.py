@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,22 +20,17 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.rewards.reward import Reward
-from salsa_peft.training import checkpoints
-from salsa_peft.training import reference_sync as moving
-from salsa_peft.training.ppo import saving as ppo_setting
+from salsa_peft.training import checkpoints, reference_sync
+from salsa_peft.training.ppo import saving
 from salsa_peft.training.ppo.guards import Watch
 from salsa_peft.training.ppo.metrics import Logs
 from salsa_peft.training.ppo.rollout import Interrupted, Rollout, RolloutMaker
 from salsa_peft.training.ppo.saving import SavingTrainer, stored
 from salsa_peft.training.references import Frozen
-from salsa_peft.utils import files as disk
+from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
-
-if TYPE_CHECKING:
-    pass
-
 
 ROLLOUT, MOVED = "rollout.safetensors", "references.safetensors"
 HISTORY = 500
@@ -88,7 +83,7 @@ class ResumableTrainer(SavingTrainer):
         except Exception as error:
             if self.is_world_process_zero():
                 shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
-            if isinstance(error, SalsaError) or (line := disk.full(error, folder)) is None:
+            if isinstance(error, SalsaError) or (line := files.full(error, folder)) is None:
                 raise
             raise SalsaError(line) from error
 
@@ -108,7 +103,7 @@ class ResumableTrainer(SavingTrainer):
         if self.rollout is not None:
             tensors += [*self.rollout.responses, *(field for field in self.rollout if isinstance(field, Tensor))]
         size = sum(map(stored, tensors))
-        disk.require_room(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
+        files.require_room(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
 
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
@@ -126,7 +121,7 @@ class ResumableTrainer(SavingTrainer):
         if self.is_world_process_zero():
             if self.rollout is not None:
                 save_file(self.rollout.tensors(), made / ROLLOUT)
-            if moved := moving.state(self.model.policy, self.references):
+            if moved := reference_sync.state(self.model.policy, self.references):
                 save_file(moved, made / MOVED)
             if best == self.state.global_step:
                 self.state.save_to_json(str(made / TRAINER_STATE_NAME))
@@ -158,16 +153,16 @@ class ResumableTrainer(SavingTrainer):
         if self._identity is None:  # before training: afterwards the weights may be sharded
             prompts: Any = self.train_dataset
             model, name = self.model.policy, self.policy_name
-            self._identity = ppo_setting.identity(model, name, self.references, self.reward, prompts)
+            self._identity = saving.identity(model, name, self.references, self.reward, prompts)
         zero3 = f"by ZeRO-3 over {self.args.world_size}"
         sharded = zero3 if self.is_deepspeed_enabled else bool(self.is_fsdp_enabled)  # its optimizer's files are others
-        return {**ppo_setting.kept_options(self.args), **self._identity, "sharded": sharded}
+        return {**saving.kept_options(self.args), **self._identity, "sharded": sharded}
 
     def _engine_state(self) -> dict[str, Any]:
         scale = self.maker.scale
         return {
             "setting": self._setting(),
-            "options": ppo_setting.changeable_options(self.args, self.reward),
+            "options": saving.changeable_options(self.args, self.reward),
             "update": self.update,
             "kl_coef": self.kl_coef,
             "skipped": self.skipped,
@@ -184,13 +179,13 @@ class ResumableTrainer(SavingTrainer):
         state = checkpoints.read_state(checkpoint, self._setting())
         for key in ("update", "kl_coef", "skipped", "stopped_early", "totals", "figures"):
             setattr(self, key, state[key])
-        changes = list(ppo_setting.changes(state["options"], ppo_setting.changeable_options(self.args, self.reward)))
+        changes = list(saving.changes(state["options"], saving.changeable_options(self.args, self.reward)))
         if changes:
             self._say(f"{checkpoint.name}: goes on with other options: {', '.join(changes)}")
         if state["options"]["kl_coef"] != self.args.kl_coef:
             self.kl_coef = self.args.kl_coef
         if (checkpoint / MOVED).is_file():
-            moving.load_state(self.model.policy, self.references, adapters.read_tensors(checkpoint / MOVED))
+            reference_sync.load_state(self.model.policy, self.references, lora.read_tensors(checkpoint / MOVED))
         scale = self.maker.scale
         scale.count, scale.mean, scale.squares = state["scale"]
         self.watch.load_state_dict(state["watch"])
@@ -198,9 +193,7 @@ class ResumableTrainer(SavingTrainer):
             self._restore_logs(checkpoint, state["logs"])
         self.started = time.perf_counter()
         there = (checkpoint / ROLLOUT).is_file()
-        self.rollout = (
-            Rollout.of(adapters.read_tensors(checkpoint / ROLLOUT), self.accelerator.device) if there else None
-        )
+        self.rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), self.accelerator.device) if there else None
 
     def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
         """As they were at the checkpoint; what is cut off, and is not made again, is kept."""

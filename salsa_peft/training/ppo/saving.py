@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from salsa_peft.models import sharding
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, load_weights, save_checkpoint
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.function import FunctionReward
@@ -70,9 +70,9 @@ class SavingTrainer(Trainer):
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
             weights, head = within("policy.", state_dict), within("value_head.", state_dict)
         if isinstance(policy, PeftModel):
-            adapters.save(policy, str(self.policy_name), folder, self.processing_class, state_dict=weights)
+            lora.save(policy, str(self.policy_name), folder, self.processing_class, state_dict=weights)
             if self.model.value_adapter is not None:
-                adapters.save(policy, self.model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
+                lora.save(policy, self.model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
         else:
             save_checkpoint(policy, folder, self.processing_class, weights, self.saved_dtype)
         head = {name: tensor.detach().cpu() for name, tensor in head.items()}
@@ -135,12 +135,12 @@ class SavingTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         policy = self.model.policy
         if isinstance(policy, PeftModel):
-            adapters.load(policy, str(self.policy_name), folder)
+            lora.load(policy, str(self.policy_name), folder)
             if self.model.value_adapter is not None:
-                adapters.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
+                lora.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
         else:
             load_weights(policy, folder)
-        sharding.load(self.model.value_head, adapters.read_tensors(folder / VALUE_HEAD))
+        sharding.load(self.model.value_head, lora.read_tensors(folder / VALUE_HEAD))
 
 
 def stored(tensor: Tensor) -> int:
@@ -233,7 +233,7 @@ def identity(model: Any, policy: str | None, references: Iterable[Frozen], rewar
         config = model.peft_config[policy]
         if isinstance(config, LoraConfig):
             found |= {key: _plain(vars(config)[key]) for key in FACTORS}
-        own = {id(weight) for name in model.peft_config for weight in adapters.parameters(model, name)}
+        own = {id(weight) for name in model.peft_config for weight in lora.parameters(model, name)}
         base = (weight for weight in model.parameters() if id(weight) not in own)
         found["base"] = digest(
             weight for weight in base if weight.is_floating_point()
@@ -266,14 +266,14 @@ def digest(weights: Iterable[Tensor]) -> str:
 def _adapter(model: PeftModel, name: str | None) -> str:
     if name is None:
         return "base"
-    layers = [layer for layer in adapters.tuner_layers(model) if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in lora.tuner_layers(model) if isinstance(layer, LoraLayer)]
     scaling = [layer.scaling[name] for layer in layers if name in layer.scaling]
-    return digest([*adapters.parameters(model, name), torch.tensor(scaling)])
+    return digest([*lora.parameters(model, name), torch.tensor(scaling)])
 
 
 def _reward_model(part: Any) -> str | None:
     if isinstance(part, AdapterReward):
-        return digest([*adapters.parameters(part.model, part.adapter), part.head.weight])
+        return digest([*lora.parameters(part.model, part.adapter), part.head.weight])
     if isinstance(part, ClassifierReward):
         return digest(part.classifier.parameters())
     return digest(part.parameters()) if isinstance(part, nn.Module) else None

@@ -22,13 +22,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from salsa_peft.config.options.guards import parse
 from salsa_peft.models import sharding
-from salsa_peft.models.adapters import forward as lora_forward
-from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, adapter_in, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training import reference_sync as moving
+from salsa_peft.training import reference_sync
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
@@ -95,10 +94,10 @@ class SalsaPPOTrainer(ResumableTrainer):
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = with_value_head(model, args, self.reward)
-        adapters.remove_dropout(model)  # that of the adapters attached here too
+        lora.remove_dropout(model)  # that of the adapters attached here too
         self._train_only(model, policy)
         check_trained(model, processing_class, args)
-        lora_forward.install(model)
+        forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
         self.encoder = Encoder.of([causal_lm(model), *frozen], args, processing_class)
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
@@ -120,7 +119,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         check_sharding(self.accelerator, args)
         cut = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        moving.check(self.references, model, self.policy_name, sharded=cut)
+        reference_sync.check(self.references, model, self.policy_name, sharded=cut)
         backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)
         self.maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, processing_class, self.accelerator
@@ -141,7 +140,7 @@ class SalsaPPOTrainer(ResumableTrainer):
     def _train_only(self, model: Any, policy: PolicyWithValueHead) -> None:
         """The policy, its value head and a value adapter; nothing else, whatever was trainable before."""
         for name in model.peft_config if isinstance(model, PeftModel) else ():
-            adapters.set_trainable(model, name, name in (self.policy_name, policy.value_adapter))
+            lora.set_trainable(model, name, name in (self.policy_name, policy.value_adapter))
 
     def _whole_updates(self, args: SalsaPPOConfig, prompts: int) -> None:
         """Training ends with an update: what a cut one learned would stand in no log. A part of an epoch is rounded up."""
@@ -295,7 +294,7 @@ class SalsaPPOTrainer(ResumableTrainer):
             )
             | self.figures
         )
-        moved = moving.refresh(self.model.policy, self.policy_name, self.references, self.update)
+        moved = reference_sync.refresh(self.model.policy, self.policy_name, self.references, self.update)
         row |= {} if moved is None else {"reference/error": moved}
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
@@ -355,8 +354,8 @@ def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, re
         raise SalsaError(
             f"value: found adapter with a reward of {type(reward).__name__}, expected a reward adapter to start from; set value: head"
         )
-    name = adapters.free_name(model, VALUE_ADAPTER)
-    adapters.attach(model, start.folder, name, trainable=True)
+    name = lora.free_name(model, VALUE_ADAPTER)
+    lora.attach(model, start.folder, name, trainable=True)
     return PolicyWithValueHead(model, name, start.head.weight)
 
 

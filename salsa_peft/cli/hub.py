@@ -18,7 +18,7 @@ from typing import Any
 
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.report import hub as hub_push
-from salsa_peft.report import model_card as hub_files
+from salsa_peft.report import model_card
 from salsa_peft.soup.lora.read import CONFIG
 from salsa_peft.utils import files as runs
 from salsa_peft.utils.console import Parser, say
@@ -103,8 +103,8 @@ def _push(args: object) -> int:
     if options["dry_run"]:
         return _show(run, wanted or hub_push.pending(run))
     with runs.locked(run):
-        folders = hub_files.folders_of(run)
-        recipe = hub_files.recipe_of(run, folders)
+        folders = model_card.folders_of(run)
+        recipe = model_card.recipe_of(run, folders)
         for one in wanted:  # refusals before anything is sent or noted
             hub_push.item_of(run, recipe, one, folders)
         wanted = wanted or hub_push.pending(run)
@@ -121,17 +121,17 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     """Card and file list of each, nothing sent."""
     from salsa_peft.report.model_card import card
 
-    folders = hub_files.folders_of(run)
-    recipe = hub_files.recipe_of(run, folders)
+    folders = model_card.folders_of(run)
+    recipe = model_card.recipe_of(run, folders)
     for one in wanted:
         item = hub_push.item_of(run, recipe, one, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        files = hub_files.published(item, card(item, repo))
+        files = model_card.published(item, card(item, repo))
         print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"  {size:>13,}  {name}")
-        card_text = files[hub_files.CARD]
+        card_text = files[model_card.CARD]
         assert isinstance(card_text, bytes)
         print(f"\n{card_text.decode()}")
     return 0
@@ -148,7 +148,7 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         require(not made.exists() or made.is_dir(), f"{folder}: found a file, expected a folder; name another one")
         kept = sorted(path.name for path in made.iterdir() if path.name != ".cache") if made.is_dir() else []
         require(not kept, f"{folder}: found {kept[:1]} in it, expected an empty folder; name another one")
-    patterns = [*hub_files.PUBLISHED, hub_files.CARD, hub_files.FIGURE, hub_files.RECIPE]
+    patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
     options: dict[str, Any] = {
         "revision": revision,
         "local_dir": folder,

@@ -24,8 +24,8 @@ HELP = """usage: salsa COMMAND …
 
 
 def report(argv: list[str]) -> int:
-    """salsa_peft.cli.report."""
-    return importlib.import_module("salsa_peft.cli.report").main(argv) or 0
+    """salsa_peft.cli.main.report."""
+    return importlib.import_module("salsa_peft.cli.main.report").main(argv) or 0
 
 
 def soup(argv: list[str]) -> int:
@@ -34,18 +34,18 @@ def soup(argv: list[str]) -> int:
 
 
 def landscape(argv: list[str]) -> int:
-    """salsa_peft.landscape_command."""
-    return importlib.import_module("salsa_peft.landscape_command").main(argv) or 0
+    """salsa_peft.cli.landscape."""
+    return importlib.import_module("salsa_peft.cli.landscape").main(argv) or 0
 
 
 def hub(argv: list[str]) -> int:
-    """salsa_peft.hub."""
-    return importlib.import_module("salsa_peft.hub").main(argv) or 0
+    """salsa_peft.cli.hub."""
+    return importlib.import_module("salsa_peft.cli.hub").main(argv) or 0
 
 
 def doctor(argv: list[str]) -> int:
-    """salsa_peft.doctor."""
-    return importlib.import_module("salsa_peft.doctor").main(argv)
+    """salsa_peft.cli.doctor."""
+    return importlib.import_module("salsa_peft.cli.doctor").main(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -1,7 +1,7 @@
 """`salsa landscape OUT A B [C]`: a measure along the line of two members, on the plane of three, as JSON and figures.
 
 Members are adapters of one base, or checkpoints; the paper's Figure 2 without a recipe. Between points of adapters n scalars change;
-of checkpoints the model's weights are written anew. The recipe's landscape stage (landscape.py) has intervals over prompts besides.
+of checkpoints the model's weights are written anew. The recipe's landscape stage (evaluation/landscape.py) has intervals over prompts besides.
 """
 
 from __future__ import annotations

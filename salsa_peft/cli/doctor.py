@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import salsa_peft
 from salsa_peft.models.architectures import memory
-from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import cache, hardware
 from salsa_peft.utils.console import Parser, say, without_notes
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import holder as the_holder
@@ -129,7 +128,7 @@ def devices() -> Iterator[Finding]:
     """GPUs as PyTorch sees them, and whether one computes; those that it can't see although the driver does."""
     import torch
 
-    there = cards.cards()
+    there = hardware.cards()
     if not torch.cuda.is_available():
         names = ", ".join(card.name for card in there)
         wrong = (
@@ -308,12 +307,12 @@ def of_run(run: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(run).free / memory.GIB
     may = None if os.access(run, os.W_OK) else "expected to be allowed to write there"
     yield Finding("disk, run", f"{free:.1f} GiB free for {run}", may)
-    for folder in sorted(path.parent for path in run.glob(f"*/**/{runs.BEGUN}")):
-        if runs.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
+    for folder in sorted(path.parent for path in run.glob(f"*/**/{cache.BEGUN}")):
+        if cache.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
             busy = "in work" if holder else "unfinished: the same command goes on, or makes it again"
             yield Finding(folder.relative_to(run).as_posix(), busy)
     for file in sorted(run.glob(f"*/**/{MANIFEST}")):
-        if not runs.KEY_FOLDER.match(file.parent.name):
+        if not cache.KEY_FOLDER.match(file.parent.name):
             continue
         name = file.parent.relative_to(run)
         manifest = read_manifest(file.parent)
