@@ -6,7 +6,12 @@ Names are loaded when they are first used, so that importing the package loads n
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from salsa_peft.soup.average import soup
+    from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+    from salsa_peft.soup.strategies import STRATEGIES
 
 _NAMES = {
     "soup": "salsa_peft.soup.average",
