@@ -23,10 +23,10 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.training import checkpoints
+from salsa_peft.training.ppo.checks import check_sharding
 from salsa_peft.utils.errors import SalsaError
 
 HERE = Path(__file__).resolve().parent
@@ -256,17 +256,17 @@ def test_what_is_refused(
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the plugin sets it for Transformers
     given: Any = SimpleNamespace(**({"rollout_backend": "hf", "rollout_compile": False} | arguments))
     with pytest.raises(SalsaError, match=message):
-        sharding.check_sharding(sharded(**options), given)
+        check_sharding(sharded(**options), given)
 
 
 def test_fsdp2_adds_up_gradients_in_float32_and_leaves_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's own policy of bf16 would give values in bf16."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     accelerator, given = sharded(), SimpleNamespace(rollout_backend="hf", rollout_compile=False)
-    sharding.check_sharding(accelerator, given)  # type: ignore[arg-type]
+    check_sharding(accelerator, given)  # type: ignore[arg-type]
     assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
     accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
-    sharding.check_sharding(accelerator, given)  # type: ignore[arg-type]
+    check_sharding(accelerator, given)  # type: ignore[arg-type]
     assert accelerator.state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
@@ -295,8 +295,8 @@ def test_what_is_refused_of_deepspeed(options: dict[str, Any], arguments: dict[s
     """One line each, before anything is sharded; and what is not adds up gradients in float32."""
     given: Any = SimpleNamespace(**({"rollout_backend": "hf", "rollout_compile": False} | arguments))
     with pytest.raises(SalsaError, match=message):
-        sharding.check_sharding(deepspeed(**options), given)
+        check_sharding(deepspeed(**options), given)
     accelerator = deepspeed("bf16")
-    sharding.check_sharding(accelerator, SimpleNamespace(rollout_backend="hf", rollout_compile=False))  # type: ignore[arg-type]
+    check_sharding(accelerator, SimpleNamespace(rollout_backend="hf", rollout_compile=False))  # type: ignore[arg-type]
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     assert (config["communication_data_type"], config["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})

@@ -14,7 +14,7 @@ import pytest
 from made_up_run import synthetic, with_judge
 from test_report import HOSTILE, Page
 
-from salsa_peft.cli.main import report
+from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds
 from salsa_peft.report.gather import identity
 from salsa_peft.report.joined import Run, replicates, table, write_joined

@@ -285,7 +285,7 @@ def test_a_judge_later_and_two_runs_in_one_report(run: Path, tmp_path: Path) -> 
     report = [
         sys.executable,
         "-m",
-        "salsa_peft.cli.main.report",
+        "salsa_peft.cli.report",
         str(run),
         str(other),
         "--output-dir",

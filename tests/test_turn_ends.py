@@ -24,7 +24,7 @@ from salsa_peft.models import base as models
 from salsa_peft.models import generation
 from salsa_peft.models import responses as rollout
 from salsa_peft.models.logprobs import Head
-from salsa_peft.models.responses import response_logprobs
+from salsa_peft.models.responses import closed, response_logprobs
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.training.ppo.checks import check_tokenizer
@@ -470,7 +470,7 @@ class TestRewards:
         responses = rollout.pad_responses([[299]] * 5, answers, 3, (2, 0), torch.device("cpu"))
         assert responses.finished.tolist() == [True, False, True, True, True]
         rendered = {"prompt": chat_templates.rendered(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
-        which = turn_ends.closed(responses, [chat, chat, text, chat, rendered], turn)
+        which = closed(responses, [chat, chat, text, chat, rendered], turn)
         assert which.tolist() == [True, False, False, False, True]
         extended = rollout.extend(responses, which, turn.after)
         found = [row[mask].tolist() for row, mask in zip(extended.response_ids, extended.response_mask, strict=True)]

@@ -24,8 +24,8 @@ HELP = """usage: salsa COMMAND …
 
 
 def report(argv: list[str]) -> int:
-    """salsa_peft.cli.main.report."""
-    return importlib.import_module("salsa_peft.cli.main.report").main(argv) or 0
+    """salsa_peft.cli.report."""
+    return importlib.import_module("salsa_peft.cli.report").main(argv) or 0
 
 
 def soup(argv: list[str]) -> int:
