@@ -759,3 +759,40 @@ def test_the_head_is_looked_at_where_all_seeds_are_taken(
     monkeypatch.setattr(base_checks, "reads_head", lambda recipe: bool(recipe.sft.from_))  # as with a policy by PPO
     take(small, base, folder, tmp_path / "out")
     assert len(seen) == 1 and not next(seen[0].parameters()).is_meta
+
+
+def test_lora_on_the_output_embeddings_is_refused_before_anything_trains(
+    base: Path, tmp_path: Path, salsa: Any
+) -> None:
+    """Of a seed and of a reference, also where tied embeddings carry it over; a run without PPO takes it."""
+    plain = elsewhere.adapter(base, tmp_path / "plain", 1)
+    head = elsewhere.adapter(base, tmp_path / "head", 2, target_modules=["q_proj", "lm_head"])
+    seeds = {"sft.from": [str(head), str(plain)], "sft.seeds": [0, 1]}
+    for given, key in (
+        (seeds, "sft.from[0]"),
+        ({"policies": {"salsa": {"reference": str(head)}}}, "policies.salsa.reference"),
+    ):
+        said = plan(salsa, given, "--lora")
+        assert (
+            f"{key}: {head} has LoRA on lm_head, the output embeddings" in said
+            and "salsa soup OUT ADAPTER --merge" in said
+        )
+    names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
+    taken_results._check_output("x", names, tied=False)
+    with pytest.raises(SalsaError, match=r"x has LoRA on model\.embed_tokens, which ensure_weight_tying carries over"):
+        taken_results._check_output("x", names, tied=True)
+    taken_results.check_adapter("sft.from", head, taken_results.SEED, None, head=False)
+
+
+def test_seeds_that_have_no_soup_are_refused_before_anything_trains(base: Path, tmp_path: Path, salsa: Any) -> None:
+    """PEFT has no adapter with lora_bias and LoRA on embeddings; a soup of one of the two is one."""
+    biased = elsewhere.adapter(base, tmp_path / "biased", 1)
+    config = biased / "adapter_config.json"
+    config.write_text(json.dumps({**read(config), "lora_bias": True}))
+    tokens = elsewhere.adapter(base, tmp_path / "tokens", 2, target_modules=["q_proj", "embed_tokens"])
+    given = ["sft.seeds=[0, 1]", f"sft.from={json.dumps([str(biased), str(tokens)])}", "landscape=null"]
+    load = load_recipe("quickstart", lora="lora", overrides=given)
+    with pytest.raises(SalsaError, match=r"sft\.from: .*biased has lora_bias, and .*tokens has LoRA on embeddings"):
+        taken_results._check_soup(load.recipe)
+    alone = load_recipe("quickstart", lora="lora", overrides=[*given, "soup.members=[1]"])
+    taken_results._check_soup(alone.recipe)

@@ -185,7 +185,8 @@ def take(job: Job, path: str) -> dict[str, Any]:
 
 def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
     """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
-    taken_results.check_adapter("sft.from", folder, taken_results.SEED, taken_results.base_of(bench.recipe))
+    recipe, role = bench.recipe, taken_results.SEED
+    taken_results.check_adapter("sft.from", folder, role, taken_results.base_of(recipe), checks.reads_head(recipe))
     taken_results.check_family(bench.recipe, folder, "sft.from")
     config, tensors = lora.read(folder)
     saved = [name for name in tensors if ".lora_" not in name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from salsa_peft.config.rewards import check_classifier_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
-from salsa_peft.models.architectures.checks import EXPERTS, require_targets
+from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, reads_head, require_targets
 from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, text_part
 from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
@@ -80,7 +80,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
             if not is_local(path):  # a classifier's folder was looked at when the recipe was read
                 check_classifier_folder(where, str(folder))
         elif recipe.adapter is not None:
-            check_adapter(where, folder, role, base)
+            check_adapter(where, folder, role, base, head=reads_head(recipe))
             check_family(recipe, folder, where)
             folders.append((where, folder))
         elif is_local(path):
@@ -89,6 +89,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
             require((folder / "config.json").is_file(), f"{where}: {path} has no config.json; name a checkpoint")
     if recipe.adapter is not None:
         _check_parameters(folders)
+        _check_soup(recipe)
     if not hub:
         _note_same(recipe)
 
@@ -184,8 +185,11 @@ def base_of(recipe: Recipe) -> Checkpoint | None:
         return None  # without it less is known here; what is wrong with a base, the plan and the stages say
 
 
-def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None) -> None:
-    """Raise SalsaError unless the folder holds a LoRA adapter that can be switched on a base which all roles share."""
+def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, head: bool = True) -> None:
+    """Raise SalsaError unless the folder holds a LoRA adapter that can be switched on a base which all roles share.
+
+    head: log-probabilities are read from the base's output embeddings (PPO), so that no policy or reference can have LoRA on them.
+    """
     config = read_json(folder / CONFIG)
     _check_config(f"{where}: {folder}", config, role)
     require(
@@ -201,6 +205,8 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None) 
     file = SafetensorsFile(folder / WEIGHTS)
     names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)
     heads = [name for name in names if SCORE.fullmatch(name)]
+    if head and role != REWARD:
+        _check_output(f"{where}: {folder}", names, bool(config.get("ensure_weight_tying")))
     for name, key in names.items():
         if ".lora_" not in name and name not in heads:
             require(base is None or same_as_base(file, name, key, base), trained_module(f"{where}: {folder}", name))
@@ -212,6 +218,43 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None) 
     )
     if base is not None:
         _check_shapes(f"{where}: {folder}", {name: file.entries[key].shape for name, key in names.items()}, base)
+
+
+def _check_output(what: str, names: Iterable[str], tied: bool) -> None:
+    """Raise SalsaError for LoRA on the output embeddings, or on tied input embeddings that `ensure_weight_tying` carries over to them."""
+    modules = [name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name]
+    embeddings = [name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_embedding_" in name]
+    odd = next((name for name in modules if name.rpartition(".")[2] in OUTPUT), None)
+    odd = odd or (embeddings[0] if tied and embeddings else None)
+    carried = (
+        ", which ensure_weight_tying carries over to the output embeddings"
+        if odd in embeddings
+        else ", the output embeddings"
+    )
+    require(
+        odd is None,
+        f"{what} has LoRA on {odd}{carried}. PPO reads log-probabilities from the base's own; {MERGE}",
+    )
+
+
+def _check_soup(recipe: Recipe) -> None:
+    """Raise SalsaError where the soup of taken seeds is no adapter that PEFT has: with lora_bias, and with LoRA on embeddings or parameters."""
+    given = recipe.sft.from_ or []
+    biased, odd = None, None
+    for place in recipe.soup.members:
+        path = given[place] if place < len(given) else None
+        if path is None or not is_local(path) or not (Path(path) / WEIGHTS).is_file():
+            continue
+        config = read_json(Path(path) / CONFIG)
+        biased = biased or (path if config.get("lora_bias") else None)
+        special = any(".lora_embedding_" in name for name in SafetensorsFile(Path(path) / WEIGHTS).entries)
+        odd = odd or (path if special or config.get("target_parameters") else None)
+    require(
+        len(recipe.soup.members) == 1 or biased is None or odd is None,
+        f"sft.from: {biased} has lora_bias, and {odd} has LoRA on embeddings or parameters. PEFT has no adapter that holds both, and so none for"
+        " their soup. Leave one of them out of soup.members, or merge each into its base (`salsa soup OUT ADAPTER --merge --base BASE`) and run"
+        " with full weights (without --lora)",
+    )
 
 
 def _check_config(what: str, config: dict[str, Any], role: str) -> None:
