@@ -1,4 +1,4 @@
-"""TODO."""
+"""The recipe's `search:`: which KL coefficients are tried for each policy, and who picks. Imports no torch."""
 
 from __future__ import annotations
 
