@@ -163,7 +163,7 @@ def test_a_missing_device_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
-    """As runs.write_manifest writes it; another tool's manifest.json is not looked at."""
+    """As cache.write_manifest writes it; another tool's manifest.json is not looked at."""
     a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
     listed = {
         path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -467,7 +467,7 @@ def test_functions_are_the_older_name_of_tools(put: Any) -> None:
 
 
 class TestBeforeAStageBegins:
-    """data_checks.py"""
+    """data/check.py"""
 
     def test_prompts_with_tools_are_refused_for_trls_sampling_trainers(self, put: Any) -> None:
         """Their prompts are rendered without; ours are not."""

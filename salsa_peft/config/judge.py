@@ -20,7 +20,7 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import path_text, short
 
 KINDS = ("openai", "local", "reward", "function")
-"""The rows of judges.JUDGES."""
+"""The rows of JUDGES in evaluation/judges/registry.py."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -92,7 +92,7 @@ def load_recipe(
 ) -> Loaded:
     """Read, merge and check a recipe.
 
-    lora: a preset's name. more: further checks, each of which raises SalsaError `key: …`, as checks.check does; they run after it, and the
+    lora: a preset's name. more: further checks, each of which raises SalsaError `key: …`, as validate.check does; they run after it, and the
     layer that set the key is named in front. Raises SalsaError, one line, before anything is written.
     """
     path = find_recipe(path_or_name)

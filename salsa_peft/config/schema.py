@@ -74,7 +74,7 @@ class Source:
     """A dataset: a Hub id, a local folder or a local jsonl file (a bare string is its path)."""
 
     path: str
-    """Hub id, hf://datasets/ path, folder, or a file (data_files.FILES); relative to the recipe's folder (`--set`: to the current one)."""
+    """Hub id, hf://datasets/ path, folder, or a file (FILES in data/files.py); relative to the recipe's folder (`--set`: to the current one)."""
     name: str | None = None
     """The Hub dataset's configuration."""
     split: str = "train"

@@ -45,7 +45,7 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
 
 
 def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any] | None:
-    """What a search by the reward tried and picked (`search.pick`), over all questions of its sets; None without one, or where the judge picks."""
+    """What a search by the reward tried and picked (`sweeps.pick`), over all questions of its sets; None without one, or where the judge picks."""
     section = recipe.search
     if section is None or section.by == "judge":
         return None

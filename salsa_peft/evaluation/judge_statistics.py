@@ -57,7 +57,7 @@ class JudgedPair:
     """`tango`: a judgment a question (or all of a question's the same in all), `bootstrap`: over questions, turns together, never narrower than
     Tango's of independent judgments."""
     p_value: float
-    """Exact sign test; where questions have several turns its clustered form, `intervals.sign_flip`."""
+    """Exact sign test; where questions have several turns its clustered form, `statistics.sign_flip`."""
     worst_low: float
     """The adjusted rate if every missing judgment were a loss …"""
     worst_high: float
@@ -156,7 +156,7 @@ class OverSeeds:
 
 
 def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
-    """Judgments of each training seed's run → the rate, resampling runs and questions (`intervals.resampled`).
+    """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.resampled`).
 
     Runs answer the same questions (told by `Judged.question`); what one run lacks, another may have. Raises ValueError on
     no runs and on a run without a verdict.

@@ -174,7 +174,7 @@ def finding(
 
 
 def of_judge(told: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The judge's verdicts as sentences: the first set of questions, and a point for each other one. told: report_judge.judged."""
+    """The judge's verdicts as sentences: the first set of questions, and a point for each other one. told: judge_tables.judged."""
     sentences = []
     for dataset, data in told["datasets"].items():
         turns = f", {data['turns']} turns each" if data["turns"] > 1 else ""

@@ -96,7 +96,7 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
 
 
 def item_of(run: Path, recipe: Recipe, wanted: Push, folders: dict[str, Path]) -> Item:
-    """The result that is to be pushed; refusals as in `hub_files.item`."""
+    """The result that is to be pushed; refusals as in `model_card.item`."""
     return model_card.item(run, recipe, wanted.item, wanted.base_model, folders)
 
 

@@ -1,4 +1,4 @@
-"""`salsa soup OUT MEMBER MEMBER …`: the command, its options, its bar and what it prints. The call is averaging.soup."""
+"""`salsa soup OUT MEMBER MEMBER …`: the command, its options, its bar and what it prints. The call is `salsa_peft.soup.soup`."""
 
 from __future__ import annotations
 

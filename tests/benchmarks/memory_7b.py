@@ -4,7 +4,7 @@
     python tests/benchmarks/memory_7b.py --config tiny --device cpu        # the script itself, anywhere
 
 Prints one JSON line. A checkpoint of Llama-2-7B's shape is made once (13.5 GB, and as much again where full weights are trained, on the
-disk of --folder), with random adapters. Each mode is a process of its own that runs the recipe's ppo stage (policies.run): the policy, the
+disk of --folder), with random adapters. Each mode is a process of its own that runs the recipe's ppo stage (ppo_stage.run): the policy, the
 soup of two seeds as the reference, a reward adapter (full weights: a reward model), 8 responses of 512 tokens to prompts of 512, gradient
 checkpointing. full: `precision: stochastic`; full-master: float32 masters, with `offload: frozen` where the card has no room without.
 Generation is measured plain and with rollout_compile, each in a run of its own.

@@ -31,7 +31,7 @@ HEADS = {
     "modernbert-decoder": "a layer between trunk and head",
     "xlstm": "a soft cap in evaluation mode alone",
 }
-"""Architectures whose logits do not follow from their output embeddings, and what there is besides (logit_scaling.check_head)."""
+"""Architectures whose logits do not follow from their output embeddings, and what there is besides (check_head in models/logprobs.py)."""
 UNMASKED = {
     "cpmant": "it takes no attention mask",
     "deepseek_v4": "it compresses its keys in blocks that are counted from the first token",

@@ -15,7 +15,7 @@ from salsa_peft.utils.safetensors_io import BITS, NAMES, Buffer
 
 
 class TorchSums:
-    """weight_sums.Summing on a torch device. `block`: elements at most."""
+    """arithmetic.Summing on a torch device. `block`: elements at most."""
 
     def __init__(self, plan: Plan, block: int, device: str) -> None:
         self.plan, self.device = plan, device
@@ -78,7 +78,7 @@ class TorchSums:
 
 
 def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
-    """float64 → float32 as float_arrays.round_to_odd has it, since torch rounds float64 to 16 bits by way of float32, that is twice."""
+    """float64 → float32 as arrays.round_to_odd has it, since torch rounds float64 to 16 bits by way of float32, that is twice."""
     found = values.float()
     back, bits = found.double(), found.view(torch.int32)
     bits -= (back.abs() > values.abs()).int()

@@ -138,7 +138,7 @@ class StackedAdapter:
         """Write an ordinary PEFT adapter folder and return its summary, also soup.json.
 
         rank: recompress modules above it, which loses what the summary's `error` says. dtype: of the factors (default: the
-        members'). progress: called as progress.Update is, once a module. more: what else the summary says.
+        members'). progress: called as console.Update is, once a module. more: what else the summary says.
         """
         options = SaveOptions(
             strategy=strategy,
@@ -170,7 +170,7 @@ class StackedAdapter:
         """Add the soup to a live model as a frozen float32 adapter that is not active; its factors stay in memory.
 
         Which adapter is active and what requires grad stay as they were, also in layers that had no adapter so far.
-        A score head is left to adapters.score_head; other full values cannot be on a shared base, and are refused.
+        A score head is left to score_head in models/adapters/lora.py; other full values cannot be on a shared base, and are refused.
         """
         import torch
         from peft import LoraConfig

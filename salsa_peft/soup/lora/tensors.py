@@ -77,7 +77,7 @@ class Member:
     name: str
     folder: Path
     config: dict[str, Any]
-    """LoraConfig's fields that a soup reads, adapter_folders.DEFAULTS."""
+    """LoraConfig's fields that a soup reads: DEFAULTS of soup/lora/read.py."""
     fingerprint: str | None
     """SHA-256 of the base it was trained on; None: its folder does not say."""
     file: SafetensorsFile

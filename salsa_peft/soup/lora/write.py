@@ -54,7 +54,7 @@ class SaveOptions:
     dtype: str | None
     """Of the factors. None: the members'."""
     progress: Callable[..., None] | None
-    """Called as progress.Update is, once a module."""
+    """Called as console.Update is, once a module."""
     more: Mapping[str, Any]
     """What else the summary says."""
 

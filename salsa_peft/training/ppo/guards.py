@@ -1,6 +1,6 @@
 """Guards: what an update's figures say when PPO goes wrong: empty or short responses, gibberish, a KL that cannot be.
 
-A guard is one function and one row of GUARDS here, one row of guard_settings.DEFAULTS, and one test. `ppo.guards` says what an alarm does, and may move its limit:
+A guard is one function and one row of GUARDS here, one row of DEFAULTS in config/options/guards.py, and one test. `ppo.guards` says what an alarm does, and may move its limit:
 `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`; those not named act as their row says. Imports no torch.
 Figures are those of metrics.jsonl: row is this update's, start the run's first one's. One that is NaN raises its alarm.
 Left out: averages over updates. A `stop` goes by one update, so a small batch wants a wider limit.
@@ -161,7 +161,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "kl": Guard(kl, "the policy is far from its reference: take an earlier checkpoint, raise kl_coef or lower learning_rate"),
 }  # fmt: skip
-"""Each has its default limit and action in guard_settings.DEFAULTS."""
+"""Each has its default limit and action in DEFAULTS of config/options/guards.py."""
 
 
 class Alarm(NamedTuple):

@@ -66,7 +66,7 @@ class SalsaPPOTrainer(ResumableTrainer):
     """PPO with a list of references: `SalsaPPOTrainer(model, args, train_dataset, references=[...], reward=...)`.
 
     model: a PeftModel whose active adapter is the policy, or a PreTrainedModel, whose weights are. references: see
-    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `rewards.as_reward`. train_dataset, eval_dataset:
+    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `models.rewards.reward.as_reward`. train_dataset, eval_dataset:
     rows with `prompt` (text, used as it is; or messages, through the chat template) or `input_ids`; other columns go to reward
     functions. Raises SalsaError for what does not fit.
     """
