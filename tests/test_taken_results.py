@@ -26,6 +26,7 @@ from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.recipe import run as recipe
+from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import sft, taken_results
 from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError
@@ -777,11 +778,20 @@ def test_lora_on_the_output_embeddings_is_refused_before_anything_trains(
             f"{key}: {head} has LoRA on lm_head, the output embeddings" in said
             and "salsa soup OUT ADAPTER --merge" in said
         )
-    names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
-    taken_results._check_output("x", names, tied=False)
-    with pytest.raises(SalsaError, match=r"x has LoRA on model\.embed_tokens, which ensure_weight_tying carries over"):
-        taken_results._check_output("x", names, tied=True)
     taken_results.check_adapter("sft.from", head, taken_results.SEED, None, head=False)
+    options = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    tied = make_base("gemma", tmp_path / "gemma")
+    own, carried = (
+        elsewhere.adapter(base, tmp_path / "own", 3, **options),
+        elsewhere.adapter(tied, tmp_path / "tied", 3, **options),
+    )
+    taken_results.check_adapter(
+        "sft.from", own, taken_results.SEED, read_checkpoint(base)
+    )  # untied: the flag does nothing
+    with pytest.raises(
+        SalsaError, match=r"LoRA on lm_head, the output embeddings \(put there by ensure_weight_tying\)"
+    ):
+        taken_results.check_adapter("sft.from", carried, taken_results.SEED, read_checkpoint(tied))
 
 
 def test_seeds_that_have_no_soup_are_refused_before_anything_trains(base: Path, tmp_path: Path, salsa: Any) -> None:

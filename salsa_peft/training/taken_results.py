@@ -221,19 +221,13 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
 
 
 def _check_output(what: str, names: Iterable[str], tied: bool) -> None:
-    """Raise SalsaError for LoRA on the output embeddings, or on tied input embeddings that `ensure_weight_tying` carries over to them."""
-    modules = [name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name]
-    embeddings = [name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_embedding_" in name]
+    """Raise SalsaError for LoRA on the output embeddings; with `ensure_weight_tying` PEFT puts it there too where embeddings are tied."""
+    modules = (name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name)
     odd = next((name for name in modules if name.rpartition(".")[2] in OUTPUT), None)
-    odd = odd or (embeddings[0] if tied and embeddings else None)
-    carried = (
-        ", which ensure_weight_tying carries over to the output embeddings"
-        if odd in embeddings
-        else ", the output embeddings"
-    )
+    why = " (put there by ensure_weight_tying)" if tied else ""
     require(
         odd is None,
-        f"{what} has LoRA on {odd}{carried}. PPO reads log-probabilities from the base's own; {MERGE}",
+        f"{what} has LoRA on {odd}, the output embeddings{why}. PPO reads log-probabilities from the base's own; {MERGE}",
     )
 
 
