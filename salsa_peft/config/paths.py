@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from salsa_peft.config.references import placed_measure
 from salsa_peft.config.rewards import has_template, placed
 from salsa_peft.config.schema import OWN_TEMPLATE, Recipe
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.hub import HUB_ID
 from salsa_peft.utils.messages import path_text, short
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz")
 """Of the files that data/files.py reads, packed or not."""
 LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".jinja", ".yaml")
@@ -201,5 +200,5 @@ def check_path(where: str, path: str, what: str, file: str) -> None:
 
 
 def check_hub_id(where: str, value: str, expected: str) -> None:
-    fits = HUB_ID.match(value) is not None and "--" not in value and ".." not in value
-    require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
+    """Raise SalsaError unless `value` can be a Hub id."""
+    require(HUB_ID.match(value) is not None, f"{where}: found {short(value)}, expected {expected} (namespace/name)")

@@ -21,7 +21,7 @@ from salsa_peft.utils.manifests import MANIFEST, changed, digest, read_manifest,
 
 BEGUN = "begun.json"
 ON_THE_WAY = re.compile(
-    r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
+    r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z|(.*/)?\.[^/]+\.tmp\Z"
 )  # what a stage in the making holds, and no result
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.config.paths import HUB_ID
 from salsa_peft.models.adapters.bases import local_folder, require_same_family
 from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
@@ -27,7 +26,7 @@ from salsa_peft.soup.provenance import provenance
 from salsa_peft.soup.result import SoupSummary
 from salsa_peft.soup.strategies import STRATEGIES, Ask, Choice, Measure
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import HUB_ID, said_in_a_line
 from salsa_peft.utils.manifests import read_manifest
 
 Progress = Callable[[int, int], None]

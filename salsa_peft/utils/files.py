@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,26 +72,45 @@ def shown(number: float) -> str:
     return f"{number / unit:.1f} {name}"
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """The file is there whole or not at all, also after kill -9 and power loss: temporary name, fsync, rename. Raises SalsaError for a folder
-    of that name."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder, which becomes `path` when the block ends without an error.
+
+    The file is flushed to the disk before it is renamed, so that `path` is never seen half-written, not even after kill -9 or a power
+    loss. After an error the temporary file is removed and `path` is unchanged. Raises SalsaError if `path` is a folder.
+    """
     path = Path(path)
-    require(not path.is_dir(), f"{path}: found a folder, expected a file or nothing; move it away")
+    require(
+        not path.is_dir(), f"{path}: this is a folder, but a file of this name is to be written; move the folder away"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write a file through `replacing`: it is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises SalsaError, which begins with the path, for a file that cannot be read or is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise SalsaError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise SalsaError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise SalsaError(f"{path}: not valid JSON ({error}); copy or save the file again") from error
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

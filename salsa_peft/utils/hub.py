@@ -6,10 +6,15 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.errors import SalsaError, require
 
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
+"""A repository's id on the Hub: NAME or NAMESPACE/NAME."""
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+"""What is downloaded of a model's repository: weights in safetensors, configuration, tokenizer and chat template."""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
 
@@ -58,6 +63,20 @@ def explain(error: BaseException, model: str | None = None) -> str | None:
         where = WEB + model if model and (where == UNKNOWN or where.startswith(WEB + model)) else where
         return f"{where}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
     return None
+
+
+def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, revision: str | None = None) -> Path:
+    """An existing folder as it is; for a Hub id the files that match `patterns`, downloaded to the Hub's cache.
+
+    Raises SalsaError for a name that is neither, and if the Hub refuses or cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    require(HUB_ID.match(str(name)) is not None, f"{name}: no such folder, and not a Hub id (namespace/name)")
+    from huggingface_hub import snapshot_download
+
+    with said_in_a_line(str(name)):
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
 
 
 @contextlib.contextmanager
