@@ -31,7 +31,8 @@ class TestReplacing:
                 temporary.write_text("half")
                 raise KeyError
 
-        pytest.raises(KeyError, fail)
+        with pytest.raises(KeyError):
+            fail()
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
     def test_a_folder_of_that_name(self, tmp_path: Path) -> None:
