@@ -39,7 +39,7 @@ from salsa_peft.utils.console import bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, base_fingerprints, read_fingerprint
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,7 +171,7 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
     """
     if not (folder / "tokenizer_config.json").is_file():
         return False
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
     known, found = tokenizer.get_vocab(), own.get_vocab()

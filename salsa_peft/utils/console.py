@@ -32,7 +32,7 @@ NOTES = ("torchao", "bitsandbytes", "torch.utils._pytree")
 """Loggers of libraries that say on import what this machine can't use of theirs."""
 
 
-def without_notes() -> None:
+def silence_import_warnings() -> None:
     """What NOTES say below an error, and what Transformers will rename of its own, is not shown; call it before they are imported."""
     for name in NOTES:
         logging.getLogger(name).setLevel(logging.ERROR)

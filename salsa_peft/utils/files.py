@@ -22,18 +22,18 @@ UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTo
 """What safetensors (Rust) and torch (C++) say of a file that could not be written; torch does not say why."""
 
 
-def require_room(folder: Path, size: float, what: str) -> None:
+def require_disk_space(folder: Path, size: float, what: str) -> None:
     """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
-    place = nearest(folder)
+    place = existing_parent(folder)
     total, _, free = shutil.disk_usage(place)
     if size > free and total > 0:  # some file systems tell no size
         raise SalsaError(
-            f"{what}: found {shown(free)} free on the disk of {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
+            f"{what}: found {size_text(free)} free on the disk of {place}, expected {size_text(size)}; nothing of it was written, what was saved before is"
             " whole: make room, then go on from there"
         )
 
 
-def full(error: BaseException, folder: Path) -> str | None:
+def disk_full_message(error: BaseException, folder: Path) -> str | None:
     """What to do about an error in writing for want of room: a full disk, a quota, a limit on files, of Python's, safetensors' or torch's
     writing; else None."""
     seen: list[BaseException] = []
@@ -46,9 +46,9 @@ def full(error: BaseException, folder: Path) -> str | None:
         return None
     named = cause.filename if isinstance(cause, OSError) else None
     folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
-    place = nearest(folder)
+    place = existing_parent(folder)
     return (
-        f"{folder}: found no room to write a file ({shown(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
+        f"{folder}: found no room to write a file ({size_text(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
         " expected some; what was saved before is whole: make room, then go on from there"
     )
 
@@ -61,12 +61,12 @@ def _is_full(error: BaseException) -> bool:
     return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
 
 
-def nearest(folder: Path) -> Path:
+def existing_parent(folder: Path) -> Path:
     """The folder, or the first above it that is there."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def shown(number: float) -> str:
+def size_text(number: float) -> str:
     """GiB or MiB."""
     unit, name = (2**30, "GiB") if abs(number) >= 2**30 else (2**20, "MiB")
     return f"{number / unit:.1f} {name}"
@@ -113,7 +113,7 @@ def read_json(path: str | Path) -> Any:
         raise SalsaError(f"{path}: not valid JSON ({error}); copy or save the file again") from error
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file; only \\n ends a line, for U+2028 and its like stand unescaped in JSON, and in what people write."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -127,12 +127,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def now() -> str:
+def timestamp() -> str:
     """Local time to the second, with its offset."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def holder(run: Path) -> str | None:
+def lock_holder(run: Path) -> str | None:
     """Who works on a run's folder, in words, or None: nobody. Writes nothing."""
     try:
         handle = os.open(run / ".lock", os.O_RDONLY)
@@ -151,7 +151,7 @@ def _holder(handle: int) -> str:
     return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
 
 
-def foreign(folder: Path, *own: str) -> str:
+def other_files(folder: Path, *own: str) -> str:
     """What a folder holds besides hidden files and `own`, for a message; empty for nothing."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -169,7 +169,7 @@ def locked(run: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise SalsaError(f"{run}: in use by {_holder(handle)}; wait for it, or use another --output-dir") from error
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {now()}\n".encode(), 0)
+        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {timestamp()}\n".encode(), 0)
         yield
         os.ftruncate(handle, 0)
     finally:

@@ -19,7 +19,7 @@ WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
 
 
-def explain(error: BaseException, model: str | None = None) -> str | None:
+def explain_hub_error(error: BaseException, model: str | None = None) -> str | None:
     """What to do about an error that comes from the Hub, also wrapped in Transformers' or datasets' errors; else None.
 
     `model` is the id to name where the error names none (Transformers' of an offline machine don't).
@@ -75,17 +75,17 @@ def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, rev
     require(HUB_ID.match(str(name)) is not None, f"{name}: no such folder, and not a Hub id (namespace/name)")
     from huggingface_hub import snapshot_download
 
-    with said_in_a_line(str(name)):
+    with readable_hub_errors(str(name)):
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
 
 
 @contextlib.contextmanager
-def said_in_a_line(model: str) -> Iterator[None]:
+def readable_hub_errors(model: str) -> Iterator[None]:
     """Within the context the Hub's refusals of `model` become SalsaErrors of one line; other errors stay."""
     try:
         yield
     except Exception as error:  # its libraries' errors have no class in common
-        line = explain(error, model)
+        line = explain_hub_error(error, model)
         if line is None:
             raise
         raise SalsaError(line) from error

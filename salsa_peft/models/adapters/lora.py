@@ -362,7 +362,7 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
     check_finite(tensors, f"{folder} is not saved")
     temporary = folder / f".{WEIGHTS}.part"
     temporary.unlink(missing_ok=True)  # of a kill before
-    files.require_room(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
+    files.require_disk_space(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})
     with temporary.open("rb+") as file:
