@@ -15,7 +15,7 @@ from salsa_peft.soup.average import Options, called, check, kind_of, local_membe
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.result import SoupSummary
 from salsa_peft.soup.strategies import STRATEGIES
-from salsa_peft.utils.console import bar, silence_import_warnings
+from salsa_peft.utils.console import progress_bar, silence_import_warnings
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, one_line
 
@@ -228,11 +228,12 @@ def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
 
         options["measure"] = of_command(args, folders, kind_of(folders))
         accepted()
-    with bar(1, "soup") as update:
+    with progress_bar(1, "soup") as bar:
 
         def progress(done: int, total: int) -> None:
             accepted()
-            update(done=done, total=total)
+            bar.total = total
+            bar.update(done - bar.n)
 
         summary = soup(args.out, folders, weights, names=called(args.members), progress=progress, **options)
     print_summary(summary)
