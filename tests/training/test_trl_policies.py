@@ -179,7 +179,7 @@ def test_a_policy_hangs_on_what_its_algorithm_reads() -> None:
     def keys(*sets: str) -> dict[str, Any]:
         recipe = recipe_of(f"policies={policies}", *sets)
         made = [unit for make in units.POLICY_UNITS.values() for unit in make(recipe, "run")]
-        return {unit.id: runs.canonical([unit.slice, list(unit.inputs)]) for unit in made}
+        return {unit.id: runs.canonical_json([unit.slice, list(unit.inputs)]) for unit in made}
 
     before = keys()
     assert list(before) == ["ppo/ppo", "dpo/a", "rloo/b"]

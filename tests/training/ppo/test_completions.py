@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 
 from salsa_peft.training.ppo.metrics import ISOLATE, POP, WIDTH, cut, isolated, printable, show
-from salsa_peft.utils.console import bar
+from salsa_peft.utils.console import progress_bar
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")  # colours, the only escape sequences of a table
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x1b]8;;http://x\x1b\\link\x9b31m\r\b\x7f\t\x00\x85\u2028\u2029\u202edcba\u2066\u200f\ue000\ud800\ufeff"
@@ -154,18 +154,19 @@ def test_cut_by_hand():
     assert cut("e" + "\u0301" * 9, 2) == "e" + "\u0301" * 7 + "…"
 
 
-def test_beside_the_projects_bar(monkeypatch: pytest.MonkeyPatch):
-    """The bar's line is wiped, the table printed, the bar drawn below it."""
+def test_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch):
+    """The bar's line is cleared, the table printed, the bar drawn again below it."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    with bar(10, "ppo/salsa") as update:
-        update(3)
+    with progress_bar(10, "ppo/salsa") as bar:
+        bar.update(3)
         before = len(stream.getvalue())
         show([row()], 3)
-        during = stream.getvalue()[before:]
-    assert re.match(r"(\r\x1b\[2K.*?)*\r\x1b\[2Kupdate 3", during)
-    assert "ppo/salsa" in during[during.index("Because.") :]
-    assert "ppo/salsa" not in during[during.index("update 3") : during.index("Because.")]
+        cleared, table, below = stream.getvalue()[before:].partition("update 3")
+    assert table
+    assert re.fullmatch(r"\r *\r", cleared)
+    assert "ppo/salsa" in below[below.index("Because.") :]
+    assert "ppo/salsa" not in below[: below.index("Because.")]
 
 
 def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
@@ -186,9 +187,9 @@ def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_beside_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]):
-    with bar(2, "ppo", every=0.0) as update:
-        update(1)
+    with progress_bar(2, "ppo", interval=0.0) as bar:
+        bar.update()
         show([row()], 3)
-        update(1)
+        bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines[:3]] == ["ppo", "update 3", "ppo"]
+    assert [re.split(r"  |:", line)[0] for line in lines[1:4]] == ["ppo", "update 3", "ppo"]
