@@ -16,7 +16,7 @@ from pathlib import Path
 
 from salsa_peft.config.load import names as bundled_names
 from salsa_peft.config.load import saved_recipe
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as run_recipe
 from salsa_peft.utils import manifests
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:
         words = [*words[:at], os.path.join(words[at], "recipe.yaml"), *words[at + 1 :], "--output-dir", words[at]]
-    return recipe.main([*words, "--stages", "report", "--force", "report"], prog="salsa report")
+    return run_recipe([*words, "--stages", "report", "--force", "report"], prog="salsa report")
 
 
 def _names(words: Sequence[str]) -> list[str] | None:
