@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
-MOST_POLICIES = 1000
+MAX_POLICIES = 1000
 """Of a recipe: a few lines of a sweep, each policy searched, could ask for more than any memory holds."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -25,17 +25,17 @@ class Unit:
     """The function that does it: "salsa_peft.training.sft:run", run(job) → facts."""
     inputs: tuple[str, ...] = ()
     """Ids of units whose results it reads."""
-    slice: dict[str, Any] = field(default_factory=dict)
+    key_fields: dict[str, Any] = field(default_factory=dict)
     """The part of the resolved recipe that the result depends on, JSON-able, local paths out (they are in `files`)."""
     files: tuple[str, ...] = ()
     """Local files and folders whose content counts."""
-    several: bool = False
+    multi_unit: bool = False
     """Whether its stage is one of several pieces (sft, ppo), also where there is only one now."""
 
     @property
     def id(self) -> str:
         """sft/seed-0, or soup."""
-        return f"{self.stage}/{self.name}" if self.several else self.stage
+        return f"{self.stage}/{self.name}" if self.multi_unit else self.stage
 
 
 @dataclass(frozen=True, kw_only=True)

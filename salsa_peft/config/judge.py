@@ -19,7 +19,7 @@ from salsa_peft.config.rewards import check_function
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import path_text, short
 
-KINDS = ("openai", "local", "reward", "function")
+JUDGE_KINDS = ("openai", "local", "reward", "function")
 """The rows of JUDGES in evaluation/judges/registry.py."""
 
 
@@ -149,7 +149,7 @@ def check_ready(section: Judge, where: str) -> None:
     )
 
 
-FIELDS = {
+PROMPT_FIELDS = {
     "pair-v2": {"question", "answer_a", "answer_b"},
     "pair-v2-multi-turn": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"},
 }
@@ -158,12 +158,12 @@ FIELDS = {
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
     """FastChat's judge_prompts.jsonl → its four pairwise prompts. Raises SalsaError where one is missing or has other fields."""
     found = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
-    lacking = sorted(set(FIELDS) - set(found))
+    lacking = sorted(set(PROMPT_FIELDS) - set(found))
     require(
         not lacking,
         f"{path_text(str(path))}: found no prompt {', '.join(lacking)}, expected FastChat's judge_prompts.jsonl",
     )
-    for name, fields in FIELDS.items():
+    for name, fields in PROMPT_FIELDS.items():
         texts = [found[name].get(key) for key in ("system_prompt", "prompt_template")]
         fits = all(isinstance(text, str) for text in texts) and found[name].get("output_format") == "[[A]]"
         require(
@@ -175,7 +175,7 @@ def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
             there == fields,
             f"{path_text(str(path))}: {name}: found the fields {short(sorted(there))}, expected {', '.join(sorted(fields))}",
         )
-    return {name: found[name] for name in FIELDS}
+    return {name: found[name] for name in PROMPT_FIELDS}
 
 
 def _fields(template: str) -> set[str]:

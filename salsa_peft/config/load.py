@@ -24,14 +24,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from salsa_peft.config import paths, sweeps, validate
-from salsa_peft.config import sweeps as search
-from salsa_peft.config.paths import bundled
+from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import explain, nearest, short
 
-PEFTS = (
+UNSUPPORTED_LORA_FIELDS = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_ga_config",
     "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "qalora_group_size", "rank_pattern", "runtime_config", "target_parameters", "task_type",
@@ -51,7 +50,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRecipe:
     """A recipe as it will run, and how it came about."""
 
     recipe: Recipe
@@ -61,7 +60,7 @@ class Loaded:
     preset: str | None
     changes: list[tuple[str, Any, Any]]
     """(key, before, after) of what the preset and the recipe's `lora:` section changed; before is None where nothing was."""
-    taken_back: frozenset[str] = frozenset()
+    reset_by_lora: frozenset[str] = frozenset()
     """Keys that the recipe's `lora:` section sets, and no `--set` after it."""
 
     @property
@@ -70,9 +69,9 @@ class Loaded:
         return self.path.parent
 
 
-def names(kind: str) -> list[str]:
+def bundled_names(kind: str) -> list[str]:
     """What bundled(kind) offers, without .yaml."""
-    return sorted(path.stem for path in bundled(kind).glob("*.yaml"))
+    return sorted(path.stem for path in bundled_folder(kind).glob("*.yaml"))
 
 
 def find_recipe(path_or_name: str) -> Path:
@@ -81,15 +80,17 @@ def find_recipe(path_or_name: str) -> Path:
     if os.path.isfile(path):
         return Path(path)
     stem = path_or_name.removesuffix(".yaml")
-    if stem in names("recipes"):
-        return bundled("recipes") / f"{stem}.yaml"
+    if stem in bundled_names("recipes"):
+        return bundled_folder("recipes") / f"{stem}.yaml"
     require(not os.path.isdir(path), f"{path_or_name}: found a folder, expected a recipe file")
-    raise SalsaError(f"{path_or_name}: no such recipe file; {nearest(stem, names('recipes'), 'bundled recipes')}")
+    raise SalsaError(
+        f"{path_or_name}: no such recipe file; {nearest(stem, bundled_names('recipes'), 'bundled recipes')}"
+    )
 
 
 def load_recipe(
     path_or_name: str, *, lora: str | None, overrides: list[str], more: Iterable[Callable[[Recipe], None]] = ()
-) -> Loaded:
+) -> LoadedRecipe:
     """Read, merge and check a recipe.
 
     lora: a preset's name. more: further checks, each of which raises SalsaError `key: …`, as validate.check does; they run after it, and the
@@ -119,20 +120,20 @@ def load_recipe(
         data = _place(data, keys, layer.data, text)
     data = _of_one_seed(_numbered(_without_nulls(data)))
     with _placed(layers, path.name):
-        data = search.expand_search(sweeps.expand(data))
+        data = sweeps.expand_search(sweeps.expand_sweeps(data))
     recipe = _validated(data, layers, path.name, more)
     require(  # such as a QLoRA run's saved recipe under --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
         f"--lora {lora}: found model.quantization {recipe.model.quantization or 'none'}, expected"
         f" {'none' if lora == 'lora' else '4 bits'}; take --lora {recipe.mode}, or leave the key to the preset",
     )
-    return Loaded(recipe, data, path, lora, changes, frozenset(back))
+    return LoadedRecipe(recipe, data, path, lora, changes, frozenset(back))
 
 
 def _preset(name: str) -> Layer:
-    if name not in names("adapters"):
-        raise SalsaError(f"--lora {name}: unknown preset; {nearest(name, names('adapters'), 'presets')}")
-    path = bundled("adapters") / f"{name}.yaml"
+    if name not in bundled_names("adapters"):
+        raise SalsaError(f"--lora {name}: unknown preset; {nearest(name, bundled_names('adapters'), 'presets')}")
+    path = bundled_folder("adapters") / f"{name}.yaml"
     return _layer(f"adapters/{path.name}", read_yaml(str(path)), str(path.parent))
 
 
@@ -152,9 +153,9 @@ def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
 
 def _absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
     """Local paths made absolute, in a sweep's `reference:` as in a policy's."""
-    data = paths.absolute(data, folder)
+    data = paths.absolute_paths(data, folder)
     if "sweep" in data:
-        data["sweep"] = paths.absolute({"policies": data["sweep"]}, folder)["policies"]
+        data["sweep"] = paths.absolute_paths({"policies": data["sweep"]}, folder)["policies"]
     return data
 
 
@@ -279,12 +280,12 @@ def check_keys(label: str, where: str, value: Any, hint: Any) -> None:
 
 def _hint(where: str, key: str, known: list[str]) -> str:
     """What to do about an unknown key: the nearest; the section that has it; of `adapter` that PEFT has more keys than a recipe."""
-    if where == "adapter" and key in (*PEFTS, "lora"):
+    if where == "adapter" and key in (*UNSUPPORTED_LORA_FIELDS, "lora"):
         inside = " itself, not under `lora`" if key == "lora" else ""
         return f"of PEFT's LoraConfig a recipe takes {', '.join(known)}, in `adapter`{inside}"
     names = [name.rstrip("_") for name in known]
     sections = [] if where else [n for n, hint in _hints(Recipe).items() if key in _fields_of(hint)]
-    if key in PEFTS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+    if key in UNSUPPORTED_LORA_FIELDS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
         return nearest(key, names)
     return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
 

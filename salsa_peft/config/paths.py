@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.fields import NAME, SEED
-from salsa_peft.config.references import placed_measure
-from salsa_peft.config.rewards import has_template, placed
+from salsa_peft.config.references import measure_with_folder
+from salsa_peft.config.rewards import function_with_folder, has_template
 from salsa_peft.config.schema import OWN_TEMPLATE, Recipe
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import path_text, short
@@ -26,7 +26,7 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz"
 LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".jinja", ".yaml")
 
 
-def bundled(kind: str) -> Path:
+def bundled_folder(kind: str) -> Path:
     """The folder of the recipes or adapters that come along: package data in a wheel, beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / f"_{kind}"
@@ -43,14 +43,14 @@ def is_source(keys: list[str]) -> bool:
     return (len(keys) == 2 and keys[0] == "data") or (len(keys) == 3 and keys[:2] == ["evaluate", "prompts"])
 
 
-def absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
+def absolute_paths(data: dict[str, Any], folder: str) -> dict[str, Any]:
     """A copy of departures whose local paths are absolute, relative ones taken from `folder`."""
     data = copy.deepcopy(data)
     if not isinstance(data.get("reward", {}), dict | None):
         data["reward"] = {"model": data["reward"]}
     _change(data, "reward", "model", lambda value: _reward(value, folder))
     _change(data, "sft", "from_", lambda value: _each_path(value, folder))
-    _change(data, "soup", "measure", lambda value: placed_measure(value, folder))
+    _change(data, "soup", "measure", lambda value: measure_with_folder(value, folder))
     _change(data, "model", "base", lambda value: _model_path(value, folder))
     _change(data, "model", "chat_template", lambda value: _template(value, folder))
     for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
@@ -104,7 +104,7 @@ def _each_path(value: Any, folder: str) -> Any:
 
 def _template(value: Any, folder: str) -> Any:
     if isinstance(value, str) and NAME.match(value) and not value.endswith(".jinja"):
-        path = bundled("recipes") / "chat_templates" / f"{value}.jinja"
+        path = bundled_folder("recipes") / "chat_templates" / f"{value}.jinja"
         return str(path) if path.is_file() else value
     return _path(value, folder)
 
@@ -125,14 +125,14 @@ def _reward(value: Any, folder: str) -> Any:
         return {key: _reward(entry, folder) if key == "model" else entry for key, entry in value.items()}
     if not isinstance(value, str) or value == "adapter":
         return value
-    return placed(value, folder) if ":" in value else _model_path(value, folder)
+    return function_with_folder(value, folder) if ":" in value else _model_path(value, folder)
 
 
 def _judge(value: Any, folder: str) -> Any:
     """Paths made absolute; an endpoint's name of a model is none."""
     if not isinstance(value, dict):
         return value
-    model = {"local": _path, "function": placed_measure}.get(str(value.get("kind")), lambda name, _: name)
+    model = {"local": _path, "function": measure_with_folder}.get(str(value.get("kind")), lambda name, _: name)
     change = {"model": model, "prompts": _path, "references": _path}
     return {key: change[key](entry, folder) if key in change else entry for key, entry in value.items()}
 
@@ -182,7 +182,7 @@ def check_template(recipe: Recipe) -> None:
                 f"model.chat_template: {path_text(model.base)} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
             )
     elif model.chat_template is not None:
-        folder = bundled("recipes") / "chat_templates"
+        folder = bundled_folder("recipes") / "chat_templates"
         known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
         require(
             is_local(model.chat_template) and os.path.isfile(model.chat_template),

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import SEED, STRICT, Count, Positive
-from salsa_peft.config.rewards import FUNCTION, check_function, placed
+from salsa_peft.config.rewards import FUNCTION, check_function, function_with_folder
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
@@ -29,7 +29,7 @@ class Soup:
     """One per member, sum 1. None: uniform (α = ½ for two, the paper's best)."""
 
     @property
-    def resolved(self) -> list[float]:
+    def resolved_weights(self) -> list[float]:
         """The weights, uniform where none are given."""
         return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
 
@@ -45,13 +45,13 @@ class Soup:
             f"{where}.members: found {short(self.members)}, expected no member twice",
         )
         require(
-            len(self.resolved) == len(self.members),
-            f"{where}.weights: found {len(self.resolved)} weights for {len(self.members)} members, expected one each",
+            len(self.resolved_weights) == len(self.members),
+            f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members, expected one each",
         )
-        total = sum(self.resolved)
+        total = sum(self.resolved_weights)
         require(
             abs(total - 1) < 1e-6,
-            f"{where}.weights: found {short(self.resolved)}, which sum to {total:g}, expected a sum of 1; scale them",
+            f"{where}.weights: found {short(self.resolved_weights)}, which sum to {total:g}, expected a sum of 1; scale them",
         )
 
 
@@ -113,9 +113,9 @@ def _inline_soup(where: str, value: Any) -> Reference:
     require(fits, f"{where}.soup: found {short(value)}, expected {{members: [0, 1], weights: [0.5, 0.5]}}")
     soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
     soup.check(f"{where}.soup", max(members) + 1)  # whether these seeds are there is seen with the recipe
-    label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved, members, strict=False))
+    label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved_weights, members, strict=False))
     label += f", moving (every {moving['sync_every']}, α {moving['mixup_alpha']:g})" if moving else ""
-    return Reference(label=label, members=members, weights=soup.resolved, **moving)
+    return Reference(label=label, members=members, weights=soup.resolved_weights, **moving)
 
 
 def _moving(where: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def parse_reference(where: str, value: Any) -> list[Reference]:
 
 
 MEASURES = ("sft_loss", "reward")
-MEASURED = ("greedy", "learned")
+MEASURED_STRATEGIES = ("greedy", "learned")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -189,14 +189,14 @@ class SoupSection(Soup):
     """Recompress the soup's deltas to this rank, which loses some of it (soup.json says how much). None: exact, rank Σ r_i."""
 
     @property
-    def measured(self) -> bool:
+    def uses_measure(self) -> bool:
         """Whether the weights are chosen by a measure."""
-        return self.strategy in MEASURED
+        return self.strategy in MEASURED_STRATEGIES
 
     @property
-    def reads(self) -> str | None:
+    def measure_source(self) -> str | None:
         """Which of the data's sources the measure needs."""
-        return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.measured else None
+        return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.uses_measure else None
 
     def check(self, where: str, seeds: int) -> None:
         """Raise SalsaError for what does not fit together."""
@@ -209,7 +209,7 @@ class SoupSection(Soup):
             self.strategy != "greedy" or self.weights is None,
             f"{where}.weights: found {self.weights} with strategy greedy, which chooses them; leave them out",
         )
-        if not self.measured:
+        if not self.uses_measure:
             return
         known = self.measure in MEASURES
         require(
@@ -224,6 +224,6 @@ class SoupSection(Soup):
             check_function(f"{where}.measure", self.measure)
 
 
-def placed_measure(value: object, folder: str) -> object:
+def measure_with_folder(value: object, folder: str) -> object:
     """A measure's function with the folder that its module lies in; anything else as it is."""
-    return placed(value, folder) if isinstance(value, str) and ":" in value else value
+    return function_with_folder(value, folder) if isinstance(value, str) and ":" in value else value

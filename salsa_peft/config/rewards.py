@@ -26,17 +26,19 @@ ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
 FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*):(?P<name>{WORD}(?:\.{WORD})*)\Z")
 SEQUENCE_CLASSIFIER = "ForSequenceClassification"
-OWN_FUNCTION = (
+WRITE_A_FUNCTION = (
     "Write a function that loads it and says what a response is worth (reward: module:name), or name a classifier of num_labels 1, such as"
     " TRL's RewardTrainer saves"
 )
 """What to do with a model that is no classifier of one label."""
-EXPECTED = "expected adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
+ACCEPTED_MODELS = (
+    "expected adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
+)
 
 
-GIVEN = ("prompts", "completions", "completion_ids", "finished", "log_metric")
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "finished", "log_metric")
 """What every reward function is given, by keyword, beside the data's columns."""
-OWN = ("prompt", "completion", "completion_ids")
+COLUMNS_NOT_PASSED = ("prompt", "completion", "completion_ids")
 """Columns of the data that are not passed, as in TRL."""
 
 
@@ -57,7 +59,7 @@ def parse_reward(where: str, value: Any) -> list[RewardPart]:
     """What `reward.model` says → its parts; more than one, or one with a weight, are a weighted sum. Raises SalsaError."""
     if not isinstance(value, list):
         return [_part(where, value)]
-    require(bool(value), f"{where}: found an empty list, {EXPECTED}")
+    require(bool(value), f"{where}: found an empty list, {ACCEPTED_MODELS}")
     parts = [_entry(f"{where}[{index}]", entry) for index, entry in enumerate(value)]
     name, times = Counter(part.name for part in parts).most_common(1)[0]
     require(
@@ -87,7 +89,7 @@ def _entry(where: str, value: Any) -> RewardPart:
 
 
 def _part(where: str, value: Any) -> RewardPart:
-    require(isinstance(value, str) and bool(value), f"{where}: found {value!r:.60}, {EXPECTED}")
+    require(isinstance(value, str) and bool(value), f"{where}: found {value!r:.60}, {ACCEPTED_MODELS}")
     if value == ADAPTER:
         return RewardPart(kind="adapter", value=value, name=ADAPTER)
     if ":" in value:
@@ -140,7 +142,7 @@ def check_function(where: str, value: str) -> None:
         return  # compiled: importing it will say what is wrong
     tree = _parsed(where, file)
     require(
-        defines(tree, name) or "setattr" in file.read_text(errors="ignore"),
+        defines_name(tree, name) or "setattr" in file.read_text(errors="ignore"),
         f"{where}: found no {name} in {module} {place}, expected a function of that name",
     )
     for missing in _not_installed(tree, file):
@@ -168,12 +170,12 @@ def check_columns(where: str, value: str, columns: Collection[str], data: str) -
     needs += [
         one.arg for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None
     ]
-    passed = set(columns) - set(OWN)
-    absent = [name for name in needs if name not in GIVEN and name not in passed]
+    passed = set(columns) - set(COLUMNS_NOT_PASSED)
+    absent = [name for name in needs if name not in REWARD_ARGUMENTS and name not in passed]
     require(
         not absent,
         f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (other columns than the prompt:"
-        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(GIVEN)}. Add the column, or give the argument a default",
+        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the column, or give the argument a default",
     )
 
 
@@ -186,7 +188,7 @@ def _parsed(where: str, file: Path) -> ast.Module:
         raise SalsaError(f"{where}: {path_text(str(file))} is no Python ({one_line(what)})") from error
 
 
-def defines(tree: ast.Module, name: str) -> bool:
+def defines_name(tree: ast.Module, name: str) -> bool:
     """Whether a module seems to have `name` (of a dotted one the first part); what a star import may bring counts as there."""
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -233,7 +235,7 @@ def _arguments(value: str) -> ast.arguments | None:
     return found[0] if len(found) == 1 else None
 
 
-def placed(value: str, folder: str) -> str:
+def function_with_folder(value: str, folder: str) -> str:
     """A function's name with the folder that its module lies in, where that is the recipe's or one that it names; else as it is."""
     found = FUNCTION.match(value)
     if found is None:
@@ -252,12 +254,12 @@ def check_classifier_folder(where: str, folder: str) -> None:
     require(
         str(names[0]).endswith(SEQUENCE_CLASSIFIER),
         f"{where}: {path_text(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head of one"
-        f" label. {OWN_FUNCTION}",
+        f" label. {WRITE_A_FUNCTION}",
     )
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
     require(
         labels == 1,
-        f"{where}: {path_text(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {OWN_FUNCTION}",
+        f"{where}: {path_text(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
     )
     require(
         has_template(where, folder),

@@ -159,7 +159,7 @@ class SFT(Training):
     """`from` in a recipe: seeds that are there already, such as published soups: a folder or Hub id for each position (a bare string: of one
     seed); null: trained here. LoRA adapters of the base, with full weights checkpoints. None: all are trained."""
 
-    def taken(self, position: int) -> str | None:
+    def existing_seed(self, position: int) -> str | None:
         """Where a seed is taken from; None: it is trained."""
         return None if self.from_ is None else self.from_[position]
 
@@ -184,7 +184,7 @@ class Reward(Training):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the pairs kept from training, for the accuracy that the metrics give."""
 
-    def held_out_of(self, pairs: int) -> int:
+    def held_out_rows(self, pairs: int) -> int:
         """Pairs that are held out of so many: one at least, where there is one."""
         return min(pairs, max(1, round(self.held_out * pairs)))
 

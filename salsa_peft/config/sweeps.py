@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MOST_POLICIES
+from salsa_peft.config.fields import MAX_POLICIES
 from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import SFT
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from salsa_peft.config.schema import Recipe
 
 
-References = Iterator[Any]
+ReferenceValues = Iterator[Any]
 """What `reference:` says, one for each value."""
 
 
-def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) -> References:
+def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) -> ReferenceValues:
     """θ = (1 − α) θ_a + α θ_b of two seeds as the reference (paper, Figure 4a); at the ends a seed itself."""
     two = isinstance(members, list | tuple) and len(members) == 2 and members[0] != members[1]
     require(
@@ -41,7 +41,7 @@ def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) ->
         yield ends.get(value, {"soup": {"members": [a, b], "weights": weights}})
 
 
-def members(where: str, values: list[float], seeds: int) -> References:
+def members(where: str, values: list[float], seeds: int) -> ReferenceValues:
     """The uniform soup of the first n seeds as the reference (Figure 5); of one seed it is PPO."""
     for value in values:
         require(
@@ -52,7 +52,7 @@ def members(where: str, values: list[float], seeds: int) -> References:
         yield "seed-0" if count == 1 else {"soup": {"members": list(range(count))}}
 
 
-def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> References:
+def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> ReferenceValues:
     """One reference at several KL coefficients (A.4)."""
     for parsed in parse_reference(f"{where}.reference", reference):
         for member in parsed.members:
@@ -65,25 +65,25 @@ def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup"
         yield reference
 
 
-def scale(where: str, values: list[float], seeds: int, seed: Any = 0) -> References:
+def scale(where: str, values: list[float], seeds: int, seed: Any = 0) -> ReferenceValues:
     """The control: base + λ·δ of one seed as the reference."""
     fits = _is_seed(seed, seeds)
     require(fits, f"{where}.seed: found {short(seed)}, expected a position 0 to {seeds - 1} of sft.seeds")
     return ({"shrunk": {"seed": seed, "scale": value}} for value in values)
 
 
-SWEEPS: dict[str, tuple[Callable[..., References], tuple[str, ...]]] = {
+SWEEPS: dict[str, tuple[Callable[..., ReferenceValues], tuple[str, ...]]] = {
     "alpha": (alpha, ("members",)),
     "members": (members, ()),
     "kl_coef": (kl_coef, ("reference",)),
     "scale": (scale, ("seed",)),
 }
 """Kind → (what makes its references, what it takes besides values and kl_coef)."""
-PREFIX = {"kl_coef": "kl"}
+NAME_PREFIX = {"kl_coef": "kl"}
 """Of the policies' names, where it is not the kind."""
 
 
-def expand(data: dict[str, Any]) -> dict[str, Any]:
+def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
     """A recipe's departures with `sweep` written into `policies`. Raises SalsaError that names the key."""
     sweeps = data.get("sweep", {})
     require(
@@ -118,12 +118,12 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
     values = _numbers(f"{where}.values", given.get("values"))
     several, betas = _betas(f"{where}.kl_coef", given.get("kl_coef"))
     require(
-        len(values) * len(betas) <= MOST_POLICIES,
-        f"{where}: found {len(values)} values × {len(betas)} KL coefficients, expected at most {MOST_POLICIES} policies; take fewer",
+        len(values) * len(betas) <= MAX_POLICIES,
+        f"{where}: found {len(values)} values × {len(betas)} KL coefficients, expected at most {MAX_POLICIES} policies; take fewer",
     )
     references = make(where, values, seeds, **{key: given[key] for key in options if key in given})
     for value, reference in zip(values, references, strict=True):
-        name = f"{PREFIX.get(kind, kind)}-{name_number(value)}"
+        name = f"{NAME_PREFIX.get(kind, kind)}-{name_number(value)}"
         for beta in [value] if kind == "kl_coef" else betas:
             own = {} if beta is None else {"kl_coef": beta}
             yield (f"{name}-kl-{name_number(beta or 0.0)}" if several else name), {"reference": reference, **own}
@@ -177,8 +177,8 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
     betas = [float(beta) for beta in given["kl_coef"]]
     require(len(set(betas)) == len(betas), f"search.kl_coef: found {short(given['kl_coef'])}, expected no number twice")
     require(
-        len(policies) * len(betas) <= MOST_POLICIES,
-        f"search.kl_coef: found {len(betas)} numbers for {len(policies)} policies, expected at most {MOST_POLICIES} in all; take fewer",
+        len(policies) * len(betas) <= MAX_POLICIES,
+        f"search.kl_coef: found {len(betas)} numbers for {len(policies)} policies, expected at most {MAX_POLICIES} in all; take fewer",
     )
     methods = given.get("methods") or list(policies)
     if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
@@ -239,7 +239,7 @@ def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> 
         )
 
 
-def trials(recipe: Recipe) -> Pairs:
+def candidate_pairs(recipe: Recipe) -> Pairs:
     """Every candidate against the opponent: what is picked by."""
     section = recipe.search
     return (
@@ -247,7 +247,7 @@ def trials(recipe: Recipe) -> Pairs:
     )
 
 
-def pairs(recipe: Recipe) -> Pairs:
+def compared_pairs(recipe: Recipe) -> Pairs:
     """Who is compared with whom: as given, else soup and every policy against seed-0, and every later policy against each earlier one.
 
     A searched policy is called by its own name, which `picked` replaces.
@@ -259,7 +259,9 @@ def pairs(recipe: Recipe) -> Pairs:
     return [(name, SEED_0) for name in ["soup", *policies]] + [(b, a) for a, b in itertools.combinations(policies, 2)]
 
 
-def pick(recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> dict[str, Any] | None:
+def pick_candidates(
+    recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
+) -> dict[str, Any] | None:
     """The candidate of highest adjusted win rate for each searched policy, and what was tried; of equals the first. None without a search.
 
     rates: candidate → {adjusted_win_rate, low, high} against the opponent.
@@ -283,14 +285,14 @@ def pick(recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[
     }
 
 
-def picked(compared: Pairs, found: Mapping[str, Any] | None) -> Pairs:
+def with_picked(compared: Pairs, found: Mapping[str, Any] | None) -> Pairs:
     """Pairs with the picked candidate in the place of each searched policy, none twice."""
     best = {method: told["best"] for method, told in (found or {"methods": {}})["methods"].items()}
     named = ((best.get(a, a), best.get(b, b)) for a, b in compared)
     return list(dict.fromkeys(pair for pair in named if pair[0] != pair[1]))
 
 
-def spread(compared: Pairs, recipe: Recipe) -> Pairs:
+def with_candidates(compared: Pairs, recipe: Recipe) -> Pairs:
     """Pairs with every candidate in the place of each searched policy."""
     of = candidates(recipe)
     return [(x, y) for a, b in compared for x in of.get(a, [a]) for y in of.get(b, [b]) if x != y]

@@ -10,9 +10,9 @@ import difflib
 from pathlib import Path
 
 from salsa_peft.config import judge, sweeps
-from salsa_peft.config.fields import MOST_POLICIES, NAME, SEED
+from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED
 from salsa_peft.config.job import unit_of
-from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
+from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import (
@@ -31,7 +31,7 @@ TOY_PROMPTS = ("in", "out")
 
 def check(recipe: Recipe) -> None:
     """Everything that types don't say. Raises SalsaError `key: found …, expected …`."""
-    require(NAME.match(recipe.name) is not None, f"name: found {short(recipe.name)}, {NAME_EXPECTED}")
+    require(NAME.match(recipe.name) is not None, f"name: found {short(recipe.name)}, {NAME_RULE}")
     seeds = recipe.sft.seeds
     require(len(set(seeds)) == len(seeds), f"sft.seeds: found {short(seeds)}, expected no seed twice")
     recipe.sft.check("sft", recipe.num_processes)
@@ -48,8 +48,8 @@ def check(recipe: Recipe) -> None:
     )
     _check_lengths(recipe)
     require(
-        len(recipe.policies) <= MOST_POLICIES,
-        f"policies: found {len(recipe.policies)} of them, expected at most {MOST_POLICIES}; take fewer",
+        len(recipe.policies) <= MAX_POLICIES,
+        f"policies: found {len(recipe.policies)} of them, expected at most {MAX_POLICIES}; take fewer",
     )
     for name, policy in recipe.policies.items():
         _check_name("policies", name)
@@ -138,7 +138,7 @@ def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe
         " soup",
     )
     require(
-        algorithm in PREFERENCES or recipe.generation.min_new_tokens == 0,
+        algorithm in PREFERENCE_ALGORITHMS or recipe.generation.min_new_tokens == 0,
         f"generation.min_new_tokens: found {recipe.generation.min_new_tokens} with a policy by {algorithm}, expected 0: TRL scores responses"
         " as if EOS had been allowed",
     )
@@ -187,11 +187,11 @@ def _check_sharded(recipe: Recipe) -> None:
         )
 
 
-NAME_EXPECTED = "expected letters, digits, dots, - and _, starting with a letter or digit, at most 64"
+NAME_RULE = "expected letters, digits, dots, - and _, starting with a letter or digit, at most 64"
 
 
 def _check_name(where: str, name: str) -> None:
-    require(NAME.match(name) is not None, f"{where}: found the name {short(name)}, {NAME_EXPECTED}")
+    require(NAME.match(name) is not None, f"{where}: found the name {short(name)}, {NAME_RULE}")
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -337,9 +337,11 @@ def _check_present(recipe: Recipe) -> None:
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
         "data.demonstrations": recipe.data.demonstrations or None not in (recipe.sft.from_ or [None]),
-        "data.preferences": recipe.data.preferences or not (recipe.reward.trained or {*PREFERENCES} & algorithms),
-        "data.prompts": recipe.data.prompts or not (algorithms - {*PREFERENCES} or recipe.soup.reads == "prompts"),
-        "data.held_out": recipe.data.held_out or recipe.soup.reads != "held_out",
+        "data.preferences": recipe.data.preferences
+        or not (recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms),
+        "data.prompts": recipe.data.prompts
+        or not (algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts"),
+        "data.held_out": recipe.data.held_out or recipe.soup.measure_source != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,
     }
     for key, value in given.items():

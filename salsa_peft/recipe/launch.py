@@ -27,7 +27,7 @@ from typing import Any
 
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import ADAPTER
-from salsa_peft.config.paths import bundled
+from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import hardware, processes
 from salsa_peft.utils.errors import require
@@ -135,7 +135,7 @@ def end_with_command(folder: Path) -> None:
 
 def command(recipe: Recipe, folder: Path, threads: str) -> list[str]:
     """What starts the processes."""
-    config = bundled("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
+    config = bundled_folder("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
         *("--num_processes", str(recipe.num_processes), "--num_cpu_threads_per_process", threads),

@@ -34,14 +34,14 @@ DEFAULTS: dict[str, GuardDefault] = {
 """One row for each of guards.GUARDS."""
 
 
-class Setting(NamedTuple):
+class GuardSetting(NamedTuple):
     """What a recipe says of a guard."""
 
     action: Action
     limit: float
 
 
-def parse(guards: Mapping[str, Any], where: str = "guards") -> dict[str, Setting]:
+def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, GuardSetting]:
     """A recipe's `guards` → a setting for every guard. Raises SalsaError, beginning with `where` and the guard's name."""
     require(isinstance(guards, Mapping), f"{where}: found {short(guards)}, expected a mapping such as {{length: stop}}")
     for name in guards:
@@ -50,15 +50,17 @@ def parse(guards: Mapping[str, Any], where: str = "guards") -> dict[str, Setting
                 f"{where}: found {short(name)}, expected a guard; {nearest(str(name), [*DEFAULTS], 'guards')}"
             )
     return {
-        name: _setting(guards[name], guard, f"{where}.{name}") if name in guards else Setting(guard.action, guard.limit)
+        name: _setting(guards[name], guard, f"{where}.{name}")
+        if name in guards
+        else GuardSetting(guard.action, guard.limit)
         for name, guard in DEFAULTS.items()
     }
 
 
-def _setting(found: Any, guard: GuardDefault, where: str) -> Setting:
+def _setting(found: Any, guard: GuardDefault, where: str) -> GuardSetting:
     """off | warn | stop, or {action, limit}, each of which may be left out: a limit alone warns."""
     if not isinstance(found, Mapping):
-        return Setting(_action(found, where), guard.limit)
+        return GuardSetting(_action(found, where), guard.limit)
     for key in found:
         require(key in ("action", "limit"), f"{where}: found the key {short(key)}, expected action or limit")
     require(len(found) > 0, f"{where}: found {{}}, expected action or limit")
@@ -68,7 +70,7 @@ def _setting(found: Any, guard: GuardDefault, where: str) -> Setting:
         isinstance(limit, int | float) and not isinstance(limit, bool) and 0 <= limit <= guard.largest and limit < math.inf,
         f"{where}.limit: found {short(limit)}, expected a number from 0{most}",
     )  # fmt: skip
-    return Setting(_action(found.get("action", "warn"), f"{where}.action"), float(limit))
+    return GuardSetting(_action(found.get("action", "warn"), f"{where}.action"), float(limit))
 
 
 def _action(found: Any, where: str) -> Action:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from salsa_peft.config.fields import Count, NonNegative, Positive
-from salsa_peft.config.options import rollout as rollout_options
-from salsa_peft.config.options.guards import parse
+from salsa_peft.config.options.guards import parse_guards
+from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
 
 
@@ -141,9 +141,9 @@ class PPOOptions:
 
     def check_options(self, prefix: str) -> None:
         """Raise SalsaError for options that contradict one another; `prefix` stands before keys."""
-        parse(self.guards, f"{prefix}guards")
+        parse_guards(self.guards, f"{prefix}guards")
         rollout = self.old_logprobs == "rollout"
-        rollout_options.check(
+        check_rollout_options(
             prefix, self.rollout_backend, self.rollout_options, compiled=self.rollout_compile, recorded=rollout
         )
         require(

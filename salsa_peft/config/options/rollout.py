@@ -7,7 +7,7 @@ from typing import Any
 
 from salsa_peft.utils.errors import require
 
-OPTIONS: dict[str, tuple[str, ...]] = {
+BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
     "paged": (
         "page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "auto_switch_to_flash", "use_cuda_graph",
@@ -22,10 +22,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 shares, which a rollout's need not be."""
 
 
-def check(prefix: str, backend: str, options: Mapping[str, Any], *, compiled: bool, recorded: bool) -> None:
+def check_rollout_options(
+    prefix: str, backend: str, options: Mapping[str, Any], *, compiled: bool, recorded: bool
+) -> None:
     """Raise SalsaError for an option that the backend does not have. compiled: rollout_compile; recorded: old_logprobs rollout."""
-    unknown = sorted(set(options) - set(OPTIONS[backend]))
-    expected = f"some of {', '.join(OPTIONS[backend])}" if OPTIONS[backend] else "none"
+    unknown = sorted(set(options) - set(BACKEND_OPTIONS[backend]))
+    expected = f"some of {', '.join(BACKEND_OPTIONS[backend])}" if BACKEND_OPTIONS[backend] else "none"
     require(
         not unknown,
         f"{prefix}rollout_options: found {', '.join(unknown)} with rollout_backend {backend}, expected {expected}",

@@ -29,32 +29,32 @@ class TRLTraining(Training):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Preference(TRLTraining):
+class PreferenceTraining(TRLTraining):
     """Of trainers that learn from `data.preferences`."""
 
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the pairs kept from training, for the accuracy and margin that dpo's metrics give (kto leaves the same pairs out and measures
     nothing on them); the reward model's where the share is the same."""
 
-    def held_out_of(self, pairs: int) -> int:
+    def held_out_rows(self, pairs: int) -> int:
         """Pairs that are held out of so many: one at least, where there is one."""
         return min(pairs, max(1, round(self.held_out * pairs)))
 
-    def rows_of(self, pairs: int | None, prompts: int | None) -> int | None:
+    def rows_per_epoch(self, pairs: int | None, prompts: int | None) -> int | None:
         """Of an epoch, where the data's are known: KTO takes a pair as two."""
-        return None if pairs is None else (2 if isinstance(self, KTO) else 1) * (pairs - self.held_out_of(pairs))
+        return None if pairs is None else (2 if isinstance(self, KTO) else 1) * (pairs - self.held_out_rows(pairs))
 
     def check_rows(self, pairs: int, section: str) -> None:
         """Raise SalsaError where so many pairs don't fill a batch."""
         require(
-            (self.rows_of(pairs, None) or 0) >= self.batch_size,
-            f"data.preferences: found {pairs} pairs, {self.held_out_of(pairs)} of them held out ({section}.held_out {self.held_out:g}), expected enough for"
+            (self.rows_per_epoch(pairs, None) or 0) >= self.batch_size,
+            f"data.preferences: found {pairs} pairs, {self.held_out_rows(pairs)} of them held out ({section}.held_out {self.held_out:g}), expected enough for"
             f" {section}.batch_size = {self.batch_size}; add pairs or lower {section}.batch_size",
         )
 
 
 @dataclass(config=STRICT, kw_only=True)
-class DPO(Preference):
+class DPO(PreferenceTraining):
     """TRL's DPOTrainer (Rafailov et al., 2023); batch_size counts pairs. kl_coef: TRL's 0.1."""
 
     loss_type: Literal[
@@ -65,7 +65,7 @@ class DPO(Preference):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class KTO(Preference):
+class KTO(PreferenceTraining):
     """TRL's KTOTrainer (Ethayarajh et al., 2024): each pair gives a desirable and an undesirable response; batch_size counts responses."""
 
     desirable_weight: NonNegative = 1.0
@@ -84,13 +84,13 @@ class KTO(Preference):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Sampled(TRLTraining):
+class OnlineTraining(TRLTraining):
     """Of trainers that sample responses to `data.prompts`; batch_size counts responses. Temperature and lengths are `generation`'s."""
 
     num_generations: Annotated[int, Field(ge=2)] = 2
     """Responses to one prompt, which are compared with one another."""
 
-    def rows_of(self, pairs: int | None, prompts: int | None) -> int | None:
+    def rows_per_epoch(self, pairs: int | None, prompts: int | None) -> int | None:
         """Of an epoch, where the data's are known: responses."""
         return None if prompts is None else prompts * self.num_generations
 
@@ -115,7 +115,7 @@ class Sampled(TRLTraining):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class RLOO(Sampled):
+class RLOO(OnlineTraining):
     """TRL's RLOOTrainer (Ahmadian et al., 2024): REINFORCE, the KL in the reward, the others of a group as baseline."""
 
     kl_coef: Positive = 0.05
@@ -123,7 +123,7 @@ class RLOO(Sampled):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class GRPO(Sampled):
+class GRPO(OnlineTraining):
     """TRL's GRPOTrainer (Shao et al., 2024): the KL, by the estimator k3, in the loss."""
 
     kl_coef: Positive = 0.04
@@ -133,5 +133,5 @@ class GRPO(Sampled):
 
 
 ALGORITHMS = {"dpo": DPO, "kto": KTO, "rloo": RLOO, "grpo": GRPO}
-PREFERENCES = ("dpo", "kto")
+PREFERENCE_ALGORITHMS = ("dpo", "kto")
 """Those that learn from pairs; the others from prompts and a reward."""
