@@ -1,4 +1,4 @@
-"""What the recipe's sections are made of: kinds of numbers, names, and the error that a user can mend."""
+"""Field types of the recipe's sections, and the patterns of names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
 MAX_POLICIES = 1000
-"""Of a recipe: a few lines of a sweep, each policy searched, could ask for more than any memory holds."""
+"""Most policies of a recipe, with sweeps and searches expanded: a few lines of a sweep could ask for millions."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]
