@@ -8,7 +8,7 @@ from typing import Any
 
 from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.messages import nearest, short
+from salsa_peft.utils.messages import did_you_mean, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,5 +63,5 @@ def unit_of(recipe: Recipe, name: str) -> tuple[str, str]:
         return "policy", policy_id(recipe, name)
     seeds = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
     known = ["soup", *recipe.policies, *seeds, *(["reward"] if recipe.reward.trained else [])]
-    require(name in known, f"this recipe has no result {short(name)}; {nearest(name, known, 'results')}")
+    require(name in known, f"this recipe has no result {short(name)}; {did_you_mean(name, known, 'results')}")
     return ("seed", f"sft/{name}") if name in seeds else (name, name)

@@ -20,7 +20,7 @@ from typing import Any
 
 from salsa_peft.config.fields import NAME
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import one_line, path_text
+from salsa_peft.utils.messages import one_line, short_path
 
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -123,7 +123,7 @@ def find_module(folder: str | None, module: str) -> Path | None:
 def check_function(where: str, value: str) -> None:
     """Raise SalsaError for a function whose module is missing, does not parse, imports what is not installed, or lacks its name."""
     folder, module, name = split_function(value, where)
-    place = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
+    place = f"in {short_path(folder)}" if folder else "in the recipe's folder or on Python's path"
     file = find_module(folder, module)
     if file is None:
         raise SalsaError(f"{where}: there is no module {module} {place}")
@@ -135,7 +135,7 @@ def check_function(where: str, value: str) -> None:
         f"{where}: the module {module} {place} has no {name}",
     )
     for missing in _not_installed(tree, file):
-        raise SalsaError(f"{where}: {path_text(str(file))} imports {missing}, which is not installed")
+        raise SalsaError(f"{where}: {short_path(str(file))} imports {missing}, which is not installed")
 
 
 def check_signature(where: str, value: str) -> None:
@@ -172,7 +172,7 @@ def _parsed(where: str, file: Path) -> ast.Module:
         return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
         what = f"{error.msg}, line {error.lineno}" if isinstance(error, SyntaxError) else error
-        raise SalsaError(f"{where}: {path_text(str(file))} is not valid Python: {one_line(what)}") from error
+        raise SalsaError(f"{where}: {short_path(str(file))} is not valid Python: {one_line(what)}") from error
 
 
 def defines_name(tree: ast.Module, name: str) -> bool:
@@ -241,17 +241,17 @@ def check_classifier_folder(where: str, folder: str) -> None:
     names = config.get("architectures") or [SEQUENCE_CLASSIFIER]
     require(
         str(names[0]).endswith(SEQUENCE_CLASSIFIER),
-        f"{where}: {path_text(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head with one"
+        f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head with one"
         f" label. {WRITE_A_FUNCTION}",
     )
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
     require(
         labels == 1,
-        f"{where}: {path_text(folder)} is a classifier with {labels} labels, but a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
+        f"{where}: {short_path(folder)} is a classifier with {labels} labels, but a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
     )
     require(
         has_template(where, folder),
-        f"{where}: the tokenizer of {path_text(folder)} has no chat template, but a recipe's prompts are messages. Save the template that the"
+        f"{where}: the tokenizer of {short_path(folder)} has no chat template, but a recipe's prompts are messages. Save the template that the"
         " classifier was trained with as chat_template.jinja in that folder, or write a function (reward: module:name)",
     )
 
@@ -267,6 +267,6 @@ def _json_file(where: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: {path_text(str(path))} cannot be read as JSON") from error
-    require(isinstance(value, dict), f"{where}: {path_text(str(path))} does not hold a JSON object")
+        raise SalsaError(f"{where}: {short_path(str(path))} cannot be read as JSON") from error
+    require(isinstance(value, dict), f"{where}: {short_path(str(path))} does not hold a JSON object")
     return value

@@ -295,5 +295,7 @@ def _words(recipe: Recipe, preset: str, settings: dict[str, str], reset_by_lora:
     """What to add to the command."""
     mode = [f"--lora{'' if preset == 'lora' else ' ' + preset}"] * bool(preset)
     found = {"offload": recipe.offload, "precision": recipe.precision} if preset else {}
-    idle = {key: OF_FULL_WEIGHTS[key] for key in found if found[key] != OF_FULL_WEIGHTS[key] and key not in reset_by_lora}
+    idle = {
+        key: OF_FULL_WEIGHTS[key] for key in found if found[key] != OF_FULL_WEIGHTS[key] and key not in reset_by_lora
+    }
     return " ".join([*mode, *(f"--set {key}={value}" for key, value in {**idle, **settings}.items())])

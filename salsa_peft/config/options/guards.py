@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import nearest, short
+from salsa_peft.utils.messages import did_you_mean, short
 
 Action = Literal["off", "warn", "stop"]
 
@@ -46,7 +46,7 @@ def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, 
     require(isinstance(guards, Mapping), f"{where}: must be a mapping such as {{length: stop}}, not {short(guards)}")
     for name in guards:
         if name not in DEFAULTS:
-            raise SalsaError(f"{where}: unknown guard {short(name)}; {nearest(str(name), [*DEFAULTS], 'guards')}")
+            raise SalsaError(f"{where}: unknown guard {short(name)}; {did_you_mean(str(name), [*DEFAULTS], 'guards')}")
     return {
         name: _setting(guards[name], guard, f"{where}.{name}")
         if name in guards

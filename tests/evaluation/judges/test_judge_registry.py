@@ -1,0 +1,148 @@
+"""The table of judges; the reward's and a function's."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salsa_peft.config.judge import JUDGE_KINDS, Judge
+from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judges.registry import JUDGES, FunctionJudge, judge_of
+from salsa_peft.utils.errors import SalsaError
+
+ONE = Game(("Why?",), ("first",), ("second",), 1, "writing")
+TWO = Game(("Why?", "Really?"), ("a1", "a2"), ("b1", "b2"), 2, "math", ("r1", "r2"))
+
+
+def quiet(line: str) -> None:
+    raise AssertionError(line)
+
+
+def ruled(judge: Any, games: list[Game]) -> list[Ruling]:
+    done: list[int] = []
+    rulings: list[Ruling] = judge(games, done.append)
+    assert sum(done) == len(games)
+    return rulings
+
+
+def test_the_table_is_what_a_recipe_may_say() -> None:
+    """A row for each kind."""
+    assert tuple(JUDGES) == JUDGE_KINDS == typing.get_args(typing.get_type_hints(Judge)["kind"])
+
+
+class TestReward:
+    """Scores compared."""
+
+    @pytest.mark.parametrize(
+        ("scores", "margin", "verdict"),
+        [
+            ((2.0, 1.0), 0.0, "A"),
+            ((1.0, 2.0), 0.0, "B"),
+            ((1.0, 1.0), 0.0, "tie"),
+            ((1.5, 1.0), 0.5, "tie"),  # up to the margin
+            ((1.0, 1.5), 0.5, "tie"),
+            ((1.75, 1.0), 0.5, "A"),
+            ((-3.0, -1.0), 0.5, "B"),
+            ((math.nan, 1.0), 9.0, None),
+            ((1.0, math.inf), 0.0, None),
+        ],
+    )
+    def test_by_the_margin(self, scores: tuple[float, float], margin: float, verdict: str | None) -> None:
+        judge = judge_of(Judge(kind="reward", margin=margin), cache=None, say=quiet)
+        (ruling,) = ruled(judge, [ONE._replace(scores=scores)])
+        assert ruling.verdict == verdict and (ruling.why == "") == (verdict is not None)
+        assert set(judge.calls) == {"asked", "cached", "retried", "prompt_tokens", "completion_tokens"}
+        assert not any(judge.calls.values())
+
+    def test_without_scores_is_refused(self) -> None:
+        with pytest.raises(SalsaError, match=r"without the recipe's reward.*evaluate\.judge\.kind"):
+            ruled(judge_of(Judge(kind="reward"), cache=None, say=quiet), [ONE])
+
+
+class TestFunction:
+    """A function of the user's."""
+
+    def test_gets_what_it_takes_and_says_what_it_likes(self, tmp_path: Path) -> None:
+        """From a module in a folder; in batches, in order."""
+        (tmp_path / "judge_of_lengths.py").write_text(
+            "batches = []\n"
+            "def longer(questions, first, second):\n"
+            "    batches.append(questions)\n"
+            "    return ['A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'tie' for a, b in zip(first, second)]\n"
+        )
+        section = Judge(kind="function", model=f"{tmp_path}/judge_of_lengths:longer", concurrency=2)
+        judge = judge_of(section, cache=None, say=quiet)
+        games = [ONE, ONE._replace(a=("longer one",)), TWO, ONE._replace(b=("fir",)), ONE]
+        rulings = ruled(judge, games)
+        assert [ruling.verdict for ruling in rulings] == ["B", "A", "tie", "A", "B"]
+        assert [(ruling.text, ruling.asked) for ruling in rulings] == [
+            ("B", 1),
+            ("A", 1),
+            ("tie", 1),
+            ("A", 1),
+            ("B", 1),
+        ]
+        import judge_of_lengths  # type: ignore[import-not-found]
+
+        assert [len(batch) for batch in judge_of_lengths.batches] == [2, 2, 1] and judge.calls["asked"] == 5
+        asked = [[message(*said) for said in turns] for turns in ([("user", "Why?"), ("user", "Really?")], [("user", "Why?")])]  # fmt: skip
+        assert judge_of_lengths.batches[1] == asked
+
+    def test_everything_there_is(self) -> None:
+        """Whole conversations, turns, categories, references."""
+        seen: dict[str, Any] = {}
+
+        def judge(**given: Any) -> list[str]:
+            seen.update(given)
+            return ["C", "B"]
+
+        assert [ruling.verdict for ruling in ruled(FunctionJudge("j", judge, 8), [TWO, ONE])] == ["tie", "B"]
+        assert seen["first"] == ["a2", "first"] and seen["second"] == ["b2", "second"]
+        said = [("user", "Why?"), ("assistant", "a1"), ("user", "Really?"), ("assistant", "a2")]
+        assert seen["conversations_first"][0] == [message(*one) for one in said]
+        said = [("user", "Why?"), ("assistant", "b1"), ("user", "Really?"), ("assistant", "b2")]
+        assert seen["conversations_second"][0] == [message(*one) for one in said]
+        assert (seen["turns"], seen["categories"]) == ([2, 1], ["math", "writing"])
+        assert seen["references"] == [["r1", "r2"], None]
+
+    def test_none_is_missing(self) -> None:
+        (ruling,) = ruled(FunctionJudge("j", lambda first, second: [None], 8), [ONE])
+        assert ruling == (None, "", "", 1, "no verdict")
+
+    def test_an_async_one_is_awaited(self) -> None:
+        async def judge(first: list[str], second: list[str]) -> list[str]:
+            return ["A"] * len(first)
+
+        assert [ruling.verdict for ruling in ruled(FunctionJudge("j", judge, 8), [ONE, TWO])] == ["A", "A"]
+
+    @pytest.mark.parametrize("said", ["A", ["A"], ["A", "B", "C"], {"A": 1, "B": 2}, None, 3, ["A", "a"], ["A", "[[B]]"], ["A", 1], ["A", ["B"]], ["A", ""]])  # fmt: skip
+    def test_what_is_no_list_of_verdicts_is_refused(self, said: Any) -> None:
+        """In one line that names the function."""
+        with pytest.raises(SalsaError, match=r"^judge j: found .*expected"):
+            ruled(FunctionJudge("j", lambda first: said, 8), [ONE, TWO])
+
+    @pytest.mark.parametrize(
+        ("function", "expected"),
+        [
+            (lambda questions, frist: None, r"it takes frist, expected keywords among categories, conversations_first"),
+            (lambda first, /: None, "it takes first by position only"),
+        ],
+    )
+    def test_what_it_takes_is_seen_before_it_is_called(self, function: Callable[..., Any], expected: str) -> None:
+        with pytest.raises(SalsaError, match=expected):
+            FunctionJudge("j", function, 8)
+        FunctionJudge("j", lambda first, other=1: None, 8)  # a default will do
+
+    def test_no_such_function(self, tmp_path: Path) -> None:
+        (tmp_path / "empty_judge.py").write_text("")
+        with pytest.raises(SalsaError, match="found no judge in"):
+            judge_of(Judge(kind="function", model=f"{tmp_path}/empty_judge:judge"), cache=None, say=quiet)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

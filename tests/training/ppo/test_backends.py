@@ -1,0 +1,734 @@
+"""Backends of the rollout: the same responses compiled or not, the right distribution from each sampler, a base that stays as it was."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import CompileConfig
+
+from salsa_peft.config.options.rollout import BACKEND_OPTIONS
+from salsa_peft.data import toy
+from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.adapters.merged import merged_parameters
+from salsa_peft.models.base import hidden_states
+from salsa_peft.models.generation import Recording
+from salsa_peft.models.logprobs import head_of
+from salsa_peft.models.responses import Responses, response_logprobs
+from salsa_peft.training.ppo import backends
+from salsa_peft.training.ppo import backends as vllm_backend
+from salsa_peft.training.ppo.backends import BACKENDS, HF, VLLM, CompiledHF, Paged
+from salsa_peft.training.ppo.config import SalsaPPOConfig
+from salsa_peft.utils.errors import SalsaError
+
+PAD, BOS, EOS = 0, 1, 2
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[..., SalsaPPOConfig]:
+    """Fields → the trainer's arguments, 8 tokens a response unless said otherwise."""
+
+    def make(**fields: Any) -> SalsaPPOConfig:
+        return SalsaPPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", **({"max_new_tokens": 8} | fields)
+        )
+
+    return make
+
+
+@pytest.fixture
+def paged_options(options: Any) -> Callable[..., SalsaPPOConfig]:
+    """The same for paged, with pages of 16 tokens; fields that are its own go into rollout_options."""
+
+    def make(**fields: Any) -> SalsaPPOConfig:
+        own = {"page_size": 16, **{name: fields.pop(name) for name in BACKEND_OPTIONS["paged"] if name in fields}}
+        return options(rollout_backend="paged", rollout_options=own, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
+    tokenizer = toy.make_tokenizer()
+    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+
+
+@pytest.fixture
+def two_adapters(make_base: Any, make_adapter: Any) -> PeftModel:
+    """A base with `policy`, which is active, and `other`."""
+    return make_adapter(make_adapter(make_base(), "policy", 1), "other", 2)
+
+
+def same(found: Responses, expected: Responses) -> bool:
+    """Whether the prompts and responses are the same tokens."""
+    rows = range(len(expected.finished))
+    pairs = ((found.prompt_ids, found.prompt_mask, expected.prompt_ids, expected.prompt_mask),
+             (found.response_ids, found.response_mask, expected.response_ids, expected.response_mask))  # fmt: skip
+    tokens = all(a[row][m[row]].tolist() == b[row][n[row]].tolist() for a, m, b, n in pairs for row in rows)
+    return tokens and len(found.finished) == len(rows) and torch.equal(found.finished, expected.finished)
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("minimum", [0, 3])
+    def test_a_static_cache_gives_the_same_responses(
+        self, two_adapters: Any, tokenizer: Any, options: Any, prompts: list[list[int]], minimum: int
+    ) -> None:
+        """Call after call in the same cache, with fewer rows, narrower and wider ones, under either adapter."""
+        args = options(min_new_tokens=minimum)
+        static, plain = CompiledHF(two_adapters, args, tokenizer, None), HF(two_adapters, args, tokenizer)
+        for rows in (range(12), range(3, 8), [5], range(12)):
+            for name in ("policy", "other"):
+                given = [prompts[row] for row in rows], [100 + row for row in rows]
+                with adapters.active(two_adapters, name):
+                    assert same(static(*given), plain(*given))
+
+    def test_one_cache_until_more_rows_or_tokens_come(
+        self, make_base: Any, tokenizer: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """CUDA graphs are recorded for its addresses; 3 + 8 tokens need 16, and 9 + 8 need 32, where it grows by 16."""
+        monkeypatch.setattr(backends, "BUCKET", 16)
+        backend, caches, addresses = CompiledHF(make_base(), options(), tokenizer, None), [], []
+        for asked in ([[1, 5, 6]] * 2, [[1]], [[1, 5, 6, 7]], [[1] * 9], [[1]] * 2, [[1]] * 3):
+            backend(asked, range(len(asked)))
+            caches.append(backend.cache)
+            addresses.append(backend.cache.layers[0].keys.data_ptr())
+        assert [caches[0] is cache for cache in caches] == [True, True, True, False, False, False]
+        assert [caches[3] is cache for cache in caches[3:]] == [True, True, False]
+        assert len(set(addresses[:3])) == len(set(addresses[3:5])) == 1
+        assert [cache.layers[0].keys.shape[0] for cache in caches] == [2, 2, 2, 2, 2, 3]
+        assert [cache.layers[0].keys.shape[2] for cache in caches] == [16, 16, 16, 32, 32, 32]
+
+    def test_max_prompt_length_sizes_it_at_once(self, make_base: Any, tokenizer: Any, options: Any) -> None:
+        backend = CompiledHF(make_base(), options(max_prompt_length=300), tokenizer, None)
+        backend([[1, 5]], [0])
+        assert backend.cache.layers[0].keys.shape[2] == 512
+
+    def test_the_decoding_step_is_compiled_once_for_each_adapter(
+        self, make_base: Any, make_adapter: Any, tokenizer: Any, options: Any, prompts: list[list[int]]
+    ) -> None:
+        """Whatever the rows and widths; traced by Dynamo here, not built by Inductor."""
+        from torch._dynamo.utils import counters
+
+        torch._dynamo.reset()
+        counters.clear()
+        two_adapters = make_adapter(make_adapter(make_base(num_hidden_layers=1), "policy", 1), "other", 2)
+        config = CompileConfig(backend="eager", mode=None)
+        config._compile_all_devices = True
+        compiled = CompiledHF(two_adapters, options(), tokenizer, config)
+        plain = HF(two_adapters, options(), tokenizer)
+        graphs = []
+        for name, rows in (
+            ("policy", range(12)),
+            ("policy", [5, 7]),
+            ("policy", [0]),
+            ("other", range(6)),
+            ("policy", [3, 4]),
+        ):
+            given = [prompts[row] for row in rows], list(rows)
+            with adapters.active(two_adapters, name):
+                assert same(compiled(*given), plain(*given))
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs == [1, 1, 1, 2, 2]
+        assert not counters["graph_break"]
+
+    def test_what_is_refused(
+        self, make_base: Any, tokenizer: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backends, "device", lambda: CPU)
+        with pytest.raises(SalsaError, match="rollout_compile: found true without CUDA"):
+            BACKENDS["hf"](make_base(), options(rollout_compile=True), tokenizer, None)
+        recording = Recording.of(torch.nn.Linear(32, 1))
+        with pytest.raises(SalsaError, match="records nothing"):
+            CompiledHF(make_base(), options(), tokenizer, None)([[1]], [0], recording=recording)
+        monkeypatch.setattr(backends, "device", lambda: torch.device("cuda"))
+        assert isinstance(BACKENDS["hf"](make_base(), options(rollout_compile=True), tokenizer, None), CompiledHF)
+        assert type(BACKENDS["hf"](make_base(), options(), tokenizer, None)) is HF
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rollout_options": {"page_size": 4}}, r"page_size with rollout_backend hf, expected none"),
+        ({"rollout_backend": "paged", "rollout_options": {"return_logprobs": True}}, r"return_logprobs .* some of page_size"),
+        ({"rollout_backend": "vllm", "rollout_options": {"temperature": 0.5}}, r"temperature with rollout_backend vllm"),
+        ({"rollout_backend": "paged", "rollout_compile": True}, r"rollout_compile: found true with rollout_backend paged"),
+        ({"rollout_compile": True, "old_logprobs": "rollout"}, r"old_logprobs: found rollout with rollout_compile"),
+        ({"rollout_backend": "paged", "old_logprobs": "rollout"}, r"old_logprobs: found rollout with rollout_backend paged"),
+    ],
+)  # fmt: skip
+def test_options_that_a_backend_does_not_have(options: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SalsaError, match=message):
+        options(**fields)
+
+
+class TestPaged:
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_responses_keep_the_rules_and_everything_is_as_before(
+        self,
+        make_base: Any,
+        make_adapter: Any,
+        tokenizer: Any,
+        paged_options: Any,
+        prompts: list[list[int]],
+        attention: str,
+    ) -> None:
+        """Prompts come back in order; each response ends with its EOS or at the limit. Mode, attention, settings and random state."""
+        base = make_base(attn_implementation=attention)
+        model = make_adapter(base, "policy", 1).train()
+        settings = base.generation_config
+        torch.manual_seed(5)
+        state = torch.random.get_rng_state()
+        found = BACKENDS["paged"](model, paged_options(), tokenizer, None)(prompts, range(12))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert (base.config._attn_implementation, base.training, base.generation_config) == (attention, True, settings)
+        assert len(set(found.lengths.tolist())) > 2
+        assert 0 < found.finished.sum() < 12
+        for row, prompt in enumerate(prompts):
+            assert found.prompt_ids[row][found.prompt_mask[row]].tolist() == prompt
+            tokens = found.response_ids[row][found.response_mask[row]].tolist()
+            assert (EOS in tokens) is bool(found.finished[row])
+            assert tokens[-1] == EOS if found.finished[row] else len(tokens) == 8
+            assert EOS not in tokens[:-1]
+
+    @pytest.mark.parametrize("blocks", [{}, {"num_blocks": 3}])
+    def test_next_to_temperature_0_it_is_hf(
+        self, two_adapters: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]], blocks: dict[str, int]
+    ) -> None:
+        """The likeliest token of the active adapter, row by row, also where most requests must wait for room."""
+        args = paged_options(temperature=1e-4, **blocks)
+        paged, plain = Paged(two_adapters, args, tokenizer, None), HF(two_adapters, args, tokenizer)
+        answers = []
+        for name in ("policy", "other", None):
+            with adapters.active(two_adapters, name):
+                answers.append(paged(prompts, range(12)))
+                assert same(answers[-1], plain(prompts, range(12)))
+        assert not same(answers[0], answers[1])
+        assert not same(answers[0], answers[2])
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_what_is_sampled_is_what_is_scored(
+        self, two_adapters: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+        temperature: float,
+    ) -> None:  # fmt: skip
+        """Continuous batching's own log-probs of its samples are those that the update uses."""
+        own: dict[str, list[float]] = {}
+        collect = backends._collect
+
+        def spy(manager: Any, *args: Any) -> Any:
+            get = manager.get_result
+
+            def keep(**arguments: Any) -> Any:
+                result = get(**arguments)
+                own.update({} if result is None else {result.request_id: result.logprobs})
+                return result
+
+            manager.get_result = keep
+            return collect(manager, *args)
+
+        monkeypatch.setattr(backends, "_collect", spy)
+        paged = Paged(two_adapters, paged_options(temperature=temperature), tokenizer, None)
+        paged.options["return_logprobs"] = True
+        found = paged(prompts, range(12))
+        with torch.no_grad():
+            hidden = hidden_states(two_adapters, found.input_ids, found.attention_mask)
+        logprobs, _ = response_logprobs(hidden, found, head_of(two_adapters.get_base_model(), temperature, (EOS,)), 0)
+        for row, name in enumerate(sorted(own, key=lambda name: int(name.split("_")[1]))):
+            scored = logprobs[row][found.response_mask[row]]
+            torch.testing.assert_close(scored, torch.tensor(own[name]), rtol=1e-4, atol=1e-4)
+
+    def test_first_tokens_have_the_models_distribution(
+        self, make_base: Any, tokenizer: Any, paged_options: Any
+    ) -> None:
+        """Chi-square of 500 first tokens each of two prompts of other lengths, sampled side by side at temperature 0.7; the
+        distribution at temperature 1 is far off."""
+        model, asked = make_base(), [[1, 5, 6], [1, 9, 3, 4, 8]]
+        args = paged_options(max_new_tokens=1, temperature=0.7, max_requests_per_batch=200)
+        found = Paged(model, args, tokenizer, None)(asked * 500, range(1000))
+        for place, prompt in enumerate(asked):
+            drawn = torch.bincount(found.response_ids[place::2, 0], minlength=len(tokenizer))
+            assert distribution_test(drawn, model, prompt, 0.7) > 1e-3
+            assert distribution_test(drawn, model, prompt, 1.0) < 1e-6
+            assert distribution_test(drawn, model, asked[1 - place], 0.7) < 1e-6
+
+    def test_the_seeds_decide_on_a_cpu(
+        self, make_base: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]]
+    ) -> None:
+        paged = Paged(make_base(), paged_options(), tokenizer, None)
+        first = paged(prompts, range(12))
+        torch.manual_seed(9)
+        assert same(paged(prompts, range(12)), first)
+        assert not same(paged(prompts, [*range(11), 99]), first)
+        equal = paged([prompts[0]] * 12, range(12))
+        assert len({tuple(row) for row in equal.response_ids.tolist()}) > 6
+
+    def test_min_new_tokens_is_refused(self, make_base: Any, tokenizer: Any, paged_options: Any) -> None:
+        """Transformers drops it without a word: EOS would come first."""
+        with pytest.raises(SalsaError, match="min_new_tokens: found 3 with rollout_backend paged"):
+            Paged(make_base(), paged_options(min_new_tokens=3), tokenizer, None)
+
+    def test_an_older_transformers_is_refused(
+        self, make_base: Any, tokenizer: Any, paged_options: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As it comes with vLLM 0.31."""
+        monkeypatch.setattr(backends.transformers, "__version__", "5.17.0")
+        with pytest.raises(SalsaError, match=r"paged with transformers 5\.17\.0, expected 5\.19 or newer"):
+            Paged(make_base(), paged_options(), tokenizer, None)
+
+    def test_a_failure_is_one_line_and_leaves_nothing_behind(
+        self,
+        make_base: Any,
+        tokenizer: Any,
+        paged_options: Any,
+        prompts: list[list[int]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """An error in the thread that generates, one that `check` raises, and a model that it does not run."""
+        base = make_base(attn_implementation="eager").train()
+        paged, threads = Paged(base, paged_options(), tokenizer, None), threading.active_count()
+
+        def unchanged() -> bool:
+            return (base.config._attn_implementation, base.training, threading.active_count()) == (
+                "eager",
+                True,
+                threads,
+            )
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("out of paper")
+
+        def refuse(*_: Any) -> None:
+            base.set_attn_implementation("paged|eager")
+            raise ValueError("no such attention")
+
+        hook = base.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(SalsaError, match=r"paged failed: .*out of paper"):
+            paged(prompts, range(12))
+        hook.remove()
+        assert unchanged()
+        with pytest.raises(KeyboardInterrupt):
+            paged(prompts, range(12), check=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert unchanged()
+        assert paged(prompts, range(12)).lengths.min() > 0
+        monkeypatch.setattr(base, "init_continuous_batching", refuse)
+        with pytest.raises(SalsaError, match="paged does not run this model: no such attention"):
+            paged(prompts, range(12))
+        assert unchanged()
+
+    def test_an_interruption_does_not_wait_for_the_responses(
+        self, make_base: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]]
+    ) -> None:
+        """Some would go on for 40 tokens, at 50 ms a token here."""
+        base, steps = make_base(), []
+        base.lm_head.weight.data[EOS] = 0.0  # seldom drawn
+        paged = Paged(base, paged_options(max_new_tokens=40), tokenizer, None)
+        assert paged(prompts, range(12)).lengths.max() == 40
+
+        def slowly(*_: Any) -> None:
+            steps.append(time.sleep(0.05))
+
+        def check() -> None:
+            if steps:
+                raise KeyboardInterrupt
+
+        base.register_forward_pre_hook(slowly)
+        with pytest.raises(KeyboardInterrupt):
+            paged(prompts, range(12), check=check)
+        assert 0 < len(steps) < 30
+
+    def test_mixed_precision_reaches_the_thread_that_generates(
+        self, make_base: Any, tokenizer: Any, paged_options: Any, prompts: list[list[int]]
+    ) -> None:
+        """Autocast is a thread's own. To another precision than the base's it is refused: the paged cache has the base's."""
+        seen: list[bool] = []
+        base = make_base().bfloat16()
+        base.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        paged = Paged(base, paged_options(max_new_tokens=2), tokenizer, None)
+        with torch.autocast("cpu", torch.bfloat16):
+            paged(prompts, range(12))
+        assert seen
+        assert all(seen)
+        seen.clear()
+        paged(prompts, range(12))
+        assert "forward" not in vars(base)
+        assert not any(seen)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(SalsaError, match=r"mixed precision torch\.bfloat16 over"),
+        ):
+            Paged(make_base(), paged_options(), tokenizer, None)(prompts, range(12))
+
+
+def distribution_test(drawn: Tensor, model: Any, prompt: list[int], temperature: float) -> float:
+    """p of the counts (V,) under the model's next-token distribution; tokens that are expected fewer than 5 times stand together."""
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1) * drawn.sum()
+    common = expected >= 5
+    pairs = [torch.cat([t[common].double(), t[~common].sum().double()[None]]) for t in (drawn, expected)]
+    return float(chisquare(*pairs).pvalue)
+
+
+class FakeTransfer:
+    """Stands in for vLLM's NCCL engine: keeps what the trainer sends, in order."""
+
+    sent: list[tuple[str, Tensor]]
+
+    @classmethod
+    def trainer_send_weights(cls, iterator: Iterator[tuple[str, Tensor]], trainer_args: Any) -> None:
+        cls.sent = [(name, tensor.clone()) for name, tensor in iterator]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Speaks what TRL's client asks of `vllm serve`: answers of other lengths, and a record of what was posted."""
+
+    def __init__(self) -> None:
+        self.posted: list[tuple[str, Any]] = []
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def bodies(self, path: str) -> list[Any]:
+        return [body for there, body in self.posted if there == path]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self._reply({"data": [{"id": "tiny"}]})
+
+    def do_POST(self) -> None:
+        text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(text) if text else {}
+        self.server.posted.append((self.path, body))
+        answers = [answer(prompt) for prompt in body.get("prompt", [])]
+        choices = [
+            {"prompt_token_ids": p, "token_ids": a, "logprobs": None}
+            for p, a in zip(body.get("prompt", []), answers, strict=True)
+        ]
+        self._reply({"choices": choices})
+
+    def _reply(self, body: dict[str, Any]) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def answer(prompt: list[int]) -> list[int]:
+    """The server's: its prompt's last token once or twice, then EOS, or cut."""
+    return [prompt[-1]] * (1 + len(prompt) % 2) + [EOS] * (len(prompt) % 3 > 0)
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """TRL's own client and engine as if vLLM and a GPU were here; only NCCL is a stand-in."""
+    import trl.generation.vllm_client as client
+    import trl.generation.vllm_generation as generation
+    import trl.import_utils as utils
+
+    for module in (client, generation, utils):
+        monkeypatch.setattr(module, "is_vllm_available", lambda *_: True)
+    monkeypatch.setattr(client, "NCCLWeightTransferEngine", FakeTransfer, raising=False)
+    monkeypatch.setattr(client, "NCCLTrainerSendWeightsArgs", lambda **fields: fields, raising=False)
+    monkeypatch.setattr(
+        client.VLLMClient, "init_communicator", lambda self, device: setattr(self, "communicator", None)
+    )
+    monkeypatch.setattr(vllm_backend, "device", lambda: torch.device("cuda"))
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def vllm_options(options: Any, server: Server, **fields: Any) -> SalsaPPOConfig:
+    """A server's."""
+    return options(rollout_backend="vllm", rollout_options={"mode": "server", "server_base_url": server.url}, **fields)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """A copy of every parameter."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """The same names in the same order, equal to the bit."""
+    return list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class TestMerged:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "kind",
+        [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj", "down_proj"]},
+         {"target_modules": ["v_proj", "embed_tokens"]}],
+        ids=["lora", "rslora", "dora", "some", "embeddings"],
+    )  # fmt: skip
+    def test_as_peft_merges_and_the_base_is_untouched(
+        self, make_base: Any, make_adapter: Any, dtype: torch.dtype, kind: dict[str, Any]
+    ) -> None:
+        """Names and values of PEFT's merge_and_unload of the policy alone, to the bit, under whichever adapter is active."""
+        expected = weights(
+            make_adapter(make_base().to(dtype), "policy", 1, **kind).merge_and_unload(adapter_names=["policy"])
+        )
+        model = make_adapter(make_adapter(make_base().to(dtype), "policy", 1, **kind), "other", 2)
+        before, plain = weights(model), list(weights(make_base()))
+        for active in ("policy", "other", None):
+            with adapters.active(model, active):
+                found = dict(merged_parameters(model, "policy"))
+            assert equal(found, expected)
+        assert list(found) == plain
+        assert equal(weights(model), before)
+        assert not equal(found, dict(zip(plain, weights(make_base().to(dtype)).values(), strict=True)))
+
+    def test_pefts_own_merging_in_place_would_change_the_base(self, make_base: Any, make_adapter: Any) -> None:
+        """Which is why TRL's way is not taken: bf16 rounds on the way in and on the way out."""
+        model = make_adapter(make_base().bfloat16(), "policy", 1)
+        before = weights(model)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert not equal(weights(model), before)
+
+    def test_tied_weights_come_once(self, make_base: Any, make_adapter: Any) -> None:
+        model = make_adapter(make_base(tie_word_embeddings=True), "policy", 1)
+        names = [name for name, _ in merged_parameters(model, "policy")]
+        assert "model.embed_tokens.weight" in names
+        assert "lm_head.weight" not in names
+        assert len(names) == len(set(names))
+
+    def test_what_a_merged_base_can_not_say_is_refused(self, make_base: Any, make_adapter: Any) -> None:
+        """An adapter on one of two tied embeddings; a module trained as a copy; adapters that are not the policy's do not matter."""
+        on_embeddings = {"target_modules": ["embed_tokens"]}
+        tied = make_adapter(make_base(tie_word_embeddings=True), "policy", 1, **on_embeddings)
+        with pytest.raises(SalsaError, match="tied to the output's"):
+            list(merged_parameters(tied, "policy"))
+        assert list(merged_parameters(make_adapter(tied, "plain", 2), "plain"))
+        copied = make_adapter(make_base(), "policy", 1, target_modules=["q_proj"], modules_to_save=["o_proj"])
+        with pytest.raises(SalsaError, match="o_proj: found a trained copy"):
+            list(merged_parameters(copied, "policy"))
+
+
+class TestVLLM:
+    def test_without_vllm_one_line_names_the_extra(
+        self, make_base: Any, tokenizer: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import trl.import_utils as utils
+
+        monkeypatch.setattr(utils, "is_vllm_available", lambda: False)
+        with pytest.raises(SalsaError, match=r"found no vllm here.*salsa-peft\[vllm\]"):
+            BACKENDS["vllm"](make_base(), options(rollout_backend="vllm"), tokenizer, Accelerator(cpu=True))
+
+    def test_weights_and_requests_of_an_adapter(
+        self, two_adapters: Any, tokenizer: Any, options: Any, prompts: list[list[int]], with_vllm: Server
+    ) -> None:
+        """What TRL's client sends over the wire: the policy merged, under the base's names; no top-p, no top-k, no seed; EOS ours alone."""
+        backend = VLLM(
+            two_adapters,
+            vllm_options(options, with_vllm, temperature=0.7, min_new_tokens=2),
+            tokenizer,
+            Accelerator(cpu=True),
+        )
+        before, merged = weights(two_adapters), dict(merged_parameters(two_adapters, "policy"))
+        backend.updated()
+        assert equal(dict(FakeTransfer.sent), merged)
+        (announced,) = with_vllm.bodies("/update_weights")
+        assert announced["update_info"]["names"] == list(merged)
+        assert announced["update_info"]["shapes"] == [list(tensor.shape) for tensor in merged.values()]
+        assert set(announced["update_info"]["dtype_names"]) == {"float32"}
+        assert [path for path, _ in with_vllm.posted] == [
+            "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache",
+        ]  # fmt: skip
+        assert equal(weights(two_adapters), before)
+
+        found = backend(prompts, range(12))
+        (body,) = with_vllm.bodies("/v1/completions")
+        expected = {"temperature": 0.7, "max_tokens": 8, "min_tokens": 2, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1,
+                    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": None,
+                    "ignore_eos": True, "stop_token_ids": [EOS], "prompt": prompts}  # fmt: skip
+        assert body.items() >= expected.items()
+        assert "seed" not in body
+        assert same(found, pad(prompts, [answer(prompt) for prompt in prompts]))
+
+    def test_changed_weights_are_pushed_again_and_none_are_forgotten(
+        self, two_adapters: Any, tokenizer: Any, options: Any, with_vllm: Server
+    ) -> None:
+        """The first rollout needs them too: vLLM starts with the base's."""
+        backend = VLLM(two_adapters, vllm_options(options, with_vllm), tokenizer, Accelerator(cpu=True))
+        backend([[1, 5]], [0])
+        assert equal(dict(FakeTransfer.sent), dict(merged_parameters(two_adapters, "policy")))
+        with torch.no_grad():
+            for parameter in adapters.parameters(two_adapters, "policy"):
+                parameter.mul_(1.5)
+        backend.updated()
+        backend([[1, 5]], [0])
+        assert equal(dict(FakeTransfer.sent), dict(merged_parameters(two_adapters, "policy")))
+        assert len(with_vllm.bodies("/update_weights")) == 2
+
+    def test_full_weights_go_as_they_are(self, make_base: Any, tokenizer: Any, options: Any, with_vllm: Server) -> None:
+        model = make_base()
+        VLLM(model, vllm_options(options, with_vllm), tokenizer, Accelerator(cpu=True)).updated()
+        assert equal(dict(FakeTransfer.sent), weights(model))
+
+    def test_in_this_process(
+        self, two_adapters: Any, tokenizer: Any, options: Any, with_vllm: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Mode colocate with a stand-in for vllm.LLM: how it is made, what it loads, how it samples."""
+        import trl.generation.vllm_generation as generation
+
+        made, loaded, asked = [], [], []
+
+        class LLM:
+            def __init__(self, **fields: Any) -> None:
+                made.append(fields)
+                model = SimpleNamespace(load_weights=lambda pairs: loaded.extend((n, t.clone()) for n, t in pairs))
+                runner = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+                self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+
+            def reset_prefix_cache(self) -> None: ...
+
+            def generate(self, given: Any, sampling_params: Any, use_tqdm: bool) -> list[Any]:
+                asked.append(sampling_params)
+                given = [row["prompt_token_ids"] for row in given]
+                outputs = [[SimpleNamespace(token_ids=answer(row), logprobs=None)] for row in given]
+                return [SimpleNamespace(prompt_token_ids=p, outputs=o) for p, o in zip(given, outputs, strict=True)]
+
+        monkeypatch.setattr(generation, "LLM", LLM, raising=False)
+        monkeypatch.setattr(generation, "SamplingParams", lambda **fields: fields, raising=False)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "0")  # TRL sets them; monkeypatch takes back what it has seen
+            monkeypatch.delenv(name)
+        args = options(rollout_backend="vllm", rollout_options={"max_num_seqs": 4}, max_prompt_length=20)
+        found = VLLM(two_adapters, args, tokenizer, Accelerator(cpu=True))([[1, 5], [1, 6, 7]], [0, 1])
+        assert (made[0]["gpu_memory_utilization"], made[0]["max_model_len"], made[0]["max_num_seqs"]) == (0.3, 28, 4)
+        assert equal(dict(loaded), dict(merged_parameters(two_adapters, "policy")))
+        plain = {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "max_tokens": 8,
+            "min_tokens": 0,
+            "stop_token_ids": [EOS],
+        }
+        assert asked[0].items() >= plain.items()
+        assert "seed" not in asked[0]
+        assert same(found, pad([[1, 5], [1, 6, 7]], [answer([1, 5]), answer([1, 6, 7])]))
+
+    def test_what_is_refused(
+        self,
+        make_base: Any,
+        tokenizer: Any,
+        options: Any,
+        with_vllm: Server,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        """No GPU; several processes with a server; a temperature that vLLM changes; EOS tokens that it would forbid besides ours; no
+        server."""
+        model = make_base()
+
+        def make(args: SalsaPPOConfig, processes: Accelerator | SimpleNamespace | None = None) -> VLLM:
+            return VLLM(model, args, tokenizer, processes or Accelerator(cpu=True))  # type: ignore[arg-type]
+
+        with pytest.raises(SalsaError, match="temperature: found 3 with"):
+            make(vllm_options(options, with_vllm, temperature=3.0))
+        with pytest.raises(SalsaError, match="mode: found server with 2 processes"):
+            make(vllm_options(options, with_vllm), SimpleNamespace(num_processes=2))
+        model.config.eos_token_id = [EOS, 9]
+        make(vllm_options(options, with_vllm))
+        with pytest.raises(SalsaError, match=r"names EOS tokens \[9\] beside those that end a response"):
+            make(vllm_options(options, with_vllm, min_new_tokens=2))
+        model.config.eos_token_id, model.name_or_path = EOS, str(tmp_path)
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 8]}))
+        with pytest.raises(SalsaError, match=r"names EOS tokens \[8\] beside those"):
+            make(vllm_options(options, with_vllm, min_new_tokens=2))
+        nobody = {"mode": "server", "server_base_url": "http://127.0.0.1:9", "server_timeout": 0.0}
+        with pytest.raises(
+            SalsaError, match=r"vllm does not start: The vLLM server can't be reached at http://127.0.0.1:9"
+        ):
+            make(options(rollout_backend="vllm", rollout_options=nobody))
+        monkeypatch.setattr(vllm_backend, "device", lambda: CPU)
+        with pytest.raises(SalsaError, match="found vllm without CUDA"):
+            make(vllm_options(options, with_vllm))
+
+
+def pad(prompts: list[list[int]], answers: list[list[int]]) -> Responses:
+    """Responses by hand."""
+    width, length = max(map(len, prompts)), max(map(len, answers))
+    return Responses(
+        torch.tensor([[PAD] * (width - len(p)) + p for p in prompts]),
+        torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts]),
+        torch.tensor([a + [PAD] * (length - len(a)) for a in answers]),
+        torch.tensor([[True] * len(a) + [False] * (length - len(a)) for a in answers]),
+        torch.tensor([a[-1] == EOS for a in answers]),
+    )
+
+
+class TestTrainer:
+    """Whole updates with another backend than the plain one."""
+
+    def test_paged(self, make_trainer: Any) -> None:
+        """Two updates; the old log-probs are recomputed, so that the first ratio is 1 whatever sampled."""
+        trainer = make_trainer(rollout_backend="paged", rollout_options={"page_size": 16}, max_steps=2)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "val/ratio" in row]
+        assert len(rows) == 2
+        assert all(abs(row["val/ratio"] - 1) < 1e-4 for row in rows)
+        assert all(0 < row["objective/response_length"] <= 7 for row in rows)
+
+    def test_a_static_cache_trains_the_same_policy(
+        self, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """rollout_compile as if there were a GPU; without one Transformers takes the static cache and does not compile."""
+        policies = []
+        for compiled in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(backends, "device", lambda: torch.device("cuda"))
+                trainer = make_trainer(folder=tmp_path / str(compiled), rollout_compile=compiled, max_steps=2)
+            assert isinstance(trainer.maker.backend, CompiledHF) is compiled
+            trainer.train()
+            policies.append(
+                torch.cat([p.detach().flatten() for p in adapters.parameters(trainer.model.policy, "policy")])
+            )
+        torch.testing.assert_close(*policies)
+
+    def test_vllm(self, make_trainer: Any, with_vllm: Server) -> None:
+        """Weights go to the server once before each rollout, each time others, and the base that the references share is untouched."""
+        options = {"mode": "server", "server_base_url": with_vllm.url}
+        trainer = make_trainer(rollout_backend="vllm", rollout_options=options, max_steps=2)
+        base = {name: tensor for name, tensor in weights(trainer.model.policy).items() if ".policy." not in name}
+        sent = []
+        receive = FakeTransfer.trainer_send_weights
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                FakeTransfer,
+                "trainer_send_weights",
+                lambda *args, **rest: sent.append(receive(*args, **rest) or FakeTransfer.sent),
+            )
+            trainer.train()
+        assert [path for path, _ in with_vllm.posted].count("/v1/completions") == len(sent) == 2
+        assert not equal(*map(dict, sent))
+        after = weights(trainer.model.policy)
+        assert equal({name: after[name] for name in base}, base)
