@@ -308,7 +308,7 @@ def _say_and(code: int, line: str, debug: bool) -> int:
 def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
     """The command line; `--lora` takes a preset's name after it and leaves the recipe alone, wherever it stands."""
     parser = Parser(prog=prog, description="Run a recipe: seeds, reward model, soup, PPO, landscape, evaluation, report.",
-                    epilog=f"Bundled recipes: {', '.join(bundled_names('recipes')) or 'none'}.", allow_abbrev=False)  # fmt: skip
+                    epilog=f"Bundled recipes: {', '.join(bundled_names('recipes')) or 'none'}.")  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a bundled recipe's name")
     parser.add_argument(
         "--lora",

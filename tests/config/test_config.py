@@ -269,7 +269,7 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "quickstart.yaml").write_text(RECIPE)
     real = parsing.bundled
-    monkeypatch.setattr(parsing, "bundled", lambda kind: folder if kind == "recipes" else real(kind))
+    monkeypatch.setattr(parsing, "bundled_folder", lambda kind: folder if kind == "recipes" else real(kind))
     for name in ("quickstart", "quickstart.yaml"):
         assert load_recipe(name, lora="lora", overrides=[]).path == folder / "quickstart.yaml"
     with pytest.raises(SalsaError, match=r"quickstrat: no such recipe file; did you mean quickstart\?"):
