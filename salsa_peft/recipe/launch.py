@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Job, Unit
-from salsa_peft.config.load import ADAPTER
+from salsa_peft.config.load import RECIPE_TYPE
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import hardware, processes
@@ -99,7 +99,7 @@ def read_job(folder: Path) -> tuple[Job, list[str]]:
     said = json.loads((folder / JOB).read_bytes())
     unit: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in said["unit"].items()}
     job = Job(
-        recipe=ADAPTER.validate_json(json.dumps(said["recipe"]), strict=True),
+        recipe=RECIPE_TYPE.validate_json(json.dumps(said["recipe"]), strict=True),
         unit=Unit(**unit),
         folder=Path(said["folder"]),
         inputs={name: Path(path) for name, path in said["inputs"].items()},
