@@ -21,7 +21,7 @@ from torch import nn
 from salsa_peft.config.job import Job, policy_id
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation import fastchat
 from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
@@ -148,7 +148,7 @@ def ask(job: Job, bench: Workbench, sets: Mapping[str, list[Question]]) -> tuple
 def run(job: Job) -> dict[str, Any]:
     """Write evaluation.json, questions.jsonl, answers.jsonl and FastChat's files."""
     recipe, bench = job.recipe, Workbench.of(job)
-    sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
+    sources, columns = datasets.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {
         name: fitting_questions(job, bench, questions(source, columns=columns, tokenizer=bench.tokenizer))
         for name, source in sources.items()

@@ -108,12 +108,12 @@ def load_tokenizer(
     )
     if chat_template not in (None, OWN_TEMPLATE):
         tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
-    changes = templates.prepare(tokenizer)
-    ends = turn_ends.ends(tokenizer, _generation_config(base, revision))
+    changes = templates.prepare_template(tokenizer)
+    ends = turn_ends.stop_token_ids(tokenizer, _generation_config(base, revision))
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     LOADED.add(tokenizer)
-    for line in [*changes, *turn_ends.facts(tokenizer, ends)] if say is not None else []:
+    for line in [*changes, *turn_ends.tokenizer_notes(tokenizer, ends)] if say is not None else []:
         print(f"{say}: {line}", file=sys.stderr, flush=True)
     return tokenizer
 
@@ -169,7 +169,7 @@ def load_base(
     loaded = _pretrained(language_model, base, model, trained)
     if trained is not None:
         train_language(loaded, loaded.get_output_embeddings())
-    ends = turn_ends.ends_of(tokenizer, loaded)
+    ends = turn_ends.model_stop_token_ids(tokenizer, loaded)
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends[0] if len(ends) == 1 else list(ends),

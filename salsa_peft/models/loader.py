@@ -174,7 +174,7 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
         return False
     with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
+    templates.prepare_template(own)  # as the run's own, or its mended BOS and date would be another template
     known, found = tokenizer.get_vocab(), own.get_vocab()
     odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
     require(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from salsa_peft.config.references import MEASURED
+from salsa_peft.config.references import MEASURED_STRATEGIES
 from salsa_peft.soup.average import Options, called, check, kind_of, local_members, soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.result import SoupSummary
@@ -202,7 +202,7 @@ class Held(logging.Handler):
 def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Make the soup that the arguments ask for, and say what it is. accepted: called when the members are."""
     weights = None if args.weights is None else parse_weights(args.weights)
-    measured = args.strategy in MEASURED
+    measured = args.strategy in MEASURED_STRATEGIES
     require(
         measured == (args.measure is not None),
         f"--measure: found {args.measure or 'none'} with strategy {args.strategy}, expected "

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import ProgressBar, Workbench, quiet, seeds_of
@@ -80,8 +80,8 @@ def run(job: Job) -> dict[str, Any]:
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
     reward = rewards.of_recipe(recipe, model, job.inputs, bench.tokenizer, micro)
     # 2. PPO
-    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    prompts = data.prompts(source, columns=recipe.reward.reads_columns)
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
         ppo_config(bench, name, job.folder),
@@ -139,8 +139,8 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
     section = job.recipe.ppo
     if section.eval_prompts is None:
         return None
-    source = data.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
-    return data.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
+    source = datasets.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
+    return datasets.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
 
 
 def merge(bench: Workbench, job: Job) -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from salsa_peft.config.job import Job
-from salsa_peft.data import datasets as data
-from salsa_peft.data.chat.template_fields import in_form, options_of
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data import datasets
+from salsa_peft.data.chat.template_fields import messages_for_template, template_options
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import ProgressBar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
@@ -86,20 +86,22 @@ def arguments(bench: Workbench, job: Job) -> dict[str, Any]:
 def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
     """The preferences that fit, and those of them that are held out: the reward stage's own where the shares are the same."""
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
-    rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
+    rows = datasets.preferences(
+        datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer
+    )
     sides = ("chosen", "rejected")
 
     def fits(row: dict[str, Any]) -> bool:
         given: list[Any] = [
-            bench.tokenizer.apply_chat_template(row[side], return_dict=True, **options_of(row)) for side in sides
+            bench.tokenizer.apply_chat_template(row[side], return_dict=True, **template_options(row)) for side in sides
         ]
         return max(len(encoded["input_ids"]) for encoded in given) <= longest
 
     kept = [row for row in rows if fits(row)]
     note_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
     section.check_rows(len(kept), job.unit.stage)
-    count = section.held_out_of(len(kept))
-    parts = data.dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
+    count = section.held_out_rows(len(kept))
+    parts = datasets.to_dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
     facts = {"pairs": {"train": len(kept) - count, "held_out": count}, "left_out": len(rows) - len(kept)}
     return parts["train"], parts["test"], facts
 
@@ -164,10 +166,10 @@ def grpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Ma
 def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -> Made:
     """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
-    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    rows = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
-    data.check_plain(rows, job.unit.stage)
-    rows = [{**row, "prompt": in_form(row["prompt"], bench.tokenizer)} for row in rows]
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    rows = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
+    datasets.check_no_template_options(rows, job.unit.stage)
+    rows = [{**row, "prompt": messages_for_template(row["prompt"], bench.tokenizer)} for row in rows]
     kept = fitting(job, bench, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = rewards.of_recipe(
@@ -181,8 +183,8 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
             max_completion_length=recipe.generation.max_new_tokens,
             temperature=recipe.generation.temperature,
         ),
-        reward_funcs=as_function(reward, bench, ends_of(bench.tokenizer, models.causal_lm(model))),
-        train_dataset=data.dataset(kept),
+        reward_funcs=as_function(reward, bench, model_stop_token_ids(bench.tokenizer, models.causal_lm(model))),
+        train_dataset=datasets.to_dataset(kept),
         processing_class=bench.tokenizer,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
@@ -200,7 +202,7 @@ def as_function(reward: Reward, bench: Workbench, ends: tuple[int, ...]) -> Call
             {"prompt": prompt, **{name: values[i] for name, values in columns.items()}}
             for i, prompt in enumerate(prompts)
         ]
-        asked = [data.prompt_tokens(row, bench.tokenizer) for row in rows]
+        asked = [datasets.prompt_tokens(row, bench.tokenizer) for row in rows]
         responses = pad_responses(asked, completion_ids, pad, ends, models.device())
         return reward(responses, rows).tolist()
 

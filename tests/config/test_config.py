@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from salsa_peft.config import load as parsing
+from salsa_peft.config.fields import UNSUPPORTED_LORA_FIELDS
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.config.yaml import MAX_BYTES, dump_yaml, parse_yaml
@@ -216,7 +217,7 @@ def test_the_fields_of_pefts_configuration():
 
     ours = {field.name for field in dataclasses.fields(Adapter)}
     common = {field.name for field in dataclasses.fields(PeftConfig)} - {"task_type"}
-    assert {field.name for field in dataclasses.fields(LoraConfig)} - ours - common == set(parsing.PEFTS)
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - ours - common == set(UNSUPPORTED_LORA_FIELDS)
 
 
 def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
@@ -266,8 +267,8 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "quickstart.yaml").write_text(RECIPE)
-    real = parsing.bundled
-    monkeypatch.setattr(parsing, "bundled", lambda kind: folder if kind == "recipes" else real(kind))
+    real = parsing.bundled_folder
+    monkeypatch.setattr(parsing, "bundled_folder", lambda kind: folder if kind == "recipes" else real(kind))
     for name in ("quickstart", "quickstart.yaml"):
         assert load_recipe(name, lora="lora", overrides=[]).path == folder / "quickstart.yaml"
     with pytest.raises(SalsaError, match=r"quickstrat: no such recipe file; did you mean quickstart\?"):

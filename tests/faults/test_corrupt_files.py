@@ -98,7 +98,7 @@ KEPT = {
 
 def make(job: Job, *_: Any, **__: Any) -> processes.Result:
     """A stage in this process: files of its stage's names, their content from its slice and from every file of its inputs."""
-    digest = hashlib.sha256(canonical_json(job.unit.slice).encode() + job.unit.id.encode())
+    digest = hashlib.sha256(canonical_json(job.unit.key_fields).encode() + job.unit.id.encode())
     for place in job.inputs.values():
         for file in sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST):
             digest.update(file.read_bytes())

@@ -75,11 +75,11 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
         if not sizes:
             return None
     section = recipe.search
-    pairs = len(sweeps.picked(sweeps.pairs(recipe), None))
+    pairs = len(sweeps.with_picked(sweeps.compared_pairs(recipe), None))
     calls = tokens = 0
     for name, matches in sizes.items():
         tried = (
-            len(sweeps.trials(recipe))
+            len(sweeps.candidate_pairs(recipe))
             if section and section.by == "judge" and name in (section.questions or sizes)
             else 0
         )

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data.chat.turn_ends import turn_of
+from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models import base as same_base
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, head_product
@@ -83,7 +83,7 @@ class AdapterReward:
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         if self.tokenizer is not None:
-            turn = turn_of(self.tokenizer)
+            turn = assistant_turn(self.tokenizer)
             responses = extend(responses, closed(responses, rows, turn), turn.after)
         return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 

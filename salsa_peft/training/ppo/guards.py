@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.config.options.guards import Action, Setting
+from salsa_peft.config.options.guards import Action, GuardSetting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ class Alarm(NamedTuple):
     """One line: found, expected, what to do."""
 
 
-def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: Bounds | None = None) -> list[Alarm]:
+def alarms(settings: Mapping[str, GuardSetting], row: Row, start: Row, bounds: Bounds | None = None) -> list[Alarm]:
     """All that is wrong in an update's figures; `bounds` where β is adaptive."""
     seen, found = Figures(row, start, bounds), []
     for name, (action, limit) in settings.items():
@@ -190,7 +190,7 @@ def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: Bounds
 class Watch:
     """A run's guards: what they are to say after each update. Its state, of JSON's kinds, belongs into the checkpoint."""
 
-    def __init__(self, settings: Mapping[str, Setting], bounds: Bounds | None = None) -> None:
+    def __init__(self, settings: Mapping[str, GuardSetting], bounds: Bounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
         self.start: dict[str, float] = {}
         self.quiet: dict[str, int] = {}  # guards that have warned → updates without an alarm since

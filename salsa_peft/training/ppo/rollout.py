@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
@@ -93,7 +93,7 @@ class RolloutMaker:
                  args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
-        self.ends = ends_of(tokenizer, causal_lm(model.policy))
+        self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
         self.present = place(references, reward, args)
         world = accelerator.num_processes
         self.micro_batch = MicroBatchLimit(

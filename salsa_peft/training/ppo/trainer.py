@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from salsa_peft.config.options.guards import parse
+from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import causal_lm
@@ -131,7 +131,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         """The engine's state before the first update."""
         bounds = Bounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
         self.kl_coef, self.logs = args.kl_coef, Logs(Path(str(args.output_dir)))
-        self.watch = Watch(parse(args.guards), bounds)  # type: ignore[arg-type]
+        self.watch = Watch(parse_guards(args.guards), bounds)  # type: ignore[arg-type]
         self.update, self.skipped, self.micro_step = 0, 0, 0
         self.stopped_early, self.halted = False, ""
         self.rollout, self.order, self.totals, self.figures = None, [], [], {}
