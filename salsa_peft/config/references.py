@@ -82,7 +82,7 @@ def _shrunk(where: str, value: Any) -> Reference:
     options = value if isinstance(value, dict) else {}
     seed, scale = options.get("seed", 0), options.get("scale")
     fits = set(options) <= {"seed", "scale"} and type(seed) is int and seed >= 0
-    require(fits, f"{where}.shrunk: must be {{seed: N, scale: λ}}, not {short(value)}")
+    require(fits, f"{where}.shrunk: must have the form {{seed: N, scale: λ}}, not {short(value)}")
     require(_is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6; found {short(value)}")
     return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(options["scale"])])
 
@@ -101,7 +101,7 @@ def _inline_soup(where: str, value: Any) -> Reference:
     fits = isinstance(value, dict) and set(options) <= {"members", "weights"} and isinstance(members, list)
     fits = fits and bool(members) and all(type(m) is int and m >= 0 for m in members)
     fits = fits and isinstance(weights, list | None) and all(map(_is_number, weights or []))
-    require(fits, f"{where}.soup: must be {{members: [0, 1], weights: [0.5, 0.5]}} or similar, not {short(value)}")
+    require(fits, f"{where}.soup: must have the form {{members: [0, 1], weights: [0.5, 0.5]}}, not {short(value)}")
     soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
     soup.check(f"{where}.soup", max(members) + 1)  # config/validate.py checks that the seeds exist
     label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved_weights, members, strict=False))

@@ -58,7 +58,7 @@ def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup"
         for member in parsed.members:
             require(
                 member < seeds,
-                f"{where}.reference: there is no seed-{member}; positions in sft.seeds are seed-0 to seed-{seeds - 1}",
+                f"{where}.reference: there is no seed-{member}; sft.seeds has seed-0 to seed-{seeds - 1}",
             )
     for value in values:
         require(value >= 0, f"{where}.values: must be at least 0, not {value:g}")

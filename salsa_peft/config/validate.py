@@ -185,7 +185,7 @@ def _check_sharded(recipe: Recipe) -> None:
 def _check_name(where: str, name: str) -> None:
     require(
         NAME.match(name) is not None,
-        f"{where}: the name {short(name)} must be letters, digits, dots, - and _, starting with a letter or digit, at most 64 characters",
+        f"{where}: the name {short(name)} must consist of letters, digits, dots, - and _, start with a letter or digit, and have at most 64 characters",
     )
 
 
@@ -218,7 +218,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
     for member in reference.members:
         require(
             member < seeds,
-            f"{where}: there is no seed-{member}; positions in sft.seeds are seed-0 to seed-{seeds - 1}",
+            f"{where}: there is no seed-{member}; sft.seeds has seed-0 to seed-{seeds - 1}",
         )
     if reference.path is not None:
         what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"

@@ -41,7 +41,7 @@ class Hub:
             value = getattr(self, key)
             require(
                 value is None or NAMESPACE.match(value) is not None,
-                f"{where}.{key}: must be letters, digits and single dots, - and _ between them, at most 64 characters,"
+                f"{where}.{key}: must consist of letters, digits and single dots, - and _ between them, at most 64,"
                 f" not {short(value)}",
             )
         fits = self.base_model is None or REPO_ID.match(self.base_model) is not None
