@@ -23,8 +23,8 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import respond
 from salsa_peft.models.loader import Workbench, fitting
 from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import decode
-from salsa_peft.models.rewards.reward import Reward
 from salsa_peft.utils.statistics import mean_interval
 
 if TYPE_CHECKING:

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from salsa_peft.config.job import Job
-    from salsa_peft.models.rewards.function import Rows
-    from salsa_peft.models.rewards.reward import Reward
+    from salsa_peft.models.rewards.base import Reward, Rows
     from salsa_peft.soup.live import LiveSoup
     from salsa_peft.soup.strategies import Measure
 

@@ -31,7 +31,7 @@ from salsa_peft.utils.statistics import mean_interval
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from salsa_peft.models.rewards.reward import Reward
+    from salsa_peft.models.rewards.base import Reward
     from salsa_peft.training.references import Frozen
 
 

@@ -12,8 +12,7 @@ import inspect
 import os
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from salsa_peft.config.rewards import OWN, find_module, split_function
+from salsa_peft.models.rewards.base import Reward, Rows, Tally
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from salsa_peft.models.responses import Responses
 
-Rows = Sequence[Mapping[str, Any]]
 TAKEN = re.compile(
     r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"
@@ -36,25 +35,7 @@ TAKEN = re.compile(
 """Names of the engine's and Trainer's own figures, which log_metric may not have."""
 
 
-class Tally:
-    """Figures for the logs, summed until they are taken."""
-
-    def __init__(self) -> None:
-        self.figures: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-
-    def add(self, name: str, total: float, count: int) -> None:
-        """More of a figure."""
-        before = self.figures[name]
-        self.figures[name] = (before[0] + total, before[1] + count)
-
-    def take(self) -> dict[str, tuple[float, int]]:
-        """Name → (sum, count) since this was called last."""
-        taken = dict(self.figures)
-        self.figures.clear()
-        return taken
-
-
-class FunctionReward:
+class FunctionReward(Reward):
     """`function(prompts, completions, completion_ids, **columns) -> list[float | None]`, called by keyword with what it takes.
 
     As TRL (1.16) calls it: prompts as the data has them, so where they are messages a completion is [{role: assistant, content}];
@@ -128,6 +109,15 @@ class FunctionReward:
         except (TypeError, ValueError) as error:
             raise SalsaError(f"{found} {scores!r:.80}, expected numbers") from error
         return torch.tensor(numbers, dtype=torch.float32, device=device), applies
+
+    @property
+    def code(self) -> str:
+        """The function's name."""
+        return self.name
+
+    def take_figures(self) -> dict[str, tuple[float, int]]:
+        """What the function gave to log_metric."""
+        return self.tally.take()
 
     def _given(self, responses: Responses, rows: Rows) -> dict[str, Any]:
         kept = responses.response_mask if self.special_tokens else responses.content_mask

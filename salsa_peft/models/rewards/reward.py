@@ -10,9 +10,9 @@ import inspect
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -27,8 +27,9 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, head_product
 from salsa_peft.models.loader import note_tokenizer
 from salsa_peft.models.responses import Responses, closed, extend, last_token_states
+from salsa_peft.models.rewards.base import CallableReward, Reward, Rows, Tally
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
-from salsa_peft.models.rewards.function import FunctionReward, Rows, Tally, decode, load_function
+from salsa_peft.models.rewards.function import FunctionReward, decode, load_function
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 from salsa_peft.utils.messages import short
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterReward", "ClassifierReward", "FunctionReward", "Part", "Reward", "Rows", "RunningScale", "WeightedReward",
-    "adapter_in", "as_reward", "decode", "of_recipe", "take_figures",
+    "adapter_in", "as_reward", "decode", "of_recipe",
 ]  # fmt: skip
 REWARD_ADAPTER = "reward"
 EXPECTED = (
@@ -49,14 +50,7 @@ EXPECTED = (
 )
 
 
-class Reward(Protocol):
-    """What scores responses."""
-
-    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
-        """→ (B,), float32; rows[i] is the data's row of response i."""
-
-
-class AdapterReward:
+class AdapterReward(Reward):
     """The reward adapter on the shared base, and its linear head on the last token of the conversation.
 
     tokenizer: whose chat template the adapter was trained with. What that writes behind the token that ends a turn is read too, as TRL's
@@ -72,6 +66,7 @@ class AdapterReward:
     ) -> None:
         self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
         self.tokenizer = tokenizer
+        self.name = ADAPTER
         self.adapter = lora.free_name(model, REWARD_ADAPTER)
         lora.attach(model, folder, self.adapter)
         self.head = lora.score_head(folder).to(model.device)
@@ -82,6 +77,10 @@ class AdapterReward:
             turn = turn_of(self.tokenizer)
             responses = extend(responses, closed(responses, rows, turn), turn.after)
         return self.room.fit(lambda: self._scores(responses), len(rows))
+
+    def weights(self) -> Iterable[Tensor]:
+        """The adapter's and its head's."""
+        return [*lora.parameters(self.model, self.adapter), self.head.weight]
 
     @torch.no_grad()
     def _scores(self, responses: Responses) -> Tensor:
@@ -102,14 +101,18 @@ class Part(NamedTuple):
     name: str
 
 
-class WeightedReward:
+class WeightedReward(Reward):
     """Σ weight · score over those parts that apply to a response (a function's None does not), as TRL sums; not renormalised.
 
     A part of weight 0 is logged alone. Raises SalsaError where a response has no part that applies.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
-        self.parts, self.tally = [Part(*part) for part in parts], Tally()
+        self.tally = Tally()
+        self.parts = [
+            Part(reward if isinstance(reward, Reward) else CallableReward(reward), weight, name)
+            for reward, weight, name in parts
+        ]
         require(bool(self.parts), "reward: found a sum of no parts, expected at least one")
         name, times = Counter(part.name for part in self.parts).most_common(1)[0]
         require(times == 1, f"reward: found {times} parts called {name}, expected a name of its own for each")
@@ -118,10 +121,7 @@ class WeightedReward:
         total = torch.zeros(len(rows), device=responses.response_ids.device)
         any_applies = torch.zeros_like(total, dtype=torch.bool)
         for reward, weight, name in self.parts:
-            if isinstance(reward, FunctionReward):
-                scores, applies = reward.where_it_applies(responses, rows)
-            else:
-                scores, applies = reward(responses, rows).float(), torch.ones_like(any_applies)
+            scores, applies = reward.where_it_applies(responses, rows)
             self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
@@ -134,27 +134,21 @@ class WeightedReward:
         )
         return total
 
+    def components(self) -> list[Reward]:
+        """The rewards in the sum, those of a sum within it too."""
+        return [one for part in self.parts for one in part.reward.components()]
 
-def take_figures(reward: Reward) -> dict[str, tuple[float, int]]:
-    """What a reward has to log beside its score: metric → (sum, count) over all it scored since this was called last.
-
-    rewards/<name>/mean of a sum's parts over the responses they applied to, rewards/<name>/truncated of a classifier, and what a
-    function gave to log_metric. Sums, so that several processes can add theirs up.
-    """
-    if not isinstance(reward, WeightedReward | FunctionReward | ClassifierReward):
-        return {}
-    figures = reward.tally.take()
-    for part in reward.parts if isinstance(reward, WeightedReward) else ():
-        figures |= take_figures(part.reward)
-    return figures
+    def take_figures(self) -> dict[str, tuple[float, int]]:
+        """rewards/<name>/mean of each part over the responses that it applied to, and the parts' own figures."""
+        figures = self.tally.take()
+        for part in self.parts:
+            figures |= part.reward.take_figures()
+        return figures
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
     """The reward adapter: the reward itself, or the first one inside a weighted sum."""
-    if isinstance(reward, WeightedReward):
-        found = (adapter_in(part.reward) for part in reward.parts)
-        return next((one for one in found if one is not None), None)
-    return reward if isinstance(reward, AdapterReward) else None
+    return next((one for one in reward.components() if isinstance(one, AdapterReward)), None)
 
 
 def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
@@ -180,15 +174,12 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         with said_in_a_line(name):
             own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))  # type: ignore[arg-type]
-    if isinstance(reward, AdapterReward | ClassifierReward | FunctionReward | WeightedReward):
+    if isinstance(reward, Reward):
         return reward
     if not callable(reward):
         raise SalsaError(f"reward: found {type(reward).__name__}, {EXPECTED}")
-    return (
-        reward
-        if list(inspect.signature(reward).parameters) == ["responses", "rows"]
-        else FunctionReward(reward, tokenizer)
-    )
+    takes_responses = list(inspect.signature(reward).parameters) == ["responses", "rows"]
+    return CallableReward(reward) if takes_responses else FunctionReward(reward, tokenizer)
 
 
 def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Part:
@@ -200,14 +191,7 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
         isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
         f"reward: found the weight {short(weight)}, expected a number",
     )
-    name = _own_name(reward) if name is None else name
-    return Part(reward, float(weight), name)
-
-
-def _own_name(reward: Reward) -> str:
-    if isinstance(reward, FunctionReward | ClassifierReward):
-        return reward.name
-    return ADAPTER if isinstance(reward, AdapterReward) else type(reward).__name__
+    return Part(reward, float(weight), reward.name if name is None else name)
 
 
 def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.rewards.reward import Reward
+from salsa_peft.models.rewards.base import Reward
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo import saving
 from salsa_peft.training.ppo.guards import Watch

@@ -30,7 +30,7 @@ from salsa_peft.models.responses import (
     widen,
 )
 from salsa_peft.models.rewards.function import decode
-from salsa_peft.models.rewards.reward import Reward, RunningScale, take_figures
+from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.models.sharding import gathered, keep_whole
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.training.offload import place
@@ -238,7 +238,7 @@ class RolloutMaker:
     def figures(self) -> dict[str, float]:
         """What the reward has to log besides the scores of the last batch (means over all processes)."""
         sums: dict[str, list[float]] = {}
-        for name, (total, count) in self._gathered(list(take_figures(self.reward).items())):
+        for name, (total, count) in self._gathered(list(self.reward.take_figures().items())):
             entry = sums.setdefault(name, [0.0, 0])
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
