@@ -40,7 +40,7 @@ class Reward(ABC):
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """Score each response → (B,), float32; rows[i] is the data's row of response i."""
 
-    def where_it_applies(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
+    def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
         """Scores (B,), float32, and a mask (B,) of the responses that the reward applies to; the score of others is 0."""
         scores = self(responses, rows).float()
         return scores, torch.ones_like(scores, dtype=torch.bool)

@@ -20,9 +20,8 @@ from salsa_peft.data.chat.template_fields import in_form, options_of
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import turn_of
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.models import base as auto_models
-from salsa_peft.models.base import device, positions, resolve_dtype
-from salsa_peft.models.responses import closed, extend
+from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
+from salsa_peft.models.responses import append_tokens, ends_turn
 from salsa_peft.models.rewards.base import Reward, Rows, Tally
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.utils.errors import SalsaError, require
@@ -63,7 +62,7 @@ class ClassifierReward(Reward):
         )
         self.room = Room(micro_batch_size, f"reward {name}, rows scored at once")
         self.name, self.tally, self.noted = name, Tally(), False
-        self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
+        self.longest = min(int(tokenizer.model_max_length), max_positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
             tokenizer.chat_template == policy_tokenizer.chat_template
             and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -101,7 +100,7 @@ class ClassifierReward(Reward):
         """What the classifier reads of each response: token ids, whole."""
         if self.as_they_are:
             turn = turn_of(self.tokenizer)
-            responses = extend(responses, closed(responses, rows, turn), turn.after)
+            responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
             masks, ids = responses.attention_mask, responses.input_ids
             return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
         before = decode(self.policy_tokenizer, responses.prompt_ids, responses.prompt_mask)
@@ -174,7 +173,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
     )
     with said_in_a_line(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        loaded, told = auto_models.classifier(config).from_pretrained(
+        loaded, told = classifier_class(config).from_pretrained(
             str(folder),
             dtype=resolve_dtype(dtype),
             trust_remote_code=False,

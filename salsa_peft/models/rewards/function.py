@@ -69,7 +69,7 @@ class FunctionReward(Reward):
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """→ (B,), float32. Raises SalsaError where the function gives None: it must apply to every response."""
-        scores, applies = self.where_it_applies(responses, rows)
+        scores, applies = self.scores_and_mask(responses, rows)
         missing = (~applies).nonzero().flatten().tolist()
         require(
             not missing,
@@ -78,7 +78,7 @@ class FunctionReward(Reward):
         )
         return scores
 
-    def where_it_applies(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
+    def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
         """→ scores (B,), float32, 0 where it does not apply, and where it applies (B,), bool."""
         given = self._given(responses, rows)
         absent = sorted(self.needs - given.keys())
@@ -122,7 +122,7 @@ class FunctionReward(Reward):
     def _given(self, responses: Responses, rows: Rows) -> dict[str, Any]:
         kept = responses.response_mask if self.special_tokens else responses.content_mask
         texts = decode(self.tokenizer, responses.response_ids, kept, special_tokens=self.special_tokens)
-        prompts = prompts_of(self.tokenizer, responses, rows)
+        prompts = row_prompts(self.tokenizer, responses, rows)
         ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -161,7 +161,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, spe
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
 
 
-def prompts_of(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
+def row_prompts(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
     """The rows' prompts, text or messages; decoded where a row has `input_ids` alone."""
     if all("prompt" in row for row in rows):
         return [row["prompt"] for row in rows]

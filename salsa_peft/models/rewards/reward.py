@@ -1,7 +1,7 @@
 """Scores: a reward adapter on the shared base, a sequence classifier, a Python function, or a weighted sum of these.
 
 A reward is a callable `(responses, rows) → (B,)` of float32 scores; rows are the data's. `as_reward` makes one of whatever a user
-passes, `of_recipe` of what a recipe's `reward:` says.
+passes, `recipe_reward` of what a recipe's `reward:` says.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import turn_of
-from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, head_product
-from salsa_peft.models.loader import note_tokenizer
-from salsa_peft.models.responses import Responses, closed, extend, last_token_states
+from salsa_peft.models.adapters import bases, lora
+from salsa_peft.models.base import apply_scalar_head, causal_lm
+from salsa_peft.models.responses import Responses, append_tokens, ends_turn, last_token_states
 from salsa_peft.models.rewards.base import CallableReward, Reward, Rows, Tally
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, decode, load_function
+from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import said_in_a_line
 from salsa_peft.utils.messages import short
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterReward", "ClassifierReward", "FunctionReward", "Part", "Reward", "Rows", "RunningScale", "WeightedReward",
-    "adapter_in", "as_reward", "decode", "of_recipe",
+    "adapter_in", "as_reward", "decode", "recipe_reward",
 ]  # fmt: skip
 REWARD_ADAPTER = "reward"
 EXPECTED = (
@@ -67,7 +66,7 @@ class AdapterReward(Reward):
         self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
         self.tokenizer = tokenizer
         self.name = ADAPTER
-        self.adapter = lora.free_name(model, REWARD_ADAPTER)
+        self.adapter = lora.unused_name(model, REWARD_ADAPTER)
         lora.attach(model, folder, self.adapter)
         self.head = lora.score_head(folder).to(model.device)
         self.toggle = lora.Toggle(model)
@@ -75,7 +74,7 @@ class AdapterReward(Reward):
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         if self.tokenizer is not None:
             turn = turn_of(self.tokenizer)
-            responses = extend(responses, closed(responses, rows, turn), turn.after)
+            responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
         return self.room.fit(lambda: self._scores(responses), len(rows))
 
     def weights(self) -> Iterable[Tensor]:
@@ -89,7 +88,9 @@ class AdapterReward(Reward):
         with self.toggle(self.adapter):
             for index in torch.arange(len(responses.finished)).split(self.room.rows):
                 part = responses.rows(index)
-                scores.append(head_product(head, last_token_states(self.model, part.input_ids, part.attention_mask)))
+                scores.append(
+                    apply_scalar_head(head, last_token_states(self.model, part.input_ids, part.attention_mask))
+                )
         return torch.cat(scores)
 
 
@@ -121,7 +122,7 @@ class WeightedReward(Reward):
         total = torch.zeros(len(rows), device=responses.response_ids.device)
         any_applies = torch.zeros_like(total, dtype=torch.bool)
         for reward, weight, name in self.parts:
-            scores, applies = reward.where_it_applies(responses, rows)
+            scores, applies = reward.scores_and_mask(responses, rows)
             self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
@@ -201,13 +202,13 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
         folder = lora.local_folder(name)
         if not (folder / lora.CONFIG).is_file():
             return load_classifier_reward(name, tokenizer, micro_batch_size)
-    if isinstance(model, PeftModel):
-        same_base.check(folder, same_base.of_model(model), str(causal_lm(model).name_or_path))
-    else:
+    if not isinstance(model, PeftModel):
         raise SalsaError(
             f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
         )
-    note_tokenizer(folder, tokenizer, str(causal_lm(model).name_or_path))
+    base = str(causal_lm(model).name_or_path)
+    bases.require_same_base(folder, bases.fingerprints_of(base), base)
+    compare_tokenizer(folder, tokenizer, base)
     return AdapterReward(model, folder, micro_batch_size, tokenizer)
 
 
@@ -221,7 +222,7 @@ def _last(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def of_recipe(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
+def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
     """What a recipe's `reward:` says; `inputs` has the reward stage's folder under "reward" where that trains one."""
     parts = []

@@ -24,9 +24,10 @@ from transformers.trainer import SCHEDULER_NAME
 
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, load_weights, save_checkpoint
+from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.models.weights import load_weights, read_tensors, save_checkpoint
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.references import Frozen
@@ -122,7 +123,7 @@ class SavingTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine = sharding.engine_of(self.accelerator)
-        self.accelerator.deepspeed_engine_wrapped = sharding.LateStep(engine)
+        self.accelerator.deepspeed_engine_wrapped = sharding.DeferredStep(engine)
         if resume_from_checkpoint is not None:
             engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the scheduler: the optimizer has been loaded
@@ -138,7 +139,7 @@ class SavingTrainer(Trainer):
                 lora.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
         else:
             load_weights(policy, folder)
-        sharding.load(self.model.value_head, lora.read_tensors(folder / VALUE_HEAD))
+        sharding.load(self.model.value_head, read_tensors(folder / VALUE_HEAD))
 
 
 def stored(tensor: Tensor) -> int:
