@@ -88,7 +88,7 @@ def _pretrained(
         quantised := quantisation(model, dtype)
     ) is not None:  # None would load a base in 8 bits as if its integers were weights
         options["quantization_config"] = quantised
-    with said_in_a_line(base):
+    with readable_hub_errors(base):
         loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
             base,
             dtype=dtype,

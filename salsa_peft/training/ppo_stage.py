@@ -110,8 +110,10 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.skipped,
     }
-    rooms = (trainer.room, trainer.maker.room)
-    facts |= {room.what: room.rows for room in rooms if room.rows < room.asked}  # the memory ran out
+    limits = (trainer.micro_batch, trainer.maker.micro_batch)
+    facts |= {
+        limit.option: limit.rows for limit in limits if limit.rows < limit.configured
+    }  # halved after out-of-memory
     if not trainer.is_world_process_zero():
         return facts
     context.write_fingerprint(job.folder)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.paths import HUB_ID
 from salsa_peft.models.architectures.checks import text_part
 from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.utils.errors import require

@@ -25,8 +25,8 @@ from salsa_peft.models.responses import append_tokens, ends_turn
 from salsa_peft.models.rewards.base import Reward, Rows, Tally
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.hub import readable_hub_errors
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ class ClassifierReward(Reward):
             tokenizer,
             policy_tokenizer,
         )
-        self.room = Room(micro_batch_size, f"reward {name}, rows scored at once")
+        self.micro_batch = MicroBatchLimit(micro_batch_size, f"reward {name}, rows scored at once")
         self.name, self.tally, self.noted = name, Tally(), False
         self.longest = min(int(tokenizer.model_max_length), max_positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
@@ -91,8 +91,8 @@ class ClassifierReward(Reward):
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         scores = torch.empty(len(sequences), device=self.classifier.device)
-        for start in range(0, len(order), self.room.rows):
-            part = order[start : start + self.room.rows]
+        for start in range(0, len(order), self.micro_batch.rows):
+            part = order[start : start + self.micro_batch.rows]
             scores[part] = self._forward([sequences[row] for row in part])
         return scores
 
@@ -171,7 +171,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)"
         "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)",
     )
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         loaded, told = classifier_class(config).from_pretrained(
             str(folder),
@@ -189,7 +189,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"
     )
     loaded.config.get_text_config().use_cache = False
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     return ClassifierReward(loaded.to(device()), tokenizer, policy_tokenizer, micro_batch_size, name)
 

@@ -30,9 +30,9 @@ from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifi
 from salsa_peft.models.rewards.function import FunctionReward, decode, load_function
 from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +63,11 @@ class AdapterReward(Reward):
         micro_batch_size: int = 64,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
+        self.model, self.folder, self.micro_batch = (
+            model,
+            folder,
+            MicroBatchLimit(micro_batch_size, "reward, rows scored at once"),
+        )
         self.tokenizer = tokenizer
         self.name = ADAPTER
         self.adapter = lora.unused_name(model, REWARD_ADAPTER)
@@ -86,7 +90,7 @@ class AdapterReward(Reward):
         scores = []
         head = self.head.to(responses.response_ids.device)
         with self.toggle(self.adapter):
-            for index in torch.arange(len(responses.finished)).split(self.room.rows):
+            for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
                 part = responses.rows(index)
                 scores.append(
                     apply_scalar_head(head, last_token_states(self.model, part.input_ids, part.attention_mask))
@@ -172,7 +176,7 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
             f"reward: found a {type(reward).__name__} without name_or_path, expected one that says where its tokenizer is; pass"
             " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
         )
-        with said_in_a_line(name):
+        with readable_hub_errors(name):
             own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))  # type: ignore[arg-type]
     if isinstance(reward, Reward):
@@ -198,7 +202,7 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
 def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
     if not os.path.isdir(name) and FUNCTION.match(name):
         return FunctionReward(load_function(name), tokenizer)
-    with said_in_a_line(name):
+    with readable_hub_errors(name):
         folder = lora.local_folder(name)
         if not (folder / lora.CONFIG).is_file():
             return load_classifier_reward(name, tokenizer, micro_batch_size)
@@ -214,7 +218,7 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
 
 def is_adapter(name: str) -> bool:
     """Whether a folder or Hub id holds a PEFT adapter, and no whole model."""
-    with said_in_a_line(name):
+    with readable_hub_errors(name):
         return (lora.local_folder(name) / lora.CONFIG).is_file()
 
 
