@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 from salsa_peft.config.schema import Model
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ The token that ends a response (data/chat/turn_ends.py) counts, nothing after it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -69,11 +69,6 @@ class Responses(NamedTuple):
         right = int(picked.lengths.max())
         return Responses(picked.prompt_ids[:, left:], picked.prompt_mask[:, left:], picked.response_ids[:, :right],
                          picked.response_mask[:, :right], picked.finished)  # fmt: skip
-
-
-def micro_batches(batch: int, size: int) -> Iterator[Tensor]:
-    """Row indices 0 … batch − 1 in runs of `size`."""
-    return iter(torch.arange(batch).split(size))
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

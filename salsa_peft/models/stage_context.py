@@ -33,7 +33,7 @@ from salsa_peft.models.architectures import checks, memory
 from salsa_peft.models.base import causal_lm_class, device, load_base, load_classifier, resolve_dtype
 from salsa_peft.models.tokenizers import compare_tokenizer, load_tokenizer
 from salsa_peft.models.weights import cast_weights, save_checkpoint
-from salsa_peft.utils.console import bar
+from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, base_fingerprints, read_fingerprint
@@ -253,8 +253,8 @@ def mean_loss(trainer: Trainer, loss: float) -> float:
     return trainer.accelerator.reduce(own, "mean").item()
 
 
-class ProgressBar(TrainerCallback):
-    """A Trainer's progress as the project's own bar, and its log as log.jsonl."""
+FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "objective/response_length": "length"}
+"""Keys of a Trainer's logs → their names beside the progress bar."""
 
 
 class ProgressBar(TrainerCallback):

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from salsa_peft.config.schema import OWN_TEMPLATE
 from salsa_peft.data.chat import templates, turn_ends
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def load_tokenizer(
 
     say: the base's name; what is odd in its tokenizer and template is printed under it. Raises SalsaError for a tokenizer without EOS.
     """
-    with said_in_a_line(base):
+    with readable_hub_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
     require(
         tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with"
@@ -51,7 +51,7 @@ def load_tokenizer(
 def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
     """What a folder's generation_config.json says, or without one its config.json; None where there is neither (an adapter's folder)."""
     for name in ("generation_config.json", "config.json"):
-        with said_in_a_line(base):
+        with readable_hub_errors(base):
             file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
             if file is not None:
                 return GenerationConfig.from_pretrained(Path(file).parent, name)
@@ -65,7 +65,7 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: st
     """
     if not (folder / "tokenizer_config.json").is_file():
         return False
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
     known, found = tokenizer.get_vocab(), own.get_vocab()

@@ -63,7 +63,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     without_router_logits(model)
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # of a kill before
-    files.require_room(folder, sum(stored.values()), str(folder))
+    files.require_disk_space(folder, sum(stored.values()), str(folder))
     try:
         model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
         if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has

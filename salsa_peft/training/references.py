@@ -135,7 +135,7 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
             name = lora.unused_name(model, wish)
-            with said_in_a_line(str(reference)):
+            with readable_hub_errors(str(reference)):
                 attached = lora.local_folder(str(reference))
             base = str(causal_lm(model).name_or_path)
             bases.require_same_base(attached, bases.fingerprints_of(base), base)

@@ -12,6 +12,7 @@ from salsa_peft.models.architectures.checks import text_part
 from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
+from salsa_peft.utils.hub import HUB_ID
 
 SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "intermediate_size",

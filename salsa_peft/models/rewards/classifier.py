@@ -73,7 +73,7 @@ class ClassifierReward(Reward):
         """→ (B,), float32; micro-batches of like length."""
         sequences = self._fit(self.encode(responses, rows))
         with self.on_device():
-            scores = self.room.fit(lambda: self._scores(sequences), len(sequences))
+            scores = self.micro_batch.run(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
 
     def weights(self) -> Iterable[Tensor]:

@@ -79,7 +79,7 @@ class AdapterReward(Reward):
         if self.tokenizer is not None:
             turn = turn_of(self.tokenizer)
             responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
-        return self.room.fit(lambda: self._scores(responses), len(rows))
+        return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 
     def weights(self) -> Iterable[Tensor]:
         """The adapter's and its head's."""
