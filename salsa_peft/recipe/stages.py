@@ -32,7 +32,7 @@ def toy(job: Job) -> dict[str, Any]:
 
 def soup(job: Job) -> dict[str, Any]:
     """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
-    from salsa_peft.models.loader import Workbench
+    from salsa_peft.models.stage_context import StageContext
     from salsa_peft.soup.average import soup as cook
 
     section = job.recipe.soup
@@ -43,7 +43,9 @@ def soup(job: Job) -> dict[str, Any]:
         from salsa_peft.soup.measures import of_recipe
 
         measure = of_recipe(job, folders)
-    base = None if job.recipe.adapter is not None else Workbench.of(job).folder  # of checkpoints: where deltas begin
+    base = (
+        None if job.recipe.adapter is not None else StageContext.of_job(job).folder
+    )  # of checkpoints: where deltas begin
     summary = cook(
         cooked, folders, section.resolved_weights, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
         step_size=section.step_size, rank=section.rank, base=base,

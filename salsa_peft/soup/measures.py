@@ -20,12 +20,13 @@ from salsa_peft.data.chat.template_fields import messages_for_template, trained_
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.files import READERS
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, hidden_states, load_base, load_tokenizer
-from salsa_peft.models.generation import respond
-from salsa_peft.models.loader import Workbench, fitting
+from salsa_peft.models.base import causal_lm, hidden_states, load_base
+from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.logprobs import head_of, token_logprobs
-from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import load_function
+from salsa_peft.models.rewards.reward import as_reward, recipe_reward
+from salsa_peft.models.stage_context import StageContext, prompts_that_fit
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.soup.average import base_of, check_family, local
 from salsa_peft.soup.checkpoints.alignment import align
 from salsa_peft.soup.checkpoints.read import read_checkpoint
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from salsa_peft.config.job import Job
-    from salsa_peft.models.rewards.function import Rows
-    from salsa_peft.models.rewards.reward import Reward
+    from salsa_peft.models.rewards.base import Reward, Rows
     from salsa_peft.soup.live import LiveSoup
     from salsa_peft.soup.strategies import Measure
 
@@ -124,7 +124,7 @@ class RewardScore:
         self.live.set(weights)
         scores: list[float] = []
         with self.live.at_point():
-            answers = respond(
+            answers = generate_batches(
                 self.live.model, self.prompts, self.generation, self.tokenizer, self.seed, self.generation.batch_size
             )
             for indices, responses in answers:
@@ -165,22 +165,24 @@ _NO_SLOPE = "strategy learned: found the measure {}, which has no slope, expecte
 def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
     """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base, or of these checkpoints."""
     recipe, section = job.recipe, job.recipe.soup
-    bench = Workbench.of(job)
-    bench.check(job.inputs)
-    live: LiveSoup = _on_base(bench.base(), folders) if recipe.adapter else _checkpoints(bench.base(), folders)
+    context = StageContext.of_job(job)
+    context.check(job.inputs)
+    live: LiveSoup = (
+        _on_base(context.load_base(), folders) if recipe.adapter else _checkpoints(context.load_base(), folders)
+    )
     if section.measure == "sft_loss":
         rows = datasets.demonstrations(
-            datasets.training_sources(recipe, job.inputs.get("toy"))["held_out"], bench.tokenizer
+            datasets.training_sources(recipe, job.inputs.get("toy"))["held_out"], context.tokenizer
         )[: section.limit]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size
-        return SFTLoss(live, rows, bench.tokenizer, recipe.model.max_length, size)
+        return SFTLoss(live, rows, context.tokenizer, recipe.model.max_length, size)
     if section.measure == "reward":
         source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
-        found = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
-        asked = fitting(job, bench, found[: section.limit], "data.prompts")
-        tokens = [datasets.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(asked, 1)]
-        reward = rewards.of_recipe(recipe, live.model, job.inputs, bench.tokenizer, recipe.generation.batch_size)
-        return RewardScore(live, asked, tokens, reward, recipe.generation, bench.tokenizer)
+        found = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
+        asked = prompts_that_fit(job, context, found[: section.limit], "data.prompts")
+        tokens = [datasets.prompt_tokens(row, context.tokenizer, number) for number, row in enumerate(asked, 1)]
+        reward = recipe_reward(recipe, live.model, job.inputs, context.tokenizer, recipe.generation.batch_size)
+        return RewardScore(live, asked, tokens, reward, recipe.generation, context.tokenizer)
     return FunctionMeasure(live, load_function(section.measure), section.measure)
 
 
@@ -220,7 +222,7 @@ def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
         return SFTLoss(live, rows, tokenizer, args.max_length, 8)
     tokens = [datasets.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
     sampling = Generation(max_new_tokens=args.max_new_tokens, batch_size=16)
-    return RewardScore(live, rows, tokens, rewards.as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
+    return RewardScore(live, rows, tokens, as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
 
 
 def _rows(args: Namespace) -> Any:

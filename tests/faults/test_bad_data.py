@@ -20,10 +20,10 @@ from salsa_peft.config.schema import Generation, Model, Source
 from salsa_peft.data import datasets
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
-from salsa_peft.models.base import load_tokenizer
 from salsa_peft.models.generation import generate, row_seeds
-from salsa_peft.models.loader import fitting
 from salsa_peft.models.responses import pad_prompts
+from salsa_peft.models.stage_context import prompts_that_fit
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.recipe import run as recipe_command
 from salsa_peft.recipe.units import reward_units, sft_units
 from salsa_peft.training import reward_model, sft
@@ -585,7 +585,7 @@ class TestTemplates:
 
 
 def bench_of(tokenizer: Any, max_length: int, max_new_tokens: int) -> Any:
-    """What `fitting` takes of a Workbench."""
+    """What `fitting` takes of a StageContext."""
     recipe = SimpleNamespace(generation=Generation(max_new_tokens=max_new_tokens), model=Model(max_length=max_length))
     return SimpleNamespace(recipe=recipe, tokenizer=tokenizer)
 
@@ -605,13 +605,13 @@ class TestLengths:
             5,
             6,
         ]  # <bos> <user> … <assistant>
-        kept = fitting(JOB, bench_of(tokenizer, 12, 7), rows)
+        kept = prompts_that_fit(JOB, bench_of(tokenizer, 12, 7), rows)
         assert [row["prompt"][0]["content"] for row in kept] == ["owl", "owl owl"]
         assert "evaluate  2 of 4 rows left out: prompts longer than 5 tokens" in capsys.readouterr().err
         with pytest.raises(
             SalsaError, match=r"^data\.prompts: found no prompt of at most 3 tokens, expected some; raise"
         ):
-            fitting(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
+            prompts_that_fit(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
 
     def test_of_the_trainer(self, make_base: Any, tokenizer: Any, capsys: Any) -> None:
         """The same bound, from what the model reads."""

@@ -25,8 +25,8 @@ from paths import ROOT
 
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
-from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.recipe import processes
 from salsa_peft.recipe import run as recipe
 from salsa_peft.training import checkpoints
@@ -161,7 +161,7 @@ def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make
     asked: list[Any] = []
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     assert asked[0] == [False, True, True]
-    models.save_checkpoint(make_base(), tmp_path / "full", tokenizer)
+    save_checkpoint(make_base(), tmp_path / "full", tokenizer)
     adapters.save(make_adapter(make_base(), "seed", 1), "seed", tmp_path / "seed", None)
     assert asked[-2:] == [[False, False, True], [False, False, False]]
 
@@ -202,13 +202,13 @@ class TestFiles:
     def test_a_checkpoint_that_was_there_stays(self, make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
         """Full weights too: they are whole beside the old ones before these give way, and shards that the new one has not go."""
         first, second = make_base(seed=1), make_base(seed=2)
-        models.save_checkpoint(first, tmp_path / "policy", tokenizer)
+        save_checkpoint(first, tmp_path / "policy", tokenizer)
         before = digest(tmp_path / "policy")
         with files_up_to(1000), pytest.raises(Exception) as failure:
-            models.save_checkpoint(second, tmp_path / "policy", tokenizer)
+            save_checkpoint(second, tmp_path / "policy", tokenizer)
         assert disk.disk_full_message(failure.value, tmp_path) is not None and digest(tmp_path / "policy") == before
         (tmp_path / "policy" / "model-00002-of-00002.safetensors").write_bytes(b"of a larger one")
-        models.save_checkpoint(second, tmp_path / "policy", tokenizer)
+        save_checkpoint(second, tmp_path / "policy", tokenizer)
         after = digest(tmp_path / "policy")
         assert after.keys() == before.keys() and after["model.safetensors"] != before["model.safetensors"]
 
@@ -218,9 +218,9 @@ class TestFiles:
         size = sum(parameter.nbytes for parameter in base.parameters())
         free(monkeypatch, size - 1)
         with pytest.raises(SalsaError, match=r"policy: found .* free on .*, expected .*; nothing of it was written"):
-            models.save_checkpoint(base, tmp_path / "policy", tokenizer)
+            save_checkpoint(base, tmp_path / "policy", tokenizer)
         free(monkeypatch, size)
-        models.save_checkpoint(base, tmp_path / "policy", tokenizer)
+        save_checkpoint(base, tmp_path / "policy", tokenizer)
         model = make_adapter(make_base(), "seed-0", 1)
         free(monkeypatch, sum(parameter.nbytes for parameter in adapters.parameters(model, "seed-0")) - 1)
         with pytest.raises(SalsaError, match=r"seed: found .* free on"):

@@ -10,7 +10,7 @@ from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_te
 from salsa_peft.data.chat.templates import adds_bos
 from salsa_peft.data.datasets import RowWarnings, prompt_tokens
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.models.base import positions
+from salsa_peft.models.base import max_positions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
 
@@ -48,7 +48,7 @@ class Encoder(NamedTuple):
 
         Raises SalsaError for a max_new_tokens that leaves none.
         """
-        read = [number for number in (positions(model.config) for model in models) if number is not None]
+        read = [number for number in (max_positions(model.config) for model in models) if number is not None]
         require(
             not read or args.max_new_tokens < min(read),
             f"max_new_tokens: found {args.max_new_tokens}, expected less than the {min(read, default=0)} tokens that the models read,"

@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from salsa_peft.models.adapters import lora
-from salsa_peft.models.rewards.reward import Reward
+from salsa_peft.models.rewards.base import Reward
+from salsa_peft.models.weights import read_tensors
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo import saving
 from salsa_peft.training.ppo.guards import Watch
@@ -185,7 +185,7 @@ class ResumableTrainer(SavingTrainer):
         if state["options"]["kl_coef"] != self.args.kl_coef:
             self.kl_coef = self.args.kl_coef
         if (checkpoint / MOVED).is_file():
-            reference_sync.load_state(self.model.policy, self.references, lora.read_tensors(checkpoint / MOVED))
+            reference_sync.load_state(self.model.policy, self.references, read_tensors(checkpoint / MOVED))
         scale = self.maker.scale
         scale.count, scale.mean, scale.squares = state["scale"]
         self.watch.load_state_dict(state["watch"])
@@ -193,7 +193,7 @@ class ResumableTrainer(SavingTrainer):
             self._restore_logs(checkpoint, state["logs"])
         self.started = time.perf_counter()
         there = (checkpoint / ROLLOUT).is_file()
-        self.rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), self.accelerator.device) if there else None
+        self.rollout = Rollout.of(read_tensors(checkpoint / ROLLOUT), self.accelerator.device) if there else None
 
     def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
         """As they were at the checkpoint; what is cut off, and is not made again, is kept."""

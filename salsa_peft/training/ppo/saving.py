@@ -17,18 +17,17 @@ from accelerate.utils import save_fsdp_optimizer
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, load_weights, save_checkpoint
-from salsa_peft.models.rewards.classifier import ClassifierReward
-from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.models.rewards.reward import AdapterReward, Reward, WeightedReward
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.models.weights import load_weights, read_tensors, save_checkpoint
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.references import Frozen
@@ -124,7 +123,7 @@ class SavingTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine = sharding.engine_of(self.accelerator)
-        self.accelerator.deepspeed_engine_wrapped = sharding.LateStep(engine)
+        self.accelerator.deepspeed_engine_wrapped = sharding.DeferredStep(engine)
         if resume_from_checkpoint is not None:
             engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the scheduler: the optimizer has been loaded
@@ -140,7 +139,7 @@ class SavingTrainer(Trainer):
                 lora.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
         else:
             load_weights(policy, folder)
-        sharding.load(self.model.value_head, lora.read_tensors(folder / VALUE_HEAD))
+        sharding.load(self.model.value_head, read_tensors(folder / VALUE_HEAD))
 
 
 def stored(tensor: Tensor) -> int:
@@ -190,8 +189,8 @@ def kept_options(args: SalsaPPOConfig) -> dict[str, Any]:
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
     """CHANGEABLE by name, and what the reward's functions are called: their code can't be compared."""
-    functions = [part.name if isinstance(part, FunctionReward) else type(part).__name__ for part in _parts(reward)]
-    return {key: _plain(vars(args)[key]) for key in CHANGEABLE} | {"reward": functions}
+    code = [one.code for one in reward.components()]
+    return {key: _plain(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
 
 
 def changes(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -244,7 +243,8 @@ def identity(model: Any, policy: str | None, references: Iterable[Frozen], rewar
     ]
     moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
     found |= {"moving references": moves} if moves else {}
-    found["reward models"] = [one for part in _parts(reward) if (one := _reward_model(part)) is not None]
+    identified = [one.weights() for one in reward.components()]
+    found["reward models"] = [digest(model) for model in identified if model is not None]
     tokens = hashlib.sha256()
     count = 0
     for prompt in prompts:
@@ -269,19 +269,6 @@ def _adapter(model: PeftModel, name: str | None) -> str:
     layers = [layer for layer in lora.tuner_layers(model) if isinstance(layer, LoraLayer)]
     scaling = [layer.scaling[name] for layer in layers if name in layer.scaling]
     return digest([*lora.parameters(model, name), torch.tensor(scaling)])
-
-
-def _reward_model(part: Any) -> str | None:
-    if isinstance(part, AdapterReward):
-        return digest([*lora.parameters(part.model, part.adapter), part.head.weight])
-    if isinstance(part, ClassifierReward):
-        return digest(part.classifier.parameters())
-    return digest(part.parameters()) if isinstance(part, nn.Module) else None
-
-
-def _parts(reward: Reward) -> list[Reward]:
-    """The rewards of a sum, or the one."""
-    return [part.reward for part in reward.parts] if isinstance(reward, WeightedReward) else [reward]
 
 
 def _plain(value: Any) -> Any:

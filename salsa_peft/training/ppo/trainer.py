@@ -354,7 +354,7 @@ def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, re
         raise SalsaError(
             f"value: found adapter with a reward of {type(reward).__name__}, expected a reward adapter to start from; set value: head"
         )
-    name = lora.free_name(model, VALUE_ADAPTER)
+    name = lora.unused_name(model, VALUE_ADAPTER)
     lora.attach(model, start.folder, name, trainable=True)
     return PolicyWithValueHead(model, name, start.head.weight)
 

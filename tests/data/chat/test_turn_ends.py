@@ -21,13 +21,14 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.models import base as models
 from salsa_peft.models import generation
 from salsa_peft.models import responses as rollout
+from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head
-from salsa_peft.models.responses import closed, response_logprobs
+from salsa_peft.models.responses import ends_turn, response_logprobs
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import Encoder
 from salsa_peft.training.sft import labelled
@@ -325,7 +326,7 @@ class TestGeneration:
         """None of the ends has a probability in the first min_new_tokens: by hand, from plain forwards."""
         tokenizer, lm, sampling, found = sampled
         head = Head(lm.lm_head.weight, None, sampling.temperature, turn_ends.model_stop_token_ids(tokenizer, lm))
-        hidden = models.hidden_states(lm, found.input_ids, found.attention_mask)
+        hidden = hidden_states(lm, found.input_ids, found.attention_mask)
         logprobs, _ = response_logprobs(hidden, found, head, sampling.min_new_tokens)
         for row in range(len(self.PROMPTS)):
             prompt = self.PROMPTS[row]
@@ -472,9 +473,9 @@ class TestRewards:
         responses = rollout.pad_responses([[299]] * 5, answers, 3, (2, 0), torch.device("cpu"))
         assert responses.finished.tolist() == [True, False, True, True, True]
         rendered = {"prompt": chat_templates.render(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
-        which = closed(responses, [chat, chat, text, chat, rendered], turn)
+        which = ends_turn(responses, [chat, chat, text, chat, rendered], turn)
         assert which.tolist() == [True, False, False, False, True]
-        extended = rollout.extend(responses, which, turn.after)
+        extended = rollout.append_tokens(responses, which, turn.after)
         found = [row[mask].tolist() for row, mask in zip(extended.response_ids, extended.response_mask, strict=True)]
         assert found == [[300, 2, *turn.after], [300, 301], [300, 2], [300, 0], [2, *turn.after]]
 
@@ -499,20 +500,20 @@ class TestLoading:
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-        found = models.load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
+        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
         assert (found.pad_token, found.padding_side, found.truncation_side) == ("<|fim_pad|>", "right", "right")
         assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["BASE", "BASE"]
         check_tokenizer(found, Tiny(tokenizer).lm)
         assert capsys.readouterr().err == ""  # a recipe's trainers do not say it again
         (tmp_path / "generation_config.json").unlink()
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2, 3]}))
-        assert models.load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
+        assert load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
 
     def test_a_saved_truncation_cuts_nothing(self, tmp_path: Path) -> None:
         tokenizer = make("qwen")
         tokenizer.backend_tokenizer.enable_truncation(5)
         tokenizer.save_pretrained(tmp_path)
-        found = models.load_tokenizer(str(tmp_path))
+        found = load_tokenizer(str(tmp_path))
         long = said("the cat " * 50, "sat " * 50)
         ids, mask = assistant_tokens(long, found)
         assert len(ids) > 100 and sum(mask) > 40
