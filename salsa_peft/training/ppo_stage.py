@@ -22,7 +22,13 @@ from salsa_peft.soup import average as averaging
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
-from salsa_peft.training.references import Frozen, attach_reference, freeze, mixture, move_to
+from salsa_peft.training.references import (
+    FrozenReference,
+    attach_reference,
+    checkpoint_sum,
+    freeze,
+    load_checkpoint_sum,
+)
 from salsa_peft.utils.files import write_atomic
 
 
@@ -48,7 +54,7 @@ def ppo_config(bench: Workbench, policy: str, folder: Path) -> SalsaPPOConfig:
     return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
 
 
-def play(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[Frozen]]:
+def build_policy(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[FrozenReference]]:
     """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, the policy's called `name`, or a model each."""
     seeds = seeds_of(job.inputs)
     wanted = bench.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
@@ -62,7 +68,7 @@ def play(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[Fr
     model, frozen = bench.trainable(seeds[0]), []
     for reference in wanted:
         own = bench.base() if reference.sync_every is None else bench.base().float()
-        move_to(own, *mixture(bench, reference, job.inputs))
+        load_checkpoint_sum(own, *checkpoint_sum(bench, reference, job.inputs))
         frozen.append(
             freeze(model, own, reference.label)._replace(
                 sync_every=reference.sync_every, mixup_alpha=reference.mixup_alpha
@@ -76,7 +82,7 @@ def run(job: Job) -> dict[str, Any]:
     recipe, name = job.recipe, job.unit.name
     # 1. the policy starts at seed-0; references and reward are frozen, with adapters all on one base
     bench = Workbench.of(job)
-    model, references = play(bench, job)
+    model, references = build_policy(bench, job)
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
     reward = rewards.of_recipe(recipe, model, job.inputs, bench.tokenizer, micro)
     # 2. PPO
@@ -109,7 +115,7 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.skipped,
     }
-    rooms = (trainer.room, trainer.maker.room)
+    rooms = (trainer.room, trainer.rollout_maker.room)
     facts |= {room.what: room.rows for room in rooms if room.rows < room.asked}  # the memory ran out
     if not trainer.is_world_process_zero():
         return facts
@@ -117,13 +123,13 @@ def run(job: Job) -> dict[str, Any]:
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model, reward
-        merge(bench, job)
+        save_merged(bench, job)
     return facts
 
 
 def checkpoint_of(job: Job) -> Path | None:
     """The checkpoint to go on from, said; None where there is none: what is there is not whole and goes, it is the stage's own."""
-    checkpoint, passed = checkpoints.last_whole(job.folder)
+    checkpoint, passed = checkpoints.last_complete(job.folder)
     for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
         print(line, file=sys.stderr, flush=True)
     if checkpoint is None:
@@ -141,7 +147,7 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
     return data.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
 
 
-def merge(bench: Workbench, job: Job) -> None:
+def save_merged(bench: Workbench, job: Job) -> None:
     """The policy merged into the base, in its files' dtype, as a plain Transformers checkpoint: <folder>/merged. Never into 4 bits: of a
     quantised base into what its 4 bits stand for."""
     averaging.soup(

@@ -22,7 +22,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.training.ppo_stage import merge, play
+from salsa_peft.training.ppo_stage import build_policy, save_merged
 from salsa_peft.training.reward_model import SPLIT_SEED, accuracy
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from salsa_peft.models.rewards.reward import Reward
-    from salsa_peft.training.references import Frozen
+    from salsa_peft.training.references import FrozenReference
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def run(job: Job) -> dict[str, Any]:
     recipe, algorithm = job.recipe, job.unit.stage
     # 1. the policy starts at seed-0; references are frozen, with adapters all on one base
     bench = Workbench.of(job)
-    model, references = play(bench, job, "default")  # the one name that TRL knows
+    model, references = build_policy(bench, job, "default")  # the one name that TRL knows
     # 2. TRL's trainer, whose reference is then ours
     trainer, held_out, facts = TRAINERS[algorithm](bench, job, model, references)
     if lora.is_quantised(model):  # TRL casts adapters to bfloat16
@@ -64,11 +64,11 @@ def run(job: Job) -> dict[str, Any]:
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model
-        merge(bench, job)
+        save_merged(bench, job)
     return facts
 
 
-Made = tuple[Any, "Dataset | None", dict[str, Any]]
+TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
 """A trainer, pairs that are held out, facts of the data."""
 
 
@@ -104,7 +104,7 @@ def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]
     return parts["train"], parts["test"], facts
 
 
-def dpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def dpo(bench: Workbench, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Pairs as they are."""
     from trl import DPOConfig, DPOTrainer
 
@@ -126,7 +126,7 @@ def dpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Mad
     return trainer, test, facts
 
 
-def kto(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def kto(bench: Workbench, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Of each pair a desirable and an undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
@@ -147,21 +147,21 @@ def kto(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Mad
     return trainer, None, facts
 
 
-def rloo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def rloo(bench: Workbench, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Responses that are sampled and scored by the recipe's reward."""
     from trl import RLOOConfig, RLOOTrainer
 
     return sampled(bench, job, model, RLOOTrainer, RLOOConfig)
 
 
-def grpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def grpo(bench: Workbench, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """The same."""
     from trl import GRPOConfig, GRPOTrainer
 
     return sampled(bench, job, model, GRPOTrainer, GRPOConfig)
 
 
-def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -> Made:
+def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -> TrainerSetup:
     """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
@@ -226,7 +226,7 @@ def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": {"held_out": accuracy(found)}, "margin": {"held_out": asdict(mean_interval(found))}}
 
 
-TRAINERS: dict[str, Callable[[Workbench, Job, Any, list[Frozen]], Made]] = {
+TRAINERS: dict[str, Callable[[Workbench, Job, Any, list[FrozenReference]], TrainerSetup]] = {
     "dpo": dpo,
     "kto": kto,
     "rloo": rloo,

@@ -2,7 +2,7 @@
 
 A guard is one function and one row of GUARDS here, one row of DEFAULTS in config/options/guards.py, and one test. `ppo.guards` says what an alarm does, and may move its limit:
 `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`; those not named act as their row says. Imports no torch.
-Figures are those of metrics.jsonl: row is this update's, start the run's first one's. One that is NaN raises its alarm.
+GuardInput are those of metrics.jsonl: row is this update's, start the run's first one's. One that is NaN raises its alarm.
 Left out: averages over updates. A `stop` goes by one update, so a small batch wants a wider limit.
 """
 
@@ -23,7 +23,7 @@ CALM = 10
 """Updates without an alarm after which its guard warns anew: a figure that hovers about its limit is not said each time."""
 
 
-class Bounds(NamedTuple):
+class KLCoefBounds(NamedTuple):
     """What adaptive β may do."""
 
     lowest: float
@@ -34,18 +34,18 @@ class Bounds(NamedTuple):
     """kl_target, nats per response."""
 
 
-class Figures(NamedTuple):
+class GuardInput(NamedTuple):
     """What a guard looks at."""
 
     row: Row
     """This update's."""
     start: Row
     """The run's first update's; START is enough."""
-    bounds: Bounds | None
+    bounds: KLCoefBounds | None
     """None: β is fixed."""
 
 
-def empty(seen: Figures, limit: float) -> str | None:
+def empty(seen: GuardInput, limit: float) -> str | None:
     """The share of responses that are EOS alone. Paper A.4: with the soup, a high β drives response length to zero.
 
     A half: with most of a batch empty PPO has little left to learn an answer from; sound runs have a few percent at most.
@@ -54,7 +54,7 @@ def empty(seen: Figures, limit: float) -> str | None:
     return None if share <= limit else f"{share:.0%} of the responses empty (EOS alone), expected at most {limit:.0%}"
 
 
-def length(seen: Figures, limit: float) -> str | None:
+def length(seen: GuardInput, limit: float) -> str | None:
     """Mean response length against the first update's: the same hack on its way there, for few tokens cost little KL.
 
     A quarter: a reward that likes brevity halves responses, which is no fault.
@@ -65,7 +65,7 @@ def length(seen: Figures, limit: float) -> str | None:
     return None if now >= least else f"a mean response length of {now:.4g} tokens, {told}"
 
 
-def repetitive(seen: Figures, limit: float) -> str | None:
+def repetitive(seen: GuardInput, limit: float) -> str | None:
     """4-grams repeated within a response (`repetition`): gibberish as in the paper's Figure 6, the kind that goes in circles.
 
     Share above start + limit · (1 − start): what repeats itself from the start (tables, code, a small language) keeps its room,
@@ -77,7 +77,7 @@ def repetitive(seen: Figures, limit: float) -> str | None:
     return None if now <= most else f"{now:.0%} of the 4-grams repeated within their response, {told}"
 
 
-def entropy_low(seen: Figures, limit: float) -> str | None:
+def entropy_low(seen: GuardInput, limit: float) -> str | None:
     """Entropy per token against the first update's: the same few answers to everything.
 
     A tenth: PPO makes a policy surer of itself, often to a half, and that is its work; one that says one thing has next to none.
@@ -88,7 +88,7 @@ def entropy_low(seen: Figures, limit: float) -> str | None:
     return None if now >= least else f"an entropy of {now:.3g} nats a token, {told}"
 
 
-def entropy_high(seen: Figures, limit: float) -> str | None:
+def entropy_high(seen: GuardInput, limit: float) -> str | None:
     """Entropy per token above the first update's, in nats: gibberish of the other kind, where any token will do.
 
     A difference and no ratio, for a start may be near 0. 1.5 nats: 4.5 times as many choices (e^1.5); sampling at temperature
@@ -100,7 +100,7 @@ def entropy_high(seen: Figures, limit: float) -> str | None:
     return None if now <= most else f"an entropy of {now:.3g} nats a token, {told}"
 
 
-def kl_coef(seen: Figures, limit: float) -> str | None:
+def kl_coef(seen: GuardInput, limit: float) -> str | None:
     """Adaptive β within `limit` (a share of it) of a bound, and a KL that would drive it on: the controller can do no more."""
     if seen.bounds is None:
         return None
@@ -115,7 +115,7 @@ def kl_coef(seen: Figures, limit: float) -> str | None:
     return None
 
 
-def negative_kl(seen: Figures, limit: float) -> str | None:
+def negative_kl(seen: GuardInput, limit: float) -> str | None:
     """KL below −limit, nats a response. A KL is not negative; its k1 estimate may be, by chance.
 
     One nat: k1's variance is about 2 KL, so the mean of 8 responses is no less than four standard errors from −1.
@@ -124,7 +124,7 @@ def negative_kl(seen: Figures, limit: float) -> str | None:
     return None if found >= -limit else f"a KL of {found:.3g} nats a response, expected at least {-limit:g}"
 
 
-def kl(seen: Figures, limit: float) -> str | None:
+def kl(seen: GuardInput, limit: float) -> str | None:
     """KL above limit, nats a response; as `stop` it is early stopping on KL. Off: a soup or the base is far from the start.
 
     The limit is ten times the default kl_target.
@@ -141,7 +141,7 @@ def entropy(row: Row) -> float:
 class Guard(NamedTuple):
     """A row of GUARDS."""
 
-    check: Callable[[Figures, float], str | None]
+    check: Callable[[GuardInput, float], str | None]
     """Takes the figures and the limit. Returns what is wrong ("found, expected …"), or None where all is well."""
     remedy: str
 
@@ -174,9 +174,9 @@ class Alarm(NamedTuple):
     """One line: found, expected, what to do."""
 
 
-def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: Bounds | None = None) -> list[Alarm]:
+def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: KLCoefBounds | None = None) -> list[Alarm]:
     """All that is wrong in an update's figures; `bounds` where β is adaptive."""
-    seen, found = Figures(row, start, bounds), []
+    seen, found = GuardInput(row, start, bounds), []
     for name, (action, limit) in settings.items():
         guard = GUARDS[name]
         text = None if action == "off" else guard.check(seen, limit)
@@ -187,15 +187,15 @@ def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: Bounds
     return found
 
 
-class Watch:
+class GuardMonitor:
     """A run's guards: what they are to say after each update. Its state, of JSON's kinds, belongs into the checkpoint."""
 
-    def __init__(self, settings: Mapping[str, Setting], bounds: Bounds | None = None) -> None:
+    def __init__(self, settings: Mapping[str, Setting], bounds: KLCoefBounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
         self.start: dict[str, float] = {}
         self.quiet: dict[str, int] = {}  # guards that have warned → updates without an alarm since
 
-    def look(self, row: Row) -> list[Alarm]:
+    def check(self, row: Row) -> list[Alarm]:
         """An update's figures → what to say: every stop; a warning at its onset, and again after CALM updates without it."""
         self.start = self.start or {key: row[key] for key in START}
         found = alarms(self.settings, row, self.start, self.bounds)

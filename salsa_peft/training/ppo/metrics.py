@@ -84,7 +84,7 @@ def completions(responses: Responses, columns: Mapping[str, Tensor], count: int,
         yield {"prompt": prompt, "response": answer, **figures}
 
 
-class Logs:
+class LogFiles:
     """The files of one output folder, appended to at the end of an update. What an earlier run left in them is never lost."""
 
     def __init__(self, folder: Path) -> None:
@@ -202,7 +202,7 @@ RIGHT_TO_LEFT = ("R", "AL", "AN")
 ISOLATE, POP = "\u2068", "\u2069"
 
 
-def show(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None = None) -> None:
+def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None = None) -> None:
     """Rows of completions.jsonl (`prompt`, `response`, `score`, `kl`) → the stream, standard error where none is given."""
     if not rows:
         return

@@ -22,10 +22,10 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo import saving
-from salsa_peft.training.ppo.guards import Watch
-from salsa_peft.training.ppo.metrics import Logs
+from salsa_peft.training.ppo.guards import GuardMonitor
+from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
 
@@ -143,15 +143,15 @@ class RunCheckpoints:
     policy: Any
     """The policy's model, without the value head."""
     policy_name: str | None
-    references: list[Frozen]
+    references: list[FrozenReference]
     reward: Reward
     prompts: Any
     sharding: bool | str
     """How weights are sharded: a checkpoint of other sharding has other optimizer files."""
     state: PPOState
     scale: RunningScale
-    guards: Watch
-    logs: Logs
+    guards: GuardMonitor
+    logs: LogFiles
     partial: Path | None = None
     """Folder in which a checkpoint is being written."""
     saved_step: int | None = None
@@ -176,7 +176,7 @@ class RunCheckpoints:
                 f"resume_from_checkpoint: {resume} is not a complete checkpoint ({damage}). Resume from another one",
             )
             return Path(str(resume))
-        newest, skipped = checkpoints.last_whole(self.folder)
+        newest, skipped = checkpoints.last_complete(self.folder)
         for line in skipped:
             self._say(line)
         require(
@@ -253,7 +253,7 @@ class RunCheckpoints:
             trainer_state.save_to_json(str(made / TRAINER_STATE_NAME))
         if self.state.rollout is not None:
             save_file(self.state.rollout.tensors(), made / ROLLOUT)
-        if synced := reference_sync.state(self.policy, self.references):
+        if synced := reference_sync.state_dict(self.policy, self.references):
             save_file(synced, made / REFERENCES)
         content = {"saved": checkpoints.next_number(self.folder), **self.state_dict()}
         (made / checkpoints.STATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -274,7 +274,7 @@ class RunCheckpoints:
         if saved["options"]["kl_coef"] != self.args.kl_coef:
             self.state.kl_coef = self.args.kl_coef
         if (checkpoint / REFERENCES).is_file():
-            reference_sync.load_state(self.policy, self.references, lora.read_tensors(checkpoint / REFERENCES))
+            reference_sync.load_state_dict(self.policy, self.references, lora.read_tensors(checkpoint / REFERENCES))
         self.scale.count, self.scale.mean, self.scale.squares = saved["scale"]
         self.guards.load_state_dict(saved["watch"])
         if self.accelerator.is_main_process:
@@ -287,7 +287,7 @@ class RunCheckpoints:
         lines = []
         if not self._is_here(checkpoint):
             lines.append(self.logs.take(checkpoint.parent))
-        elif any(checkpoints.fault(newer) is None for newer in checkpoints.after(checkpoint)):
+        elif any(checkpoints.fault(newer) is None for newer in checkpoints.saved_after(checkpoint)):
             lines.append(self.logs.keep())
         for line in [*lines, *self.logs.cut(sizes)]:
             if line is not None:

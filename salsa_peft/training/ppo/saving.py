@@ -27,7 +27,7 @@ from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.rewards.reward import AdapterReward, Reward, WeightedReward, adapter_in
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.training.ppo.config import SalsaPPOConfig
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} {saved[key]} → {value}"
 
 
-def identity(model: Any, policy: str | None, references: Iterable[Frozen], reward: Reward, prompts: Iterable[Prompt]) -> dict[str, Any]:  # fmt: skip
+def identity(model: Any, policy: str | None, references: Iterable[FrozenReference], reward: Reward, prompts: Iterable[Prompt]) -> dict[str, Any]:  # fmt: skip
     """What must match on resume besides options: policy, base, references, reward models and prompts.
 
     Models are compared by digests of their weights, so that their paths may change. policy: the adapter's name; None for full weights.

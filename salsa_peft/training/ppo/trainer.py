@@ -36,12 +36,12 @@ from salsa_peft.training.ppo import losses, saving
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import RolloutBatches, RolloutLoader, SalsaPPOConfig
-from salsa_peft.training.ppo.guards import Bounds, Watch
-from salsa_peft.training.ppo.metrics import Logs, metrics, show
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
+from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.training.ppo.resume import MicroBatch, PPOState, RunCheckpoints
 from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
-from salsa_peft.training.references import Frozen, as_references
+from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import Room
@@ -76,7 +76,7 @@ class SalsaPPOTrainer(Trainer):
         args: SalsaPPOConfig,
         train_dataset: Dataset | Sequence[dict[str, Any]],
         *,
-        references: Sequence[str | Path | Frozen | PreTrainedModel],
+        references: Sequence[str | Path | FrozenReference | PreTrainedModel],
         reward: Reward | Callable[..., Sequence[float]] | str | Path | Any,
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
@@ -98,7 +98,7 @@ class SalsaPPOTrainer(Trainer):
         check_trained(model, processing_class, args)
         forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
-        self.encoder = Encoder.of([causal_lm(model), *frozen], args, processing_class)
+        self.encoder = PromptEncoder.of([causal_lm(model), *frozen], args, processing_class)
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
             len(prompts) >= args.batch_size,
@@ -125,20 +125,22 @@ class SalsaPPOTrainer(Trainer):
         self.sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         reference_sync.check(self.references, model, self.policy_name, sharded=self.sharded)
         backend = BACKENDS[args.rollout_backend](model, args, self.processing_class, self.accelerator)
-        self.maker = RolloutMaker(
+        self.rollout_maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, self.processing_class, self.accelerator
         )
         alone = self.accelerator.num_processes == 1 and not self.sharded
         self.room = Room(args.per_device_train_batch_size, "micro_batch_size", alone=alone)
-        bounds = Bounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
-        self.guards = Watch(parse(args.guards), bounds)  # type: ignore[arg-type]
-        self.logs = Logs(Path(str(args.output_dir)))
+        bounds = (
+            KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
+        )
+        self.guards = GuardMonitor(parse(args.guards), bounds)  # type: ignore[arg-type]
+        self.logs = LogFiles(Path(str(args.output_dir)))
         self.ppo = PPOState(args.kl_coef, torch.zeros(len(losses.PPOLoss._fields), device=args.device))
         self.stop = GracefulStop(self.accelerator)
         self.checkpoints = RunCheckpoints(
             args, self.accelerator, policy.policy, self.policy_name, self.references, self.reward, self.train_dataset,
             f"by ZeRO-3 over {args.world_size}" if self.is_deepspeed_enabled else self.sharded,
-            self.ppo, self.maker.scale, self.guards, self.logs,
+            self.ppo, self.rollout_maker.scale, self.guards, self.logs,
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
@@ -226,8 +228,8 @@ class SalsaPPOTrainer(Trainer):
         args, ppo, step = self.args, self.ppo, self.state.global_step % self.args.steps_per_update
         if step == 0 and ppo.micro_step == 0:
             ppo.started = time.perf_counter()
-            rollout = self.maker(prompts, ppo.update + 1, ppo.kl_coef, self.stop.check)
-            ppo.begin_update(rollout, self.maker.figures())
+            rollout = self.rollout_maker(prompts, ppo.update + 1, ppo.kl_coef, self.stop.check)
+            ppo.begin_update(rollout, self.rollout_maker.figures())
         return ppo.next_micro_batch(args, step, self.accelerator.process_index, self.accelerator.num_processes)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -263,7 +265,7 @@ class SalsaPPOTrainer(Trainer):
             return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
         result = self.micro_batch_loss(model, rollout, rows, tokens)
         tensors = {**rollout.tensors(), "rows": rows.detach()}
-        self.maker.require_finite("loss", result.loss.detach(), rollout.responses, tensors)
+        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.responses, tensors)
         self.ppo.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -276,7 +278,7 @@ class SalsaPPOTrainer(Trainer):
         )
         with self.accelerator.autocast():  # the value head too, as in the rollout, so that the first ratio is 1
             hidden, values = model(part.input_ids, part.attention_mask)
-            logprobs, _ = response_logprobs(hidden, part, self.maker.head(), self.args.min_new_tokens)
+            logprobs, _ = response_logprobs(hidden, part, self.rollout_maker.head(), self.args.min_new_tokens)
         return losses.ppo_loss(
             logprobs, response_values(values, part), old_logprobs, old_values, advantages, returns, part.response_mask,
             tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value, vf_coef=self.args.vf_coef,
@@ -287,7 +289,9 @@ class SalsaPPOTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         assert self.ppo.rollout is not None
         number = torch.as_tensor(norm, dtype=torch.float32)
-        self.maker.require_finite("gradient norm", number, self.ppo.rollout.responses, self.ppo.rollout.tensors())
+        self.rollout_maker.require_finite(
+            "gradient norm", number, self.ppo.rollout.responses, self.ppo.rollout.tensors()
+        )
         return norm
 
     # the end of an optimizer step and of an update
@@ -312,13 +316,13 @@ class SalsaPPOTrainer(Trainer):
             rollout, ppo.totals, update=ppo.update, batch_size=args.batch_size, kl_coef=ppo.kl_coef, skipped=ppo.skipped
         )
         row |= ppo.figures
-        error = reference_sync.refresh(self.model.policy, self.policy_name, self.references, ppo.update)
+        error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
             if args.shown_every is not None and (ppo.update - 1) % args.shown_every == 0:
-                show(written[:2], ppo.update)
-        for alarm in self.guards.look(row):
+                print_samples(written[:2], ppo.update)
+        for alarm in self.guards.check(row):
             if alarm.action == "stop":
                 self.stop.alarm = alarm.message
             if self.is_world_process_zero():
@@ -352,14 +356,14 @@ class SalsaPPOTrainer(Trainer):
         require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
         training = self.model.training
         try:
-            responses, scores = self.maker.evaluate(prompts)
+            responses, scores = self.rollout_maker.evaluate(prompts)
         finally:
             self.model.train(training)
         figures = {
             "score": scores.mean().item(),
             "response_length": responses.lengths.float().mean().item(),
             "empty_share": responses.empty.float().mean().item(),
-            **self.maker.figures(),
+            **self.rollout_maker.figures(),
         }
         named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         if self.is_world_process_zero():
