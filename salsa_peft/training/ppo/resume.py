@@ -223,7 +223,7 @@ class RunCheckpoints:
         if main:
             shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         if size is not None:
-            files.require_room(self.folder, size, f"{checkpoints.PREFIX}{trainer_state.global_step}")
+            files.require_disk_space(self.folder, size, f"{checkpoints.PREFIX}{trainer_state.global_step}")
         self.partial = partial
         try:
             self.accelerator.wait_for_everyone()
@@ -233,7 +233,7 @@ class RunCheckpoints:
         except Exception as error:
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, SalsaError) or (line := files.full(error, self.folder)) is None:
+            if isinstance(error, SalsaError) or (line := files.disk_full_message(error, self.folder)) is None:
                 raise
             raise SalsaError(line) from error
         finally:

@@ -44,7 +44,7 @@ from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
 from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,8 +128,10 @@ class SalsaPPOTrainer(Trainer):
         self.rollout_maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, self.processing_class, self.accelerator
         )
-        alone = self.accelerator.num_processes == 1 and not self.sharded
-        self.room = Room(args.per_device_train_batch_size, "micro_batch_size", alone=alone)
+        single_process = self.accelerator.num_processes == 1 and not self.sharded
+        self.micro_batch = MicroBatchLimit(
+            args.per_device_train_batch_size, "micro_batch_size", single_process=single_process
+        )
         bounds = (
             KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
         )
@@ -240,7 +242,7 @@ class SalsaPPOTrainer(Trainer):
         micro_batch, is_retry = self._next_micro_batch(inputs), False
 
         def forward_and_backward(rows: Tensor) -> Tensor:
-            parts = [micro_batch._replace(rows=part) for part in rows.split(self.room.rows)]
+            parts = [micro_batch._replace(rows=part) for part in rows.split(self.micro_batch.rows)]
             step: Any = super(SalsaPPOTrainer, self).training_step
             return torch.stack([step(model, part) for part in parts]).sum()
 
@@ -254,7 +256,7 @@ class SalsaPPOTrainer(Trainer):
             is_retry = True
             return forward_and_backward(micro_batch.rows)
 
-        return self.room.fit(run, len(micro_batch.rows))
+        return self.micro_batch.run(run, len(micro_batch.rows))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
