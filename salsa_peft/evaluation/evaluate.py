@@ -29,7 +29,7 @@ from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.stage_context import StageContext, seed_folders
-from salsa_peft.training.references import attach_reference, mixture, move_to
+from salsa_peft.training.references import attach_reference, checkpoint_sum, load_checkpoint_sum
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
@@ -65,9 +65,9 @@ def cast(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable
 
     def read(name: str) -> None:
         if name in recipe.policies:
-            return move_to(model, [inputs[policy_id(recipe, name)]], [1.0])
+            return load_checkpoint_sum(model, [inputs[policy_id(recipe, name)]], [1.0])
         (reference,) = parse_reference("evaluate.models", name)
-        return move_to(model, *mixture(context, reference, inputs))
+        return load_checkpoint_sum(model, *checkpoint_sum(context, reference, inputs))
 
     return model, {name: functools.partial(read, name) for name in model_names(recipe)}
 

@@ -30,7 +30,7 @@ from salsa_peft.models.stage_context import (
     report_left_out,
     seed_folders,
 )
-from salsa_peft.training.ppo_stage import merge, play
+from salsa_peft.training.ppo_stage import build_policy, save_merged
 from salsa_peft.training.reward_model import SPLIT_SEED, accuracy
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from salsa_peft.models.rewards.base import Reward
-    from salsa_peft.training.references import Frozen
+    from salsa_peft.training.references import FrozenReference
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run(job: Job) -> dict[str, Any]:
     recipe, algorithm = job.recipe, job.unit.stage
     # 1. the policy starts at seed-0; references are frozen, with adapters all on one base
     context = StageContext.of_job(job)
-    model, references = play(context, job, "default")  # the one name that TRL knows
+    model, references = build_policy(context, job, "default")  # the one name that TRL knows
     # 2. TRL's trainer, whose reference is then ours
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL casts adapters to bfloat16
@@ -72,11 +72,11 @@ def run(job: Job) -> dict[str, Any]:
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model
-        merge(context, job)
+        save_merged(context, job)
     return facts
 
 
-Made = tuple[Any, "Dataset | None", dict[str, Any]]
+TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
 """A trainer, pairs that are held out, facts of the data."""
 
 
@@ -101,7 +101,8 @@ def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, 
 
     def fits(row: dict[str, Any]) -> bool:
         given: list[Any] = [
-            context.tokenizer.apply_chat_template(row[side], return_dict=True, **template_options(row)) for side in sides
+            context.tokenizer.apply_chat_template(row[side], return_dict=True, **template_options(row))
+            for side in sides
         ]
         return max(len(encoded["input_ids"]) for encoded in given) <= longest
 
@@ -114,7 +115,7 @@ def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, 
     return parts["train"], parts["test"], facts
 
 
-def dpo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Pairs as they are."""
     from trl import DPOConfig, DPOTrainer
 
@@ -136,7 +137,7 @@ def dpo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -
     return trainer, test, facts
 
 
-def kto(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def kto(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Of each pair a desirable and an undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
@@ -157,21 +158,21 @@ def kto(context: StageContext, job: Job, model: Any, references: list[Frozen]) -
     return trainer, None, facts
 
 
-def rloo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def rloo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Responses that are sampled and scored by the recipe's reward."""
     from trl import RLOOConfig, RLOOTrainer
 
     return sampled(context, job, model, RLOOTrainer, RLOOConfig)
 
 
-def grpo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """The same."""
     from trl import GRPOConfig, GRPOTrainer
 
     return sampled(context, job, model, GRPOTrainer, GRPOConfig)
 
 
-def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> Made:
+def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> TrainerSetup:
     """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
@@ -234,7 +235,7 @@ def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": {"held_out": accuracy(found)}, "margin": {"held_out": asdict(mean_interval(found))}}
 
 
-TRAINERS: dict[str, Callable[[StageContext, Job, Any, list[Frozen]], Made]] = {
+TRAINERS: dict[str, Callable[[StageContext, Job, Any, list[FrozenReference]], TrainerSetup]] = {
     "dpo": dpo,
     "kto": kto,
     "rloo": rloo,

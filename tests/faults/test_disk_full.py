@@ -30,7 +30,7 @@ from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.recipe import processes
 from salsa_peft.recipe import run as recipe
 from salsa_peft.training import checkpoints
-from salsa_peft.training.ppo.saving import stored
+from salsa_peft.training.ppo.saving import stored_size
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -74,7 +74,7 @@ class TestCheckpoints:
 
     def fails_at(self, trainer: Any, step: int, how: Callable[[], Any]) -> None:
         """From that step's save on `how` is the context of saves."""
-        save = trainer._write_checkpoint
+        save = trainer._save_checkpoint
 
         def failing(*args: Any) -> None:
             if trainer.state.global_step < step:
@@ -83,7 +83,7 @@ class TestCheckpoints:
                 with how():
                     save(*args)
 
-        trainer._write_checkpoint = failing
+        trainer._save_checkpoint = failing
 
     @pytest.mark.parametrize("size", [0, 500, 4000, 12_000, 20_000], ids=lambda size: f"{size}-bytes")
     def test_a_save_that_fails_leaves_the_last_one(self, make: Any, tmp_path: Path, weights: Any, size: int) -> None:
@@ -125,7 +125,7 @@ class TestCheckpoints:
             "checkpoint-2",
             "checkpoint-1",
         ]
-        assert checkpoints.last_whole(tmp_path / "other") == (tmp_path / "other" / "checkpoint-2", [])
+        assert checkpoints.last_complete(tmp_path / "other") == (tmp_path / "other" / "checkpoint-2", [])
 
     def test_what_it_takes_is_what_is_asked_for(self, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
         """The tensors' bytes are no more than the checkpoint has: nothing that fits is refused. (The rest is a tokenizer and JSON.)"""
@@ -142,7 +142,7 @@ def test_states_of_8_bits_are_counted_as_they_are_stored() -> None:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     state = OptimState8bit.zeros((1024, 4), signed=True, block_size=256)
-    assert 4096 < stored(state) < 4096 * 1.5 and stored(torch.zeros(1024, 4)) == 4 * 4096
+    assert 4096 < stored_size(state) < 4096 * 1.5 and stored_size(torch.zeros(1024, 4)) == 4 * 4096
 
 
 def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:  # fmt: skip

@@ -175,7 +175,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
             f"processing_class: found {name} {token!r} ({number}) over {rows} embeddings, expected one of them;"
             " model.resize_token_embeddings(len(tokenizer)), or take another",
         )
-    for line in tokenizer_notes(tokenizer, model_stop_token_ids(tokenizer, lm)) if tokenizer not in PREPARED_TOKENIZERS else []:
+    for line in (
+        tokenizer_notes(tokenizer, model_stop_token_ids(tokenizer, lm)) if tokenizer not in PREPARED_TOKENIZERS else []
+    ):
         print(f"processing_class: {line}", file=sys.stderr, flush=True)
 
 

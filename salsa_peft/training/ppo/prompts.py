@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     """The data's row, which reward functions see."""
 
 
-class Encoder(NamedTuple):
+class PromptEncoder(NamedTuple):
     """What turns rows into prompts that fit."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +43,9 @@ class Encoder(NamedTuple):
     """Whether to say nothing of what is left out (another process does)."""
 
     @classmethod
-    def of(cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def of(
+        cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> PromptEncoder:
         """For prompts that leave room for a response in each of `models`, the policy's the first, and within max_prompt_length.
 
         Raises SalsaError for a max_new_tokens that leaves none.

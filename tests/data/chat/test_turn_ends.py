@@ -30,7 +30,7 @@ from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 
@@ -179,7 +179,7 @@ class TestBOS:
     def test_it_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
         tokenizer = make("llama3")
         rows = [{"prompt": "<|begin_of_text|>the cat"}, {"prompt": "the cat"}, {"prompt": said("<|begin_of_text|>")}]
-        kept, _ = Encoder(tokenizer, None, 500)(rows, "rows")
+        kept, _ = PromptEncoder(tokenizer, None, 500)(rows, "rows")
         assert kept[0].tokens == kept[1].tokens
         line = (
             "rows: 1 of 3 rows (the first: row 1) begin with <|begin_of_text|> already: the tokenizer's own is left out"
