@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salsa_peft.models.adapters.bases import base_folder, local_folder
-from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, warn_about_special_tokens, vocabulary
+from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, vocabulary, warn_about_special_tokens
 from salsa_peft.soup.lora.read import MORE_TEMPLATES, TOKENIZER, read_json, write_file
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.utils.errors import SalsaError, require
