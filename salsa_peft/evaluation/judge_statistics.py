@@ -9,10 +9,17 @@ from typing import NamedTuple
 import numpy as np
 
 from salsa_peft.evaluation.length_control import length_controlled
-from salsa_peft.utils.statistics import Verdicts, clustered, numbered, resampled, tango, widened
+from salsa_peft.utils.statistics import (
+    WinRates,
+    bootstrap_interval,
+    cluster_indices,
+    clustered_win_rates,
+    tango_interval,
+    widen_to_tango,
+)
 
 NET = {"a": 1, "b": -1, "tie": 0}
-NOTHING = Verdicts(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
+NOTHING = WinRates(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
 FEW_RUNS = 5
 """Fewer training seeds than this tell little of the spread between seeds."""
 
@@ -54,7 +61,7 @@ class JudgedPair:
     low: float
     high: float
     interval: str
-    """`tango`: a judgment a question (or all of a question's the same in all), `bootstrap`: over questions, turns together, never narrower than
+    """`tango_interval`: a judgment a question (or all of a question's the same in all), `bootstrap`: over questions, turns together, never narrower than
     Tango's of independent judgments."""
     p_value: float
     """Exact sign test; where questions have several turns its clustered form, `statistics.sign_flip`."""
@@ -81,7 +88,7 @@ def judged_pair(rows: Sequence[Judged], seed: int = 0) -> JudgedPair:
     kept = [row for row in rows if row.winner != "missing"]
     n, missing = len(kept), len(rows) - len(kept)
     nets = np.array([NET[row.winner] for row in kept], dtype=np.int64)
-    verdicts, interval = clustered(nets, [row.question for row in kept], seed) if kept else (NOTHING, "tango")
+    verdicts, interval = clustered_win_rates(nets, [row.question for row in kept], seed) if kept else (NOTHING, "tango")
     games = [(row.first, row.second) for row in rows]
     both = [game for game in games if "missing" not in game]
     decided = [place for game in games for place in zip(game, "ab", strict=True) if place[0] in ("a", "b")]
@@ -133,7 +140,9 @@ def _length_controlled(kept: Sequence[Judged], nets: np.ndarray, seed: int) -> d
     if not kept:
         return None
     differences = np.array([row.length_a - row.length_b for row in kept], dtype=np.float64)
-    return length_controlled((1 + nets) / 2, differences, numbered([row.question for row in kept], len(kept)), seed)
+    return length_controlled(
+        (1 + nets) / 2, differences, cluster_indices([row.question for row in kept], len(kept)), seed
+    )
 
 
 @dataclass(frozen=True)
@@ -178,10 +187,10 @@ def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
         low, high = only.low, only.high
     else:
         share = len(names) * mean
-        found, wins = resampled(nets, sizes, seed), [row.winner for rows in kept for row in rows].count("a")
-        bounds = tango(max(share, 0), max(-share, 0), len(names))
+        found, wins = bootstrap_interval(nets, sizes, seed), [row.winner for rows in kept for row in rows].count("a")
+        bounds = tango_interval(max(share, 0), max(-share, 0), len(names))
         if found is not None:
-            bounds = widened(found, wins, wins - int(nets.sum()), int(sizes.sum()))
+            bounds = widen_to_tango(found, wins, wins - int(nets.sum()), int(sizes.sum()))
         low, high = (0.5 + bound / 2 for bound in bounds)
     each = 0.5 + nets.sum(axis=1) / sizes.sum(axis=1) / 2
     return OverSeeds(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import one_line, path_text
+from salsa_peft.utils.messages import one_line, short_path
 
 VERSION = 2
 TABLE = (
@@ -108,7 +108,7 @@ class Cache:
 
     @property
     def _name(self) -> str:
-        return path_text(str(self.path or "the judge's cache"))
+        return short_path(str(self.path or "the judge's cache"))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

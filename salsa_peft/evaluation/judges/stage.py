@@ -19,8 +19,8 @@ from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judged, judged_pair
 from salsa_peft.evaluation.judges.prompts import Game, Ruling
 from salsa_peft.evaluation.judges.registry import judge_of
-from salsa_peft.utils.console import bar
-from salsa_peft.utils.files import json_lines, write_atomic
+from salsa_peft.utils.console import progress_bar
+from salsa_peft.utils.files import read_json_lines, write_atomic
 from salsa_peft.utils.statistics import holm
 
 CACHE = "judge_cache.sqlite"
@@ -51,9 +51,9 @@ class Match(NamedTuple):
 def read(folder: Path) -> dict[str, Dataset]:
     """Name of a set → its questions and answers, of the evaluate stage's folder."""
     found: dict[str, Dataset] = {}
-    for row in json_lines(folder / "questions.jsonl"):
+    for row in read_json_lines(folder / "questions.jsonl"):
         found.setdefault(row["dataset"], Dataset([], {})).questions.append(row)
-    for row in json_lines(folder / "answers.jsonl"):
+    for row in read_json_lines(folder / "answers.jsonl"):
         found[row["dataset"]].answers.setdefault((row["model"], row["index"]), []).append(row)
     return found
 
@@ -153,15 +153,15 @@ def run(job: Job) -> dict[str, Any]:
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
     found = read(job.inputs["evaluate"])
-    known = comparisons.searched(recipe, comparisons.by_set(json_lines(job.inputs["evaluate"] / "answers.jsonl")))
+    known = comparisons.searched(recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl")))
     judge = judge_of(section, cache=job.folder.parents[1] / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
     rows: list[dict[str, Any]] = []
     prompts: list[tuple[str, str]] = []
 
     def play(todo: Sequence[Match]) -> None:
         asked = [game for match in todo for game in games(match, found)]
-        with bar(len(asked), job.unit.id) as update:
-            rulings = judge(asked, update)
+        with progress_bar(len(asked), job.unit.id) as bar:
+            rulings = judge(asked, bar.update)
         two = [rulings[at : at + 2] for at in range(0, len(rulings), 2)]
         prompts.extend((first.prompt, second.prompt) for first, second in two)
         rows.extend(judged(match, found, both) for match, both in zip(todo, two, strict=True))

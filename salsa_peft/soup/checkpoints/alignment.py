@@ -85,7 +85,7 @@ def _same_names(head: Checkpoint, other: Checkpoint) -> bool:
             place.entry.shape == other.tensors[name].entry.shape and _same_kind(place.entry, other.tensors[name].entry)
             for name, place in head.tensors.items()
         )
-        and all(tensor_names.unwrapped(name) == name for name in other.tensors)
+        and all(tensor_names.without_wrappers(name) == name for name in other.tensors)
         and not _lacks_head(head)
         and (not other.tied or _differing_head(other) is None)
     )
@@ -131,7 +131,7 @@ def check_tied(checkpoint: Checkpoint) -> None:
 def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
     """Align by the names of the models. Warns about names that are changed and embeddings that are untied."""
     for view in views:
-        wrapped = next((name for name in view.checkpoint.tensors if tensor_names.unwrapped(name) != name), None)
+        wrapped = next((name for name in view.checkpoint.tensors if tensor_names.without_wrappers(name) != name), None)
         if wrapped is not None:
             logger.warning("%s: prefixes of wrappers are removed, as in %s", view.checkpoint.folder, wrapped)
     tied = {target for view in views for target in view.names.tied}
@@ -210,7 +210,7 @@ def _no_parameter(view: ModelTensors, name: str, place: Place) -> Place:
 
 def _header(file: SafetensorsFile) -> bytes:
     """A file's header with the names that Transformers knows, without prefixes of wrappers."""
-    names = {name: tensor_names.unwrapped(name) for name in file.entries}
+    names = {name: tensor_names.without_wrappers(name) for name in file.entries}
     if all(name == plain for name, plain in names.items()):
         return file.header
     return make_header(((names[name], entry.dtype, entry.shape) for name, entry in file.entries.items()), file.metadata)

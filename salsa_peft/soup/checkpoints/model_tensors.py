@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from salsa_peft.soup.checkpoints.read import CONFIG, Checkpoint, Place
 from salsa_peft.utils import tensor_names
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.safetensors_io import BITS, Entry, fill
+from salsa_peft.utils.safetensors_io import BITS, Entry, read_exactly
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def _chunks(place: Place) -> Iterator[bytes]:
     try:
         for start in range(0, place.entry.size, 2**21):
             piece = bytearray(min(2**21, place.entry.size - start))
-            fill(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
+            read_exactly(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
             yield bytes(piece)
     finally:
         os.close(descriptor)

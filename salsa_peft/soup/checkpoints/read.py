@@ -6,7 +6,6 @@ pickles and never runs code. Left out: formats other than safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import sha256
 from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
 
@@ -97,13 +97,10 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises SalsaError for a file that is missing or holds anything else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise SalsaError(f"{path}: no such file; it belongs beside a checkpoint's weights") from None
-    except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{path} is not JSON ({error}); copy or save it again") from None
-    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, not a mapping; copy or save it again")
+    content = read_json(path)
+    require(
+        isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a mapping; copy or save it again"
+    )
     return dict(content)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 from salsa_peft.soup.checkpoints.arithmetic import BlockDtypes, BlockSums, NotFinite, SumPlan
 from salsa_peft.soup.checkpoints.read import FLOATS, Place
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, fill
+from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, read_exactly
 
 PIECE = 2**21
 """The size of a piece that a thread takes, in bytes of the widest member."""
@@ -175,7 +175,7 @@ def _add_piece(piece: Piece, sums: BlockSums, files: Mapping[Path, int], write: 
         count, start = min(BLOCK, piece.elements - first), piece.start + first
         for (file, entry), raw in zip(run.places, sums.raw, strict=True):
             width = BITS[entry.dtype] // 8
-            fill(files[file.path], raw[: count * width], entry.begin + start * width, file.path)
+            read_exactly(files[file.path], raw[: count * width], entry.begin + start * width, file.path)
         if run.dtype in FLOATS:
             try:
                 products, out = sums.add(dtypes, count, write is not None)

@@ -17,8 +17,8 @@ from typing import Any
 
 from salsa_peft.soup.checkpoints.read import CONFIG, read_mapping
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.files import foreign, locked, require_room, sync_folder, write_atomic
-from salsa_peft.utils.safetensors_io import Writer, writing
+from salsa_peft.utils.files import locked, other_files, require_disk_space, sync_folder, write_atomic
+from salsa_peft.utils.safetensors_io import Writer, safetensors_writer
 
 SUMMARY, LOCK, PARTIAL = "soup.json", ".lock", ".soup-partial"
 Progress = Callable[[int, int], None]
@@ -36,7 +36,7 @@ class Output:
     def shard(self, name: str, header: bytes) -> contextlib.AbstractContextManager[Writer]:
         """A context that gives the Writer of a weight file."""
         self.names[name] = None
-        return writing(self.folder / name, header)
+        return safetensors_writer(self.folder / name, header)
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file that goes with the weights."""
@@ -77,7 +77,7 @@ def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Ou
             whole = (folder / CONFIG).is_file()
             if not whole:
                 _remove_soup(folder)
-            require_room(folder, size, f"{folder}: the soup" + (" beside the earlier one" if whole else ""))
+            require_disk_space(folder, size, f"{folder}: the soup" + (" beside the earlier one" if whole else ""))
             output.folder.mkdir()
             yield output
         finally:
@@ -112,7 +112,7 @@ def check_free(folder: Path, sources: Sequence[Path]) -> None:
         not (folder / "adapter_config.json").exists(),
         f"{folder} holds an adapter, which Transformers would add to the soup; choose another folder",
     )
-    held = foreign(folder) if folder.exists() and not (folder / SUMMARY).is_file() else ""
+    held = other_files(folder) if folder.exists() and not (folder / SUMMARY).is_file() else ""
     require(
         not held,
         f"{folder} holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty folder or that of an earlier soup",
