@@ -95,7 +95,7 @@ class LiveCheckpoints:
     """Whole checkpoints in one model's weights: `model` is member 0, or any model of its architecture."""
 
     def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
-        from salsa_peft.soup.checkpoints.alignment import ModelTensors
+        from salsa_peft.soup.checkpoints.model_tensors import ModelTensors
         from salsa_peft.utils.tensor_names import ModelNames
 
         self.model, self.parameters = model, dict(model.named_parameters())
