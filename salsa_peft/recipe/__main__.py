@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from salsa_peft.config.load import load_recipe, names
+from salsa_peft.config.load import bundled_names, load_recipe
 from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
 from salsa_peft.recipe.hardware import Gpu
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
     """The command line. `--lora` may be followed by a preset's name; a word after it that is none is the recipe if no other is given."""
-    presets, recipes = names("adapters"), names("recipes")
+    presets, recipes = bundled_names("adapters"), bundled_names("recipes")
     parser = Parser(
         prog=prog,
         description="Run a recipe: SFT seeds, reward model, soup, PPO, landscape, evaluation, report.",

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Recipe
-from salsa_peft.models.architectures.memory import CONTEXT, GIB, STAGES, need, stages_of
-from salsa_peft.models.architectures.sizes import of_recipe
+from salsa_peft.models.architectures.memory import CONTEXT, GIB, STAGES, estimate, stages_of
+from salsa_peft.models.architectures.sizes import architecture_of_recipe
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import largest_proper_divisor
 
@@ -78,23 +78,23 @@ def smallest_gpu(size: float) -> int:
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
     """The estimated GPU memory of a stage on this machine, without CUDA's context, in MB; None for a stage without a model."""
-    size, there = of_recipe(recipe), gpus()
+    size, there = architecture_of_recipe(recipe), gpus()
     if size is None or stage not in stages_of(recipe):
         return None
-    found = need(recipe, stage, size, there[0].bytes if there else None)
+    found = estimate(recipe, stage, size, there[0].bytes if there else None)
     return round((found.total - CONTEXT) / 1e6, 1)
 
 
 def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES) -> list[str]:
     """Raise SalsaError if a large base has no GPU; return a warning for each stage that may not fit. stages: those that will run."""
-    size = of_recipe(recipe)
+    size = architecture_of_recipe(recipe)
     asked = [stage for stage in stages_of(recipe) if stage in stages]
     if size is None or not asked:
         return []
     memory = (
         float(there[0].bytes) if there else 0.0
     )  # without a GPU: the smallest need, bf16 weights where `auto` may choose
-    needs = {stage: need(recipe, stage, size, memory) for stage in asked}
+    needs = {stage: estimate(recipe, stage, size, memory) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,

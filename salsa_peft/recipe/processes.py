@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.config.paths import bundled
+from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import worker
 from salsa_peft.utils.files import write_atomic
@@ -213,7 +213,7 @@ def _set_environment(recipe: Recipe) -> None:
 
 def launch_command(recipe: Recipe, address: str) -> list[str]:
     """The command line of `accelerate launch`."""
-    config = bundled("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
+    config = bundled_folder("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.num_processes)))
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),

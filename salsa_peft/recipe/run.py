@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.judge import check_ready
-from salsa_peft.config.load import Loaded
+from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
+from salsa_peft.data.check import check_every_row
 from salsa_peft.recipe import cache, disk, hardware, processes, units
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -59,7 +60,7 @@ REPORT = "report.html"
 
 
 def run(
-    loaded: Loaded,
+    loaded: LoadedRecipe,
     folder: Path,
     *,
     stages: dict[str, Stage] = STAGES,
@@ -110,7 +111,7 @@ def run(
             say(f"pruned {path.relative_to(folder)}")
 
 
-def execute(loaded: Loaded, folder: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
+def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
     """Run the units of the plan in order; the run's folder is locked."""
     reports = [step.folder for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
     say(f"results: {folder}")
@@ -231,17 +232,15 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
         from salsa_peft.training import taken_results
 
         if hub:
-            taken_results.check_at_hand(recipe)
+            taken_results.check_base_available(recipe)
         taken_results.check(recipe, stages, hub)
     data = recipe.data
     sources = [data.demonstrations, data.held_out, data.preferences, data.prompts, *recipe.evaluate.prompts.values()]
     local = [is_local(source.path) for source in sources if source is not None]
     if stages and (not all(local) if hub else any(local)):
-        from salsa_peft.data import check as data_checks
-
         if hub:
             say("checking the datasets from the Hub …")
-        data_checks.check(recipe, stages, hub)
+        check_every_row(recipe, stages, hub)
 
 
 def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
@@ -267,7 +266,7 @@ def logged_in() -> bool:
     return get_token() is not None
 
 
-def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
+def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
     """The absolute path of --output-dir, or of runs/<name>, with adapters runs/<name>-<preset>."""
     mode = loaded.recipe.mode
     name = loaded.recipe.name if mode == "full" else f"{loaded.recipe.name}-{loaded.preset or mode}"
@@ -283,7 +282,7 @@ def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
     return folder
 
 
-def resolved_yaml(loaded: Loaded) -> str:
+def resolved_yaml(loaded: LoadedRecipe) -> str:
     """The recipe with all its values, defaults included; it runs as it is, without --lora."""
     lora = f" --lora {loaded.preset}" if loaded.preset else ""
     return f"# {loaded.path.name}{lora}, with every default; runs as it is.\n" + dump_yaml(loaded.recipe.as_data())

@@ -98,7 +98,7 @@ KEPT = {
 
 def make(job: Job, *_: Any, **__: Any) -> processes.Result:
     """A stage in this process: files of its stage's names, their content from its slice and from every file of its inputs."""
-    digest = hashlib.sha256(canonical_json(job.unit.slice).encode() + job.unit.id.encode())
+    digest = hashlib.sha256(canonical_json(job.unit.key_fields).encode() + job.unit.id.encode())
     for place in job.inputs.values():
         for file in sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST):
             digest.update(file.read_bytes())
@@ -466,7 +466,7 @@ def test_every_file_of_a_checkpoint_by_every_damage(stopped: Any, tmp_path: Path
             copy = tmp_path / "copy"
             shutil.copytree(place, copy)
             change(copy / "checkpoint-3" / name)
-            found, passed = checkpoints.last_whole(copy)
+            found, passed = checkpoints.last_complete(copy)
             assert found == copy / "checkpoint-2", (name, damage)
             if not passed:
                 quiet.append((name, damage))
@@ -486,7 +486,7 @@ def test_a_state_that_does_not_say_when_it_was_saved(stopped: Any, tmp_path: Pat
     copy = tmp_path / "copy"
     shutil.copytree(stopped[0], copy)
     (copy / "checkpoint-3" / "salsa_state.json").write_text(state)
-    found, passed = checkpoints.last_whole(copy)
+    found, passed = checkpoints.last_complete(copy)
     assert (
         found == copy / "checkpoint-2"
         and "changed: salsa_state.json" in passed[0]

@@ -118,7 +118,7 @@ class TestEngine:
         trainer = make("small")
         refused = small_card(trainer, 4, lambda: not torch.is_grad_enabled())
         same(whole, trained(trainer))
-        assert refused == [8] and trainer.maker.micro_batch.rows == 4 and trainer.micro_batch.rows == 8
+        assert refused == [8] and trainer.rollout_maker.micro_batch.rows == 4 and trainer.micro_batch.rows == 8
         assert "rollout_batch_size: out of memory with 8 rows; continuing with 4" in capsys.readouterr().err
 
     def test_a_reward_adapter_scores_the_rest_in_halves(
@@ -136,7 +136,7 @@ class TestEngine:
         adapters.save(source, "reward", folder, None, {SCORE_HEAD: torch.ones(1, 32)})
         trainer = make_trainer()
         reward = AdapterReward(trainer.model.policy, folder, 8)
-        rollout: Rollout = trainer.maker([trainer.train_dataset[i] for i in range(8)], 1, 0.1, lambda: None)
+        rollout: Rollout = trainer.rollout_maker([trainer.train_dataset[i] for i in range(8)], 1, 0.1, lambda: None)
         before = reward(rollout.responses, [{}] * 8)
         refused = small_card(trainer, 2, lambda: True)
         torch.testing.assert_close(reward(rollout.responses, [{}] * 8), before, rtol=1e-4, atol=1e-5)
@@ -145,10 +145,12 @@ class TestEngine:
     def test_a_compiled_rollout_gets_a_smaller_cache(self, make: Any, whole: Any) -> None:
         """Its static cache is of as many rows as its largest call yet, which was the one that did not fit."""
         trainer = make("small")
-        trainer.maker.backend = CompiledHF(trainer.maker.backend.model, trainer.args, trainer.processing_class, None)
+        trainer.rollout_maker.backend = CompiledHF(
+            trainer.rollout_maker.backend.model, trainer.args, trainer.processing_class, None
+        )
         refused = small_card(trainer, 4, lambda: not torch.is_grad_enabled())
         same(whole, trained(trainer))
-        assert refused == [8] and trainer.maker.backend.rows == 4
+        assert refused == [8] and trainer.rollout_maker.backend.rows == 4
 
     def test_one_row_too_many_is_one_line(self, make: Any, tmp_path: Path) -> None:
         """And no checkpoint of what it was in the middle of."""

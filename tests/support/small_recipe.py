@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.load import Loaded, load_recipe
+from salsa_peft.config.load import LoadedRecipe, load_recipe
 from salsa_peft.data.check import check_local
 from salsa_peft.models.architectures.checks import check
 
@@ -35,6 +35,6 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_checked(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
+def load_checked(path_or_name: str, *, lora: str | None, overrides: list[str]) -> LoadedRecipe:
     """load_recipe with the checks of `salsa run`: the local data, and the base's config.json."""
     return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(check_local, check))
