@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from salsa_peft.config.references import MEASURED
-from salsa_peft.soup.average import Options, called, check, kind_of, local_members, soup
+from salsa_peft.soup.average import Options, check, kind_of, local_members, member_names, soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
-from salsa_peft.soup.result import SoupSummary
 from salsa_peft.soup.strategies import STRATEGIES
+from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.console import bar, silence_import_warnings
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, one_line
@@ -78,7 +78,7 @@ def parse_weights(text: str, option: str = "--weights") -> list[float]:
         raise SalsaError(f"{option}: found {text}, expected numbers such as 0.25,0.75") from None
 
 
-def whole(text: str) -> int:
+def positive_integer(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
@@ -105,7 +105,11 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="W,W", help="one number a member: 0.25,0.75 or 0.25 0.75 (default: uniform)")
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the members are weighted (default: linear)")
-    add("--rank", type=whole, help="adapters: recompress to this rank (default: exact, the sum of the members' ranks)")
+    add(
+        "--rank",
+        type=positive_integer,
+        help="adapters: recompress to this rank (default: exact, the sum of the members' ranks)",
+    )
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: of the factors (default: the members')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
@@ -118,14 +122,14 @@ def parser() -> argparse.ArgumentParser:
     add("--untie", action="store_true", help="with --merge: LoRA on tied embeddings gives input and output their own")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are added up (default: cpu)")
     add_measure(made)
-    add("--steps", type=whole, default=20, help="learned: steps of Adam (default: 20)")
+    add("--steps", type=positive_integer, default=20, help="learned: steps of Adam (default: 20)")
     add("--step-size", type=number, default=0.1, help="learned: Adam's learning rate (default: 0.1)")
     add("--debug", action="store_true", help="show the trace of an error")
     return made
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
-    """The options of measures.of_command."""
+    """The options of measures.command_measure."""
     add = parser.add_argument
     add("--measure", metavar="M", help="sft_loss | reward | module:name, a function of the model")
     add(
@@ -136,28 +140,33 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
         metavar="REWARD",
         help="measure reward: a reward adapter's or a sequence classifier's folder or Hub id",
     )
-    add("--limit", type=whole, default=128, help="rows of --data, the first (default: 128)")
-    add("--max-length", type=whole, default=1024, help="tokens of a chat (default: 1024)")
-    add("--max-new-tokens", type=whole, default=128, help="measure reward: tokens of a response (default: 128)")
+    add("--limit", type=positive_integer, default=128, help="rows of --data, the first (default: 128)")
+    add("--max-length", type=positive_integer, default=1024, help="tokens of a chat (default: 1024)")
+    add(
+        "--max-new-tokens",
+        type=positive_integer,
+        default=128,
+        help="measure reward: tokens of a response (default: 128)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 and one line on stderr."""
     args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv))
-    return in_a_line("salsa soup", args, cook)
+    return run_command("salsa soup", args, cook)
 
 
 Work = Callable[[argparse.Namespace, Callable[[], None]], None]
 """Given the arguments and what to call when they are accepted."""
 
 
-def in_a_line(prog: str, args: argparse.Namespace, work: Work) -> int:
+def run_command(prog: str, args: argparse.Namespace, work: Work) -> int:
     """Do it: 0; 2 and one line for what a user can mend, files and disks among it; 130 where it was interrupted.
 
     Warnings are held back until `work` calls its second argument, so that a refusal before that stands alone.
     """
     silence_import_warnings()
-    held, ours = Held(logging.WARNING), logging.getLogger("salsa_peft")
+    held, ours = DeferredWarnings(logging.WARNING), logging.getLogger("salsa_peft")
     ours.addHandler(held)
     try:
         work(args, held.show)
@@ -177,7 +186,7 @@ def in_a_line(prog: str, args: argparse.Namespace, work: Work) -> int:
     return 0
 
 
-class Held(logging.Handler):
+class DeferredWarnings(logging.Handler):
     """A command's warnings: each line once, none before `show`."""
 
     def __init__(self, level: int) -> None:
@@ -224,9 +233,9 @@ def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     folders = local_members(args.members)
     if measured:
         check(args.out, folders, Options(**options))  # before a model is loaded
-        from salsa_peft.soup.measures import of_command
+        from salsa_peft.soup.measures import command_measure
 
-        options["measure"] = of_command(args, folders, kind_of(folders))
+        options["measure"] = command_measure(args, folders, kind_of(folders))
         accepted()
     with bar(1, "soup") as update:
 
@@ -234,7 +243,7 @@ def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
             accepted()
             update(done=done, total=total)
 
-        summary = soup(args.out, folders, weights, names=called(args.members), progress=progress, **options)
+        summary = soup(args.out, folders, weights, names=member_names(args.members), progress=progress, **options)
     print_summary(summary)
     print(f"written to {args.out}")
 

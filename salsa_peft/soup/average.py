@@ -23,8 +23,8 @@ from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.provenance import provenance
-from salsa_peft.soup.result import SoupSummary
 from salsa_peft.soup.strategies import STRATEGIES, Ask, Choice, Measure
+from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
 from salsa_peft.utils.manifests import read_manifest
@@ -60,7 +60,7 @@ class Options:
     quantized_base: str | None = None
     """nf4, with `merge`: the base goes through that quantisation first, as the members saw it when they were trained (QLoRA)."""
     same_base: bool = False
-    """Adapters: the caller asserts that they are of one base, though it is called differently or fingerprints differ."""
+    """Adapters: the caller asserts that they are of one base, though they call it differently or fingerprints differ."""
     untie: bool = False
     """With `merge`: LoRA on tied embeddings is merged into input and output embeddings of their own; else as PEFT does, into one tensor."""
     device: str = "cpu"
@@ -103,13 +103,13 @@ def soup(
     folders = local_members(members)
     kind = kind_of(folders)
     given = _weights(weights, len(folders), normalize, kind)
-    called_ = list(called(members) if names is None else names)
-    require(len(called_) == len(folders), f"names: {len(called_)} given, expected {len(folders)}: one for each member")
-    stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, called_, same_base=same_base)
+    labels = list(member_names(members) if names is None else names)
+    require(len(labels) == len(folders), f"names: {len(labels)} given, expected {len(folders)}: one for each member")
+    stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, labels, same_base=same_base)
     found = check(Path(out), folders, asked, stacked)
-    origins = list(zip(called_, members, folders, strict=True))
+    origins = list(zip(labels, members, folders, strict=True))
     more: dict[str, Any] = {"asked": given, "normalized": normalize, "sum": math.fsum(given)}
-    job = _Job(Path(out), folders, called_, given, asked, found, more, origins, progress)
+    job = _Job(Path(out), folders, labels, given, asked, found, more, origins, progress)
     if kind == CHECKPOINTS:
         return cast(SoupSummary, _checkpoints(job))
     return cast(SoupSummary, _merged(job) if merge else _adapters(job, cast(StackedAdapter, stacked)))
@@ -313,7 +313,7 @@ def _checkpoints(job: _Job) -> dict[str, Any]:
     )
 
 
-def called(members: Sequence[Path | str]) -> list[str]:
+def member_names(members: Sequence[Path | str]) -> list[str]:
     """What a summary calls the members: of a run's folders their units (sft/seed-0), else the ends of their paths or ids, where these differ."""
     ends = [_unit(Path(member)) or str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
     return ends if len(set(ends)) == len(ends) else [str(member) for member in members]

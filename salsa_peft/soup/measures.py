@@ -1,7 +1,7 @@
 """What greedy and learned soups choose by, on held-out data, higher is better: SFT loss, reward score, a Python function.
 
 A measure is called with the members' weights and moves a live soup there (soup/live.py). Only the SFT loss has a slope, so
-only it can be `learned` by. "I want to add a measure" is a class here, and a row in `of_recipe`.
+only it can be `learned` by. "I want to add a measure" is a class here, and a row in `recipe_measure`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class FunctionMeasure:
 _NO_SLOPE = "strategy learned: found the measure {}, which has no slope, expected sft_loss; or use strategy greedy"
 
 
-def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
+def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
     """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base, or of these checkpoints."""
     recipe, section = job.recipe, job.recipe.soup
     bench = Workbench.of(job)
@@ -200,7 +200,7 @@ def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpo
     return LiveCheckpoints(model.eval(), read)
 
 
-def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
+def command_measure(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
     """The measure that `salsa soup --measure` asks for. Raises SalsaError for data, a function or a reward that it needs, before a model is loaded."""
     disable_progress_bar()  # of loading weights: the command has its own
     function = load_function(args.measure) if ":" in args.measure else None

@@ -16,7 +16,7 @@ from salsa_peft import __version__
 from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.read import WEIGHTS as ADAPTER_WEIGHTS
 from salsa_peft.soup.lora.read import read_json
-from salsa_peft.soup.result import Origin, Provenance
+from salsa_peft.soup.summary import Origin, Provenance
 from salsa_peft.utils.fingerprints import base_fingerprint, read_fingerprint, sha256
 from salsa_peft.utils.manifests import read_manifest
 

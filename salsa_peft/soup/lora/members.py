@@ -112,7 +112,7 @@ VOCABULARY, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "cha
 
 
 @dataclass(frozen=True)
-class Tokenizer:
+class TokenizerSource:
     """Where a soup's tokenizer and chat template come from."""
 
     folder: Path
@@ -122,12 +122,12 @@ class Tokenizer:
     written: str | None = None
     """The template's text, where it comes from another member than the tokenizer."""
 
-    def said(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For soup.json."""
         return {"from": self.name, "chat_template": self.template}
 
 
-def tokenizer_of(members: Sequence[Member]) -> Tokenizer | None:
+def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
     """Raises SalsaError for tokenizers that give one token two ids, or one id two tokens; None where no member has one."""
     have = [member for member in members if any((member.folder / name).is_file() for name in TOKENIZER)]
     if not have:
@@ -153,7 +153,7 @@ def tokenizer_of(members: Sequence[Member]) -> Tokenizer | None:
     source = taken.name if taken.name in templates else next(iter(templates), None)
     written = None if source in (None, taken.name) else templates[str(source)]
     say(members, taken, source, templates)
-    return Tokenizer(taken.folder, taken.name, source, written)
+    return TokenizerSource(taken.folder, taken.name, source, written)
 
 
 def vocabularies_of(members: Sequence[Member]) -> dict[str, dict[str, int]]:
@@ -214,7 +214,7 @@ def template_of(folder: Path) -> str | None:
     return given if isinstance(given, str) else None
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: TokenizerSource, folder: Path) -> None:
     """Copy its files into the soup's folder."""
     for name in TOKENIZER:
         source = tokenizer.folder / name

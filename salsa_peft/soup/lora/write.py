@@ -19,7 +19,7 @@ from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.write import LOCK
 from salsa_peft.soup.lora import direct_parts
 from salsa_peft.soup.lora.factors import Shape, Stacks
-from salsa_peft.soup.lora.members import Tokenizer, tokenizer_of, write_tokenizer
+from salsa_peft.soup.lora.members import TokenizerSource, tokenizer_of, write_tokenizer
 from salsa_peft.soup.lora.read import CONFIG, DEFAULTS, SUMMARY, TARGETS, WEIGHTS, make_room, remove_remains, write_json
 from salsa_peft.soup.lora.svd import moments, recompress, squared_norm
 from salsa_peft.soup.lora.targets import EMBEDDINGS, is_saved, parameters_of, target_rule
@@ -85,7 +85,7 @@ def save(
 
 def _save(
     members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], options: SaveOptions,
-    code: str, ranks: dict[str, int], tokenizer: Tokenizer | None,
+    code: str, ranks: dict[str, int], tokenizer: TokenizerSource | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `save` does in a folder that is locked."""
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def _save(
     summary = summarise(members, weights, tally.gram, ranks)
     rounding = relative(tally.rounding, sum(tally.norms.values()) - sum(tally.lost.values()))
     summary |= {"strategy": options.strategy, "dtype": NAMES[code], "rounding": rounding, "rank": options.rank}
-    summary |= {"tokenizer": None if tokenizer is None else tokenizer.said()}
+    summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary()}
     summary |= {"error": errors(tally) if options.rank else None, **options.more}
     summary |= {"bytes": (folder / WEIGHTS).stat().st_size, "seconds": round(time.perf_counter() - start, 3)}
     write_json(folder / SUMMARY, summary)  # from here on what lies beside the weights is known as ours

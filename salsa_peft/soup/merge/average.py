@@ -29,13 +29,13 @@ from salsa_peft.soup.checkpoints.read import (
 )
 from salsa_peft.soup.checkpoints.vocabularies import vocabulary
 from salsa_peft.soup.checkpoints.write import Output, Progress, copy_others, counter, has_vocabulary, making, others
-from salsa_peft.soup.lora.members import TEMPLATE, Tokenizer, template_of, tokenizer_of
+from salsa_peft.soup.lora.members import TEMPLATE, TokenizerSource, template_of, tokenizer_of
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.merge.layout import Layout
 from salsa_peft.soup.merge.members import Loaded, load_members, read_members
 from salsa_peft.soup.merge.plan import ELEMENTS, Figures, Plan
 from salsa_peft.soup.merge.quantised_bases import Dequantised, open_base
-from salsa_peft.soup.summary import figures_of, relative
+from salsa_peft.soup.summary import delta_statistics, relative
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import EMBEDDINGS, FINGERPRINT, base_fingerprints
 from salsa_peft.utils.safetensors_io import Buffer, as_bytes
@@ -97,7 +97,7 @@ def merge(
         summary: dict[str, Any] = {"kind": "merged", "strategy": strategy, "base": str(checkpoint.folder)}
         summary |= _summary(read, loaded, numbers, figures) | source.said()
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
-        summary |= {"tokenizer": None if tokenizer is None else tokenizer.said(), "parameters": layout.parameters()}
+        summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary(), "parameters": layout.parameters()}
         summary |= {"rounding": relative(figures.lost, figures.delta), "bytes": size, "shards": len(checkpoint.files)}
         summary |= {"shards_kept": kept, "seconds": round(time.perf_counter() - begun, 3)} | dict(more or {})
         output.finish(layout.config(), summary)
@@ -114,7 +114,7 @@ def _summary(members: Sequence[Member], loaded: Loaded, weights: list[float], fi
         for member, found in zip(members, ranks, strict=True)
     ]
     names = [member.name for member in members]
-    return figures_of(names, weights, figures.gram.numpy(), listed) | {
+    return delta_statistics(names, weights, figures.gram.numpy(), listed) | {
         "modules": len(modules),
         "ranks": sorted(stacked),
     }
@@ -172,7 +172,7 @@ def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
     )
 
 
-def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
+def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: TokenizerSource | None) -> None:
     """The members' tokenizer and chat template, where they have one, else the base's; settings of generation are the base's."""
     copy_others(output, checkpoint.folder, None if tokenizer is None else tokenizer.folder)
     if tokenizer is None:
