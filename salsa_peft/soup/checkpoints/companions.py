@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.soup.checkpoints.read import read_mapping
-from salsa_peft.soup.checkpoints.vocabularies import say_special_tokens, vocabulary_of
+from salsa_peft.soup.checkpoints.vocabularies import warn_about_special_tokens, vocabulary_of
 from salsa_peft.soup.checkpoints.write import Output, has_vocabulary, others
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _say(
             logger.warning(
                 "tokenizer: taken from %s, since %s has none or fewer tokens", owner.name, " and ".join(other)
             )
-        say_special_tokens(owner.name, {source.name: source.folder for source in sources})
+        warn_about_special_tokens(owner.name, {source.name: source.folder for source in sources})
     if speaker is not None:
         texts = {source: sorted(_templates(source, found[source]).values()) for source in sources}
         other = [source.name for source in sources if texts[source] != texts[speaker]]

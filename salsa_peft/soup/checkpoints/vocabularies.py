@@ -22,7 +22,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def say_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
+def warn_about_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
     """A line where another member's tokenizer has another BOS or EOS than the one that goes with the soup; folders: by member's name."""
     own = special_tokens(folders[taken])
     for name, folder in folders.items():
