@@ -23,7 +23,7 @@ from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.provenance import provenance
-from salsa_peft.soup.strategies import STRATEGIES, Ask, Choice, Measure
+from salsa_peft.soup.strategies import STRATEGIES, Choice, Measure, StrategyInput
 from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
@@ -133,7 +133,9 @@ class _Job(NamedTuple):
     def choose(self, gram: Callable[[], Any]) -> Choice:
         """The weights by the strategy; the summary gets what was tried, and where the members came from."""
         asked = self.asked
-        choice = STRATEGIES[asked.strategy](Ask(self.weights, gram, asked.measure, asked.steps, asked.step_size))
+        choice = STRATEGIES[asked.strategy](
+            StrategyInput(self.weights, gram, asked.measure, asked.steps, asked.step_size)
+        )
         base = None if self.base is None else (asked.base or self.base, self.base)
         self.more.update({"tried": choice.tried} if choice.tried else {})
         self.more["provenance"] = provenance(self.origins, choice.weights, base)

@@ -1,4 +1,4 @@
-"""What a soup of adapters is, in figures: norms, distances and cosines of the deltas, what recompression and rounding changed."""
+"""The summary of a soup, as `soup()` returns it and soup.json holds it: its types, and the statistics of the members' deltas."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ class Origin(TypedDict):
     source: str
     """The path or Hub id as given."""
     repository: str | None
-    """The Hub's repository, of a folder in its cache."""
+    """The Hub repository, for a folder in the Hub's cache."""
     revision: str | None
-    """Its commit."""
+    """The commit of that repository."""
     files: dict[str, dict[str, Any]]
-    """Configuration and weights: size and SHA-256 (None: not known and not computed, see soup/provenance.py)."""
+    """Size and SHA-256 of configuration and weights. The hash is None if it is not known and was not computed (soup/provenance.py)."""
     fingerprint: str | None
-    """Of a checkpoint: fingerprints.base_fingerprint."""
+    """Checkpoints: fingerprints.base_fingerprint."""
     base_fingerprint: str | None
-    """Of the base that it was trained on, where its folder says it."""
+    """Fingerprint of the base that it was trained on, if its folder has one."""
     peft_version: str | None
-    """Of an adapter, where its configuration says it."""
+    """Adapters: the PEFT version, if the configuration has it."""
 
 
 class MemberOrigin(Origin):
-    """Of a member."""
+    """Where a member came from."""
 
     name: str
     weight: float
 
 
 class Provenance(TypedDict):
-    """Where all of a soup came from."""
+    """Where a soup came from."""
 
     salsa_peft: str
-    """The version that made the soup."""
+    """The version of this package."""
     members: list[MemberOrigin]
     base: Origin | None
-    """Of the base, where the soup reads it."""
+    """The base, if the soup reads it."""
 
 
 class MemberSummary(TypedDict, total=False):
-    """A member in figures."""
+    """Statistics of a member."""
 
     name: str
     weight: float
     norm: float | None
-    """Of what it adds to the base; None where the base was not read."""
+    """Norm of its delta; None if the base was not read."""
     ranks: list[int]
     """Adapters: the ranks of its modules."""
     modules: int
@@ -68,64 +68,65 @@ class MemberSummary(TypedDict, total=False):
 
 
 class PairSummary(TypedDict):
-    """Two members in figures."""
+    """Statistics of two members."""
 
     a: str
     b: str
     distance: float | None
     cosine: float | None
-    """Of what they add to the base; None where that is zero or the base was not read."""
+    """Cosine of their deltas; None if one is zero or the base was not read."""
 
 
 class SoupSummary(TypedDict, total=False):
-    """A soup in figures. `kind` is missing for adapters; keys that not all soups have say whose they are."""
+    """Statistics of a soup. `kind` is missing for adapters. Keys that only some kinds of soup have name the kind."""
 
     kind: Literal["merged", "checkpoints"]
     strategy: str
     weights: list[float]
-    """As the strategy chose them; `asked` as they were given."""
+    """The weights that the strategy chose."""
     asked: list[float]
+    """The weights that were requested."""
     normalized: bool
     sum: float
-    """Of the weights: other than 1 makes a scaled delta, not a mean."""
+    """Sum of the requested weights. If it is not 1, the result is a scaled delta, not a mean."""
     tried: list[dict[str, Any]]
-    """Strategies that choose: what was tried, and what it measured."""
+    """Strategies that choose weights: the points that were tried, with their measures."""
     left_out: list[str]
     """Members of weight 0."""
     members: list[MemberSummary]
     pairs: list[PairSummary]
     norm: float | None
-    """Of what the soup adds to the base."""
+    """Norm of the soup's delta."""
     provenance: Provenance
     bytes: int
     seconds: float
     dtype: str
     rounding: float
-    """‖what rounding to the file's dtype changed‖ / ‖what the soup adds to the base‖."""
+    """‖change by rounding to the file's dtype‖ / ‖the soup's delta‖."""
     modules: int
     """Adapters, merged."""
     ranks: list[int]
     """Adapters, merged: Σ r_i of each module."""
     rank: int | None
-    """Adapters: what was recompressed to."""
+    """Adapters: the rank that was requested."""
     error: dict[str, Any] | None
     """Adapters: the relative error of the recompression."""
     averaged: list[str]
-    """Adapters: values that are no delta and were averaged as they are."""
+    """Adapters: parameters that were averaged directly because they have no delta."""
     base: str
     """Merged: the base's folder."""
     replaced: list[str]
-    """Merged: tensors of the base that members had values of their own for."""
+    """Merged: tensors of the base that members hold trained values of."""
     rows: int | None
-    """Merged: of the embeddings, where training added tokens."""
+    """Merged: rows of the embeddings, if tokens were added in training."""
     untied: bool
-    """Merged: whether input and output embeddings are no longer one tensor."""
+    """Merged: whether input and output embeddings were one tensor and are two now."""
     tokenizer: dict[str, Any] | str | None
-    """Whose tokenizer and chat template go with the soup; None: the base's, or no member has one."""
+    """Whose tokenizer and chat template the soup has; None: the base's, or no member has one."""
     chat_template: str | None
-    """Checkpoints: whose chat template goes with the soup."""
+    """Checkpoints: whose chat template the soup has."""
     quantized_base: str | None
-    """Merged: what was done to the base."""
+    """Merged: the quantization that the base was put through."""
     requantised: int
     dequantised: int
     tensors: int
@@ -141,39 +142,39 @@ class SoupSummary(TypedDict, total=False):
     shards_kept: int
     """Merged, checkpoints: shards that an earlier, killed call had finished."""
     files: list[str]
-    """Merged, checkpoints (in soup.json alone)."""
+    """Merged, checkpoints (only in soup.json)."""
 
 
 @dataclass
-class Tally:
-    """What is found out of the deltas on the way to the file."""
+class Totals:
+    """Sums over modules that are collected while the soup is written."""
 
     gram: Array
-    """⟨delta_i, delta_j⟩ summed over modules: (n, n)."""
+    """⟨delta_i, delta_j⟩ of the members: (n, n)."""
     norms: dict[str, float] = field(default_factory=dict)
     """Module → squared norm of the soup's delta."""
     lost: dict[str, float] = field(default_factory=dict)
     """Module → squared norm of what recompression cut off."""
     rounding: float = 0.0
-    """Squared norm of what rounding to the file's dtype changed."""
+    """Squared norm of the change by rounding to the file's dtype."""
 
 
-def relative(part: float, whole: float) -> float:
-    """Of two squared norms."""
+def relative_norm(part: float, whole: float) -> float:
+    """√(part / whole) of two squared norms; 0 if the whole is 0."""
     return math.sqrt(part / whole) if whole > 0 else 0.0
 
 
-def errors(tally: Tally) -> dict[str, Any]:
-    """Relative Frobenius error of recompression: of all modules as one vector, of the worst, of each."""
-    layers = {module: relative(tally.lost.get(module, 0.0), norm) for module, norm in tally.norms.items()}
+def recompression_errors(totals: Totals) -> dict[str, Any]:
+    """Relative Frobenius error of the recompression: over all modules, of the worst module, and of each."""
+    layers = {module: relative_norm(totals.lost.get(module, 0.0), norm) for module, norm in totals.norms.items()}
     worst = max(layers, key=lambda module: layers[module])
-    whole = relative(sum(tally.lost.values()), sum(tally.norms.values()))
-    return {"all": whole, "worst": {"module": worst, "error": layers[worst]}, "layers": layers}
+    overall = relative_norm(sum(totals.lost.values()), sum(totals.norms.values()))
+    return {"all": overall, "worst": {"module": worst, "error": layers[worst]}, "layers": layers}
 
 
 def summarise(members: Sequence[Member], weights: Sequence[float], gram: Array,
               ranks: dict[str, int]) -> dict[str, Any]:  # fmt: skip
-    """Norms, distances and cosines of the members' deltas, all modules as one vector; a zero one has no cosine."""
+    """The statistics of a soup of adapters. gram: (n, n); ranks: module → rank in the soup."""
     listed = [
         {
             "ranks": sorted(set(member.ranks.values())),
@@ -190,7 +191,10 @@ def summarise(members: Sequence[Member], weights: Sequence[float], gram: Array,
 def delta_statistics(
     names: Sequence[str], weights: Sequence[float], gram: Array, members: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The same by the members' names and products; `members` is what else is said of each."""
+    """Norms, distances and cosines of the members' deltas, with all parameters as one vector. A zero delta has no cosine.
+
+    gram: ⟨delta_i, delta_j⟩, (n, n). members: further entries for each member.
+    """
     norms = [math.sqrt(max(gram[i, i], 0.0)) for i in range(len(names))]
     listed = [
         {"name": name, "weight": float(weight), **more, "norm": norm}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.soup.checkpoints.read import read_mapping
-from salsa_peft.soup.checkpoints.vocabularies import warn_about_special_tokens, vocabulary_of
+from salsa_peft.soup.checkpoints.vocabularies import vocabulary_of, warn_about_special_tokens
 from salsa_peft.soup.checkpoints.write import Output, has_vocabulary, others
 
 logger = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from salsa_peft.soup.merge.layout import Layout
 from salsa_peft.soup.merge.members import Loaded, load_members, read_members
 from salsa_peft.soup.merge.plan import ELEMENTS, Figures, Plan
 from salsa_peft.soup.merge.quantised_bases import Dequantised, open_base
-from salsa_peft.soup.summary import delta_statistics, relative
+from salsa_peft.soup.summary import delta_statistics, relative_norm
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import EMBEDDINGS, FINGERPRINT, base_fingerprints
 from salsa_peft.utils.safetensors_io import Buffer, as_bytes
@@ -98,7 +98,11 @@ def merge(
         summary |= _summary(read, loaded, numbers, figures) | source.said()
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary(), "parameters": layout.parameters()}
-        summary |= {"rounding": relative(figures.lost, figures.delta), "bytes": size, "shards": len(checkpoint.files)}
+        summary |= {
+            "rounding": relative_norm(figures.lost, figures.delta),
+            "bytes": size,
+            "shards": len(checkpoint.files),
+        }
         summary |= {"shards_kept": kept, "seconds": round(time.perf_counter() - begun, 3)} | dict(more or {})
         output.finish(layout.config(), summary)
     return summary
