@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.schema import Landscape
-from salsa_peft.soup.__main__ import Parser, add_measure, join_weights, parse_weights, positive_integer, run_command
-from salsa_peft.soup.average import ADAPTERS, kind_of, local, member_names
+from salsa_peft.soup.__main__ import add_measure, join_weights, parse_weights, positive_integer, run_command
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.member_folders import ADAPTERS, kind_of, local, member_names
+from salsa_peft.utils.console import Parser
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 

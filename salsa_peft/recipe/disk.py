@@ -3,7 +3,7 @@
     need at one time = what is done by then + max(checkpoints of the policy that trains, its last ones and the policy itself)
 
 Left out: logs, answers, reports and tokenizers, which are megabytes; what the Hub's cache takes; quotas, which a disk does not tell of.
-Held against runs on a CPU: tests/test_disk.py. Imports no torch.
+Held against runs on a CPU: tests/recipe/test_disk.py. Imports no torch.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judged, judged_pair
 from salsa_peft.evaluation.judges.prompts import Game, Ruling
 from salsa_peft.evaluation.judges.registry import judge_of
-from salsa_peft.utils.console import bar
+from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import read_json_lines, write_atomic
 from salsa_peft.utils.statistics import holm
 
@@ -160,8 +160,8 @@ def run(job: Job) -> dict[str, Any]:
 
     def play(todo: Sequence[Match]) -> None:
         asked = [game for match in todo for game in games(match, found)]
-        with bar(len(asked), job.unit.id) as update:
-            rulings = judge(asked, update)
+        with progress_bar(len(asked), job.unit.id) as bar:
+            rulings = judge(asked, bar.update)
         two = [rulings[at : at + 2] for at in range(0, len(rulings), 2)]
         prompts.extend((first.prompt, second.prompt) for first, second in two)
         rows.extend(judged(match, found, both) for match, both in zip(todo, two, strict=True))

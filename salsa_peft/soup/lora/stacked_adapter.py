@@ -71,12 +71,12 @@ class StackedAdapter:
         return config_fields(self.members, self.stacks, {m: shape.rank for m, shape in self.stacks.shapes.items()})
 
     def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear", rank: int | None = None,
-             dtype: str | torch.dtype | None = None, progress: Callable[..., None] | None = None,
+             dtype: str | torch.dtype | None = None, progress: Callable[[int, int], None] | None = None,
              more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the soup as a PEFT adapter folder. Returns its summary, which is also written to soup.json.
 
         rank: reduce modules of a higher rank to this one by SVD; the summary's `error` is the loss. dtype: of the factors (default: the
-        members' dtype). progress: called once per module, with the arguments of console.Update. more: further entries of the summary.
+        members' dtype). progress: called with (modules done, modules in all). more: further entries of the summary.
         """
         return save(
             self.members, self.stacks, Path(folder), self.check(weights), strategy=strategy, rank=rank,

@@ -42,7 +42,7 @@ class Section(NamedTuple):
 
 
 def save(members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str, rank: int | None,
-         dtype: str | None, progress: Callable[..., None] | None, more: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+         dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
     """Write the folder and return the summary, which is also its soup.json. The arguments are those of StackedAdapter.save.
 
     Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder that another process
@@ -146,7 +146,7 @@ def write_weights(folder: Path, parts: list[Section]) -> None:
 
 
 def sections(members: Sequence[Member], stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int], totals: Totals,
-             progress: Callable[..., None] | None) -> list[Section]:  # fmt: skip
+             progress: Callable[[int, int], None] | None) -> list[Section]:  # fmt: skip
     """The parts of the file. Wide dtypes come first, so that every tensor is aligned to its element size."""
     layout = [(name, code, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])]
     found = [Section(layout, partial(factors, stacks, weights, code, ranks, totals, progress))]
@@ -170,9 +170,9 @@ def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tup
 
 
 def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int], totals: Totals,
-            progress: Callable[..., None] | None) -> Iterator[Array]:  # fmt: skip
+            progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
     """A, B and, with lora_bias, the bias of each module in turn, as they are written."""
-    for module, shape in stacks.shapes.items():
+    for done, (module, shape) in enumerate(stacks.shapes.items(), 1):
         stack = stacks[module]
         blocks = [moments(A, B) for A, B in stack.each_block()]
         gram = stack.gram(blocks, len(weights))
@@ -192,7 +192,7 @@ def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str
         if (bias := stack.weighted_bias(weights)) is not None:
             yield arrays.narrow(bias, code)
         if progress is not None:
-            progress(1, total=len(stacks))
+            progress(done, len(stacks))
 
 
 def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
