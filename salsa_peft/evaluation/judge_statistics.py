@@ -9,15 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from salsa_peft.evaluation.length_control import length_controlled
-from salsa_peft.utils.statistics import Verdicts, clustered, numbered, resampled, tango, widened
+from salsa_peft.utils.statistics import WinRates, clustered, numbered, resampled, tango, widened
 
 NET = {"a": 1, "b": -1, "tie": 0}
-NOTHING = Verdicts(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
+NOTHING = WinRates(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
 FEW_RUNS = 5
 """Fewer training seeds than this tell little of the spread between seeds."""
 
 
-class Judged(NamedTuple):
+class Judgment(NamedTuple):
     """One turn of one question, judged twice: a's answer shown first, then b's."""
 
     question: Hashable
@@ -38,7 +38,7 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JudgedPair:
+class PairResult:
     """What a judge said of a against b; rates are fractions, those without anything to divide by None."""
 
     wins: int
@@ -75,7 +75,7 @@ class JudgedPair:
     """Turn → its wins, losses, ties, missing, adjusted_win_rate."""
 
 
-def judged_pair(rows: Sequence[Judged], seed: int = 0) -> JudgedPair:
+def pair_result(rows: Sequence[Judgment], seed: int = 0) -> PairResult:
     """Counts, rates, interval and test of one pair's judgments. Raises ValueError on none, on a turn twice, on other words."""
     _check(rows)
     kept = [row for row in rows if row.winner != "missing"]
@@ -86,7 +86,7 @@ def judged_pair(rows: Sequence[Judged], seed: int = 0) -> JudgedPair:
     both = [game for game in games if "missing" not in game]
     decided = [place for game in games for place in zip(game, "ab", strict=True) if place[0] in ("a", "b")]
     kinds = [2 - game.count("tie") for game in both if game[0] != game[1] or "tie" in game]
-    return JudgedPair(
+    return PairResult(
         wins=verdicts.wins,
         losses=verdicts.losses,
         ties=verdicts.ties,
@@ -112,7 +112,7 @@ def judged_pair(rows: Sequence[Judged], seed: int = 0) -> JudgedPair:
     )
 
 
-def _check(rows: Sequence[Judged]) -> None:
+def _check(rows: Sequence[Judgment]) -> None:
     if not rows:
         raise ValueError("no judgments: at least one expected")
     for word in {word for row in rows for word in (row.first, row.second)} - {*NET, "missing"}:
@@ -121,7 +121,7 @@ def _check(rows: Sequence[Judged]) -> None:
         raise ValueError(f"{len(rows)} judgments hold a question's turn twice: one row for each expected")
 
 
-def _counts(rows: Sequence[Judged]) -> dict[str, float]:
+def _counts(rows: Sequence[Judgment]) -> dict[str, float]:
     winners = [row.winner for row in rows]
     wins, losses, ties, missing = (winners.count(who) for who in ("a", "b", "tie", "missing"))
     n = wins + losses + ties
@@ -129,7 +129,7 @@ def _counts(rows: Sequence[Judged]) -> dict[str, float]:
     return {"wins": wins, "losses": losses, "ties": ties, "missing": missing, "adjusted_win_rate": adjusted}
 
 
-def _length_controlled(kept: Sequence[Judged], nets: np.ndarray, seed: int) -> dict[str, float] | None:
+def _length_controlled(kept: Sequence[Judgment], nets: np.ndarray, seed: int) -> dict[str, float] | None:
     if not kept:
         return None
     differences = np.array([row.length_a - row.length_b for row in kept], dtype=np.float64)
@@ -155,10 +155,10 @@ class OverSeeds:
     """What the interval does not see, in words."""
 
 
-def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
+def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
     """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.resampled`).
 
-    Runs answer the same questions (told by `Judged.question`); what one run lacks, another may have. Raises ValueError on
+    Runs answer the same questions (told by `Judgment.question`); what one run lacks, another may have. Raises ValueError on
     no runs and on a run without a verdict.
     """
     kept = [[row for row in rows if row.winner != "missing"] for rows in runs]
@@ -174,7 +174,7 @@ def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
             sizes[run, names[row.question]] += 1
     mean = nets.sum() / sizes.sum()
     if len(runs) == 1:
-        only = judged_pair(runs[0], seed)
+        only = pair_result(runs[0], seed)
         low, high = only.low, only.high
     else:
         share = len(names) * mean

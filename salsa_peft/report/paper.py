@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from salsa_peft.report.format import p_value, percent
-from salsa_peft.utils.statistics import Verdicts, holm, rates
+from salsa_peft.utils.statistics import WinRates, holm, rates
 
 CUT = 0.01 + 1e-9
 """Points between a printed rate and its counts' that rounding, or cutting at the last digit, explains."""
@@ -41,7 +41,7 @@ class Cell:
     """What the paper prints; another one where two labels are swapped."""
     a: str
     b: str
-    verdicts: Verdicts
+    verdicts: WinRates
     missing: int
     """Judgments that the set has and the table does not (FastChat drops those without a verdict)."""
     p_holm: float

@@ -180,7 +180,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class WinRates:
     """What N comparisons of a with b said, as in the paper's Tables 2–4, and the interval the paper does not give."""
 
     wins: int
@@ -206,8 +206,8 @@ def compare(
     b: Sequence[float] | np.ndarray,
     margin: float = 0.0,
     clusters: Sequence[Hashable] | None = None,
-) -> Verdicts:
-    """Verdicts of a scorer: a wins where a − b > margin, loses where b − a > margin, anything between is a tie.
+) -> WinRates:
+    """Win rates by a score: a wins where a − b > margin, loses where b − a > margin, anything between is a tie.
 
     Counts are over values; clusters (questions, their turns the values) are what interval and test go by.
     """
@@ -218,8 +218,8 @@ def compare(
     return clustered(nets, range(nets.size) if clusters is None else clusters)[0]
 
 
-def rates(wins: int, losses: int, ties: int) -> Verdicts:
-    """Counts, from a scorer or a judge → `Verdicts`, each judgment a question of its own.
+def rates(wins: int, losses: int, ties: int) -> WinRates:
+    """Counts, from a scorer or a judge → `WinRates`, each judgment a question of its own.
 
     The interval of the adjusted rate is Tango's (1998) score interval for (W − L)/N, mapped by ½ + d/2: the
     per-question values are 1, ½ and 0, and unlike a t-interval or a bootstrap of them it keeps its width where all
@@ -229,11 +229,11 @@ def rates(wins: int, losses: int, ties: int) -> Verdicts:
     if min(wins, losses, ties) < 0 or n == 0:
         raise ValueError(f"{wins} wins, {losses} losses, {ties} ties: counts that sum to at least 1 expected")
     low, high = (0.5 + bound / 2 for bound in tango(wins, losses, n))
-    return Verdicts(wins, losses, ties, wins / n, (wins + ties / 2) / n, low, high, sign_test(wins, losses))
+    return WinRates(wins, losses, ties, wins / n, (wins + ties / 2) / n, low, high, sign_test(wins, losses))
 
 
-def clustered(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[Verdicts, str]:
-    """Verdicts 1, −1 or 0 (N,), N ≥ 1, with the question of each → `Verdicts` and its interval's kind, "tango" or "bootstrap".
+def clustered(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[WinRates, str]:
+    """Outcomes 1, −1 or 0 (N,), N ≥ 1, with the question of each → `WinRates` and its interval's kind, "tango" or "bootstrap".
 
     One judgment a question: as `rates`. Else the bootstrap over questions (`resampled`), out to Tango's interval of independent judgments (`widened`), and the sign-flip test; where all
     questions agree, Tango's interval as if each were one judgment, the most that turns can hang together.
@@ -249,4 +249,4 @@ def clustered(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> 
     alike = tango(wins * questions / nets.size, losses * questions / nets.size, questions)
     low, high = (0.5 + bound / 2 for bound in (alike if bounds is None else widened(bounds, wins, losses, nets.size)))
     counts = (plain.wins, plain.losses, plain.ties, plain.win_rate, plain.adjusted_win_rate)
-    return Verdicts(*counts, low, high, sign_flip(sums)), "bootstrap" if bounds else "tango"
+    return WinRates(*counts, low, high, sign_flip(sums)), "bootstrap" if bounds else "tango"

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from salsa_peft.config.judge import Judge
 from salsa_peft.evaluation.judges.cache import Cache, Reply, key_of
 from salsa_peft.evaluation.judges.parsing import read_verdict
-from salsa_peft.evaluation.judges.prompts import REMINDER, Game, Ruling, Told, renderer
+from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, JudgePrompt, Verdict, renderer
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
-class Asking(Protocol):
+class ChatBackend(Protocol):
     """Where requests go."""
 
     @property
@@ -42,9 +42,9 @@ class Asking(Protocol):
 class _Case:
     """A game on its way to a ruling."""
 
-    def __init__(self, game: Game, told: Told) -> None:
+    def __init__(self, game: Comparison, told: JudgePrompt) -> None:
         self.game, self.told = game, told
-        self.ruling = Ruling(None, told.user, "", 0)
+        self.ruling = Verdict(None, told.user, "", 0)
 
     def messages(self, again: bool) -> Messages:
         user = self.told.user + REMINDER * again
@@ -58,17 +58,17 @@ class ChatJudge:
     asked: requests sent, each with its retries as one. cached: replies that the cache had. Tokens: of what was asked here.
     """
 
-    def __init__(self, section: Judge, ask: Asking, calls: dict[str, int], cache: Path | None, say: Callable[[str], None]) -> None:  # fmt: skip
+    def __init__(self, section: Judge, ask: ChatBackend, calls: dict[str, int], cache: Path | None, say: Callable[[str], None]) -> None:  # fmt: skip
         self.section, self.ask, self.calls, self.say = section, ask, calls, say
         self.cache, self.render = Cache(cache), renderer(section)
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
+    def __call__(self, games: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
         cases = [_Case(game, self.render(game)) for game in games]
         open_cases = cases
         for attempt in range(1 + self.section.ask_again):
             last = attempt == self.section.ask_again
             open_cases = self._round(open_cases, attempt, last, progress)
-        missing = Counter(case.ruling.why for case in cases if case.ruling.verdict is None)
+        missing = Counter(case.ruling.why for case in cases if case.ruling.winner is None)
         if missing:
             reasons = ", ".join(f"{count}: {why}" for why, count in missing.most_common())
             self.say(f"{missing.total()} of {len(cases)} games have no verdict and count as missing ({reasons})")
@@ -91,7 +91,7 @@ class ChatJudge:
             of = waiting.pop(key)
             for case in of:
                 case.ruling = _ruled(case.ruling, outcome)
-            speechless = outcome.reply is not None and of[0].ruling.verdict is None
+            speechless = outcome.reply is not None and of[0].ruling.winner is None
             silent.extend(of if speechless else [])
             progress(0 if speechless and not last else len(of))
 
@@ -115,13 +115,13 @@ class ChatJudge:
         return silent
 
 
-def _ruled(before: Ruling, outcome: Outcome) -> Ruling:
+def _ruled(before: Verdict, outcome: Outcome) -> Verdict:
     if outcome.reply is None:
         return before._replace(why=outcome.why)
     verdict = read_verdict(outcome.reply.text)
     cut = f"{NO_VERDICT}, which max_tokens cut" if outcome.reply.finish == "length" else NO_VERDICT
     return before._replace(
-        verdict=verdict, text=outcome.reply.text, asked=before.asked + 1, why="" if verdict is not None else cut
+        winner=verdict, text=outcome.reply.text, asked=before.asked + 1, why="" if verdict is not None else cut
     )
 
 

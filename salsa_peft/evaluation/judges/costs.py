@@ -42,7 +42,7 @@ class Cost(NamedTuple):
     """Whether the answers were there to be counted."""
 
 
-def told(recipe: Recipe, answers: Path | None) -> str | None:
+def plan_line(recipe: Recipe, answers: Path | None) -> str | None:
     """A line for the plan; None without a judge."""
     judge = recipe.evaluate.judge
     if judge is None:

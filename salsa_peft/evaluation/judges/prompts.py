@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from salsa_peft.config.judge import Judge
 
 
-Verdict = str | None
-"""A | B | tie; None: missing."""
 NEED_REFERENCES = ("math", "reasoning", "coding", "arena-hard-200")
 """Categories that FastChat judges by a reference answer."""
 
 
-class Game(NamedTuple):
+class Comparison(NamedTuple):
     """One question and two answers in one order."""
 
     turns: tuple[str, ...]
@@ -41,10 +39,11 @@ class Game(NamedTuple):
     """Of the two judged answers, for the judge `reward`."""
 
 
-class Ruling(NamedTuple):
+class Verdict(NamedTuple):
     """What a game came to."""
 
-    verdict: Verdict
+    winner: str | None
+    """A | B | tie; None: missing."""
     prompt: str
     """What the judge was told as the user's message, the last time it was asked."""
     text: str
@@ -55,7 +54,7 @@ class Ruling(NamedTuple):
     """Of a missing one."""
 
 
-class Told(NamedTuple):
+class JudgePrompt(NamedTuple):
     """A rendered game."""
 
     name: str
@@ -88,19 +87,19 @@ REMINDER = (
 """Put after the prompt where a judge at temperature 0 is asked again: it would answer the same to the same."""
 
 
-def figure7(game: Game) -> Told:
+def figure7(game: Comparison) -> JudgePrompt:
     """The question and two answers, or two conversations, between marks that no text in them can close."""
     mark = _marks([*game.turns, *game.a, *game.b])
     if len(game.turns) == 1:
         blocks = [("User's question", game.turns[0]), ("Assistant A's answer", game.a[0]), ("Assistant B's answer", game.b[0])]  # fmt: skip
-        return Told("figure7", ONE, "\n\n".join(mark(name, text) for name, text in blocks))
+        return JudgePrompt("figure7", ONE, "\n\n".join(mark(name, text) for name, text in blocks))
     asked = list(enumerate(game.turns, 1))
     blocks = []
     for who, answers in (("A", game.a), ("B", game.b)):
         for (turn, question), answer in zip(asked, answers, strict=True):
             blocks += [(f"Conversation with assistant {who}, question {turn}", question),
                        (f"Conversation with assistant {who}, answer {turn}", answer)]  # fmt: skip
-    return Told("figure7-multi-turn", SEVERAL, "\n\n".join(mark(name, text) for name, text in blocks))
+    return JudgePrompt("figure7-multi-turn", SEVERAL, "\n\n".join(mark(name, text) for name, text in blocks))
 
 
 def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
@@ -118,7 +117,7 @@ FIELDS["pair-math-v1-multi-turn"] = FIELDS["pair-v2-multi-turn"] | {"ref_answer_
 """Prompts of FastChat's file that compare two answers, and what each has a place for."""
 
 
-def fastchat(prompts: Mapping[str, Mapping[str, str]], game: Game) -> Told:
+def fastchat(prompts: Mapping[str, Mapping[str, str]], game: Comparison) -> JudgePrompt:
     """pair-v2, its -multi-turn for a second turn; pair-math-v1 for the categories that need references, where there are some."""
     require(
         len(game.turns) <= 2,
@@ -135,10 +134,10 @@ def fastchat(prompts: Mapping[str, Mapping[str, str]], game: Game) -> Told:
     else:
         values = {"question": game.turns[0], "answer_a": game.a[0], "answer_b": game.b[0]}
     values |= {f"ref_answer_{turn}": text for turn, text in enumerate(references, 1)}
-    return Told(name, prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**values))
+    return JudgePrompt(name, prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**values))
 
 
-def renderer(section: Judge) -> Callable[[Game], Told]:
+def renderer(section: Judge) -> Callable[[Comparison], JudgePrompt]:
     """How this judge is told of a game. Raises SalsaError where FastChat's file can't be read."""
     if section.prompt == "figure7":
         return lambda game: figure7(_clean(game))
@@ -146,7 +145,7 @@ def renderer(section: Judge) -> Callable[[Game], Told]:
     return lambda game: fastchat(prompts, _clean(game))
 
 
-def _clean(game: Game) -> Game:
+def _clean(game: Comparison) -> Comparison:
     """The same without lone surrogates, which no endpoint and no hash takes."""
 
     def clean(texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from salsa_peft.config.judge import Judge, check_ready
 from salsa_peft.evaluation.judges.chat import CALLS, ChatJudge
-from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
 
@@ -25,29 +25,29 @@ VERDICTS = {"A": "A", "B": "B", "C": "tie", "tie": "tie", None: None}
 """What a function may say."""
 
 
-class Judging(Protocol):
+class PairwiseJudge(Protocol):
     """What judges games."""
 
     @property
     def calls(self) -> dict[str, int]:
         """asked, cached, retried, prompt_tokens, completion_tokens: since it was made."""
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
+    def __call__(self, games: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
         """A ruling for each game."""
 
 
 class RewardJudge:
-    """Compares `Game.scores`; up to `margin` apart they tie, and one that is no number is missing."""
+    """Compares `Comparison.scores`; up to `margin` apart they tie, and one that is no number is missing."""
 
     def __init__(self, margin: float) -> None:
         self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
+    def __call__(self, games: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
         rulings = [self._ruling(game) for game in games]
         progress(len(games))
         return rulings
 
-    def _ruling(self, game: Game) -> Ruling:
+    def _ruling(self, game: Comparison) -> Verdict:
         if game.scores is None:
             raise SalsaError(
                 f"{WHERE}: found answers without the recipe's reward, expected a score for each; set {WHERE}.kind to another judge"
@@ -55,8 +55,8 @@ class RewardJudge:
         a, b = game.scores
         said = f"scores {a:.4f} and {b:.4f}"
         if not (math.isfinite(a) and math.isfinite(b)):
-            return Ruling(None, "", said, 0, "a score that is no number")
-        return Ruling("tie" if abs(a - b) <= self.margin else "A" if a > b else "B", "", said, 0)
+            return Verdict(None, "", said, 0, "a score that is no number")
+        return Verdict("tie" if abs(a - b) <= self.margin else "A" if a > b else "B", "", said, 0)
 
 
 class FunctionJudge:
@@ -84,8 +84,8 @@ class FunctionJudge:
         )
         self.takes = {one.name for one in named}
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
-        rulings: list[Ruling] = []
+    def __call__(self, games: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
+        rulings: list[Verdict] = []
         for start in range(0, len(games), self.batch):
             part = games[start : start + self.batch]
             given = {key: value for key, value in self._given(part).items() if self.keywords or key in self.takes}
@@ -96,7 +96,7 @@ class FunctionJudge:
             progress(len(part))
         return rulings
 
-    def _given(self, games: Sequence[Game]) -> dict[str, list[Any]]:
+    def _given(self, games: Sequence[Comparison]) -> dict[str, list[Any]]:
         return {
             "questions": [[_said("user", text) for text in game.turns] for game in games],
             "first": [game.a[-1] for game in games],
@@ -115,10 +115,10 @@ class FunctionJudge:
         )
         return list(found)
 
-    def _ruling(self, said: Any) -> Ruling:
+    def _ruling(self, said: Any) -> Verdict:
         fits = said is None or (isinstance(said, str) and said in VERDICTS)
         require(fits, f"judge {self.name}: found the verdict {short(said)}, expected A, B, C, tie or None")
-        return Ruling(VERDICTS[said], "", "" if said is None else said, 1, "no verdict" if said is None else "")
+        return Verdict(VERDICTS[said], "", "" if said is None else said, 1, "no verdict" if said is None else "")
 
 
 async def _awaited(value: Any) -> Any:
@@ -137,7 +137,7 @@ def _conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str
     ]
 
 
-def _openai(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _openai(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     check_ready(section, WHERE)
     from salsa_peft.evaluation.judges.openai_api import Endpoint
 
@@ -145,24 +145,24 @@ def _openai(section: Judge, cache: Path | None, say: Say) -> Judging:
     return ChatJudge(section, Endpoint(section, calls), calls, cache, say)
 
 
-def _local(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _local(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     from salsa_peft.evaluation.judges.local import LocalModel
 
     calls = dict.fromkeys(CALLS, 0)
     return ChatJudge(section, LocalModel(section, calls), calls, cache, say)
 
 
-def _reward(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _reward(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     return RewardJudge(section.margin)
 
 
-def _function(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     from salsa_peft.models.rewards.function import load_function
 
     return FunctionJudge(str(section.model), load_function(str(section.model)), section.concurrency)
 
 
-JUDGES: dict[str, Callable[[Judge, Path | None, Say], Judging]] = {
+JUDGES: dict[str, Callable[[Judge, Path | None, Say], PairwiseJudge]] = {
     "openai": _openai,
     "local": _local,
     "reward": _reward,
@@ -171,6 +171,6 @@ JUDGES: dict[str, Callable[[Judge, Path | None, Say], Judging]] = {
 """Kind → what makes it, of the recipe's section, the cache's file (None: none) and what says a line to the user."""
 
 
-def judge_of(section: Judge, *, cache: Path | None, say: Say) -> Judging:
+def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
     """The judge that a recipe names. Raises SalsaError where it lacks what it needs, before anything is asked."""
     return JUDGES[section.kind](section, cache, say)

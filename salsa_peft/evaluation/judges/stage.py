@@ -16,8 +16,8 @@ from salsa_peft.config import sweeps
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.evaluation import comparisons, fastchat
-from salsa_peft.evaluation.judge_statistics import Judged, judged_pair
-from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judge_statistics import Judgment, pair_result
+from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.console import bar
 from salsa_peft.utils.files import json_lines, write_atomic
@@ -69,7 +69,7 @@ def matches(found: dict[str, Dataset], pairs: Pairs, sets: Iterable[str]) -> lis
     ]
 
 
-def games(match: Match, found: dict[str, Dataset]) -> list[Game]:
+def games(match: Match, found: dict[str, Dataset]) -> list[Comparison]:
     """The two games of a match: a's answer first, then b's."""
     question, turn = match.question, match.turn
     rows = [found[match.dataset].answers[model, question["index"]][:turn] for model in (match.a, match.b)]
@@ -78,7 +78,7 @@ def games(match: Match, found: dict[str, Dataset]) -> list[Game]:
     references = tuple(question["reference"][:turn]) if question["reference"] else None
     turns = (_opening(question["messages"]), *question["turns"][1:turn])
     return [
-        Game(turns=turns, a=said[x], b=said[y], turn=turn, category=question["category"], references=references,
+        Comparison(turns=turns, a=said[x], b=said[y], turn=turn, category=question["category"], references=references,
              scores=None if None in scores else (scores[x], scores[y]))
         for x, y in ((0, 1), (1, 0))
     ]  # fmt: skip
@@ -91,9 +91,9 @@ def _opening(messages: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
 
 
-def judged(match: Match, found: dict[str, Dataset], rulings: Sequence[Ruling]) -> dict[str, Any]:
+def judged(match: Match, found: dict[str, Dataset], rulings: Sequence[Verdict]) -> dict[str, Any]:
     """A row of judgments.jsonl: both games, mapped back to a and b, and what they come to."""
-    first, second = BOTH[rulings[0].verdict][0], BOTH[rulings[1].verdict][1]
+    first, second = BOTH[rulings[0].winner][0], BOTH[rulings[1].winner][1]
     rows = [found[match.dataset].answers[model, match.question["index"]] for model in (match.a, match.b)]
     return {
         "dataset": match.dataset,
@@ -121,9 +121,9 @@ def _tie_kind(first: str, second: str) -> str | None:
 def statistics(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Rates, intervals and tests of one pair's rows, of one set of questions or several."""
     return asdict(
-        judged_pair(
+        pair_result(
             [
-                Judged((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
+                Judgment((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
                 for row in rows
             ]
         )
