@@ -1,7 +1,7 @@
-"""A judge's reply → its verdict: [[A]], [[B]] or [[C]]. Agrees with FastChat on replies with a single bracket.
+"""A judge's reply → its verdict: [[A]], [[B]] or [[C]].
 
-FastChat searches for [[A]], then [[B]], then [[C]], anywhere in the reply. A judge that repeats its instruction, or quotes an answer that
-contains a verdict, is then read as A. Here each bracket is classified by its use:
+On a reply with a single bracket the result is FastChat's. FastChat searches for [[A]], then [[B]], then [[C]], anywhere in the reply, and
+so reads a judge that repeats its instruction, or quotes an answer that contains a verdict, as A. Here each bracket is classified by its use:
 
 - ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, in a question,
   or as code (`x[[A]]`);
@@ -20,9 +20,9 @@ BRACKET = re.compile(r"(?<!\w)\[\[\s*([ABC])\s*\]\](?!\w)", re.IGNORECASE)
 VERDICTS = {"A": "A", "B": "B", "C": "tie"}
 QUOTES = "\"'`*_“”‘’«»"
 CONTEXT = 400
-"""Characters before and after a bracket that are looked at."""
+"""Characters before and after a bracket that are inspected."""
 THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final<\|message\|>")
-"""Ends thinking aloud: tags, or gpt-oss' channels."""
+"""End of the judge's thinking: tags, or gpt-oss' channels."""
 THINKS = re.compile(r"<think(?:ing)?>|<\|channel\|>analysis<\|message\|>")
 FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
 """After "if": not followed by "I had to choose", which announces a real verdict."""
