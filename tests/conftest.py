@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from paths import SHARED
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from salsa_peft import SalsaPPOTrainer
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture
@@ -79,3 +78,23 @@ def make_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable
         return tiny.make_trainer(tokenizer, folder or tmp_path / "out", *args, **options)
 
     return make
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages run in the tests' process, not in one of their own."""
+
+    import importlib
+    import json
+    import time
+
+    from salsa_peft.recipe import processes
+
+    def run(job: Any, log: Path, **_: Any) -> processes.Result:
+        module, name = job.unit.run.split(":")
+        start = time.perf_counter()
+        facts = getattr(importlib.import_module(module), name)(job)
+        json.dumps(facts, allow_nan=False)
+        return processes.Result(facts=facts, seconds=time.perf_counter() - start, peak_mb=1.0)
+
+    monkeypatch.setattr(processes, "run_in_process", run)

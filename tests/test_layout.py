@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from salsa_peft.config.load import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "salsa_peft"
 ORDER = ("utils", "config", "data", "models", "soup", "training", "evaluation", "report", "recipe", "cli")
 """Each package imports those before it, and itself."""

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import salsa_peft
 from salsa_peft.models.architectures import memory
 from salsa_peft.recipe import cache, hardware
-from salsa_peft.utils.console import Parser, say, without_notes
+from salsa_peft.utils.console import Parser, say, silence_import_warnings
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import holder as the_holder
-from salsa_peft.utils.manifests import MANIFEST, changed, read_manifest
+from salsa_peft.utils.files import lock_holder
+from salsa_peft.utils.manifests import MANIFEST, changed_file, read_manifest
 from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
@@ -302,21 +302,21 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 def of_run(run: Path) -> Iterator[Finding]:
     """A run's folder: who works on it; every result, held against its manifest's hashes. Reads all of it, writes nothing."""
-    holder = the_holder(run)
-    yield Finding("lock", holder or "free")
+    busy_with = lock_holder(run)
+    yield Finding("lock", busy_with or "free")
     free = shutil.disk_usage(run).free / memory.GIB
     may = None if os.access(run, os.W_OK) else "expected to be allowed to write there"
     yield Finding("disk, run", f"{free:.1f} GiB free for {run}", may)
     for folder in sorted(path.parent for path in run.glob(f"*/**/{cache.BEGUN}")):
         if cache.KEY_FOLDER.match(folder.name) and not (folder / MANIFEST).exists():
-            busy = "in work" if holder else "unfinished: the same command goes on, or makes it again"
+            busy = "in work" if busy_with else "unfinished: the same command goes on, or makes it again"
             yield Finding(folder.relative_to(run).as_posix(), busy)
     for file in sorted(run.glob(f"*/**/{MANIFEST}")):
         if not cache.KEY_FOLDER.match(file.parent.name):
             continue
         name = file.parent.relative_to(run)
         manifest = read_manifest(file.parent)
-        broken = f"{MANIFEST} cannot be read" if manifest is None else changed(file.parent, manifest)
+        broken = f"{MANIFEST} cannot be read" if manifest is None else changed_file(file.parent, manifest)
         size = 0 if manifest is None else sum(entry.get("size", 0) for entry in manifest["files"].values())
         redo = f"expected it as it was written; run the recipe again, which makes {name.parent} anew"
         yield Finding(name.as_posix(), broken or f"whole, {size / 1e6:.1f} MB", None if broken is None else redo)
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SalsaError, OSError) as error:
         say(one_line(str(error)))
         return 2
-    without_notes()
+    silence_import_warnings()
     checks = dict(CHECKS)
     if args.run is not None:
         checks["run"] = lambda: of_run(Path(args.run))

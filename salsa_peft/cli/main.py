@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import salsa_peft
 from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.console import say
-from salsa_peft.utils.messages import nearest, one_line
+from salsa_peft.utils.messages import did_you_mean, one_line
 
 HELP = """usage: salsa COMMAND …
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(salsa_peft.__version__)
         return 0
     if words[0] not in COMMANDS:
-        say(f"salsa {one_line(words[0])}: no such command; {nearest(words[0], list(COMMANDS), 'commands')}")
+        say(f"salsa {one_line(words[0])}: no such command; {did_you_mean(words[0], list(COMMANDS), 'commands')}")
         return 2
     return COMMANDS[words[0]](words[1:])
 

@@ -105,7 +105,7 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
         folder = Path(os.path.abspath(name))
         saved = folder / "recipe.yaml"
         try:
-            told = gather(saved_recipe(saved), manifests.finished(folder), saved.read_text(encoding="utf-8"))
+            told = gather(saved_recipe(saved), manifests.finished_results(folder), saved.read_text(encoding="utf-8"))
         except KeyError as error:
             raise SalsaError(f"{name}: found results without {error}, of an earlier salsa_peft, expected this one's; salsa run {name}/recipe.yaml --output-dir {name}") from error  # fmt: skip
         found.append(Run(told, folder))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.messages import nearest, short
+from salsa_peft.utils.messages import did_you_mean, short
 
 if TYPE_CHECKING:
     from salsa_peft.config.schema import Recipe
@@ -65,6 +65,6 @@ def unit_of(recipe: Recipe, name: str) -> tuple[str, str]:
     known = ["soup", *recipe.policies, *seeds, *(["reward"] if recipe.reward.trained else [])]
     require(
         name in known,
-        f"{short(name)}: found no such result, expected one of this recipe; {nearest(name, known, 'results')}",
+        f"{short(name)}: found no such result, expected one of this recipe; {did_you_mean(name, known, 'results')}",
     )
     return ("seed", f"sft/{name}") if name in seeds else (name, name)

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive
 from salsa_peft.config.rewards import check_function
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import path_text, short
+from salsa_peft.utils.messages import short, short_path
 
 KINDS = ("openai", "local", "reward", "function")
 """The rows of JUDGES in evaluation/judges/registry.py."""
@@ -129,7 +129,7 @@ def check(section: Judge, where: str) -> None:
     if section.kind == "local" and os.path.isabs(str(section.model)):
         require(
             (Path(str(section.model)) / "config.json").is_file(),
-            f"{where}.model: found no config.json in {path_text(str(section.model))}, expected a chat model's folder or Hub id",
+            f"{where}.model: found no config.json in {short_path(str(section.model))}, expected a chat model's folder or Hub id",
         )
 
 
@@ -161,19 +161,19 @@ def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
     lacking = sorted(set(FIELDS) - set(found))
     require(
         not lacking,
-        f"{path_text(str(path))}: found no prompt {', '.join(lacking)}, expected FastChat's judge_prompts.jsonl",
+        f"{short_path(str(path))}: found no prompt {', '.join(lacking)}, expected FastChat's judge_prompts.jsonl",
     )
     for name, fields in FIELDS.items():
         texts = [found[name].get(key) for key in ("system_prompt", "prompt_template")]
         fits = all(isinstance(text, str) for text in texts) and found[name].get("output_format") == "[[A]]"
         require(
             fits,
-            f"{path_text(str(path))}: {name}: expected system_prompt, prompt_template and the output_format [[A]], as FastChat has them",
+            f"{short_path(str(path))}: {name}: expected system_prompt, prompt_template and the output_format [[A]], as FastChat has them",
         )
         there = _fields(str(texts[1]))
         require(
             there == fields,
-            f"{path_text(str(path))}: {name}: found the fields {short(sorted(there))}, expected {', '.join(sorted(fields))}",
+            f"{short_path(str(path))}: {name}: found the fields {short(sorted(there))}, expected {', '.join(sorted(fields))}",
         )
     return {name: found[name] for name in FIELDS}
 
@@ -195,7 +195,7 @@ def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
             found[str(row["question_id"])] = tuple(str(turn) for turn in turns)
         except (KeyError, IndexError, TypeError) as error:
             raise SalsaError(
-                f"{path_text(str(path))}: found a row without question_id and choices, expected FastChat's reference answers"
+                f"{short_path(str(path))}: found a row without question_id and choices, expected FastChat's reference answers"
             ) from error
     return found
 
@@ -205,11 +205,11 @@ def _rows(path: str | Path, what: str) -> list[dict[str, Any]]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     except FileNotFoundError as error:
-        raise SalsaError(f"{path_text(str(path))}: found no such file, expected FastChat's {what}") from error
+        raise SalsaError(f"{short_path(str(path))}: found no such file, expected FastChat's {what}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise SalsaError(f"{path_text(str(path))}: found no JSON lines, expected one JSON object a line") from error
+        raise SalsaError(f"{short_path(str(path))}: found no JSON lines, expected one JSON object a line") from error
     require(
         all(isinstance(row, dict) for row in rows),
-        f"{path_text(str(path))}: found a line that is no JSON object, expected one a line",
+        f"{short_path(str(path))}: found a line that is no JSON object, expected one a line",
     )
     return rows

@@ -29,7 +29,7 @@ from salsa_peft.config.paths import bundled
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import explain, nearest, short
+from salsa_peft.utils.messages import did_you_mean, explain_validation_error, short
 
 PEFTS = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
@@ -84,7 +84,7 @@ def find_recipe(path_or_name: str) -> Path:
     if stem in names("recipes"):
         return bundled("recipes") / f"{stem}.yaml"
     require(not os.path.isdir(path), f"{path_or_name}: found a folder, expected a recipe file")
-    raise SalsaError(f"{path_or_name}: no such recipe file; {nearest(stem, names('recipes'), 'bundled recipes')}")
+    raise SalsaError(f"{path_or_name}: no such recipe file; {did_you_mean(stem, names('recipes'), 'bundled recipes')}")
 
 
 def load_recipe(
@@ -131,7 +131,7 @@ def load_recipe(
 
 def _preset(name: str) -> Layer:
     if name not in names("adapters"):
-        raise SalsaError(f"--lora {name}: unknown preset; {nearest(name, names('adapters'), 'presets')}")
+        raise SalsaError(f"--lora {name}: unknown preset; {did_you_mean(name, names('adapters'), 'presets')}")
     path = bundled("adapters") / f"{name}.yaml"
     return _layer(f"adapters/{path.name}", read_yaml(str(path)), str(path.parent))
 
@@ -285,7 +285,7 @@ def _hint(where: str, key: str, known: list[str]) -> str:
     names = [name.rstrip("_") for name in known]
     sections = [] if where else [n for n, hint in _hints(Recipe).items() if key in _fields_of(hint)]
     if key in PEFTS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
-        return nearest(key, names)
+        return did_you_mean(key, names)
     return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
 
 
@@ -326,9 +326,9 @@ def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
         recipe: Recipe = ADAPTER.validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, message = explain(dict(first))
+        key, message = explain_validation_error(dict(first))
         key = key.replace("sft.from_", "sft.from")
-        more = len({explain(dict(entry))[0] for entry in error.errors(include_url=False)}) - 1
+        more = len({explain_validation_error(dict(entry))[0] for entry in error.errors(include_url=False)}) - 1
         rest = f" (and {more} more)" if more else ""
         raise SalsaError(f"{_origin(key, layers, file)}: {key}: {message}{rest}") from error
     return recipe

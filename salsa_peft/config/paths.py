@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from salsa_peft.config.references import placed_measure
 from salsa_peft.config.rewards import has_template, placed
 from salsa_peft.config.schema import OWN_TEMPLATE, Recipe
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import path_text, short
+from salsa_peft.utils.hub import HUB_ID
+from salsa_peft.utils.messages import short, short_path
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz")
 """Of the files that data/files.py reads, packed or not."""
 LOCAL_SUFFIXES = (*DATA_SUFFIXES, ".jinja", ".yaml")
@@ -150,7 +149,7 @@ def _check_base(base: str) -> None:
     """Raise SalsaError for a folder that holds an adapter, or weights in other formats than safetensors alone."""
     if not is_local(base) or not os.path.isdir(base):
         return
-    names, start = sorted(os.listdir(base)), f"model.base: {path_text(base)}"
+    names, start = sorted(os.listdir(base)), f"model.base: {short_path(base)}"
     weights = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
     if "adapter_config.json" in names and not weights:
         try:
@@ -179,14 +178,14 @@ def check_template(recipe: Recipe) -> None:
         if model.base is not None and os.path.isdir(model.base):
             require(
                 has_template("model.chat_template", model.base),
-                f"model.chat_template: {path_text(model.base)} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
+                f"model.chat_template: {short_path(model.base)} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
             )
     elif model.chat_template is not None:
         folder = bundled("recipes") / "chat_templates"
         known = ", ".join(sorted(path.stem for path in folder.glob("*.jinja"))) or "none"
         require(
             is_local(model.chat_template) and os.path.isfile(model.chat_template),
-            f"model.chat_template: found {path_text(model.chat_template)}, which is no file, expected {OWN_TEMPLATE} (the base's own), a Jinja"
+            f"model.chat_template: found {short_path(model.chat_template)}, which is no file, expected {OWN_TEMPLATE} (the base's own), a Jinja"
             f" file, or one of ours: {known}",
         )
 
@@ -196,10 +195,12 @@ def check_path(where: str, path: str, what: str, file: str) -> None:
     if not is_local(path):
         check_hub_id(where, path, f"{what} or a Hub id")
         return
-    require(os.path.isdir(path), f"{where}: found {path_text(path)}, which is no folder, expected {what} or a Hub id")
-    require(os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {path_text(path)}, expected {what}")
+    require(os.path.isdir(path), f"{where}: found {short_path(path)}, which is no folder, expected {what} or a Hub id")
+    require(
+        os.path.isfile(os.path.join(path, file)), f"{where}: found no {file} in {short_path(path)}, expected {what}"
+    )
 
 
 def check_hub_id(where: str, value: str, expected: str) -> None:
-    fits = HUB_ID.match(value) is not None and "--" not in value and ".." not in value
-    require(fits, f"{where}: found {short(value)}, expected {expected} (namespace/name)")
+    """Raise SalsaError unless `value` can be a Hub id."""
+    require(HUB_ID.match(value) is not None, f"{where}: found {short(value)}, expected {expected} (namespace/name)")

@@ -20,7 +20,7 @@ from typing import Any
 
 from salsa_peft.config.fields import NAME
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import one_line, path_text
+from salsa_peft.utils.messages import one_line, short_path
 
 ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -132,7 +132,7 @@ def find_module(folder: str | None, module: str) -> Path | None:
 def check_function(where: str, value: str) -> None:
     """Raise SalsaError where a function's module is not there, can't be parsed, imports what is not installed, or has nothing of its name."""
     folder, module, name = split_function(value)
-    place = f"in {path_text(folder)}" if folder else "in the recipe's folder or on Python's path"
+    place = f"in {short_path(folder)}" if folder else "in the recipe's folder or on Python's path"
     file = find_module(folder, module)
     require(file is not None, f"{where}: found no module {module} {place}, expected one")
     assert file is not None
@@ -144,7 +144,7 @@ def check_function(where: str, value: str) -> None:
         f"{where}: found no {name} in {module} {place}, expected a function of that name",
     )
     for missing in _not_installed(tree, file):
-        raise SalsaError(f"{where}: {path_text(str(file))} imports {missing}, which is not installed")
+        raise SalsaError(f"{where}: {short_path(str(file))} imports {missing}, which is not installed")
 
 
 def check_signature(where: str, value: str) -> None:
@@ -183,7 +183,7 @@ def _parsed(where: str, file: Path) -> ast.Module:
         return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
         what = f"{error.msg}, line {error.lineno}" if isinstance(error, SyntaxError) else error
-        raise SalsaError(f"{where}: {path_text(str(file))} is no Python ({one_line(what)})") from error
+        raise SalsaError(f"{where}: {short_path(str(file))} is no Python ({one_line(what)})") from error
 
 
 def defines(tree: ast.Module, name: str) -> bool:
@@ -251,17 +251,17 @@ def check_classifier_folder(where: str, folder: str) -> None:
     names = config.get("architectures") or [SEQUENCE_CLASSIFIER]
     require(
         str(names[0]).endswith(SEQUENCE_CLASSIFIER),
-        f"{where}: {path_text(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head of one"
+        f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head of one"
         f" label. {OWN_FUNCTION}",
     )
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
     require(
         labels == 1,
-        f"{where}: {path_text(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {OWN_FUNCTION}",
+        f"{where}: {short_path(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {OWN_FUNCTION}",
     )
     require(
         has_template(where, folder),
-        f"{where}: found {path_text(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages."
+        f"{where}: found {short_path(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages."
         " Put the template that it was trained with beside it as chat_template.jinja, or write a function (reward: module:name)",
     )
 
@@ -277,6 +277,6 @@ def _json_file(where: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: {path_text(str(path))} can't be read as JSON, expected a JSON object") from error
-    require(isinstance(value, dict), f"{where}: found no JSON object in {path_text(str(path))}, expected one")
+        raise SalsaError(f"{where}: {short_path(str(path))} can't be read as JSON, expected a JSON object") from error
+    require(isinstance(value, dict), f"{where}: found no JSON object in {short_path(str(path))}, expected one")
     return value

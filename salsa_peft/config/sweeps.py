@@ -17,7 +17,7 @@ from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import SFT
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import name_number, nearest, short
+from salsa_peft.utils.messages import did_you_mean, number_in_name, short
 
 if TYPE_CHECKING:
     from salsa_peft.config.schema import Recipe
@@ -108,13 +108,13 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
 def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     where = f"sweep.{_plain(kind)}"
     if kind not in SWEEPS:
-        raise SalsaError(f"{where}: unknown sweep; {nearest(kind, list(SWEEPS), 'known ones')}")
+        raise SalsaError(f"{where}: unknown sweep; {did_you_mean(kind, list(SWEEPS), 'known ones')}")
     make, options = SWEEPS[kind]
     known = ["values", *options] + ([] if kind == "kl_coef" else ["kl_coef"])
     require(isinstance(given, dict), f"{where}: found {short(given)}, expected {{values: […]}}")
     for key in given:
         if key not in known:
-            raise SalsaError(f"{where}.{_plain(key)}: unknown key; {nearest(key, known)}")
+            raise SalsaError(f"{where}.{_plain(key)}: unknown key; {did_you_mean(key, known)}")
     values = _numbers(f"{where}.values", given.get("values"))
     several, betas = _betas(f"{where}.kl_coef", given.get("kl_coef"))
     require(
@@ -123,10 +123,10 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
     )
     references = make(where, values, seeds, **{key: given[key] for key in options if key in given})
     for value, reference in zip(values, references, strict=True):
-        name = f"{PREFIX.get(kind, kind)}-{name_number(value)}"
+        name = f"{PREFIX.get(kind, kind)}-{number_in_name(value)}"
         for beta in [value] if kind == "kl_coef" else betas:
             own = {} if beta is None else {"kl_coef": beta}
-            yield (f"{name}-kl-{name_number(beta or 0.0)}" if several else name), {"reference": reference, **own}
+            yield (f"{name}-kl-{number_in_name(beta or 0.0)}" if several else name), {"reference": reference, **own}
 
 
 def _betas(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
@@ -187,7 +187,7 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
         there = method in policies or all(name in policies for name in _candidate_names(method, betas))
         require(
             there,
-            f"search.methods: found {short(method)}, which is no policy; {nearest(method, list(policies), 'policies')}",
+            f"search.methods: found {short(method)}, which is no policy; {did_you_mean(method, list(policies), 'policies')}",
         )
     made: dict[str, Any] = {}
     for name, policy in policies.items():
@@ -208,7 +208,7 @@ def _are_numbers(value: Any) -> bool:
 
 
 def _candidate_names(method: str, betas: Iterable[float]) -> dict[str, float]:
-    return {f"{method}-kl-{name_number(beta)}": beta for beta in betas}
+    return {f"{method}-kl-{number_in_name(beta)}": beta for beta in betas}
 
 
 def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
@@ -226,7 +226,7 @@ def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> 
     require(judged, "search.by: found judge and no evaluate.judge, expected one; or set search.by=reward")
     require(
         section.against in models,
-        f"search.against: found {short(section.against)}, expected what answers; {nearest(section.against, list(models), 'models')}",
+        f"search.against: found {short(section.against)}, expected what answers; {did_you_mean(section.against, list(models), 'models')}",
     )
     own = [name for names in candidates(recipe).values() for name in names]
     require(

@@ -36,7 +36,7 @@ from salsa_peft.data.files import (
 )
 from salsa_peft.data.questions import questions
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import path_text, short
+from salsa_peft.utils.messages import short, short_path
 
 ROWS = {
     "demonstrations": "demonstrations",
@@ -73,18 +73,18 @@ def check_sources(recipe: Recipe) -> None:
         if is_local(source.path) and not os.path.isdir(source.path):
             require(
                 os.path.isfile(source.path),
-                f"{key}: found {path_text(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
+                f"{key}: found {short_path(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
             )
             require(
                 file_kind(source.path) is not None,
-                f"{key}: found {path_text(source.path)}, expected {EXPECTED_DATA}",
+                f"{key}: found {short_path(source.path)}, expected {EXPECTED_DATA}",
             )
             check_split(source)
             _check_columns(key, kind, source.path)
         elif source.path.startswith("hf://"):
             require(
                 HF_PATH.match(source.path) is not None,
-                f"{key}: found {path_text(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
+                f"{key}: found {short_path(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
             )
         elif not is_local(source.path):
             check_hub_id(key, source.path, EXPECTED_DATA)

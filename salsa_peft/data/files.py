@@ -20,7 +20,7 @@ from typing import Any
 from salsa_peft.config.schema import Source
 from salsa_peft.data.row_formats import EXPECTED, fits
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import kind_text, one_line, short
+from salsa_peft.utils.messages import describe, one_line, short
 
 SHUFFLE_SEED = 20_241
 HF = "hf://datasets/"
@@ -253,10 +253,10 @@ def _fetched(source: Source) -> str:
     """The local copy of one file of the Hub."""
     from huggingface_hub import hf_hub_download
 
-    from salsa_peft.utils.hub import said_in_a_line
+    from salsa_peft.utils.hub import readable_hub_errors
 
     repository, revision, file = _hub_path(source)
-    with said_in_a_line(f"datasets/{repository}"):
+    with readable_hub_errors(f"datasets/{repository}"):
         return str(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
 
 
@@ -265,7 +265,7 @@ def _dataset(source: Source) -> Any:
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
-    from salsa_peft.utils.hub import explain
+    from salsa_peft.utils.hub import explain_hub_error
 
     folder = Path(source.path)
     check_tables(folder)
@@ -285,7 +285,7 @@ def _dataset(source: Source) -> Any:
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         for path in _files(folder):
             read_file(str(path))  # which names the file that can't be read
-        line = explain(error, f"datasets/{source.path.removeprefix(HF)}")
+        line = explain_hub_error(error, f"datasets/{source.path.removeprefix(HF)}")
         raise SalsaError(line or f"{source.path}: cannot be read as {_wanted(source)}: {one_line(error)}") from error
     if isinstance(found, DatasetDict):
         splits = ", ".join(found)
@@ -329,7 +329,7 @@ def check_alike(folder: Path) -> None:
             alike = None in (value, known[name]) or WORDS.get(type(value)) == WORDS.get(type(known[name]))
             require(
                 alike,
-                f"{path}, row 1, {one_line(name)}: found {kind_text(value)}, and {WORDS.get(type(known[name]))} in {first.name}, expected values"
+                f"{path}, row 1, {one_line(name)}: found {describe(value)}, and {WORDS.get(type(known[name]))} in {first.name}, expected values"
                 " of one kind in every file of a folder",
             )
 

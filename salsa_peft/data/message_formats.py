@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import kind_text, short
+from salsa_peft.utils.messages import describe, short
 
 Messages = list[dict[str, Any]]
 ROLES = {
@@ -37,7 +37,7 @@ def parse_messages(value: Any, where: str) -> Messages:
     fits = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     columns = isinstance(value, list) and bool(value) and all(isinstance(message, list) for message in value)
     hint = "; a list of such lists is a file by columns: write one object a row" if columns else ""
-    require(fits, f"{where}: found {kind_text(value)}, expected a list of {{role, content}} messages{hint}")
+    require(fits, f"{where}: found {describe(value)}, expected a list of {{role, content}} messages{hint}")
     return [_message(message, where) for message in value]
 
 
@@ -62,9 +62,9 @@ def role_of(message: dict[str, Any], where: str) -> str:
     given = message.get(key)
     if key not in message:
         raise SalsaError(
-            f"{where}: found no role in {kind_text(message)}, expected messages of {{role, content}} or {{from, value}}"
+            f"{where}: found no role in {describe(message)}, expected messages of {{role, content}} or {{from, value}}"
         )
-    require(isinstance(given, str), f"{where}: found {kind_text(given)} as {key}, expected text")
+    require(isinstance(given, str), f"{where}: found {describe(given)} as {key}, expected text")
     known = ROLES.get(str(given).lower())
     require(
         known is not None or key == "role",
@@ -88,7 +88,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         more |= {"reasoning_content": thoughts} if thoughts else {}
     if content is None and calls:
         content = ""
-    require(isinstance(content, str), f"{where}: found {kind_text(content)} as the content of {role}, expected text")
+    require(isinstance(content, str), f"{where}: found {describe(content)} as the content of {role}, expected text")
     return {"role": role, "content": content, **more, **({"tool_calls": calls} if calls else {})}
 
 

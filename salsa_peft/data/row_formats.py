@@ -25,7 +25,7 @@ from salsa_peft.data.row_parts import (
     with_system,
 )
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.messages import kind_text
+from salsa_peft.utils.messages import describe
 
 PAIRS = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"))
 
@@ -212,12 +212,12 @@ def _several(row: Row, name: str, where: str) -> Asked:
     value = row[name]
     require(
         isinstance(value, list) and bool(value),
-        f"{where}, {name}: found {kind_text(value)}, expected a list of user's turns",
+        f"{where}, {name}: found {describe(value)}, expected a list of user's turns",
     )
     turns = []
     for turn in value:
         said = turn.get("content") if isinstance(turn, dict) else turn
-        require(isinstance(said, str), f"{where}, {name}: found {kind_text(said)}, expected text")
+        require(isinstance(said, str), f"{where}, {name}: found {describe(said)}, expected text")
         turns.append(str(said))
     return Asked(with_system(row, [{"role": "user", "content": turns[0]}], where), name, tuple(turns))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from salsa_peft.data.message_formats import Messages, from_json, hh_messages, is_hh, parse_messages, tool_list
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import kind_text, one_line, short
+from salsa_peft.utils.messages import describe, one_line, short
 
 Row = Mapping[str, Any]
 INPUTS = ("input", "context")
@@ -39,7 +39,7 @@ def absent(row: Row, expected: str, where: str, missed: Sequence[str] = ()) -> S
 def text(row: Row, name: str, where: str) -> str:
     """A column of text, which no chat template has rendered. Raises SalsaError."""
     value = row[name]
-    require(isinstance(value, str), f"{where}, {name}: found {kind_text(value)}, expected text")
+    require(isinstance(value, str), f"{where}, {name}: found {describe(value)}, expected text")
     begins = str(value).lstrip()
     for bos in ("<|begin_of_text|>", "<bos>", "<s>"):
         begins = begins.removeprefix(bos).lstrip()
@@ -70,7 +70,7 @@ def instruction(row: Row, name: str, where: str) -> Messages:
 def _messages(value: Any, where: str) -> Messages:
     """One message, or a list of them. Raises SalsaError."""
     fits = isinstance(value, list) or (isinstance(value, dict) and bool({"role", "from"} & set(value)))
-    require(fits, f"{where}: found {kind_text(value)}, expected text or messages")
+    require(fits, f"{where}: found {describe(value)}, expected text or messages")
     return parse_messages([value] if isinstance(value, dict) else value, where)
 
 

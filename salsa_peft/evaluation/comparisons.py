@@ -12,7 +12,7 @@ from typing import Any
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.schema import Recipe
-from salsa_peft.utils.statistics import compare, paired_difference
+from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 Rows = Sequence[Mapping[str, Any]]
 """Rows of answers.jsonl: one model's answers to one set of questions, ordered by index and turn."""
@@ -39,7 +39,7 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
         of = clusters(answers[a])
         difference = asdict(paired_difference(x, y, of))
         found.append(
-            {"a": a, "b": b, "measure": measure, **asdict(compare(x, y, clusters=of)), "difference": difference}
+            {"a": a, "b": b, "measure": measure, **asdict(compare_scores(x, y, clusters=of)), "difference": difference}
         )
     return found
 
@@ -56,7 +56,7 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
     for a, b in sweeps.trials(recipe):
         x, y = ([row["scores"]["reward"] for name in sets for row in answers[name][model]] for model in (a, b))
         of = [(name, row["index"]) for name in sets for row in answers[name][a]]
-        rates[a] = asdict(compare(x, y, clusters=of if len(set(of)) < len(of) else None))
+        rates[a] = asdict(compare_scores(x, y, clusters=of if len(set(of)) < len(of) else None))
     return sweeps.pick(recipe, rates, list(answers))
 
 

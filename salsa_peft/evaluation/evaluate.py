@@ -30,7 +30,7 @@ from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.training.references import attach_reference, mixture, move_to
-from salsa_peft.utils.console import bar
+from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
@@ -126,17 +126,18 @@ def ask(job: Job, bench: Workbench, sets: Mapping[str, list[Question]]) -> tuple
     # 2. every model answers every set of questions
     answers: dict[str, dict[str, Rows]] = {dataset: {} for dataset in sets}
     turns = sum(len(question.turns) for questions in sets.values() for question in questions)
-    with bar(turns * len(answering), job.unit.id) as update:
+    with progress_bar(turns * len(answering), job.unit.id) as bar:
         for number, (name, take) in enumerate(answering.items()):
             paths = {dataset: job.folder / PARTIAL / dataset / f"{number}.jsonl" for dataset in sets}
             known = {dataset: read_partial(path) for dataset, path in paths.items()}
-            update(sum(map(len, known.values())), model=name)
+            bar.set_postfix(model=name, refresh=False)
+            bar.update(sum(map(len, known.values())))
             adapter = take()
             for dataset, questions in sets.items():
 
                 def kept(rows: Rows, path: Path = paths[dataset]) -> None:
                     keep(path, rows)
-                    update(len(rows))
+                    bar.update(len(rows))
 
                 answers[dataset][name] = answer(
                     model, adapter, questions, rewards, bench, recipe.evaluate.seed, known[dataset], kept

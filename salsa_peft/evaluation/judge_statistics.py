@@ -9,7 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from salsa_peft.evaluation.length_control import length_controlled
-from salsa_peft.utils.statistics import WinRates, clustered, numbered, resampled, tango, widened
+from salsa_peft.utils.statistics import (
+    WinRates,
+    bootstrap_interval,
+    cluster_indices,
+    clustered_win_rates,
+    tango_interval,
+    widen_to_tango,
+)
 
 NET = {"a": 1, "b": -1, "tie": 0}
 NOTHING = WinRates(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
@@ -64,7 +71,7 @@ class PairResult:
     """`tango`: each question has one judgment, or all of its judgments agree in every question. `bootstrap`: over questions with their turns
     together, never narrower than Tango's interval of independent judgments."""
     p_value: float
-    """Exact sign test; with several turns a question its clustered form, `statistics.sign_flip`."""
+    """Exact sign test; with several turns a question its clustered form, `statistics.sign_flip_test`."""
     worst_low: float
     """The adjusted rate if every missing judgment were a loss."""
     worst_high: float
@@ -88,7 +95,7 @@ def pair_result(rows: Sequence[Judgment], seed: int = 0) -> PairResult:
     kept = [row for row in rows if row.winner != "missing"]
     missing = len(rows) - len(kept)
     nets = np.array([NET[row.winner] for row in kept], dtype=np.int64)
-    rates, interval = clustered(nets, [row.question for row in kept], seed) if kept else (NOTHING, "tango")
+    rates, interval = clustered_win_rates(nets, [row.question for row in kept], seed) if kept else (NOTHING, "tango")
     orders = [(row.first, row.second) for row in rows]
     both = [order for order in orders if "missing" not in order]
     decided = [one for order in orders for one in zip(order, "ab", strict=True) if one[0] in ("a", "b")]
@@ -134,7 +141,9 @@ def _length_controlled(kept: Sequence[Judgment], nets: np.ndarray, seed: int) ->
     if not kept:
         return None
     differences = np.array([row.length_a - row.length_b for row in kept], dtype=np.float64)
-    return length_controlled((1 + nets) / 2, differences, numbered([row.question for row in kept], len(kept)), seed)
+    return length_controlled(
+        (1 + nets) / 2, differences, cluster_indices([row.question for row in kept], len(kept)), seed
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class OverSeeds:
 
 
 def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
-    """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.resampled`).
+    """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.bootstrap_interval`).
 
     Runs share questions by `Judgment.question`; a question may be absent from some of them. Raises ValueError for no runs and
     for a run without a verdict.
@@ -175,13 +184,13 @@ def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
         only = pair_result(runs[0], seed)
         low, high = only.low, only.high
     else:
-        bounds = resampled(nets, sizes, seed)
+        bounds = bootstrap_interval(nets, sizes, seed)
         if bounds is None:
             share = len(places) * mean
-            bounds = tango(max(share, 0), max(-share, 0), len(places))
+            bounds = tango_interval(max(share, 0), max(-share, 0), len(places))
         else:
             wins = [row.winner for rows in kept for row in rows].count("a")
-            bounds = widened(bounds, wins, wins - int(nets.sum()), int(sizes.sum()))
+            bounds = widen_to_tango(bounds, wins, wins - int(nets.sum()), int(sizes.sum()))
         low, high = (0.5 + bound / 2 for bound in bounds)
     each = 0.5 + nets.sum(axis=1) / sizes.sum(axis=1) / 2
     return OverSeeds(

@@ -28,7 +28,7 @@ from salsa_peft.models.rewards.reward import Reward, of_recipe
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
-from salsa_peft.utils.console import bar
+from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
 
 POINT = "landscape"
@@ -140,7 +140,7 @@ def measure_points(
 ) -> dict[str, Any]:
     """Fill in `points`' scores → {"lines": […], "plane": … or None}."""
     known: dict[tuple[tuple[int, float], ...], Any] = {}
-    with bar(sum(len(figure["points"]) for figure in figures.values()), what) as update:
+    with progress_bar(sum(len(figure["points"]) for figure in figures.values()), what) as bar:
         for figure in figures.values():
             measured = []
             for place, weights in figure["points"]:
@@ -149,7 +149,7 @@ def measure_points(
                     known[key] = score(weights)
                 at = {} if place is None else {"at": place}
                 measured.append({**at, "weights": list(weights.values()), "scores": known[key]})
-                update(1)
+                bar.update()
             figure["points"] = measured
     lines = [figure for kind, figure in figures.items() if kind != "plane"]
     return {"lines": lines, "plane": figures.get("plane")}

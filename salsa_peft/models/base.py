@@ -40,7 +40,7 @@ from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.utils import files
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def load_tokenizer(
 
     say: the base's name; what is odd in its tokenizer and template is printed under it. Raises SalsaError for a tokenizer without EOS.
     """
-    with said_in_a_line(base):
+    with readable_hub_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
     require(
         tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with"
@@ -121,7 +121,7 @@ def load_tokenizer(
 def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
     """What a folder's generation_config.json says, or without one its config.json; None where there is neither (an adapter's folder)."""
     for name in ("generation_config.json", "config.json"):
-        with said_in_a_line(base):
+        with readable_hub_errors(base):
             file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
             if file is not None:
                 return GenerationConfig.from_pretrained(Path(file).parent, name)
@@ -137,7 +137,7 @@ def _pretrained(
         quantised := quantisation(model, dtype)
     ) is not None:  # None would load a base in 8 bits as if its integers were weights
         options["quantization_config"] = quantised
-    with said_in_a_line(base):
+    with readable_hub_errors(base):
         loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
             base,
             dtype=dtype,
@@ -257,7 +257,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     without_router_logits(model)
     beside = folder / ".saving"
     shutil.rmtree(beside, ignore_errors=True)  # of a kill before
-    files.require_room(folder, sum(stored.values()), str(folder))
+    files.require_disk_space(folder, sum(stored.values()), str(folder))
     try:
         model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
         if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has

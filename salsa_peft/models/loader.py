@@ -5,6 +5,7 @@ A Hub repository is fetched here, at the stage's start, into the Hub's own cache
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -35,11 +36,11 @@ from salsa_peft.models import precision, sharding
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.architectures import checks, memory
 from salsa_peft.models.base import language_model
-from salsa_peft.utils.console import bar
+from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, base_fingerprints, read_fingerprint
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,7 +172,7 @@ def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) 
     """
     if not (folder / "tokenizer_config.json").is_file():
         return False
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
     known, found = tokenizer.get_vocab(), own.get_vocab()
@@ -290,35 +291,37 @@ def mean_loss(trainer: Trainer, loss: float) -> float:
     return trainer.accelerator.reduce(own, "mean").item()
 
 
-class Bar(TrainerCallback):
-    """A Trainer's progress as the project's own bar, and its log as log.jsonl."""
+FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "objective/response_length": "length"}
+"""Keys of a Trainer's logs → their names beside the progress bar."""
 
-    def __init__(self, what: str, folder: Path | None = None) -> None:
-        self.what, self.folder = what, folder
-        self.figures: dict[str, float] = {}
+
+class ProgressBar(TrainerCallback):
+    """A Trainer's progress bar, with the latest figures beside it; `folder`: where the Trainer's log is saved as log.jsonl.
+
+    transformers' ProgressCallback names no stage, prints every log in full, and writes unreadable text where there is no terminal.
+    """
+
+    def __init__(self, description: str, folder: Path | None = None) -> None:
+        self.description, self.folder = description, folder
+        self.context = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Opens the bar."""
-        self.context = bar(state.max_steps, self.what)
-        self.update = self.context.__enter__()
-        self.update(done=state.global_step)
+        self.bar = self.context.enter_context(progress_bar(state.max_steps, self.description))
+        self.bar.n = self.bar.initial = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One optimizer step."""
-        self.update(1, **self.figures)  # type: ignore[arg-type]
+        """Advances the bar by one optimizer step."""
+        self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Remembers the figures that the bar shows."""
-        shown = {
-            "loss": "loss",
-            "objective/scores": "score",
-            "objective/kl": "KL",
-            "objective/response_length": "length",
-        }
-        self.figures |= {shown[key]: value for key, value in (logs or {}).items() if key in shown}
+        """Shows the figures from the next step on."""
+        found = {FIGURES[key]: value for key, value in (logs or {}).items() if key in FIGURES}
+        if found:
+            self.bar.set_postfix(found, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Closes the bar, writes the log."""
-        self.context.__exit__(None, None, None)
+        """Closes the bar and writes the log."""
+        self.context.close()
         if self.folder is not None and state.is_world_process_zero:
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log_history))

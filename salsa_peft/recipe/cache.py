@@ -16,12 +16,12 @@ from typing import Any
 
 from salsa_peft.config.job import Unit
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.fingerprints import canonical, fingerprint, sha256
-from salsa_peft.utils.manifests import MANIFEST, changed, digest, read_manifest, versions
+from salsa_peft.utils.fingerprints import canonical_json, fingerprint, sha256
+from salsa_peft.utils.manifests import MANIFEST, changed_file, content_digest, read_manifest, versions
 
 BEGUN = "begun.json"
 ON_THE_WAY = re.compile(
-    r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z"
+    r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z|(.*/)?\.[^/]+\.tmp\Z"
 )  # what a stage in the making holds, and no result
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
@@ -52,7 +52,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
         "files": [fingerprints[file] for file in unit.files],
         "versions": made_with,
     }
-    return hashlib.sha256(canonical(parts).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
 def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
@@ -67,7 +67,7 @@ def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
 
 
 def _digests(step: Step, steps: dict[str, Step]) -> dict[str, str]:
-    return {name: digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
+    return {name: content_digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
 
 
 def write_begun(step: Step, steps: dict[str, Step]) -> None:
@@ -100,11 +100,11 @@ def wrong(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
         return "unfinished"
     if manifest.get("key") != step_key:
         return "made for another key"
-    if (why := changed(folder, manifest)) is not None:
+    if (why := changed_file(folder, manifest)) is not None:
         return why
     for name, place in inputs.items():
         there = read_manifest(place)
-        if there is None or manifest.get("inputs", {}).get(name) != digest(there):
+        if there is None or manifest.get("inputs", {}).get(name) != content_digest(there):
             return f"its input {name} was made anew"
     return None
 

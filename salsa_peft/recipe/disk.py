@@ -3,7 +3,7 @@
     need at one time = what is done by then + max(checkpoints of the policy that trains, its last ones and the policy itself)
 
 Left out: logs, answers, reports and tokenizers, which are megabytes; what the Hub's cache takes; quotas, which a disk does not tell of.
-Held against runs on a CPU: tests/test_disk.py. Imports no torch.
+Held against runs on a CPU: tests/recipe/test_disk.py. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from salsa_peft.models.architectures.sizes import Architecture, of_recipe
 from salsa_peft.recipe import hardware
 from salsa_peft.recipe.cache import Step
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.files import nearest, shown
+from salsa_peft.utils.files import existing_parent, size_text
 
 AT_ONCE = 3
 """Checkpoints of a policy: two are kept, the next is whole before the oldest goes."""
@@ -62,7 +62,7 @@ def need(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
         most = max(most, stays - there + way)
         stays += kept - there
     folder = next(iter(steps.values())).folder
-    place = nearest(folder)
+    place = existing_parent(folder)
     return Need(stays, max(most, stays), shutil.disk_usage(place).free, place)
 
 
@@ -139,7 +139,7 @@ def told(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
         return f"disk: known when the config.json of {recipe.model.base} is at hand"
     short = "" if found.most <= found.free else f": too little; {remedy(recipe, steps, asked, card)}"
     return (
-        f"disk: {shown(found.stays)} more when all is done, at most {shown(found.most)} at one time; {shown(found.free)} free on"
+        f"disk: {size_text(found.stays)} more when all is done, at most {size_text(found.most)} at one time; {size_text(found.free)} free on"
         f" the disk of {found.place}{short}"
     )
 
@@ -150,8 +150,8 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
     found = need(recipe, steps, asked, card)
     if found is not None and found.most > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(
-            f"results: found {shown(found.free)} free on the disk of {found.place}, expected {shown(found.most)}, of which"
-            f" {shown(found.stays)} stay; {remedy(recipe, steps, asked, card)}"
+            f"results: found {size_text(found.free)} free on the disk of {found.place}, expected {size_text(found.most)}, of which"
+            f" {size_text(found.stays)} stay; {remedy(recipe, steps, asked, card)}"
         )
 
 

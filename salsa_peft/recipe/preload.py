@@ -5,9 +5,9 @@ notes are switched off: a stage has one bar, and its figures are in its folder.
 """
 
 # ruff: noqa: E402
-from salsa_peft.utils.console import without_notes
+from salsa_peft.utils.console import silence_import_warnings
 
-without_notes()
+silence_import_warnings()
 
 import datasets
 import peft  # noqa: F401

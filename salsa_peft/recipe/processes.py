@@ -28,7 +28,7 @@ from salsa_peft.utils import files
 from salsa_peft.utils import hub as hub_errors
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.oom import out_of_memory
+from salsa_peft.utils.oom import is_out_of_memory
 
 PRELOAD = ["salsa_peft.recipe.preload"]
 GRACE = 120.0  # seconds between SIGTERM and kill, in which a stage may save; a second signal cuts them short
@@ -168,13 +168,17 @@ def worked(job: Job) -> dict[str, Any]:
         }
     except Exception as error:
         known = str(error) if isinstance(error, SalsaError) else None
-        known = known or hub_errors.explain(error, job.recipe.model.base) or files.full(error, job.folder)
+        known = (
+            known
+            or hub_errors.explain_hub_error(error, job.recipe.model.base)
+            or files.disk_full_message(error, job.folder)
+        )
         line = known or f"{type(error).__name__}: {error}"
         return {
             "line": " ".join(line.split())[:1000],
             "known": known is not None,
             "trace": traceback.format_exc(),
-            "out_of_memory": out_of_memory(error),
+            "out_of_memory": is_out_of_memory(error),
         }
 
 

@@ -33,11 +33,10 @@ from salsa_peft.models.architectures import checks
 from salsa_peft.recipe import cache, disk, hardware, launch, processes, units
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import full, locked, write_atomic
-from salsa_peft.utils.files import now as the_now
+from salsa_peft.utils.files import disk_full_message, locked, timestamp, write_atomic
 from salsa_peft.utils.manifests import MANIFEST, versions
-from salsa_peft.utils.messages import duration, nearest, one_line, short
-from salsa_peft.utils.oom import lesser
+from salsa_peft.utils.messages import did_you_mean, duration, one_line, short
+from salsa_peft.utils.oom import largest_proper_divisor
 
 
 class Stage(NamedTuple):
@@ -113,7 +112,7 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         return _say_and(1, one_line(error), args.debug)
     except OSError as error:
         line = f"{error.filename or run}: found it can't be read or written ({error.strerror or error}), expected that; what is done stays"
-        return _say_and(1, one_line(full(error, run) or line), args.debug)
+        return _say_and(1, one_line(disk_full_message(error, run) or line), args.debug)
     except KeyboardInterrupt:
         return _say_and(130, "stopped; the same command goes on where it was", False)
     except processes.Terminated:
@@ -157,7 +156,7 @@ def _do(
     goes_on = STAGES[unit.stage].resumes and step.why == "unfinished" and cache.begun(step, steps)
     if step.why.startswith(("changed", "missing", "unfinished")):
         say(f"{unit.id} … {step.why}: {'goes on' if goes_on else 'made again'}")
-    started = the_now()
+    started = timestamp()
     inputs = {name: steps[name].folder for name in unit.inputs}
     job = Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = run / "logs" / f"{unit.id.replace('/', '-')}.log"
@@ -192,7 +191,7 @@ def _made(
                 f"{job.unit.id} … {'goes on' if goes_on else 'again'} with {less.told()}; the global batch stays as it is"
             )
             job = dataclasses.replace(job, recipe=less.recipe)
-            halved |= {key: now for key, (_, now) in less.changed.items()}
+            halved |= {key: timestamp for key, (_, timestamp) in less.changed.items()}
 
 
 def _several(job: Job) -> bool:
@@ -218,7 +217,9 @@ def selected(work: list[Unit], words: list[str], option: str) -> set[str]:
     for word in words:
         ids = {unit.id for unit in work if word in (unit.id, unit.stage)}
         known = list(dict.fromkeys([unit.stage for unit in work] + [unit.id for unit in work]))
-        require(bool(ids), f"{option} {word}: found no such stage in this recipe; {nearest(word, known, 'stages')}")
+        require(
+            bool(ids), f"{option} {word}: found no such stage in this recipe; {did_you_mean(word, known, 'stages')}"
+        )
         found |= ids
     return found
 
@@ -390,13 +391,18 @@ def smaller(recipe: Recipe, stage: str) -> Smaller | None:
     """The recipe with half as much at a time in that stage, or None where there is nothing to halve."""
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _training(recipe, stage)
-    if stage in ("landscape", "evaluate") and (now := lesser(recipe.generation.batch_size)):
-        changed = {"generation.batch_size": (recipe.generation.batch_size, now)}
-        return Smaller(replace(recipe, generation=replace(recipe.generation, batch_size=now)), changed)
+    if stage in ("landscape", "evaluate") and (timestamp := largest_proper_divisor(recipe.generation.batch_size)):
+        changed = {"generation.batch_size": (recipe.generation.batch_size, timestamp)}
+        return Smaller(replace(recipe, generation=replace(recipe.generation, batch_size=timestamp)), changed)
     judge: Any = recipe.evaluate.judge
-    if stage == "judge" and judge is not None and judge.kind == "local" and (now := lesser(judge.concurrency)):
-        evaluate = replace(recipe.evaluate, judge=replace(judge, concurrency=now))
-        return Smaller(replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, now)})  # fmt: skip
+    if (
+        stage == "judge"
+        and judge is not None
+        and judge.kind == "local"
+        and (timestamp := largest_proper_divisor(judge.concurrency))
+    ):
+        evaluate = replace(recipe.evaluate, judge=replace(judge, concurrency=timestamp))
+        return Smaller(replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, timestamp)})  # fmt: skip
     return None
 
 
@@ -409,12 +415,12 @@ def _training(recipe: Recipe, stage: str) -> Smaller | None:
         ppo = recipe.ppo
         was["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
         was["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
-    now = {key: lesser(rows) or rows for key, rows in was.items()}
-    other = replace(section, **now)
+    timestamp = {key: largest_proper_divisor(rows) or rows for key, rows in was.items()}
+    other = replace(section, **timestamp)
     try:
         other.check(stage, processes)
     except SalsaError:  # KTO's two
         return None
-    changed = {f"{stage}.{key}": (was[key], now[key]) for key in was if now[key] != was[key]}
+    changed = {f"{stage}.{key}": (was[key], timestamp[key]) for key in was if timestamp[key] != was[key]}
     sections: dict[str, Any] = {stage: other}
     return Smaller(replace(recipe, **sections), changed) if changed else None

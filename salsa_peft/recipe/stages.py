@@ -11,19 +11,21 @@ from typing import Any
 
 from salsa_peft.config.job import Job
 from salsa_peft.utils import files
+from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 
 def toy(job: Job) -> dict[str, Any]:
     """The embedded world: base, tokenizer, data."""
     from salsa_peft.data.toy import build
-    from salsa_peft.utils.console import bar
 
     assert job.recipe.toy is not None
-    with bar(1, job.unit.id) as update:
+    with progress_bar(1, job.unit.id) as bar:
 
         def progress(done: int, total: int, what: str) -> None:
-            update(done=done, total=total, what=f"{job.unit.id} {what}")
+            bar.total = total
+            bar.set_description(f"{job.unit.id} {what}", refresh=False)
+            bar.update(done - bar.n)
 
         return build(job.recipe.toy, job.folder, progress)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from salsa_peft.report.format import estimate, p_value, percent, signed
 from salsa_peft.report.style import MEASURES
-from salsa_peft.utils.statistics import compare, paired_difference
+from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 FEW = 30
 """Fewer prompts than this are warned of: the t-interval leans on the mean being near normal."""
@@ -97,7 +97,7 @@ def difference(
         return None
     first, second = [found[a][i] for i in both], [found[b][i] for i in both]
     of = [index for index, _ in both] if any(turn > 1 for _, turn in both) else None
-    verdicts = compare(first, second, clusters=of)
+    verdicts = compare_scores(first, second, clusters=of)
     return {
         "dataset": dataset,
         "measure": measure,

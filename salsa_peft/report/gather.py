@@ -15,7 +15,7 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
 from salsa_peft.utils import manifests as runs
-from salsa_peft.utils.files import json_lines
+from salsa_peft.utils.files import read_json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
@@ -90,7 +90,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
     landscape, evaluation, judge = inputs.get("landscape"), inputs["evaluate"], inputs.get("judge")
     base = recipe.model.base or "the embedded world's"
     same, seeds = identity(recipe)
-    answers = json_lines(evaluation / "answers.jsonl")
+    answers = read_json_lines(evaluation / "answers.jsonl")
     verdicts = _json(judge / "verdicts.json") if judge else None
     return ReportInput(
         name=recipe.name,
@@ -114,7 +114,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         evaluation=_compared(recipe, _json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
         verdicts=verdicts,
-        judgments=json_lines(judge / "judgments.jsonl") if judge else [],
+        judgments=read_json_lines(judge / "judgments.jsonl") if judge else [],
         fingerprint=_fingerprint(inputs["soup"]),
         replicate_of=same,
         training_seeds=seeds,
@@ -169,7 +169,7 @@ def _policy(folder: Path) -> PolicyReport:
     if algorithm != "ppo":
         told = {name: value for name, value in facts.items() if name not in ("algorithm", "reference", "kl_coef")}
         return PolicyReport(reference, beta, [], [], algorithm, told)
-    rows, completions = (json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
+    rows, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
     return PolicyReport(reference, beta, rows, completions)
 
 

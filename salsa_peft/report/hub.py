@@ -244,7 +244,7 @@ def record(run: Path, done: dict[str, Any]) -> None:
         say(f"hub  {path}: found something that can't be read, kept as {path.name}.old")
         path.rename(path.with_name(f"{path.name}.old"))
         before = []
-    runs.write_atomic(path, json.dumps([*before, {**done, "at": runs.now()}], indent=2) + "\n")
+    runs.write_atomic(path, json.dumps([*before, {**done, "at": runs.timestamp()}], indent=2) + "\n")
 
 
 def say(line: str) -> None:

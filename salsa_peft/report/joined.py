@@ -20,7 +20,7 @@ from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import write_pages
 from salsa_peft.report.style import MEASURES, Panel
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.statistics import holm, sign_flip
+from salsa_peft.utils.statistics import holm, sign_flip_test
 
 
 class Run(NamedTuple):
@@ -169,7 +169,7 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
         "high": found.high,
         "rates": found.rates,
         "spread": found.spread,
-        "p_value": sign_flip(np.array(list(nets.values()))),
+        "p_value": sign_flip_test(np.array(list(nets.values()))),
         "paper": told,
     }
 

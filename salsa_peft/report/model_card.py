@@ -295,9 +295,9 @@ def item(run: Path, recipe: Recipe, name: str, base_model: str | None, folders: 
 
 def folders_of(run: Path) -> dict[str, Path]:
     """Unit id → its folder: what the newest report was made from, and the report; without one the newest finished folder of each unit."""
-    report = manifests.newest_report(run)
+    report = manifests.latest_report(run)
     if report is not None:
-        return {**manifests.finished(run), "report": report}
+        return {**manifests.finished_results(run), "report": report}
     there = [*run.glob(f"*/*/{manifests.MANIFEST}"), *run.glob(f"*/*/*/{manifests.MANIFEST}")]
     made: dict[str, Path] = {}
     for path in sorted(there, key=lambda path: path.stat().st_mtime_ns):
@@ -327,7 +327,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def check_whole(folder: Path) -> None:
     """Raise SalsaError where a result is not as it was made: nothing broken is published."""
-    why = manifests.changed(folder, manifests.read_manifest(folder) or {"files": {}})
+    why = manifests.changed_file(folder, manifests.read_manifest(folder) or {"files": {}})
     require(
         why is None,
         f"{folder}: found it not as it was made ({why}), expected it as {manifests.MANIFEST} says; make it again",

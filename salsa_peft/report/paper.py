@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from salsa_peft.report.format import p_value, percent
-from salsa_peft.utils.statistics import WinRates, holm, rates
+from salsa_peft.utils.statistics import WinRates, holm, win_rates
 
 CUT = 0.01 + 1e-9
 """Points between a printed rate and its counts' that rounding, or cutting at the last digit, explains."""
@@ -55,7 +55,7 @@ class Cell:
         """b over a. What is printed of that is in the flags alone where it is wrong."""
         counts = self.verdicts
         return replace(
-            self, a=self.b, b=self.a, verdicts=rates(counts.losses, counts.wins, counts.ties), printed=("", "")
+            self, a=self.b, b=self.a, verdicts=win_rates(counts.losses, counts.wins, counts.ties), printed=("", "")
         )
 
 
@@ -71,7 +71,7 @@ def cells() -> tuple[Cell, ...]:
     rows, possible = facts["tables"], facts["judgments"]
     found = []
     for row in rows:
-        verdicts = rates(row["wins"], row["losses"], row["ties"])
+        verdicts = win_rates(row["wins"], row["losses"], row["ties"])
         total = row["wins"] + row["losses"] + row["ties"]
         dataset = _dataset(row, rows, possible)
         flags = [_swapped(row, total, possible)] * (dataset != row["dataset"])
@@ -115,7 +115,7 @@ def _swapped(row: dict[str, Any], total: int, possible: dict[str, int]) -> str:
 
 def _computed(row: dict[str, Any], turn: int) -> dict[str, float]:
     wins, losses = (row["wins"], row["losses"])[:: -1 if turn else 1]
-    verdicts = rates(wins, losses, row["ties"])
+    verdicts = win_rates(wins, losses, row["ties"])
     return {"win_rate": 100 * verdicts.win_rate, "adjusted_win_rate": 100 * verdicts.adjusted_win_rate}
 
 

@@ -15,9 +15,9 @@ from salsa_peft.soup.average import Options, called, check, kind_of, local_membe
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.result import SoupSummary
 from salsa_peft.soup.strategies import STRATEGIES
-from salsa_peft.utils.console import bar, without_notes
+from salsa_peft.utils.console import progress_bar, silence_import_warnings
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import nearest, one_line
+from salsa_peft.utils.messages import did_you_mean, one_line
 
 __all__ = ["STRATEGIES", "StackedAdapter", "main", "soup"]
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             word = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
             self.error(
-                f"{word}: no such option; {nearest(word, known, 'options')}"
+                f"{word}: no such option; {did_you_mean(word, known, 'options')}"
                 if word.startswith("-")
                 else f"{word}: found after an option, expected a member before the options, or a number such as 0.25 where it is a weight"
             )
@@ -156,7 +156,7 @@ def in_a_line(prog: str, args: argparse.Namespace, work: Work) -> int:
 
     Warnings are held back until `work` calls its second argument, so that a refusal before that stands alone.
     """
-    without_notes()
+    silence_import_warnings()
     held, ours = Held(logging.WARNING), logging.getLogger("salsa_peft")
     ours.addHandler(held)
     try:
@@ -228,11 +228,12 @@ def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
 
         options["measure"] = of_command(args, folders, kind_of(folders))
         accepted()
-    with bar(1, "soup") as update:
+    with progress_bar(1, "soup") as bar:
 
         def progress(done: int, total: int) -> None:
             accepted()
-            update(done=done, total=total)
+            bar.total = total
+            bar.update(done - bar.n)
 
         summary = soup(args.out, folders, weights, names=called(args.members), progress=progress, **options)
     print_summary(summary)

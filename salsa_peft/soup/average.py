@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.config.paths import HUB_ID
 from salsa_peft.models.adapters.bases import local_folder, require_same_family
 from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
@@ -27,7 +26,7 @@ from salsa_peft.soup.provenance import provenance
 from salsa_peft.soup.result import SoupSummary
 from salsa_peft.soup.strategies import STRATEGIES, Ask, Choice, Measure
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
 from salsa_peft.utils.manifests import read_manifest
 
 Progress = Callable[[int, int], None]
@@ -381,7 +380,7 @@ def local(member: Path | str, revision: str | None = None, why: str = "") -> Pat
     from huggingface_hub import snapshot_download
 
     try:
-        with said_in_a_line(str(member)):
+        with readable_hub_errors(str(member)):
             return Path(snapshot_download(str(member), revision=revision, allow_patterns=MEMBER_FILES))
     except SalsaError as error:
         raise SalsaError(f"no such folder: {member}{why}; as a Hub id: {error}") from error

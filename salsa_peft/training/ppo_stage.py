@@ -16,7 +16,7 @@ from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.data import datasets as data
 from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.loader import Bar, Workbench, quiet, seeds_of
+from salsa_peft.models.loader import ProgressBar, Workbench, quiet, seeds_of
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.soup import average as averaging
 from salsa_peft.training import checkpoints
@@ -90,7 +90,7 @@ def run(job: Job) -> dict[str, Any]:
         reward=reward,
         processing_class=bench.tokenizer,
         eval_dataset=evaluation_prompts(job),
-        callbacks=[Bar(job.unit.id, job.folder)],
+        callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     quiet(trainer)
     (checkpoint,) = broadcast_object_list([checkpoint_of(job) if trainer.is_world_process_zero() else None])
@@ -109,8 +109,10 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.skipped,
     }
-    rooms = (trainer.room, trainer.maker.room)
-    facts |= {room.what: room.rows for room in rooms if room.rows < room.asked}  # the memory ran out
+    limits = (trainer.micro_batch, trainer.maker.micro_batch)
+    facts |= {
+        limit.option: limit.rows for limit in limits if limit.rows < limit.configured
+    }  # halved after out-of-memory
     if not trainer.is_world_process_zero():
         return facts
     bench.sign(job.folder)

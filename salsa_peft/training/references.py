@@ -25,7 +25,7 @@ from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
 
 EXPECTED = (
     "expected 'base', an adapter's name, an adapter's or a checkpoint's folder or Hub id, or a PreTrainedModel; of a PeftModel pass the"
@@ -136,7 +136,7 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
             name = lora.free_name(model, wish)
-            with said_in_a_line(str(reference)):
+            with readable_hub_errors(str(reference)):
                 attached = lora.local_folder(str(reference))
             same_base.check(attached, same_base.of_model(model), str(causal_lm(model).name_or_path))
             lora.attach(model, attached, name)
@@ -152,10 +152,10 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
         "references: found 'base' for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
     )
     require(
-        folder.is_dir() or bool(lora.HUB_ID.match(name)),
+        folder.is_dir() or bool(HUB_ID.match(name)),
         f"{name}: found no such folder, expected a checkpoint's folder or a Hub id",
     )
-    with said_in_a_line(name):
+    with readable_hub_errors(name):
         loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
         )

@@ -20,7 +20,7 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets as data
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import load_weights
-from salsa_peft.models.loader import Bar, Workbench, mean_loss, note_left_out, quiet
+from salsa_peft.models.loader import ProgressBar, Workbench, mean_loss, note_left_out, quiet
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
@@ -87,7 +87,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         ),
         train_dataset=data.dataset(rows),
         processing_class=bench.tokenizer,
-        callbacks=[Bar(job.unit.id, folder)],
+        callbacks=[ProgressBar(job.unit.id, folder)],
     )
     if lora.is_quantised(model):
         lora.in_float32(model)

@@ -27,7 +27,7 @@ from salsa_peft.models.adapters import lora
 from salsa_peft.models.adapters.lora import check_finite, in_float32, is_quantised, lora_config, read_tensors
 from salsa_peft.models.architectures import checks
 from salsa_peft.models.base import only_language
-from salsa_peft.models.loader import Bar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
+from salsa_peft.models.loader import ProgressBar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import taken_results
@@ -70,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
         train_dataset=labelled(rows, bench.tokenizer),
         processing_class=bench.tokenizer,
         peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
-        callbacks=[Bar(job.unit.id, job.folder)],
+        callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     if is_quantised(model):
         in_float32(trainer.model)

@@ -24,7 +24,7 @@ from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint
 from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
 from salsa_peft.utils.safetensors_io import SafetensorsFile
 
@@ -160,7 +160,7 @@ def _fetched(recipe: Recipe, where: str, path: str) -> Path:
 
     weights = [WEIGHTS] if recipe.adapter is not None else []
     try:
-        with said_in_a_line(path):
+        with readable_hub_errors(path):
             return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", *weights]))
     except SalsaError as error:
         raise SalsaError(f"{where}: {error}") from error

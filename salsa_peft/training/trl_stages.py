@@ -19,7 +19,7 @@ from salsa_peft.data.chat.template_fields import in_form, options_of
 from salsa_peft.data.chat.turn_ends import ends_of
 from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.loader import Bar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
+from salsa_peft.models.loader import ProgressBar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.training.ppo_stage import merge, play
@@ -121,7 +121,7 @@ def dpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Mad
         train_dataset=train,
         eval_dataset=test,
         processing_class=bench.tokenizer,
-        callbacks=[Bar(job.unit.id, job.folder)],
+        callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return trainer, test, facts
 
@@ -142,7 +142,7 @@ def kto(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Mad
         ),
         train_dataset=maybe_unpair_preference_dataset(train.map(maybe_extract_prompt)),
         processing_class=bench.tokenizer,
-        callbacks=[Bar(job.unit.id, job.folder)],
+        callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return trainer, None, facts
 
@@ -184,7 +184,7 @@ def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -
         reward_funcs=as_function(reward, bench, ends_of(bench.tokenizer, models.causal_lm(model))),
         train_dataset=data.dataset(kept),
         processing_class=bench.tokenizer,
-        callbacks=[Bar(job.unit.id, job.folder)],
+        callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return made, None, {"prompts": len(kept), "left_out": len(rows) - len(kept)}
 

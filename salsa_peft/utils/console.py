@@ -1,151 +1,83 @@
-"""What commands write to a terminal: one-line errors of their arguments, and progress bars. Imports no torch."""
+"""The commands' argument parser, messages on standard error, and progress bars. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol, TextIO
+from typing import Any, NoReturn
 
-from salsa_peft.utils.messages import one_line
+from salsa_peft.utils.messages import did_you_mean, one_line
+
+INTERVAL = 10.0
+"""Seconds between two lines of progress where standard error is not a terminal."""
+NOISY_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of libraries that warn, when they are imported, about features that this machine does not support."""
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for an error, code 2."""
+    """An argument parser whose errors are one line, with exit code 2. Options cannot be abbreviated."""
 
-    def error(self, message: str) -> Any:
-        """Print it and leave."""
-        self.exit(2, f"{self.prog}: {one_line(message)} (--help says more)\n")
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit; for an unknown option the error names the nearest one."""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown:
+            words = unknown.split()
+            word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            if word.startswith("-"):
+                message = f"{word}: no such option; {did_you_mean(word, options, 'options')}"
+            else:
+                message = f"{word}: unexpected argument; arguments without an option's name come before the options"
+        self.exit(2, f"{self.prog}: {one_line(message).removeprefix('argument ')}; see {self.prog} --help\n")
 
 
 def say(line: str) -> None:
-    """To standard error, at once."""
+    """Print a line on standard error and flush it."""
     print(line, file=sys.stderr, flush=True)
 
 
-EVERY = 10.0  # seconds between lines where there is no terminal
-NOTES = ("torchao", "bitsandbytes", "torch.utils._pytree")
-"""Loggers of libraries that say on import what this machine can't use of theirs."""
-
-
-def without_notes() -> None:
-    """What NOTES say below an error, and what Transformers will rename of its own, is not shown; call it before they are imported."""
-    for name in NOTES:
+def silence_import_warnings() -> None:
+    """Hide the warnings of NOISY_LOGGERS and Transformers' FutureWarnings; to be called before these libraries are imported."""
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
-class Update(Protocol):
-    """Move a bar on by `n`, or to `done`, and say figures beside it; `total` and `what` can change on the way."""
-
-    def __call__(
-        self,
-        n: int = 1,
-        *,
-        done: int | None = None,
-        total: int | None = None,
-        what: str | None = None,
-        **figures: float | str,
-    ) -> None: ...
-
-
 @contextlib.contextmanager
-def bar(total: int, what: str, *, stream: TextIO | None = None, every: float = EVERY) -> Iterator[Update]:
-    """A loop of `total` rounds; gives the function that moves it on. Bars may stand inside one another."""
-    stream = sys.stderr if stream is None else stream
-    with _rich(total, what, stream) if stream.isatty() else _lines(total, what, stream, every) as update:
-        yield update
+def progress_bar(total: int, description: str, *, interval: float = INTERVAL) -> Iterator[Any]:
+    """A tqdm bar on standard error; where that is not a terminal, a line of text every `interval` seconds.
+
+    What is printed on standard error while the bar is open appears above it. Bars can be nested.
+    """
+    from tqdm import tqdm
+    from tqdm.contrib import DummyTqdmFile
+
+    options: dict[str, Any] = {"total": total, "desc": description, "miniters": 1}
+    if not sys.stderr.isatty():
+        with tqdm(**options, file=_Lines(), mininterval=interval, delay=interval, position=0, ascii=True) as bar:
+            yield bar
+        return
+    outer = sys.stderr if isinstance(sys.stderr, DummyTqdmFile) else None
+    above: Any = outer or DummyTqdmFile(sys.stderr)
+    with (
+        tqdm(**options, file=above.wrapper_getattr("_wrapped"), dynamic_ncols=True, leave=outer is None) as bar,
+        contextlib.redirect_stderr(above),
+    ):
+        yield bar
 
 
-_open: list[Any] = []  # the terminal's one live display, which inner bars join
+class _Lines(io.StringIO):
+    """Where a bar is written if there is no terminal: each state of the bar becomes a line on standard error."""
 
-
-@contextlib.contextmanager
-def _rich(total: int, what: str, stream: TextIO) -> Iterator[Update]:
-    from rich import progress
-    from rich.console import Console
-
-    inner = bool(_open)
-    if inner:
-        display = _open[-1]
-    else:
-        left = progress.TimeRemainingColumn()
-        columns = (
-            "{task.description}",
-            progress.BarColumn(24),
-            progress.MofNCompleteColumn(),
-            left,
-            "{task.fields[figures]}",
-        )
-        display = progress.Progress(*columns, console=Console(file=stream))
-        display.start()
-    _open.append(display)
-    task = display.add_task(what, total=total, figures="")
-
-    def update(
-        n: int = 1,
-        *,
-        done: int | None = None,
-        total: int | None = None,
-        what: str | None = None,
-        **figures: float | str,
-    ) -> None:
-        shown = {"figures": _figures(figures)} if figures else {}
-        moved = {"advance": n} if done is None else {"completed": done}
-        display.update(task, total=total, description=what, **moved, **shown)
-
-    try:
-        yield update
-    finally:
-        _open.pop()
-        if inner:
-            display.remove_task(task)
-        else:
-            display.stop()
-
-
-@contextlib.contextmanager
-def _lines(total: int, what: str, stream: TextIO, every: float) -> Iterator[Update]:
-    start = said = time.monotonic()
-    count, shown, text = 0, 0, ""
-    whole, name = total, what
-
-    def line() -> None:
-        spent = time.monotonic() - start
-        left = f"{clock(spent / count * (whole - count))} left" if 0 < count < whole else f"{clock(spent)} so far"
-        share = f"{count / whole:.0%}" if whole else ""
-        print(f"{name}  {count}/{whole}  {share}  {left}  {text}".rstrip(), file=stream, flush=True)
-
-    def update(
-        n: int = 1,
-        *,
-        done: int | None = None,
-        total: int | None = None,
-        what: str | None = None,
-        **figures: float | str,
-    ) -> None:
-        nonlocal count, said, shown, text, whole, name
-        count = count + n if done is None else done
-        whole, name = whole if total is None else total, what or name
-        text = _figures(figures) if figures else text
-        if time.monotonic() - said >= every:
-            said, shown = time.monotonic(), count
-            line()
-
-    yield update
-    if time.monotonic() - start >= every and shown != count:
-        line()
-
-
-def _figures(figures: dict[str, float | str]) -> str:
-    return "  ".join(f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in figures.items())
-
-
-def clock(seconds: float) -> str:
-    """1:05 or 2:01:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    def write(self, text: str) -> int:
+        if text.strip():
+            say(text.strip())
+        return len(text)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,18 +22,18 @@ UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTo
 """What safetensors (Rust) and torch (C++) say of a file that could not be written; torch does not say why."""
 
 
-def require_room(folder: Path, size: float, what: str) -> None:
+def require_disk_space(folder: Path, size: float, what: str) -> None:
     """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
-    place = nearest(folder)
+    place = existing_parent(folder)
     total, _, free = shutil.disk_usage(place)
     if size > free and total > 0:  # some file systems tell no size
         raise SalsaError(
-            f"{what}: found {shown(free)} free on the disk of {place}, expected {shown(size)}; nothing of it was written, what was saved before is"
+            f"{what}: found {size_text(free)} free on the disk of {place}, expected {size_text(size)}; nothing of it was written, what was saved before is"
             " whole: make room, then go on from there"
         )
 
 
-def full(error: BaseException, folder: Path) -> str | None:
+def disk_full_message(error: BaseException, folder: Path) -> str | None:
     """What to do about an error in writing for want of room: a full disk, a quota, a limit on files, of Python's, safetensors' or torch's
     writing; else None."""
     seen: list[BaseException] = []
@@ -46,9 +46,9 @@ def full(error: BaseException, folder: Path) -> str | None:
         return None
     named = cause.filename if isinstance(cause, OSError) else None
     folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
-    place = nearest(folder)
+    place = existing_parent(folder)
     return (
-        f"{folder}: found no room to write a file ({shown(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
+        f"{folder}: found no room to write a file ({size_text(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
         " expected some; what was saved before is whole: make room, then go on from there"
     )
 
@@ -61,40 +61,59 @@ def _is_full(error: BaseException) -> bool:
     return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
 
 
-def nearest(folder: Path) -> Path:
+def existing_parent(folder: Path) -> Path:
     """The folder, or the first above it that is there."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def shown(number: float) -> str:
+def size_text(number: float) -> str:
     """GiB or MiB."""
     unit, name = (2**30, "GiB") if abs(number) >= 2**30 else (2**20, "MiB")
     return f"{number / unit:.1f} {name}"
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """The file is there whole or not at all, also after kill -9 and power loss: temporary name, fsync, rename. Raises SalsaError for a folder
-    of that name."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the same folder, which becomes `path` when the block ends without an error.
+
+    The file is flushed to the disk before it is renamed, so that `path` is never seen half-written, not even after kill -9 or a power
+    loss. After an error the temporary file is removed and `path` is unchanged. Raises SalsaError if `path` is a folder.
+    """
     path = Path(path)
-    require(not path.is_dir(), f"{path}: found a folder, expected a file or nothing; move it away")
+    require(
+        not path.is_dir(), f"{path}: this is a folder, but a file of this name is to be written; move the folder away"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write a file through `replacing`: it is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises SalsaError, which begins with the path, for a file that cannot be read or is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise SalsaError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise SalsaError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise SalsaError(f"{path}: not valid JSON ({error}); copy or save the file again") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file; only \\n ends a line, for U+2028 and its like stand unescaped in JSON, and in what people write."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -108,12 +127,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def now() -> str:
+def timestamp() -> str:
     """Local time to the second, with its offset."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def holder(run: Path) -> str | None:
+def lock_holder(run: Path) -> str | None:
     """Who works on a run's folder, in words, or None: nobody. Writes nothing."""
     try:
         handle = os.open(run / ".lock", os.O_RDONLY)
@@ -132,7 +151,7 @@ def _holder(handle: int) -> str:
     return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
 
 
-def foreign(folder: Path, *own: str) -> str:
+def other_files(folder: Path, *own: str) -> str:
     """What a folder holds besides hidden files and `own`, for a message; empty for nothing."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -150,7 +169,7 @@ def locked(run: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise SalsaError(f"{run}: in use by {_holder(handle)}; wait for it, or use another --output-dir") from error
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {now()}\n".encode(), 0)
+        os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {timestamp()}\n".encode(), 0)
         yield
         os.ftruncate(handle, 0)
     finally:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.safetensors_io import BITS
-from salsa_peft.utils.tensor_names import unwrapped
+from salsa_peft.utils.tensor_names import without_wrappers
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
 """What is read of an adapter's folder, which may hold checkpoints and optimizers too."""
@@ -44,7 +44,7 @@ def read_fingerprint(folder: Path) -> str | None:
     return str(base)
 
 
-def canonical(data: Any) -> str:
+def canonical_json(data: Any) -> str:
     """JSON that is the same for the same data. Raises ValueError for NaN, TypeError for what JSON has not."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -126,14 +126,14 @@ def _digest(tensors: Mapping[str, _Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         dtype, shape, first = tensors[name]
-        digest.update(canonical([name, dtype, shape]).encode() + first)
+        digest.update(canonical_json([name, dtype, shape]).encode() + first)
     return digest.hexdigest()
 
 
 def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
     """Without what is no parameter, under the names that Transformers saves."""
     found = {
-        unwrapped(name): tensor
+        without_wrappers(name): tensor
         for name, tensor in tensors.items()
         if not NO_PARAMETER.search(name) and not (MASK.search(name) and len(tensor.shape) == 4)
     }

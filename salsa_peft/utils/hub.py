@@ -6,15 +6,20 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.errors import SalsaError, require
 
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
+"""A repository's id on the Hub: NAME or NAMESPACE/NAME."""
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+"""What is downloaded of a model's repository: weights in safetensors, configuration, tokenizer and chat template."""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
 
 
-def explain(error: BaseException, model: str | None = None) -> str | None:
+def explain_hub_error(error: BaseException, model: str | None = None) -> str | None:
     """What to do about an error that comes from the Hub, also wrapped in Transformers' or datasets' errors; else None.
 
     `model` is the id to name where the error names none (Transformers' of an offline machine don't).
@@ -60,13 +65,27 @@ def explain(error: BaseException, model: str | None = None) -> str | None:
     return None
 
 
+def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, revision: str | None = None) -> Path:
+    """An existing folder as it is; for a Hub id the files that match `patterns`, downloaded to the Hub's cache.
+
+    Raises SalsaError for a name that is neither, and if the Hub refuses or cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    require(HUB_ID.match(str(name)) is not None, f"{name}: no such folder, and not a Hub id (namespace/name)")
+    from huggingface_hub import snapshot_download
+
+    with readable_hub_errors(str(name)):
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
+
+
 @contextlib.contextmanager
-def said_in_a_line(model: str) -> Iterator[None]:
+def readable_hub_errors(model: str) -> Iterator[None]:
     """Within the context the Hub's refusals of `model` become SalsaErrors of one line; other errors stay."""
     try:
         yield
     except Exception as error:  # its libraries' errors have no class in common
-        line = explain(error, model)
+        line = explain_hub_error(error, model)
         if line is None:
             raise
         raise SalsaError(line) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import salsa_peft
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.fingerprints import canonical, sha256
+from salsa_peft.utils.fingerprints import canonical_json, sha256
 
 VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
 MANIFEST = "manifest.json"
@@ -46,12 +46,12 @@ def _is_entry(entry: Any) -> bool:
     }
 
 
-def digest(manifest: dict[str, Any]) -> str:
+def content_digest(manifest: dict[str, Any]) -> str:
     """Of a result: what its files hold."""
-    return hashlib.sha256(canonical(manifest["files"]).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(manifest["files"]).encode()).hexdigest()
 
 
-def changed(folder: Path, manifest: dict[str, Any]) -> str | None:
+def changed_file(folder: Path, manifest: dict[str, Any]) -> str | None:
     """The first file of a result that is not as its manifest says, in words; None: all are."""
     for name, entry in manifest["files"].items():
         file = folder / name
@@ -65,18 +65,18 @@ def changed(folder: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def newest_report(run: Path) -> Path | None:
+def latest_report(run: Path) -> Path | None:
     """The folder of the report that was finished last."""
     there = [path for path in run.glob(f"report/*/{MANIFEST}") if read_manifest(path.parent) is not None]
     return max(there, key=lambda path: path.stat().st_mtime_ns).parent if there else None
 
 
-def finished(run: Path) -> dict[str, Path]:
+def finished_results(run: Path) -> dict[str, Path]:
     """Unit id → its folder, of what the run's newest report was made from, whatever the keys would be by now (other versions, data that moved).
 
     Raises SalsaError where there is no finished report, or something that it was made from is gone.
     """
-    report = newest_report(run)
+    report = latest_report(run)
     if report is None:
         raise SalsaError(
             f"{run}: found no finished report, expected a finished run; salsa run {run}/recipe.yaml --output-dir {run}"
@@ -84,7 +84,7 @@ def finished(run: Path) -> dict[str, Path]:
     folders = {}
     for unit, wanted in (read_manifest(report) or {"inputs": {}})["inputs"].items():
         places = [path.parent for path in sorted(run.glob(f"{unit}/*/{MANIFEST}"))]
-        fits = [place for place in places if digest(read_manifest(place) or {"files": {}}) == wanted]
+        fits = [place for place in places if content_digest(read_manifest(place) or {"files": {}}) == wanted]
         if not fits:
             raise SalsaError(
                 f"{run}: found no {unit} that its report was made from, expected it; salsa run {run}/recipe.yaml --output-dir {run}"

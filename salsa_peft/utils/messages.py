@@ -20,7 +20,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def kind_text(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value of a row for a message, by what JSON calls it: null, the number 4, an object with the keys a and b."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -33,7 +33,7 @@ def kind_text(value: Any) -> str:
     return one_line(short(value))
 
 
-def path_text(path: str) -> str:
+def short_path(path: str) -> str:
     """A path for a message, its end always in it."""
     text = repr(path)
     return text if len(text) <= 160 else f"'…{text[-158:]}"
@@ -44,13 +44,13 @@ def one_line(message: object) -> str:
     return "".join(char if char.isprintable() else " " for char in " ".join(str(message).split()))
 
 
-def nearest(found: str, known: list[str], what: str = "known keys") -> str:
+def did_you_mean(found: str, known: list[str], what: str = "known keys") -> str:
     """For the end of a message: the nearest known name, or all of them."""
     close = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(known) or 'none'}"
 
 
-def explain(error: dict[str, Any]) -> tuple[str, str]:
+def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
     """One pydantic error → (key, "found …, expected …")."""
     key = ""
     for part in error["loc"]:
@@ -94,7 +94,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def name_number(value: float) -> str:
+def number_in_name(value: float) -> str:
     """A number in a policy's name: as short as %g where that is the number, else with all its digits; never a +."""
     text = f"{value:g}"
     return (text if float(text) == value else repr(value)).replace("+", "")

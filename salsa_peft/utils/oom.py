@@ -1,50 +1,54 @@
-"""Out of memory: recognising it, and halving the rows of a forward pass until it fits.
+"""Out-of-memory errors: detecting them, and halving the micro-batch size until the forward pass fits.
 
-transformers.Trainer's auto_find_batch_size would begin again and make the global batch smaller too. torch is imported only when it happened.
+transformers.Trainer's auto_find_batch_size restarts training with a smaller global batch; here the global batch keeps its size.
+torch is not imported; accelerate is, after an out-of-memory error.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError
 
 PHRASES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "PT_DEVMEM Allocation failed")
-"""What CUDA, HIP, MPS, the CPU's allocator, cuBLAS and HPU say."""
+"""Parts of the out-of-memory messages of CUDA, HIP, MPS, the CPU allocator, cuBLAS and HPU."""
+T = TypeVar("T")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it is for want of memory. (accelerate's should_reduce_batch_size takes a kernel that cuDNN lacks for one, and misses two.)"""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an out-of-memory error of Python, the CPU or an accelerator.
+
+    accelerate's should_reduce_batch_size also accepts missing cuDNN kernels, and it misses two of PHRASES.
+    """
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
     )
 
 
-def lesser(rows: int) -> int | None:
-    """The largest divisor up to half, so that what rows divided into these divides into those; None of 1."""
+def largest_proper_divisor(rows: int) -> int | None:
+    """The largest divisor smaller than `rows`, so that a batch still divides evenly; None for 1."""
     return next((part for part in range(rows // 2, 0, -1) if rows % part == 0), None)
 
 
-T = TypeVar("T")
+class MicroBatchLimit:
+    """The largest number of rows in one forward pass, halved after an out-of-memory error.
 
-
-class Room:
-    """`rows`: of one forward, at most. `what`: its name in a config, for what is said.
-
-    alone: no other process waits for this one's part; where one does, an error in one process alone would leave it waiting.
+    rows: the limit now. configured: the limit at the start. option: the configuration option that sets it, for messages.
+    single_process: False where other processes wait for this one in collective operations; the limit is then never changed, because
+    the processes would run different numbers of forward passes.
     """
 
-    def __init__(self, rows: int, what: str, *, alone: bool = True) -> None:
-        self.rows, self.what, self.alone = rows, what, alone
-        self.asked = rows
+    def __init__(self, rows: int, option: str, *, single_process: bool = True) -> None:
+        self.rows = self.configured = rows
+        self.option, self.single_process = option, single_process
 
-    def fit(self, work: Callable[[], T], rows: int | None = None) -> T:
-        """work(), which goes by `self.rows`; where the memory ran out again, from its start, with half of them, and that is said.
+    def run(self, work: Callable[[], T], rows: int | None = None) -> T:
+        """Call `work`, which splits its rows by `self.rows`; after an out-of-memory error halve the limit and call it again.
 
-        rows: how many there are, where that may be fewer. Raises SalsaError where one row alone was too much; the error itself
-        where other processes wait.
+        rows: how many rows there are, if that can be fewer than the limit. Raises SalsaError if one row alone does not fit, and the
+        out-of-memory error itself unless `single_process`.
         """
         while True:
             try:
@@ -53,20 +57,20 @@ class Room:
                 self._halve(error, rows)
             from accelerate.utils.memory import clear_device_cache
 
-            clear_device_cache(garbage_collection=True)  # here the frames of what failed are gone
+            clear_device_cache(
+                garbage_collection=True
+            )  # outside `except`: the failed call's frames, which hold tensors, are gone
 
     def _halve(self, error: RuntimeError, rows: int | None) -> None:
-        if not self.alone or not out_of_memory(error):
+        if not self.single_process or not is_out_of_memory(error):
             raise error
-        now = min(self.rows, rows or self.rows)
-        if now == 1:
+        used = min(self.rows, rows or self.rows)
+        if used == 1:
             raise SalsaError(
-                f"{self.what}: out of memory with one row at a time; shorten model.max_length or generation.max_new_tokens, set"
-                f" gradient_checkpointing=true, or take --lora qlora ({' '.join(str(error).split())[:200]})"
+                f"{self.option}: out of memory with one row at a time; shorten model.max_length or generation.max_new_tokens, set"
+                f" gradient_checkpointing=true, or use --lora qlora ({' '.join(str(error).split())[:200]})"
             ) from error
-        self.rows = now // 2
-        print(
-            f"{self.what}: out of memory with {now} rows; goes on with {self.rows}, the batches stay as they are",
-            file=sys.stderr,
-            flush=True,
+        self.rows = used // 2
+        say(
+            f"{self.option}: out of memory with {used} rows; continuing with {self.rows}, the batch size stays the same"
         )

@@ -98,14 +98,14 @@ class SafetensorsFile:
 
         raw = torch.empty(entry.size, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
-            fill(file.fileno(), raw.numpy().data, entry.begin, self.path)
+            read_exactly(file.fileno(), raw.numpy().data, entry.begin, self.path)
         return raw.view(getattr(torch, NAMES[entry.dtype])).reshape(entry.shape)
 
 
 _AGAIN = "copy or save it again"
 
 
-def fill(descriptor: int, buffer: memoryview, begin: int, path: Path) -> None:
+def read_exactly(descriptor: int, buffer: memoryview, begin: int, path: Path) -> None:
     """Read len(buffer) bytes from `begin` on. Raises SalsaError where the file ends before."""
     done = 0
     while done < len(buffer):
@@ -129,7 +129,7 @@ def make_header(layout: Iterable[tuple[str, str, Iterable[int]]], metadata: dict
     return text + b" " * (-len(text) % 8)
 
 
-def code_of(dtype: torch.dtype) -> str:
+def safetensors_dtype(dtype: torch.dtype) -> str:
     """torch's dtype → safetensors' name."""
     name = str(dtype).removeprefix("torch.")
     return next(code for code, known in NAMES.items() if known == name)
@@ -171,7 +171,7 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(path: Path, header: bytes) -> Iterator[Writer]:
+def safetensors_writer(path: Path, header: bytes) -> Iterator[Writer]:
     """Gives the Writer of a file that appears under its name when all bytes are there, or not at all. Its room is taken beforehand.
 
     Raises SalsaError where more or fewer bytes came than the header says.

@@ -49,7 +49,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, clusters: Sequence[Hasha
     if clusters is None:
         error = float(array.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0
     else:
-        sums = np.bincount(numbered(clusters, array.size), array - mean)
+        sums = np.bincount(cluster_indices(clusters, array.size), array - mean)
         n = sums.size
         error = float(np.sqrt(n / (n - 1) * np.square(sums).sum()) / array.size) if n > 1 else 0.0
     half = float(t.ppf(TAILS[1], n - 1)) * error if n > 1 else 0.0
@@ -60,10 +60,10 @@ def paired_difference(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None
 ) -> Estimate:
     """The t-interval of a − b, question by question: what the questions share in difficulty cancels."""
-    return mean_interval(np.subtract(*paired(a, b)), clusters)
+    return mean_interval(np.subtract(*as_paired_arrays(a, b)), clusters)
 
 
-def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def as_paired_arrays(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two (N,) of the same N ≥ 1; ValueError where they are not."""
     first, second = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
     if first.size != second.size:
@@ -73,7 +73,7 @@ def paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
     return first, second
 
 
-def numbered(clusters: Sequence[Hashable], n: int) -> np.ndarray:
+def cluster_indices(clusters: Sequence[Hashable], n: int) -> np.ndarray:
     """(n,) number of each value's cluster, by first appearance; ValueError where there are not n."""
     if len(clusters) != n:
         raise ValueError(f"{len(clusters)} clusters for {n} values: one for each value expected")
@@ -81,7 +81,7 @@ def numbered(clusters: Sequence[Hashable], n: int) -> np.ndarray:
     return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.int64)
 
 
-def tango(wins: float, losses: float, n: float) -> tuple[float, float]:
+def tango_interval(wins: float, losses: float, n: float) -> tuple[float, float]:
     """Tango's (1998) score interval for (W − L)/n: the δ at which |W − L − nδ| = z √(n (2 q̂ + δ − δ²)).
 
     q̂ is the likeliest share of losses where the true difference is δ. n = 0 gives its limit, (−1, 1).
@@ -104,7 +104,7 @@ def tango(wins: float, losses: float, n: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resampled(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+def bootstrap_interval(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
     """Percentile bootstrap of Σ nets / Σ sizes over G questions, and over K runs where there are several.
 
     nets, sizes (K, G): wins − losses and judgments of each question in each run. A question's judgments stay together, in
@@ -130,13 +130,13 @@ def resampled(nets: np.ndarray, sizes: np.ndarray, seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
-def widened(bounds: tuple[float, float], wins: float, losses: float, n: float) -> tuple[float, float]:
+def widen_to_tango(bounds: tuple[float, float], wins: float, losses: float, n: float) -> tuple[float, float]:
     """The bootstrap's bounds of (W − L)/n, out to Tango's of judgments that are independent where those are wider.
 
     Where few questions are decided a percentile bootstrap is far too narrow (one loss of 80: it never draws a win, so its upper bound is the
     even rate itself).
     """
-    low, high = tango(wins, losses, n)
+    low, high = tango_interval(wins, losses, n)
     return min(bounds[0], low), max(bounds[1], high)
 
 
@@ -145,7 +145,7 @@ def sign_test(wins: int, losses: int) -> float:
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def sign_flip(nets: np.ndarray) -> float:
+def sign_flip_test(nets: np.ndarray) -> float:
     """Two-sided test of questions' nets (wins − losses, integers): P(|Σ ±net_g| ≥ |Σ net_g|), each sign with ½.
 
     Assumed under the null: swapping the two models in all of a question's turns at once is as likely as not. How the
@@ -201,24 +201,24 @@ class WinRates:
         return self.wins + self.losses + self.ties
 
 
-def compare(
+def compare_scores(
     a: Sequence[float] | np.ndarray,
     b: Sequence[float] | np.ndarray,
     margin: float = 0.0,
     clusters: Sequence[Hashable] | None = None,
 ) -> WinRates:
-    """Win rates by a score: a wins where a − b > margin, loses where b − a > margin, anything between is a tie.
+    """Verdicts of a scorer: a wins where a − b > margin, loses where b − a > margin, anything between is a tie.
 
     Counts are over values; clusters (questions, their turns the values) are what interval and test go by.
     """
-    difference = np.subtract(*paired(a, b))
+    difference = np.subtract(*as_paired_arrays(a, b))
     if not np.isfinite(difference).all():
         raise ValueError("scores to compare hold NaN or infinity: finite scores expected")
     nets = (difference > margin).astype(np.int64) - (difference < -margin)
-    return clustered(nets, range(nets.size) if clusters is None else clusters)[0]
+    return clustered_win_rates(nets, range(nets.size) if clusters is None else clusters)[0]
 
 
-def rates(wins: int, losses: int, ties: int) -> WinRates:
+def win_rates(wins: int, losses: int, ties: int) -> WinRates:
     """Counts, from a scorer or a judge → `WinRates`, each judgment a question of its own.
 
     The interval of the adjusted rate is Tango's (1998) score interval for (W − L)/N, mapped by ½ + d/2: the
@@ -228,25 +228,27 @@ def rates(wins: int, losses: int, ties: int) -> WinRates:
     n = wins + losses + ties
     if min(wins, losses, ties) < 0 or n == 0:
         raise ValueError(f"{wins} wins, {losses} losses, {ties} ties: counts that sum to at least 1 expected")
-    low, high = (0.5 + bound / 2 for bound in tango(wins, losses, n))
+    low, high = (0.5 + bound / 2 for bound in tango_interval(wins, losses, n))
     return WinRates(wins, losses, ties, wins / n, (wins + ties / 2) / n, low, high, sign_test(wins, losses))
 
 
-def clustered(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[WinRates, str]:
-    """Outcomes 1, −1 or 0 (N,), N ≥ 1, with the question of each → `WinRates` and its interval's kind, "tango" or "bootstrap".
+def clustered_win_rates(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[WinRates, str]:
+    """Verdicts 1, −1 or 0 (N,), N ≥ 1, with the question of each → `WinRates` and its interval's kind, "tango" or "bootstrap".
 
-    One judgment a question: as `rates`. Else the bootstrap over questions (`resampled`), out to Tango's interval of independent judgments (`widened`), and the sign-flip test; where all
+    One judgment a question: as `win_rates`. Else the bootstrap over questions (`bootstrap_interval`), out to Tango's interval of independent judgments (`widen_to_tango`), and the sign-flip test; where all
     questions agree, Tango's interval as if each were one judgment, the most that turns can hang together.
     """
-    number = numbered(clusters, nets.size)
+    number = cluster_indices(clusters, nets.size)
     wins, losses = int((nets > 0).sum()), int((nets < 0).sum())
-    plain = rates(wins, losses, nets.size - wins - losses)
+    plain = win_rates(wins, losses, nets.size - wins - losses)
     sizes = np.bincount(number)
     if sizes.max() == 1:
         return plain, "tango"
     sums = np.bincount(number, nets).astype(np.int64)
-    questions, bounds = sizes.size, resampled(sums[None], sizes[None], seed)
-    alike = tango(wins * questions / nets.size, losses * questions / nets.size, questions)
-    low, high = (0.5 + bound / 2 for bound in (alike if bounds is None else widened(bounds, wins, losses, nets.size)))
+    questions, bounds = sizes.size, bootstrap_interval(sums[None], sizes[None], seed)
+    alike = tango_interval(wins * questions / nets.size, losses * questions / nets.size, questions)
+    low, high = (
+        0.5 + bound / 2 for bound in (alike if bounds is None else widen_to_tango(bounds, wins, losses, nets.size))
+    )
     counts = (plain.wins, plain.losses, plain.ties, plain.win_rate, plain.adjusted_win_rate)
-    return WinRates(*counts, low, high, sign_flip(sums)), "bootstrap" if bounds else "tango"
+    return WinRates(*counts, low, high, sign_flip_test(sums)), "bootstrap" if bounds else "tango"

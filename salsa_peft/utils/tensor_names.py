@@ -32,7 +32,7 @@ OUTERMOST = re.compile(r"^(base_model\.model\.)?(module\.)+")
 """The wrapper of DistributedDataParallel and DeepSpeed, which is only ever around the whole model."""
 
 
-def unwrapped(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """A tensor's name without the prefixes of wrappers: `_orig_mod.model.norm.weight` → `model.norm.weight`."""
     plain = WRAPPED.sub("", name).removeprefix(".")
     return OUTERMOST.sub(lambda found: found[1] or "", plain)
@@ -48,7 +48,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedNames:
     """Where a checkpoint's tensors go in the model."""
 
     names: dict[str, str | None]
@@ -72,7 +72,7 @@ class ModelNames:
     def __str__(self) -> str:
         return type(self.model).__name__
 
-    def resolve(self, shapes: Mapping[str, Sequence[int]], where: str) -> Resolved:
+    def resolve(self, shapes: Mapping[str, Sequence[int]], where: str) -> ResolvedNames:
         """Where the tensors of these names and shapes go, as `from_pretrained` would put them; `where` is what an error names.
 
         Prefixes of wrappers are taken off first. Raises SalsaError where two tensors go to one place, or one goes there in another shape.
@@ -90,7 +90,7 @@ class ModelNames:
         groups: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
         unplaced: dict[str, str] = {}
         for name in sorted(shapes, key=dot_natural_key):
-            plain = unwrapped(name)
+            plain = without_wrappers(name)
             found, pattern = rename_source_key(plain, renamings, converters, prefix, state)
             if found not in state and plain in state:
                 found, pattern = rename_source_key(plain, [], [], prefix, state)
@@ -113,7 +113,7 @@ class ModelNames:
             for found, parts in self._converted(first, converter, sources, shapes, where).items():
                 _check_free(direct.get(found), found, parts[0].source, where)
                 blocks[found] = parts
-        return Resolved(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
+        return ResolvedNames(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
 
     def _ignored(self, names: set[str]) -> set[str]:
         """Of names that the model does not have those that Transformers ignores without a warning."""
@@ -144,7 +144,7 @@ class ModelNames:
             starts.append((total, name, 1 if len(shape) < 2 else shape[-1]))
             work.add_tensor(first, name, pattern, torch.arange(total, total + math.prod(rows)).reshape(rows))
             total += math.prod(rows)
-        made = {}
+        blocks = {}
         for found, value in work.convert(first, model=self.model, config=self.model.config).items():
             numbers = value[0] if isinstance(value, list) else value
             shape = self.shapes[found]
@@ -152,8 +152,8 @@ class ModelNames:
             widths = {1 if len(shape) < 2 else shape[-1]} | {width for _, _, width in starts}
             if not moved or len(widths) > 1:
                 raise SalsaError(_wrong_shape(where, sources[0][1], shapes[sources[0][1]], found, shape))
-            made[found] = _blocks(numbers.flatten(), starts)
-        return made
+            blocks[found] = _blocks(numbers.flatten(), starts)
+        return blocks
 
 
 def _check_free(taken: str | None, found: str, name: str, where: str) -> None:
@@ -199,15 +199,15 @@ def of_config(config: Mapping[str, Any], where: str) -> ModelNames:
 
 @functools.lru_cache(maxsize=8)
 def _made(content: str, where: str) -> ModelNames:
-    return ModelNames(made(read_config(json.loads(content), where)))
+    return ModelNames(meta_model(read_config(json.loads(content), where)))
 
 
-def made(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, on the meta device: its parameters have no memory and no values."""
     import torch
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights, no_tie_weights
 
-    architecture = class_of(config)
+    architecture = model_class(config)
     with torch.device("meta"), no_init_weights(), no_tie_weights(), meta_device_safe_creation_ops():
         return architecture(copy.deepcopy(config))
 
@@ -234,14 +234,14 @@ def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     return read
 
 
-def known(config: Mapping[str, Any]) -> bool:
+def is_known(config: Mapping[str, Any]) -> bool:
     """Whether Transformers has the architecture of a config.json's content."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return config.get("model_type") in CONFIG_MAPPING
 
 
-def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `architectures` names, else the language model of this configuration, else the base model."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -250,13 +250,13 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING,
     )  # fmt: skip
-    known: list[Any] = []
+    candidates: list[Any] = []
     for mapping in mappings:
         if type(config) in mapping:
             found = mapping[type(config)]
-            known += found if isinstance(found, list | tuple) else [found]
-    if not known:
+            candidates += found if isinstance(found, list | tuple) else [found]
+    if not candidates:
         raise SalsaError(f"model_type {config.model_type}: Transformers has no language model of this kind")
-    named = [one for one in known if one.__name__ in (config.architectures or ())]
-    chosen: type[PreTrainedModel] = (named or known)[0]
+    named = [one for one in candidates if one.__name__ in (config.architectures or ())]
+    chosen: type[PreTrainedModel] = (named or candidates)[0]
     return chosen

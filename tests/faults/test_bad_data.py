@@ -31,8 +31,6 @@ from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import Encoder
 from salsa_peft.utils.errors import SalsaError
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def turn(role: str, content: Any) -> dict[str, Any]:
     """One."""

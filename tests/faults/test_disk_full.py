@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
@@ -34,7 +35,6 @@ from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 
-ROOT = Path(__file__).resolve().parents[2]
 SAVING: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import fake_stages
 import pytest
 from hub_server import hub
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS, TERMS, AT_ONCE = 50, 10, 2
 SMALL = {
     "toy.pretrain_steps": 30, "toy.pretrain_examples": 300, "toy.demonstrations": 32, "toy.preferences": 64, "toy.prompts": 64,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from plain_ppo import PROMPTS
 
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo import resume as ppo_resume
 
-ROOT = Path(__file__).resolve().parents[2]
 UPDATES, EARLY = 2000, 200
 
 

@@ -22,7 +22,6 @@ from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import Room, lesser, out_of_memory
 
-ROOT = Path(__file__).resolve().parents[2]
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 OPTIONS: dict[str, Any] = {"num_mini_batches": 1, "micro_batch_size": 8, "learning_rate": 1e-2, "num_ppo_epochs": 2}
 

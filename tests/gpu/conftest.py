@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 TRIED = os.environ.get("SALSA_GPU_TESTS_ON") == "cpu"
 

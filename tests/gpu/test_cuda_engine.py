@@ -40,7 +40,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 def words_of(folder: Path, *words: str, **sets: Any) -> list[str]:
     """`python -m salsa_peft.recipe quickstart`, cut small."""
-    from test_pipeline import SMALL
+    from small_recipe import SMALL
 
     given = SMALL | {"toy.hidden_size": 64, "precision": "master"} | sets
     options = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -49,7 +49,8 @@ def words_of(folder: Path, *words: str, **sets: Any) -> list[str]:
 
 def launch(words: list[str], **environment: str) -> None:
     """A command that must come to its end."""
-    from test_pipeline import ENVIRONMENT, ROOT
+    from paths import ROOT
+    from small_recipe import ENVIRONMENT
 
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=850, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -306,7 +307,7 @@ def test_four_bits_train_adapters_and_no_base(
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_the_whole_recipe(mode: str, tmp_path: Path, card: Any) -> None:
     """From seeds to report, landscape and merged policy included; its peak on the card is in the manifests."""
-    from test_pipeline import read, unit
+    from small_recipe import read, unit
 
     if mode == "qlora":
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import nearest, short
+from salsa_peft.utils.messages import did_you_mean, short
 
 Action = Literal["off", "warn", "stop"]
 
@@ -47,7 +47,7 @@ def parse(guards: Mapping[str, Any], where: str = "guards") -> dict[str, Setting
     for name in guards:
         if name not in DEFAULTS:
             raise SalsaError(
-                f"{where}: found {short(name)}, expected a guard; {nearest(str(name), [*DEFAULTS], 'guards')}"
+                f"{where}: found {short(name)}, expected a guard; {did_you_mean(str(name), [*DEFAULTS], 'guards')}"
             )
     return {
         name: _setting(guards[name], guard, f"{where}.{name}") if name in guards else Setting(guard.action, guard.limit)

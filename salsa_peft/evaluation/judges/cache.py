@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import one_line, path_text
+from salsa_peft.utils.messages import one_line, short_path
 
 VERSION = 2
 TABLE = (
@@ -106,7 +106,7 @@ class Cache:
 
     @property
     def _name(self) -> str:
-        return path_text(str(self.path or "the judge's cache"))
+        return short_path(str(self.path or "the judge's cache"))
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:

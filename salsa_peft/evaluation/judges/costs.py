@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from salsa_peft.config import sweeps
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe, Source
-from salsa_peft.utils.files import json_lines
+from salsa_peft.utils.files import read_json_lines
 
 CHARACTERS = 4
 """Characters of one token, a rule of thumb for English."""
@@ -120,7 +120,7 @@ def _texts(row: Any) -> list[str]:
 def _from_answers(path: Path) -> dict[str, list[int]]:
     """Set of questions → tokens of a question and two answers for each turn, with the mean length of the answers."""
     shown: dict[tuple[str, Any, int], list[tuple[int, int]]] = {}
-    for row in json_lines(path):
+    for row in read_json_lines(path):
         key = (row["dataset"], row["index"], row["turn"])
         shown.setdefault(key, []).append((len(row["prompt"]) // CHARACTERS, row["length"]))
     found: dict[str, list[int]] = {}

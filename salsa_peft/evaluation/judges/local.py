@@ -27,7 +27,7 @@ from salsa_peft.models.generation import WITHOUT_FLOAT64, choose, uniform_number
 from salsa_peft.models.responses import pad_prompts
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 
 WHERE = "evaluate.judge.model"
 FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -107,7 +107,7 @@ class LocalModel:
         return text
 
     def _load(self) -> Any:
-        with said_in_a_line(str(self.section.model)):
+        with readable_hub_errors(str(self.section.model)):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
@@ -160,5 +160,5 @@ def _folder(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    with said_in_a_line(name):
+    with readable_hub_errors(name):
         return Path(snapshot_download(name, allow_patterns=FILES))

@@ -18,8 +18,8 @@ from salsa_peft.evaluation import comparisons, fastchat
 from salsa_peft.evaluation.judge_statistics import Judgment, pair_result
 from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.evaluation.judges.registry import judge_of
-from salsa_peft.utils.console import bar
-from salsa_peft.utils.files import json_lines, write_atomic
+from salsa_peft.utils.console import progress_bar
+from salsa_peft.utils.files import read_json_lines, write_atomic
 from salsa_peft.utils.statistics import holm
 
 CACHE = "judge_cache.sqlite"
@@ -50,9 +50,9 @@ class Match(NamedTuple):
 def read_answers(folder: Path) -> dict[str, Dataset]:
     """Name of a set → its questions and answers, from the folder of the evaluate stage."""
     found: dict[str, Dataset] = {}
-    for row in json_lines(folder / "questions.jsonl"):
+    for row in read_json_lines(folder / "questions.jsonl"):
         found.setdefault(row["dataset"], Dataset([], {})).questions.append(row)
-    for row in json_lines(folder / "answers.jsonl"):
+    for row in read_json_lines(folder / "answers.jsonl"):
         found[row["dataset"]].answers.setdefault((row["model"], row["index"]), []).append(row)
     return found
 
@@ -148,15 +148,17 @@ def run(job: Job) -> dict[str, Any]:
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
     datasets = read_answers(job.inputs["evaluate"])
-    searched = comparisons.searched(recipe, comparisons.by_set(json_lines(job.inputs["evaluate"] / "answers.jsonl")))
+    searched = comparisons.searched(
+        recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl"))
+    )
     judge = judge_of(section, cache=job.folder.parents[1] / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
     rows: list[dict[str, Any]] = []
     prompts: list[tuple[str, str]] = []
 
     def judge_matches(todo: Sequence[Match]) -> None:
         asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
-        with bar(len(asked), job.unit.id) as update:
-            verdicts = judge(asked, update)
+        with progress_bar(len(asked), job.unit.id) as bar:
+            verdicts = judge(asked, bar.update)
         for match, both in zip(todo, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True):
             prompts.append((both[0].prompt, both[1].prompt))
             rows.append(judgment_row(match, datasets, both))

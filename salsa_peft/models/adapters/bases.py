@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.paths import HUB_ID
 from salsa_peft.models.architectures.checks import text_part
 from salsa_peft.models.architectures.sizes import config_of
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import read_fingerprint
+from salsa_peft.utils.hub import HUB_ID
 
 SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "intermediate_size",

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +39,12 @@ from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT
+from salsa_peft.utils.hub import HUB_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?\Z")
 KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
 
@@ -363,7 +362,7 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
     check_finite(tensors, f"{folder} is not saved")
     temporary = folder / f".{WEIGHTS}.part"
     temporary.unlink(missing_ok=True)  # of a kill before
-    files.require_room(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
+    files.require_disk_space(folder, sum(tensor.nbytes for tensor in tensors.values()), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({**tensors, **(extra or {})}, temporary, metadata={"format": "pt"})
     with temporary.open("rb+") as file:

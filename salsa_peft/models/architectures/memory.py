@@ -4,7 +4,7 @@
 
 Phases of ppo: generate, score, train, step. On CUDA the base is bf16 (`dtype: auto`); adapters and heads are float32. It is an estimate:
 formulas are named beside the lines, what the allocator wastes is MARGIN. Left out: other programs on the card, and what `uncounted` says.
-Held against PPO on a CPU, tensor by tensor: tests/test_memory.py. Imports no torch.
+Held against PPO on a CPU, tensor by tensor: tests/models/architectures/test_memory.py. Imports no torch.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from salsa_peft.models.base import device, positions, resolve_dtype
 from salsa_peft.models.responses import closed, extend
 from salsa_peft.models.rewards.function import Rows, Tally, decode
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.hub import readable_hub_errors
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ class ClassifierReward:
             tokenizer,
             policy_tokenizer,
         )
-        self.room = Room(micro_batch_size, f"reward {name}, rows scored at once")
+        self.micro_batch = MicroBatchLimit(micro_batch_size, f"reward {name}, rows scored at once")
         self.name, self.tally, self.noted = name, Tally(), False
         self.present: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # training/offload.py sets it
         self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
@@ -76,14 +76,14 @@ class ClassifierReward:
         """→ (B,), float32; micro-batches of like length."""
         sequences = self._fit(self.encode(responses, rows))
         with self.present():
-            scores = self.room.fit(lambda: self._scores(sequences), len(sequences))
+            scores = self.micro_batch.run(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         scores = torch.empty(len(sequences), device=self.classifier.device)
-        for start in range(0, len(order), self.room.rows):
-            part = order[start : start + self.room.rows]
+        for start in range(0, len(order), self.micro_batch.rows):
+            part = order[start : start + self.micro_batch.rows]
             scores[part] = self._forward([sequences[row] for row in part])
         return scores
 
@@ -162,7 +162,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         f"{path}: found no safetensors file, expected the classifier's weights in one (other formats are not read)"
         "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)",
     )
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         loaded, told = auto_models.classifier(config).from_pretrained(
             str(folder),
@@ -180,7 +180,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"
     )
     loaded.config.get_text_config().use_cache = False
-    with said_in_a_line(str(folder)):
+    with readable_hub_errors(str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     return ClassifierReward(loaded.to(device()), tokenizer, policy_tokenizer, micro_batch_size, name)
 

@@ -30,9 +30,9 @@ from salsa_peft.models.responses import Responses, closed, extend, last_token_st
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, Rows, Tally, decode, load_function
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import said_in_a_line
+from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,11 @@ class AdapterReward:
         micro_batch_size: int = 64,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.model, self.folder, self.room = model, folder, Room(micro_batch_size, "reward, rows scored at once")
+        self.model, self.folder, self.micro_batch = (
+            model,
+            folder,
+            MicroBatchLimit(micro_batch_size, "reward, rows scored at once"),
+        )
         self.tokenizer = tokenizer
         self.adapter = lora.free_name(model, REWARD_ADAPTER)
         lora.attach(model, folder, self.adapter)
@@ -81,14 +85,14 @@ class AdapterReward:
         if self.tokenizer is not None:
             turn = turn_of(self.tokenizer)
             responses = extend(responses, closed(responses, rows, turn), turn.after)
-        return self.room.fit(lambda: self._scores(responses), len(rows))
+        return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 
     @torch.no_grad()
     def _scores(self, responses: Responses) -> Tensor:
         scores = []
         head = self.head.to(responses.response_ids.device)
         with self.toggle(self.adapter):
-            for index in torch.arange(len(responses.finished)).split(self.room.rows):
+            for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
                 part = responses.rows(index)
                 scores.append(head_product(head, last_token_states(self.model, part.input_ids, part.attention_mask)))
         return torch.cat(scores)
@@ -177,7 +181,7 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
             f"reward: found a {type(reward).__name__} without name_or_path, expected one that says where its tokenizer is; pass"
             " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
         )
-        with said_in_a_line(name):
+        with readable_hub_errors(name):
             own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))  # type: ignore[arg-type]
     if isinstance(reward, AdapterReward | ClassifierReward | FunctionReward | WeightedReward):
@@ -213,7 +217,7 @@ def _own_name(reward: Reward) -> str:
 def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
     if not os.path.isdir(name) and FUNCTION.match(name):
         return FunctionReward(load_function(name), tokenizer)
-    with said_in_a_line(name):
+    with readable_hub_errors(name):
         folder = lora.local_folder(name)
         if not (folder / lora.CONFIG).is_file():
             return load_classifier_reward(name, tokenizer, micro_batch_size)
@@ -229,7 +233,7 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
 
 def is_adapter(name: str) -> bool:
     """Whether a folder or Hub id holds a PEFT adapter, and no whole model."""
-    with said_in_a_line(name):
+    with readable_hub_errors(name):
         return (lora.local_folder(name) / lora.CONFIG).is_file()
 
 

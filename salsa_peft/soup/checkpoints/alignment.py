@@ -23,7 +23,7 @@ from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary
 from salsa_peft.utils import tensor_names
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import EMBEDDINGS, HEAD
-from salsa_peft.utils.safetensors_io import BITS, Entry, SafetensorsFile, fill, make_header
+from salsa_peft.utils.safetensors_io import BITS, Entry, SafetensorsFile, make_header, read_exactly
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def _reads_alike(head: Checkpoint, other: Checkpoint) -> bool:
         head.tensors.keys() == other.tensors.keys()
         and head.tied == other.tied
         and all(_fits(place.entry, other.tensors[name].entry) for name, place in head.tensors.items())
-        and all(tensor_names.unwrapped(name) == name for name in other.tensors)
+        and all(tensor_names.without_wrappers(name) == name for name in other.tensors)
         and not _without_head(head)
         and (not other.tied or all(_same_as_input(other, name) for name in other.tensors))
     )
@@ -206,7 +206,7 @@ def _read(place: Place) -> torch.Tensor:
 def _aligned_by_model(views: Sequence[ModelTensors]) -> Alignment:
     """By the names of the models. What is changed in the names, or untied, is said."""
     for view in views:
-        wrapped = next((name for name in view.checkpoint.tensors if tensor_names.unwrapped(name) != name), None)
+        wrapped = next((name for name in view.checkpoint.tensors if tensor_names.without_wrappers(name) != name), None)
         if wrapped is not None:
             logger.warning("%s: prefixes of wrappers are taken off, as in %s", view.checkpoint.folder, wrapped)
     tied = {target for view in views for target in view.names.tied}
@@ -294,7 +294,7 @@ def _check_dtype(found: Place, place: Place, name: str) -> None:
 
 def _header(file: SafetensorsFile) -> bytes:
     """A file's header with the names that Transformers knows: without prefixes of wrappers."""
-    names = {name: tensor_names.unwrapped(name) for name in file.entries}
+    names = {name: tensor_names.without_wrappers(name) for name in file.entries}
     if all(name == plain for name, plain in names.items()):
         return file.header
     return make_header(((names[name], entry.dtype, entry.shape) for name, entry in file.entries.items()), file.metadata)
@@ -338,7 +338,7 @@ def _chunks(place: Place) -> Iterator[bytes]:
     try:
         for start in range(0, place.entry.size, 2**21):
             piece = bytearray(min(2**21, place.entry.size - start))
-            fill(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
+            read_exactly(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
             yield bytes(piece)
     finally:
         os.close(descriptor)

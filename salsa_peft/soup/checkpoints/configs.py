@@ -44,7 +44,7 @@ def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Pa
     require(kinds[0] == kinds[1], _line("model_type", kinds[1], kinds[0], other_path, head_path))
     from salsa_peft.utils import tensor_names
 
-    if not tensor_names.known(head):  # Transformers cannot read them, so the text is all there is
+    if not tensor_names.is_known(head):  # Transformers cannot read them, so the text is all there is
         for field in sorted(_plain(head).keys() & _plain(other).keys()):
             require(head[field] == other[field], _line(field, other[field], head[field], other_path, head_path))
         return
@@ -165,7 +165,7 @@ def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
     from salsa_peft.utils import tensor_names
 
     found: dict[str, Any] = {}
-    for name, module in tensor_names.made(config).named_modules():
+    for name, module in tensor_names.meta_model(config).named_modules():
         if "config" in vars(module) and any(
             buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)
         ):

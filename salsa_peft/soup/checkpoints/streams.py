@@ -25,7 +25,7 @@ from typing import NamedTuple, NoReturn
 from salsa_peft.soup.checkpoints.arithmetic import Fault, Kind, Plan, Summing, Sums
 from salsa_peft.soup.checkpoints.read import FLOATS, Place
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, fill
+from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, read_exactly
 
 PIECE = {"cpu": 2**21, "cuda": 2**26}
 """Bytes of the widest member that a thread takes at once."""
@@ -189,7 +189,7 @@ def _piece(
         count, start = min(block, piece.elements - first), piece.start + first
         for (file, entry), raw in zip(run.places, sums.raw, strict=True):
             width = BITS[entry.dtype] // 8
-            fill(files[file.path], raw[: count * width], entry.begin + start * width, file.path)
+            read_exactly(files[file.path], raw[: count * width], entry.begin + start * width, file.path)
         if run.dtype in FLOATS:
             try:
                 products, out = sums.add(kind, count, write is not None)

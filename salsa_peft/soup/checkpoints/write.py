@@ -18,9 +18,9 @@ from typing import Any
 
 from salsa_peft.soup.checkpoints.read import CONFIG, read_mapping
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import foreign, locked, sync_folder, write_atomic
-from salsa_peft.utils.fingerprints import canonical
-from salsa_peft.utils.safetensors_io import Writer, writing
+from salsa_peft.utils.files import locked, other_files, sync_folder, write_atomic
+from salsa_peft.utils.fingerprints import canonical_json
+from salsa_peft.utils.safetensors_io import Writer, safetensors_writer
 
 JOURNAL, SUMMARY, LOCK, NEXT = ".soup-journal.json", "soup.json", ".lock", ".soup-next"
 COPIED = (
@@ -68,7 +68,7 @@ class Output:
         """A weight file, made by `make(write)` unless it is done, and what `make` measured (JSON-able)."""
         self.begin()
         if name not in self.done:
-            with writing(self.folder / name, header) as write:
+            with safetensors_writer(self.folder / name, header) as write:
                 measured = make(write)
             stat = (self.folder / name).stat()
             self.done[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "measured": measured}
@@ -127,7 +127,7 @@ def making(folder: Path, identity: Mapping[str, Any], sources: Sequence[Path], s
     new = not folder.exists()
     check_free(folder, sources)
     with locked(folder):
-        key = hashlib.sha256(canonical(dict(identity)).encode()).hexdigest()
+        key = hashlib.sha256(canonical_json(dict(identity)).encode()).hexdigest()
         try:
             output = _output(folder, key)
             _check_room(output, size - sum(entry["size"] for entry in output.done.values()))
@@ -195,7 +195,7 @@ def check_free(folder: Path, sources: Sequence[Path]) -> None:
         )
     if (folder / SUMMARY).is_file() or (folder / JOURNAL).is_file():
         return
-    held = foreign(folder) if folder.exists() else ""
+    held = other_files(folder) if folder.exists() else ""
     require(
         not held,
         f"{folder}: found {held} there and no {SUMMARY}, expected an empty folder or an earlier soup; name another one",

@@ -26,9 +26,9 @@ from salsa_peft.soup.lora.targets import EMBEDDINGS, is_saved, parameters_of, ta
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.summary import Tally, errors, relative, summarise
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.files import foreign, locked, sync_folder
+from salsa_peft.utils.files import locked, other_files, sync_folder
 from salsa_peft.utils.fingerprints import FINGERPRINT
-from salsa_peft.utils.safetensors_io import BITS, NAMES, make_header, writing
+from salsa_peft.utils.safetensors_io import BITS, NAMES, make_header, safetensors_writer
 
 if TYPE_CHECKING:
     from salsa_peft.soup.lora.tensors import Member
@@ -134,7 +134,7 @@ def kept_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
 
 def write_weights(folder: Path, parts: list[Section]) -> None:
     header = make_header(entry for part in parts for entry in part.layout)
-    with writing(folder / WEIGHTS, header) as write:
+    with safetensors_writer(folder / WEIGHTS, header) as write:
         for part in parts:
             for (name, code, _), values in zip(part.layout, part.make(), strict=True):
                 require(
@@ -337,5 +337,5 @@ def check_out(folder: Path, members: Sequence[Member]) -> None:
         f"{folder} holds an adapter that is not a soup: name another folder (OUT comes first, then the members)",
     )
     if folder.exists() and not (folder / SUMMARY).exists():
-        held = foreign(folder, WEIGHTS)  # weights alone: of a write that was killed
+        held = other_files(folder, WEIGHTS)  # weights alone: of a write that was killed
         require(not held, f"{folder} holds {held} and no soup: name a new or empty folder, or an earlier soup's")

@@ -23,7 +23,7 @@ from salsa_peft.soup.merge.adapter_models import AdapterModel, blank_model
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import read_fingerprint
 from salsa_peft.utils.safetensors_io import SafetensorsFile
-from salsa_peft.utils.tensor_names import ModelNames, class_of
+from salsa_peft.utils.tensor_names import ModelNames, model_class
 from salsa_peft.utils.tensor_names import read_config as read_model_config
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _classes(
     """Candidates, the likeliest first."""
     from transformers.models.auto import modeling_auto as auto
 
-    found: list[tuple[type[PreTrainedModel], PreTrainedConfig]] = [(class_of(config), config)]
+    found: list[tuple[type[PreTrainedModel], PreTrainedConfig]] = [(model_class(config), config)]
     for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         for part in (config, config.get_text_config()):
             if type(part) in mapping:

@@ -19,7 +19,7 @@ import torch
 
 from salsa_peft.soup.checkpoints.read import CONFIG, INDEX, Checkpoint
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.safetensors_io import BITS, NAMES, code_of, fill, make_header
+from salsa_peft.utils.safetensors_io import BITS, NAMES, make_header, read_exactly, safetensors_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class PlainBase:
             for start in range(0, shape[0], step):
                 rows = min(step, shape[0] - start)
                 raw = torch.empty(rows * width, dtype=torch.uint8)
-                fill(descriptor, raw.numpy().data, entry.begin + start * width, file.path)
+                read_exactly(descriptor, raw.numpy().data, entry.begin + start * width, file.path)
                 yield start, raw.view(getattr(torch, NAMES[entry.dtype])).reshape(rows, *shape[1:])
         finally:
             os.close(descriptor)
@@ -120,7 +120,9 @@ class Dequantised(PlainBase):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         given = checkpoint.config["quantization_config"]
-        self.code = code_of(getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")))
+        self.code = safetensors_dtype(
+            getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."))
+        )
         states = [name for name in checkpoint.tensors if ".quant_state.bitsandbytes__" in name]
         self.states = {name.partition(".quant_state.")[0]: name for name in states}
         self.shapes = {

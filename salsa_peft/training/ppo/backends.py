@@ -21,7 +21,7 @@ from salsa_peft.models.base import causal_lm, device
 from salsa_peft.models.generation import Recording, generate, row_seeds
 from salsa_peft.models.responses import Responses, pad_responses
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.oom import out_of_memory
+from salsa_peft.utils.oom import is_out_of_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -287,7 +287,7 @@ def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[in
             check()
         result = manager.get_result(timeout=0.5)
         failed = result.error if result is not None else manager.background_thread_status.fatal_error
-        if failed is not None and out_of_memory(RuntimeError(str(failed))):
+        if failed is not None and is_out_of_memory(RuntimeError(str(failed))):
             raise torch.OutOfMemoryError(str(failed))
         if failed is not None:
             raise SalsaError(f"rollout_backend: paged failed: {failed}; lower rollout_batch_size or take hf")

@@ -20,7 +20,7 @@ from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
 from salsa_peft.config.schema import PPO
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.messages import explain, short
+from salsa_peft.utils.messages import explain_validation_error, short
 
 UNFIT: dict[str, tuple[Any, str]] = {
     "save_only_model": (False, "PPO can't go on from weights alone; save_model() saves them"),
@@ -114,7 +114,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         try:
             _Checked(**{field.name: getattr(self, field.name) for field in dataclasses.fields(_Checked)})
         except ValidationError as error:
-            key, message = explain(dict(error.errors(include_url=False)[0]))
+            key, message = explain_validation_error(dict(error.errors(include_url=False)[0]))
             raise SalsaError(f"{key}: {message}") from error
 
     def _share_out(self) -> None:

@@ -217,8 +217,7 @@ def show(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None =
         text = captured.get()
     else:
         text = "".join(f"{_line(row, update)}\n" for row in rows)
-    # Written, not printed by the console: an open bar of rich's has taken standard error's place and puts the text above itself.
-    with tqdm.external_write_mode(file=stream):  # and one of tqdm's steps aside
+    with tqdm.external_write_mode(file=stream):  # above an open progress bar
         stream.write(text)
         stream.flush()
 

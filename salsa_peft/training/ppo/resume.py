@@ -83,7 +83,7 @@ class ResumableTrainer(SavingTrainer):
         except Exception as error:
             if self.is_world_process_zero():
                 shutil.rmtree(folder / checkpoints.PARTIAL, ignore_errors=True)
-            if isinstance(error, SalsaError) or (line := files.full(error, folder)) is None:
+            if isinstance(error, SalsaError) or (line := files.disk_full_message(error, folder)) is None:
                 raise
             raise SalsaError(line) from error
 
@@ -103,7 +103,7 @@ class ResumableTrainer(SavingTrainer):
         if self.rollout is not None:
             tensors += [*self.rollout.responses, *(field for field in self.rollout if isinstance(field, Tensor))]
         size = sum(map(stored, tensors))
-        files.require_room(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
+        files.require_disk_space(folder, size, f"{checkpoints.PREFIX}{self.state.global_step}")
 
     def _write_checkpoint(self, model: Any, trial: Any, folder: Path) -> None:
         name = f"{checkpoints.PREFIX}{self.state.global_step}"

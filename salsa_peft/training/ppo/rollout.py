@@ -40,7 +40,7 @@ from salsa_peft.training.ppo.losses import KL_ESTIMATORS
 from salsa_peft.training.ppo.prompts import Prompt
 from salsa_peft.training.references import Frozen
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -96,8 +96,8 @@ class RolloutMaker:
         self.ends = ends_of(tokenizer, causal_lm(model.policy))
         self.present = place(references, reward, args)
         world = accelerator.num_processes
-        self.room = Room(
-            args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", alone=world == 1
+        self.micro_batch = MicroBatchLimit(
+            args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
         )
         self.scale = RunningScale()
         self.folder = Path(str(args.output_dir))
@@ -115,9 +115,9 @@ class RolloutMaker:
         self.model.eval()
         with gathered(self.model, self.accelerator):
             # 1. sample responses from the policy, prompts of like length together
-            responses, recorded = self.room.fit(lambda: self._sample(prompts, update, check), len(prompts))
+            responses, recorded = self.micro_batch.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL on the shared base, sequences of like length together; then scores
-            logprobs, entropy, values, kl = self.room.fit(lambda: self._score(responses, recorded), len(prompts))
+            logprobs, entropy, values, kl = self.micro_batch.run(lambda: self._score(responses, recorded), len(prompts))
             scores = self._rewarded(responses, [prompt.row for prompt in prompts])
         made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
@@ -137,7 +137,7 @@ class RolloutMaker:
         """Responses to an eval set's prompts and their scores (B,); the random numbers are the same at every call."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
-            responses, _ = self.room.fit(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
+            responses, _ = self.micro_batch.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
             scores = self._rewarded(responses, [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
@@ -257,7 +257,7 @@ class RolloutMaker:
     def _shares(self, lengths: list[int]) -> list[list[int]]:
         """This process's micro-batches of rows, those of like length together; none of more rows than a rollout batch has."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = min(self.room.rows, -(-min(len(lengths), self.args.batch_size) // world))
+        size = min(self.micro_batch.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 

@@ -40,7 +40,7 @@ from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
 from salsa_peft.training.ppo.saving import VALUE_ADAPTER
 from salsa_peft.training.references import Frozen, as_references
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.oom import Room
+from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,7 +125,7 @@ class SalsaPPOTrainer(ResumableTrainer):
             policy, self.references, self.reward, backend, args, processing_class, self.accelerator
         )
         alone = self.accelerator.num_processes == 1 and not cut
-        self.room = Room(args.per_device_train_batch_size, "micro_batch_size", alone=alone)
+        self.micro_batch = MicroBatchLimit(args.per_device_train_batch_size, "micro_batch_size", single_process=alone)
 
     def _start(self, args: SalsaPPOConfig) -> None:
         """The engine's state before the first update."""
@@ -202,7 +202,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         this, tried = self._micro_step(inputs), False
 
         def forward_and_backward(rows: Tensor) -> Tensor:
-            parts = [this._replace(rows=part) for part in rows.split(self.room.rows)]
+            parts = [this._replace(rows=part) for part in rows.split(self.micro_batch.rows)]
             step: Any = super(SalsaPPOTrainer, self).training_step
             return torch.stack([step(model, part) for part in parts]).sum()
 
@@ -216,7 +216,7 @@ class SalsaPPOTrainer(ResumableTrainer):
             tried = True
             return forward_and_backward(this.rows)
 
-        return self.room.fit(work, len(this.rows))
+        return self.micro_batch.run(work, len(this.rows))
 
     def _minibatches(self, lengths: Tensor) -> list[Tensor]:
         """Row indices of every minibatch of the rollout batch: reshuffled every PPO epoch, sorted by length inside."""

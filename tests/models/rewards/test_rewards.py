@@ -1,0 +1,869 @@
+"""Rewards: functions as TRL calls them, classifiers against one plain forward a sequence, sums by hand, what a recipe may say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from made_classifiers import CHAT, own_classifier, single
+from torch import Tensor, nn
+
+from salsa_peft.config.rewards import find_module, parse_reward
+from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
+from salsa_peft.data import datasets as data
+from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
+from salsa_peft.models.rewards.function import FunctionReward, load_function
+from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.cache import plan
+from salsa_peft.recipe.run import load as load_recipe
+from salsa_peft.report import gather as report_input
+from salsa_peft.utils.errors import SalsaError
+
+WORDS = ["owl", "saw", "fig", "cod", "oak", "copy", "name", "user", "assistant", "system", "?", "!"]
+
+
+def made(prompts: list[list[int]], answers: list[list[int]], tokenizer: Any, extra: int = 0) -> Responses:
+    """Responses of given tokens, `extra` columns of padding on both sides; what no mask shows is a word's id."""
+    pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    ids, mask = pad_prompts(prompts, pad, torch.device("cpu"))
+    width = max(map(len, answers)) + extra
+    response = torch.tensor([[*answer, *[10] * (width - len(answer))] for answer in answers])
+    counts = torch.arange(width) < torch.tensor([len(answer) for answer in answers])[:, None]
+    return Responses(nn.functional.pad(ids, (extra, 0), value=10), nn.functional.pad(mask, (extra, 0)), response, counts,
+                     torch.tensor([answer[-1] == eos for answer in answers]))  # fmt: skip
+
+
+@pytest.fixture
+def answered(tokenizer: Any) -> tuple[Responses, list[dict[str, Any]]]:
+    """Three chats and their answers: two words, one word that the limit cut, none."""
+    eos = int(tokenizer.eos_token_id)
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "answer": text.split()[1], "level": number}
+        for number, text in enumerate(["copy owl saw", "name fig", "copy cod"])
+    ]
+    prompts = [data.prompt_tokens(row, tokenizer) for row in rows]
+    words = tokenizer("owl saw")["input_ids"]
+    return made(prompts, [[*words, eos], words[:1], [eos]], tokenizer, 2), rows
+
+
+def say(content: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": content}]
+
+
+class TestFunction:
+    def test_a_conversation_as_trl_passes_it(self, answered: Any, tokenizer: Any) -> None:
+        """By keyword: messages, one assistant's message, token ids with EOS, every other column as a list."""
+        responses, rows = answered
+        seen: dict[str, Any] = {}
+
+        def everything(**given: Any) -> list[float]:
+            seen.update(given)
+            return [1, 2.5, True]
+
+        scores = FunctionReward(everything, tokenizer)(responses, rows)
+        assert scores.tolist() == [1.0, 2.5, 1.0]
+        assert scores.dtype == torch.float32
+        assert seen.keys() == {"prompts", "completions", "completion_ids", "answer", "level", "finished", "log_metric"}
+        assert seen["prompts"] == [row["prompt"] for row in rows]
+        assert seen["completions"] == [say("owl saw"), say("owl"), say("")]
+        words, eos = tokenizer("owl saw")["input_ids"], tokenizer.eos_token_id
+        assert seen["completion_ids"] == [[*words, eos], words[:1], [eos]]
+        assert (seen["answer"], seen["level"]) == (["owl", "fig", "cod"], [0, 1, 2])
+        assert seen["finished"] == [True, False, True]
+
+    def test_the_same_keywords_as_trls_own(self, answered: Any, tokenizer: Any, monkeypatch: Any) -> None:
+        """TRL's _calculate_rewards on the same rows gives the same three arguments and columns."""
+        from trl.trainer import grpo_trainer
+
+        responses, rows = answered
+        ours: dict[str, Any] = {}
+        theirs: dict[str, Any] = {}
+        FunctionReward(lambda **given: ours.update(given) or [0.0] * 3, tokenizer)(responses, rows)
+
+        def func(**given: Any) -> list[float]:
+            theirs.update(given)
+            return [0.0] * 3
+
+        trainer = SimpleNamespace(
+            accelerator=SimpleNamespace(device="cpu", gather=lambda x: x), state=None, environments=None, reward_funcs=[func],
+            reward_processing_classes=[None], reward_func_names=["func"], _log_completion_extra=None, _log_metric=None,
+            args=SimpleNamespace(report_to=[]), _metrics={},
+        )  # fmt: skip
+        monkeypatch.setattr(grpo_trainer, "gather", lambda x: x)
+        monkeypatch.setattr(grpo_trainer, "profiling_context", lambda *_: contextlib.nullcontext())
+        ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
+        completions = [say(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        prompts = [row["prompt"] for row in rows]
+        grpo_trainer.GRPOTrainer._calculate_rewards.__wrapped__(trainer, rows, prompts, completions, ids)
+        for name in ("prompts", "completions", "completion_ids", "answer", "level"):
+            assert ours[name] == theirs[name]
+        assert theirs.keys() - ours.keys() == {"trainer_state", "log_extra"}
+
+    def test_text_prompts_and_token_ids(self, answered: Any, tokenizer: Any) -> None:
+        """A text prompt is passed as the data has it; one of token ids alone is decoded; completions are text."""
+        responses, _ = answered
+        rows = [{"prompt": "as it is"}, {"input_ids": [1, 2]}, {"prompt": "x", "completion": "y"}]
+        seen: dict[str, Any] = {}
+
+        def asks(prompts: list[str], completions: list[str], input_ids: list[Any], note: str = "own") -> list[float]:
+            seen.update(prompts=prompts, completions=completions, input_ids=input_ids, note=note)
+            return [0.0] * 3
+
+        FunctionReward(asks, tokenizer)(responses, rows)
+        assert seen == {
+            "prompts": ["as it is", "name fig", "x"], "completions": ["owl saw", "owl", ""], "input_ids": [None, [1, 2], None],
+            "note": "own",
+        }  # fmt: skip
+        kept = FunctionReward(lambda completions: seen.update(c=completions) or [0] * 3, tokenizer, special_tokens=True)
+        kept(responses, rows)
+        assert seen["c"] == ["owl saw <eos>", "owl", "<eos>"]
+
+    def test_a_column_that_is_not_there_is_named(self, answered: Any, tokenizer: Any) -> None:
+        responses, rows = answered
+        with pytest.raises(SalsaError, match="it takes solution, found the columns answer, level, prompt in the data"):
+            FunctionReward(lambda completions, solution: [0.0] * 3, tokenizer)(responses, rows)
+
+    @pytest.mark.parametrize(
+        ("given", "line"),
+        [
+            ([1.0], "found 1 scores for 3 responses, expected one each"),
+            (2.0, "found 2.0, expected a list of one score for each response"),
+            ([1.0, "no", 2.0], "expected numbers"),
+            ([1.0, None, 2.0], "found None for 1 of 3 responses, expected a number for each"),
+            ("123", "found a str, expected a list of one score for each response"),
+            ({0: 1.0, 1: 2.0, 2: 3.0}, "found a dict, expected a list of one score for each response"),
+            ({1.0, 2.0, 3.0}, "found a set, expected a list of one score for each response"),
+            (["1", "2", "3"], "expected numbers"),
+        ],
+    )
+    def test_what_is_no_score_is_refused(self, answered: Any, tokenizer: Any, given: Any, line: str) -> None:
+        with pytest.raises(SalsaError, match=line):
+            FunctionReward(lambda **_: given, tokenizer)(*answered)
+
+    def test_nan_is_left_to_the_trainer(self, answered: Any, tokenizer: Any) -> None:
+        scores = FunctionReward(lambda **_: [1.0, float("nan"), float("inf")], tokenizer)(*answered)
+        assert scores.isnan().tolist() == [False, True, False]
+        tensor = torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64)
+        assert FunctionReward(lambda **_: tensor, tokenizer)(*answered).tolist() == [3.0, 4.0, 5.0]
+
+    def test_an_async_function_is_awaited_also_inside_a_loop(self, answered: Any, tokenizer: Any) -> None:
+        async def slow(completions: list[Any], **_: Any) -> list[float]:
+            await asyncio.sleep(0)
+            return [float(len(c[0]["content"])) for c in completions]
+
+        reward = FunctionReward(slow, tokenizer)
+        assert reward(*answered).tolist() == [7.0, 3.0, 0.0]
+
+        async def notebook() -> Tensor:
+            return reward(*answered)
+
+        assert asyncio.run(notebook()).tolist() == [7.0, 3.0, 0.0]
+
+    def test_log_metric(self, answered: Any, tokenizer: Any) -> None:
+        """Averaged until taken: (1 + 2 + 6) / 3; then begun anew."""
+        numbers = iter([1, 2, 6, 4])
+
+        def logs(log_metric: Any, **_: Any) -> list[float]:
+            log_metric("shape", next(numbers))
+            return [0.0] * 3
+
+        reward = FunctionReward(logs, tokenizer)
+        for _ in range(3):
+            reward(*answered)
+        assert rewards.take_figures(reward) == {"shape": (9.0, 3)}
+        assert rewards.take_figures(reward) == {}
+        reward(*answered)
+        assert rewards.take_figures(reward) == {"shape": (4.0, 1)}
+
+    @pytest.mark.parametrize(
+        ("name", "value", "line"),
+        [
+            ("objective/kl", 1.0, "log_metric: found the name 'objective/kl', which is the engine's own"),
+            ("score", 1.0, "log_metric: found the name 'score', which is the engine's own"),
+            ("rewards/f/mean", 1.0, "which is the engine's own"),
+            ("x", None, "log_metric: found None for 'x', expected a number"),
+            (3, 1.0, "log_metric: found the name 3, expected text"),
+        ],
+    )
+    def test_what_log_metric_does_not_take(
+        self, answered: Any, tokenizer: Any, name: Any, value: Any, line: str
+    ) -> None:
+        """A figure of the engine's own name took its place in metrics.jsonl, and β followed it."""
+
+        def logs(log_metric: Any, **_: Any) -> list[float]:
+            log_metric(name, value)
+            return [0.0] * 3
+
+        with pytest.raises(SalsaError, match=line):
+            FunctionReward(logs, tokenizer)(*answered)
+
+    def test_no_name_of_the_engines_is_left_to_log_metric(self, make_trainer: Any) -> None:
+        """Whatever stands in the logs of an update and of an evaluation."""
+        from plain_ppo import PROMPTS
+
+        from salsa_peft.models.rewards.function import TAKEN
+
+        trainer = make_trainer(max_steps=1, eval_dataset=PROMPTS[:2])
+        trainer.train()
+        names = {name for row in trainer.state.log_history for name in row if not name.startswith("train_")}
+        names |= {name.removeprefix("eval_") for name in trainer.evaluate()}
+        assert {"objective/kl", "lr", "score", "step"} <= names
+        assert not [name for name in names - {"total_flos"} if not TAKEN.fullmatch(name)]
+
+    def test_a_column_called_finished(self, answered: Any, tokenizer: Any) -> None:
+        """It took the place of ours. A function that takes neither does not mind."""
+        responses, rows = answered
+        rows = [{**row, "finished": "no"} for row in rows]
+        with pytest.raises(SalsaError, match="found a column `finished` in the data"):
+            FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
+        assert FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
+
+    def test_the_rows_are_not_the_functions_to_change(self, answered: Any, tokenizer: Any) -> None:
+        responses, rows = answered
+        rows = [{**row, "tags": ["a"]} for row in rows]
+        before = copy.deepcopy(rows)
+
+        def changes(prompts: list[Any], tags: list[Any]) -> list[float]:
+            for prompt, tag in zip(prompts, tags, strict=True):
+                prompt.append("x")
+                tag.clear()
+            return [0.0] * 3
+
+        FunctionReward(changes, tokenizer)(responses, rows)
+        assert rows == before
+
+    def test_parameters_by_position_only_are_refused(self, tokenizer: Any) -> None:
+        def placed(prompts: Any, completions: Any, /) -> list[float]:
+            return [0.0] * len(prompts)
+
+        with pytest.raises(SalsaError, match="reward function placed: it takes prompts, completions by position only"):
+            FunctionReward(placed, tokenizer)
+
+
+@pytest.fixture
+def module(tmp_path: Path, request: Any) -> Any:
+    """write(text) → the name of a module of its own in tmp_path, forgotten afterwards."""
+    path, known, names = list(sys.path), set(sys.modules), []
+
+    def write(text: str) -> str:
+        name = f"own_{abs(hash(request.node.nodeid)) % 10**9}_{len(names)}"
+        (tmp_path / f"{name}.py").write_text(text)
+        names.append(name)
+        return name
+
+    yield write
+    sys.path[:] = path
+    for name in set(sys.modules) - known:
+        if name.startswith("own_"):
+            del sys.modules[name]
+
+
+class TestLoad:
+    def test_from_a_folder_the_current_one_or_the_path(self, module: Any, tmp_path: Path, monkeypatch: Any) -> None:
+        name = module("def f(completions, **_):\n    return [1.0] * len(completions)\nclass C:\n    g = f\nx = 3\n")
+        assert load_function(f"{tmp_path}/{name}:f")([1, 2]) == [1.0, 1.0]
+        assert load_function(f"{tmp_path}/{name}:C.g") is load_function(f"{tmp_path}/{name}:f")
+        assert load_function("json:dumps") is json.dumps
+        with pytest.raises(SalsaError, match=r"found no h in .*, expected a function of that name"):
+            load_function(f"{tmp_path}/{name}:h")
+        with pytest.raises(SalsaError, match=r"found int in .*, expected a function"):
+            load_function(f"{tmp_path}/{name}:x")
+        other = module("def f(): pass\n")
+        with pytest.raises(SalsaError, match=f"found no module {other}_x in Python"):
+            load_function(f"{other}_x:f")
+        monkeypatch.chdir(tmp_path)
+        assert load_function(f"{other}:f")() is None
+
+    def test_a_package_in_a_folder(self, tmp_path: Path, monkeypatch: Any) -> None:
+        """Dotted, with imports of its own; and looking for it runs none of it."""
+        monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+        (tmp_path / "own_pack" / "deep").mkdir(parents=True)
+        (tmp_path / "own_pack" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+        (tmp_path / "own_pack" / "deep" / "__init__.py").write_text("")
+        (tmp_path / "own_pack" / "deep" / "m.py").write_text("from ..base import g\ndef f(): return g()\n")
+        (tmp_path / "own_pack" / "base.py").write_text("def g(): return 7\n")
+        assert find_module(str(tmp_path), "own_pack.deep.m") == tmp_path / "own_pack" / "deep" / "m.py"
+        assert find_module(str(tmp_path), "own_pack.base.m") is None
+        assert find_module(str(tmp_path), "own_pack.none") is None
+        assert not (tmp_path / "ran").exists()
+        assert load_function(f"{tmp_path}/own_pack.deep.m:f")() == 7
+        for name in [name for name in sys.modules if name.startswith("own_pack")]:
+            del sys.modules[name]
+
+    def test_a_module_that_fails_or_whose_name_is_taken(self, module: Any, tmp_path: Path) -> None:
+        name = module("raise KeyError('no')\n")
+        with pytest.raises(SalsaError, match=r"can't be imported: KeyError: 'no'"):
+            load_function(f"{tmp_path}/{name}:f")
+        (tmp_path / "json.py").write_text("def f(): pass\n")
+        with pytest.raises(
+            SalsaError, match=r"found a module json from .* already, expected .*json.py; give it another"
+        ):
+            load_function(f"{tmp_path}/json:f")
+
+
+def own_tokenizer(pad_is_eos: bool = False, template: str | None = CHAT) -> Any:
+    """A word tokenizer that numbers words its own way; its BOS stands before a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "[end]", "[user]", "[assistant]", "<fill>"]
+    words = {word: number for number, word in enumerate([*special, *reversed(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    pad = "</s>" if pad_is_eos else "<fill>"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["[end]", "[user]", "[assistant]"]})
+    fast.chat_template = template
+    return fast
+
+
+def saved(folder: Path, labels: int = 1, **options: Any) -> Path:
+    """A classifier as its authors would save it, with its own tokenizer."""
+    keep = {name: options.pop(name) for name in ("pad_is_eos", "template") if name in options}
+    tokenizer = own_tokenizer(**keep)
+    own_classifier(tokenizer, labels, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestClassifier:
+    @pytest.mark.parametrize("pad_is_eos", [False, True])
+    @pytest.mark.parametrize("micro", [1, 2, 64])
+    def test_scores_are_those_of_one_plain_forward(self, answered: Any, tokenizer: Any, tmp_path: Path, micro: int,
+                                                   pad_is_eos: bool) -> None:  # fmt: skip
+        """Decoded, put into its own template, encoded by its own tokenizer; batches by length, scores in the rows' order."""
+        responses, rows = answered
+        reward = load_classifier_reward(str(saved(tmp_path / "rm", pad_is_eos=pad_is_eos)), tokenizer, micro)
+        assert not reward.as_they_are
+        own, classifier = own_tokenizer(pad_is_eos), own_classifier(own_tokenizer(pad_is_eos))
+        texts = [
+            "<s> [user] copy owl saw [end] [assistant] owl saw [end]", "<s> [user] name fig [end] [assistant] owl [end]",
+            "<s> [user] copy cod [end] [assistant]  [end]",
+        ]  # fmt: skip
+        expected = [single(classifier, own(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        found = reward(responses, rows)
+        assert found.tolist() == pytest.approx(expected, abs=1e-5)
+        assert (found.dtype, found.std() > 0.1) == (torch.float32, True)
+        assert not any(p.requires_grad for p in reward.classifier.parameters())
+        assert rewards.take_figures(reward) == {"rewards/rm/truncated": (0.0, 3)}
+
+    @pytest.mark.parametrize("pad_is_eos", [False, True])
+    def test_the_last_token_that_counts_is_scored_also_where_it_is_the_padding_token(
+        self, tokenizer: Any, pad_is_eos: bool
+    ) -> None:
+        """Text that ends with EOS: with pad = eos Transformers alone would score the token before."""
+        own = own_tokenizer(pad_is_eos)
+        classifier = own_classifier(own)
+        reward = ClassifierReward(classifier, own, tokenizer)
+        sequences = [[1, 9, 10, 2], [1, 9, 2], [1, 6], [1, 9, 10, 11, 12, 0]]
+        found = reward._forward(sequences)
+        assert found.tolist() == pytest.approx([single(classifier, ids) for ids in sequences], abs=1e-5)
+
+    def test_text_prompts(self, tokenizer: Any) -> None:
+        """Prompt and response with what the tokenizer puts around a text; a space between that the policy's tokens hold stays."""
+        own = own_tokenizer(template=None)
+        classifier, eos = own_classifier(own), int(tokenizer.eos_token_id)
+        ids = tokenizer("copy owl")["input_ids"]
+        ids = ids[:-1] if ids[-1] == eos else ids
+        responses = made([ids], [[*tokenizer("saw fig")["input_ids"], eos]], tokenizer)
+        reward = ClassifierReward(classifier, own, tokenizer)
+        assert own.decode(reward.encode(responses, [{"prompt": "copy owl"}])[0]) == "<s> copy owl saw fig"
+        expected = single(classifier, own("copy owl saw fig")["input_ids"])
+        assert reward(responses, [{"prompt": "copy owl"}]).item() == pytest.approx(expected, abs=1e-5)
+        with pytest.raises(SalsaError, match="found messages, but its tokenizer has no chat template"):
+            reward(responses, [{"prompt": [{"role": "user", "content": "copy owl"}]}])
+        with pytest.raises(SalsaError, match="found input_ids without `prompt`, expected one"):
+            reward(responses, [{"input_ids": ids}])
+
+    def test_the_policys_own_tokenizer_means_token_ids_as_they_are(
+        self, answered: Any, tokenizer: Any, make_base: Any
+    ) -> None:
+        """EOS is scored where there is one; nothing is put after a response that the limit cut."""
+        classifier = own_classifier(tokenizer)
+        reward = ClassifierReward(classifier, tokenizer, tokenizer)
+        responses, rows = answered
+        ids = [row[mask].tolist() for row, mask in zip(responses.input_ids, responses.attention_mask, strict=True)]
+        assert reward.encode(responses, rows) == ids
+        assert reward(responses, rows).tolist() == pytest.approx([single(classifier, row) for row in ids], abs=1e-5)
+        changed = copy.deepcopy(tokenizer)
+        changed.chat_template += " "
+        assert not ClassifierReward(classifier, changed, tokenizer).as_they_are
+
+    def test_what_is_too_long_is_cut_and_counted(self, answered: Any, tokenizer: Any, capsys: Any) -> None:
+        """Of 10, 8 and 7 tokens, 7 allowed: the first and the last 6. Said once."""
+        responses, rows = answered
+        own = own_tokenizer()
+        classifier = own_classifier(own, max_position_embeddings=7)
+        reward = ClassifierReward(classifier, own, tokenizer, name="small")
+        whole = reward.encode(responses, rows)
+        assert [len(ids) for ids in whole] == [10, 8, 7]
+        found = reward(responses, rows)
+        cut = [ids if len(ids) <= 7 else [ids[0], *ids[-6:]] for ids in whole]
+        assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
+        reward(responses, rows)
+        assert rewards.take_figures(reward) == {"rewards/small/truncated": (4.0, 6)}
+        assert capsys.readouterr().err.count("longer with their prompts than the 7 tokens it reads") == 1
+
+    def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
+        with pytest.raises(SalsaError, match="found a classifier of num_labels 3, and a reward is one number"):
+            load_classifier_reward(str(saved(tmp_path / "three", labels=3)), tokenizer, 4)
+        with pytest.raises(SalsaError, match="num_labels 2, expected 1"):
+            ClassifierReward(own_classifier(own_tokenizer(), labels=2), own_tokenizer(), tokenizer)
+        base = make_base()
+        base.config.num_labels = 1
+        base.save_pretrained(tmp_path / "lm")
+        tokenizer.save_pretrained(tmp_path / "lm")
+        with pytest.raises(
+            SalsaError, match=r"lm: found no weights for score.weight, expected a trained sequence classifier"
+        ):
+            load_classifier_reward(str(tmp_path / "lm"), tokenizer, 4)
+        folder = saved(tmp_path / "pickled")
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        with pytest.raises(SalsaError, match=r"found no safetensors file"):
+            load_classifier_reward(str(folder), tokenizer, 4)
+        with pytest.raises(
+            SalsaError, match=rf"found a tokenizer of {len(tokenizer)} tokens over 19 embeddings, expected its own"
+        ):
+            ClassifierReward(own_classifier(own_tokenizer()), tokenizer, tokenizer)
+
+    def test_a_template_that_refuses(self, answered: Any, tokenizer: Any) -> None:
+        own = own_tokenizer(template="{{ raise_exception('no user') }}")
+        with pytest.raises(SalsaError, match="its chat template refuses a conversation: no user"):
+            ClassifierReward(own_classifier(own), own, tokenizer)(*answered)
+
+    def test_an_encoder(self, answered: Any, tokenizer: Any) -> None:
+        """BERT scores its first token: padding must not reach it, whatever id pads."""
+        from transformers import BertConfig, BertForSequenceClassification
+
+        own = own_tokenizer(pad_is_eos=True)
+        torch.manual_seed(1)
+        config = BertConfig(
+            vocab_size=len(own), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
+            initializer_range=0.4, max_position_embeddings=32,
+        )  # fmt: skip
+        classifier = BertForSequenceClassification(config).eval()
+        reward = ClassifierReward(classifier, own, tokenizer)
+        responses, rows = answered
+        with torch.no_grad():
+            expected = [classifier(torch.tensor([ids])).logits.item() for ids in reward.encode(responses, rows)]
+        assert reward(responses, rows).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def fixed(*scores: Any) -> Any:
+    """A function that always says this."""
+    return lambda **_: list(scores)
+
+
+class TestSum:
+    def test_by_hand(self, answered: Any, tokenizer: Any) -> None:
+        """2·(1, 2, 3) − ½·(4, None, 8) + 0·(7, 7, 7): (0, 4, 2); means over what applied."""
+        one, other = (FunctionReward(fixed(*s), tokenizer) for s in ((1, 2, 3), (4, None, 8)))
+        silent = FunctionReward(fixed(7, 7, 7), tokenizer)
+        reward = rewards.WeightedReward([(one, 2.0, "one"), (other, -0.5, "other"), (silent, 0.0, "silent")])
+        assert reward(*answered).tolist() == [0.0, 4.0, 2.0]
+        figures = {"rewards/one/mean": (6.0, 3), "rewards/other/mean": (12.0, 2), "rewards/silent/mean": (21.0, 3)}
+        assert rewards.take_figures(reward) == figures
+        assert rewards.take_figures(reward) == {}
+        reward(*answered)
+        reward(*answered)
+        assert rewards.take_figures(reward) == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
+
+    def test_a_response_to_which_nothing_applies(self, answered: Any, tokenizer: Any) -> None:
+        """A part of weight 0 does not save it; NaN is a score, not None."""
+        none, other = (FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
+        zero = FunctionReward(fixed(7, 7, 7), tokenizer)
+        reward = rewards.WeightedReward([(none, 1.0, "a"), (other, 1.0, "b"), (zero, 0.0, "c")])
+        with pytest.raises(SalsaError, match="found 1 of 3 responses to which none of a, b applies"):
+            reward(*answered)
+        nan = FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
+        found = rewards.WeightedReward([(nan, 1.0, "a"), (zero, 1.0, "b")])(*answered)
+        assert found.isnan().tolist() == [True, False, False]
+
+    def test_names(self, tokenizer: Any) -> None:
+        one = FunctionReward(fixed(1), tokenizer)
+        with pytest.raises(SalsaError, match="found 2 parts called a, expected a name of its own for each"):
+            rewards.WeightedReward([(one, 1.0, "a"), (one, 1.0, "a")])
+        with pytest.raises(SalsaError, match="found a sum of no parts"):
+            rewards.WeightedReward([])
+
+
+@pytest.fixture
+def reward_folder(make_base: Any, tmp_path: Path) -> Path:
+    """A reward adapter as the reward stage saves it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForSequenceClassification
+
+    config = make_base().config
+    config.num_labels = 1
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+    adapters.save(get_peft_model(LlamaForSequenceClassification(config), lora), "default", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+class TestAsReward:
+    @pytest.fixture
+    def model(self, make_base: Any, make_adapter: Any) -> Any:
+        return make_adapter(make_base(), "policy", 1)
+
+    def test_every_kind(
+        self, model: Any, tokenizer: Any, reward_folder: Path, tmp_path: Path, module: Any, answered: Any
+    ) -> None:
+        def make(given: Any) -> Any:
+            return rewards.as_reward(given, model, tokenizer)
+
+        folder = saved(tmp_path / "rm")
+        for given in (reward_folder, str(reward_folder)):
+            adapter = make(given)
+            assert isinstance(adapter, rewards.AdapterReward)
+            assert adapter.folder == reward_folder
+        for given in (folder, str(folder)):
+            assert isinstance(make(given), ClassifierReward)
+        loaded = own_classifier(own_tokenizer())
+        with pytest.raises(SalsaError, match="without name_or_path"):
+            make(loaded)
+        loaded.name_or_path = str(folder)
+        in_memory = make(loaded)
+        assert (type(in_memory), in_memory.name, in_memory.classifier is loaded) == (ClassifierReward, "rm", True)
+        assert in_memory(*answered).tolist() == pytest.approx(make(folder)(*answered).tolist())
+        from peft import LoraConfig, get_peft_model
+
+        tuned = make(get_peft_model(loaded, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")))
+        assert isinstance(tuned, ClassifierReward)
+        assert tuned(*answered).tolist() == pytest.approx(
+            make(folder)(*answered).tolist()
+        )  # a fresh adapter's delta is 0
+        function = make(lambda completions, **_: [0.0] * len(completions))
+        assert isinstance(function, FunctionReward)
+        name = module("def seven(completions): return [7.0] * len(completions)\n")
+        assert make(f"{tmp_path}/{name}:seven")(*answered).tolist() == [7.0] * 3
+        for given in (function, adapter, in_memory):
+            assert make(given) is given
+
+        class Own:
+            def __call__(self, responses: Responses, rows: Any) -> Tensor:
+                return torch.tensor([float(row["level"]) for row in rows])
+
+        own = Own()
+        assert make(own) is own
+        total = make([own, (f"{tmp_path}/{name}:seven", 0.5), (adapter, 2.0, "judge")])
+        assert [(part.weight, part.name) for part in total.parts] == [(1.0, "Own"), (0.5, "seven"), (2.0, "judge")]
+        expected = torch.tensor([0.0, 1.0, 2.0]) + 3.5 + 2 * adapter(*answered)
+        torch.testing.assert_close(total(*answered), expected)
+        assert rewards.adapter_in(total) is adapter
+        assert rewards.adapter_in(adapter) is adapter
+        assert rewards.adapter_in(function) is None
+        assert rewards.adapter_in(make([own, function])) is None
+        assert rewards.take_figures(own) == {}
+
+    @pytest.mark.parametrize(
+        ("given", "line"),
+        [
+            (3, "reward: found int, expected a reward adapter's or a sequence classifier's folder or Hub id"),
+            ([], "reward: found an empty list, expected"),
+            ([("a", 1.0, "n", 2)], "found a tuple of 4, expected"),
+            ("nowhere_to_be_found:f", "found no module nowhere_to_be_found"),
+            ([(lambda **_: [], "heavy")], "reward: found the weight 'heavy', expected a number"),
+            ([(lambda **_: [], float("nan"))], "reward: found the weight nan, expected a number"),
+            ("org/not-in-the-cache", "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
+            ("./nowhere", "./nowhere: found no such folder"),
+        ],
+    )
+    def test_what_is_no_reward(self, model: Any, tokenizer: Any, given: Any, line: str) -> None:
+        with pytest.raises(SalsaError, match=line):
+            rewards.as_reward(given, model, tokenizer)
+
+    def test_a_reward_adapter_needs_the_base_under_a_peft_model(
+        self, make_base: Any, tokenizer: Any, reward_folder: Path
+    ) -> None:
+        with pytest.raises(SalsaError, match="found a reward adapter, but the policy is a LlamaForCausalLM"):
+            rewards.as_reward(reward_folder, make_base(), tokenizer)
+
+
+RECIPE = """
+name: tiny
+toy: {}
+policies:
+  ppo: {reference: seed-0}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: Any) -> Any:
+    """load(text, …) → the recipe with `text` after it; own_score.py with function f lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "own_score.py").write_text("raise RuntimeError\ndef f(completions): return [0.0]\ng = f\n")
+
+    def make(text: str = "", *overrides: str) -> Any:
+        (tmp_path / "recipes" / "tiny.yaml").write_text(RECIPE + text)
+        return load_recipe("recipes/tiny.yaml", lora="lora", overrides=list(overrides))
+
+    return make
+
+
+def work(loaded: Any) -> dict[str, Any]:
+    """Unit id → unit."""
+    return {unit.id: unit for stage in recipe.STAGES.values() for unit in stage.units(loaded.recipe, stage.run)}
+
+
+class TestRecipe:
+    def test_forms(self, load: Any, tmp_path: Path) -> None:
+        """Text and a list are the section's `model`; a module is found beside the recipe, and nothing of it is run."""
+        place = tmp_path / "recipes"
+        assert load().recipe.reward.model == "adapter"
+        assert load("reward: adapter\n").recipe.reward.trained
+        one = load("reward: own_score:f\n").recipe.reward
+        assert (one.model, one.learning_rate, one.trained, one.reads_columns) == (
+            f"{place}/own_score:f",
+            1e-4,
+            False,
+            True,
+        )
+        several = load(
+            "reward: {batch_size: 16, model: [adapter, {model: own_score:f, weight: 0.5, name: fit}, org/rm]}\n"
+        ).recipe.reward
+        assert several.batch_size == 16
+        assert [(p.kind, p.weight, p.name) for p in several.parts] == [
+            ("adapter", 1.0, "adapter"), ("function", 0.5, "fit"), ("classifier", 1.0, "rm"),
+        ]  # fmt: skip
+        assert several.parts[1].value == f"{place}/own_score:f"
+        assert load("reward: json:JSONEncoder\n").recipe.reward.model == "json:JSONEncoder"
+
+    def test_set_keeps_the_rest_of_the_section(self, load: Any, tmp_path: Path) -> None:
+        """Paths of --set are taken from the current folder."""
+        found = load("reward: {batch_size: 16}\n", "reward=recipes/own_score:f").recipe.reward
+        assert (found.model, found.batch_size, found.learning_rate) == (f"{tmp_path}/recipes/own_score:f", 16, 1e-4)
+        found = load("reward: own_score:f\n", "reward=[adapter, org/rm]", "reward.batch_size=4").recipe.reward
+        assert (found.model, found.batch_size) == (["adapter", "org/rm"], 4)
+
+    def test_the_resolved_recipe_loads_to_itself(self, load: Any, tmp_path: Path) -> None:
+        loaded = load("reward: [adapter, {model: own_score:f, weight: -1}]\n")
+        (tmp_path / "again.yaml").write_text(recipe.resolved_yaml(loaded))
+        assert load_recipe("again.yaml", lora=None, overrides=[]).recipe == loaded.recipe
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("reward: own_score:g:h", "reward.model: found 'own_score:g:h', expected a function as module:name"),
+            ("reward: own_score.py:f", "expected a function as module:name, such as my_rewards:score, without .py"),
+            ("reward: ':f'", "expected a function as module:name"),
+            (
+                "reward: own_score:h",
+                "reward.model: found no h in own_score in '.*recipes', expected a function of that name",
+            ),
+            ("reward: other_score:f", "found no module other_score in the recipe's folder or on Python's path"),
+            ("reward: ./away/own_score:f", "found no module own_score in '.*away', expected one"),
+            ("reward: adaptor", "found 'adaptor', expected adapter, module:name .*did you mean adapter"),
+            ("reward: ./gone", "which is no folder, expected a sequence classifier or a Hub id"),
+            ("reward: []", "found an empty list, expected adapter"),
+            ("reward: 3", "reward.model: found 3, expected adapter"),
+            ("reward: {model: {model: adapter}}", "expected adapter, module:name"),
+            ("reward: [adapter, 3]", r"reward.model\[1\]: found 3, expected adapter"),
+            ("reward: [{weight: 2}]", r"reward.model\[0\]: found the keys weight, expected model, weight and name"),
+            ("reward: [{model: adapter, weigth: 2}]", "found the keys model, weigth, expected model, weight and name"),
+            ("reward: [{model: adapter, weight: x}]", r"reward.model\[0\].weight: found 'x', expected a number"),
+            ("reward: [{model: adapter, weight: true}]", "weight: found True, expected a number"),
+            ("reward: [{model: adapter, name: a b}]", "name: found 'a b', expected letters"),
+            ("reward: [org/rm, other/rm]", "found 2 parts called rm, expected a name of its own for each"),
+            ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
+            (
+                "reward: own_score:f\nppo: {value: adapter}",
+                "ppo.value: found adapter, which starts from the reward adapter, but",
+            ),
+        ],
+    )
+    def test_refusals(self, load: Any, text: str, line: str) -> None:
+        with pytest.raises(SalsaError, match=line) as caught:
+            load(text + "\n")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            (
+                "def f(completions, /): return []",
+                "f takes completions by position only, and rewards are called by keyw",
+            ),
+            ("async def f(completions: return []", r"f_score.py' is no Python \(invalid syntax, line 1\)"),
+            (
+                "import no_such_package.deep\ndef f(completions): ...",
+                "f_score.py' imports no_such_package, which is not",
+            ),
+            ("from no_such_package import f", "f_score.py' imports no_such_package, which is not installed"),
+        ],
+    )
+    def test_a_function_is_read_before_anything_trains(self, load: Any, tmp_path: Path, text: str, line: str) -> None:
+        (tmp_path / "recipes" / "f_score.py").write_text(text + "\n")
+        with pytest.raises(SalsaError, match=line) as caught:
+            load("reward: f_score:f\n")
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "import sys\nsys.path.append('lib')\nimport no_such_package\ndef f(completions): ...",
+            "try:\n    import no_such_package\nexcept ImportError: pass\ndef f(completions): ...",
+            "import own_score, torch, time, _io\nfrom . import x\ndef f(completions): ...",
+            "from functools import cache\n@cache\ndef f(answer, /): ...",
+            "class f:\n    def __init__(self, answer, /): ...",
+            "def f(answer, /): ...\nf = print",
+        ],
+    )
+    def test_what_reading_cannot_tell_is_left_to_the_stage(self, load: Any, tmp_path: Path, text: str) -> None:
+        (tmp_path / "recipes" / "f_score.py").write_text(text + "\n")
+        assert load("reward: f_score:f\n").recipe.reward.parts[0].kind == "function"
+
+    def test_a_local_classifier_is_looked_into(self, load: Any, tmp_path: Path) -> None:
+        saved(tmp_path / "recipes" / "rm")
+        assert load("reward: ./rm\n").recipe.reward.model == str(tmp_path / "recipes" / "rm")
+        saved(tmp_path / "recipes" / "three", labels=3)
+        saved(tmp_path / "recipes" / "mute", template=None)
+        for name, line in (
+            ("three", r"is a classifier of 3 labels, and a reward is one number \(num_labels 1\). Write a function"),
+            ("mute", "no chat template"),
+        ):
+            with pytest.raises(SalsaError, match=line):
+                load(f"reward: ./{name}\n")
+        (tmp_path / "recipes" / "rm" / "config.json").write_text("[")
+        with pytest.raises(SalsaError, match="can't be read as JSON"):
+            load("reward: ./rm\n")
+
+    def test_the_reward_stage_is_there_where_an_adapter_is_trained(self, load: Any) -> None:
+        """Without one, nothing reads it, and preferences are not needed."""
+        for text, trained in (("", True), ("reward: [adapter, org/rm]\n", True), ("reward: org/rm\n", False)):
+            found = work(load(text))
+            assert ("reward" in found) is trained
+            for unit in ("ppo/ppo", "landscape", "evaluate", "report"):
+                assert ("reward" in found[unit].inputs) is trained
+        few = RECIPE.replace("toy: {}", "toy: {preferences: 4}")
+        Path("few.yaml").write_text(few)
+        with pytest.raises(SalsaError, match=r"toy\.preferences: found 4, 3 of them to train on"):
+            load_recipe("few.yaml", lora="lora", overrides=[])
+        Path("few.yaml").write_text(f"{few}reward: org/rm\n")
+        assert not load_recipe("few.yaml", lora="lora", overrides=[]).recipe.reward.trained
+        own = (
+            "toy: null\nmodel: {base: org/base, chat_template: chatml}\ndata: {demonstrations: org/d, prompts: org/p}\n"
+            "evaluate: {prompts: {x: org/x}}\n"
+        )
+        text = RECIPE.replace("toy: {}\n", "") + own.replace("toy: null\n", "")
+        for reward, fits in (("adapter", False), ("org/rm", True)):
+            Path("whole.yaml").write_text(f"{text}reward: {reward}\n")
+            if fits:
+                load_recipe("whole.yaml", lora="lora", overrides=[])
+            else:
+                with pytest.raises(SalsaError, match=r"data.preferences: found nothing, expected a value"):
+                    load_recipe("whole.yaml", lora="lora", overrides=[])
+
+    def test_what_a_result_depends_on(self, load: Any, tmp_path: Path) -> None:
+        """The file of a function and what is in a classifier's folder, not where they lie; the weights; not the reward model's training."""
+        saved(tmp_path / "recipes" / "rm")
+        text = "reward: [adapter, {model: own_score:f, weight: 0.5}, ./rm]\n"
+
+        def keys(text: str) -> dict[str, str]:
+            loaded = load(text)
+            slices = json.dumps([unit.slice for unit in work(loaded).values()])
+            assert str(tmp_path) not in slices
+            return {name: step.key for name, step in plan(list(work(loaded).values()), tmp_path / "run").items()}
+
+        first = keys(text)
+        assert keys(text) == first
+
+        def changed(now: dict[str, str]) -> set[str]:
+            return {name for name in first if first[name] != now[name]}
+
+        hang = {"ppo/ppo", "landscape", "evaluate", "report"}
+        assert changed(keys(text.replace("0.5", "0.6"))) == hang
+        assert changed(keys(text.replace("weight: 0.5", "weight: 0.5, name: other"))) == hang
+        assert changed(keys(text.replace(":f", ":g"))) == hang
+        assert changed(
+            keys("reward: {batch_size: 4, model: [adapter, {model: own_score:f, weight: 0.5}, ./rm]}\n")
+        ) == {*hang, "reward"}
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "own_score.py").write_bytes((tmp_path / "recipes" / "own_score.py").read_bytes())
+        assert changed(keys(text.replace("own_score:f", "../elsewhere/own_score:f"))) == set()
+        with (tmp_path / "recipes" / "own_score.py").open("a") as file:
+            file.write("# another\n")
+        assert changed(keys(text)) == hang
+        (tmp_path / "recipes" / "own_score.py").write_bytes((tmp_path / "elsewhere" / "own_score.py").read_bytes())
+        assert keys(text) == first
+        settings = tmp_path / "recipes" / "rm" / "tokenizer_config.json"
+        settings.write_text(settings.read_text().replace("[end]", "[End]"))
+        assert changed(keys(text)) == hang
+
+    def test_of_recipe(self, load: Any, make_base: Any, make_adapter: Any, tokenizer: Any, reward_folder: Path, module: Any,
+                       tmp_path: Path, answered: Any) -> None:  # fmt: skip
+        """One part of weight 1 is itself; a weight makes it a sum; the adapter is the reward stage's."""
+        name = module("def level(level): return level\n")
+        model, rm = make_adapter(make_base(), "policy", 1), saved(tmp_path / "rm")
+
+        def make(said: Any, inputs: dict[str, Path]) -> Any:
+            made_of = Recipe(name="x", adapter=Adapter(), reward=Reward(model=said))
+            return rewards.of_recipe(made_of, model, inputs, tokenizer, 2)
+
+        adapter = make("adapter", {"reward": reward_folder})
+        assert isinstance(adapter, rewards.AdapterReward)
+        assert isinstance(make(str(rm), {}), ClassifierReward)
+        assert make(f"{tmp_path}/{name}:level", {})(*answered).tolist() == [0.0, 1.0, 2.0]
+        half = make([{"model": f"{tmp_path}/{name}:level", "weight": 0.5}], {})
+        assert half(*answered).tolist() == [0.0, 0.5, 1.0]
+        total = make(["adapter", {"model": str(rm), "weight": 2, "name": "judge"}], {"reward": reward_folder})
+        expected = adapter(*answered) + 2 * make(str(rm), {})(*answered)
+        torch.testing.assert_close(total(*answered), expected)
+        assert rewards.take_figures(total).keys() == {
+            "rewards/adapter/mean",
+            "rewards/judge/mean",
+            "rewards/judge/truncated",
+        }
+        assert rewards.adapter_in(total).folder == reward_folder
+
+    def test_columns_reach_a_function_only(self, tmp_path: Path) -> None:
+        (tmp_path / "p.jsonl").write_text(
+            '{"prompt": "a", "answer": 7}\n{"messages": [{"role": "user", "content": "b"}]}\n'
+        )
+        source = Source(path=str(tmp_path / "p.jsonl"))
+        asked = [[{"role": "user", "content": text}] for text in "ab"]
+        assert data.prompts(source) == [{"prompt": prompt} for prompt in asked]
+        assert data.prompts(source, columns=True) == [
+            {"prompt": asked[0], "answer": 7}, {"messages": asked[1], "prompt": asked[1]},
+        ]  # fmt: skip
+
+    def test_what_the_report_says_of_it(self, tmp_path: Path) -> None:
+        """The adapter alone: what its stage measured. Else what it is made of, without anybody's folders."""
+        (tmp_path / "metrics.json").write_text('{"loss": 0.5}')
+
+        def told(said: Any, inputs: dict[str, Path]) -> dict[str, Any]:
+            return report_input._reward(Recipe(name="x", reward=Reward(model=said)), inputs)
+
+        assert told("adapter", {"reward": tmp_path}) == {"loss": 0.5}
+        assert told("/home/me/own_score:f", {}) == {"f": "1 · function own_score:f"}
+        assert told(["adapter", {"model": "org/rm", "weight": -0.5}], {"reward": tmp_path}) == {
+            "adapter": "1 · adapter adapter", "rm": "-0.5 · classifier org/rm", "loss": 0.5,
+        }  # fmt: skip
+
+    def test_the_plan_names_the_reward_model_where_it_is_trained(self, load: Any, capsys: Any) -> None:
+        for text, trained in (("", True), ("reward: org/rm\n", False)):
+            load(text)
+            assert recipe.main(["recipes/tiny.yaml", "--lora", "--dry-run"]) == 0
+            found = re.findall(r"^reward ", capsys.readouterr().out, re.MULTILINE)
+            assert bool(found) is trained
+
+    def test_parse_reward_by_itself(self) -> None:
+        [part] = parse_reward("here", "/models/Some Model!")
+        assert (part.kind, part.name) == ("classifier", "Some_Model_")
+        [part] = parse_reward("here", "a.b:C.score")
+        assert (part.kind, part.name, part.weight) == ("function", "score", 1.0)

@@ -1,0 +1,165 @@
+"""What a run writes: counted by hand, held against what runs on a CPU leave, and refused where it can't fit."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from paper_models import paper
+
+from salsa_peft.config.load import load_recipe
+from salsa_peft.config.schema import Recipe
+from salsa_peft.models.architectures.memory import GIB
+from salsa_peft.recipe import cache as runs
+from salsa_peft.recipe import disk
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import run as recipe
+
+CARD = 80 * GIB  # there full weights of 7B train in bf16
+SMALL = """
+name: small
+threads: 1
+toy: {hidden_size: 256, num_layers: 4, pretrain_steps: 3, pretrain_examples: 100, demonstrations: 64, preferences: 200, prompts: 64,
+  eval_prompts: 8, preference_sampled: 0.0}
+model: {max_length: 32}
+sft: {seeds: [0, 1], max_steps: 2}
+reward: {max_steps: 2, seeds: [0, 1]}
+generation: {max_new_tokens: 6}
+ppo: {batch_size: 16, max_steps: 16, save_steps: 3}
+policies:
+  ppo: {reference: seed-0}
+  salsa: {reference: soup}
+landscape: null
+export: [merged]
+"""
+
+
+def plan(job: Recipe, folder: Path) -> dict[str, runs.Step]:
+    """All of a recipe's units, in an empty folder."""
+    return runs.plan([unit for stage in recipe.STAGES.values() for unit in stage.units(job, stage.run)], folder)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A disk with so many bytes free, and a card of 80 GiB."""
+    found = SimpleNamespace(free=0, total=2**40, used=0)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: found)
+    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", CARD)])
+    return found
+
+
+def test_full_weights_by_hand(tmp_path: Path) -> None:
+    """Three seeds, a soup, three policies and a reward model in bf16; on the way two checkpoints of a policy and a third."""
+    job, size = paper()
+    found = disk.need(job, plan(job, tmp_path), list(plan(job, tmp_path)), CARD)
+    assert found is not None
+    model, reward = 2 * size.parameters, 2 * (size.parameters - 32000 * 4096 + 4096)
+    assert found.stays == 7 * model + reward
+    checkpoint = (2 + 2 + 8 / 256) * size.parameters  # bf16 weights, 8-bit states
+    assert found.most == found.stays - model + 3 * checkpoint
+    master = disk.need(job, plan(job, tmp_path), list(plan(job, tmp_path)), None)
+    assert (
+        master is not None and master.most == found.stays - model + 3 * 12 * size.parameters
+    )  # float32, two float32 states
+    one = paper("llama2_full", None, "ppo.max_steps=400")[0]
+    assert disk.written(one, "ppo", size, CARD) == (
+        model,
+        checkpoint + model,
+    )  # its one checkpoint, and the policy beside it
+    several = paper("llama2_full", None, "reward.seeds=[0, 1]")[0]
+    assert disk.written(several, "reward", size, CARD)[0] == 3 * reward  # two, and their soup
+
+
+def test_adapters_by_hand() -> None:
+    """Float32 factors; a soup of the sum of ranks; a value adapter, and a merged policy in the base's dtype."""
+    job, size = paper("llama2_full", "lora")
+    rank16 = size.adapter(16, "all-linear")
+    assert disk.written(job, "sft", size, None)[0] == 4 * rank16
+    assert disk.written(job, "soup", size, None)[0] == 8 * rank16
+    assert disk.written(job, "ppo", size, None) == (4 * rank16, 3 * 12 * rank16)
+    assert disk.written(paper("llama2_full", "lora", "soup.rank=8")[0], "soup", size, None)[0] == 2 * rank16
+    both = paper("llama2_full", "lora", "ppo.value=adapter", "export=[merged]", "ppo.optim=paged_adamw_8bit")[0]
+    kept = 8 * rank16 + 2 * size.parameters
+    assert disk.written(both, "ppo", size, None) == (kept, 2 * (4 + 2 + 8 / 256) * 2 * rank16 + kept)
+
+
+def test_what_is_there_writes_nothing_more(tmp_path: Path) -> None:
+    """Cached units, those that are not asked for; what an unfinished folder holds is free."""
+    job, size = paper()
+    steps = plan(job, tmp_path)
+    model = 2 * size.parameters
+    alone = disk.need(job, steps, ["sft/seed-0"], CARD)
+    assert alone is not None and (alone.stays, alone.most, alone.place) == (model, model, tmp_path)
+    steps["sft/seed-0"].folder.mkdir(parents=True)
+    steps["sft/seed-0"].folder.joinpath("half.bin").write_bytes(bytes(1000))
+    begun = disk.need(job, steps, ["sft/seed-0"], CARD)
+    assert begun is not None and begun.stays == model - 1000
+    cached = {
+        name: runs.Step(unit=step.unit, key=step.key, folder=step.folder, why=None) for name, step in steps.items()
+    }
+    nothing = disk.need(job, cached, list(cached), CARD)
+    assert nothing is not None and nothing.stays == nothing.most == 0
+
+
+def test_a_run_that_cannot_fit_is_refused(
+    tmp_path: Path, free: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code 2, one line with what would do, nothing written; the plan says it too, and does not refuse."""
+    words = ["llama2_full", "--set", "evaluate.judge=null", "--output-dir", str(tmp_path / "run")]
+    free.free = 120 * GIB
+    assert recipe.main(words) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and line.startswith(
+        f"results: found 120.0 GiB free on the disk of {tmp_path}, expected 163.5 GiB, of which 100.2 GiB stay"
+    )
+    assert line.endswith("take --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
+    free.free = 145 * GIB
+    assert recipe.main(words) == 2
+    assert "or --set ppo.save_steps=100000 (one checkpoint a policy, at its end), or --lora" in capsys.readouterr().err
+    assert recipe.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "disk: 100.2 GiB more when all is done, at most 163.5 GiB at one time; 145.0 GiB free" in said
+        and ": too little; take" in said
+    )
+    assert recipe.main([*words, "--lora", "--dry-run"]) == 0
+    assert "too little" not in capsys.readouterr().out
+    assert recipe.main(["smollm2", "--dry-run"]) == 0
+    assert (
+        "disk: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, "lora"])
+def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sum of files on the way and what stays, of a real run: within 5%."""
+    monkeypatch.chdir(tmp_path)
+    file, folder, most, done = tmp_path / "small.yaml", tmp_path / "run", [0], threading.Event()
+    file.write_text(SMALL)
+    job = load_recipe(str(file), lora=lora, overrides=[]).recipe
+    steps = plan(job, folder)
+    asked = [name for name, step in steps.items() if step.unit.stage in ("toy", "sft", "reward", "soup", "ppo")]
+    expected = disk.need(job, steps, asked, None)
+
+    def watch() -> None:
+        while not done.is_set():
+            most[0] = max(most[0], disk.bytes_in(folder))
+            time.sleep(0.02)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        stages = ["--stages", "toy,sft,reward,soup,ppo", "--output-dir", str(folder)]
+        assert recipe.main([str(file), *(["--lora"] if lora else []), *stages]) == 0
+    finally:
+        done.set()
+        watching.join()
+    assert expected is not None
+    assert disk.bytes_in(folder) == pytest.approx(expected.stays, rel=0.05)
+    assert most[0] == pytest.approx(expected.most, rel=0.05)
+    shutil.rmtree(folder)

@@ -1,0 +1,124 @@
+"""What --dry-run says of memory: the table, and the first change that makes a stage fit."""
+
+from __future__ import annotations
+
+import pytest
+from paper_models import paper
+
+from salsa_peft.models.architectures import memory
+from salsa_peft.models.architectures.memory import GIB, need
+from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.dry_run import advice
+
+ONE = ("ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")
+TWO = ("num_processes=2", "ppo.batch_size=36", "ppo.micro_batch_size=18", "sft.batch_size=36", "sft.micro_batch_size=9")
+SHARDED = (*TWO, "accelerate=fsdp2")  # where nf4 is refused
+PARKED = (*ONE, "offload=frozen", "precision=master")
+
+
+@pytest.mark.parametrize("card", [6, 12, 16, 24, 40, 80])
+@pytest.mark.parametrize(
+    ("lora", "given"),
+    [
+        (None, ONE),
+        ("lora", ONE),
+        ("qlora", ONE),
+        (None, TWO),
+        ("lora", TWO),
+        (None, SHARDED),
+        ("lora", SHARDED),
+        (None, PARKED),
+    ],
+)
+def test_the_advice_makes_it_fit(lora: str | None, given: tuple[str, ...], card: int) -> None:
+    """What is said, done to the recipe, is a recipe and fits; where nothing is said it fits already."""
+    job, size = paper("llama2_full", lora, *given)
+    for stage in memory.stages_of(job):
+        said = advice(job, [stage], size, card * GIB)
+        if said is None:
+            assert need(job, stage, size, card * GIB).total <= card * GIB
+        elif said.startswith("--"):
+            words = said.split()
+            preset = ("qlora" if "qlora" in words else "lora") if "--lora" in words else lora
+            sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
+            helped, _ = paper("llama2_full", preset, *given, *sets)
+            assert need(helped, stage, size, card * GIB).total <= card * GIB, (stage, said)
+        else:
+            assert card < 12 or given is SHARDED, (stage, said)
+
+
+def test_the_first_change_that_helps_is_said() -> None:
+    """In the order of what they cost, the largest size first; several where one is not enough."""
+    job, size = paper(
+        "llama2_full", "lora", "ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8", "ppo.rollout_batch_size=1"
+    )
+    both = "--set ppo.gradient_checkpointing=true --set ppo.micro_batch_size=4"
+    assert [advice(job, ["ppo"], size, card * GIB) for card in (24, 30, 200)] == [
+        both,
+        both.split(" --set ppo.micro")[0],
+        None,
+    ]
+    job, _ = paper("llama2_full", "lora", "ppo.micro_batch_size=8", "ppo.rollout_batch_size=1")
+    assert advice(job, ["ppo"], size, 17 * GIB) == "--set ppo.micro_batch_size=1"
+    job, _ = paper("llama2_full", "lora")
+    assert advice(job, ["ppo"], size, 20 * GIB) == "--set ppo.rollout_batch_size=4"
+    assert advice(job, ["landscape"], size, 20 * GIB) == "--set generation.batch_size=4"
+    job, _ = paper("llama2_full", None, "precision=stochastic")
+    assert advice(job, ["ppo"], size, 56 * GIB) == "--set offload=frozen"
+    job, _ = paper("llama2_full", None, "precision=master")
+    assert advice(job, ["sft"], size, 80 * GIB) == "--set precision=stochastic"
+    assert (
+        advice(job, ["ppo"], size, 50 * GIB) == "--lora --set precision=auto"
+    )  # neither alone; it was given, so it stays
+    assert advice(job, ["ppo"], size, 50 * GIB, {"precision"}) == "--lora"  # the recipe's own section takes it back
+    job, _ = paper("llama2_full", None, "precision=stochastic", "offload=frozen")
+    assert advice(job, ["ppo"], size, 24 * GIB) == "--lora --set offload=none --set precision=auto"
+    assert (
+        advice(paper("llama2_full", "lora")[0], ["ppo"], size, 8 * GIB) == "--lora qlora --set ppo.rollout_batch_size=2"
+    )
+
+
+def test_several_stages_at_once() -> None:
+    """One piece of advice that serves all of them; each setting in it is needed."""
+    card = 8 * GIB
+    job, size = paper("llama2_full", "qlora")
+    stages = list(memory.stages_of(job))
+    said = advice(job, stages, size, card)
+    assert said is not None
+    settings = said.replace("--set ", "").split()
+    assert {one.split(".")[0] for one in settings} >= {"ppo", "generation"}
+    assert all(need(paper("llama2_full", "qlora", *settings)[0], stage, size, card).total <= card for stage in stages)
+    for one in settings:
+        fewer = paper("llama2_full", "qlora", *(other for other in settings if other != one))[0]
+        assert any(need(fewer, stage, size, card).total > card for stage in stages)
+
+
+def test_the_size_that_is_sold() -> None:
+    """GiB, as --gpu takes them."""
+    assert [cards._sold(size * GIB) for size in (3, 16, 16.1, 70, 190, 193.5)] == [16, 16, 24, 80, 192, 194]
+
+
+def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """--gpu, or the card that is there; what does not fit with what would help."""
+    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("NVIDIA X", 80 * GIB)])
+    assert recipe.main(["llama2_full", "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "NVIDIA X, 80 GiB" in plan and "step (stochastic)" in plan and "67.6 GiB" in plan and "fits" in plan
+    assert recipe.main(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
+    plan = capsys.readouterr().out
+    assert "--gpu, 24 GiB" in plan and "too large; --lora" in plan and "all stages fit with: --lora\n" in plan
+    assert recipe.main(["llama2_full", "--dry-run", "--gpu", "1"]) == 0
+    assert "no change makes all stages fit: a larger card" in capsys.readouterr().out
+    assert recipe.main(["smollm2", "--lora", "--dry-run"]) == 0
+    assert (
+        "memory: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand"
+        in capsys.readouterr().out
+    )
+    for words, line in (
+        (["--gpu", "24"], "found --gpu without --dry-run"),
+        (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            recipe.main(["llama2_full", *words])
+        assert caught.value.code == 2 and line in capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""Stages in two processes by `accelerate launch`: what goes to them and comes back, how they end.
+test_shared_stages.py has what they make."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from child_processes import UNIT, environment, gone
+from launched_stages import FAKE
+from paths import SUPPORT
+from small_recipe import read, unit
+
+from salsa_peft.config import job as runs
+from salsa_peft.config.load import load_recipe
+from salsa_peft.recipe import launch as launching
+from salsa_peft.recipe import run as recipe
+from salsa_peft.utils.errors import SalsaError
+
+RECIPE = """
+name: tiny
+num_processes: 2
+toy: {}
+policies: {ppo: {reference: seed-0}}
+"""
+
+
+def command(folder: Path, *words: str, **actions: str) -> subprocess.Popen[str]:
+    """The tiny recipe with fake stages; actions: what processes 0 and 1 of sft/seed-0 do."""
+    (folder / "tiny.yaml").write_text(RECIPE)
+    said = json.dumps(json.dumps({f"{UNIT} {name[-1]}": action for name, action in actions.items()}))
+    argv = [sys.executable, str(SUPPORT / "launched_stages.py"), "tiny.yaml", "--lora", "--set", f"description={said}"]
+    as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+        [*argv, "--stages", f"toy,{UNIT}", *words], cwd=folder, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, preexec_fn=as_in_a_terminal, start_new_session=True,
+    )  # fmt: skip
+
+
+def pids(folder: Path) -> list[int]:
+    """Of both processes, once they wait; and of the launcher above them."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        files = list(folder.glob("runs/tiny-lora/sft/seed-0/*/waits-*"))
+        if len(files) == 2:
+            found = [int(file.read_text()) for file in files]
+            above = Path(f"/proc/{found[0]}/stat").read_text().rsplit(")", 1)[1].split()[1]
+            return [*found, int(above)]
+        time.sleep(0.05)
+    raise AssertionError("they never began")
+
+
+def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
+    """The first speaks for both; facts are its own, the memory is both's; other stages stay in one process; nothing is left beside."""
+    process = command(tmp_path)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert err.count("said by 0\n") == err.count("error stream of 0\n") == 1 and "of 1" not in err and "by 1" not in err
+    assert out == "" and err.count("\n") == 7, err  # results, loading, toy's noise and end, two prints, sft's end
+    run = tmp_path / "runs" / "tiny-lora"
+    toy, sft = (read(unit(run, name) / "manifest.json") for name in ("toy", UNIT))
+    assert sft["facts"] == {"rank": 0, "inputs": ["toy"], "world": 2} and list(sft["files"]) == ["result.txt"]
+    assert sft["peak_mb"] > 0 and sft["seconds"] < 2 and toy["facts"]["value"] == 1
+    assert list((run / "logs").iterdir()) == []
+    again = command(tmp_path, "--set", "num_processes=1")
+    assert f"{UNIT} … cached" in again.communicate(timeout=60)[1], "a result does not depend on the number of processes"
+
+
+@pytest.mark.parametrize(
+    ("actions", "line", "logged"),
+    [
+        ({"_0": "refuse", "_1": "refuse"}, "data.prompts: found nothing, expected something\n", "SalsaError"),
+        ({"_0": "late", "_1": "first"}, "RuntimeError: boom and more (add --debug for the trace; trace in ", "process 1:\nTraceback"),
+        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL; out of memory?", "exitcode  : -9"),
+        ({"_0": "exit"}, "its process ended with code 3 and without a result", "exitcode  : 3"),
+    ],
+    ids=["both refuse", "the second crashes first", "one is killed", "one ends"],
+)  # fmt: skip
+def test_an_error_of_either_is_one_line(tmp_path: Path, actions: dict[str, str], line: str, logged: str) -> None:
+    """The first error, not what it did to the other process; traces of all are in the log."""
+    process = command(tmp_path, **actions)
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and f"\n{UNIT} failed: {line}" in err and "Traceback" not in err, err
+    (log,) = (tmp_path / "runs" / "tiny-lora" / "logs").iterdir()
+    assert logged in log.read_text() and log.name == "sft-seed-0.log"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_both_which_may_save(tmp_path: Path, number: int, code: int) -> None:
+    """Both get it, once; the command's code is as with one process."""
+    process = command(tmp_path, _0="save", _1="save")
+    there = pids(tmp_path)
+    if number == signal.SIGINT:  # from a terminal, to all of its foreground
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(30) == code
+    assert all(gone(pid) for pid in there)
+    assert process.stderr is not None and process.stderr.read().endswith("the same command goes on where it was\n")
+    assert len(list(tmp_path.glob("runs/tiny-lora/sft/seed-0/*/saved-*"))) == 2
+    assert list((tmp_path / "runs" / "tiny-lora" / "logs").iterdir()) == []
+
+
+def test_kill_9_of_the_command_takes_all_along(tmp_path: Path) -> None:
+    """Both processes and the launcher; what the command could not remove goes with the next one."""
+    process = command(tmp_path, _0="wait", _1="wait")
+    there = pids(tmp_path)
+    process.kill()
+    process.wait()
+    assert all(gone(pid, 15) for pid in there)
+    again = command(tmp_path)
+    assert "sft/seed-0 … done" in again.communicate(timeout=100)[1]
+    assert list((tmp_path / "runs" / "tiny-lora" / "logs").iterdir()) == []
+
+
+def test_a_process_without_its_command_ends_at_once(tmp_path: Path) -> None:
+    """Launched by a command that was killed in the meantime: the job is gone, or nobody holds it."""
+    argv = [sys.executable, "-c", "import sys, time, pathlib, salsa_peft.recipe.launch as l; l.end_with_command(pathlib.Path(sys.argv[1])); time.sleep(60)"]  # fmt: skip
+    done = [subprocess.run([*argv, str(tmp_path)], env=environment(), timeout=30, check=False).returncode]
+    (tmp_path / launching.JOB).write_text("{}")
+    done += [subprocess.run([*argv, str(tmp_path)], env=environment(), timeout=30, check=False).returncode]
+    assert done == [1, -signal.SIGKILL]
+
+
+def test_a_job_arrives_as_it_was_sent(tmp_path: Path) -> None:
+    """Recipe, unit and paths, through JSON."""
+    loaded = load_recipe("quickstart", lora="lora", overrides=["num_processes=2", "ppo.guards={length: warn}"])
+    for stage in FAKE.values():
+        for one in stage.units(loaded.recipe, stage.run):
+            job = runs.Job(
+                recipe=loaded.recipe, unit=one, folder=tmp_path / "a", inputs={"toy": tmp_path}, recipe_yaml="ä: 1"
+            )
+            launching.write_job(job, tmp_path)
+            assert launching.read_job(tmp_path)[0] == job
+
+
+def test_memory_is_of_the_machine_and_of_a_card(tmp_path: Path) -> None:
+    """The sum of the processes', and the largest of the cards'."""
+    loaded = load_recipe("quickstart", lora="lora", overrides=["num_processes=2"])
+    job = runs.Job(
+        recipe=loaded.recipe,
+        unit=runs.Unit(stage="soup", name="soup", run="a:b"),
+        folder=tmp_path,
+        inputs={},
+        recipe_yaml="",
+    )
+    (tmp_path / launching.LAUNCHER_LOG).write_text("")
+    for rank, card in ((1, 7.5), (0, 5.0)):
+        launching.write_report(
+            tmp_path, rank, {"facts": {"rank": rank}, "seconds": 1.0, "peak_mb": 10.0 + rank, "gpu_peak_mb": card}
+        )
+    found = launching._outcome(job, tmp_path, 0, tmp_path / "a.log", False)
+    assert (found.facts, found.peak_mb, found.gpu_peak_mb) == ({"rank": 0}, 21.0, 7.5)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["sft.batch_size=9"], r"sft.batch_size: found 9, expected a multiple of num_processes 2; set sft.batch_size=10"),
+        (["reward.batch_size=24", "reward.micro_batch_size=8"],
+         r"reward.batch_size: found 24, expected a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or another"),
+        (["ppo.batch_size=6", "ppo.num_mini_batches=2"], r"ppo.batch_size / num_mini_batches: found minibatches of 3 .* set ppo.batch_size=8"),
+        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: found 8, expected a divisor of 4"),
+        (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: found 4, expected a divisor of 6"),
+        (["accelerate=fsdp2", "model.quantization=nf4"], r"model.quantization: found nf4 with accelerate fsdp2, .* expected none; or set"),
+        (["accelerate=zero3", "precision=stochastic"], r"precision: found stochastic with accelerate zero3"),
+        (["accelerate=fsdp2", "reward.seeds=[0, 1]"], r"reward.seeds: found \[0, 1\] with accelerate fsdp2, .* expected one seed"),
+        (["accelerate=fsdp2", "ppo.rollout_backend=paged"], r"ppo.rollout_backend: found paged with accelerate fsdp2"),
+        (["accelerate=fsdp2", "reward.optim=paged_adamw_8bit"], r"reward.optim: found paged_adamw_8bit with accelerate fsdp2"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: str) -> None:
+    """Refused where it is read; with one process it runs."""
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    of_mode = {"model.quantization=nf4": "qlora", "precision=stochastic": None}
+    preset = next((mode for word, mode in of_mode.items() if word in sets), "lora")
+    with pytest.raises(SalsaError, match=message):
+        load_recipe(str(tmp_path / "tiny.yaml"), lora=preset, overrides=sets)
+    load_recipe(str(tmp_path / "tiny.yaml"), lora=preset, overrides=[*sets, "num_processes=1"])
+
+
+@pytest.mark.parametrize(
+    ("there", "visible", "sets", "message"),
+    [
+        (0, None, [], None),
+        (4, None, ["accelerate=fsdp2"], None),
+        (4, "1", [], "num_processes: found 2, expected at most 1, the GPUs here"),
+        (1, None, [], "num_processes: found 2, expected at most 1, the GPUs here"),
+        (0, None, ["accelerate=fsdp2"], "accelerate: found fsdp2 and no GPU"),
+    ],
+)
+def test_what_a_machine_can_not_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    there: int,
+    visible: str | None,
+    sets: list[str],
+    message: str | None,
+) -> None:
+    """By the GPUs that nvidia-smi names, less those that CUDA_VISIBLE_DEVICES hides."""
+    monkeypatch.setattr(launching.hardware, "cards", lambda: [launching.hardware.Card("card", 2**34)] * there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    loaded = load_recipe(str(tmp_path / "tiny.yaml"), lora="lora", overrides=sets)
+    if message is None:
+        launching.check(loaded.recipe)
+    else:
+        with pytest.raises(SalsaError, match=message):
+            launching.check(loaded.recipe)
+
+
+def test_a_refusal_of_the_machine_comes_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not in a plan, nor where no training stage is to be made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launching.hardware, "cards", list)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    words = ["tiny.yaml", "--lora", "--set", "accelerate=fsdp2"]
+    assert recipe.main(words, stages=FAKE) == 2
+    assert capsys.readouterr().err.startswith("accelerate: found fsdp2 and no GPU") and not Path("runs").exists()
+    assert recipe.main([*words, "--dry-run"], stages=FAKE) == 0

@@ -1,0 +1,197 @@
+"""Policies by TRL's algorithms in a recipe: what they train against, what they leave, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+from peft import PeftModel
+from small_recipe import ENVIRONMENT, SMALL, read, unit
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from salsa_peft.config.load import saved_recipe
+from salsa_peft.data import datasets as data
+from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.recipe import units
+from salsa_peft.recipe.run import load as load_recipe
+from salsa_peft.training import trl_stages as trl_policies
+from salsa_peft.training.reward_model import SPLIT_SEED
+from salsa_peft.utils import fingerprints as runs
+from salsa_peft.utils.errors import SalsaError
+
+ALGORITHMS = ("dpo", "kto", "rloo", "grpo")
+POLICIES = {
+    f"{name}-{algorithm}": {"algorithm": algorithm, "reference": reference}
+    for algorithm in ALGORITHMS
+    for name, reference in (("plain", "seed-0"), ("salsa", "soup"))
+} | {"mkl-dpo": {"algorithm": "dpo", "reference": ["seed-0", {"shrunk": {"seed": 1, "scale": 0.5}}], "kl_coef": 0.5}}
+STILL = {"learning_rate": 1e-30, "max_steps": 1, "batch_size": 8}  # the policy stays where it starts: at seed-0
+
+
+def command(folder: Path, *words: str, lora: bool = True) -> subprocess.CompletedProcess[str]:
+    """A cut quickstart with policies of TRL's algorithms alone."""
+    sets = SMALL | {"policies": POLICIES, "sft.seeds": [0, 1], "landscape": None, "export": [], "evaluate.models": []}
+    sets = {key: value for key, value in sets.items() if not key.startswith("landscape.")}
+    sets |= {f"{algorithm}.{key}": value for algorithm in ALGORITHMS for key, value in STILL.items()}
+    sets["grpo.num_generations"] = 4
+    overrides = [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    argv = [
+        sys.executable,
+        "-m",
+        "salsa_peft.recipe",
+        "quickstart",
+        *["--lora"] * lora,
+        *overrides,
+        "--output-dir",
+        str(folder),
+        *words,
+    ]
+    return subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
+def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run") / request.param
+    done = command(folder, lora=request.param == "lora")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def opened(run: Path, name: str) -> Any:
+    """A unit's weights, by PEFT or Transformers alone."""
+    folder, base = unit(run, name), unit(run, "toy") / "base"
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+
+@torch.no_grad()
+def logprob(model: Any, tokenizer: Any, messages: Any) -> float:
+    """log π of the answer, given what is before it."""
+    whole = torch.tensor([tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]])
+    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    logp = model(input_ids=whole).logits[0, :-1].log_softmax(-1).gather(-1, whole[0, 1:, None])[:, 0]
+    return logp[len(before) - 1 :].sum().item()
+
+
+def test_the_kl_term_looks_at_the_reference_that_the_recipe_names(run: Path) -> None:
+    """The policy did not move: against seed-0 nothing differs, against the soup what plain models say."""
+    for algorithm in ALGORITHMS:
+        facts = {
+            name: read(unit(run, f"{algorithm}/{name}-{algorithm}") / "policy.json") for name in ("plain", "salsa")
+        }
+        key = "kl" if algorithm in ("rloo", "grpo") else "rewards/chosen"
+        assert facts["plain"][key] == pytest.approx(0, abs=1e-5), algorithm
+        assert abs(facts["salsa"][key]) > 1e-4, algorithm
+        assert facts["salsa"]["algorithm"] == algorithm and facts["salsa"]["reference"] == "soup"
+    from datasets import Dataset
+
+    recipe = saved_recipe(run / "recipe.yaml")
+    rows = data.preferences(data.sources(recipe, unit(run, "toy"))["preferences"])
+    held_out = Dataset.from_list(rows).train_test_split(test_size=6, seed=SPLIT_SEED)["test"]
+    tokenizer = AutoTokenizer.from_pretrained(unit(run, "sft/seed-0"))
+    start, soup = opened(run, "sft/seed-0"), opened(run, "soup")
+    ratios = [
+        [logprob(start, tokenizer, row[side]) - logprob(soup, tokenizer, row[side]) for side in ("chosen", "rejected")]
+        for row in held_out
+    ]
+    found = read(unit(run, "dpo/salsa-dpo") / "policy.json")
+    assert found["margin"]["held_out"]["mean"] == pytest.approx(sum(0.1 * (a - b) for a, b in ratios) / 6, abs=1e-5)
+    assert found["pairs"] == {"train": 122, "held_out": 6}
+
+
+def test_policies_are_ordinary_and_stand_in_evaluation_and_report(run: Path) -> None:
+    """seed-0's weights, since none moved; named with their algorithm; nothing else in their adapters."""
+    for name in ("kto/salsa-kto", "grpo/salsa-grpo"):
+        folder, seed = unit(run, name), opened(run, "sft/seed-0").state_dict()
+        assert not (folder / "ref").exists()
+        for key, value in opened(run, name).state_dict().items():
+            torch.testing.assert_close(value, seed[key], rtol=0, atol=1e-6)
+    evaluation = read(unit(run, "evaluate") / "evaluation.json")
+    assert evaluation["models"] == ["seed-0", "soup", *POLICIES]
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "DPO from seed-0, reference soup, β 0.1" in report and "GRPO from seed-0, reference seed-0, β 0.04" in report
+    assert "DPO from seed-0, reference seed-0, shrunk 0.5·seed-1, β 0.5" in report
+    summary = read(unit(run, "report") / "summary.json")
+    assert {(one["a"], one["b"]) for one in summary["comparisons"]} == {("soup", "seed-0")} | {
+        (f"salsa-{algorithm}", f"plain-{algorithm}") for algorithm in ALGORITHMS
+    }
+    assert summary["policies"]["salsa-dpo"]["facts"]["margin"]["held_out"]["n"] == 6
+    assert "cached" in command(run, "--dry-run", lora=(unit(run, "soup") / "adapter_config.json").exists()).stdout
+
+
+def test_a_reward_of_ours_is_called_as_trl_calls_one(tokenizer: Any) -> None:
+    """Its tokens are the policy's own, columns come along, TRL's own arguments don't."""
+    seen: list[Any] = []
+
+    def reward(
+        prompts: list[Any], completion_ids: list[list[int]], colour: list[str], finished: list[bool]
+    ) -> list[float]:
+        seen.append((prompts, completion_ids, colour, finished))
+        return [float(len(ids)) for ids in completion_ids]
+
+    bench: Any = type("Bench", (), {"tokenizer": tokenizer})
+    score = trl_policies.as_function(FunctionReward(reward, tokenizer), bench, (tokenizer.eos_token_id,))
+    prompts = [[{"role": "user", "content": "kin pear"}], [{"role": "user", "content": "kin"}]]
+    ids = [[7, 8, tokenizer.eos_token_id], [9]]
+    found = score(prompts=prompts, completions=["", ""], completion_ids=ids, colour=["red", "blue"], trainer_state=None)
+    assert found == [3.0, 1.0]
+    assert seen == [(prompts, ids, ["red", "blue"], [True, False])]
+
+
+def recipe_of(*sets: str) -> Any:
+    return load_recipe("quickstart", lora="lora", overrides=list(sets)).recipe
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["policies.ppo.algorithm=dpoo"], "did you mean dpo?"),
+        (["policies.mkl.algorithm=grpo"], "policies.mkl.reference: found 2 of them for grpo"),
+        (["policies.salsa={algorithm: dpo, reference: soup, kl_coef: 0}"], "kl_coef: found 0 for dpo"),
+        (["dpo.kl_coef=0"], "dpo.kl_coef: found 0, expected more than 0"),
+        (["grpo.batch_size=12"], "grpo.batch_size: found 12, expected a multiple of num_generations 8; set grpo.batch_size=16"),
+        (["policies.salsa={algorithm: rloo, reference: soup}", "generation.min_new_tokens=1"], "generation.min_new_tokens: found 1"),
+        (["kto.micro_batch_size=1"], "kto.micro_batch_size: found 1, expected at least 2"),
+        (["policies.salsa={algorithm: dpo, reference: soup}", "dpo.batch_size=9000"], "data.preferences: found 8000 pairs, 400 of them held out"),
+        (["policies.salsa={algorithm: rloo, reference: soup}", "rloo.batch_size=20000"], "data.prompts: found 6400, expected at least"),
+        (["dpo.loss_type=sft"], "dpo.loss_type: found 'sft'"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_is_refused_with_the_recipe(sets: list[str], message: str) -> None:
+    """In one line."""
+    with pytest.raises(SalsaError) as error:
+        recipe_of(*sets)
+    assert message in str(error.value)
+
+
+def test_a_policy_hangs_on_what_its_algorithm_reads() -> None:
+    """Pairs or prompts, and the section of its own."""
+    policies = "{a: {algorithm: dpo, reference: soup}, b: {algorithm: rloo, reference: soup}, ppo: {reference: seed-0}}"
+
+    def keys(*sets: str) -> dict[str, Any]:
+        recipe = recipe_of(f"policies={policies}", *sets)
+        made = [unit for make in units.POLICY_UNITS.values() for unit in make(recipe, "run")]
+        return {unit.id: runs.canonical([unit.slice, list(unit.inputs)]) for unit in made}
+
+    before = keys()
+    assert list(before) == ["ppo/ppo", "dpo/a", "rloo/b"]
+    changed = {
+        "dpo.learning_rate=1e-3": {"dpo/a"},
+        "rloo.num_generations=4": {"rloo/b"},
+        "generation.temperature=0.5": {"ppo/ppo", "rloo/b"},
+        "ppo.lam=0.9": {"ppo/ppo"},
+        "grpo.learning_rate=1e-3": set(),
+        "policies.a.kl_coef=0.2": {"dpo/a"},
+        "model.max_length=40": {"ppo/ppo", "dpo/a", "rloo/b"},
+    }
+    for text, expected in changed.items():
+        after = keys(text)
+        assert {name for name in before if before[name] != after[name]} == expected, text
