@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_members import make_llama, train
 from safetensors.torch import load_file
+from soup_members import make_llama, train
 from tiny import make_base
 from transformers import PreTrainedTokenizerFast
 
