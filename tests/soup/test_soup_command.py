@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from salsa_peft.soup.result import SoupSummary
 from soup_members import make_llama, train
 from tiny import make_base
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,6 @@ from transformers import PreTrainedTokenizerFast
 import salsa_peft
 from salsa_peft.soup.__main__ import main, parser
 from salsa_peft.soup.average import Options, soup
-from salsa_peft.soup.result import SoupSummary
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 

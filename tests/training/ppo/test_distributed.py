@@ -213,7 +213,7 @@ def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path, config: str, name: st
         os.kill(process.pid if to == "all" else int((folder / "pid-1").read_text()), signal.SIGTERM)
         output, _ = process.communicate(timeout=25)
     assert process.returncode == 1, output[-3000:]
-    found, passed = checkpoints.last_whole(folder)
+    found, passed = checkpoints.last_complete(folder)
     assert found is not None and not passed
     assert to == "all" or "exitcode  : 143" in output
 
