@@ -97,4 +97,4 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
         json.dumps(facts, allow_nan=False)
         return processes.Result(facts=facts, seconds=time.perf_counter() - start, peak_mb=1.0)
 
-    monkeypatch.setattr(processes, "run_in_process", run)
+    monkeypatch.setattr(processes, "run_job", run)

@@ -128,7 +128,7 @@ def devices() -> Iterator[Finding]:
     """GPUs as PyTorch sees them, and whether one computes; those that it can't see although the driver does."""
     import torch
 
-    there = hardware.cards()
+    there = hardware.gpus()
     if not torch.cuda.is_available():
         names = ", ".join(card.name for card in there)
         wrong = (

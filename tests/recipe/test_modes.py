@@ -17,7 +17,7 @@ from small_recipe import SMALL, read, unit
 from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.models import stage_context
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 
 LESS = {"toy.pretrain_steps": 1, "toy.pretrain_examples": 64, "landscape.plane": None}
 
@@ -30,7 +30,7 @@ def whole(inline: None, tmp_path: Path) -> Callable[..., Path]:
         base, folder = make_base(kind, tmp_path / "base"), tmp_path / "run"
         given = SMALL | LESS | {"model.base": str(base)}
         sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        assert recipe.main(["quickstart", *sets, "--output-dir", str(folder), *words]) == 0
+        assert salsa_run(["quickstart", *sets, "--output-dir", str(folder), *words]) == 0
         return folder
 
     return make
