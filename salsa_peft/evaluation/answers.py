@@ -20,11 +20,11 @@ from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.generation import respond
-from salsa_peft.models.loader import Workbench, fitting
+from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import decode
-from salsa_peft.models.rewards.reward import Reward
+from salsa_peft.models.stage_context import StageContext, prompts_that_fit
 from salsa_peft.utils.statistics import mean_interval
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def answer(
     adapter: str | None,
     questions: Sequence[Question],
     rewards: Mapping[str, Reward],
-    bench: Workbench,
+    context: StageContext,
     seed: int,
     known: Known | None = None,
     keep: Callable[[Rows], None] = lambda rows: None,
@@ -65,35 +65,35 @@ def answer(
     with lora.active(model, adapter):
         for turn in range(1, max((len(one.turns) for one in questions), default=0) + 1):
             asked = [
-                _ask(index, one, turn, found, bench) for index, one in enumerate(questions) if len(one.turns) >= turn
+                _ask(index, one, turn, found, context) for index, one in enumerate(questions) if len(one.turns) >= turn
             ]
-            for part, responses in _responses(model, asked, turn, bench, seed, found):
-                rows = _rows(part, responses, turn, questions, rewards, bench.tokenizer)
+            for part, responses in _responses(model, asked, turn, context, seed, found):
+                rows = _rows(part, responses, turn, questions, rewards, context.tokenizer)
                 found |= {(row["index"], turn): row for row in rows}
                 keep(rows)
     return [found[place] for place in sorted(found)]
 
 
-def _ask(index: int, question: Question, turn: int, found: Known, bench: Workbench) -> Asked:
+def _ask(index: int, question: Question, turn: int, found: Known, context: StageContext) -> Asked:
     messages = question.conversation([found[index, earlier]["response"] for earlier in range(1, turn)])
-    tokens = datasets.prompt_tokens({**question.row, "prompt": messages}, bench.tokenizer)
-    generation, longest = bench.recipe.generation, bench.recipe.model.max_length
+    tokens = datasets.prompt_tokens({**question.row, "prompt": messages}, context.tokenizer)
+    generation, longest = context.recipe.generation, context.recipe.model.max_length
     room = min(generation.max_new_tokens, longest - len(tokens)) if turn > 1 else generation.max_new_tokens
-    chosen = temperature(question, bench.recipe.evaluate.temperature, generation.temperature)
+    chosen = temperature(question, context.recipe.evaluate.temperature, generation.temperature)
     return Asked(index, messages, tokens if room > 0 else tokens[-(longest - 1) :], chosen, max(room, 0))
 
 
 def _responses(
-    model: nn.Module, asked: list[Asked], turn: int, bench: Workbench, seed: int, found: Known
+    model: nn.Module, asked: list[Asked], turn: int, context: StageContext, seed: int, found: Known
 ) -> Iterator[tuple[list[Asked], Responses]]:
     """Batches of one temperature and one limit, those that are known left out."""
-    generation = bench.recipe.generation
+    generation = context.recipe.generation
     for heat, limit in sorted({(one.temperature, one.limit) for one in asked}):
         part = [one for one in asked if (one.temperature, one.limit) == (heat, limit)]
         if limit == 0:
             left = [one for one in part if (one.at, turn) not in found]
             if left:
-                yield left, _empty([one.tokens for one in left], bench.tokenizer, model)
+                yield left, _empty([one.tokens for one in left], context.tokenizer, model)
             continue
         sampling = Sampling(
             max_new_tokens=limit, min_new_tokens=min(generation.min_new_tokens, limit), temperature=heat
@@ -102,16 +102,16 @@ def _responses(
         def there(rows: list[int], part: list[Asked] = part) -> bool:
             return all((part[row].at, turn) in found for row in rows)
 
-        batches = respond(
+        batches = generate_batches(
             model,
             [one.tokens for one in part],
             sampling,
-            bench.tokenizer,
+            context.tokenizer,
             seed,
             generation.batch_size,
             places=[one.at for one in part],
             turn=turn,
-            known=there,
+            skip=there,
         )
         for rows, responses in batches:
             yield [part[row] for row in rows], responses
@@ -155,10 +155,10 @@ def _rows(
     ]
 
 
-def fitting_questions(job: Job, bench: Workbench, questions: Sequence[Question]) -> list[Question]:
+def fitting_questions(job: Job, context: StageContext, questions: Sequence[Question]) -> list[Question]:
     """Those whose first turn leaves room for a whole answer within model.max_length; the others are noted. Raises SalsaError for none."""
     rows = [{**question.row, "prompt": question.messages, "question": question} for question in questions]
-    return [row["question"] for row in fitting(job, bench, rows)]
+    return [row["question"] for row in prompts_that_fit(job, context, rows)]
 
 
 def means(rows: Sequence[Mapping[str, Any]], measure: str) -> Any:

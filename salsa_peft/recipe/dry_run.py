@@ -21,7 +21,7 @@ from salsa_peft.config.schema import PPO, Adapter, Recipe
 from salsa_peft.data.check import count_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
-from salsa_peft.models.architectures.sizes import Architecture, of_recipe
+from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import disk
 from salsa_peft.recipe.cache import Step
 from salsa_peft.recipe.hardware import Card
@@ -59,7 +59,7 @@ def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: se
     _print_memory(console, loaded, card)
     console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
     answered = steps["evaluate"]
-    asked_of_judge = costs.told(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
+    asked_of_judge = costs.plan_line(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
     if asked_of_judge is not None:
         console.print(Text(f"{asked_of_judge}\n"))
     idle = {*ALGORITHMS} - {policy.algorithm for policy in loaded.recipe.policies.values()}
@@ -88,14 +88,14 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
 def _print_memory(console: Console, loaded: LoadedRecipe, card: Card | None) -> None:
     """What each stage needs of a GPU at its peak, what would make it fit, and what all of them."""
     recipe = loaded.recipe
-    size = of_recipe(recipe)
+    size = architecture_of_recipe(recipe)
     if size is None:
         console.print(Text(f"memory: known when the config.json of {recipe.model.base} is at hand\n"))
         return
     rows = []
     room = None if card is None else float(card.bytes)
     for stage in memory.stages_of(recipe):
-        found = memory.need(recipe, stage, size, room)
+        found = memory.estimate(recipe, stage, size, room)
         helps = None if room is None else advice(recipe, [stage], size, room, loaded.reset_by_lora)
         held = (
             memory.choose_precision(recipe, stage, room, size)
@@ -211,7 +211,7 @@ def advice(
 
     def fits(preset: str, settings: dict[str, str]) -> bool:
         other = changed(recipe, preset, settings)
-        return all(memory.need(other, stage, size, card).total <= card for stage in stages)
+        return all(memory.estimate(other, stage, size, card).total <= card for stage in stages)
 
     if fits("", {}):
         return None

@@ -243,7 +243,7 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
         from salsa_peft.training import taken_results
 
         if hub:
-            taken_results.check_at_hand(recipe)
+            taken_results.check_base_available(recipe)
         taken_results.check(recipe, made, hub)
     own = recipe.data
     given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]

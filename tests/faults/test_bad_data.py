@@ -20,15 +20,15 @@ from salsa_peft.config.schema import Generation, Model, Source
 from salsa_peft.data import datasets
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
-from salsa_peft.models.base import load_tokenizer
 from salsa_peft.models.generation import generate, row_seeds
-from salsa_peft.models.loader import fitting
 from salsa_peft.models.responses import pad_prompts
+from salsa_peft.models.stage_context import prompts_that_fit
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.recipe import run as recipe_command
 from salsa_peft.recipe.units import reward_units, sft_units
 from salsa_peft.training import reward_model, sft
 from salsa_peft.training.ppo.checks import check_tokenizer
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -269,7 +269,9 @@ class TestContent:
             with pytest.raises(
                 SalsaError, match=r"^train_dataset, row 2, prompt: found '\\ud800', half of a character"
             ):
-                Encoder(tokenizer, None, len(tokenizer))([{"prompt": "copy owl"}, {"prompt": prompt}], "train_dataset")
+                PromptEncoder(tokenizer, None, len(tokenizer))(
+                    [{"prompt": "copy owl"}, {"prompt": prompt}], "train_dataset"
+                )
 
 
 class TestEmptyText:
@@ -302,7 +304,7 @@ class TestEmptyText:
         """Text as it is, in the trainer's rows: there would be nothing to answer. A turn has its template's tokens."""
         bare = copy.deepcopy(tokenizer)
         rows = [{"prompt": ""}, {"prompt": " \n"}, {"prompt": "owl"}, {"prompt": [user("")]}]
-        kept, left_out = Encoder(bare, None, len(bare))(rows, "train_dataset")
+        kept, left_out = PromptEncoder(bare, None, len(bare))(rows, "train_dataset")
         assert left_out == 2 and capsys.readouterr().err == "train_dataset: 2 of 4 prompts left out: empty\n"
         assert [bare.decode(prompt.tokens).split() for prompt in kept] == [["owl"], ["<bos>", "<user>", "<assistant>"]]
 
@@ -525,12 +527,12 @@ class TestTemplates:
         """By one process; the prompts are what the template makes of them."""
         tokenizer = make_chat_tokenizer(DROPPING)
         rows = [{"prompt": [user("q")]}, {"prompt": [SYSTEM, user("q")]}, {"prompt": "text"}, {"input_ids": [5]}]
-        prompts, left_out = Encoder(tokenizer, None, len(tokenizer))(rows, "train_dataset")
+        prompts, left_out = PromptEncoder(tokenizer, None, len(tokenizer))(rows, "train_dataset")
         told = f"train_dataset: 1 of 4 rows (the first: row 2) {datasets.DROPPED_SYSTEM_TURN}\n"
         assert left_out == 0 and capsys.readouterr().err == told
         assert prompts[0].tokens == prompts[1].tokens and tokenizer.decode(prompts[1].tokens) == "<user>q<assistant>"
-        Encoder(tokenizer, None, len(tokenizer), quiet=True)(rows, "train_dataset")
-        Encoder(make_chat_tokenizer(KEPT), None, len(tokenizer))(rows, "train_dataset")
+        PromptEncoder(tokenizer, None, len(tokenizer), quiet=True)(rows, "train_dataset")
+        PromptEncoder(make_chat_tokenizer(KEPT), None, len(tokenizer))(rows, "train_dataset")
         assert capsys.readouterr().err == ""
 
     @kinds
@@ -563,7 +565,7 @@ class TestTemplates:
         tokenizer = make_chat_tokenizer(GEMMA)
         rows = [{"prompt": [user("q")]}, {"prompt": [user("q"), user("r")]}]
         with pytest.raises(SalsaError) as caught:
-            Encoder(tokenizer, None, len(tokenizer))(rows, "eval_dataset")
+            PromptEncoder(tokenizer, None, len(tokenizer))(rows, "eval_dataset")
         assert str(caught.value) == (
             "eval_dataset, row 2, prompt: the tokenizer's chat template refuses it: Conversation roles must alternate"
             " user/assistant/user/assistant/..."
@@ -585,7 +587,7 @@ class TestTemplates:
 
 
 def bench_of(tokenizer: Any, max_length: int, max_new_tokens: int) -> Any:
-    """What `fitting` takes of a Workbench."""
+    """What `fitting` takes of a StageContext."""
     recipe = SimpleNamespace(generation=Generation(max_new_tokens=max_new_tokens), model=Model(max_length=max_length))
     return SimpleNamespace(recipe=recipe, tokenizer=tokenizer)
 
@@ -605,20 +607,20 @@ class TestLengths:
             5,
             6,
         ]  # <bos> <user> … <assistant>
-        kept = fitting(JOB, bench_of(tokenizer, 12, 7), rows)
+        kept = prompts_that_fit(JOB, bench_of(tokenizer, 12, 7), rows)
         assert [row["prompt"][0]["content"] for row in kept] == ["owl", "owl owl"]
         assert "evaluate  2 of 4 rows left out: prompts longer than 5 tokens" in capsys.readouterr().err
         with pytest.raises(
             SalsaError, match=r"^data\.prompts: found no prompt of at most 3 tokens, expected some; raise"
         ):
-            fitting(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
+            prompts_that_fit(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
 
     def test_of_the_trainer(self, make_base: Any, tokenizer: Any, capsys: Any) -> None:
         """The same bound, from what the model reads."""
         model = make_base(max_position_embeddings=12)
         args: Any = SimpleNamespace(max_new_tokens=7, max_prompt_length=None, process_index=0)
         rows = [{"prompt": [user(" ".join(["owl"] * words))]} for words in (20, 1, 2, 3)]
-        kept, left_out = Encoder.of([model], args, tokenizer)(rows, "train_dataset")
+        kept, left_out = PromptEncoder.of([model], args, tokenizer)(rows, "train_dataset")
         assert ([len(prompt.tokens) for prompt in kept], left_out) == ([4, 5], 2)
         assert "train_dataset: 2 of 4 prompts left out: empty, or longer than 5 tokens" in capsys.readouterr().err
 

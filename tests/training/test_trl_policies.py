@@ -137,8 +137,8 @@ def test_a_reward_of_ours_is_called_as_trl_calls_one(tokenizer: Any) -> None:
         seen.append((prompts, completion_ids, colour, finished))
         return [float(len(ids)) for ids in completion_ids]
 
-    bench: Any = type("Bench", (), {"tokenizer": tokenizer})
-    score = trl_policies.as_function(FunctionReward(reward, tokenizer), bench, (tokenizer.eos_token_id,))
+    context: Any = type("Bench", (), {"tokenizer": tokenizer})
+    score = trl_policies.as_function(FunctionReward(reward, tokenizer), context, (tokenizer.eos_token_id,))
     prompts = [[{"role": "user", "content": "kin pear"}], [{"role": "user", "content": "kin"}]]
     ids = [[7, 8, tokenizer.eos_token_id], [9]]
     found = score(prompts=prompts, completions=["", ""], completion_ids=ids, colour=["red", "blue"], trainer_state=None)
@@ -179,7 +179,7 @@ def test_a_policy_hangs_on_what_its_algorithm_reads() -> None:
     def keys(*sets: str) -> dict[str, Any]:
         recipe = recipe_of(f"policies={policies}", *sets)
         made = [unit for make in units.POLICY_UNITS.values() for unit in make(recipe, "run")]
-        return {unit.id: runs.canonical([unit.key_fields, list(unit.inputs)]) for unit in made}
+        return {unit.id: runs.canonical_json([unit.key_fields, list(unit.inputs)]) for unit in made}
 
     before = keys()
     assert list(before) == ["ppo/ppo", "dpo/a", "rloo/b"]

@@ -10,7 +10,7 @@ from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_te
 from salsa_peft.data.chat.templates import adds_bos
 from salsa_peft.data.datasets import RowWarnings, prompt_tokens
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.models.base import positions
+from salsa_peft.models.base import max_positions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
 
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     """The data's row, which reward functions see."""
 
 
-class Encoder(NamedTuple):
+class PromptEncoder(NamedTuple):
     """What turns rows into prompts that fit."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,12 +43,14 @@ class Encoder(NamedTuple):
     """Whether to say nothing of what is left out (another process does)."""
 
     @classmethod
-    def of(cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def of(
+        cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> PromptEncoder:
         """For prompts that leave room for a response in each of `models`, the policy's the first, and within max_prompt_length.
 
         Raises SalsaError for a max_new_tokens that leaves none.
         """
-        read = [number for number in (positions(model.config) for model in models) if number is not None]
+        read = [number for number in (max_positions(model.config) for model in models) if number is not None]
         require(
             not read or args.max_new_tokens < min(read),
             f"max_new_tokens: found {args.max_new_tokens}, expected less than the {min(read, default=0)} tokens that the models read,"

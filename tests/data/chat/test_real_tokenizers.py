@@ -17,7 +17,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.models import base as models
+from salsa_peft.models.tokenizers import load_tokenizer
 
 CHAT = [
     {"role": "user", "content": "Name two birds."},
@@ -94,7 +94,7 @@ def unpack(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def load(folder: Path, template: str) -> Any:
-    return models.load_tokenizer(
+    return load_tokenizer(
         str(folder), chat_template=template if template == "tokenizer" else str(TEMPLATES / f"{template}.jinja")
     )
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import made_tokenizers
 import pytest
+import tiny_tokenizers
 import torch
-from made_tokenizers import make
 from paths import TEMPLATES
+from tiny_tokenizers import make
 
 from salsa_peft.config import paths
 from salsa_peft.config.options.ppo import Sampling
@@ -21,19 +21,20 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.models import base as models
 from salsa_peft.models import generation
 from salsa_peft.models import responses as rollout
+from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head
-from salsa_peft.models.responses import closed, response_logprobs
+from salsa_peft.models.responses import ends_turn, response_logprobs
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 
-KINDS = list(made_tokenizers.KINDS)
+KINDS = list(tiny_tokenizers.KINDS)
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -114,7 +115,7 @@ class TestEnds:
         plain = make("llama2")
         check_tokenizer(_padded(plain), Tiny(plain).lm)
         assert "its chat template writes none, so that chats go without" in capsys.readouterr().err
-        dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + made_tokenizers.LLAMA3)
+        dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + tiny_tokenizers.LLAMA3)
         assert "others tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
         assert "writes no token that ends" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
 
@@ -153,7 +154,7 @@ class TestBOS:
     @pytest.mark.parametrize("kind", KINDS)
     def test_ours_yield_it_once_where_the_tokenizer_adds_one(self, kind: str, name: str) -> None:
         tokenizer = make(kind, template=(TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-        adds = made_tokenizers.KINDS[kind].get("adds_bos", False)
+        adds = tiny_tokenizers.KINDS[kind].get("adds_bos", False)
         before = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
         lines = chat_templates.prepare_template(tokenizer)
         line = f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
@@ -178,7 +179,7 @@ class TestBOS:
     def test_it_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
         tokenizer = make("llama3")
         rows = [{"prompt": "<|begin_of_text|>the cat"}, {"prompt": "the cat"}, {"prompt": said("<|begin_of_text|>")}]
-        kept, _ = Encoder(tokenizer, None, 500)(rows, "rows")
+        kept, _ = PromptEncoder(tokenizer, None, 500)(rows, "rows")
         assert kept[0].tokens == kept[1].tokens
         line = (
             "rows: 1 of 3 rows (the first: row 1) begin with <|begin_of_text|> already: the tokenizer's own is left out"
@@ -187,7 +188,7 @@ class TestBOS:
 
     def test_templates_that_start_with_a_block(self) -> None:
         """Jinja strips blanks before a block tag at a line's start, which the BOS must not hinder."""
-        tokenizer = make("llama2", template="  " + made_tokenizers.PLAIN)
+        tokenizer = make("llama2", template="  " + tiny_tokenizers.PLAIN)
         before = tokenizer.apply_chat_template(CHATS[0], tokenize=False)
         chat_templates.prepare_template(tokenizer)
         assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == "<s>" + before
@@ -251,7 +252,7 @@ class TestLossMask:
         """Reasoning that is left out of earlier turns: one answer can be told, two cannot, but for templates that TRL knows."""
         from trl.chat_template_utils import qwen3_chat_template
 
-        tokenizer = make("qwen", template=made_tokenizers.FORGETFUL)
+        tokenizer = make("qwen", template=tiny_tokenizers.FORGETFUL)
         assert loss(tokenizer, CHATS[0]) == ["sat<|im_end|>"]
         with pytest.raises(
             SalsaError, match=r"^model.chat_template: the template has no {% generation %} marks and renders earlier"
@@ -325,7 +326,7 @@ class TestGeneration:
         """None of the ends has a probability in the first min_new_tokens: by hand, from plain forwards."""
         tokenizer, lm, sampling, found = sampled
         head = Head(lm.lm_head.weight, None, sampling.temperature, turn_ends.model_stop_token_ids(tokenizer, lm))
-        hidden = models.hidden_states(lm, found.input_ids, found.attention_mask)
+        hidden = hidden_states(lm, found.input_ids, found.attention_mask)
         logprobs, _ = response_logprobs(hidden, found, head, sampling.min_new_tokens)
         for row in range(len(self.PROMPTS)):
             prompt = self.PROMPTS[row]
@@ -472,9 +473,9 @@ class TestRewards:
         responses = rollout.pad_responses([[299]] * 5, answers, 3, (2, 0), torch.device("cpu"))
         assert responses.finished.tolist() == [True, False, True, True, True]
         rendered = {"prompt": chat_templates.render(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
-        which = closed(responses, [chat, chat, text, chat, rendered], turn)
+        which = ends_turn(responses, [chat, chat, text, chat, rendered], turn)
         assert which.tolist() == [True, False, False, False, True]
-        extended = rollout.extend(responses, which, turn.after)
+        extended = rollout.append_tokens(responses, which, turn.after)
         found = [row[mask].tolist() for row, mask in zip(extended.response_ids, extended.response_mask, strict=True)]
         assert found == [[300, 2, *turn.after], [300, 301], [300, 2], [300, 0], [2, *turn.after]]
 
@@ -484,7 +485,7 @@ class TestRewards:
 
         tokenizer = make("llama2")
         tokenizer.add_tokens([AddedToken("<|im_end|>", special=False)])
-        tokenizer.chat_template = made_tokenizers.CHATML
+        tokenizer.chat_template = tiny_tokenizers.CHATML
         ends = turn_ends.stop_token_ids(tokenizer)
         answer = [*tokenizer("sat", add_special_tokens=False)["input_ids"], ends[0]]
         responses = rollout.pad_responses([[9]], [answer], 0, ends, torch.device("cpu"))
@@ -499,20 +500,20 @@ class TestLoading:
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-        found = models.load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
+        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
         assert (found.pad_token, found.padding_side, found.truncation_side) == ("<|fim_pad|>", "right", "right")
         assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["BASE", "BASE"]
         check_tokenizer(found, Tiny(tokenizer).lm)
         assert capsys.readouterr().err == ""  # a recipe's trainers do not say it again
         (tmp_path / "generation_config.json").unlink()
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2, 3]}))
-        assert models.load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
+        assert load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
 
     def test_a_saved_truncation_cuts_nothing(self, tmp_path: Path) -> None:
         tokenizer = make("qwen")
         tokenizer.backend_tokenizer.enable_truncation(5)
         tokenizer.save_pretrained(tmp_path)
-        found = models.load_tokenizer(str(tmp_path))
+        found = load_tokenizer(str(tmp_path))
         long = said("the cat " * 50, "sat " * 50)
         ids, mask = assistant_tokens(long, found)
         assert len(ids) > 100 and sum(mask) > 40

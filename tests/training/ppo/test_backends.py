@@ -707,7 +707,7 @@ class TestTrainer:
             with monkeypatch.context() as patch:
                 patch.setattr(backends, "device", lambda: torch.device("cuda"))
                 trainer = make_trainer(folder=tmp_path / str(compiled), rollout_compile=compiled, max_steps=2)
-            assert isinstance(trainer.maker.backend, CompiledHF) is compiled
+            assert isinstance(trainer.rollout_maker.backend, CompiledHF) is compiled
             trainer.train()
             policies.append(
                 torch.cat([p.detach().flatten() for p in adapters.parameters(trainer.model.policy, "policy")])

@@ -11,7 +11,7 @@ import pytest
 
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.guards import DEFAULTS, GuardSetting, parse_guards
-from salsa_peft.training.ppo.guards import GUARDS, START, Bounds, Watch, alarms, repetition
+from salsa_peft.training.ppo.guards import GUARDS, START, GuardMonitor, KLCoefBounds, alarms, repetition
 
 SOUND = {
     "update": 1,
@@ -22,7 +22,7 @@ SOUND = {
     "objective/kl": 5.0,
     "objective/kl_coef": 0.2,
 }
-BOUNDS = Bounds(0.01, 1.0, 6.0)
+BOUNDS = KLCoefBounds(0.01, 1.0, 6.0)
 
 
 def row(**changes: float) -> dict[str, float]:
@@ -31,7 +31,7 @@ def row(**changes: float) -> dict[str, float]:
 
 
 def names(
-    now: dict[str, float], then: dict[str, float] = SOUND, bounds: Bounds | None = BOUNDS, **said: object
+    now: dict[str, float], then: dict[str, float] = SOUND, bounds: KLCoefBounds | None = BOUNDS, **said: object
 ) -> list[str]:
     """Which guards have an alarm."""
     return [alarm.name for alarm in alarms(parse_guards(said), now, then, bounds)]
@@ -91,8 +91,8 @@ def test_beta_at_a_bound_is_an_alarm_only_where_the_kl_drives_it_on():
     assert names(row(kl_coef=1.0, kl=5.0)) == []
     assert names(row(kl_coef=0.01, kl=7.0)) == []
     assert names(row(kl_coef=1.0, kl=7.0), bounds=None) == []  # β fixed
-    assert names(row(kl_coef=99.0, kl=7.0), bounds=Bounds(0.0, None, 6.0)) == []
-    assert names(row(kl_coef=0.0, kl=5.0), bounds=Bounds(0.0, None, 6.0)) == []  # no KL term is no bound
+    assert names(row(kl_coef=99.0, kl=7.0), bounds=KLCoefBounds(0.0, None, 6.0)) == []
+    assert names(row(kl_coef=0.0, kl=5.0), bounds=KLCoefBounds(0.0, None, 6.0)) == []  # no KL term is no bound
 
 
 def test_kl_is_early_stopping_and_off_unless_asked_for():
@@ -201,9 +201,9 @@ def test_guards_reach_the_recipe_from_the_command_line():
 BAD = {"empty_share": 0.9}
 
 
-def spoken(watch: Watch, rows: list[dict[str, float]]) -> list[int]:
+def spoken(monitor: GuardMonitor, rows: list[dict[str, float]]) -> list[int]:
     """Updates at which it said something."""
-    return [int(one["update"]) for one in rows if watch.look(one)]
+    return [int(one["update"]) for one in rows if monitor.check(one)]
 
 
 def series(bad: set[int], length: int) -> list[dict[str, float]]:
@@ -213,31 +213,33 @@ def series(bad: set[int], length: int) -> list[dict[str, float]]:
 
 def test_a_warning_is_said_once_and_again_when_it_was_gone():
     """At its onset (3); 4 to 20 are the same one, for between them are no ten calm updates; 31 is a new one after 21 to 30."""
-    watch = Watch(parse_guards({}), BOUNDS)
-    assert spoken(watch, series({3, 4, 5, 9, 11, 20, 31, 32}, 40)) == [3, 31]
+    monitor = GuardMonitor(parse_guards({}), BOUNDS)
+    assert spoken(monitor, series({3, 4, 5, 9, 11, 20, 31, 32}, 40)) == [3, 31]
 
 
 def test_nine_calm_updates_are_not_yet_gone():
-    assert spoken(Watch(parse_guards({})), series({3, 13, 24}, 30)) == [3, 24]
+    assert spoken(GuardMonitor(parse_guards({})), series({3, 13, 24}, 30)) == [3, 24]
 
 
 def test_two_warnings_are_told_apart():
-    watch = Watch(parse_guards({}))
-    assert [alarm.name for alarm in watch.look(row(**BAD))] == ["empty"]
-    assert [alarm.name for alarm in watch.look(row(**BAD, kl=-5.0))] == ["negative_kl"]
+    monitor = GuardMonitor(parse_guards({}))
+    assert [alarm.name for alarm in monitor.check(row(**BAD))] == ["empty"]
+    assert [alarm.name for alarm in monitor.check(row(**BAD, kl=-5.0))] == ["negative_kl"]
 
 
 def test_a_stop_is_said_each_time():
     """A run that goes on from the checkpoint of a stop must stop again."""
-    watch = Watch(parse_guards({"empty": "stop"}))
-    assert spoken(watch, series({2, 3}, 4)) == [2, 3]
+    monitor = GuardMonitor(parse_guards({"empty": "stop"}))
+    assert spoken(monitor, series({2, 3}, 4)) == [2, 3]
 
 
 def test_the_first_update_is_the_start():
-    watch = Watch(parse_guards({}))
-    assert watch.look(row(update=1)) == []
-    assert watch.look(row(update=2, response_length=11.0, entropy=27.5)) == []  # no new start, or the next would pass
-    assert [alarm.name for alarm in watch.look(row(update=3, response_length=9.0, entropy=22.5))] == ["length"]
+    monitor = GuardMonitor(parse_guards({}))
+    assert monitor.check(row(update=1)) == []
+    assert (
+        monitor.check(row(update=2, response_length=11.0, entropy=27.5)) == []
+    )  # no new start, or the next would pass
+    assert [alarm.name for alarm in monitor.check(row(update=3, response_length=9.0, entropy=22.5))] == ["length"]
 
 
 @pytest.mark.parametrize("killed", [1, 3, 4, 9, 20, 30])
@@ -246,21 +248,25 @@ def test_a_resumed_run_says_what_an_unbroken_one_says(killed: int):
     rows = series({3, 4, 5, 9, 31}, 33)
     rows[19] = row(update=20, response_length=9.0, entropy=22.5)
     rows[9] = row(update=10, response_length=20.0, entropy=50.0)
-    unbroken, first, second = Watch(parse_guards({})), Watch(parse_guards({})), Watch(parse_guards({}))
-    expected = [unbroken.look(one) for one in rows]
-    said = [first.look(one) for one in rows[:killed]]
+    unbroken, first, second = (
+        GuardMonitor(parse_guards({})),
+        GuardMonitor(parse_guards({})),
+        GuardMonitor(parse_guards({})),
+    )
+    expected = [unbroken.check(one) for one in rows]
+    said = [first.check(one) for one in rows[:killed]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert said + [second.look(one) for one in rows[killed:]] == expected
+    assert said + [second.check(one) for one in rows[killed:]] == expected
     assert [int(one["update"]) for one, alarm in zip(rows, expected, strict=True) if alarm] == [3, 20, 31]
     assert second.state_dict() == unbroken.state_dict()
     assert set(second.state_dict()["start"]) == set(START)
 
 
 def test_a_state_is_a_copy():
-    watch = Watch(parse_guards({}))
-    watch.look(SOUND)
-    state = watch.state_dict()
-    watch.look(row(**BAD))
+    monitor = GuardMonitor(parse_guards({}))
+    monitor.check(SOUND)
+    state = monitor.state_dict()
+    monitor.check(row(**BAD))
     assert state["quiet"] == {}
 
 
