@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.models.adapters.bases import local_folder, require_same_family
+from salsa_peft.models.adapters.bases import local_base, require_same_family
 from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
 from salsa_peft.soup.checkpoints.write import check_free
@@ -210,7 +210,7 @@ def _merge_base(folders: Sequence[Path], asked: Options) -> Path:
     members = read_members(folders, None)
     if asked.base is None:
         check_one_base(members, asked.same_base, merging=True)
-    if asked.base is None and (found := local_folder(members[0].config, folders[0])) is not None:
+    if asked.base is None and (found := local_base(members[0].config, folders[0])) is not None:
         return found
     given, revision = base_of(members[0].config, folders[0], asked.base)
     return local(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from salsa_peft.config.options.guards import parse
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward, lora
-from salsa_peft.models.base import causal_lm
+from salsa_peft.models.base import causal_lm, remove_dropout
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, adapter_in, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
@@ -94,7 +94,7 @@ class SalsaPPOTrainer(ResumableTrainer):
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = with_value_head(model, args, self.reward)
-        lora.remove_dropout(model)  # that of the adapters attached here too
+        remove_dropout(model)  # that of the adapters attached here too
         self._train_only(model, policy)
         check_trained(model, processing_class, args)
         forward.install(model)

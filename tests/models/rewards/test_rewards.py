@@ -488,7 +488,7 @@ class TestSum:
         none, other = (FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
         zero = FunctionReward(fixed(7, 7, 7), tokenizer)
         reward = rewards.WeightedReward([(none, 1.0, "a"), (other, 1.0, "b"), (zero, 0.0, "c")])
-        with pytest.raises(SalsaError, match="found 1 of 3 responses to which none of a, b applies"):
+        with pytest.raises(SalsaError, match="none of a, b applies to 1 of 3 responses"):
             reward(*answered)
         nan = FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
         found = rewards.WeightedReward([(nan, 1.0, "a"), (zero, 1.0, "b")])(*answered)
@@ -496,9 +496,9 @@ class TestSum:
 
     def test_names(self, tokenizer: Any) -> None:
         one = FunctionReward(fixed(1), tokenizer)
-        with pytest.raises(SalsaError, match="found 2 parts called a, expected a name of its own for each"):
+        with pytest.raises(SalsaError, match="2 parts have the name a; give each a name of its own"):
             rewards.WeightedReward([(one, 1.0, "a"), (one, 1.0, "a")])
-        with pytest.raises(SalsaError, match="found a sum of no parts"):
+        with pytest.raises(SalsaError, match="the weighted sum has no parts"):
             rewards.WeightedReward([])
 
 
@@ -534,7 +534,7 @@ class TestAsReward:
         for given in (folder, str(folder)):
             assert isinstance(make(given), ClassifierReward)
         loaded = own_classifier(own_tokenizer())
-        with pytest.raises(SalsaError, match="without name_or_path"):
+        with pytest.raises(SalsaError, match="has no name_or_path"):
             make(loaded)
         loaded.name_or_path = str(folder)
         in_memory = make(loaded)
@@ -573,14 +573,14 @@ class TestAsReward:
     @pytest.mark.parametrize(
         ("given", "line"),
         [
-            (3, "reward: found int, expected a reward adapter's or a sequence classifier's folder or Hub id"),
-            ([], "reward: found an empty list, expected"),
-            ([("a", 1.0, "n", 2)], "found a tuple of 4, expected"),
+            (3, "reward: an object of type int is not a reward; pass the folder or Hub id of a reward adapter"),
+            ([], "reward: the list is empty; pass"),
+            ([("a", 1.0, "n", 2)], "a tuple in the list has 4 entries"),
             ("nowhere_to_be_found:f", "found no module nowhere_to_be_found"),
-            ([(lambda **_: [], "heavy")], "reward: found the weight 'heavy', expected a number"),
-            ([(lambda **_: [], float("nan"))], "reward: found the weight nan, expected a number"),
+            ([(lambda **_: [], "heavy")], "reward: the weight 'heavy' is not a finite number"),
+            ([(lambda **_: [], float("nan"))], "reward: the weight nan is not a finite number"),
             ("org/not-in-the-cache", "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
-            ("./nowhere", "./nowhere: found no such folder"),
+            ("./nowhere", "./nowhere: no such folder"),
         ],
     )
     def test_what_is_no_reward(self, model: Any, tokenizer: Any, given: Any, line: str) -> None:
@@ -590,7 +590,7 @@ class TestAsReward:
     def test_a_reward_adapter_needs_the_base_under_a_peft_model(
         self, make_base: Any, tokenizer: Any, reward_folder: Path
     ) -> None:
-        with pytest.raises(SalsaError, match="found a reward adapter, but the policy is a LlamaForCausalLM"):
+        with pytest.raises(SalsaError, match="this is a reward adapter, and the policy is a LlamaForCausalLM"):
             rewards.as_reward(reward_folder, make_base(), tokenizer)
 
 
