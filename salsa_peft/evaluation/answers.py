@@ -14,8 +14,8 @@ from torch import nn
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data import datasets as data
-from salsa_peft.data.chat.turn_ends import ends
+from salsa_peft.data import datasets
+from salsa_peft.data.chat.turn_ends import stop_token_ids
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
 from salsa_peft.evaluation.comparisons import clusters
@@ -76,7 +76,7 @@ def answer(
 
 def _ask(index: int, question: Question, turn: int, found: Known, context: StageContext) -> Asked:
     messages = question.conversation([found[index, earlier]["response"] for earlier in range(1, turn)])
-    tokens = data.prompt_tokens({**question.row, "prompt": messages}, context.tokenizer)
+    tokens = datasets.prompt_tokens({**question.row, "prompt": messages}, context.tokenizer)
     generation, longest = context.recipe.generation, context.recipe.model.max_length
     room = min(generation.max_new_tokens, longest - len(tokens)) if turn > 1 else generation.max_new_tokens
     chosen = temperature(question, context.recipe.evaluate.temperature, generation.temperature)
@@ -121,7 +121,7 @@ def _empty(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: 
     """The end of a turn for each conversation that has left no room for an answer."""
     device = next(model.parameters()).device
     ids, mask = pad_prompts(prompts, int(tokenizer.pad_token_id), device)  # type: ignore[arg-type]
-    end = torch.full((len(prompts), 1), ends(tokenizer)[0], device=device)
+    end = torch.full((len(prompts), 1), stop_token_ids(tokenizer)[0], device=device)
     ended = torch.ones(len(prompts), dtype=torch.bool, device=device)
     return Responses(ids, mask, end, ended[:, None], ended)
 
@@ -143,7 +143,9 @@ def _rows(
             "question_id": questions[one.at].id,
             "category": questions[one.at].category,
             "turn": turn,
-            "prompt": data.show(questions[one.at].messages) if turn == 1 else questions[one.at].turns[turn - 1],
+            "prompt": datasets.prompt_text(questions[one.at].messages)
+            if turn == 1
+            else questions[one.at].turns[turn - 1],
             "response": texts[place],
             "scores": {name: values[place] for name, values in scores.items()},
             "length": int(responses.lengths[place]),

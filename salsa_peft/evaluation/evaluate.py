@@ -21,7 +21,7 @@ from torch import nn
 from salsa_peft.config.job import Job, policy_id
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation import fastchat
 from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
@@ -29,7 +29,7 @@ from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.stage_context import StageContext, seed_folders
-from salsa_peft.training.references import attach_reference, mixture, move_to
+from salsa_peft.training.references import attach_reference, checkpoint_sum, load_checkpoint_sum
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
@@ -65,9 +65,9 @@ def cast(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable
 
     def read(name: str) -> None:
         if name in recipe.policies:
-            return move_to(model, [inputs[policy_id(recipe, name)]], [1.0])
+            return load_checkpoint_sum(model, [inputs[policy_id(recipe, name)]], [1.0])
         (reference,) = parse_reference("evaluate.models", name)
-        return move_to(model, *mixture(context, reference, inputs))
+        return load_checkpoint_sum(model, *checkpoint_sum(context, reference, inputs))
 
     return model, {name: functools.partial(read, name) for name in model_names(recipe)}
 
@@ -150,7 +150,7 @@ def ask(
 def run(job: Job) -> dict[str, Any]:
     """Write evaluation.json, questions.jsonl, answers.jsonl and FastChat's files."""
     recipe, context = job.recipe, StageContext.of_job(job)
-    sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
+    sources, columns = datasets.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {
         name: fitting_questions(job, context, questions(source, columns=columns, tokenizer=context.tokenizer))
         for name, source in sources.items()

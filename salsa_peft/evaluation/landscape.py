@@ -18,7 +18,7 @@ from torch import nn
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation.answers import answer, fitting_questions, means
 from salsa_peft.models.adapters import lora
@@ -97,7 +97,7 @@ def run(job: Job) -> dict[str, Any]:
     assert section is not None
     context = StageContext.of_job(job)
     # 1. the questions, the same at each point
-    sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
+    sources = datasets.evaluation_sources(job.recipe, job.inputs.get("toy"))
     chosen = section.prompts or next(iter(sources))
     columns = job.recipe.reward.reads_columns
     asked = fitting_questions(

@@ -116,7 +116,7 @@ def load_base(
     loaded = _load(causal_lm_class, base, model, trained)
     if trained is not None:
         train_language_model_only(loaded, loaded.get_output_embeddings())
-    ends = turn_ends.ends_of(tokenizer, loaded)
+    ends = turn_ends.model_stop_token_ids(tokenizer, loaded)
     loaded.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends[0] if len(ends) == 1 else list(ends),

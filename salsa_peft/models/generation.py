@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.logprobs import entropy_of, sampled_distribution
 from salsa_peft.models.responses import Responses, pad_prompts
@@ -137,7 +137,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     A response ends with any of `turn_ends.ends_of`. The random state of the process is not touched. Raises SalsaError where the model's logits are no distribution (NaN).
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
-    ends = ends_of(tokenizer, lm)
+    ends = model_stop_token_ids(tokenizer, lm)
     ids, mask = pad_prompts(prompts, pad, lm.device)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id,

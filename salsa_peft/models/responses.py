@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from salsa_peft.data.chat.turn_ends import Turn
+from salsa_peft.data.chat.turn_ends import AssistantTurn
 from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head, token_logprobs
 
@@ -162,7 +162,7 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
     )
 
 
-def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: Turn) -> Tensor:
+def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Tensor:
     """(B,) bool: responses that the template's own end of a turn ends_turn, after a prompt that asks for a turn; a text need not."""
     asked = [
         not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))

@@ -40,12 +40,12 @@ def load_tokenizer(
     )
     if chat_template not in (None, OWN_TEMPLATE):
         tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
-    changes = templates.prepare(tokenizer)
-    ends = turn_ends.ends(tokenizer, _generation_config(base, revision))
+    changes = templates.prepare_template(tokenizer)
+    ends = turn_ends.stop_token_ids(tokenizer, _generation_config(base, revision))
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     PREPARED_TOKENIZERS.add(tokenizer)
-    for line in [*changes, *turn_ends.facts(tokenizer, ends)] if report_as is not None else []:
+    for line in [*changes, *turn_ends.tokenizer_notes(tokenizer, ends)] if report_as is not None else []:
         say(f"{report_as}: {line}")
     return tokenizer
 
@@ -69,7 +69,9 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: st
         return False
     with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    templates.prepare(own)  # the same changes of BOS and date as in `tokenizer`, or the templates would differ by them
+    templates.prepare_template(
+        own
+    )  # the same changes of BOS and date as in `tokenizer`, or the templates would differ by them
     used, saved = tokenizer.get_vocab(), own.get_vocab()
     moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)
     require(

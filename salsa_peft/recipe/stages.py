@@ -39,15 +39,15 @@ def soup(job: Job) -> dict[str, Any]:
     cooked = job.folder / "cooked"
     names = [f"seed-{member}" for member in section.members]
     folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
-    if section.measured:
-        from salsa_peft.soup.measures import of_recipe
+    if section.uses_measure:
+        from salsa_peft.soup.measures import recipe_measure
 
-        measure = of_recipe(job, folders)
+        measure = recipe_measure(job, folders)
     base = (
         None if job.recipe.adapter is not None else StageContext.of_job(job).folder
     )  # of checkpoints: where deltas begin
     summary = cook(
-        cooked, folders, section.resolved, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
+        cooked, folders, section.resolved_weights, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
         step_size=section.step_size, rank=section.rank, base=base,
     )  # fmt: skip
     bases = {read_fingerprint(folder) for folder in folders}

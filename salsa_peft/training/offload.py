@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from salsa_peft.models.rewards.base import Reward
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from salsa_peft.training.ppo.config import SalsaPPOConfig
 
-Presence = Callable[[], AbstractContextManager[None]]
+DeviceContext = Callable[[], AbstractContextManager[None]]
 """→ a context within which a model is on the device."""
 
 
-class Parked:
+class OffloadedModel:
     """A frozen model whose weights lie in the CPU's memory, pinned where there is CUDA, and on the device within `on`.
 
     The one copy is the CPU's: frozen weights need no way back, and what was on the device is let go. Raises SalsaError for a model with
@@ -65,8 +65,8 @@ def copied(home: Tensor, device: torch.device) -> Tensor:
     return home.to(device, non_blocking=True)
 
 
-def place(references: Sequence[Frozen], reward: Reward, args: SalsaPPOConfig) -> list[Presence]:
-    """Put the references' own models, and classifiers in the reward, where `offload` says → one Presence for each reference.
+def place_models(references: Sequence[FrozenReference], reward: Reward, args: SalsaPPOConfig) -> list[DeviceContext]:
+    """Put the references' own models, and classifiers in the reward, where `offload` says → one DeviceContext for each reference.
 
     Raises SalsaError for `offload: frozen` where all of them share the policy's base.
     """
@@ -88,6 +88,6 @@ def place(references: Sequence[Frozen], reward: Reward, args: SalsaPPOConfig) ->
     return [contextlib.nullcontext if model is None else _presence(model, device) for model in own]
 
 
-def _presence(model: nn.Module, device: torch.device) -> Presence:
-    parked = Parked(model)
+def _presence(model: nn.Module, device: torch.device) -> DeviceContext:
+    parked = OffloadedModel(model)
     return lambda: parked.on(device)

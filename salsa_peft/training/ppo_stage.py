@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import resolve_dtype
 from salsa_peft.models.rewards.reward import recipe_reward
@@ -23,7 +23,13 @@ from salsa_peft.soup import average as averaging
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
-from salsa_peft.training.references import Frozen, attach_reference, freeze, mixture, move_to
+from salsa_peft.training.references import (
+    FrozenReference,
+    attach_reference,
+    checkpoint_sum,
+    freeze,
+    load_checkpoint_sum,
+)
 from salsa_peft.utils.files import write_atomic
 
 
@@ -49,7 +55,7 @@ def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConf
     return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
 
 
-def play(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, list[Frozen]]:
+def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, list[FrozenReference]]:
     """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, the policy's called `name`, or a model each."""
     seeds = seed_folders(job.inputs)
     wanted = context.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
@@ -63,7 +69,7 @@ def play(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, li
     model, frozen = context.load_trainable(seeds[0]), []
     for reference in wanted:
         own = context.load_base() if reference.sync_every is None else context.load_base().float()
-        move_to(own, *mixture(context, reference, job.inputs))
+        load_checkpoint_sum(own, *checkpoint_sum(context, reference, job.inputs))
         frozen.append(
             freeze(model, own, reference.label)._replace(
                 sync_every=reference.sync_every, mixup_alpha=reference.mixup_alpha
@@ -77,12 +83,12 @@ def run(job: Job) -> dict[str, Any]:
     recipe, name = job.recipe, job.unit.name
     # 1. the policy starts at seed-0; references and reward are frozen, with adapters all on one base
     context = StageContext.of_job(job)
-    model, references = play(context, job)
+    model, references = build_policy(context, job)
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, micro)
     # 2. PPO
-    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    prompts = data.prompts(source, columns=recipe.reward.reads_columns)
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
         ppo_config(context, name, job.folder),
@@ -104,29 +110,28 @@ def run(job: Job) -> dict[str, Any]:
     trainer.save_model(str(job.folder))
     facts = {
         "reference": ", ".join(reference.label for reference in references),
-        "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.kl_coef},
-        "updates": trainer.update,
+        "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.ppo.kl_coef},
+        "updates": trainer.ppo.update,
         "prompts": len(prompts) - trainer.left_out,
         "left_out": trainer.left_out,
-        "skipped_minibatches": trainer.skipped,
+        "skipped_minibatches": trainer.ppo.skipped,
     }
-    limits = (trainer.micro_batch, trainer.maker.micro_batch)
-    facts |= {
-        limit.option: limit.rows for limit in limits if limit.rows < limit.configured
-    }  # halved after out-of-memory
+    limits = (trainer.micro_batch, trainer.rollout_maker.micro_batch)
+    # halved after an out-of-memory error
+    facts |= {limit.option: limit.rows for limit in limits if limit.rows < limit.configured}
     if not trainer.is_world_process_zero():
         return facts
     context.write_fingerprint(job.folder)
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model, reward
-        merge(context, job)
+        save_merged(context, job)
     return facts
 
 
 def checkpoint_of(job: Job) -> Path | None:
     """The checkpoint to go on from, said; None where there is none: what is there is not whole and goes, it is the stage's own."""
-    checkpoint, passed = checkpoints.last_whole(job.folder)
+    checkpoint, passed = checkpoints.last_complete(job.folder)
     for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
         print(line, file=sys.stderr, flush=True)
     if checkpoint is None:
@@ -140,11 +145,11 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
     section = job.recipe.ppo
     if section.eval_prompts is None:
         return None
-    source = data.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
-    return data.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
+    source = datasets.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
+    return datasets.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
 
 
-def merge(context: StageContext, job: Job) -> None:
+def save_merged(context: StageContext, job: Job) -> None:
     """The policy merged into the base, in its files' dtype, as a plain Transformers checkpoint: <folder>/merged. Never into 4 bits: of a
     quantised base into what its 4 bits stand for."""
     averaging.soup(

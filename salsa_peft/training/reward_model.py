@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import cast_trainable_to_float32, is_quantised
 from salsa_peft.models.stage_context import ProgressBar, StageContext, mean_loss, remove_printer, report_left_out
@@ -77,7 +77,9 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
     context = StageContext.of_job(job)
-    rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"], context.tokenizer)
+    rows = datasets.preferences(
+        datasets.training_sources(recipe, job.inputs.get("toy"))["preferences"], context.tokenizer
+    )
     # 2. a score head on a copy of seed-0
     model = start(context, job.inputs["sft/seed-0"])
     # 3. the trainer
@@ -88,7 +90,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=data.dataset(rows),
+        train_dataset=datasets.to_dataset(rows),
         processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
@@ -129,7 +131,7 @@ def pad_apart(trainer: Any) -> None:
 def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
     """Pairs that are held out, of those that are short enough. Raises SalsaError where the others don't fill a batch."""
     section = recipe.reward
-    kept_out = section.held_out_of(fitting)
+    kept_out = section.held_out_rows(fitting)
     require(
         fitting - kept_out >= section.batch_size,
         f"data.preferences: found {pairs} pairs, {pairs - fitting} longer than model.max_length = {recipe.model.max_length} tokens and"

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Adapter
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import trained_tokens
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.adapters.lora import lora_config
@@ -54,12 +54,14 @@ def run(job: Job) -> dict[str, Any]:
 
     recipe, section = job.recipe, job.recipe.sft
     position = int(job.unit.name.removeprefix("seed-"))
-    seed, taken = section.seeds[position], section.taken(position)
+    seed, taken = section.seeds[position], section.existing_seed(position)
     if taken is not None:
         return take(job, taken)
     # 1. this seed's demonstrations
     context = StageContext.of_job(job)
-    rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["demonstrations"], context.tokenizer)
+    rows = datasets.demonstrations(
+        datasets.training_sources(recipe, job.inputs.get("toy"))["demonstrations"], context.tokenizer
+    )
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
@@ -145,7 +147,7 @@ def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
             "labels": [token if counts else -100 for token, counts in zip(ids, mask, strict=True)],
         }
 
-    made = data.dataset(rows)
+    made = datasets.to_dataset(rows)
     # a fingerprint names cached results, and rows in memory have none: hashing the tokenizer for it would take seconds
     return made.map(tokens, remove_columns=made.column_names, new_fingerprint="labelled")
 

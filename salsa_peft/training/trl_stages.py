@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from salsa_peft.config.job import Job
-from salsa_peft.data import datasets as data
-from salsa_peft.data.chat.template_fields import in_form, options_of
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data import datasets
+from salsa_peft.data.chat.template_fields import messages_for_template, template_options
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import cast_trainable_to_float32, causal_lm, device, is_quantised
 from salsa_peft.models.responses import pad_responses
@@ -30,7 +30,7 @@ from salsa_peft.models.stage_context import (
     report_left_out,
     seed_folders,
 )
-from salsa_peft.training.ppo_stage import merge, play
+from salsa_peft.training.ppo_stage import build_policy, save_merged
 from salsa_peft.training.reward_model import SPLIT_SEED, accuracy
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from salsa_peft.models.rewards.base import Reward
-    from salsa_peft.training.references import Frozen
+    from salsa_peft.training.references import FrozenReference
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run(job: Job) -> dict[str, Any]:
     recipe, algorithm = job.recipe, job.unit.stage
     # 1. the policy starts at seed-0; references are frozen, with adapters all on one base
     context = StageContext.of_job(job)
-    model, references = play(context, job, "default")  # the one name that TRL knows
+    model, references = build_policy(context, job, "default")  # the one name that TRL knows
     # 2. TRL's trainer, whose reference is then ours
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL casts adapters to bfloat16
@@ -72,11 +72,11 @@ def run(job: Job) -> dict[str, Any]:
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model
-        merge(context, job)
+        save_merged(context, job)
     return facts
 
 
-Made = tuple[Any, "Dataset | None", dict[str, Any]]
+TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
 """A trainer, pairs that are held out, facts of the data."""
 
 
@@ -94,25 +94,28 @@ def arguments(context: StageContext, job: Job) -> dict[str, Any]:
 def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
     """The preferences that fit, and those of them that are held out: the reward stage's own where the shares are the same."""
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
-    rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"], context.tokenizer)
+    rows = datasets.preferences(
+        datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"], context.tokenizer
+    )
     sides = ("chosen", "rejected")
 
     def fits(row: dict[str, Any]) -> bool:
         given: list[Any] = [
-            context.tokenizer.apply_chat_template(row[side], return_dict=True, **options_of(row)) for side in sides
+            context.tokenizer.apply_chat_template(row[side], return_dict=True, **template_options(row))
+            for side in sides
         ]
         return max(len(encoded["input_ids"]) for encoded in given) <= longest
 
     kept = [row for row in rows if fits(row)]
     report_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
     section.check_rows(len(kept), job.unit.stage)
-    count = section.held_out_of(len(kept))
-    parts = data.dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
+    count = section.held_out_rows(len(kept))
+    parts = datasets.to_dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
     facts = {"pairs": {"train": len(kept) - count, "held_out": count}, "left_out": len(rows) - len(kept)}
     return parts["train"], parts["test"], facts
 
 
-def dpo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Pairs as they are."""
     from trl import DPOConfig, DPOTrainer
 
@@ -134,7 +137,7 @@ def dpo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -
     return trainer, test, facts
 
 
-def kto(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def kto(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Of each pair a desirable and an undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
@@ -155,27 +158,27 @@ def kto(context: StageContext, job: Job, model: Any, references: list[Frozen]) -
     return trainer, None, facts
 
 
-def rloo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def rloo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Responses that are sampled and scored by the recipe's reward."""
     from trl import RLOOConfig, RLOOTrainer
 
     return sampled(context, job, model, RLOOTrainer, RLOOConfig)
 
 
-def grpo(context: StageContext, job: Job, model: Any, references: list[Frozen]) -> Made:
+def grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """The same."""
     from trl import GRPOConfig, GRPOTrainer
 
     return sampled(context, job, model, GRPOTrainer, GRPOConfig)
 
 
-def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> Made:
+def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> TrainerSetup:
     """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
-    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    rows = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
-    data.check_plain(rows, job.unit.stage)
-    rows = [{**row, "prompt": in_form(row["prompt"], context.tokenizer)} for row in rows]
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    rows = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
+    datasets.check_no_template_options(rows, job.unit.stage)
+    rows = [{**row, "prompt": messages_for_template(row["prompt"], context.tokenizer)} for row in rows]
     kept = prompts_that_fit(job, context, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
     reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, section.micro_batch_size or section.batch_size)
@@ -187,8 +190,8 @@ def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: A
             max_completion_length=recipe.generation.max_new_tokens,
             temperature=recipe.generation.temperature,
         ),
-        reward_funcs=as_function(reward, context, ends_of(context.tokenizer, causal_lm(model))),
-        train_dataset=data.dataset(kept),
+        reward_funcs=as_function(reward, context, model_stop_token_ids(context.tokenizer, causal_lm(model))),
+        train_dataset=datasets.to_dataset(kept),
         processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
@@ -206,7 +209,7 @@ def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) ->
             {"prompt": prompt, **{name: values[i] for name, values in columns.items()}}
             for i, prompt in enumerate(prompts)
         ]
-        asked = [data.prompt_tokens(row, context.tokenizer) for row in rows]
+        asked = [datasets.prompt_tokens(row, context.tokenizer) for row in rows]
         responses = pad_responses(asked, completion_ids, pad, ends, device())
         return reward(responses, rows).tolist()
 
@@ -232,7 +235,7 @@ def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": {"held_out": accuracy(found)}, "margin": {"held_out": asdict(mean_interval(found))}}
 
 
-TRAINERS: dict[str, Callable[[StageContext, Job, Any, list[Frozen]], Made]] = {
+TRAINERS: dict[str, Callable[[StageContext, Job, Any, list[FrozenReference]], TrainerSetup]] = {
     "dpo": dpo,
     "kto": kto,
     "rloo": rloo,

@@ -268,7 +268,13 @@ def job_of(folder: Path, mode: str, recipe: Any) -> Any:
     out = folder / f"out-{mode}"
     out.mkdir(exist_ok=True)
     unit = Unit(
-        stage="ppo", name="salsa", run="salsa_peft.training.ppo_stage:run", several=True, inputs=(), slice={}, files=()
+        stage="ppo",
+        name="salsa",
+        run="salsa_peft.training.ppo_stage:run",
+        multi_unit=True,
+        inputs=(),
+        key_fields={},
+        files=(),
     )
     return Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
 

@@ -20,7 +20,7 @@ from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models import generation
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import Responses
-from salsa_peft.utils.files import json_lines
+from salsa_peft.utils.files import read_json_lines
 
 WORDS = ["owl", "saw", "fig", "cod", "oak"]
 
@@ -242,7 +242,7 @@ def test_fastchats_files(tmp_path: Path) -> None:
     asked = [question(0), question(1)._replace(reference=["x", "y"])]
     said = [{"question_id": 81 + at, "turn": turn, "response": f"{at}{turn}"} for at in (0, 1) for turn in (1, 2)]
     fastchat_files.write_answers(tmp_path, asked, {"salsa": said, "/a/b/salsa": said[:2]})
-    lines = json_lines(tmp_path / "model_answer" / "salsa.jsonl")
+    lines = read_json_lines(tmp_path / "model_answer" / "salsa.jsonl")
     assert [(line["question_id"], line["choices"]) for line in lines] == [
         (81, [{"index": 0, "turns": ["01", "02"]}]), (82, [{"index": 0, "turns": ["11", "12"]}]),
     ]  # fmt: skip
@@ -251,8 +251,8 @@ def test_fastchats_files(tmp_path: Path) -> None:
         and lines[0]["model_id"] == "salsa"
     )
     assert len({line["answer_id"] for line in lines}) == 2
-    assert len(json_lines(tmp_path / "model_answer" / "salsa-2.jsonl")) == 1
-    questions = json_lines(tmp_path / "question.jsonl")
+    assert len(read_json_lines(tmp_path / "model_answer" / "salsa-2.jsonl")) == 1
+    questions = read_json_lines(tmp_path / "question.jsonl")
     assert questions[0] == {"question_id": 81, "category": "general", "turns": list(asked[0].turns)}
     assert questions[1]["reference"] == ["x", "y"]
 

@@ -137,7 +137,7 @@ def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) ->
     """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
     from salsa_peft.config.load import load_recipe
     from salsa_peft.config.schema import Generation, Source
-    from salsa_peft.data import datasets as data
+    from salsa_peft.data import datasets
     from salsa_peft.models.adapters import lora as adapters
     from salsa_peft.models.base import load_base
     from salsa_peft.models.generation import generate_batches
@@ -150,8 +150,8 @@ def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) ->
     model = adapters.attach(load_base(str(toy / "base"), recipe.model, tokenizer), unit(run, "sft/seed-1"), "seed-1")
     adapters.attach(model, unit(run, "soup"), "soup")
     reward = AdapterReward(model, unit(run, "reward"))
-    rows = data.prompts(Source(path=str(toy / "eval_in.jsonl")))
-    tokens = [data.prompt_tokens(row, tokenizer) for row in rows]
+    rows = datasets.prompts(Source(path=str(toy / "eval_in.jsonl")))
+    tokens = [datasets.prompt_tokens(row, tokenizer) for row in rows]
     sampling: Generation = recipe.generation
     points = read(unit(run, "landscape") / "landscape.json")["lines"][0]["points"]
     for name, point in (("seed-1", points[2]), ("soup", points[1])):

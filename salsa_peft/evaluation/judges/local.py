@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.data.chat.templates import readable
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.templates import content_for_template
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.evaluation.judges.cache import Reply
 from salsa_peft.evaluation.judges.chat import Messages, Outcome
 from salsa_peft.models.base import device, max_positions, resolve_dtype
@@ -98,7 +98,7 @@ class LocalModel:
         return list(encoded["input_ids"])
 
     def _templated(self, messages: Messages) -> Any:
-        chat = readable(messages, self.tokenizer)
+        chat = content_for_template(messages, self.tokenizer)
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
 
     def _plain(self, text: str) -> str:
@@ -111,7 +111,7 @@ class LocalModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
-        self.ends = list(ends_of(self.tokenizer, model))
+        self.ends = list(model_stop_token_ids(self.tokenizer, model))
         require(
             bool(self.ends), f"{WHERE}: found no token that ends a turn in {self.section.model}, expected a chat model"
         )

@@ -84,7 +84,7 @@ def check_config(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 def needs_logprobs(recipe: Recipe) -> bool:
     """Whether log-probs are computed from the output embeddings: by PPO, and by a soup whose weights are measured."""
-    return recipe.soup.measured or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
+    return recipe.soup.uses_measure or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from salsa_peft.config.rewards import OWN_FUNCTION
-from salsa_peft.data.chat.template_fields import in_form, options_of
+from salsa_peft.config.rewards import WRITE_A_FUNCTION
+from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.templates import text_ids
-from salsa_peft.data.chat.turn_ends import turn_of
+from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages as check_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
 from salsa_peft.models.responses import append_tokens, ends_turn
@@ -99,7 +99,7 @@ class ClassifierReward(Reward):
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """What the classifier reads of each response: token ids, whole."""
         if self.as_they_are:
-            turn = turn_of(self.tokenizer)
+            turn = assistant_turn(self.tokenizer)
             responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
             masks, ids = responses.attention_mask, responses.input_ids
             return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
@@ -118,7 +118,7 @@ class ClassifierReward(Reward):
                 sequences.append(text_ids(text, self.tokenizer))
             else:
                 sequences.append(
-                    self._chat([*row["prompt"], {"role": "assistant", "content": answer}], options_of(row))
+                    self._chat([*row["prompt"], {"role": "assistant", "content": answer}], template_options(row))
                 )
         return sequences
 
@@ -130,7 +130,9 @@ class ClassifierReward(Reward):
         )
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                in_form(check_messages(messages, f"reward {self.name}"), self.tokenizer), return_dict=True, **options
+                messages_for_template(check_messages(messages, f"reward {self.name}"), self.tokenizer),
+                return_dict=True,
+                **options,
             )
         except TemplateError as error:
             raise SalsaError(f"reward {self.name}: its chat template refuses a conversation: {error}") from error
@@ -183,7 +185,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
     labels, missing = loaded.config.num_labels, sorted(told["missing_keys"])
     require(
         labels == 1,
-        f"{path}: found a classifier of num_labels {labels}, and a reward is one number (1). {OWN_FUNCTION}",
+        f"{path}: found a classifier of num_labels {labels}, and a reward is one number (1). {WRITE_A_FUNCTION}",
     )
     require(
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from salsa_peft.config.rewards import OWN, find_module, split_function
+from salsa_peft.config.rewards import COLUMNS_NOT_PASSED, find_module, split_function
 from salsa_peft.models.rewards.base import Reward, Rows, Tally
 from salsa_peft.utils.errors import SalsaError, require
 
@@ -128,7 +128,7 @@ class FunctionReward(Reward):
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        columns = dict.fromkeys(key for row in rows for key in row if key not in OWN)
+        columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
             f"reward function {self.name}: found a column `finished` in the data, which is what PPO calls whether EOS ended a"

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data.chat.turn_ends import turn_of
+from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.responses import Responses, append_tokens, ends_turn, last_token_states
@@ -61,7 +61,7 @@ class AdapterReward(Reward):
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         if self.tokenizer is not None:
-            turn = turn_of(self.tokenizer)
+            turn = assistant_turn(self.tokenizer)
             responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
         return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
-from salsa_peft.data.chat.turn_ends import ends_of, facts
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids, tokenizer_notes
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, keep_4bit_layout
 from salsa_peft.models.logprobs import check_head, head_of
@@ -119,7 +119,7 @@ def check_trained(
             " requires_grad_(False)",
         )
     check_precision(trained, args)
-    head_of(causal_lm(model), 1.0, ends_of(tokenizer, causal_lm(model)))
+    head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
     check_noise(model)
 
 
@@ -175,7 +175,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
             f"processing_class: found {name} {token!r} ({number}) over {rows} embeddings, expected one of them;"
             " model.resize_token_embeddings(len(tokenizer)), or take another",
         )
-    for line in facts(tokenizer, ends_of(tokenizer, lm)) if tokenizer not in PREPARED_TOKENIZERS else []:
+    for line in (
+        tokenizer_notes(tokenizer, model_stop_token_ids(tokenizer, lm)) if tokenizer not in PREPARED_TOKENIZERS else []
+    ):
         print(f"processing_class: {line}", file=sys.stderr, flush=True)
 
 

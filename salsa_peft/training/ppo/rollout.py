@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
@@ -33,12 +33,12 @@ from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.models.sharding import gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training.offload import place
+from salsa_peft.training.offload import place_models
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
 from salsa_peft.training.ppo.losses import KL_ESTIMATORS
 from salsa_peft.training.ppo.prompts import Prompt
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import MicroBatchLimit
 
@@ -89,12 +89,12 @@ class Interrupted(Exception):
 class RolloutMaker:
     """Prompts → Rollout, with the policy's weights as they are."""
 
-    def __init__(self, model: PolicyWithValueHead, references: Sequence[Frozen], reward: Reward, backend: Backend,
+    def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward, backend: Backend,
                  args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
-        self.ends = ends_of(tokenizer, causal_lm(model.policy))
-        self.present = place(references, reward, args)
+        self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
+        self.present = place_models(references, reward, args)
         world = accelerator.num_processes
         self.micro_batch = MicroBatchLimit(
             args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
@@ -243,7 +243,7 @@ class RolloutMaker:
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
-    def _states(self, reference: Frozen, part: Responses) -> Tensor:
+    def _states(self, reference: FrozenReference, part: Responses) -> Tensor:
         if reference.model is not None:
             return hidden_states(reference.model, part.input_ids, part.attention_mask)
         assert self.model.toggle is not None

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from made_classifiers import CHAT, own_classifier, single
+from tiny_classifiers import CHAT, own_classifier, single
 from torch import Tensor, nn
 
 from salsa_peft.config.rewards import find_module, parse_reward
 from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards import reward as rewards
@@ -53,7 +53,7 @@ def answered(tokenizer: Any) -> tuple[Responses, list[dict[str, Any]]]:
         {"prompt": [{"role": "user", "content": text}], "answer": text.split()[1], "level": number}
         for number, text in enumerate(["copy owl saw", "name fig", "copy cod"])
     ]
-    prompts = [data.prompt_tokens(row, tokenizer) for row in rows]
+    prompts = [datasets.prompt_tokens(row, tokenizer) for row in rows]
     words = tokenizer("owl saw")["input_ids"]
     return made(prompts, [[*words, eos], words[:1], [eos]], tokenizer, 2), rows
 
@@ -776,7 +776,7 @@ class TestRecipe:
 
         def keys(text: str) -> dict[str, str]:
             loaded = load(text)
-            slices = json.dumps([unit.slice for unit in work(loaded).values()])
+            slices = json.dumps([unit.key_fields for unit in work(loaded).values()])
             assert str(tmp_path) not in slices
             return {name: step.key for name, step in plan(list(work(loaded).values()), tmp_path / "run").items()}
 
@@ -837,8 +837,8 @@ class TestRecipe:
         )
         source = Source(path=str(tmp_path / "p.jsonl"))
         asked = [[{"role": "user", "content": text}] for text in "ab"]
-        assert data.prompts(source) == [{"prompt": prompt} for prompt in asked]
-        assert data.prompts(source, columns=True) == [
+        assert datasets.prompts(source) == [{"prompt": prompt} for prompt in asked]
+        assert datasets.prompts(source, columns=True) == [
             {"prompt": asked[0], "answer": 7}, {"messages": asked[1], "prompt": asked[1]},
         ]  # fmt: skip
 
