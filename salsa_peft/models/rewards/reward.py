@@ -21,7 +21,7 @@ from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.responses import Responses, append_tokens, ends_turn, last_token_states
-from salsa_peft.models.rewards.base import CallableReward, Reward, Rows, Tally
+from salsa_peft.models.rewards.base import CallableReward, Reward, Rows
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
 from salsa_peft.models.tokenizers import compare_tokenizer
@@ -97,7 +97,6 @@ class WeightedReward(Reward):
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
-        self.tally = Tally()
         self.parts = [
             Part(reward if isinstance(reward, Reward) else CallableReward(reward), weight, name)
             for reward, weight, name in parts
@@ -128,7 +127,7 @@ class WeightedReward(Reward):
 
     def take_figures(self) -> dict[str, tuple[float, int]]:
         """`rewards/<name>/mean` of each part, over the responses that it applied to, and the parts' own metrics."""
-        figures = self.tally.take()
+        figures = super().take_figures()
         for part in self.parts:
             figures |= part.reward.take_figures()
         return figures
