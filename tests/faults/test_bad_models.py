@@ -346,7 +346,7 @@ class TestTiedEmbeddings:
         assert torch.equal(lm.model.embed_tokens.weight, before)
         assert lm.lm_head.weight is lm.model.embed_tokens.weight
         policy = policy_on(make_base(**self.TIED), make_adapter, target_modules=["q_proj", "lm_head"])
-        line = "found an adapter on the output embeddings, expected adapters of the trunk only"
+        line = "the adapter is on the output embeddings, which policy and references share"
         one_line(lambda: trainer_of(policy, tokenizer, tmp_path / "out", ["base"]), line)
 
 

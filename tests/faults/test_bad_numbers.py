@@ -114,13 +114,13 @@ class TestWeights:
         factor("policy", value)(trainer)
         refused(
             trainer,
-            r"^model: found logits of NaN or infinity for [1-8] of 8 prompts, expected finite ones to sample from",
+            r"^model: the logits are NaN or infinite for [1-8] of 8 prompts; look for NaN in its weights",
         )
 
     def test_in_the_base(self, make_trainer: Any, value: float) -> None:
         trainer = make_trainer()
         last_norm(value)(trainer)
-        refused(trainer, r"^model: found logits of NaN or infinity for 8 of 8 prompts")
+        refused(trainer, r"^model: the logits are NaN or infinite for 8 of 8 prompts")
 
     @pytest.mark.parametrize("old_logprobs", ["recompute", "rollout"])
     def test_in_the_value_head(self, make_trainer: Any, value: float, old_logprobs: str) -> None:
@@ -132,9 +132,9 @@ class TestWeights:
         """A frozen model as reference, and a policy, are looked at when they are given."""
         broken = make_base(1)
         broken.model.norm.weight.data[0] = value
-        with pytest.raises(SalsaError, match=r"^llama: found logits that are not finite, expected finite ones"):
+        with pytest.raises(SalsaError, match=r"^llama: the model's logits are NaN or infinite"):
             make_trainer([broken], full=True)
-        with pytest.raises(SalsaError, match=r"^llama: found logits that are not finite, expected finite ones"):
+        with pytest.raises(SalsaError, match=r"^llama: the model's logits are NaN or infinite"):
             check_model(broken)
 
     def test_the_batch_is_kept_for_people(self, make_trainer: Any, value: float) -> None:

@@ -69,7 +69,7 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"
         ({"bias": "lora_only"}, "with bias 'lora_only', expected 'none'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the weights of the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changes the weights of the base"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "found an adapter on the output embeddings"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the adapter is on the output embeddings"),
     ],
 )  # fmt: skip
 def test_what_lies_outside_the_factors(make_base: Any, train: Any, options: dict[str, Any], line: str) -> None:
@@ -218,7 +218,7 @@ def test_a_head_that_is_no_plain_linear_layer(make_base: Any) -> None:
 
     model = make_base()
     model.lm_head = Scaled(32, model.config.vocab_size, bias=False)
-    with pytest.raises(SalsaError, match=r"its output embeddings are a Scaled, which is no plain linear layer"):
+    with pytest.raises(SalsaError, match=r"its output embeddings are a Scaled, not a plain linear layer"):
         check_head(model)
 
 
