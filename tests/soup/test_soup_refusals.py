@@ -310,7 +310,7 @@ def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
         (["--measure", "sft_loss"], "--data: found none, expected held-out rows"),
         (["--measure", "sft_loss", "--data", "none.jsonl"], "--data: found no file none.jsonl"),
         (["--measure", "reward", "--data", "none.jsonl"], "--reward: found none, expected what scores responses"),
-        (["--measure", "no_such_module:f"], "found no module no_such_module"),
+        (["--measure", "no_such_module:f"], "there is no module no_such_module"),
         (["--measure", "loss"], "--measure: found loss, expected"),
     ],
 )
