@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from salsa_peft.config.references import MEASURED
+from salsa_peft.config.references import MEASURED_STRATEGIES
 from salsa_peft.soup.average import Options, called, check, kind_of, local_members, soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.result import SoupSummary
@@ -116,7 +116,6 @@ def parser() -> argparse.ArgumentParser:
         help="adapters: they are of one base, whatever they call it (asserted by you)",
     )
     add("--untie", action="store_true", help="with --merge: LoRA on tied embeddings gives input and output their own")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are added up (default: cpu)")
     add_measure(made)
     add("--steps", type=whole, default=20, help="learned: steps of Adam (default: 20)")
     add("--step-size", type=number, default=0.1, help="learned: Adam's learning rate (default: 0.1)")
@@ -202,7 +201,7 @@ class Held(logging.Handler):
 def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Make the soup that the arguments ask for, and say what it is. accepted: called when the members are."""
     weights = None if args.weights is None else parse_weights(args.weights)
-    measured = args.strategy in MEASURED
+    measured = args.strategy in MEASURED_STRATEGIES
     require(
         measured == (args.measure is not None),
         f"--measure: found {args.measure or 'none'} with strategy {args.strategy}, expected "
@@ -218,7 +217,7 @@ def cook(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     )
     options: dict[str, Any] = {
         "strategy": args.strategy, "steps": args.steps, "step_size": args.step_size, "normalize": args.normalize, "rank": args.rank,
-        "dtype": args.dtype, "merge": args.merge, "base": args.base, "quantized_base": args.quantized_base, "device": args.device,
+        "dtype": args.dtype, "merge": args.merge, "base": args.base, "quantized_base": args.quantized_base,
         "same_base": args.same_base, "untie": args.untie,
     }  # fmt: skip
     folders = local_members(args.members)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from salsa_peft.models.adapters.bases import local_folder, require_same_family
-from salsa_peft.models.architectures.sizes import config_of
+from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
 from salsa_peft.soup.checkpoints.write import check_free
 from salsa_peft.soup.lora.members import check_one_base
@@ -63,8 +63,6 @@ class Options:
     """Adapters: the caller asserts that they are of one base, though it is called differently or fingerprints differ."""
     untie: bool = False
     """With `merge`: LoRA on tied embeddings is merged into input and output embeddings of their own; else as PEFT does, into one tensor."""
-    device: str = "cpu"
-    """Where checkpoints are added up: cpu or cuda."""
 
 
 def soup(
@@ -85,7 +83,6 @@ def soup(
     quantized_base: str | None = None,
     same_base: bool = False,
     untie: bool = False,
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> SoupSummary:
     """Average adapters, or checkpoints, into the folder `out` (weights: uniform unless given); the summary, also out/soup.json.
@@ -97,7 +94,7 @@ def soup(
     """
     asked = Options(
         strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge,
-        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie, device=device,
+        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
     require(bool(members), "members: none given, expected at least one adapter or checkpoint")
     folders = local_members(members)
@@ -180,10 +177,6 @@ def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAd
         )
         check_free(out, folders)
         return None if asked.base is None else local(asked.base)
-    require(
-        asked.device == "cpu",
-        f"device: {asked.device} is for checkpoints; adapters are small and averaged on the cpu: leave it out",
-    )
     require(asked.rank is None or asked.rank > 0, f"rank: {asked.rank}, expected at least 1")
     if not asked.merge:
         for name in ("quantized_base", "untie"):
@@ -222,7 +215,7 @@ def _merge_base(folders: Sequence[Path], asked: Options) -> Path:
 
 def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
     """Raise SalsaError where an adapter names a base of another architecture or size than this one, unless the caller asserts the base."""
-    config = None if same_base else config_of(str(base.absolute()), None)
+    config = None if same_base else config_of_base(str(base.absolute()), None)
     if config is not None:
         for folder in folders:
             require_same_family(folder, config, str(base))
@@ -292,7 +285,7 @@ def _checkpoints(job: _Job) -> dict[str, Any]:
 
     def gram() -> Any:
         assert base is not None
-        return checkpoint_soup.gram(job.folders, base, device=asked.device)
+        return checkpoint_soup.gram(job.folders, base)
 
     choice = job.choose(gram)
     members, shares, names = list(job.folders), list(choice.weights), list(job.names)
@@ -305,7 +298,6 @@ def _checkpoints(job: _Job) -> dict[str, Any]:
         members,
         shares,
         names=names,
-        device=asked.device,
         base=base,
         strategy=asked.strategy,
         progress=job.progress,

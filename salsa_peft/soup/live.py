@@ -46,7 +46,7 @@ class LiveAdapters:
     """Adapters as one stacked adapter `name` on a model that shares its base with other roles."""
 
     def __init__(self, model: PeftModel, stacked: StackedAdapter, name: str = "point") -> None:
-        self.model, self.stacked, self.name = model, stacked, lora.free_name(model, name)
+        self.model, self.stacked, self.name = model, stacked, lora.unused_name(model, name)
         n = len(stacked.members)
         stacked.attach(model, self.name, [1 / n] * n)
 
@@ -95,7 +95,7 @@ class LiveCheckpoints:
     """Whole checkpoints in one model's weights: `model` is member 0, or any model of its architecture."""
 
     def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
-        from salsa_peft.soup.checkpoints.alignment import ModelTensors
+        from salsa_peft.soup.checkpoints.model_tensors import ModelTensors
         from salsa_peft.utils.tensor_names import ModelNames
 
         self.model, self.parameters = model, dict(model.named_parameters())

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from salsa_peft.models.rewards.classifier import ClassifierReward
-from salsa_peft.models.rewards.reward import Reward, WeightedReward
+from salsa_peft.models.rewards.base import Reward
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import require
 
@@ -78,15 +77,14 @@ def place_models(references: Sequence[FrozenReference], reward: Reward, args: Sa
             if model is not None:
                 model.to(device)  # type: ignore[arg-type]
         return [contextlib.nullcontext for _ in own]
-    parts = [part.reward for part in reward.parts] if isinstance(reward, WeightedReward) else [reward]
-    classifiers = [part for part in parts if isinstance(part, ClassifierReward)]
+    scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]
     require(
-        bool(classifiers) or any(model is not None for model in own),
+        bool(scoring) or any(model is not None for model in own),
         "offload: found frozen where references and reward are adapters on the policy's base, or functions, expected none: they hold no"
         " weights of their own to offload",
     )
-    for part in classifiers:
-        part.present = _presence(part.classifier, device)
+    for one, frozen in scoring:
+        one.on_device = _presence(frozen, device)
     return [contextlib.nullcontext if model is None else _presence(model, device) for model in own]
 
 

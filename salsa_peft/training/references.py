@@ -16,11 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from salsa_peft.config.references import Reference
-from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import causal_lm
-from salsa_peft.models.loader import Workbench, local, seeds_of
 from salsa_peft.models.logprobs import check_head
+from salsa_peft.models.stage_context import StageContext, reference_folder, seed_folders
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -73,18 +72,18 @@ def attach_reference(
 
 
 def checkpoint_sum(
-    bench: Workbench, reference: Reference, inputs: Mapping[str, Path]
+    context: StageContext, reference: Reference, inputs: Mapping[str, Path]
 ) -> tuple[list[Path], list[float]]:
     """A recipe's reference of full weights → the checkpoints it is the weighted sum of: base + Σ w δ = (1 − Σ w) θ_base + Σ w θ."""
     if reference.soup:
         return [inputs["soup"]], [1.0]
     if reference.path is not None:
-        return [local(bench.recipe, reference.path)], [1.0]
-    seeds, weights = seeds_of(inputs), list(reference.weights)
+        return [reference_folder(context.recipe, reference.path)], [1.0]
+    seeds, weights = seed_folders(inputs), list(reference.weights)
     folders = [seeds[member] for member in reference.members]
     rest = 1 - math.fsum(weights)
     if abs(rest) > 1e-9:
-        folders, weights = [*folders, bench.folder], [*weights, rest]
+        folders, weights = [*folders, context.folder], [*weights, rest]
     return folders, weights
 
 
@@ -137,10 +136,11 @@ def _as_reference(model: Any, reference: Any, wish: str) -> FrozenReference:
         return FrozenReference("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
-            name = lora.free_name(model, wish)
+            name = lora.unused_name(model, wish)
             with readable_hub_errors(str(reference)):
                 attached = lora.local_folder(str(reference))
-            same_base.check(attached, same_base.of_model(model), str(causal_lm(model).name_or_path))
+            base = str(causal_lm(model).name_or_path)
+            bases.require_same_base(attached, bases.fingerprints_of(base), base)
             lora.attach(model, attached, name)
         lora.set_trainable(model, name, False)
         return FrozenReference(str(reference), name)

@@ -18,8 +18,8 @@ from salsa_peft.config.rewards import check_classifier_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
-from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, reads_head, require_targets
-from salsa_peft.models.architectures.sizes import config_of
+from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, needs_logprobs, require_targets
+from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, text_part
 from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
 from salsa_peft.utils.errors import SalsaError, require
@@ -82,7 +82,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
             if not is_local(path):  # a classifier's folder was looked at when the recipe was read
                 check_classifier_folder(where, str(folder))
         elif recipe.adapter is not None:
-            check_adapter(where, folder, role, base, head=reads_head(recipe))
+            check_adapter(where, folder, role, base, head=needs_logprobs(recipe))
             check_family(recipe, folder, where)
             folders.append((where, folder))
         elif is_local(path):
@@ -146,7 +146,7 @@ def _note_same(recipe: Recipe) -> None:
 def check_family(recipe: Recipe, folder: Path, where: str) -> None:
     """Raise SalsaError for an adapter that was trained on another architecture than the recipe's base, as far as both are at hand."""
     base = recipe.model.base
-    config = None if base is None else config_of(base, recipe.model.revision)
+    config = None if base is None else config_of_base(base, recipe.model.revision)
     if config is not None:
         require_same_family(folder, config, f"the recipe's base {base}", where)
 

@@ -58,7 +58,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     check_synced(model, own, [one for one in given if isinstance(one, FrozenReference)])
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
     with (
-        lora.taken_off(model, REF) if replaced else contextlib.nullcontext()
+        lora.removed(model, REF) if replaced else contextlib.nullcontext()
     ):  # TRL's copy of the start, or what was asked for before
         frozen = as_references(model, given, names=[REF] if len(given) == 1 else None)
     for one in frozen:

@@ -15,8 +15,9 @@ from plain_ppo import PROMPTS, length_reward, roll_out
 from torch import Tensor
 
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.models.base import causal_lm, save_checkpoint
+from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import RunningScale, as_reward
+from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.soup import average as averaging
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.checks import check_model

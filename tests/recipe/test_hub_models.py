@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from salsa_peft.models import base as auto_models
 from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.base import classifier_class, language_model_only
 
 REFUSED = {"llama-3.1-8b-instruct-int8": "is quantised already"}
 """Families that can't be trained on, and what is said of them."""
@@ -133,7 +133,7 @@ def test_a_score_head_on_a_family_that_transformers_has_none_for(kind: str, tmp_
     for parameter in lm.parameters():
         parameter.data.normal_(0, 0.2)
     lm.save_pretrained(tmp_path)
-    model, told = auto_models.classifier(config).from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
+    model, told = classifier_class(config).from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
     assert told["missing_keys"] == {"score.weight"}
     assert set(model.eval().state_dict()) - {"score.weight"} <= set(lm.state_dict())
     ids = torch.tensor([[5, 9, 12, 7], [8, 3, 30, 2]])
@@ -150,7 +150,7 @@ def test_an_adapter_in_a_multimodal_models_older_layout(tmp_path: Path) -> None:
     def base() -> Any:
         return AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
 
-    options = auto_models.only_language(base())
+    options = language_model_only(base())
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **options)
     made = get_peft_model(base(), config)
     made.save_pretrained(tmp_path / "new")

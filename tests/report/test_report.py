@@ -230,4 +230,4 @@ def test_a_line_separator_in_an_answer_is_no_new_line(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text(
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
     )
-    assert runs.json_lines(tmp_path / "answers.jsonl") == rows
+    assert runs.read_json_lines(tmp_path / "answers.jsonl") == rows

@@ -178,7 +178,7 @@ def test_a_recipe_says_how_a_soup_moves() -> None:
         recipe = load_recipe(
             "quickstart", lora="lora", overrides=[f"policies={{a: {{reference: {reference}}}}}"]
         ).recipe
-        return runs.canonical(units.POLICY_UNITS["ppo"](recipe, "")[0].slice["references"])
+        return runs.canonical_json(units.POLICY_UNITS["ppo"](recipe, "")[0].key_fields["references"])
 
     assert sliced("soup") == '[{"label":null,"members":[],"path":null,"soup":true,"weights":[]}]'
     assert "sync_every" in sliced("{soup: {sync_every: 3}}")

@@ -24,7 +24,7 @@ COUNTABLE = 500_000_000
 """Bytes of a file that is read for it."""
 
 ON_THE_HUB = {
-    ("lighteval/mt-bench", "train"): (80, (75, 101)),
+    ("lighteval/mt-context", "train"): (80, (75, 101)),
     ("HuggingFaceH4/mt_bench_prompts", "train"): (80, (75, 101)),
     ("lmarena-ai/arena-hard-auto-v0.1", "train"): (500, (102,)),
     ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): (2000, (150,)),
@@ -75,11 +75,11 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
         if not sizes:
             return None
     section = recipe.search
-    pairs = len(sweeps.picked(sweeps.pairs(recipe), None))
+    pairs = len(sweeps.with_picked(sweeps.compared_pairs(recipe), None))
     calls = tokens = 0
     for name, matches in sizes.items():
         tried = (
-            len(sweeps.trials(recipe))
+            len(sweeps.candidate_pairs(recipe))
             if section and section.by == "judge" and name in (section.questions or sizes)
             else 0
         )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from salsa_peft.config.judge import FIELDS, read_prompts
+from salsa_peft.config.judge import PROMPT_FIELDS, read_prompts
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
     return lambda name, text: f"=== Begin{tag}: {name} ===\n{text}\n=== End{tag}: {name} ==="
 
 
-FIELDS["pair-math-v1"] = FIELDS["pair-v2"] | {"ref_answer_1"}
-FIELDS["pair-math-v1-multi-turn"] = FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
+PROMPT_FIELDS["pair-math-v1"] = PROMPT_FIELDS["pair-v2"] | {"ref_answer_1"}
+PROMPT_FIELDS["pair-math-v1-multi-turn"] = PROMPT_FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
 """Prompts of FastChat's file that compare two answers, and what each has a place for."""
 
 

@@ -168,11 +168,11 @@ def run(job: Job) -> dict[str, Any]:
 
     # 1. a search by the judge: the candidates first
     if recipe.search is not None and recipe.search.by == "judge":
-        play(matches(found, sweeps.trials(recipe), recipe.search.questions or list(found)))
+        play(matches(found, sweeps.candidate_pairs(recipe), recipe.search.questions or list(found)))
         known = _search_by_judge(recipe, rows, list(found))
     # 2. the pairs, a searched policy by the candidate that was picked
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
-    todo = matches(found, sweeps.picked(sweeps.pairs(recipe), known), list(found))
+    todo = matches(found, sweeps.with_picked(sweeps.compared_pairs(recipe), known), list(found))
     play([match for match in todo if (match.a, match.b, match.dataset) not in there])
     # 3. rates, and everything on the disk
     fastchat.write_judgments(job.folder, section, rows, prompts)
@@ -187,5 +187,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _search_by_judge(recipe: Recipe, rows: Sequence[dict[str, Any]], sets: list[str]) -> dict[str, Any] | None:
-    rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in sweeps.trials(recipe)}
-    return sweeps.pick(recipe, rates, sets)
+    rates = {
+        a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in sweeps.candidate_pairs(recipe)
+    }
+    return sweeps.pick_candidates(recipe, rates, sets)

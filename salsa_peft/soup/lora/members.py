@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salsa_peft.models.adapters.bases import base_folder, local_folder
-from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, say_special_tokens, vocabulary
+from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, vocabulary, warn_about_special_tokens
 from salsa_peft.soup.lora.read import MORE_TEMPLATES, TOKENIZER, read_json, write_file
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.utils.errors import SalsaError, require
@@ -178,7 +178,7 @@ def say(members: Sequence[Member], taken: Member, source: str | None, templates:
     if taken is not members[0] or source not in (None, taken.name):
         template = "" if source in (None, taken.name) else f", with the chat template of {source}"
         logger.warning("warning: the tokenizer of %s goes with the soup%s", taken.name, template)
-    say_special_tokens(taken.name, {member.name: member.folder for member in members})
+    warn_about_special_tokens(taken.name, {member.name: member.folder for member in members})
 
 
 def check_ids(mine: Member, known: dict[str, int], other: Member, given: dict[str, int]) -> None:

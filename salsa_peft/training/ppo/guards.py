@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.config.options.guards import Action, Setting
+from salsa_peft.config.options.guards import Action, GuardSetting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,7 +181,9 @@ class Alarm(NamedTuple):
     """One line: what is wrong, in which update, and what to do."""
 
 
-def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: KLCoefBounds | None = None) -> list[Alarm]:
+def alarms(
+    settings: Mapping[str, GuardSetting], row: Row, start: Row, bounds: KLCoefBounds | None = None
+) -> list[Alarm]:
     """The alarms of all guards on an update's metrics. bounds: if β is adaptive."""
     metrics, found = GuardInput(row, start, bounds), []
     for name, (action, limit) in settings.items():
@@ -195,7 +197,7 @@ def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: KLCoef
 class GuardMonitor:
     """The guards of a run, with the first update's metrics and the warnings so far."""
 
-    def __init__(self, settings: Mapping[str, Setting], bounds: KLCoefBounds | None = None) -> None:
+    def __init__(self, settings: Mapping[str, GuardSetting], bounds: KLCoefBounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
         self.start: dict[str, float] = {}
         self.quiet: dict[str, int] = {}

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, load_weights, save_checkpoint
-from salsa_peft.models.rewards.classifier import ClassifierReward
-from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.models.rewards.reward import AdapterReward, Reward, WeightedReward, adapter_in
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.rewards.base import Reward
+from salsa_peft.models.rewards.reward import adapter_in
 from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.models.weights import load_weights, save_checkpoint
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
@@ -54,7 +54,7 @@ def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, re
         raise SalsaError(
             f"value: adapter starts from a reward adapter, and the reward is a {type(reward).__name__}. Set value: head"
         )
-    name = lora.free_name(model, VALUE_ADAPTER)
+    name = lora.unused_name(model, VALUE_ADAPTER)
     lora.attach(model, start.folder, name, trainable=True)
     return PolicyWithValueHead(model, name, start.head.weight)
 
@@ -205,8 +205,8 @@ def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
 
 def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
     """CHANGEABLE by name, and the names of reward functions, whose code cannot be compared."""
-    functions = [part.name if isinstance(part, FunctionReward) else type(part).__name__ for part in _parts(reward)]
-    return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": functions}
+    code = [one.code for one in reward.components()]
+    return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -247,7 +247,8 @@ def identity(
     ]
     moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
     found |= {"moving references": moves} if moves else {}
-    found["reward models"] = [one for part in _parts(reward) if (one := _reward_model(part)) is not None]
+    identified = [one.weights() for one in reward.components()]
+    found["reward models"] = [digest(model) for model in identified if model is not None]
     tokens = hashlib.sha256()
     count = 0
     for prompt in prompts:
@@ -275,19 +276,6 @@ def _digest_adapter(model: PeftModel, name: str | None) -> str:
     layers = [layer for layer in lora.tuner_layers(model) if isinstance(layer, LoraLayer)]
     scaling = [layer.scaling[name] for layer in layers if name in layer.scaling]
     return digest([*lora.parameters(model, name), torch.tensor(scaling)])
-
-
-def _reward_model(part: Any) -> str | None:
-    if isinstance(part, AdapterReward):
-        return digest([*lora.parameters(part.model, part.adapter), part.head.weight])
-    if isinstance(part, ClassifierReward):
-        return digest(part.classifier.parameters())
-    return digest(part.parameters()) if isinstance(part, nn.Module) else None
-
-
-def _parts(reward: Reward) -> list[Reward]:
-    """The rewards of a sum, or the one."""
-    return [part.reward for part in reward.parts] if isinstance(reward, WeightedReward) else [reward]
 
 
 def _as_json(value: Any) -> Any:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from salsa_peft.config.options.guards import parse
+from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import causal_lm
@@ -136,7 +136,7 @@ class SalsaPPOTrainer(Trainer):
         bounds = (
             KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
         )
-        self.guards = GuardMonitor(parse(args.guards), bounds)  # type: ignore[arg-type]
+        self.guards = GuardMonitor(parse_guards(args.guards), bounds)  # type: ignore[arg-type]
         self.logs = LogFiles(Path(str(args.output_dir)))
         self.ppo = PPOState(args.kl_coef, torch.zeros(len(losses.PPOLoss._fields), device=args.device))
         self.stop = GracefulStop(self.accelerator)
@@ -441,7 +441,7 @@ class SalsaPPOTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine = sharding.engine_of(self.accelerator)
-        self.accelerator.deepspeed_engine_wrapped = sharding.LateStep(engine)
+        self.accelerator.deepspeed_engine_wrapped = sharding.DeferredStep(engine)
         if resume_from_checkpoint is not None:
             engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)  # for the scheduler

@@ -127,18 +127,19 @@ def test_nothing_is_wider_than_the_terminal(columns: str, text: str, monkeypatch
     assert max(map(cell_len, shown(row(text, text), terminal=False).splitlines())) <= PIPE_WIDTH
 
 
-def test_beside_the_projects_bar(monkeypatch: pytest.MonkeyPatch):
-    """The bar's line is wiped, the table printed, the bar drawn below it."""
+def test_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch):
+    """The bar's line is cleared, the table printed, the bar drawn again below it."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    with progress_bar(10, "ppo/salsa") as update:
-        update(3)
+    with progress_bar(10, "ppo/salsa") as bar:
+        bar.update(3)
         before = len(stream.getvalue())
         print_samples([row()], 3)
-        during = stream.getvalue()[before:]
-    assert re.match(r"(\r\x1b\[2K.*?)*\r\x1b\[2Kupdate 3", during)
-    assert "ppo/salsa" in during[during.index("Because.") :]
-    assert "ppo/salsa" not in during[during.index("update 3") : during.index("Because.")]
+        cleared, table, below = stream.getvalue()[before:].partition("update 3")
+    assert table
+    assert re.fullmatch(r"\r *\r", cleared)
+    assert "ppo/salsa" in below[below.index("Because.") :]
+    assert "ppo/salsa" not in below[: below.index("Because.")]
 
 
 def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
@@ -159,9 +160,9 @@ def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_beside_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]):
-    with progress_bar(2, "ppo", interval=0.0) as update:
-        update(1)
+    with progress_bar(2, "ppo", interval=0.0) as bar:
+        bar.update()
         print_samples([row()], 3)
-        update(1)
+        bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines[:3]] == ["ppo", "update 3", "ppo"]
+    assert [re.split(r"  |:", line)[0] for line in lines[1:4]] == ["ppo", "update 3", "ppo"]
