@@ -51,12 +51,13 @@ class VLLM:
         )
         require(
             options["mode"] == "colocate" or accelerator.num_processes == 1,
-            f"rollout_options.mode: found server with {accelerator.num_processes} processes, expected one: TRL cuts its answers by"
-            " equal shares; take colocate",
+            f"rollout_options.mode: found server with {accelerator.num_processes} processes, expected one: TRL cuts"
+            " its answers by equal shares; take colocate",
         )
         require(
             0.01 <= args.temperature <= 2,
-            f"temperature: found {args.temperature:g} with rollout_backend vllm, expected 0.01 to 2; vLLM samples at no other",
+            f"temperature: found {args.temperature:g} with rollout_backend vllm, expected 0.01 to 2; vLLM samples at"
+            " no other",
         )
         self.model, self.args, self.tokenizer, self.synced = model, args, tokenizer, False
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
@@ -76,7 +77,8 @@ class VLLM:
                     return super()._iter_named_params()
                 require(
                     not (self._dist.is_fsdp or self._dist.is_zero3),
-                    "rollout_backend: found vllm with an adapter on a base that is sharded (FSDP, ZeRO-3), expected DDP or one process",
+                    "rollout_backend: found vllm with an adapter on a base that is sharded (FSDP, ZeRO-3), expected"
+                    " DDP or one process",
                 )
                 return merged_parameters(self.model, policy)  # type: ignore[arg-type]
 
@@ -119,8 +121,8 @@ def require_same_ends(lm: Any, ends: tuple[int, ...]) -> None:
     others = {token for entry in named for token in (entry if isinstance(entry, list) else [entry])} - {None, *ends}
     require(
         not others,
-        f"min_new_tokens: the base's configuration names EOS tokens {sorted(others)} beside those that end a response, {list(ends)}, and"
-        " vLLM would forbid them too. Use rollout_backend hf.",
+        f"min_new_tokens: the base's configuration names EOS tokens {sorted(others)} beside those that end a"
+        f" response, {list(ends)}, and vLLM would forbid them too. Use rollout_backend hf.",
     )
 
 
@@ -220,12 +222,13 @@ class Paged:
     ) -> None:
         require(
             args.min_new_tokens == 0,
-            f"min_new_tokens: found {args.min_new_tokens} with rollout_backend paged, expected 0: Transformers' continuous batching"
-            " leaves it out in silence; take hf or vllm",
+            f"min_new_tokens: found {args.min_new_tokens} with rollout_backend paged, expected 0: Transformers'"
+            " continuous batching leaves it out in silence; take hf or vllm",
         )
         require(
             Version(transformers.__version__) >= PAGED_SINCE,
-            f"rollout_backend: found paged with transformers {transformers.__version__}, expected {PAGED_SINCE} or newer",
+            f"rollout_backend: found paged with transformers {transformers.__version__}, expected {PAGED_SINCE} or"
+            " newer",
         )
         self.model, self.args, self.tokenizer = model, args, tokenizer
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
@@ -323,8 +326,8 @@ def _autocast_in_threads(lm: Any) -> Iterator[None]:
     dtype = torch.get_autocast_dtype(kind)
     require(
         dtype == lm.dtype,
-        f"rollout_backend: found paged with mixed precision {dtype} over a base in {lm.dtype}, expected one precision; load the"
-        " base in it or take hf",
+        f"rollout_backend: found paged with mixed precision {dtype} over a base in {lm.dtype}, expected one"
+        " precision; load the base in it or take hf",
     )
     before = vars(lm).get("forward")
     lm.forward = torch.autocast(kind, dtype)(lm.forward)

@@ -57,14 +57,15 @@ def check_layout(model: PeftModel | PreTrainedModel) -> None:
     quantised = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
     require(
         isinstance(model, PeftModel) or not quantised,
-        f"model: found {', '.join(quantised[:1])} quantised, which does not train, expected float weights, or an adapter over them",
+        f"model: found {', '.join(quantised[:1])} quantised, which does not train, expected float weights, or an"
+        " adapter over them",
     )
     layers = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
     packed = [name for name, layer in layers if vars(layer.weight.quant_state).get("packing_format_for_cpu")]
     require(
         not packed,
-        f"model: found {', '.join(packed[:1])} packed for inference by bitsandbytes, which has no backward for that; load the model again,"
-        " and make the trainer before it generates",
+        f"model: found {', '.join(packed[:1])} packed for inference by bitsandbytes, which has no backward for that;"
+        " load the model again, and make the trainer before it generates",
     )
 
 
@@ -78,13 +79,14 @@ def check_adapters(model: PeftModel) -> None:
         bias = config.bias  # type: ignore[attr-defined]
         require(
             bias == "none",
-            f"model: found adapter {name!r} with bias {bias!r}, expected 'none': the base's biases would be trained under all roles",
+            f"model: found adapter {name!r} with bias {bias!r}, expected 'none': the base's biases would be trained"
+            " under all roles",
         )
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     require(
         not wrapped,
-        f"model: found {', '.join(wrapped[:1])} in modules_to_save or trainable_token_indices, expected LoRA factors only: references"
-        " share the base, and would see it",
+        f"model: found {', '.join(wrapped[:1])} in modules_to_save or trainable_token_indices, expected LoRA factors"
+        " only: references share the base, and would see it",
     )
     name, layers = str(model.active_adapter), lora.tuner_layers(model)
     require(
@@ -115,8 +117,8 @@ def check_trained(
         outside = [name for name, parameter in trained.items() if id(parameter) not in factors]
         require(
             not outside,
-            f"model: found {', '.join(outside[:1])} trainable, expected a frozen base under the adapter: references share it;"
-            " requires_grad_(False)",
+            f"model: found {', '.join(outside[:1])} trainable, expected a frozen base under the adapter: references"
+            " share it; requires_grad_(False)",
         )
     check_precision(trained, args)
     head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
@@ -132,9 +134,9 @@ def check_precision(trained: dict[str, torch.nn.Parameter], args: TrainingArgume
         name, dtype = rounded[0]
         remedy = f"bf16 weights, optim='{OPTIMIZER}', optim_args='{ROUNDING}=True' (torchao)"
         raise SalsaError(
-            f"model: found {name} in {str(dtype).removeprefix('torch.')}, expected trained weights in float32: small steps would be"
-            " rounded away; load with dtype=torch.float32 and set bf16=True, or train float32 adapters over a bf16 base, or take an"
-            f" optimizer that rounds at random: {remedy}"
+            f"model: found {name} in {str(dtype).removeprefix('torch.')}, expected trained weights in float32: small"
+            " steps would be rounded away; load with dtype=torch.float32 and set bf16=True, or train float32"
+            f" adapters over a bf16 base, or take an optimizer that rounds at random: {remedy}"
         )
 
 
@@ -156,8 +158,9 @@ def check_noise(model: PeftModel | PreTrainedModel) -> None:
     ]
     require(
         error <= 1e-2 * scale,
-        f"{lm.config.model_type}: found logits that are others in training mode (by {error:.3g}; config: {', '.join(rates) or 'no rate'}),"
-        " expected no dropout and no noise, since PPO compares a network with itself; set these to 0 and load the model again",
+        f"{lm.config.model_type}: found logits that are others in training mode (by {error:.3g}; config:"
+        f" {', '.join(rates) or 'no rate'}), expected no dropout and no noise, since PPO compares a network with"
+        " itself; set these to 0 and load the model again",
     )
 
 
@@ -192,8 +195,8 @@ def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
         return
     require(
         args.rollout_backend == "hf" and not args.rollout_compile,
-        f"rollout_backend: found {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} with sharded weights,"
-        " expected hf, not compiled",
+        f"rollout_backend: found {args.rollout_backend}{', compiled,' if args.rollout_compile else ''} with sharded"
+        " weights, expected hf, not compiled",
     )
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin)

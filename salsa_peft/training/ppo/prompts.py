@@ -53,8 +53,8 @@ class PromptEncoder(NamedTuple):
         read = [number for number in (max_positions(model.config) for model in models) if number is not None]
         require(
             not read or args.max_new_tokens < min(read),
-            f"max_new_tokens: found {args.max_new_tokens}, expected less than the {min(read, default=0)} tokens that the models read,"
-            " so that a prompt fits too",
+            f"max_new_tokens: found {args.max_new_tokens}, expected less than the {min(read, default=0)} tokens that"
+            " the models read, so that a prompt fits too",
         )
         given = [] if args.max_prompt_length is None else [args.max_prompt_length]
         longest = min([*given, *(number - args.max_new_tokens for number in read)], default=None)

@@ -277,7 +277,8 @@ class RolloutMaker:
         folder = self.folder / "not-finite"
         dump(folder, responses, tensors, self.tokenizer)
         raise NotFinite(
-            f"{what}: found {values[bad].flatten()[0].item()} in PPO, expected a finite number; nothing saved, the batch is in {folder}"
+            f"{what}: found {values[bad].flatten()[0].item()} in PPO, expected a finite number; nothing saved, the"
+            f" batch is in {folder}"
         )
 
 
