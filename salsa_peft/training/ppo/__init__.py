@@ -1,4 +1,4 @@
-"""PPO against any references: `SalsaPPOTrainer` and `SalsaPPOConfig`, loaded when they are first used."""
+"""PPO with any references: `SalsaPPOTrainer` and `SalsaPPOConfig`, imported on first use."""
 
 from __future__ import annotations
 
