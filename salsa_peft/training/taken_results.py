@@ -19,8 +19,8 @@ from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
 from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, needs_logprobs, require_targets
 from salsa_peft.models.architectures.sizes import config_of_base
-from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, text_part
-from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
+from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, read_mapping, text_part
+from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
@@ -115,7 +115,7 @@ def _check_parameters(adapters: list[tuple[str, Path]]) -> None:
     """Raise SalsaError for adapters that PEFT cannot hold on one base: their target_parameters differ."""
     first: tuple[str, Path, set[str]] | None = None
     for where, folder in adapters:
-        own = read_json(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
+        own = read_mapping(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
         if not own:
             continue
         first = first or (where, folder, set(own))
@@ -188,7 +188,7 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
     head: whether log-probabilities are read from the base's output embeddings (PPO). A policy or reference must not
     have LoRA on them then.
     """
-    config = read_json(folder / CONFIG)
+    config = read_mapping(folder / CONFIG)
     _check_config(f"{where}: {folder}", config, role)
     pickled = f"{PICKLED}, a pickle, which is never read; load it" if (folder / PICKLED).exists() else ""
     require(
@@ -234,7 +234,7 @@ def _check_soup(recipe: Recipe) -> None:
         path = given[place] if place < len(given) else None
         if path is None or not is_local(path) or not (Path(path) / WEIGHTS).is_file():
             continue
-        config = read_json(Path(path) / CONFIG)
+        config = read_mapping(Path(path) / CONFIG)
         biased = biased or (path if config.get("lora_bias") else None)
         special = any(".lora_embedding_" in name for name in SafetensorsFile(Path(path) / WEIGHTS).entries)
         odd = odd or (path if special or config.get("target_parameters") else None)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from made_classifiers import CHAT, own_classifier, single
-from made_members import WEIGHTS
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
 from safetensors.torch import load_file, save_file
+from soup_members import WEIGHTS
+from tiny_classifiers import CHAT, own_classifier, single
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

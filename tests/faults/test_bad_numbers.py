@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from made_members import WEIGHTS, edit_tensors
 from plain_ppo import PROMPTS, length_reward, roll_out
+from soup_members import WEIGHTS, edit_tensors
 from torch import Tensor
 
 from salsa_peft.models.adapters import lora as adapters

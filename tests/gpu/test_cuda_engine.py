@@ -343,7 +343,7 @@ def test_sigterm_saves_and_the_run_goes_on(
 @pytest.mark.parametrize("strategy", ["linear", "slerp"])
 def test_a_soup_of_checkpoints_is_a_cpus(tmp_path: Path, device: torch.device, strategy: str) -> None:
     """`salsa soup --device cuda` of bf16 shards against `--device cpu`: the same bytes but at ties, which both round to a neighbour."""
-    from made_checkpoints import assert_rounded, read, values, write
+    from checkpoint_folders import assert_rounded, read, values, write
 
     from salsa_peft.soup.__main__ import main as soup
 

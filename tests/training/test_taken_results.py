@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import made_elsewhere as elsewhere
 import pytest
+import third_party_folders as elsewhere
 import torch
 from paper_models import make_base
 from peft import PeftModel

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_classifiers import CHAT, own_classifier, single
+from tiny_classifiers import CHAT, own_classifier, single
 from torch import Tensor, nn
 
 from salsa_peft.config.rewards import find_module, parse_reward

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_checkpoints import Tensors, assert_rounded, files, read, values, write
+from checkpoint_folders import Tensors, assert_rounded, files, read, values, write
 from paths import ROOT
+from salsa_peft.soup.checkpoints.cuda_arithmetic import TorchSums
 
 from salsa_peft.soup.arrays import narrow
 from salsa_peft.soup.checkpoints import streams as weight_streams
 from salsa_peft.soup.checkpoints.arithmetic import ROW, Fault, Kind, Plan, Summing, Sums
 from salsa_peft.soup.checkpoints.average import average
-from salsa_peft.soup.checkpoints.cuda_arithmetic import TorchSums
 from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import as_bytes as bytes_of
