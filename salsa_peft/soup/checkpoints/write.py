@@ -129,8 +129,10 @@ def _remove_soup(folder: Path) -> None:
             folder.resolve() in (folder / name).resolve().parents,
             f"{folder / SUMMARY}: the file {name!r:.80} in its list lies elsewhere; remove the soup by hand",
         )
-    for name in sorted({*names, SUMMARY}, key=lambda name: (name != CONFIG, name == SUMMARY, name)):
-        (folder / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name != CONFIG):
+        if name != SUMMARY:
+            (folder / name).unlink(missing_ok=True)
     for parent in {(folder / name).parent for name in names} - {folder}:
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+    (folder / SUMMARY).unlink()
