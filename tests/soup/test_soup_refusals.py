@@ -161,7 +161,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "adapter_model.safetensors: found "),
     "not safetensors": (write(WEIGHTS, "nonsense that is long enough"), "adapter_model.safetensors: found "),
     "empty": (lambda m: edit_tensors(m, lambda tensors: tensors.clear()), "holds no tensors"),
-    "nan": (poison, f"{Q0}.lora_A.weight holds values that are not finite"),
+    "nan": (poison, f"{Q0}.lora_A.weight has values that are not finite"),
     "half": (drop(f"{Q0}.lora_B.weight"), f"{Q0} has lora_A alone"),
     "infinite": (
         lambda m: edit_tensors(m, lambda t: t[f"base_model.model.{Q0}.lora_B.weight"].fill_(-math.inf)),
@@ -234,8 +234,8 @@ class TestRefusals:
         [
             ([0.5], "found 1 (0.5), expected 2"),
             ([0.5, 0.3, 0.2], "found 3"),
-            ([math.nan, 1], "expected finite numbers"),
-            ([math.inf, -math.inf], "expected finite numbers"),
+            ([math.nan, 1], "weights: nan, 1 are not all finite numbers"),
+            ([math.inf, -math.inf], "weights: inf, -inf are not all finite numbers"),
             ([0, 0], "0, 0: all are 0"),
         ],
     )
