@@ -87,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="--merge: LoRA on tied embeddings gives separate input and output embeddings",
     )
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where checkpoints are summed (default: cpu)")
     add_measure(made)
     add("--steps", type=positive_integer, default=20, help="strategy learned: number of Adam steps (default: 20)")
     add("--step-size", type=float, default=0.1, help="strategy learned: Adam's learning rate (default: 0.1)")

@@ -59,8 +59,6 @@ class Options:
     """Adapters: assert that they share a base, even if its name or fingerprint differs."""
     untie: bool = False
     """merge: give the model separate input and output embeddings if LoRA is on tied ones. Otherwise they stay one tensor, as in PEFT."""
-    device: str = "cpu"
-    """Where checkpoints are summed: cpu or cuda."""
 
 
 def soup(
@@ -81,7 +79,6 @@ def soup(
     quantized_base: str | None = None,
     same_base: bool = False,
     untie: bool = False,
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> SoupSummary:
     """Average adapters or checkpoints into the folder `out`. Returns the summary, which is also written to out/soup.json.
@@ -92,7 +89,7 @@ def soup(
     """
     options = Options(
         strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge,
-        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie, device=device,
+        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
     require(bool(members), "members: none given; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
@@ -174,7 +171,6 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
         )
         check_free(out, folders)
         return None if options.base is None else local(options.base)
-    require(options.device == "cpu", f"device: adapters are always averaged on the cpu; leave {options.device} out")
     if not options.merge:
         for name in ("quantized_base", "untie"):
             value = getattr(options, name)
@@ -272,7 +268,7 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
 
     def gram() -> Any:
         assert base is not None
-        return checkpoint_soup.gram(request.folders, base, device=options.device)
+        return checkpoint_soup.gram(request.folders, base)
 
     chosen, _ = request.choose(gram)
     members, weights, names = list(request.folders), list(chosen), list(request.names)
@@ -281,6 +277,6 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
         members, weights, names = [*members, base], [*weights, rest], [*names, "base"]
     more = {key: value for key, value in request.more.items() if key != "sum"}
     return checkpoint_soup.average(
-        request.out, members, weights, names=names, device=options.device, base=base, strategy=options.strategy,
+        request.out, members, weights, names=names, base=base, strategy=options.strategy,
         progress=request.progress, more=more,
     )  # fmt: skip

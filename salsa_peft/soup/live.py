@@ -94,7 +94,7 @@ class LiveCheckpoints:
     """Whole checkpoints, averaged into the weights of one model of their architecture."""
 
     def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
-        from salsa_peft.soup.checkpoints.alignment import ModelTensors
+        from salsa_peft.soup.checkpoints.model_tensors import ModelTensors
         from salsa_peft.utils.tensor_names import ModelNames
 
         self.model, self.parameters = model, dict(model.named_parameters())

@@ -135,12 +135,8 @@ class SoupSummary(TypedDict, total=False):
     """Merged, checkpoints: in all tensors of the result."""
     dtypes: dict[str, int]
     """Checkpoints."""
-    device: str
-    """Checkpoints."""
     shards: int
     """Merged, checkpoints."""
-    shards_kept: int
-    """Merged, checkpoints: shards that an earlier, killed call had finished."""
     files: list[str]
     """Merged, checkpoints (only in soup.json)."""
 

@@ -70,7 +70,7 @@ WRONG = {
     "OUT empty a0": "empty holds neither an adapter (adapter_config.json) nor a checkpoint (config.json)",
     "OUT a0 c1": "c1 is a full checkpoint, but a0 is an adapter; members of a soup must be of one kind",
     "OUT": "the following arguments are required: MEMBER",
-    "OUT a0 a1 --weights 1": "weights: found 1 (1.0), expected 2: one for each member",
+    "OUT a0 a1 --weights 1": "weights: 1 (1.0) for 2 members; give one for each member",
     "OUT a0 a1 --weights 0,0": "all are 0",
     "OUT a0 a1 --weights a,b": "--weights: a,b is not a list of numbers such as 0.25,0.75",
     "OUT a0 a1 --weights 0.3 abc": "abc: unexpected argument; arguments without an option's name come before the options",
@@ -83,8 +83,8 @@ WRONG = {
     "OUT a0 a1 --step-size ten": "--step-size: invalid float value: 'ten'",
     "OUT a0 a1 --strategy mean": "--strategy: invalid choice: 'mean' (choose from ",
     "notes a0 a1": "notes holds a.txt, b.txt, c.txt and 1 more, but no soup; name a new or empty folder",
-    "notes c0 c1": "notes: found a.txt, b.txt, c.txt and 1 more there and no soup.json, expected an empty folder or an earlier soup",
-    "notes a0 a1 --merge --base base": "notes: found a.txt, b.txt, c.txt and 1 more there and no soup.json",
+    "notes c0 c1": "notes holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty folder or that of an earlier soup",
+    "notes a0 a1 --merge --base base": "notes holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
     "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
     "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
     "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known names 'someone/llama@main'",
@@ -96,7 +96,6 @@ WRONG = {
     "OUT a0 a1 --merge --rank 4": "rank: 4 has no effect with merge, because a merged soup is exact",
     "OUT a0 a1 --untie": "untie: True has an effect only with merge=True (--merge)",
     "OUT a0 a1 --quantized-base nf4": "quantized_base: nf4 has an effect only with merge=True",
-    "OUT a0 a1 --device cuda": "device: adapters are always averaged on the cpu; leave cuda out",
     "OUT nameless a0 --merge": "has no base_model_name_or_path; name the base's folder or Hub id (--base)",
     "OUT elsewhere elsewhere --merge": "no such folder: /home/someone/models/llama, which elsewhere/adapter_config.json names as the base; "
     "name it with --base",
@@ -139,7 +138,7 @@ def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path,
     bar = re.compile(r"soup +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
-        "warning: nowhere-known has no fingerprint.json: that it was trained on base is believed, not checked; it names the base someone/llama"
+        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; it names the base someone/llama"
     ]
     numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert done.stdout.startswith(

@@ -298,7 +298,7 @@ class TestDirect:
         tensors["base_model.model.lm_head.weight"][3, 3] = math.nan
         save_file(tensors, members[1] / WEIGHTS)
         with pytest.raises(
-            SalsaError, match=r"1/adapter_model.safetensors: base_model.model.lm_head.weight holds values that"
+            SalsaError, match=r"1/adapter_model.safetensors: base_model.model.lm_head.weight has values that"
         ):
             soup(tmp_path / "soup", members)
         assert not (tmp_path / "soup").exists()

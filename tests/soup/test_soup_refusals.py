@@ -164,7 +164,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "adapter_model.safetensors: found "),
     "not safetensors": (write(WEIGHTS, "nonsense that is long enough"), "adapter_model.safetensors: found "),
     "empty": (lambda m: edit_tensors(m, lambda tensors: tensors.clear()), "holds no tensors"),
-    "nan": (poison, f"{Q0}.lora_A.weight holds values that are not finite"),
+    "nan": (poison, f"{Q0}.lora_A.weight has values that are not finite"),
     "half": (drop(f"{Q0}.lora_B.weight"), f"{Q0} has lora_A, but both lora_A and lora_B are needed"),
     "infinite": (
         lambda m: edit_tensors(m, lambda t: t[f"base_model.model.{Q0}.lora_B.weight"].fill_(-math.inf)),
@@ -241,10 +241,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("weights", "line"),
         [
-            ([0.5], "found 1 (0.5), expected 2"),
-            ([0.5, 0.3, 0.2], "found 3"),
-            ([math.nan, 1], "expected finite numbers"),
-            ([math.inf, -math.inf], "expected finite numbers"),
+            ([0.5], "weights: 1 (0.5) for 2 members"),
+            ([0.5, 0.3, 0.2], "weights: 3 (0.5, 0.3, 0.2) for 2 members"),
+            ([math.nan, 1], "weights: nan, 1 are not all finite numbers"),
+            ([math.inf, -math.inf], "weights: inf, -inf are not all finite numbers"),
             ([0, 0], "weights: all are 0"),
         ],
     )
