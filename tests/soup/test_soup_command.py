@@ -135,7 +135,7 @@ def shell(made: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path, tmp_path: Path) -> None:
     """Each member without a fingerprint once, with the base that it names; what a checkpoint is."""
     done = shell(made, str(tmp_path / "out"), "nowhere-known", "a1", "--merge", "--base", "base")
-    bar = re.compile(r"soup +\d.*")
+    bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
         "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; it names the base someone/llama"
@@ -156,9 +156,9 @@ def test_greedy_says_each_warning_once(tokenizer: PreTrainedTokenizerFast, tmp_p
     (tmp_path / "of_mine.py").write_text("def size(model):\n    return 1.0\n")
     words = ["--strategy", "greedy", "--measure", "of_mine:size", "--base", "base"]
     done = shell(tmp_path, "out", "x", "y", *words)
-    bar = re.compile(r"soup +\d.*")
+    bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
-    said = "warning: {} has no fingerprint.json: that its base is the others' is believed, not checked"
+    said = "warning: {} has no fingerprint.json, so its base cannot be compared with that of the others"
     assert lines == [said.format("x"), said.format("y")]
 
 
@@ -167,7 +167,7 @@ def test_weights_of_another_sum_scale_what_was_learned(
 ) -> None:
     """Half the weights: half the delta, as an adapter and merged; the summary and the command say so."""
     assert main([str(tmp_path / "half"), str(made / "a0"), str(made / "a1"), "--weights", "0.25,0.25"]) == 0
-    assert "the weights sum to 0.5: what was learned is scaled, not averaged" in capsys.readouterr().out
+    assert "the weights sum to 0.5, so the soup is a scaled delta, not a mean" in capsys.readouterr().out
     mean = soup(tmp_path / "mean", [made / "a0", made / "a1"])
     assert soup(tmp_path / "half", [made / "a0", made / "a1"], [0.25, 0.25])["sum"] == 0.5
     one, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("mean", "half"))

@@ -278,8 +278,8 @@ class TestDirect:
                 "trainable_token_indices of model.embed_tokens are not those of",
             ),
             (LM | {"trainable_token_indices": [3]}, "trainable_token_indices of model.embed_tokens are not those of"),
-            (LM, "found no model.embed_tokens.token_adapter.trainable_tokens_delta, which"),
-            (LM | {"modules_to_save": ["lm_head"]}, "found no lm_head.weight, which"),
+            (LM, "has no model.embed_tokens.token_adapter.trainable_tokens_delta, but"),
+            (LM | {"modules_to_save": ["lm_head"]}, "has no lm_head.weight, but"),
         ],
     )
     def test_members_that_differ(self, tmp_path: Path, second: dict[str, Any], line: str) -> None:
@@ -412,5 +412,5 @@ class TestManifest:
         (member / "manifest.json").write_text("{")
         soup(tmp_path / "soup", [copy.copy(member)])
         assert caplog.messages == [
-            f"warning: {member / 'manifest.json'} cannot be read: the files beside it are not checked"
+            f"warning: {member / 'manifest.json'} cannot be read, so the files beside it are not checked"
         ]

@@ -149,9 +149,9 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the weights of the base"),
     "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
     "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x'; the rank must be"),
-    "not json": (write("adapter_config.json", "{"), "adapter_config.json is not JSON"),
-    "list": (write("adapter_config.json", "[]"), "adapter_config.json holds a list, expected a mapping"),
-    "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json is not JSON"),
+    "not json": (write("adapter_config.json", "{"), "adapter_config.json: not valid JSON"),
+    "list": (write("adapter_config.json", "[]"), "adapter_config.json: holds a list, not a mapping"),
+    "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json: not valid JSON"),
     "no config": (
         rename("adapter_config.json", "x"),
         "holds neither an adapter (adapter_config.json) nor a checkpoint (config.json)",
@@ -261,7 +261,7 @@ class TestRefusals:
         member = train(base, folder / "a", 0)
         with pytest.raises(SalsaError, match="members: none given; a soup needs at least one adapter or checkpoint"):
             soup(folder / "soup", [])
-        with pytest.raises(SalsaError, match="names: found 2, expected 1"):
+        with pytest.raises(SalsaError, match="names: 2 for 1 members; give one for each member"):
             StackedAdapter.load([member], ["a", "b"])
         with pytest.raises(SalsaError, match="'slurp' is unknown; use one of linear"):
             soup(folder / "soup", [member], strategy="slurp")

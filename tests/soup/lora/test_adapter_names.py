@@ -522,7 +522,7 @@ class TestTokenizers:
         assert summary["tokenizer"] == {"from": "b", "chat_template": "a"}
         assert "<|im_end|>" in (tmp_path / "soup" / "tokenizer.json").read_text()
         assert (tmp_path / "soup" / "chat_template.jinja").read_text() == "{{ messages }}"
-        assert "warning: the tokenizer of b goes with the soup, with the chat template of a" in caplog.messages
+        assert "warning: the soup gets the tokenizer of b, with the chat template of a" in caplog.messages
 
     def test_tokens_that_no_one_tokenizer_has_are_refused(self, pair: list[Path], tmp_path: Path) -> None:
         for member, added in zip(pair, ({"<x>": 2}, {"<y>": 3}), strict=True):
@@ -541,7 +541,7 @@ class TestTokenizers:
             (member / "additional_chat_templates" / "rag.jinja").write_text(f"of {member.name}")
         soup(tmp_path / "soup", pair)
         assert (tmp_path / "soup" / "additional_chat_templates" / "rag.jinja").read_text() == "of a"
-        assert "tokenizer: eos_token is '</s>' as in a; it is '<|im_end|>' in b" in caplog.messages
+        assert "tokenizer: eos_token is '</s>' as in a, but '<|im_end|>' in b" in caplog.messages
         shutil.rmtree(pair[0] / "additional_chat_templates")
         soup(tmp_path / "soup", pair)
         assert not (tmp_path / "soup" / "additional_chat_templates").exists()
@@ -550,7 +550,7 @@ class TestTokenizers:
         for member, template in zip(pair, ("one", "two"), strict=True):
             self.write(member, ["<s>", "a"], template)
         assert soup(tmp_path / "soup", pair)["tokenizer"] == {"from": "a", "chat_template": "a"}
-        assert "warning: the chat template of a goes with the soup; that of b differs" in caplog.messages
+        assert "warning: the soup gets the chat template of a; that of b differs" in caplog.messages
 
 
 def test_trained_tokens_in_another_order(tmp_path: Path) -> None:
