@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
-from salsa_peft.config.references import MEASURED
+from salsa_peft.config.references import MEASURED_STRATEGIES
 from salsa_peft.soup.average import Options, check, soup
 from salsa_peft.soup.member_folders import kind_of, local_members, member_names
 from salsa_peft.soup.strategies import STRATEGIES
@@ -178,7 +179,7 @@ class DeferredWarnings(logging.Handler):
 def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Make the soup and print its summary. accepted: called when the members are accepted."""
     weights = None if args.weights is None else parse_weights(args.weights)
-    strategy, measured = args.strategy, args.strategy in MEASURED
+    strategy, measured = args.strategy, args.strategy in MEASURED_STRATEGIES
     require(
         not measured or args.measure is not None,
         f"--measure: strategy {strategy} needs one; add --measure sft_loss, reward or module:name",
@@ -188,7 +189,9 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
         f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use greedy or learned",
     )
     require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; leave them out")
-    options = {field.name: vars(args).get(field.name) for field in dataclasses.fields(Options)} | {"measure": None}
+    options: dict[str, Any] = {field.name: vars(args).get(field.name) for field in dataclasses.fields(Options)} | {
+        "measure": None
+    }
     folders = local_members(args.members)
     if measured:
         check(args.out, folders, Options(**options))  # before a model is loaded

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from salsa_peft.models.adapters.bases import local_folder, require_same_family
-from salsa_peft.models.architectures.sizes import config_of
+from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
 from salsa_peft.soup.checkpoints.write import check_free
 from salsa_peft.soup.lora.members import check_one_base
@@ -204,7 +204,7 @@ def _merge_base(folders: Sequence[Path], options: Options) -> Path:
 
 def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
     """Raise SalsaError if an adapter names a base of another architecture or size, unless the caller asserts that the base is the same."""
-    config = None if same_base else config_of(str(base.absolute()), None)
+    config = None if same_base else config_of_base(str(base.absolute()), None)
     if config is not None:
         for folder in folders:
             require_same_family(folder, config, str(base))

@@ -45,7 +45,7 @@ class LiveAdapters:
     """Adapters as one stacked adapter `name` on a model, which may have other adapters too."""
 
     def __init__(self, model: PeftModel, stacked: StackedAdapter, name: str = "point") -> None:
-        self.model, self.stacked, self.name = model, stacked, lora.free_name(model, name)
+        self.model, self.stacked, self.name = model, stacked, lora.unused_name(model, name)
         n = len(stacked.members)
         stacked.attach(model, self.name, [1 / n] * n)
 

@@ -15,17 +15,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from salsa_peft.config.references import MEASURES
 from salsa_peft.config.schema import Generation, Model, Source
-from salsa_peft.data import datasets as data
-from salsa_peft.data.chat.template_fields import in_form, trained_tokens
-from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.data.files import FILES
+from salsa_peft.data import datasets
+from salsa_peft.data.chat.template_fields import messages_for_template, trained_tokens
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
+from salsa_peft.data.files import READERS
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, hidden_states, load_base, load_tokenizer
-from salsa_peft.models.generation import respond
-from salsa_peft.models.loader import Workbench, fitting
+from salsa_peft.models.base import causal_lm, hidden_states, load_base
+from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.logprobs import head_of, token_logprobs
-from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import load_function
+from salsa_peft.models.rewards.reward import as_reward, recipe_reward
+from salsa_peft.models.stage_context import StageContext, prompts_that_fit
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.soup.average import base_of, check_family
 from salsa_peft.soup.checkpoints.alignment import align
 from salsa_peft.soup.checkpoints.read import read_checkpoint
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from salsa_peft.config.job import Job
-    from salsa_peft.models.rewards.function import Rows
-    from salsa_peft.models.rewards.reward import Reward
+    from salsa_peft.models.rewards.base import Reward, Rows
     from salsa_peft.soup.live import LiveSoup
     from salsa_peft.soup.strategies import Measure
 
@@ -65,7 +65,7 @@ class SFTLoss:
             " model.max_length (--max-length)",
         )
         self.tokens = sum(sum(mask) for _, mask in self.chats)
-        self.head = head_of(causal_lm(live.model), 1.0, ends_of(tokenizer, causal_lm(live.model)))
+        self.head = head_of(causal_lm(live.model), 1.0, model_stop_token_ids(tokenizer, causal_lm(live.model)))
 
     def __call__(self, weights: Sequence[float]) -> float:
         """The measure at a point."""
@@ -108,7 +108,7 @@ class SFTLoss:
 
 def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
     """Token ids, and for each whether it is an assistant token that counts."""
-    ids, mask = trained_tokens({**row, "messages": in_form(row["messages"], tokenizer)}, tokenizer)
+    ids, mask = trained_tokens({**row, "messages": messages_for_template(row["messages"], tokenizer)}, tokenizer)
     return ids[:max_length], mask[:max_length]
 
 
@@ -125,7 +125,7 @@ class RewardScore:
         self.live.set(weights)
         scores: list[float] = []
         with self.live.at_point():
-            answers = respond(
+            answers = generate_batches(
                 self.live.model, self.prompts, self.generation, self.tokenizer, self.seed, self.generation.batch_size
             )
             for indices, responses in answers:
@@ -166,22 +166,24 @@ _NO_GRADIENT = "strategy learned: the measure {} has no gradient; use sft_loss, 
 def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
     """The measure of a recipe's `soup:` section, on a live soup of these adapters or checkpoints."""
     recipe, section = job.recipe, job.recipe.soup
-    bench = Workbench.of(job)
-    bench.check(job.inputs)
-    live: LiveSoup = _on_base(bench.base(), folders) if recipe.adapter else _checkpoints(bench.base(), folders)
+    context = StageContext.of_job(job)
+    context.check(job.inputs)
+    live: LiveSoup = (
+        _on_base(context.load_base(), folders) if recipe.adapter else _checkpoints(context.load_base(), folders)
+    )
     if section.measure == "sft_loss":
-        rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["held_out"], bench.tokenizer)[
-            : section.limit
-        ]
+        rows = datasets.demonstrations(
+            datasets.training_sources(recipe, job.inputs.get("toy"))["held_out"], context.tokenizer
+        )[: section.limit]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size
-        return SFTLoss(live, rows, bench.tokenizer, recipe.model.max_length, size)
+        return SFTLoss(live, rows, context.tokenizer, recipe.model.max_length, size)
     if section.measure == "reward":
-        source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-        found = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
-        asked = fitting(job, bench, found[: section.limit], "data.prompts")
-        tokens = [data.prompt_tokens(row, bench.tokenizer, number) for number, row in enumerate(asked, 1)]
-        reward = rewards.of_recipe(recipe, live.model, job.inputs, bench.tokenizer, recipe.generation.batch_size)
-        return RewardScore(live, asked, tokens, reward, recipe.generation, bench.tokenizer)
+        source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+        found = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
+        asked = prompts_that_fit(job, context, found[: section.limit], "data.prompts")
+        tokens = [datasets.prompt_tokens(row, context.tokenizer, number) for number, row in enumerate(asked, 1)]
+        reward = recipe_reward(recipe, live.model, job.inputs, context.tokenizer, recipe.generation.batch_size)
+        return RewardScore(live, asked, tokens, reward, recipe.generation, context.tokenizer)
     return FunctionMeasure(live, load_function(section.measure), section.measure)
 
 
@@ -219,9 +221,9 @@ def command_measure(args: Namespace, folders: Sequence[Path], kind: str) -> Meas
         return FunctionMeasure(live, function, args.measure)
     if args.measure == "sft_loss":
         return SFTLoss(live, rows, tokenizer, args.max_length, 8)
-    tokens = [data.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
+    tokens = [datasets.prompt_tokens(row, tokenizer, number) for number, row in enumerate(rows, 1)]
     sampling = Generation(max_new_tokens=args.max_new_tokens, batch_size=16)
-    return RewardScore(live, rows, tokens, rewards.as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
+    return RewardScore(live, rows, tokens, as_reward(args.reward, live.model, tokenizer), sampling, tokenizer)
 
 
 def _rows(args: Namespace) -> Any:
@@ -236,8 +238,8 @@ def _rows(args: Namespace) -> Any:
     )
     file = Path(args.data)
     require(
-        file.suffix.lower() not in FILES or file.is_file(),
+        file.suffix.lower() not in READERS or file.is_file(),
         f"--data: no such file: {args.data}; use a jsonl, json or parquet file, or a Hub id",
     )
     source = Source(path=args.data, limit=args.limit)
-    return data.demonstrations(source) if args.measure == "sft_loss" else data.prompts(source)
+    return datasets.demonstrations(source) if args.measure == "sft_loss" else datasets.prompts(source)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_run import HOSTILE, Page, synthetic, with_judge
+from synthetic_run import HOSTILE, Page, synthetic, with_judge
 
 from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds
@@ -20,7 +20,7 @@ from salsa_peft.report.joined import Run, replicates, table, write_joined
 from salsa_peft.report.judge_tables import rows_of
 from salsa_peft.utils import manifests as runs_of
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.statistics import holm, sign_flip
+from salsa_peft.utils.statistics import holm, sign_flip_test
 
 import numpy as np  # isort: skip
 
@@ -84,7 +84,7 @@ def test_a_groups_rate_is_over_its_runs_and_questions(runs: list[Run]) -> None:
     nets = {row.question: 0 for row in kept}
     for row in kept:
         nets[row.question] += {"a": 1, "b": -1, "tie": 0}[row.winner]
-    assert cell["p_value"] == sign_flip(np.array(list(nets.values())))
+    assert cell["p_value"] == sign_flip_test(np.array(list(nets.values())))
     column = [row["cells"][PAIR] for row in rows]
     assert [one["p_holm"] for one in column] == holm([one["p_value"] for one in column])
 
@@ -314,17 +314,17 @@ class TestCommand:
             unit("sft/seed-0", key, {}, 1, {"x": {"size": size, "sha256": "0" * 64}})
             for key, size in (("1", 1), ("2", 2))
         )
-        unit("report", "8", {"sft/seed-0": runs_of.digest(new)}, 20, {})
-        unit("report", "9", {"sft/seed-0": runs_of.digest(old)}, 10, {})
-        assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "2"}
+        unit("report", "8", {"sft/seed-0": runs_of.content_digest(new)}, 20, {})
+        unit("report", "9", {"sft/seed-0": runs_of.content_digest(old)}, 10, {})
+        assert runs_of.finished_results(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "2"}
         os.utime(tmp_path / "report" / "9" / "manifest.json", (30, 30))
-        assert runs_of.finished(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "1"}
+        assert runs_of.finished_results(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "1"}
         (tmp_path / "sft" / "seed-0" / "1" / "x").write_text("longer")
         with pytest.raises(SalsaError, match="found sft/seed-0/1/x missing or changed"):
-            runs_of.finished(tmp_path)
+            runs_of.finished_results(tmp_path)
         shutil.rmtree(tmp_path / "sft" / "seed-0" / "1")
         with pytest.raises(SalsaError, match="found no sft/seed-0 that its report was made from"):
-            runs_of.finished(tmp_path)
+            runs_of.finished_results(tmp_path)
 
 
 def test_what_a_page_says_of_the_temperature(tmp_path: Path) -> None:

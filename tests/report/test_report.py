@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_run import HOSTILE, Page, synthetic
 from markdown_it import MarkdownIt
+from synthetic_run import HOSTILE, Page, synthetic
 
 from salsa_peft.report import findings
 from salsa_peft.report import format as words
@@ -230,4 +230,4 @@ def test_a_line_separator_in_an_answer_is_no_new_line(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text(
         "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
     )
-    assert runs.json_lines(tmp_path / "answers.jsonl") == rows
+    assert runs.read_json_lines(tmp_path / "answers.jsonl") == rows

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_members import (
+from peft import LoraConfig
+from safetensors.torch import load_file
+from soup_members import (
     OPTIONS,
     PROPERTY,
     Q0,
@@ -27,8 +29,6 @@ from made_members import (
     train,
     weighted_base,
 )
-from peft import LoraConfig
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from salsa_peft.soup import arrays

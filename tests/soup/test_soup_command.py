@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_members import make_llama, train
 from safetensors.torch import load_file
+from soup_members import make_llama, train
 from tiny import make_base
 from transformers import PreTrainedTokenizerFast
 
@@ -146,7 +146,12 @@ def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path,
     )
 
 
-def test_greedy_says_each_warning_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_greedy_says_each_warning_once(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Members are read several times: for the check, the measure, the soup and the one that greedy chose. Transformers has no bar."""
     base = make_base(tokenizer)
     for place in (base, tokenizer):
@@ -154,6 +159,9 @@ def test_greedy_says_each_warning_once(tokenizer: PreTrainedTokenizerFast, tmp_p
     for seed, name in enumerate("xy"):
         (train(base, tmp_path / name, seed) / "fingerprint.json").unlink()
     (tmp_path / "of_mine.py").write_text("def size(model):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # as in a new process
     words = ["--strategy", "greedy", "--measure", "of_mine:size", "--base", "base"]
     done = shell(tmp_path, "out", "x", "y", *words)
     bar = re.compile(r"soup:? +\d.*")

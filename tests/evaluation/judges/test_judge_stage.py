@@ -13,7 +13,7 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
 from salsa_peft.evaluation.judges import stage as judging
 from salsa_peft.recipe import units
-from salsa_peft.utils.files import json_lines
+from salsa_peft.utils.files import read_json_lines
 
 TEXT = """name: j
 toy: {}
@@ -108,7 +108,7 @@ ANSWERS = {
 def test_a_win_needs_both_games(judge: Any) -> None:
     """Turns apart; who is preferred for its place alone, or both times differently, ties; no verdict is missing, and is told."""
     folder = judge({"mine": ANSWERS}, f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n")
-    found = [(row["index"], row["turn"], row["first"], row["second"], row["winner"], row["tie_kind"]) for row in json_lines(folder / "judgments.jsonl")]  # fmt: skip
+    found = [(row["index"], row["turn"], row["first"], row["second"], row["winner"], row["tie_kind"]) for row in read_json_lines(folder / "judgments.jsonl")]  # fmt: skip
     assert found == [
         (0, 1, "a", "a", "a", None),
         (0, 2, "b", "b", "b", None),
@@ -140,7 +140,7 @@ def test_a_game_that_is_missing_and_a_game_that_ties(judge: Any) -> None:
     """One game without a verdict is enough; one tie of two makes half a tie; lengths are the judged turn's."""
     answers = {"salsa": [["shy"], ["fair"], ["one", "three"]], "ppo": [["longer"], ["longer"], ["a", "bb"]]}
     folder = judge({"mine": answers}, f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n")
-    found = [(row["first"], row["second"], row["winner"], row["tie_kind"], row["lengths"]) for row in json_lines(folder / "judgments.jsonl")]  # fmt: skip
+    found = [(row["first"], row["second"], row["winner"], row["tie_kind"], row["lengths"]) for row in read_json_lines(folder / "judgments.jsonl")]  # fmt: skip
     assert found[:2] == [("missing", "b", "missing", None, [3, 6]), ("tie", "b", "tie", "half", [4, 6])]
     assert [lengths for *_, lengths in found[2:]] == [[3, 1], [5, 2]]
     pair = json.loads((folder / "verdicts.json").read_text())["datasets"]["mine"]["pairs"][0]
@@ -150,17 +150,17 @@ def test_a_game_that_is_missing_and_a_game_that_ties(judge: Any) -> None:
 def test_lengths_and_answers_keep_their_sides(judge: Any) -> None:
     """a's length first, also where b answered with more."""
     folder = judge({"mine": ANSWERS}, f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n")
-    first = json_lines(folder / "judgments.jsonl")[0]
+    first = read_json_lines(folder / "judgments.jsonl")[0]
     assert first["lengths"] == [len("long answer"), len("answer")]
     swapped = judge({"mine": ANSWERS}, f"evaluate: {{pairs: [[ppo, salsa]], {FUNCTION}}}\n")
-    assert json_lines(swapped / "judgments.jsonl")[0]["winner"] == "b"
+    assert read_json_lines(swapped / "judgments.jsonl")[0]["winner"] == "b"
 
 
 def test_fastchats_rule_on_its_own_format(judge: Any) -> None:
     """Counted from the file as FastChat's show_result.py counts, wins, losses and ties are ours."""
     folder = judge({"mine": ANSWERS}, f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n")
     (file,) = (folder / "data" / "mine" / "model_judgment").iterdir()
-    lines = json_lines(file)
+    lines = read_json_lines(file)
     assert file.name.endswith("_pair.jsonl") and {line["turn"] for line in lines} == {1, 2}
     kept = [line for line in lines if "error" not in (line["g1_winner"], line["g2_winner"])]
     won = [line["g1_winner"] for line in kept if line["g1_winner"] == line["g2_winner"] != "tie"]
@@ -177,15 +177,15 @@ def test_arena_hards_files(judge: Any) -> None:
     """Its first game has the baseline, our b, as assistant A; only first turns, a missing score where a game has none."""
     folder = judge({"mine": ANSWERS}, f"evaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n")
     (file,) = (folder / "arena" / "mine-vs-ppo" / "model_judgment").glob("*/salsa.jsonl")
-    scores = [[game["score"] for game in line["games"]] for line in json_lines(file)]
+    scores = [[game["score"] for game in line["games"]] for line in read_json_lines(file)]
     assert scores == [["B>A", "A>B"], ["A=B", "A=B"], ["A>B", "A>B"], [None, None]]
-    assert json_lines(file)[0]["model"] == "salsa" and json_lines(file)[0]["baseline"] == "ppo"
+    assert read_json_lines(file)[0]["model"] == "salsa" and read_json_lines(file)[0]["baseline"] == "ppo"
 
 
 def test_the_reward_as_judge(judge: Any) -> None:
     """Scores of the two answers compared; a margin makes ties."""
     folder = judge({"mine": ANSWERS}, "evaluate: {pairs: [[salsa, ppo]], judge: {kind: reward, margin: 2}}\n")
-    assert [row["winner"] for row in json_lines(folder / "judgments.jsonl")] == [
+    assert [row["winner"] for row in read_json_lines(folder / "judgments.jsonl")] == [
         "a", "tie", "b", "b", "tie", "a", "a", "tie",
     ]  # fmt: skip
 
@@ -203,7 +203,7 @@ def test_a_search_by_the_judge_judges_candidates_first(judge: Any) -> None:
     found = json.loads((folder / "verdicts.json").read_text())
     assert found["search"]["methods"]["salsa"]["best"] == "salsa-kl-0.01"
     assert [one["adjusted_win_rate"] for one in found["search"]["methods"]["salsa"]["tried"]] == [0.5, 1.0]
-    judged = [(row["a"], row["b"]) for row in json_lines(folder / "judgments.jsonl")]
+    judged = [(row["a"], row["b"]) for row in read_json_lines(folder / "judgments.jsonl")]
     assert judged == [
         ("salsa-kl-0.2", "seed-0"), ("salsa-kl-0.2", "seed-0"), ("salsa-kl-0.01", "seed-0"), ("salsa-kl-0.01", "seed-0"),
         ("salsa-kl-0.01", "ppo"), ("salsa-kl-0.01", "ppo"),
@@ -215,7 +215,7 @@ def test_a_search_by_the_reward_picks_from_the_scores(judge: Any) -> None:
     answers = {"seed-0": [["12"]], "salsa-kl-0.01": [["1"]], "salsa-kl-0.2": [["12345"]], "ppo": [["1"]]}
     more = f"search: {{kl_coef: [0.01, 0.2], methods: [salsa]}}\nevaluate: {{pairs: [[salsa, ppo]], {FUNCTION}}}\n"
     folder = judge({"mine": answers}, more)
-    assert {(row["a"], row["b"]) for row in json_lines(folder / "judgments.jsonl")} == {("salsa-kl-0.2", "ppo")}
+    assert {(row["a"], row["b"]) for row in read_json_lines(folder / "judgments.jsonl")} == {("salsa-kl-0.2", "ppo")}
     assert json.loads((folder / "verdicts.json").read_text())["search"]["methods"]["salsa"]["best"] == "salsa-kl-0.2"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_checkpoints import (
+from checkpoint_folders import (
     Change,
     Tensors,
     again,

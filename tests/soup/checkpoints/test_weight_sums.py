@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_checkpoints import Tensors, assert_rounded, files, read, values, write
+from checkpoint_folders import Tensors, assert_rounded, files, read, values, write
 from paths import ROOT
 
 from salsa_peft.soup.arrays import narrow

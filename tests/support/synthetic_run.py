@@ -1,4 +1,4 @@
-"""A run that never was, in the quickstart's shape: what tests of the report draw and print."""
+"""Numbers of an invented run in the shape of the quickstart's, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from salsa_peft.evaluation.judges import stage as judging
 from salsa_peft.report.gather import PolicyReport, ReportInput
-from salsa_peft.utils.statistics import compare, mean_interval, paired_difference
+from salsa_peft.utils.statistics import compare_scores, mean_interval, paired_difference
 
 SKILL = {"seed-0": 0.76, "base": 0.30, "soup": 0.825, "ppo": 0.81, "salsa": 0.845, "shrunk": 0.85, "mkl": 0.83}
 REFERENCES = {"ppo": "seed-0", "salsa": "soup", "shrunk": "shrunk: base + 0.6 · seed-0", "mkl": "seed-0, seed-1"}
@@ -49,7 +49,7 @@ def synthetic(
                 "a": a,
                 "b": b,
                 "measure": m,
-                **asdict(compare(scores[a][m], scores[b][m], 0.05)),
+                **asdict(compare_scores(scores[a][m], scores[b][m], 0.05)),
                 "difference": asdict(paired_difference(scores[a][m], scores[b][m])),
             }
             for a, b in (("salsa", "ppo"), ("salsa", "seed-0"), ("ppo", "seed-0"), ("salsa", "shrunk"))
@@ -204,7 +204,7 @@ def with_judge(
     verdicts = {
         "judge": {"kind": "local", "model": "/home/somebody/judges/tiny-judge", "prompt": "figure7"},
         "calls": {"asked": 400, "cached": 8, "retried": 0, "prompt_tokens": 61000, "completion_tokens": 4200},
-        "datasets": judging.verdicts(judgments, questions),
+        "datasets": judging.results(judgments, questions),
         "search": None,
     }
     return replace(run, answers=answers, judgments=judgments, verdicts=verdicts, limit=4)
