@@ -55,7 +55,11 @@ def test_a_file_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with sqlite3.connect(tmp_path / "newer") as newer:
         newer.execute("PRAGMA user_version = 7")
-    for name, expected in (("garbage", "cannot use this file as the judge's cache"), ("folder", "cannot use this file as the judge's cache"), ("newer", "version 7")):
+    for name, expected in (
+        ("garbage", "cannot use this file as the judge's cache"),
+        ("folder", "cannot use this file as the judge's cache"),
+        ("newer", "version 7"),
+    ):
         with pytest.raises(SalsaError) as found:
             Cache(tmp_path / name)
         assert expected in str(found.value) and name in str(found.value) and "\n" not in str(found.value)

@@ -129,7 +129,10 @@ class TestFunction:
     @pytest.mark.parametrize(
         ("function", "expected"),
         [
-            (lambda questions, frist: None, r"parameter frist is unknown; it can take the keyword arguments categories, conversations_first"),
+            (
+                lambda questions, frist: None,
+                r"parameter frist is unknown; it can take the keyword arguments categories, conversations_first",
+            ),
             (lambda first, /: None, "parameter first is positional-only"),
         ],
     )
