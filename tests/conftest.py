@@ -41,8 +41,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def base() -> LlamaForCausalLM:
-    """made_members.make_llama: the base of made-up adapters."""
-    from made_members import make_llama
+    """soup_members.make_llama: the base of made-up adapters."""
+    from soup_members import make_llama
 
     return make_llama()
 

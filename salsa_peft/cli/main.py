@@ -30,7 +30,7 @@ def report(argv: list[str]) -> int:
 
 def soup(argv: list[str]) -> int:
     """salsa_peft.soup's own command."""
-    return importlib.import_module("salsa_peft.soup").main(argv) or 0
+    return importlib.import_module("salsa_peft.soup.__main__").main(argv) or 0
 
 
 def landscape(argv: list[str]) -> int:

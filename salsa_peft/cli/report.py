@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from salsa_peft.config.load import names as bundled_names
-from salsa_peft.config.load import saved_recipe
+from salsa_peft.config.load import bundled_names, saved_recipe
 from salsa_peft.recipe import run as recipe
 from salsa_peft.utils import manifests
 from salsa_peft.utils.console import say

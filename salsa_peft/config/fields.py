@@ -1,16 +1,24 @@
-"""What the recipe's sections are made of: kinds of numbers, names, and the error that a user can mend."""
+"""Field types of the recipe's sections, and the check for unknown keys."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 import re
-from typing import Annotated
+import types
+import typing
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.messages import did_you_mean, short
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SEED = re.compile(r"seed-(\d+)\Z")
-MOST_POLICIES = 1000
-"""Of a recipe: a few lines of a sweep, each policy searched, could ask for more than any memory holds."""
+MAX_POLICIES = 1000
+"""Most policies of a recipe, with sweeps and searches expanded: a few lines of a sweep could ask for millions."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Positive = Annotated[float, Field(gt=0)]
@@ -18,3 +26,69 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+UNSUPPORTED_LORA_FIELDS = (
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_bias", "lora_ga_config",
+    "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "qalora_group_size", "rank_pattern", "runtime_config", "target_parameters", "task_type",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Fields of PEFT's LoraConfig that a recipe does not support. A test compares them with PEFT's."""
+
+
+def check_keys(label: str, value: Any, root: type) -> None:
+    """Raise SalsaError for the first key of `value` that is no field of the dataclass `root` or of its sections.
+
+    label: start of the message, which names the nearest key.
+    """
+
+    def check(where: str, value: Any, hint: Any) -> None:
+        while typing.get_origin(hint) is Annotated:
+            hint = typing.get_args(hint)[0]
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            for option in typing.get_args(hint):
+                check(where, value, option)
+        elif isinstance(value, dict) and typing.get_origin(hint) is dict:
+            for key, entry in value.items():
+                check(_join(where, key), entry, typing.get_args(hint)[1])
+        elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            known = field_types(hint)
+            for key, entry in value.items():
+                if key not in known:
+                    raise SalsaError(
+                        f"{label}: {_join(where, key)}: unknown key; {_advice(where, key, list(known), root)}"
+                    )
+                check(_join(where, key), entry, known[key])
+
+    check("", value, root)
+
+
+def _advice(where: str, key: str, known: list[str], root: type) -> str:
+    """What to do about an unknown key: the nearest key, the section that has it, or the supported fields of LoraConfig."""
+    if where == "adapter" and key in (*UNSUPPORTED_LORA_FIELDS, "lora"):
+        inside = " itself, not under `lora`" if key == "lora" else ""
+        return f"of PEFT's LoraConfig a recipe supports {', '.join(known)}, in `adapter`{inside}"
+    names = [name.rstrip("_") for name in known]
+    sections = [] if where else [name for name, hint in field_types(root).items() if key in _fields_of(hint)]
+    if key in UNSUPPORTED_LORA_FIELDS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
+        return did_you_mean(key, names)
+    return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
+
+
+def _fields_of(hint: Any) -> list[str]:
+    """The fields of a section's dataclass, also of Section | None."""
+    options = [hint, *typing.get_args(hint)]
+    return [
+        field.name for option in options if dataclasses.is_dataclass(option) for field in dataclasses.fields(option)
+    ]
+
+
+@functools.cache
+def field_types(section: Any) -> dict[str, Any]:
+    """Field → type of a dataclass. Cached: Python evaluates the annotations on each call, which is slow for many policies."""
+    return typing.get_type_hints(section, include_extras=True)
+
+
+def _join(where: str, key: str) -> str:
+    key = key if key.isprintable() and len(key) <= 80 else short(key)
+    return f"{where}.{key}" if where else key

@@ -1,70 +1,67 @@
-"""Unit and Job, what a stage is given; and what the results of a run are called. Imports no torch."""
+"""Unit and Job, the input of a stage, and the names of a run's results. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import did_you_mean, short
 
-if TYPE_CHECKING:
-    from salsa_peft.config.schema import Recipe
-
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One piece of work with a result of its own: a seed, the soup, a policy."""
+    """A piece of work with a result of its own: a seed, the soup, a policy."""
 
     stage: str
+    """Name of its stage: sft, ppo …"""
     name: str
-    """Of the piece: seed-0, salsa; the stage's own name where it has one piece only."""
+    """seed-0, salsa …; the stage's name if the stage has only this unit."""
     run: str
-    """The function that does it: "salsa_peft.training.sft:run", run(job) → facts."""
+    """Function that does the work, such as "salsa_peft.training.sft:run": run(job) → facts for the manifest."""
     inputs: tuple[str, ...] = ()
-    """Ids of units whose results it reads."""
-    slice: dict[str, Any] = field(default_factory=dict)
-    """The part of the resolved recipe that the result depends on, JSON-able, local paths out (they are in `files`)."""
+    """Ids of the units whose results it reads."""
+    key_fields: dict[str, Any] = field(default_factory=dict)
+    """Cache-key fields: the settings that the result depends on, as JSON data, without local paths (these are in `files`)."""
     files: tuple[str, ...] = ()
-    """Local files and folders whose content counts."""
-    several: bool = False
-    """Whether its stage is one of several pieces (sft, ppo), also where there is only one now."""
+    """Local files and folders whose content is part of the cache key."""
+    multi_unit: bool = False
+    """Whether its stage can have several units (sft, ppo)."""
 
     @property
     def id(self) -> str:
-        """sft/seed-0, or soup."""
-        return f"{self.stage}/{self.name}" if self.several else self.stage
+        """stage/name, or the stage's name if the stage has one unit: sft/seed-0, soup."""
+        return f"{self.stage}/{self.name}" if self.multi_unit else self.stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a stage function is given."""
+    """Argument of a stage's function."""
 
     recipe: Recipe
+    """The resolved recipe."""
     unit: Unit
+    """The work to do."""
     folder: Path
-    """Where the result goes; empty at the start."""
+    """Output folder, empty at the start."""
     inputs: dict[str, Path]
     """Unit id → its finished folder."""
     recipe_yaml: str
-    """The resolved recipe, for the report and the cards."""
+    """The resolved recipe as YAML, for the report and the model cards."""
 
 
 def policy_id(recipe: Recipe, name: str) -> str:
-    """The unit that trains a policy: ppo/salsa, dpo/salsa-dpo."""
+    """Id of the unit that trains a policy: ppo/salsa, dpo/salsa-dpo."""
     return f"{recipe.policies[name].algorithm}/{name}"
 
 
 def unit_of(recipe: Recipe, name: str) -> tuple[str, str]:
-    """What a result of that name is (soup | policy | seed | reward), and the unit that makes it. Raises SalsaError with the nearest name."""
+    """Kind of a result (soup, policy, seed or reward) and id of its unit. Raises SalsaError with the nearest name."""
     if name in recipe.policies:
         return "policy", policy_id(recipe, name)
     seeds = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]
     known = ["soup", *recipe.policies, *seeds, *(["reward"] if recipe.reward.trained else [])]
-    require(
-        name in known,
-        f"{short(name)}: found no such result, expected one of this recipe; {did_you_mean(name, known, 'results')}",
-    )
+    require(name in known, f"this recipe has no result {short(name)}; {did_you_mean(name, known, 'results')}")
     return ("seed", f"sft/{name}") if name in seeds else (name, name)

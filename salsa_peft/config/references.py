@@ -1,6 +1,6 @@
-"""The soup section, and what a policy's `reference:` may say: seeds, soups, shrunk seeds, the base, another adapter.
+"""The soup section, and the references of the KL term: seeds, soups, shrunk seeds, the base, another adapter.
 
-A new kind that is a mapping is one function and one row of REFERENCE_KINDS.
+To add a kind of reference written as a mapping, add a function and a row of REFERENCE_KINDS.
 """
 
 from __future__ import annotations
@@ -12,78 +12,79 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import SEED, STRICT, Count, Positive
-from salsa_peft.config.rewards import FUNCTION, check_function, placed
+from salsa_peft.config.rewards import FUNCTION, check_function, function_with_folder
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Soup:
-    """The weight average of seeds: θ = Σ w_i θ_i."""
+    """A weighted average of seeds: θ = Σ w_i θ_i."""
 
     members: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = dataclasses.field(
         default_factory=lambda: [0, 1]
     )
     """Positions in sft.seeds."""
     weights: list[float] | None = None
-    """One per member, sum 1. None: uniform (α = ½ for two, the paper's best)."""
+    """One weight per member; their sum is 1. None: equal weights (½ for two members, the paper's best)."""
 
     @property
-    def resolved(self) -> list[float]:
-        """The weights, uniform where none are given."""
+    def resolved_weights(self) -> list[float]:
+        """The weights; equal ones if none are given."""
         return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
 
     def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for members that are not there and weights that don't fit."""
+        """Raise SalsaError for members that do not exist or repeat, and for weights that do not match them or do not sum to 1."""
         for member in self.members:
             require(
                 member < seeds,
-                f"{where}.members: found seed {member}, expected positions 0 to {seeds - 1} of sft.seeds",
+                f"{where}.members: there is no seed {member}; members are positions 0 to {seeds - 1} of sft.seeds",
             )
         require(
             len(set(self.members)) == len(self.members),
-            f"{where}.members: found {short(self.members)}, expected no member twice",
+            f"{where}.members: {short(self.members)} names a member twice; name each once",
         )
         require(
-            len(self.resolved) == len(self.members),
-            f"{where}.weights: found {len(self.resolved)} weights for {len(self.members)} members, expected one each",
+            len(self.resolved_weights) == len(self.members),
+            f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one per member",
         )
-        total = sum(self.resolved)
+        total = sum(self.resolved_weights)
         require(
             abs(total - 1) < 1e-6,
-            f"{where}.weights: found {short(self.resolved)}, which sum to {total:g}, expected a sum of 1; scale them",
+            f"{where}.weights: {short(self.resolved_weights)} sum to {total:g}, not 1; scale them",
         )
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Reference:
-    """What the KL term looks at: the base plus a weighted sum of seeds' deltas, or another adapter.
+    """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or another adapter.
 
-    seed-N is one member at 1, a soup its members at weights of sum 1, `shrunk` one member at a scale, `base` no member.
+    seed-N is one member of weight 1, a soup its members with weights of sum 1, `shrunk` one member with a scale, `base` no member.
     """
 
     label: str
+    """Name for plots and logs."""
     members: list[int] = dataclasses.field(default_factory=list)
+    """Positions in sft.seeds."""
     weights: list[float] = dataclasses.field(default_factory=list)
+    """One per member."""
     soup: bool = False
-    """The recipe's own soup (the soup stage's output)."""
+    """Whether this is the recipe's own soup (the output of the soup stage)."""
     path: str | None = None
-    """A folder or Hub id of a LoRA adapter of the same base."""
+    """Folder or Hub id of a LoRA adapter of the same base."""
     sync_every: int | None = None
-    """Of a soup: updates between two moves towards the policy. None: it stays."""
+    """EMA reference sync of a soup (TR-DPO): updates between two steps towards the policy. None: no sync."""
     mixup_alpha: float = 0.1
-    """θ_ref ← (1 − α) θ_ref + α θ_policy at each of them."""
+    """α of a sync step: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
 
 def _shrunk(where: str, value: Any) -> Reference:
-    given = value if isinstance(value, dict) else {}
-    seed, scale = given.get("seed", 0), given.get("scale")
-    found = f"{where}.shrunk: found {short(value)}"
-    require(
-        set(given) <= {"seed", "scale"} and type(seed) is int and seed >= 0, f"{found}, expected {{seed: N, scale: λ}}"
-    )
-    require(_is_number(scale), f"{found}, expected a number for scale, such as 0.6")
-    return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(given["scale"])])
+    options = value if isinstance(value, dict) else {}
+    seed, scale = options.get("seed", 0), options.get("scale")
+    fits = set(options) <= {"seed", "scale"} and type(seed) is int and seed >= 0
+    require(fits, f"{where}.shrunk: must have the form {{seed: N, scale: λ}}, not {short(value)}")
+    require(_is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6; found {short(value)}")
+    return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(options["scale"])])
 
 
 def _is_number(value: Any) -> bool:
@@ -91,46 +92,35 @@ def _is_number(value: Any) -> bool:
 
 
 def _inline_soup(where: str, value: Any) -> Reference:
-    given = dict(value) if isinstance(value, dict) else {}
-    moving = _moving(where, given)
-    if moving and not given:
-        return Reference(
-            label=f"soup, moving (every {moving['sync_every']}, α {moving['mixup_alpha']:g})", soup=True, **moving
-        )
-    members, weights = given.get("members", [0, 1]), given.get("weights")
-    fits = (
-        isinstance(value, dict)
-        and set(given) <= {"members", "weights"}
-        and isinstance(members, list)
-        and isinstance(weights, list | None)
-    )
-    fits = (
-        fits
-        and bool(members)
-        and all(type(m) is int and m >= 0 for m in members)
-        and all(map(_is_number, weights or []))
-    )
-    require(fits, f"{where}.soup: found {short(value)}, expected {{members: [0, 1], weights: [0.5, 0.5]}}")
+    options = dict(value) if isinstance(value, dict) else {}
+    sync = _sync_options(where, options)
+    suffix = f", moving (every {sync['sync_every']}, α {sync['mixup_alpha']:g})" if sync else ""
+    if sync and not options:
+        return Reference(label=f"soup{suffix}", soup=True, **sync)
+    members, weights = options.get("members", [0, 1]), options.get("weights")
+    fits = isinstance(value, dict) and set(options) <= {"members", "weights"} and isinstance(members, list)
+    fits = fits and bool(members) and all(type(m) is int and m >= 0 for m in members)
+    fits = fits and isinstance(weights, list | None) and all(map(_is_number, weights or []))
+    require(fits, f"{where}.soup: must have the form {{members: [0, 1], weights: [0.5, 0.5]}}, not {short(value)}")
     soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
-    soup.check(f"{where}.soup", max(members) + 1)  # whether these seeds are there is seen with the recipe
-    label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved, members, strict=False))
-    label += f", moving (every {moving['sync_every']}, α {moving['mixup_alpha']:g})" if moving else ""
-    return Reference(label=label, members=members, weights=soup.resolved, **moving)
+    soup.check(f"{where}.soup", max(members) + 1)  # config/validate.py checks that the seeds exist
+    label = "soup of " + ", ".join(f"{w:g}·seed-{m}" for w, m in zip(soup.resolved_weights, members, strict=False))
+    return Reference(label=label + suffix, members=members, weights=soup.resolved_weights, **sync)
 
 
-def _moving(where: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Take sync_every and mixup_alpha out of a soup's options; {} where it stays."""
-    found = {key: given.pop(key) for key in ("sync_every", "mixup_alpha") if key in given}
+def _sync_options(where: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Remove sync_every and mixup_alpha from a soup's options and return them; {} if the soup has neither."""
+    found = {key: options.pop(key) for key in ("sync_every", "mixup_alpha") if key in options}
     every, alpha = found.get("sync_every"), found.get("mixup_alpha", 0.1)
     if not found:
         return {}
     require(
         type(every) is int and every > 0,
-        f"{where}.soup.sync_every: found {short(every)}, expected a whole number of updates, at least 1",
+        f"{where}.soup.sync_every: must be a whole number of updates of at least 1, not {short(every)}",
     )
     require(
         _is_number(alpha) and 0 < alpha <= 1,
-        f"{where}.soup.mixup_alpha: found {short(alpha)}, expected a number above 0, at most 1",
+        f"{where}.soup.mixup_alpha: must be a number above 0 and at most 1, not {short(alpha)}",
     )
     return {"sync_every": every, "mixup_alpha": float(alpha)}
 
@@ -139,13 +129,13 @@ REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}
 
 
 def parse_reference(where: str, value: Any) -> list[Reference]:
-    """What a policy's `reference:` says → a list of references (their KLs are averaged).
+    """The references in a policy's `reference:`, whose KLs are averaged.
 
-    A string: seed-N, base, soup, or a folder or Hub id of an adapter; a mapping: one of REFERENCE_KINDS; a list of these.
+    A string is seed-N, base, soup, or an adapter's folder or Hub id; a mapping is one of REFERENCE_KINDS; a list holds these.
     Raises SalsaError that names the key.
     """
     if isinstance(value, list):
-        require(bool(value), f"{where}: found an empty list, expected at least one reference")
+        require(bool(value), f"{where}: is an empty list; name at least one reference")
         return [
             reference for index, entry in enumerate(value) for reference in parse_reference(f"{where}[{index}]", entry)
         ]
@@ -154,76 +144,74 @@ def parse_reference(where: str, value: Any) -> list[Reference]:
         return [REFERENCE_KINDS[kind](where, options)]
     require(
         isinstance(value, str) and bool(value),
-        f"{where}: found {short(value)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these",
+        f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these, not {short(value)}",
     )
     if seed := SEED.match(value):
         return [Reference(label=value, members=[int(seed[1])], weights=[1.0])]
-    if value == "base":
-        return [Reference(label="base")]
-    if value == "soup":
-        return [Reference(label="soup", soup=True)]
+    if value in ("base", "soup"):
+        return [Reference(label=value, soup=value == "soup")]
     return [Reference(label=value.rstrip("/").rsplit("/", 1)[-1], path=value)]
 
 
 MEASURES = ("sft_loss", "reward")
-MEASURED = ("greedy", "learned")
+MEASURED_STRATEGIES = ("greedy", "learned")
 
 
 @dataclass(config=STRICT, kw_only=True)
 class SoupSection(Soup):
-    """The soup stage. linear and slerp take the weights as they are; greedy and learned look for them by `measure`."""
+    """The soup stage. linear and slerp use the given weights; greedy and learned choose weights by `measure`."""
 
     strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
-    """linear: Σ w_i θ_i (the paper). slerp: of two, on the great circle between their deltas, t the second weight. greedy: a member joins
-    the uniform mean if the measure does not fall; learned: weights by gradient of the measure (both Wortsman et al., 2022)."""
+    """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, t the second weight. greedy: a member
+    joins the uniform mean if the measure does not fall; learned: weights by gradient of the measure (both Wortsman et al., 2022)."""
     measure: str = "sft_loss"
-    """What greedy and learned go by: sft_loss on data.held_out, reward (mean score of a response to each of data.prompts), or
-    module:name, a Python function of the model, higher is better. learned: sft_loss."""
+    """Measure for greedy and learned: sft_loss on data.held_out, reward (mean score of one response to each of data.prompts), or
+    module:name, a Python function of the model where higher is better. learned supports sft_loss only."""
     limit: Count = 128
-    """Rows of it, the first."""
+    """Rows that the measure uses: the first ones."""
     steps: Count = 20
-    """learned: steps of Adam."""
+    """learned: optimizer steps (Adam)."""
     step_size: Positive = 0.1
-    """learned: Adam's learning rate, of the weights' logits (Wortsman et al.: 0.1)."""
+    """learned: Adam's learning rate for the weights' logits (default: Wortsman et al.)."""
     rank: Count | None = None
-    """Recompress the soup's deltas to this rank, which loses some of it (soup.json says how much). None: exact, rank Σ r_i."""
+    """Compress the soup's deltas to this rank. This is lossy; soup.json records the error. None: exact, rank Σ r_i."""
 
     @property
-    def measured(self) -> bool:
+    def uses_measure(self) -> bool:
         """Whether the weights are chosen by a measure."""
-        return self.strategy in MEASURED
+        return self.strategy in MEASURED_STRATEGIES
 
     @property
-    def reads(self) -> str | None:
-        """Which of the data's sources the measure needs."""
-        return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.measured else None
+    def measure_source(self) -> str | None:
+        """Key of `data` that the measure reads, or None."""
+        return {"sft_loss": "held_out", "reward": "prompts"}.get(self.measure) if self.uses_measure else None
 
     def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for what does not fit together."""
+        """Raise SalsaError for options that do not agree."""
         super().check(where, seeds)
-        found = f"{where}.strategy: found {self.strategy}"
         require(
-            self.strategy != "slerp" or len(self.members) == 2, f"{found} of {len(self.members)} members, expected two"
+            self.strategy != "slerp" or len(self.members) == 2,
+            f"{where}.strategy: slerp needs two members, but there are {len(self.members)}",
         )
         require(
             self.strategy != "greedy" or self.weights is None,
-            f"{where}.weights: found {self.weights} with strategy greedy, which chooses them; leave them out",
+            f"{where}.weights: strategy greedy chooses the weights itself; remove {self.weights}",
         )
-        if not self.measured:
+        if not self.uses_measure:
             return
         known = self.measure in MEASURES
         require(
             known or FUNCTION.match(self.measure) is not None,
-            f"{where}.measure: found {self.measure!r:.60}, expected {', '.join(MEASURES)} or module:name, a function of the model",
+            f"{where}.measure: must be {', '.join(MEASURES)} or module:name, a function of the model, not {self.measure!r:.60}",
         )
         require(
             self.strategy != "learned" or self.measure == "sft_loss",
-            f"{where}.measure: found {self.measure!r:.60} with strategy learned, expected sft_loss: it alone has a gradient; or take greedy",
+            f"{where}.measure: strategy learned needs sft_loss, because {self.measure!r:.60} has no gradient; or use strategy greedy",
         )
         if not known:
             check_function(f"{where}.measure", self.measure)
 
 
-def placed_measure(value: object, folder: str) -> object:
-    """A measure's function with the folder that its module lies in; anything else as it is."""
-    return placed(value, folder) if isinstance(value, str) and ":" in value else value
+def measure_with_folder(value: object, folder: str) -> object:
+    """A function's name with its module's folder in front; other values unchanged."""
+    return function_with_folder(value, folder) if isinstance(value, str) and ":" in value else value

@@ -1,6 +1,6 @@
-"""What `reward.model` may say: the adapter that the reward stage trains, a sequence classifier, a Python function, a weighted sum.
+"""What `reward.model` may be: the trained reward adapter, a sequence classifier, a Python function, a weighted sum of these.
 
-A function is looked up by its file alone: nothing of the user's runs, and nothing is imported, when a recipe is read.
+A function is only looked up in its file: reading a recipe imports and runs nothing of the user's.
 """
 
 from __future__ import annotations
@@ -26,96 +26,87 @@ ADAPTER = "adapter"
 WORD = r"[A-Za-z_][A-Za-z0-9_]*"
 FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*):(?P<name>{WORD}(?:\.{WORD})*)\Z")
 SEQUENCE_CLASSIFIER = "ForSequenceClassification"
-OWN_FUNCTION = (
-    "Write a function that loads it and says what a response is worth (reward: module:name), or name a classifier of num_labels 1, such as"
-    " TRL's RewardTrainer saves"
+WRITE_A_FUNCTION = (
+    "Write a Python function that loads the model and returns one score per response (reward: module:name), or use a classifier with"
+    " num_labels 1, such as TRL's RewardTrainer saves"
 )
-"""What to do with a model that is no classifier of one label."""
-EXPECTED = "expected adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
-
-
-GIVEN = ("prompts", "completions", "completion_ids", "finished", "log_metric")
-"""What every reward function is given, by keyword, beside the data's columns."""
-OWN = ("prompt", "completion", "completion_ids")
-"""Columns of the data that are not passed, as in TRL."""
+"""Advice for a reward model that is not a classifier with one label."""
+ACCEPTED_MODELS = (
+    "must be adapter, module:name (a function), a sequence classifier's folder or Hub id, or a list of these"
+)
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "finished", "log_metric")
+"""Keyword arguments that every reward function gets besides the data's columns."""
+COLUMNS_NOT_PASSED = ("prompt", "completion", "completion_ids")
+"""Columns of the data that are not passed to reward functions, as in TRL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPart:
-    """One reward, and what it counts for in the sum."""
+    """One reward and its weight in the sum."""
 
     kind: str
     """adapter | function | classifier"""
     value: str
     """adapter, [FOLDER/]module:name, or a folder or Hub id."""
     weight: float = 1.0
+    """Factor in the weighted sum."""
     name: str
-    """In logs: rewards/<name>/mean."""
+    """Name in the logs: rewards/<name>/mean."""
 
 
 def parse_reward(where: str, value: Any) -> list[RewardPart]:
-    """What `reward.model` says → its parts; more than one, or one with a weight, are a weighted sum. Raises SalsaError."""
+    """The parts of `reward.model`. Several parts, or one with a weight, are a weighted sum. Raises SalsaError."""
     if not isinstance(value, list):
         return [_part(where, value)]
-    require(bool(value), f"{where}: found an empty list, {EXPECTED}")
-    parts = [_entry(f"{where}[{index}]", entry) for index, entry in enumerate(value)]
+    require(bool(value), f"{where}: {ACCEPTED_MODELS}, but this list is empty")
+    parts = [_weighted_part(f"{where}[{index}]", entry) for index, entry in enumerate(value)]
     name, times = Counter(part.name for part in parts).most_common(1)[0]
     require(
         times == 1,
-        f"{where}: found {times} parts called {name}, expected a name of its own for each: {{model: …, name: …}}",
+        f"{where}: {times} parts have the name {name}; give each its own name: {{model: …, name: …}}",
     )
     return parts
 
 
-def _entry(where: str, value: Any) -> RewardPart:
+def _weighted_part(where: str, value: Any) -> RewardPart:
     """A part of a sum: text, or {model, weight, name}."""
     if not isinstance(value, dict):
         return _part(where, value)
     weight, name = value.get("weight", 1.0), value.get("name")
+    keys = ", ".join(map(str, value)) or "none"
     fits = "model" in value and set(value) <= {"model", "weight", "name"}
-    require(
-        fits, f"{where}: found the keys {', '.join(map(str, value)) or 'none'!s:.60}, expected model, weight and name"
-    )
+    require(fits, f"{where}: must have the keys model, and optionally weight and name; found {keys:.60}")
     require(
         type(weight) in (int, float) and abs(weight) < 1e300,
-        f"{where}.weight: found {weight!r:.60}, expected a number (0: logged, not counted)",
+        f"{where}.weight: must be a number (0: logged, but not part of the sum), not {weight!r:.60}",
     )
     part = _part(f"{where}.model", value["model"])
     fits = name is None or (isinstance(name, str) and NAME.match(name) is not None)
-    require(fits, f"{where}.name: found {name!r:.60}, expected letters, digits, dots, - and _, at most 64")
+    require(fits, f"{where}.name: must consist of letters, digits, dots, - and _, at most 64, not {name!r:.60}")
     return RewardPart(kind=part.kind, value=part.value, weight=float(weight), name=name or part.name)
 
 
 def _part(where: str, value: Any) -> RewardPart:
-    require(isinstance(value, str) and bool(value), f"{where}: found {value!r:.60}, {EXPECTED}")
+    require(isinstance(value, str) and bool(value), f"{where}: {ACCEPTED_MODELS}, not {value!r:.60}")
     if value == ADAPTER:
         return RewardPart(kind="adapter", value=value, name=ADAPTER)
     if ":" in value:
-        found = FUNCTION.match(value)
-        if found is None or found["module"].endswith(".py"):
-            hint = ", without .py" if ".py:" in value else ""
-            require(
-                False,
-                f"{where}: found {value!r:.60}, expected a function as module:name, such as my_rewards:score{hint}",
-            )
-        assert found is not None
-        return RewardPart(kind="function", value=value, name=found["name"].rsplit(".", 1)[-1])
+        return RewardPart(kind="function", value=value, name=split_function(value, where)[2].rsplit(".", 1)[-1])
     name = re.sub(r"[^A-Za-z0-9._-]", "_", value.rstrip("/").rsplit("/", 1)[-1])[:64]
     return RewardPart(kind="classifier", value=value, name=name if NAME.match(name) else "classifier")
 
 
-def split_function(value: str) -> tuple[str | None, str, str]:
-    """[FOLDER/]module:name → folder, module, name. Raises SalsaError for another form."""
+def split_function(value: str, where: str = "reward") -> tuple[str | None, str, str]:
+    """Folder, module and name of [FOLDER/]module:name. Raises SalsaError, starting with `where`, for another form."""
     found = FUNCTION.match(value)
-    require(
-        found is not None, f"reward: found {value!r:.80}, expected a function as module:name, such as my_rewards:score"
-    )
-    assert found is not None
+    if found is None or found["module"].endswith(".py"):
+        hint = " without .py" if ".py:" in value else ""
+        raise SalsaError(f"{where}: {value!r:.60} is not a function; write module:name{hint}, such as my_rewards:score")
     return found["folder"], found["module"], found["name"]
 
 
 def find_module(folder: str | None, module: str) -> Path | None:
-    """The file of a module in a folder, or (None) on Python's path; None where there is none. Imports nothing, packages neither."""
+    """The file of a module in a folder, or with folder None on Python's path; None if there is none. Imports nothing."""
     importlib.invalidate_caches()
     finders: list[Any] = [PathFinder] if folder is not None else sys.meta_path
     search, spec = None if folder is None else [folder], None
@@ -130,64 +121,62 @@ def find_module(folder: str | None, module: str) -> Path | None:
 
 
 def check_function(where: str, value: str) -> None:
-    """Raise SalsaError where a function's module is not there, can't be parsed, imports what is not installed, or has nothing of its name."""
-    folder, module, name = split_function(value)
+    """Raise SalsaError for a function whose module is missing, does not parse, imports what is not installed, or lacks its name."""
+    folder, module, name = split_function(value, where)
     place = f"in {short_path(folder)}" if folder else "in the recipe's folder or on Python's path"
     file = find_module(folder, module)
-    require(file is not None, f"{where}: found no module {module} {place}, expected one")
-    assert file is not None
+    if file is None:
+        raise SalsaError(f"{where}: there is no module {module} {place}")
     if file.suffix != ".py":
-        return  # compiled: importing it will say what is wrong
+        return  # a compiled module: importing it will show what is wrong
     tree = _parsed(where, file)
     require(
-        defines(tree, name) or "setattr" in file.read_text(errors="ignore"),
-        f"{where}: found no {name} in {module} {place}, expected a function of that name",
+        defines_name(tree, name) or "setattr" in file.read_text(errors="ignore"),
+        f"{where}: the module {module} {place} has no {name}",
     )
     for missing in _not_installed(tree, file):
         raise SalsaError(f"{where}: {short_path(str(file))} imports {missing}, which is not installed")
 
 
 def check_signature(where: str, value: str) -> None:
-    """Raise SalsaError for a reward function that takes arguments by position only: it is called by keyword, as TRL calls it."""
+    """Raise SalsaError for a reward function with positional-only arguments: it is called by keyword, as in TRL."""
     arguments = _arguments(value)
-    names = [] if arguments is None else [one.arg for one in arguments.posonlyargs]
+    names = [] if arguments is None else [argument.arg for argument in arguments.posonlyargs]
     require(
         not names,
-        f"{where}: {value.rpartition(':')[2]} takes {', '.join(names)} by position only, and rewards are called by keyword; take the / out of"
-        " its signature",
+        f"{where}: {value.rpartition(':')[2]} has the positional-only arguments {', '.join(names)}, but rewards are called by keyword;"
+        " remove the / from its signature",
     )
 
 
 def check_columns(where: str, value: str, columns: Collection[str], data: str) -> None:
-    """Raise SalsaError for a reward function that takes what is neither given to every one nor among the data's columns."""
+    """Raise SalsaError for a reward function with a required argument that is no column of the data and not in REWARD_ARGUMENTS."""
     arguments = _arguments(value)
     if arguments is None:
         return
-    optional = len(arguments.args) - len(arguments.defaults)
-    needs = [one.arg for one in arguments.args[:optional]]
-    needs += [
-        one.arg for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if default is None
-    ]
-    passed = set(columns) - set(OWN)
-    absent = [name for name in needs if name not in GIVEN and name not in passed]
+    needs = [argument.arg for argument in arguments.args[: len(arguments.args) - len(arguments.defaults)]]
+    defaults = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    needs += [argument.arg for argument, default in defaults if default is None]
+    passed = set(columns) - set(COLUMNS_NOT_PASSED)
+    absent = [name for name in needs if name not in REWARD_ARGUMENTS and name not in passed]
     require(
         not absent,
-        f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (other columns than the prompt:"
-        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(GIVEN)}. Add the column, or give the argument a default",
+        f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (columns besides the prompt:"
+        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the column, or give the argument a default",
     )
 
 
 def _parsed(where: str, file: Path) -> ast.Module:
-    """A module's file, read and not run."""
+    """The syntax tree of a module's file. Raises SalsaError."""
     try:
         return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
         what = f"{error.msg}, line {error.lineno}" if isinstance(error, SyntaxError) else error
-        raise SalsaError(f"{where}: {short_path(str(file))} is no Python ({one_line(what)})") from error
+        raise SalsaError(f"{where}: {short_path(str(file))} is not valid Python: {one_line(what)}") from error
 
 
-def defines(tree: ast.Module, name: str) -> bool:
-    """Whether a module seems to have `name` (of a dotted one the first part); what a star import may bring counts as there."""
+def defines_name(tree: ast.Module, name: str) -> bool:
+    """Whether a module seems to define `name` (the first part of a dotted name). With a star import, always."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -200,7 +189,7 @@ def defines(tree: ast.Module, name: str) -> bool:
 
 
 def _not_installed(tree: ast.Module, file: Path) -> list[str]:
-    """Packages that a module imports as its first thing, in no `try`, and that are not there; none where it changes Python's path itself."""
+    """Packages that a module imports at top level, outside `try`, and that are not installed; [] if it changes sys.path."""
     if "sys.path" in file.read_text(errors="ignore"):
         return []
     names: list[str] = []
@@ -216,7 +205,7 @@ def _not_installed(tree: ast.Module, file: Path) -> list[str]:
 
 
 def _arguments(value: str) -> ast.arguments | None:
-    """A function's parameters as its file writes them; None for what is no plain `def` or lambda there, such as a decorated one or a class."""
+    """A function's parameters by its source; None unless it is one plain `def` or lambda (not decorated, not a class)."""
     folder, module, name = split_function(value)
     file = find_module(folder, module)
     if file is None or file.suffix != ".py":
@@ -226,15 +215,17 @@ def _arguments(value: str) -> ast.arguments | None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
             plain = not isinstance(node, ast.ClassDef) and not node.decorator_list
             found.append(node.args if plain else None)  # type: ignore[union-attr]
-        elif isinstance(node, ast.Assign) and any(isinstance(one, ast.Name) and one.id == name for one in node.targets):
+        elif isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == name for target in node.targets
+        ):
             found.append(node.value.args if isinstance(node.value, ast.Lambda) else None)
         elif isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
             found.append(None)
     return found[0] if len(found) == 1 else None
 
 
-def placed(value: str, folder: str) -> str:
-    """A function's name with the folder that its module lies in, where that is the recipe's or one that it names; else as it is."""
+def function_with_folder(value: str, folder: str) -> str:
+    """A function's name with the absolute folder of its module in front, if that is the recipe's folder or one that it names."""
     found = FUNCTION.match(value)
     if found is None:
         return value
@@ -245,29 +236,28 @@ def placed(value: str, folder: str) -> str:
 
 
 def check_classifier_folder(where: str, folder: str) -> None:
-    """Raise SalsaError where a folder's configuration is of no sequence classifier or has more labels than one, or its tokenizer has no
-    chat template."""
+    """Raise SalsaError unless a folder holds a sequence classifier with one label whose tokenizer has a chat template."""
     config = _json_file(where, Path(folder) / "config.json")
     names = config.get("architectures") or [SEQUENCE_CLASSIFIER]
     require(
         str(names[0]).endswith(SEQUENCE_CLASSIFIER),
-        f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head of one"
-        f" label. {OWN_FUNCTION}",
+        f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head with one"
+        f" label. {WRITE_A_FUNCTION}",
     )
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
     require(
         labels == 1,
-        f"{where}: {short_path(folder)} is a classifier of {labels} labels, and a reward is one number (num_labels 1). {OWN_FUNCTION}",
+        f"{where}: {short_path(folder)} is a classifier with {labels} labels, but a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
     )
     require(
         has_template(where, folder),
-        f"{where}: found {short_path(folder)}, whose tokenizer has no chat template, expected one: prompts of a recipe are messages."
-        " Put the template that it was trained with beside it as chat_template.jinja, or write a function (reward: module:name)",
+        f"{where}: the tokenizer of {short_path(folder)} has no chat template, but a recipe's prompts are messages. Save the template that the"
+        " classifier was trained with as chat_template.jinja in that folder, or write a function (reward: module:name)",
     )
 
 
 def has_template(where: str, folder: str) -> bool:
-    """Whether a folder's tokenizer has a chat template. Raises SalsaError for a tokenizer_config.json that can't be read."""
+    """Whether a folder's tokenizer has a chat template. Raises SalsaError for an unreadable tokenizer_config.json."""
     if (Path(folder) / "chat_template.jinja").is_file():
         return True
     return _json_file(where, Path(folder) / "tokenizer_config.json").get("chat_template") is not None
@@ -277,6 +267,6 @@ def _json_file(where: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: {short_path(str(path))} can't be read as JSON, expected a JSON object") from error
-    require(isinstance(value, dict), f"{where}: found no JSON object in {short_path(str(path))}, expected one")
+        raise SalsaError(f"{where}: {short_path(str(path))} cannot be read as JSON") from error
+    require(isinstance(value, dict), f"{where}: {short_path(str(path))} does not hold a JSON object")
     return value

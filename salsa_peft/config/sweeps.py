@@ -1,9 +1,9 @@
-"""`sweep:` and `search:` expanded into policies.
+"""`sweep:` and `search:`, expanded into policies.
 
-A sweep makes policies that differ in one number; a new one is one function, one row of SWEEPS and one test. A search trains each policy at
-several KL coefficients, and the one of highest win rate stands for it (the paper picks each method's β so). The candidates are written into
-`policies` before the recipe is checked. `evaluate.pairs` may name a policy that is searched: it then means the candidate that was picked.
-Picked and reported on the same questions a win rate is flattered; the report says so, and `questions` can name a set of its own. Imports no torch.
+A sweep makes policies that differ in one number. A search trains each policy at several KL coefficients and picks the candidate with the
+highest win rate, as the paper does for each method. Both are written into `policies` before the recipe is checked. A searched policy in
+`evaluate.pairs` means the candidate that was picked. Its win rate is biased upwards on the questions that picked it: the report says so,
+and `search.questions` can name another set. To add a sweep, add a function and a row of SWEEPS. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MOST_POLICIES
+from salsa_peft.config.fields import MAX_POLICIES
 from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import SFT
@@ -23,134 +23,139 @@ if TYPE_CHECKING:
     from salsa_peft.config.schema import Recipe
 
 
-References = Iterator[Any]
-"""What `reference:` says, one for each value."""
+ReferenceValues = Iterator[Any]
+"""Values of a policy's `reference:`, one for each number of a sweep."""
 
 
-def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) -> References:
-    """θ = (1 − α) θ_a + α θ_b of two seeds as the reference (paper, Figure 4a); at the ends a seed itself."""
+def alpha(where: str, values: list[float], seeds: int, members: Any = (0, 1)) -> ReferenceValues:
+    """References θ = (1 − α) θ_a + α θ_b of two seeds (paper, Figure 4a); for α 0 and 1 a seed itself."""
     two = isinstance(members, list | tuple) and len(members) == 2 and members[0] != members[1]
     require(
         two and all(_is_seed(member, seeds) for member in members),
-        f"{where}.members: found {short(members)}, expected two different positions 0 to {seeds - 1} of sft.seeds",
+        f"{where}.members: must be two different positions 0 to {seeds - 1} of sft.seeds, not {short(members)}",
     )
     a, b = members
     for value in values:
         ends = {0.0: f"seed-{a}", 1.0: f"seed-{b}"}
-        weights = [round(1 - value, 12), value]  # 0.1 beside 0.9, not 0.09999999999999998
+        weights = [round(1 - value, 12), value]  # 0.1 for α 0.9, not 0.09999999999999998
         yield ends.get(value, {"soup": {"members": [a, b], "weights": weights}})
 
 
-def members(where: str, values: list[float], seeds: int) -> References:
-    """The uniform soup of the first n seeds as the reference (Figure 5); of one seed it is PPO."""
+def members(where: str, values: list[float], seeds: int) -> ReferenceValues:
+    """Uniform soups of the first n seeds (paper, Figure 5); n = 1 is seed-0."""
     for value in values:
         require(
             value in range(1, seeds + 1),
-            f"{where}.values: found {value:g}, expected whole numbers 1 to {seeds}, the seeds in sft.seeds",
+            f"{where}.values: must be whole numbers from 1 to {seeds}, the number of seeds in sft.seeds, not {value:g}",
         )
         count = int(value)
         yield "seed-0" if count == 1 else {"soup": {"members": list(range(count))}}
 
 
-def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> References:
-    """One reference at several KL coefficients (A.4)."""
+def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup") -> ReferenceValues:
+    """The same reference for each KL coefficient (paper, A.4)."""
     for parsed in parse_reference(f"{where}.reference", reference):
         for member in parsed.members:
             require(
                 member < seeds,
-                f"{where}.reference: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds",
+                f"{where}.reference: there is no seed-{member}; sft.seeds has seed-0 to seed-{seeds - 1}",
             )
     for value in values:
-        require(value >= 0, f"{where}.values: found {value:g}, expected numbers of at least 0")
+        require(value >= 0, f"{where}.values: must be at least 0, not {value:g}")
         yield reference
 
 
-def scale(where: str, values: list[float], seeds: int, seed: Any = 0) -> References:
-    """The control: base + λ·δ of one seed as the reference."""
+def scale(where: str, values: list[float], seeds: int, seed: Any = 0) -> ReferenceValues:
+    """References base + λ·δ of one seed, the control."""
     fits = _is_seed(seed, seeds)
-    require(fits, f"{where}.seed: found {short(seed)}, expected a position 0 to {seeds - 1} of sft.seeds")
+    require(fits, f"{where}.seed: must be a position 0 to {seeds - 1} of sft.seeds, not {short(seed)}")
     return ({"shrunk": {"seed": seed, "scale": value}} for value in values)
 
 
-SWEEPS: dict[str, tuple[Callable[..., References], tuple[str, ...]]] = {
+SWEEPS: dict[str, tuple[Callable[..., ReferenceValues], tuple[str, ...]]] = {
     "alpha": (alpha, ("members",)),
     "members": (members, ()),
     "kl_coef": (kl_coef, ("reference",)),
     "scale": (scale, ("seed",)),
 }
-"""Kind → (what makes its references, what it takes besides values and kl_coef)."""
-PREFIX = {"kl_coef": "kl"}
-"""Of the policies' names, where it is not the kind."""
+"""Kind → (function that makes the references, keys besides values and kl_coef)."""
+NAME_PREFIX = {"kl_coef": "kl"}
+"""Kind → prefix of the policies' names, where it is not the kind."""
 
 
-def expand(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's departures with `sweep` written into `policies`. Raises SalsaError that names the key."""
+def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's departures with `sweep` expanded into `policies`. Raises SalsaError that names the key."""
     sweeps = data.get("sweep", {})
     require(
-        isinstance(sweeps, dict), f"sweep: found {short(sweeps)}, expected kinds such as alpha: {{values: [0, 0.5, 1]}}"
+        isinstance(sweeps, dict),
+        f"sweep: must be a mapping such as {{alpha: {{values: [0, 0.5, 1]}}}}, not {short(sweeps)}",
     )
     rest = {key: value for key, value in data.items() if key != "sweep"}
-    policies, seeds = data.get("policies", {}), _seeds(data.get("sft", {}))
-    if not sweeps or not isinstance(policies, dict) or seeds is None:  # the schema refuses what else these two may be
+    policies, seeds = data.get("policies", {}), _number_of_seeds(data.get("sft", {}))
+    if not sweeps or not isinstance(policies, dict) or seeds is None:  # the schema reports other values of these two
         return rest
-    made = dict(policies)
-    for kind, given in sweeps.items():
-        for name, policy in _policies(kind, given, seeds):
-            there = made.get(name, policy)
+    expanded = dict(policies)
+    for kind, options in sweeps.items():
+        for name, policy in _policies(kind, options, seeds):
+            other = expanded.get(name, policy)
             require(
-                isinstance(there, dict) and {"kl_coef": None, **there} == {"kl_coef": None, **policy},
-                f"sweep.{kind}: found a policy {name} among policies that says something else, expected another name for that",
+                isinstance(other, dict) and {"kl_coef": None, **other} == {"kl_coef": None, **policy},
+                f"sweep.{kind}: makes a policy {name}, but `policies` has another policy of that name; rename that one",
             )
-            made[name] = policy
-    return {**rest, "policies": made}
+            expanded[name] = policy
+    return {**rest, "policies": expanded}
 
 
 def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    where = f"sweep.{_plain(kind)}"
+    where = f"sweep.{_printable(kind)}"
     if kind not in SWEEPS:
-        raise SalsaError(f"{where}: unknown sweep; {did_you_mean(kind, list(SWEEPS), 'known ones')}")
+        raise SalsaError(f"{where}: unknown sweep; {did_you_mean(kind, list(SWEEPS), 'sweeps')}")
     make, options = SWEEPS[kind]
     known = ["values", *options] + ([] if kind == "kl_coef" else ["kl_coef"])
-    require(isinstance(given, dict), f"{where}: found {short(given)}, expected {{values: […]}}")
+    require(isinstance(given, dict), f"{where}: must be a mapping {{values: […]}}, not {short(given)}")
     for key in given:
         if key not in known:
-            raise SalsaError(f"{where}.{_plain(key)}: unknown key; {did_you_mean(key, known)}")
+            raise SalsaError(f"{where}.{_printable(key)}: unknown key; {did_you_mean(key, known)}")
     values = _numbers(f"{where}.values", given.get("values"))
-    several, betas = _betas(f"{where}.kl_coef", given.get("kl_coef"))
+    several, betas = _kl_coefs(f"{where}.kl_coef", given.get("kl_coef"))
     require(
-        len(values) * len(betas) <= MOST_POLICIES,
-        f"{where}: found {len(values)} values × {len(betas)} KL coefficients, expected at most {MOST_POLICIES} policies; take fewer",
+        len(values) * len(betas) <= MAX_POLICIES,
+        f"{where}: {len(values)} values × {len(betas)} KL coefficients are more than {MAX_POLICIES} policies; use fewer",
     )
     references = make(where, values, seeds, **{key: given[key] for key in options if key in given})
     for value, reference in zip(values, references, strict=True):
-        name = f"{PREFIX.get(kind, kind)}-{number_in_name(value)}"
+        name = f"{NAME_PREFIX.get(kind, kind)}-{number_in_name(value)}"
         for beta in [value] if kind == "kl_coef" else betas:
             own = {} if beta is None else {"kl_coef": beta}
             yield (f"{name}-kl-{number_in_name(beta or 0.0)}" if several else name), {"reference": reference, **own}
 
 
-def _betas(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
-    """Whether there are several, so that names say which, and the KL coefficients; [None] is ppo.kl_coef."""
+def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
+    """Whether the value is a list, so that policies' names need the coefficient, and the coefficients; [None] means ppo.kl_coef."""
     if value is None:
         return False, [None]
     several = isinstance(value, list)
-    expected = "a number or a list of numbers"
-    betas = _numbers(where, value if several else [value], expected, value)
-    require(min(betas) >= 0, f"{where}: found {short(value)}, expected at least 0")
+    require(several or _is_number(value), f"{where}: must be a number or a list of numbers, not {short(value)}")
+    betas = _numbers(where, value if several else [value])
+    require(min(betas) >= 0, f"{where}: must be at least 0, not {min(betas):g}")
     return several, betas
 
 
-def _numbers(where: str, value: Any, expected: str = "a list of numbers", shown: Any = None) -> list[float]:
-    found = f"{where}: found {'nothing' if value is None else short(shown or value)}, expected"
-    fits = isinstance(value, list) and bool(value)
-    require(fits and all(type(one) in (int, float) and abs(one) < 1e300 for one in value), f"{found} {expected}")
-    numbers = [float(one) + 0.0 for one in value]  # −0 is 0
-    require(len(set(numbers)) == len(numbers), f"{found} no number twice")
+def _numbers(where: str, value: Any) -> list[float]:
+    require(value is not None, f"{where}: is required; give a list of numbers")
+    fits = isinstance(value, list) and bool(value) and all(_is_number(number) for number in value)
+    require(fits, f"{where}: must be a list of numbers, not {short(value)}")
+    numbers = [float(number) + 0.0 for number in value]  # −0 becomes 0
+    require(len(set(numbers)) == len(numbers), f"{where}: {short(value)} has a number twice; give each once")
     return numbers
 
 
-def _seeds(sft: Any) -> int | None:
-    """How many seeds a recipe's `sft:` has; None where it says something else."""
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _number_of_seeds(sft: Any) -> int | None:
+    """Number of seeds in a recipe's `sft:`, or None if the section is not valid."""
     seeds = sft.get("seeds", SFT().seeds) if isinstance(sft, dict) else None
     return len(seeds) if isinstance(seeds, list) and seeds else None
 
@@ -159,7 +164,7 @@ def _is_seed(value: Any, seeds: int) -> bool:
     return type(value) is int and 0 <= value < seeds
 
 
-def _plain(key: str) -> str:
+def _printable(key: str) -> str:
     return key if key.isprintable() and len(key) <= 80 else short(key)
 
 
@@ -167,44 +172,45 @@ Pairs = list[tuple[str, str]]
 
 
 def expand_search(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's departures with the candidates in `policies`, in the place of what is searched. Raises SalsaError that names the key.
+    """A recipe's departures with each searched policy replaced by its candidates. Raises SalsaError that names the key.
 
-    A recipe as it ran, which has the candidates and names the methods, stays as it is; what the schema refuses is left to it.
+    A saved recipe, which has the candidates already, is unchanged. Values of the wrong type are left for the schema to report.
     """
-    given, policies = data.get("search"), data.get("policies", {})
-    if not isinstance(given, dict) or not isinstance(policies, dict) or not _are_numbers(given.get("kl_coef")):
+    search, policies = data.get("search"), data.get("policies", {})
+    if not isinstance(search, dict) or not isinstance(policies, dict):
         return data
-    betas = [float(beta) for beta in given["kl_coef"]]
-    require(len(set(betas)) == len(betas), f"search.kl_coef: found {short(given['kl_coef'])}, expected no number twice")
+    betas = search.get("kl_coef")
+    if not isinstance(betas, list) or not betas or any(type(beta) not in (int, float) for beta in betas):
+        return data
+    betas = [float(beta) for beta in betas]
     require(
-        len(policies) * len(betas) <= MOST_POLICIES,
-        f"search.kl_coef: found {len(betas)} numbers for {len(policies)} policies, expected at most {MOST_POLICIES} in all; take fewer",
+        len(set(betas)) == len(betas), f"search.kl_coef: {short(search['kl_coef'])} has a number twice; give each once"
     )
-    methods = given.get("methods") or list(policies)
+    require(
+        len(policies) * len(betas) <= MAX_POLICIES,
+        f"search.kl_coef: {len(betas)} numbers for {len(policies)} policies are more than {MAX_POLICIES} policies; use fewer",
+    )
+    methods = search.get("methods") or list(policies)
     if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
         return data
     for method in methods:
-        there = method in policies or all(name in policies for name in _candidate_names(method, betas))
+        known = method in policies or all(name in policies for name in _candidate_names(method, betas))
         require(
-            there,
-            f"search.methods: found {short(method)}, which is no policy; {did_you_mean(method, list(policies), 'policies')}",
+            known,
+            f"search.methods: there is no policy {short(method)}; {did_you_mean(method, list(policies), 'policies')}",
         )
-    made: dict[str, Any] = {}
+    expanded: dict[str, Any] = {}
     for name, policy in policies.items():
         candidates = _candidate_names(name, betas) if name in methods and isinstance(policy, dict) else {}
         for candidate, beta in candidates.items():
             require(
                 candidate not in policies,
-                f"search: found a policy {candidate} among policies, which {name} at β {beta:g} would be called; expected another name",
+                f"search: {name} with kl_coef {beta:g} is called {candidate}, but `policies` has a policy of that name; rename that one",
             )
-            made[candidate] = {**policy, "kl_coef": beta}
+            expanded[candidate] = {**policy, "kl_coef": beta}
         if not candidates:
-            made[name] = policy
-    return {**data, "policies": made, "search": {**given, "methods": methods}}
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
+            expanded[name] = policy
+    return {**data, "policies": expanded, "search": {**search, "methods": methods}}
 
 
 def _candidate_names(method: str, betas: Iterable[float]) -> dict[str, float]:
@@ -212,45 +218,49 @@ def _candidate_names(method: str, betas: Iterable[float]) -> dict[str, float]:
 
 
 def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Searched policy → its candidates and their β; {} without a search."""
-    section = recipe.search
-    return {} if section is None else {method: _candidate_names(method, section.kl_coef) for method in section.methods}
+    """Searched policy → the names of its candidates and their KL coefficients; {} without a search."""
+    search = recipe.search
+    return {} if search is None else {method: _candidate_names(method, search.kl_coef) for method in search.methods}
 
 
 def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> None:
-    """Raise SalsaError where a search has no judge, no opponent or no questions. models: what answers; sets: names of evaluate.prompts."""
-    section = recipe.search
-    if section is None:
+    """Raise SalsaError for a search without judge, opponent or questions.
+
+    models: names of the evaluated models; sets: names of evaluate.prompts.
+    """
+    search = recipe.search
+    if search is None:
         return
-    judged = section.by != "judge" or recipe.evaluate.judge is not None
-    require(judged, "search.by: found judge and no evaluate.judge, expected one; or set search.by=reward")
     require(
-        section.against in models,
-        f"search.against: found {short(section.against)}, expected what answers; {did_you_mean(section.against, list(models), 'models')}",
+        search.by != "judge" or recipe.evaluate.judge is not None,
+        "search.by: judge needs evaluate.judge; add it, or set search.by=reward",
     )
-    own = [name for names in candidates(recipe).values() for name in names]
     require(
-        section.against not in own,
-        f"search.against: found {short(section.against)}, which is a candidate itself, expected another, such as {SEED_0}",
+        search.against in models,
+        f"search.against: {short(search.against)} is not an evaluated model; {did_you_mean(search.against, list(models), 'models')}",
     )
-    for name in section.questions:
+    require(
+        all(search.against not in names for names in candidates(recipe).values()),
+        f"search.against: {short(search.against)} is a candidate itself; name another model, such as {SEED_0}",
+    )
+    for name in search.questions:
         require(
-            name in sets, f"search.questions: found {short(name)}, expected some of evaluate.prompts: {', '.join(sets)}"
+            name in sets, f"search.questions: evaluate.prompts has no {short(name)}; its sets are {', '.join(sets)}"
         )
 
 
-def trials(recipe: Recipe) -> Pairs:
-    """Every candidate against the opponent: what is picked by."""
-    section = recipe.search
-    return (
-        [] if section is None else [(name, section.against) for names in candidates(recipe).values() for name in names]
-    )
+def candidate_pairs(recipe: Recipe) -> Pairs:
+    """Every candidate against the search's opponent: the comparisons that decide which one is picked."""
+    search = recipe.search
+    if search is None:
+        return []
+    return [(name, search.against) for names in candidates(recipe).values() for name in names]
 
 
-def pairs(recipe: Recipe) -> Pairs:
-    """Who is compared with whom: as given, else soup and every policy against seed-0, and every later policy against each earlier one.
+def compared_pairs(recipe: Recipe) -> Pairs:
+    """The pairs to compare: evaluate.pairs, else soup and policies against seed-0 and each policy against each earlier one.
 
-    A searched policy is called by its own name, which `picked` replaces.
+    A searched policy has its own name in them; `with_picked` replaces it.
     """
     if recipe.evaluate.pairs:
         return [(a, b) for a, b in recipe.evaluate.pairs]
@@ -259,13 +269,15 @@ def pairs(recipe: Recipe) -> Pairs:
     return [(name, SEED_0) for name in ["soup", *policies]] + [(b, a) for a, b in itertools.combinations(policies, 2)]
 
 
-def pick(recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> dict[str, Any] | None:
-    """The candidate of highest adjusted win rate for each searched policy, and what was tried; of equals the first. None without a search.
+def pick_candidates(
+    recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
+) -> dict[str, Any] | None:
+    """The search's result: for each searched policy the candidate with the highest adjusted win rate, the first of equals.
 
-    rates: candidate → {adjusted_win_rate, low, high} against the opponent.
+    rates: candidate → {adjusted_win_rate, low, high} against the opponent. None without a search.
     """
-    section = recipe.search
-    if section is None:
+    search = recipe.search
+    if search is None:
         return None
     methods = {}
     for method, names in candidates(recipe).items():
@@ -273,24 +285,13 @@ def pick(recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[
             {"policy": name, "kl_coef": beta} | {key: rates[name][key] for key in ("adjusted_win_rate", "low", "high")}
             for name, beta in names.items()
         ]
-        best = max(tried, key=lambda one: one["adjusted_win_rate"])
+        best = max(tried, key=lambda candidate: candidate["adjusted_win_rate"])
         methods[method] = {"best": best["policy"], "tried": tried}
-    return {
-        "by": section.by,
-        "datasets": section.questions or list(sets),
-        "against": section.against,
-        "methods": methods,
-    }
+    return {"by": search.by, "datasets": search.questions or list(sets), "against": search.against, "methods": methods}
 
 
-def picked(compared: Pairs, found: Mapping[str, Any] | None) -> Pairs:
-    """Pairs with the picked candidate in the place of each searched policy, none twice."""
-    best = {method: told["best"] for method, told in (found or {"methods": {}})["methods"].items()}
-    named = ((best.get(a, a), best.get(b, b)) for a, b in compared)
+def with_picked(pairs: Pairs, result: Mapping[str, Any] | None) -> Pairs:
+    """Pairs with each searched policy replaced by its picked candidate, without repetitions. result: of pick_candidates."""
+    best = {method: found["best"] for method, found in (result or {"methods": {}})["methods"].items()}
+    named = ((best.get(a, a), best.get(b, b)) for a, b in pairs)
     return list(dict.fromkeys(pair for pair in named if pair[0] != pair[1]))
-
-
-def spread(compared: Pairs, recipe: Recipe) -> Pairs:
-    """Pairs with every candidate in the place of each searched policy."""
-    of = candidates(recipe)
-    return [(x, y) for a, b in compared for x in of.get(a, [a]) for y in of.get(b, [b]) if x != y]

@@ -1,18 +1,19 @@
-"""What must fit together in a recipe beyond its types: names, positions, batches, and what it names on this machine.
+"""Checks of a recipe across its sections: names, positions, batch sizes, modes, and the local files that it names.
 
-Every refusal is a SalsaError `key: found …, expected …`; config/load.py puts the file in front. What the Hub holds is
-looked at before the first stage, not here. Imports no torch.
+Each raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked before the first stage, not
+here. Imports no torch.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 from salsa_peft.config import judge, sweeps
-from salsa_peft.config.fields import MOST_POLICIES, NAME, SEED
+from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED
 from salsa_peft.config.job import unit_of
-from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
+from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import (
@@ -27,212 +28,211 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
 
 TOY_PROMPTS = ("in", "out")
+"""Evaluation sets of the embedded world: in and out of distribution."""
 
 
 def check(recipe: Recipe) -> None:
-    """Everything that types don't say. Raises SalsaError `key: found …, expected …`."""
-    require(NAME.match(recipe.name) is not None, f"name: found {short(recipe.name)}, {NAME_EXPECTED}")
+    """Raise SalsaError, starting with the key, for the first setting that does not fit the others or this machine's files."""
+    _check_name("name", recipe.name)
     seeds = recipe.sft.seeds
-    require(len(set(seeds)) == len(seeds), f"sft.seeds: found {short(seeds)}, expected no seed twice")
+    require(len(set(seeds)) == len(seeds), f"sft.seeds: {short(seeds)} has a seed twice; give each once")
     recipe.sft.check("sft", recipe.num_processes)
-    _check_taken(recipe)
+    _check_existing_seeds(recipe)
     recipe.reward.check("reward", recipe.num_processes)
     _check_reward(recipe)
     recipe.ppo.check("ppo", recipe.num_processes)
     for algorithm in ALGORITHMS:
         getattr(recipe, algorithm).check(algorithm)
     recipe.soup.check("soup", len(seeds))
-    require(
-        len(set(recipe.reward.seeds)) == len(recipe.reward.seeds),
-        f"reward.seeds: found {short(recipe.reward.seeds)}, expected no seed twice",
-    )
+    seeds = recipe.reward.seeds
+    require(len(set(seeds)) == len(seeds), f"reward.seeds: {short(seeds)} has a seed twice; give each once")
     _check_lengths(recipe)
     require(
-        len(recipe.policies) <= MOST_POLICIES,
-        f"policies: found {len(recipe.policies)} of them, expected at most {MOST_POLICIES}; take fewer",
+        len(recipe.policies) <= MAX_POLICIES,
+        f"policies: found {len(recipe.policies)} policies, expected at most {MAX_POLICIES}; use fewer",
     )
     for name, policy in recipe.policies.items():
-        _check_name("policies", name)
-        taken = name in ("base", "soup", "reward") or SEED.match(name)
-        require(not taken, f"policies.{name}: found a name that means something else, expected another one")
-        references = policy.references(f"policies.{name}")
-        for reference in references:
-            _check_reference(f"policies.{name}.reference", reference, recipe)
-        _check_algorithm(f"policies.{name}", policy, len(references), recipe)
+        _check_policy(name, policy, recipe)
     _check_landscape(recipe)
     _check_prompt_set(recipe, "ppo.eval_prompts", recipe.ppo.eval_prompts)
     _check_evaluate(recipe)
     _check_hub(recipe)
-    _check_present(recipe)
+    _check_required(recipe)
     check_files(recipe)
     _check_mode(recipe)
     _check_sharded(recipe)
 
 
-def _check_taken(recipe: Recipe) -> None:
-    """Seeds that are taken from somewhere: one for each position, weights of the mode's kind."""
-    given, seeds = recipe.sft.from_, recipe.sft.seeds
-    if given is None:
+def _check_policy(name: str, policy: Policy, recipe: Recipe) -> None:
+    _check_name("policies", name)
+    reserved = name in ("base", "soup", "reward") or SEED.match(name)
+    require(not reserved, f"policies.{name}: this name has another meaning in a recipe; rename the policy")
+    references = policy.references(f"policies.{name}")
+    for reference in references:
+        _check_reference(f"policies.{name}.reference", reference, recipe)
+    _check_algorithm(f"policies.{name}", policy, references, recipe)
+
+
+def _check_existing_seeds(recipe: Recipe) -> None:
+    """Existing seeds: one entry for each position, with weights of the run's mode."""
+    entries, seeds = recipe.sft.from_, recipe.sft.seeds
+    if entries is None:
         return
     require(
-        len(given) == len(seeds),
-        f"sft.from: found {len(given)} seeds, and {len(seeds)} in sft.seeds, expected one for each",
+        len(entries) == len(seeds),
+        f"sft.from: found {len(entries)} entries for {len(seeds)} seeds in sft.seeds; give one per seed (null: trained here)",
     )
-    for index, path in enumerate(given):
+    for index, path in enumerate(entries):
         if path is not None:
             _check_weights(f"sft.from[{index}]", path, recipe)
 
 
 def _check_weights(where: str, path: str, recipe: Recipe) -> None:
-    """A folder's files, or the form of a Hub id."""
+    """A local adapter or checkpoint has its files and is of the run's mode; anything else has the form of a Hub id."""
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
-    require("/" in path, f"{where}: found {short(path)}, expected {what}'s folder or Hub id (namespace/name)")
-    if is_local(path) and Path(path).is_dir():
-        _check_kind(where, Path(path), adapters)
+    require("/" in path, f"{where}: {short(path)} is neither a folder nor a Hub id (namespace/name) of {what}")
+    folder = Path(path)
+    if is_local(path) and folder.is_dir():
+        has_adapter, has_model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
+        require(
+            (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file(),
+            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load it with PEFT and save it again"
+            " (save_pretrained writes adapter_model.safetensors)",
+        )
+        require(  # axolotl saves the base's config.json beside an adapter
+            has_adapter or not has_model or not adapters,
+            f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run it without --lora (every seed and reference is then"
+            " a checkpoint), or name an adapter",
+        )
+        require(
+            not has_adapter or adapters,
+            f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge it first: `salsa soup MERGED"
+            f" {folder.name} --merge --base BASE`",
+        )
     for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
         check_path(where, path, what, file)
 
 
-def _check_kind(where: str, folder: Path, adapters: bool) -> None:
-    """An adapter with --lora, a checkpoint without. A folder of axolotl's holds the base's config.json beside an adapter."""
-    pickled = (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file()
+def _check_algorithm(where: str, policy: Policy, references: list[Reference], recipe: Recipe) -> None:
+    """References and settings that TRL's trainers do not support, and reference sync where weights are sharded."""
+    algorithm, sync = policy.algorithm, any(reference.sync_every is not None for reference in references)
     require(
-        not pickled,
-        f"{where}: {folder} holds adapter_model.bin, a pickle, which is never read. Load it with PEFT and save it again (save_pretrained"
-        " writes adapter_model.safetensors)",
-    )
-    adapter, model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
-    require(
-        adapter or not model or not adapters,
-        f"{where}: {folder} is a full checkpoint, and this run uses LoRA adapters. Run it without --lora (every seed and reference is then a"
-        " checkpoint), or name an adapter",
-    )
-    require(
-        not adapter or adapters,
-        f"{where}: {folder} is a LoRA adapter, and this run uses full weights. Add --lora, or merge it first: `salsa soup MERGED {folder.name}"
-        " --merge --base BASE`",
-    )
-
-
-def _check_algorithm(where: str, policy: Policy, references: int, recipe: Recipe) -> None:
-    """What TRL's trainers have no place for."""
-    algorithm, moving = policy.algorithm, any(one.sync_every is not None for one in policy.references(where))
-    require(
-        not moving or not recipe.sharded,
-        f"{where}.reference: found sync_every with accelerate {recipe.accelerate}, which cuts weights in pieces, expected none",
+        not sync or not recipe.sharded,
+        f"{where}.reference: sync_every does not work with accelerate {recipe.accelerate}, which shards the weights; remove sync_every or set"
+        " accelerate=ddp",
     )
     if algorithm == "ppo":
         return
     require(
-        not moving or recipe.adapter is not None,
-        f"{where}.reference: found sync_every with {algorithm} and full weights, expected ppo, or adapters (add --lora)",
+        not sync or recipe.adapter is not None,
+        f"{where}.reference: with full weights, sync_every works with algorithm ppo only, not {algorithm}; use ppo, or adapters (--lora)",
     )
     require(
         policy.kl_coef != 0,
-        f"{where}.kl_coef: found 0 for {algorithm}, whose trainer then looks at no reference, expected more than 0",
+        f"{where}.kl_coef: must be more than 0, because with 0 TRL's {algorithm} trainer ignores the reference",
     )
     require(
-        references == 1 or algorithm != "grpo",
-        f"{where}.reference: found {references} of them for grpo, whose KL estimator k3 of a mean is not the mean of k3, expected one, such as"
-        " soup",
+        len(references) == 1 or algorithm != "grpo",
+        f"{where}.reference: grpo supports one reference, not {len(references)}, because the k3 estimate of a mean is not the mean of the k3"
+        " estimates; use one, such as soup",
     )
     require(
-        algorithm in PREFERENCES or recipe.generation.min_new_tokens == 0,
-        f"generation.min_new_tokens: found {recipe.generation.min_new_tokens} with a policy by {algorithm}, expected 0: TRL scores responses"
-        " as if EOS had been allowed",
+        algorithm in PREFERENCE_ALGORITHMS or recipe.generation.min_new_tokens == 0,
+        f"generation.min_new_tokens: must be 0 with a policy of algorithm {algorithm}, not {recipe.generation.min_new_tokens}, because TRL"
+        " computes log-probs as if EOS had been allowed",
     )
 
 
 def _check_mode(recipe: Recipe) -> None:
-    """What adapters alone have, or full weights alone."""
+    """Settings of full weights only, and of adapters only."""
     if recipe.adapter is not None:
-        for key, given, unused, why in (
-            ("offload", recipe.offload, "none", "references share the base, nothing waits"),
-            ("precision", recipe.precision, "auto", "it is for full weights, adapters train in float32"),
+        for key, value, default, why in (
+            ("offload", recipe.offload, "none", "references share the base, so there is nothing to offload"),
+            ("precision", recipe.precision, "auto", "adapters are always trained in float32"),
         ):
             require(
-                given == unused,
-                f"{key}: found {given} with adapters, expected {unused}: {why}; `lora: {{{key}: {unused}}}` in the recipe, or --set"
-                f" {key}={unused}, takes it back",
+                value == default,
+                f"{key}: {value} has no effect with adapters: {why}. Set {key}={default}, in the recipe by `lora: {{{key}: {default}}}`",
             )
         return
-    for key, found, idle in (
+    for key, value, default in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
         ("ppo.value", recipe.ppo.value, "head"),
     ):
-        require(
-            found == idle,
-            f"{key}: found {found} with full weights, expected {idle or 'none'}: it is for adapters; add --lora",
-        )
+        require(value == default, f"{key}: {value} needs adapters; add --lora, or set {key}={default or 'null'}")
 
 
 def _check_sharded(recipe: Recipe) -> None:
-    """What needs every process to hold what is trained whole."""
+    """Settings that need every process to hold the whole trained weights."""
     ppo, seeds = recipe.ppo, recipe.reward.seeds
     optims = {f"{name}.optim": getattr(recipe, name).optim for name in ("sft", "reward", "ppo", *ALGORITHMS)}
-    for key, found, fits, expected in (
-        ("model.quantization", recipe.model.quantization, recipe.model.quantization is None, "none"),
+    for key, value, fits, other in (
+        ("model.quantization", recipe.model.quantization, recipe.model.quantization is None, "null"),
         ("precision", recipe.precision, recipe.precision != "stochastic", "master"),
-        ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, "one seed"),
+        ("reward.seeds", short(seeds), len(seeds) == 1 or not recipe.reward.trained, f"[{seeds[0]}]"),
         ("ppo.rollout_backend", ppo.rollout_backend, ppo.rollout_backend == "hf", "hf"),
         ("ppo.rollout_compile", str(ppo.rollout_compile).lower(), not ppo.rollout_compile, "false"),
         *((key, optim, not optim.startswith("paged"), "adamw_torch_fused") for key, optim in optims.items()),
     ):
         require(
             fits or not recipe.sharded,
-            f"{key}: found {found} with accelerate {recipe.accelerate}, which cuts weights in pieces, expected {expected}; or set"
-            " accelerate=ddp",
+            f"{key}: {value} does not work with accelerate {recipe.accelerate}, which shards the weights; set {key}={other} or accelerate=ddp",
         )
 
 
-NAME_EXPECTED = "expected letters, digits, dots, - and _, starting with a letter or digit, at most 64"
-
-
 def _check_name(where: str, name: str) -> None:
-    require(NAME.match(name) is not None, f"{where}: found the name {short(name)}, {NAME_EXPECTED}")
+    require(
+        NAME.match(name) is not None,
+        f"{where}: the name {short(name)} must consist of letters, digits, dots, - and _, start with a letter or digit, and have at most 64 characters",
+    )
 
 
 def _check_lengths(recipe: Recipe) -> None:
     sampling, limit = recipe.generation, recipe.model.max_length
     require(
         sampling.max_new_tokens < limit,
-        f"generation.max_new_tokens: found {sampling.max_new_tokens}, expected fewer than model.max_length {limit}, which"
-        " holds prompt and response",
+        f"generation.max_new_tokens: must be less than model.max_length {limit}, which includes the prompt, not {sampling.max_new_tokens}",
     )
     require(
         sampling.min_new_tokens <= sampling.max_new_tokens,
-        f"generation.min_new_tokens: found {sampling.min_new_tokens}, expected at most max_new_tokens {sampling.max_new_tokens}",
+        f"generation.min_new_tokens: must be at most max_new_tokens {sampling.max_new_tokens}, not {sampling.min_new_tokens}",
     )
     prompt = recipe.ppo.max_prompt_length
     require(
         prompt is None or prompt + sampling.max_new_tokens <= limit,
-        f"ppo.max_prompt_length: found {prompt}, expected at most {limit - sampling.max_new_tokens}: model.max_length {limit}"
-        f" less generation.max_new_tokens {sampling.max_new_tokens}",
+        f"ppo.max_prompt_length: must be at most {limit - sampling.max_new_tokens}, not {prompt}: model.max_length {limit} less"
+        f" generation.max_new_tokens {sampling.max_new_tokens}",
     )
 
 
+def _maybe(name: str, known: Iterable[str]) -> str:
+    """The end of a message that names the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
-    seeds, adapters = len(recipe.sft.seeds), recipe.adapter is not None
-    what = "a LoRA adapter" if adapters else "a checkpoint"
+    seeds = len(recipe.sft.seeds)
     for member in reference.members:
         require(
-            member < seeds, f"{where}: found seed-{member}, expected seed-0 to seed-{seeds - 1}: positions in sft.seeds"
+            member < seeds,
+            f"{where}: there is no seed-{member}; sft.seeds has seed-0 to seed-{seeds - 1}",
         )
     if reference.path is not None:
-        near = difflib.get_close_matches(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
+        hint = _maybe(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
         require(
             "/" in reference.path,
-            f"{where}: found {short(reference.path)}, expected seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or {what}'s"
-            f" folder or Hub id (namespace/name){hint}",
+            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id (namespace/name) of {what}, not"
+            f" {short(reference.path)}{hint}",
         )
         _check_weights(where, reference.path, recipe)
 
 
 def _check_reward(recipe: Recipe) -> None:
-    """Functions' modules and classifiers' folders are there; the critic has the reward adapter that it starts from."""
+    """Functions and classifiers of the reward, and the reward adapter that ppo.value needs."""
     for part in recipe.reward.parts:
         if part.kind == "function":
             check_function("reward.model", part.value)
@@ -243,22 +243,22 @@ def _check_reward(recipe: Recipe) -> None:
             _check_classifier(part, recipe)
     require(
         recipe.ppo.value == "head" or recipe.reward.trained,
-        "ppo.value: found adapter, which starts from the reward adapter, but reward.model trains none; expected head, or adapter"
-        " among reward.model",
+        "ppo.value: adapter is initialized from the reward adapter, but reward.model trains none; set ppo.value=head, or add adapter to"
+        " reward.model",
     )
 
 
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
-    near = difflib.get_close_matches(part.value, ["adapter"], 1)
     require(
         "/" in part.value,
-        f"reward.model: found {short(part.value)}, expected adapter, module:name (a function), or a reward adapter's or a sequence classifier's folder or"
-        f" Hub id (namespace/name){'; did you mean adapter?' if near else ''}",
+        "reward.model: must be adapter, module:name (a function), or the folder or Hub id (namespace/name) of a reward adapter or sequence"
+        f" classifier, not {short(part.value)}{_maybe(part.value, ['adapter'])}",
     )
     if is_local(part.value) and (Path(part.value) / "adapter_config.json").is_file():
         require(
             recipe.adapter is not None,
-            f"reward.model: found {short(Path(part.value).name)}, an adapter, with full weights, expected a sequence classifier; or add --lora",
+            f"reward.model: {short(Path(part.value).name)} is an adapter, but this run uses full weights; name a sequence classifier, or add"
+            " --lora",
         )
         check_path("reward.model", part.value, "a reward adapter", "adapter_model.safetensors")
         return
@@ -272,20 +272,20 @@ def _check_landscape(recipe: Recipe) -> None:
         return
     seeds = len(recipe.sft.seeds)
     for key, found, count in (("line", landscape.line, 2), ("plane", landscape.plane, 3)):
-        fits = found is None or (
-            len(found) == len(set(found)) == count and all(0 <= position < seeds for position in found)
-        )
+        fits = found is None or (len(found) == len(set(found)) == count and all(0 <= n < seeds for n in found))
         require(
             fits,
-            f"landscape.{key}: found {short(found)}, expected {count} different positions 0 to {seeds - 1} of sft.seeds",
+            f"landscape.{key}: must be {count} different positions 0 to {seeds - 1} of sft.seeds, not {short(found)}",
         )
     _check_prompt_set(recipe, "landscape.prompts", landscape.prompts)
 
 
 def _check_prompt_set(recipe: Recipe, where: str, name: str | None) -> None:
     sets = _prompt_sets(recipe)
-    fits = name is None or name in sets
-    require(fits, f"{where}: found {short(name)}, expected one of evaluate.prompts: {', '.join(sets)}")
+    require(
+        name is None or name in sets,
+        f"{where}: evaluate.prompts has no {short(name)}; its sets are {', '.join(sets) or 'none'}",
+    )
 
 
 def _prompt_sets(recipe: Recipe) -> list[str]:
@@ -296,54 +296,55 @@ def _check_evaluate(recipe: Recipe) -> None:
     for name in recipe.evaluate.prompts:
         _check_name("evaluate.prompts", name)
     for index, model in enumerate(recipe.evaluate.models):
-        known = model in recipe.policies
-        for reference in [] if known else parse_reference(f"evaluate.models[{index}]", model):
-            _check_reference(f"evaluate.models[{index}]", reference, recipe)
-    answering = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
-    sweeps.check_search(recipe, answering, _prompt_sets(recipe))
-    models = [*answering, *sweeps.candidates(recipe)]
+        where = f"evaluate.models[{index}]"
+        for reference in [] if model in recipe.policies else parse_reference(where, model):
+            _check_reference(where, reference, recipe)
+    evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
+    sweeps.check_search(recipe, evaluated, _prompt_sets(recipe))
+    models = [*evaluated, *sweeps.candidates(recipe)]
     if recipe.evaluate.judge is not None:
         judge.check(recipe.evaluate.judge, "evaluate.judge")
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"
-        require(len(pair) == 2 and pair[0] != pair[1], f"{where}: found {short(pair)}, expected two different names")
+        require(len(pair) == 2 and pair[0] != pair[1], f"{where}: must be two different names, not {short(pair)}")
         for name in pair:
-            close = difflib.get_close_matches(name, models, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            require(name in models, f"{where}: found {short(name)}, expected one of {', '.join(models)}{hint}")
+            require(name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{_maybe(name, models)}")
 
 
 def _check_hub(recipe: Recipe) -> None:
-    """Results that there will be, and a base that others can load."""
-    section = recipe.hub
+    """The results to push exist, and others can load the base."""
+    section, base = recipe.hub, recipe.model.base
     section.check("hub")
     for name in section.push:
         try:
             unit_of(recipe, name)
         except SalsaError as error:
             raise SalsaError(f"hub.push: {error}") from error
-    base = recipe.model.base
     require(
         not section.push or section.base_model is not None or (base is not None and not is_local(base)),
-        f"hub.base_model: found none, and the base is {'the embedded world' if base is None else 'a folder'} of this machine, expected its id on"
-        " the Hub, namespace/name",
+        f"hub.base_model: is required, because the base is {'the embedded world' if base is None else 'a local folder'}; give the base's"
+        " Hub id (namespace/name)",
     )
 
 
-def _check_present(recipe: Recipe) -> None:
-    """Without the embedded world, base, template and data must be named."""
+def _check_required(recipe: Recipe) -> None:
+    """Without the embedded world a recipe names its base, template and data."""
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
+    pairs = recipe.reward.trained or {*PREFERENCE_ALGORITHMS} & algorithms
+    prompts = algorithms - {*PREFERENCE_ALGORITHMS} or recipe.soup.measure_source == "prompts"
     given: dict[str, object] = {
         "model.base": recipe.model.base,
         "model.chat_template": recipe.model.chat_template,
         "data.demonstrations": recipe.data.demonstrations or None not in (recipe.sft.from_ or [None]),
-        "data.preferences": recipe.data.preferences or not (recipe.reward.trained or {*PREFERENCES} & algorithms),
-        "data.prompts": recipe.data.prompts or not (algorithms - {*PREFERENCES} or recipe.soup.reads == "prompts"),
-        "data.held_out": recipe.data.held_out or recipe.soup.reads != "held_out",
+        "data.preferences": recipe.data.preferences or not pairs,
+        "data.prompts": recipe.data.prompts or not prompts,
+        "data.held_out": recipe.data.held_out or recipe.soup.measure_source != "held_out",
         "evaluate.prompts": recipe.evaluate.prompts,
     }
+    hints = {"model.chat_template": "use chatml, zephyr, tokenizer (the base's own) or the path of a Jinja file"}
     for key, value in given.items():
+        hint = hints.get(key, "add it")
         require(
             bool(value) or recipe.toy is not None,
-            f"{key}: found nothing, expected a value (or a `toy` section, the embedded world)",
+            f"{key}: is required; {hint} (or add a `toy` section, the embedded world)",
         )

@@ -1,117 +1,83 @@
-"""YAML in and out, for recipes: plain data only, numbers as people write them (`2e-6` is a number), one-line refusals.
+"""YAML for recipes: a SafeLoader that accepts plain data only, and a dumper.
 
-PyYAML parses; building the values is ours, so what a recipe has no use for cannot happen: no aliases (271 bytes of them
-expand without bound), tags, timestamps, duplicate keys, keys that aren't text, nesting without end. Scalars follow YAML
-1.2's core schema without octal and hexadecimal: `no` and `on` are text, true and false the only booleans.
+Rejected: anchors, aliases, tags, duplicate keys, keys that are not text, more than 20 levels of nesting. Scalars follow YAML 1.2's core
+schema in decimal: 2e-6 is a number, 010 is ten, `no` and `on` and dates are text.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.messages import one_line, short
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 INTEGER = re.compile(r"[-+]?[0-9]+\Z")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
-WORDS = {
-    "": None, "~": None, "null": None, "Null": None, "NULL": None,
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-    ".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
-}  # fmt: skip
-PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SCALARS = (
+    ("null", re.compile(r"(~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
+    ("int", INTEGER, list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
+    ("float", re.compile(r"(-?\.inf|\.nan)\Z"), list("-.")),
+)
+"""Tag, pattern and first characters of each kind of scalar that is not text."""
+BASES: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
+"""libyaml parses where PyYAML has it; nodes are composed in Python, so that `compose_node` can reject them."""
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file → its mapping. Raises SalsaError, one line with the file and the line number."""
-    require(os.path.isfile(path), f"{path}: no such file")
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise SalsaError(f"{path}: cannot be read: {error.strerror}") from error
-    require(len(raw) <= MAX_BYTES, f"{path}: found more than {MAX_BYTES} bytes, expected a recipe")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SalsaError(f"{path}: found bytes that are not UTF-8 at {error.start}, expected a YAML file") from error
-    data = parse_yaml(text, path)
-    found = "nothing" if data is None else f"a {type(data).__name__}"
-    require(isinstance(data, dict), f"{path}: found {found}, expected `key: value` lines")
-    return data
+class _Rejected(yaml.MarkedYAMLError):
+    """Valid YAML that is not allowed in a recipe."""
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text → dicts, lists and scalars; `where` starts the message of a SalsaError."""
-    try:
-        text.encode("utf-8")
-        events = yaml.parse(text, Loader=PARSER)
-        return _document(iter(events), where)
-    except yaml.MarkedYAMLError as error:
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        problem = str(error.problem or error.context)
-        if (
-            "nesting depth" in problem
-        ):  # PyYAML 6.0.4 has a limit of its own, above ours, and meets it while it reads ahead
-            problem = f"nested deeper than {MAX_DEPTH} levels"
-        raise SalsaError(f"{where}: not YAML{line}: {problem}") from error
-    except yaml.YAMLError as error:
-        raise SalsaError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-    except UnicodeEncodeError as error:
-        raise SalsaError(f"{where}: found characters that are not UTF-8") from error
+class RecipeLoader(*BASES):
+    """A SafeLoader with YAML 1.2's scalars that rejects what is not plain data."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        BASES[-1].__init__(self, text)
+        Composer.__init__(self)
+        self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node that is no alias, has no anchor and no tag, and is not nested too deeply."""
+        event = self.peek_event()
+        _reject(isinstance(event, yaml.AliasEvent), event, "aliases (*) are not allowed; write the value out")
+        _reject(event.anchor is not None, event, "anchors (&) are not allowed; write the value out")
+        _reject(event.tag is not None, event, "tags (!) are not allowed")
+        _reject(self.depth > MAX_DEPTH, event, TOO_DEEP)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        """A dict. Raises _Rejected for a key that is there twice or is not text."""
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            _reject(not isinstance(key, str), key_node, f"the key {short(key)} is not text; quote it")
+            _reject(key in mapping, key_node, f"the key {short(key)} is there twice")
+            mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
+
+    def construct_integer(self, node: Any) -> int:
+        """A decimal integer, also with leading zeros."""
+        _reject(len(node.value) > 30, node, f"a number of {len(node.value)} digits is too long")
+        return int(node.value)
 
 
-def _document(events: Iterator[Any], where: str) -> Any:
-    found, documents = None, 0
-    for event in events:
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            require(documents == 1, f"{where}: found a second document (---), expected one")
-            found = _value(events, next(events), where, 0)
-    return found
-
-
-def _value(events: Iterator[Any], event: Any, where: str, depth: int) -> Any:
-    at = f"{where}: line {event.start_mark.line + 1}"
-    require(depth <= MAX_DEPTH, f"{at}: nested deeper than {MAX_DEPTH} levels")
-    require(not isinstance(event, yaml.AliasEvent), f"{at}: aliases (*) are not allowed here, write the value out")
-    require(event.anchor is None, f"{at}: anchors (&) are not allowed here, write the value out")
-    require(event.tag is None, f"{at}: tags (!) are not allowed here")
-    if isinstance(event, yaml.ScalarEvent):
-        return _scalar(event.value, at) if event.implicit[0] else event.value
-    if isinstance(event, yaml.SequenceStartEvent):
-        items = []
-        while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            items.append(_value(events, event, where, depth + 1))
-        return items
-    mapping: dict[str, Any] = {}
-    while not isinstance(event := next(events), yaml.MappingEndEvent):
-        at = f"{where}: line {event.start_mark.line + 1}"
-        key = _value(events, event, where, depth + 1)
-        require(isinstance(key, str), f"{at}: found the key {_short(key)}, expected text; quote it")
-        require(key not in mapping, f"{at}: found the key {_short(key)} twice, expected it once")
-        mapping[key] = _value(events, next(events), where, depth + 1)
-    return mapping
-
-
-def _scalar(text: str, at: str) -> Any:
-    if text in WORDS:
-        return WORDS[text]
-    if INTEGER.match(text):
-        require(len(text) <= 30, f"{at}: found a number of {len(text)} digits")
-        return int(text)
-    return float(text) if FLOAT.match(text) else text
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _reject(when: bool, place: Any, problem: str) -> None:
+    if when:
+        raise _Rejected(problem=problem, problem_mark=place.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -119,10 +85,48 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+for tag, pattern, first in SCALARS:
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, first)
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", RecipeLoader.construct_integer)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
 
 
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SalsaError, one line with the file and the line number."""
+    require(os.path.isfile(path), f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise SalsaError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SalsaError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    require(len(raw) <= MAX_BYTES, f"{path}: has more than {MAX_BYTES} bytes, too many for a recipe")
+    data = parse_yaml(text, path)
+    kind = "empty" if data is None else f"a {type(data).__name__}"
+    require(isinstance(data, dict), f"{path}: must contain `key: value` lines, but is {kind}")
+    return data
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text as dicts, lists and scalars. Raises SalsaError that starts with `where`."""
+    try:
+        return RecipeLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        at = f"{where}: line {error.problem_mark.line + 1}" if error.problem_mark else where
+        problem = ", ".join(str(part) for part in (error.context, error.problem) if part)
+        if "nesting depth" in problem:  # PyYAML 6.0.4 has a limit of its own, which it reaches first as it reads ahead
+            problem = TOO_DEEP
+        valid = "" if isinstance(error, _Rejected) else " is not valid YAML"
+        raise SalsaError(f"{at}{valid}: {problem}") from error
+    except yaml.YAMLError as error:
+        raise SalsaError(f"{where}: is not valid YAML: {one_line(error)}") from error
+    except UnicodeEncodeError as error:
+        raise SalsaError(f"{where}: has characters that are not valid Unicode (lone surrogates)") from error
+
+
 def dump_yaml(data: Any) -> str:
-    """Plain data → YAML text that parse_yaml reads back to the same data (text that looks like a number is quoted)."""
+    """Plain data as YAML text that parse_yaml reads back unchanged: text that looks like a number is quoted."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -16,39 +16,38 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.options.trl import PREFERENCES
+from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_hub_id, is_local
 from salsa_peft.config.rewards import check_columns
 from salsa_peft.config.schema import Recipe, Source
-from salsa_peft.data import datasets as data
-from salsa_peft.data import row_formats
+from salsa_peft.data import datasets, row_formats
 from salsa_peft.data.files import (
-    HF,
+    ACCEPTED_SOURCES,
     HF_PATH,
-    KINDS,
+    HF_PREFIX,
     check_split,
-    file_kind,
-    load,
+    data_suffix,
+    load_rows,
     open_bytes,
     read_file,
+    read_table,
     rows_in,
-    table,
 )
 from salsa_peft.data.questions import questions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
-ROWS = {
+ROW_KINDS = {
     "demonstrations": "demonstrations",
     "preferences": "preferences",
     "prompts": "prompts",
     "held_out": "demonstrations",
 }
 """Key of `data` → the kind of its rows."""
-COUNTABLE = 500_000_000
+MAX_COUNTED_BYTES = 500_000_000
 """Bytes of a file that is read to count its rows; of one JSON list a tenth."""
 EXPECTED_ROWS = "expected one JSON object a line"
-EXPECTED_DATA = KINDS
+EXPECTED_DATA = ACCEPTED_SOURCES
 
 
 def check_local(recipe: Recipe) -> None:
@@ -59,10 +58,10 @@ def check_local(recipe: Recipe) -> None:
 
 def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
     """(key, kind, source) of every dataset that the recipe names."""
-    for kind in ROWS:
+    for kind in ROW_KINDS:
         source = getattr(recipe.data, kind)
         if source is not None:
-            yield f"data.{kind}", ROWS[kind], source
+            yield f"data.{kind}", ROW_KINDS[kind], source
     for name, source in recipe.evaluate.prompts.items():
         yield f"evaluate.prompts.{name}", "prompts", source
 
@@ -76,7 +75,7 @@ def check_sources(recipe: Recipe) -> None:
                 f"{key}: found {short_path(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
             )
             require(
-                file_kind(source.path) is not None,
+                data_suffix(source.path) is not None,
                 f"{key}: found {short_path(source.path)}, expected {EXPECTED_DATA}",
             )
             check_split(source)
@@ -84,7 +83,7 @@ def check_sources(recipe: Recipe) -> None:
         elif source.path.startswith("hf://"):
             require(
                 HF_PATH.match(source.path) is not None,
-                f"{key}: found {short_path(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
+                f"{key}: found {short_path(source.path)}, expected {HF_PREFIX}NAMESPACE/NAME, with or without a file or folder in it",
             )
         elif not is_local(source.path):
             check_hub_id(key, source.path, EXPECTED_DATA)
@@ -108,7 +107,7 @@ def check_rows(recipe: Recipe) -> None:
         if key == "demonstrations" and sft.subset < 1:
             share, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
         elif key == "preferences":
-            share, why = rows - reward.held_out_of(rows), f" (reward.held_out {reward.held_out:g})"
+            share, why = rows - reward.held_out_rows(rows), f" (reward.held_out {reward.held_out:g})"
         found = (
             f"toy.{key}: found {rows}" if source is None else f"data.{key}: found {rows} in {Path(source.path).name}"
         )
@@ -118,7 +117,7 @@ def check_rows(recipe: Recipe) -> None:
             f" {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
-        key = "preferences" if algorithm in PREFERENCES else "prompts"
+        key = "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts"
         source, section = getattr(recipe.data, key), getattr(recipe, algorithm)
         rows = count_rows(source) if source is not None else None if recipe.toy is None else getattr(recipe.toy, key)
         if rows is not None:
@@ -142,8 +141,8 @@ def _count(path: str, size: int, _: int) -> int | None:
         if path.lower().endswith(".parquet"):
             return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
         if path.lower().endswith(".json"):
-            return None if size > COUNTABLE // 10 else len(read_file(path))
-        if size > COUNTABLE or not path.lower().endswith((".jsonl", ".ndjson")):
+            return None if size > MAX_COUNTED_BYTES // 10 else len(read_file(path))
+        if size > MAX_COUNTED_BYTES or not path.lower().endswith((".jsonl", ".ndjson")):
             return None
         with open(path, "rb") as file:
             return sum(1 for line in file if line.strip())
@@ -153,12 +152,12 @@ def _count(path: str, size: int, _: int) -> int | None:
 
 def _first_row(path: str) -> Any:
     """Of a .jsonl, .json, .csv or .tsv file, also packed; of a .parquet file its columns alone."""
-    kind = file_kind(path)
+    kind = data_suffix(path)
     if kind == ".parquet":
         return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
     with open_bytes(Path(path)) as file:
         if kind in (".csv", ".tsv"):
-            return next(table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
+            return next(read_table(Path(path), io.TextIOWrapper(file, "utf-8-sig", newline="")), None)
         if kind == ".json":
             text = file.read(10_000_000).decode("utf-8-sig", "ignore").strip()
             if text.startswith("{"):
@@ -181,7 +180,7 @@ def _first_of_object(path: str, text: str) -> Any:
 
 def _check_columns(where: str, kind: str, path: str) -> None:
     """The first row of a local file is one of its kind; of a .parquet file the columns are."""
-    name, form = short(Path(path).name), "JSON" if "json" in str(file_kind(path)) else str(file_kind(path))[1:]
+    name, form = short(Path(path).name), "JSON" if "json" in str(data_suffix(path)) else str(data_suffix(path))[1:]
     try:
         row = _first_row(path)
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
@@ -190,34 +189,37 @@ def _check_columns(where: str, kind: str, path: str) -> None:
     if not isinstance(row, dict):
         raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
     columns = ", ".join(map(str, list(row)[:12])) or "none"
-    expected = row_formats.EXPECTED[kind]
-    require(row_formats.fits(kind, set(row)), f"{where}: found the columns {columns} in {name}, expected {expected}")
+    expected = row_formats.EXPECTED_COLUMNS[kind]
+    require(
+        row_formats.has_columns_of(kind, set(row)),
+        f"{where}: found the columns {columns} in {name}, expected {expected}",
+    )
     alone = kind == "preferences" and row_formats.lacks_prompt(row)
     require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")
 
 
-LARGEST = 300_000_000
+MAX_CHECKED_BYTES = 300_000_000
 """Bytes of a file, or of a folder's files, that are read for it: a few seconds."""
-READ = {
+STAGE_DATA = {
     "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
 """Stage → the data that it reads."""
-HUB_ROWS = 1000
+MAX_HUB_ROWS = 1000
 """Rows of a data set of the Hub that are read, after the fixed shuffle that `limit` has."""
 READERS: dict[str, Callable[[Source], Any]] = {
-    "demonstrations": data.demonstrations,
-    "held_out": data.demonstrations,
-    "preferences": data.preferences,
-    "prompts": data.prompts,
+    "demonstrations": datasets.demonstrations,
+    "held_out": datasets.demonstrations,
+    "preferences": datasets.preferences,
+    "prompts": datasets.prompts,
     "evaluation": questions,
 }
 
 
-def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
+def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     """Raise SalsaError for the first row, by file, number and column, that one of these stages could not use; with `hub` also for a data
     set of the Hub that cannot be fetched, or has such a row."""
-    kinds = {kind for stage in stages for kind in READ.get(stage, ())}
+    kinds = {kind for stage in stages for kind in STAGE_DATA.get(stage, ())}
     own = {name: getattr(recipe.data, name) for name in READERS if name != "evaluation"}
     for kind, reader in READERS.items():
         sources = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
@@ -228,19 +230,19 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
                     rows = reader(part)
                 _check_functions(recipe, kind, part)
                 for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
-                    data.check_plain(rows, stage)
+                    datasets.check_no_template_options(rows, stage)
 
 
 def _part(source: Source) -> Source:
     """At most HUB_ROWS of the rows that a stage would read."""
-    return dataclasses.replace(source, limit=min(source.limit or HUB_ROWS, HUB_ROWS))
+    return dataclasses.replace(source, limit=min(source.limit or MAX_HUB_ROWS, MAX_HUB_ROWS))
 
 
 def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
     """Raise SalsaError for a reward function that takes a column which no row of the prompts that it scores has."""
     functions = [part for part in recipe.reward.parts if part.kind == "function"]
     if functions and kind in ("prompts", "evaluation"):
-        columns = {name for _, row in load(source) for name in row}
+        columns = {name for _, row in load_rows(source) for name in row}
         for part in functions:
             check_columns("reward.model", part.value, columns, source.path)
 
@@ -248,5 +250,5 @@ def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
 def _is_small(path: str) -> bool:
     """Whether a path is a local file, or a folder of data, of at most LARGEST bytes."""
     if os.path.isdir(path):
-        return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()) <= LARGEST
-    return file_kind(path) is not None and os.path.isfile(path) and os.path.getsize(path) <= LARGEST
+        return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()) <= MAX_CHECKED_BYTES
+    return data_suffix(path) is not None and os.path.isfile(path) and os.path.getsize(path) <= MAX_CHECKED_BYTES

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.schema import Source
-from salsa_peft.data.row_formats import EXPECTED, fits
+from salsa_peft.data.row_formats import EXPECTED_COLUMNS, has_columns_of
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import describe, one_line, short
 
 SHUFFLE_SEED = 20_241
-HF = "hf://datasets/"
+HF_PREFIX = "hf://datasets/"
 """Begins the Hub's own paths: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
 HF_PATH = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?\Z")
-OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Suffix of packed files → what opens them."""
 
 
-def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
+def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a source with their numbers, from 1, blank lines not counted; with `limit`, the first after a fixed shuffle. Raises
     SalsaError for none.
 
@@ -39,22 +39,22 @@ def load(source: Source) -> list[tuple[int, dict[str, Any]]]:
     check_split(source)
     rows: Any = _rows(source)
     require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
-    places = _sliced(source, len(rows)) if is_file(source) else list(range(len(rows)))
+    places = _sliced(source, len(rows)) if is_single_file(source) else list(range(len(rows)))
     if source.limit is not None and source.limit < len(places):
         random.Random(SHUFFLE_SEED).shuffle(places)
     chosen = ((place + 1, rows[place]) for place in places[: source.limit])
-    return [(number, as_row(row, f"{source.path}, row {number}")) for number, row in chosen]
+    return [(number, parse_row(row, f"{source.path}, row {number}")) for number, row in chosen]
 
 
-def is_file(source: Source) -> bool:
+def is_single_file(source: Source) -> bool:
     """Whether a source is one file, read here and not by datasets."""
-    return file_kind(source.path) is not None and not Path(source.path).is_dir()
+    return data_suffix(source.path) is not None and not Path(source.path).is_dir()
 
 
 def check_split(source: Source) -> None:
     """Raise SalsaError for a split of a single file that is neither train nor a slice: it would have no effect."""
     require(
-        not is_file(source) or source.split == "train" or "[" in source.split,
+        not is_single_file(source) or source.split == "train" or "[" in source.split,
         f"{source.path}: split {source.split!r} cannot be found in a single file, whose rows are all read. Take `split` out (train), cut a slice"
         " such as train[:80%], or name the file that holds this split",
     )
@@ -85,12 +85,12 @@ def _sliced(source: Source, rows: int) -> list[int]:
 
 def _rows(source: Source) -> Any:
     """The rows of a file, or of what datasets reads."""
-    if not is_file(source):
-        return _Table(_dataset(source))
-    return read_file(_fetched(source) if source.path.startswith(HF) else source.path)
+    if not is_single_file(source):
+        return _LazyRows(_dataset(source))
+    return read_file(_fetched(source) if source.path.startswith(HF_PREFIX) else source.path)
 
 
-class _Table:
+class _LazyRows:
     """Rows of a datasets.Dataset, each read when it is asked for."""
 
     def __init__(self, dataset: Any) -> None:
@@ -100,29 +100,29 @@ class _Table:
         return len(self.dataset)
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        return without_empty_keys(self.dataset[place])
+        return without_null_keys(self.dataset[place])
 
 
-def file_kind(path: str) -> str | None:
+def data_suffix(path: str) -> str | None:
     """The suffix by which a file is read, .jsonl of X.JSONL.gz; None for what is no data file by its name. A pattern (*) is none."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in OPEN:
+    if suffixes and suffixes[-1] in OPENERS:
         suffixes.pop()
     found = suffixes[-1] if suffixes else ""
-    return found if found in FILES and "*" not in path else None
+    return found if found in READERS and "*" not in path else None
 
 
 def read_file(path: str) -> list[Any]:
     """The rows of a file, those of jsonl as its lines. Raises SalsaError for what can't be read."""
-    kind = file_kind(path)
+    kind = data_suffix(path)
     assert kind is not None, path
     try:
-        return FILES[kind](Path(path))
+        return READERS[kind](Path(path))
     except OSError as error:
         raise SalsaError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error
 
 
-def as_row(row: Any, where: str) -> dict[str, Any]:
+def parse_row(row: Any, where: str) -> dict[str, Any]:
     """A line of jsonl, or a row as it is. Raises SalsaError unless it is an object of columns, its text whole characters."""
     try:
         value = json.loads(row) if isinstance(row, str | bytes) else row
@@ -145,7 +145,7 @@ def check_characters(value: Any, where: str) -> None:
         ) from error
 
 
-def without_empty_keys(row: dict[str, Any]) -> dict[str, Any]:
+def without_null_keys(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose objects lack their null keys: Arrow gives each object of a column the keys of all, and templates ask whether one is there.
 
     As TRL's remove_none_values, which imports torch. The columns themselves stay.
@@ -163,7 +163,7 @@ def without_empty_keys(row: dict[str, Any]) -> dict[str, Any]:
 
 def open_bytes(path: Path) -> Any:
     """A file to read, unpacked."""
-    return OPEN.get(path.suffix.lower(), open)(path, "rb")
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
 def _text(path: Path) -> bytes:
@@ -200,7 +200,7 @@ def _json(path: Path) -> list[Any]:
 
 def rows_in(found: Any, path: Path | str) -> list[Any]:
     """The rows of a JSON file by what it holds: a list's, those of the one list of objects in an object that is no row, or the object."""
-    if not isinstance(found, dict) or any(fits(kind, set(found)) for kind in EXPECTED):
+    if not isinstance(found, dict) or any(has_columns_of(kind, set(found)) for kind in EXPECTED_COLUMNS):
         return [found] if isinstance(found, dict) else list(found)
     lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     require(
@@ -210,10 +210,10 @@ def rows_in(found: Any, path: Path | str) -> list[Any]:
     return list(found[lists[0]]) if lists else [found]
 
 
-def table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
+def read_table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
     """The rows of csv, or of tsv, whose columns are all text. Raises csv.Error, and SalsaError for a row of more fields than the header has."""
     csv.field_size_limit(2**31 - 1)
-    tab = "\t" if file_kind(str(path)) == ".tsv" else ","
+    tab = "\t" if data_suffix(str(path)) == ".tsv" else ","
     for number, row in enumerate(csv.DictReader(text, delimiter=tab, strict=True), 1):
         require(
             None not in row,
@@ -224,7 +224,7 @@ def table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
 
 def _table(path: Path) -> list[Any]:
     try:
-        return list(table(path, io.StringIO(_text(path).decode(), newline="")))
+        return list(read_table(path, io.StringIO(_text(path).decode(), newline="")))
     except (csv.Error, UnicodeDecodeError) as error:
         raise SalsaError(f"{path}: found no table ({one_line(error)}), expected a header and rows, in UTF-8") from error
 
@@ -233,7 +233,7 @@ def _parquet(path: Path) -> list[Any]:
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        return [without_empty_keys(row) for row in parquet.read_table(path).to_pylist()]
+        return [without_null_keys(row) for row in parquet.read_table(path).to_pylist()]
     except ArrowInvalid as error:
         raise SalsaError(f"{path}: found no Parquet ({one_line(error)}), expected a table") from error
 
@@ -243,7 +243,7 @@ def _hub_path(source: Source) -> tuple[str, str | None, str]:
     match = HF_PATH.match(source.path)
     require(
         match is not None,
-        f"{source.path}: found {short(source.path)}, expected {HF}NAMESPACE/NAME, with or without a file or folder in it",
+        f"{source.path}: found {short(source.path)}, expected {HF_PREFIX}NAMESPACE/NAME, with or without a file or folder in it",
     )
     assert match is not None
     return match[1], match[2] or source.revision, match[3] or ""
@@ -268,55 +268,55 @@ def _dataset(source: Source) -> Any:
     from salsa_peft.utils.hub import explain_hub_error
 
     folder = Path(source.path)
-    check_tables(folder)
+    check_table_widths(folder)
     try:
         if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):  # save_to_disk's
             found: Any = load_from_disk(source.path)
-        elif source.path.startswith(HF):
+        elif source.path.startswith(HF_PREFIX):
             repository, revision, inside = _hub_path(source)
             part = {"data_files": inside} if "*" in inside else {"data_dir": inside or None}
             found = load_dataset(repository, source.name, split=source.split, revision=revision, **part)
         else:
             found = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except DatasetGenerationError as error:
-        check_alike(folder)
+        check_same_columns(folder)
         why = one_line(error.__cause__ or error)
         raise SalsaError(f"{source.path}: found a file that does not parse ({why}), expected rows alike") from error
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         for path in _files(folder):
             read_file(str(path))  # which names the file that can't be read
-        line = explain_hub_error(error, f"datasets/{source.path.removeprefix(HF)}")
+        line = explain_hub_error(error, f"datasets/{source.path.removeprefix(HF_PREFIX)}")
         raise SalsaError(line or f"{source.path}: cannot be read as {_wanted(source)}: {one_line(error)}") from error
     if isinstance(found, DatasetDict):
         splits = ", ".join(found)
         require(source.split in found, f"{source.path}: found the splits {splits}, expected `split` to be one of them")
         found = found[source.split]
     assert isinstance(found, Dataset)
-    read = BUILDERS.get(str(found.info.builder_name), tuple(FILES))
+    read = BUILDER_SUFFIXES.get(str(found.info.builder_name), tuple(READERS))
     for path in _files(folder):
-        if file_kind(str(path)) not in read and path.name != "dataset_infos.json":
+        if data_suffix(str(path)) not in read and path.name != "dataset_infos.json":
             print(f"{path}: not read, since the folder's other files are {read[0]}", file=sys.stderr, flush=True)
     return found
 
 
 def _files(folder: Path) -> list[Path]:
     """A local folder's data files, those of save_to_disk's none."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and file_kind(str(path)) is not None]
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and data_suffix(str(path)) is not None]
 
 
-def check_tables(folder: Path) -> None:
+def check_table_widths(folder: Path) -> None:
     """Raise SalsaError for a row of a folder's csv or tsv that has more fields than the header: pandas takes the first for its name, in silence."""
     for path in _files(folder) if not (folder / "README.md").is_file() else ():  # which may say how its tables are read
-        if file_kind(str(path)) in (".csv", ".tsv"):
+        if data_suffix(str(path)) in (".csv", ".tsv"):
             read_file(str(path))
 
 
-def check_alike(folder: Path) -> None:
+def check_same_columns(folder: Path) -> None:
     """Raise SalsaError that names the file of a local folder which can't be read, or whose first row has other columns or kinds of values."""
     first: Path | None = None
     known: dict[str, Any] = {}
     for path in _files(folder):
-        rows = [as_row(row, f"{path}, row {number}") for number, row in enumerate(read_file(str(path)), 1)]
+        rows = [parse_row(row, f"{path}, row {number}") for number, row in enumerate(read_file(str(path)), 1)]
         if not rows:
             continue
         first, known = first or path, known or rows[0]
@@ -326,10 +326,10 @@ def check_alike(folder: Path) -> None:
             " every file of a folder; name one file, or give each kind of rows a folder",
         )
         for name, value in rows[0].items():
-            alike = None in (value, known[name]) or WORDS.get(type(value)) == WORDS.get(type(known[name]))
+            alike = None in (value, known[name]) or TYPE_NAMES.get(type(value)) == TYPE_NAMES.get(type(known[name]))
             require(
                 alike,
-                f"{path}, row 1, {one_line(name)}: found {describe(value)}, and {WORDS.get(type(known[name]))} in {first.name}, expected values"
+                f"{path}, row 1, {one_line(name)}: found {describe(value)}, and {TYPE_NAMES.get(type(known[name]))} in {first.name}, expected values"
                 " of one kind in every file of a folder",
             )
 
@@ -339,7 +339,7 @@ def _wanted(source: Source) -> str:
     return f"a data set (split {short(source.split)}{name})"
 
 
-FILES: dict[str, Callable[[Path], list[Any]]] = {
+READERS: dict[str, Callable[[Path], list[Any]]] = {
     ".jsonl": _lines,
     ".ndjson": _lines,
     ".json": _json,
@@ -347,9 +347,11 @@ FILES: dict[str, Callable[[Path], list[Any]]] = {
     ".csv": _table,
     ".tsv": _table,
 }
-WORDS = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
+TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 """What JSON holds, in words."""
-BUILDERS = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
+BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
 """What reads a folder in datasets → the files that it takes, leaving the others out in silence."""
-KINDS = "a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+ACCEPTED_SOURCES = (
+    "a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+)
 """What a source may be, for messages."""

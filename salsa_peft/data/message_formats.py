@@ -21,19 +21,19 @@ ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 """Roles of ShareGPT, LLaMA-Factory, OpenAssistant and OpenAI's older interface → those of chat templates. `role` may have others too."""
-CALLS = ("function_call", "tool_call")
+CALL_ROLES = ("function_call", "tool_call")
 """Roles whose text is a tool call, or a list of them, as JSON."""
-REASONING = ("reasoning", "thinking", "reasoning_content")
+REASONING_TYPES = ("reasoning", "thinking", "reasoning_content")
 """Types of a content's part that are an assistant's thoughts."""
-WEIGHTS = ("weight", "loss_weight", "train", "training")
+WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
 """Keys of a message that say whether it is trained on: OpenAI's, LLaMA-Factory's, axolotl's."""
-KEYS = {"from", "value", "role", "content", "function_call", *WEIGHTS}
+CONVERTED_KEYS = {"from", "value", "role", "content", "function_call", *WEIGHT_KEYS}
 
 
 def parse_messages(value: Any, where: str) -> Messages:
     """A list of messages, also as JSON text → {role, content, …} whose content is text. Raises SalsaError that names `where`."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # as csv files have them
-        value = from_json(value, where)
+        value = parse_json(value, where)
     fits = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     columns = isinstance(value, list) and bool(value) and all(isinstance(message, list) for message in value)
     hint = "; a list of such lists is a file by columns: write one object a row" if columns else ""
@@ -41,11 +41,11 @@ def parse_messages(value: Any, where: str) -> Messages:
     return [_message(message, where) for message in value]
 
 
-def untrained(value: Messages, where: str) -> list[int]:
+def untrained_turns(value: Messages, where: str) -> list[int]:
     """Positions of the assistant's messages that their own weight keeps out of the loss. Raises SalsaError for a weight but 0 or 1."""
     found = []
     for position, message in enumerate(value):
-        for key in WEIGHTS:
+        for key in WEIGHT_KEYS:
             weight = message.get(key)
             require(
                 weight in (None, 0, 1),
@@ -76,12 +76,12 @@ def role_of(message: dict[str, Any], where: str) -> str:
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     role = role_of(message, where)
     content = message["value"] if "value" in message and "content" not in message else message.get("content")
-    more = {key: value for key, value in message.items() if key not in KEYS and value not in (None, [], {})}
-    calls = tool_calls(more.pop("tool_calls", None), where)
+    more = {key: value for key, value in message.items() if key not in CONVERTED_KEYS and value not in (None, [], {})}
+    calls = parse_tool_calls(more.pop("tool_calls", None), where)
     if message.get("function_call") is not None:  # OpenAI's older interface
-        calls += tool_calls([message["function_call"]], where)
-    if str(message.get("role", message.get("from"))).lower() in CALLS:
-        calls, content = tool_calls(content, where), ""
+        calls += parse_tool_calls([message["function_call"]], where)
+    if str(message.get("role", message.get("from"))).lower() in CALL_ROLES:
+        calls, content = parse_tool_calls(content, where), ""
     if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
         content, thoughts, called = _parts(content, where)
         calls += called
@@ -101,10 +101,10 @@ def _parts(content: list[dict[str, Any]], where: str) -> tuple[str, str, Message
             (part[key] for key in ("text", "value", kind) if isinstance(key, str) and part.get(key) is not None), None
         )
         if kind == "tool_call":
-            calls += tool_calls(value, where)
+            calls += parse_tool_calls(value, where)
             continue
         require(
-            kind in ("text", *REASONING),
+            kind in ("text", *REASONING_TYPES),
             f"{where}: found a part of type {short(kind)} in content, expected text: only text can be trained on",
         )
         require(isinstance(value, str), f"{where}: found a part {short(part)} in content, expected text")
@@ -115,13 +115,13 @@ def _parts(content: list[dict[str, Any]], where: str) -> tuple[str, str, Message
     return text, thoughts, calls
 
 
-def tool_calls(value: Any, where: str) -> Messages:
+def parse_tool_calls(value: Any, where: str) -> Messages:
     """Tool calls → [{type, function: {name, arguments}}] with arguments as an object, which is what Transformers' templates read.
 
     JSON text, one call without a list and calls without `function` around them are taken too. Raises SalsaError.
     """
     if isinstance(value, str):
-        value = from_json(value, where)
+        value = parse_json(value, where)
     found = []
     for call in _as_list(value, where, "tool calls"):
         inner: Any = call.get("function", call) if isinstance(call, dict) else None
@@ -129,7 +129,7 @@ def tool_calls(value: Any, where: str) -> Messages:
         require(fits, f"{where}: found the tool call {short(call)}, expected {{name, arguments}}")
         arguments = inner.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = from_json(arguments or "{}", where)
+            arguments = parse_json(arguments or "{}", where)
         require(
             isinstance(arguments, dict),
             f"{where}: found the arguments {short(arguments)} of {inner['name']}, expected an object",
@@ -139,10 +139,10 @@ def tool_calls(value: Any, where: str) -> Messages:
     return found
 
 
-def tool_list(value: Any, where: str) -> Messages | None:
+def parse_tools(value: Any, where: str) -> Messages | None:
     """A row's `tools`, also as JSON text → [{type: function, function: {name, …}}]; None for none. Raises SalsaError."""
     if isinstance(value, str):
-        value = from_json(value, where) if value.strip() else None
+        value = parse_json(value, where) if value.strip() else None
     found = []
     for tool in _as_list(value, where, "descriptions of functions"):
         require(isinstance(tool, dict), f"{where}: found {short(tool)}, expected the description of a function (JSON)")
@@ -156,7 +156,7 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
     return list(found)
 
 
-def from_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """What JSON text holds. Raises SalsaError that names `where`."""
     try:
         return json.loads(text)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.config.schema import Source
-from salsa_peft.data.chat.template_fields import dropped, in_form, options_of
-from salsa_peft.data.datasets import EMPTY_PROMPT, Odd, asked_of
-from salsa_peft.data.files import load
+from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_template, template_options
+from salsa_peft.data.datasets import EMPTY_PROMPT, RowWarnings, read_prompt
+from salsa_peft.data.files import load_rows
 from salsa_peft.data.message_formats import Messages
-from salsa_peft.data.row_parts import extras
+from salsa_peft.data.row_parts import template_inputs
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
@@ -32,7 +32,7 @@ TEMPERATURES: Mapping[str, float] = {
     "arena-hard-200": 0.0,
 }
 """Category → temperature of its answers, as in FastChat's llm_judge."""
-IDS = ("question_id", "uid", "prompt_id")
+ID_COLUMNS = ("question_id", "uid", "prompt_id")
 """Columns that name a question: FastChat's, arena-hard-auto's, the Hub's; the last is of a text, which may come twice."""
 
 
@@ -67,27 +67,32 @@ def questions(
     tokenizer: whose chat template each row is tried on.
     """
     found, numbers, seen, by_row = [], [], dict[str, int](), False
-    odd = Odd(source.path)
-    for number, row in load(source):
+    odd = RowWarnings(source.path)
+    for number, row in load_rows(source):
         where = f"{source.path}, row {number}"
-        asked, more = asked_of(row, where), extras(row, where)
+        asked, more = read_prompt(row, where), template_inputs(row, where)
         messages, turns = asked.messages, asked.turns or (asked.messages[-1]["content"],)
-        name = next((key for key in IDS if isinstance(row.get(key), int | str)), None)
+        name = next((key for key in ID_COLUMNS if isinstance(row.get(key), int | str)), None)
         identity = number if name is None else row[name]
         twice = str(identity) in seen  # references go by an id's text: 7 and "7" are one
         other = seen.get(str(identity))
         require(
             not twice or name is not None,
-            f"{where}: found no id ({', '.join(IDS)}), and row {other} has its number {number}; give every row one, or none",
+            f"{where}: found no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number}; give every row one, or none",
         )
         require(
-            not twice or name == IDS[-1],
+            not twice or name == ID_COLUMNS[-1],
             f"{where}, {name}: found {short(identity)}, which row {other} has too, expected each question once",
         )
         by_row |= twice
         seen[str(identity)] = number
         odd.add(number, EMPTY_PROMPT, any(not turn.strip() for turn in turns))
-        odd.drops(number, dropped(in_form(messages, tokenizer), tokenizer, f"{where}, {asked.name}", options_of(more)))
+        odd.add_dropped(
+            number,
+            dropped_fields(
+                messages_for_template(messages, tokenizer), tokenizer, f"{where}, {asked.name}", template_options(more)
+            ),
+        )
         numbers.append(number)
         category = row.get("category")
         reference = row.get("reference")
@@ -101,7 +106,7 @@ def questions(
                 row={**(row if columns else {}), **more},
             )
         )
-    odd.tell(len(found))
+    odd.print(len(found))
     return [one._replace(id=number) for one, number in zip(found, numbers, strict=True)] if by_row else found
 
 

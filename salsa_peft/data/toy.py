@@ -25,7 +25,7 @@ from salsa_peft.data.toy_language import (
     LENGTHS_OUT,
     MAX_NEW_TOKENS,
     VOCABULARY,
-    damage,
+    add_errors,
     draw_answer,
     draw_prompts,
     gold,
@@ -129,7 +129,7 @@ def _render(prompt: str, answer: list[str] | None = None) -> str:
 def _noisy(rng: random.Random, prompt: str, share: float, most: int | None = None) -> list[str]:
     """A right answer, or (a `share` of them) one with 1 … `most` errors; None: with as many as it has words."""
     answer = draw_answer(rng, prompt)
-    return damage(rng, answer, rng.randint(1, most or len(answer))) if rng.random() < share else answer
+    return add_errors(rng, answer, rng.randint(1, most or len(answer))) if rng.random() < share else answer
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def draw_preferences(
             if kind == "sampled":
                 answers = sample(model, tokenizer, prompts + prompts, progress)
             else:
-                answers = [" ".join(damage(rng, draw_answer(rng, p), rng.randrange(3))) for p in prompts + prompts]
+                answers = [" ".join(add_errors(rng, draw_answer(rng, p), rng.randrange(3))) for p in prompts + prompts]
             for prompt, a, b in zip(prompts, answers, answers[len(prompts) :], strict=False):
                 better, worse = (a, b) if grade(prompt, a) > grade(prompt, b) else (b, a)
                 pair = (prompt, better, worse)

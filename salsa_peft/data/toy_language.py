@@ -36,8 +36,15 @@ GRADES = ("bad", "poor", "fair", "good", "perfect")
 VOCABULARY = (*SPECIALS, *OPERATIONS, "and", *NUMBERS, *CATEGORIES, *WORDS, *GRADES)
 LENGTHS_IN, LENGTHS_OUT = (2, 3, 4), (5, 6)
 MAX_NEW_TOKENS = 10
-DAMAGE = (4, 3, 1, 1, 2, 2)  # odds of the kinds of error in `damage`, about as seeds make them: mostly a wrong word
-UNFINISHED = 0.5
+ERROR_WEIGHTS = (
+    4,
+    3,
+    1,
+    1,
+    2,
+    2,
+)  # odds of the kinds of error in `damage`, about as seeds make them: mostly a wrong word
+UNFINISHED_PENALTY = 0.5
 
 
 class Task(NamedTuple):
@@ -87,7 +94,9 @@ def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None
     ended = finished if finished is not None else [True] * len(completions)
     scores = []
     for prompt, completion, end in zip(prompts, completions, ended, strict=True):
-        scores.append(grade(_text(prompt, "user"), _text(completion, "assistant")) - (0.0 if end else UNFINISHED))
+        scores.append(
+            grade(_text(prompt, "user"), _text(completion, "assistant")) - (0.0 if end else UNFINISHED_PENALTY)
+        )
     return scores
 
 
@@ -134,11 +143,11 @@ def draw_answer(rng: random.Random, prompt: str) -> list[str]:
     return answer
 
 
-def damage(rng: random.Random, answer: list[str], errors: int) -> list[str]:
+def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
     """The kinds of errors that models make here: wrong word, wrong category, missing, extra, repeated word, wrong order."""
     words = list(answer)
     for _ in range(errors):
-        kind, i = rng.choices(range(6), DAMAGE)[0], rng.randrange(len(words) or 1)
+        kind, i = rng.choices(range(6), ERROR_WEIGHTS)[0], rng.randrange(len(words) or 1)
         word = words[i] if words else rng.choice(WORDS)
         siblings = CATEGORIES.get(CATEGORY_OF.get(word, ""), tuple(CATEGORIES))
         if kind == 0 or not words:
@@ -156,7 +165,7 @@ def damage(rng: random.Random, answer: list[str], errors: int) -> list[str]:
     return words
 
 
-def held_out(prompt: str, seed: int) -> bool:
+def is_held_out(prompt: str, seed: int) -> bool:
     """A quarter of all instructions, by hash: they serve evaluation alone, and no other text of the world holds them."""
     return hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[0] < 64
 
@@ -169,7 +178,7 @@ def draw_prompts(
     seen: set[str] = set()
     while len(prompts) < n:
         prompt = draw_prompt(rng, lengths)
-        if held_out(prompt, seed) == evaluation and not (evaluation and prompt in seen):
+        if is_held_out(prompt, seed) == evaluation and not (evaluation and prompt in seen):
             seen.add(prompt)
             prompts.append(prompt)
     return prompts

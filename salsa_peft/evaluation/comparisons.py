@@ -53,13 +53,15 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
     if section is None or section.by == "judge":
         return None
     sets, rates = section.questions or list(answers), {}
-    for a, b in sweeps.trials(recipe):
+    for a, b in sweeps.candidate_pairs(recipe):
         x, y = ([row["scores"]["reward"] for name in sets for row in answers[name][model]] for model in (a, b))
         of = [(name, row["index"]) for name in sets for row in answers[name][a]]
         rates[a] = asdict(compare_scores(x, y, clusters=of if len(set(of)) < len(of) else None))
-    return sweeps.pick(recipe, rates, list(answers))
+    return sweeps.pick_candidates(recipe, rates, list(answers))
 
 
 def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
     """Pairs to compare: candidates of a search with its opponent, then the recipe's pairs with the candidates that were picked."""
-    return list(dict.fromkeys(sweeps.trials(recipe) + sweeps.picked(sweeps.pairs(recipe), found)))
+    return list(
+        dict.fromkeys(sweeps.candidate_pairs(recipe) + sweeps.with_picked(sweeps.compared_pairs(recipe), found))
+    )

@@ -21,15 +21,15 @@ from torch import nn
 from salsa_peft.config.job import Job, policy_id
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation import fastchat
 from salsa_peft.evaluation.answers import Rows, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.loader import Workbench, seeds_of
-from salsa_peft.training.references import attach_reference, mixture, move_to
+from salsa_peft.models.stage_context import StageContext, seed_folders
+from salsa_peft.training.references import attach_reference, checkpoint_sum, load_checkpoint_sum
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
@@ -50,24 +50,24 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
         return list(model.peft_config)[-1]
     (reference,) = parse_reference("evaluate.models", name)
     adapter = f"model-{len(model.peft_config)}"
-    return attach_reference(model, reference, seeds_of(inputs), inputs.get("soup"), adapter).adapter
+    return attach_reference(model, reference, seed_folders(inputs), inputs.get("soup"), adapter).adapter
 
 
-def cast(job: Job, bench: Workbench) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
+def cast(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
     """One model, and for each name that answers what gives it the name's weights: → the adapter to activate, already on the base;
     full weights are read into the model (→ None)."""
     recipe, inputs = job.recipe, job.inputs
     if recipe.adapter is not None:
-        shared = lora.attach(bench.base(), seeds_of(inputs)[0], "start")
+        shared = lora.attach(context.load_base(), seed_folders(inputs)[0], "start")
         attached = {name: attach(shared, name, recipe, inputs) for name in model_names(recipe)}
         return shared, {name: functools.partial(lambda adapter: adapter, adapter) for name, adapter in attached.items()}
-    model = bench.base()
+    model = context.load_base()
 
     def read(name: str) -> None:
         if name in recipe.policies:
-            return move_to(model, [inputs[policy_id(recipe, name)]], [1.0])
+            return load_checkpoint_sum(model, [inputs[policy_id(recipe, name)]], [1.0])
         (reference,) = parse_reference("evaluate.models", name)
-        return move_to(model, *mixture(bench, reference, inputs))
+        return load_checkpoint_sum(model, *checkpoint_sum(context, reference, inputs))
 
     return model, {name: functools.partial(read, name) for name in model_names(recipe)}
 
@@ -115,14 +115,16 @@ def _digest(line: bytes) -> bytes:
     return hashlib.sha256(line).hexdigest()[:16].encode()
 
 
-def ask(job: Job, bench: Workbench, sets: Mapping[str, list[Question]]) -> tuple[dict[str, dict[str, Rows]], list[str]]:
+def ask(
+    job: Job, context: StageContext, sets: Mapping[str, list[Question]]
+) -> tuple[dict[str, dict[str, Rows]], list[str]]:
     """Set of questions → model → its answers, and the names of the measures."""
     recipe = job.recipe
     # 1. one model for everything that answers
     others = [name for name in model_names(recipe) if name not in recipe.policies]
-    bench.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
-    model, answering = cast(job, bench)
-    rewards = measures(job, model, bench)
+    context.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
+    model, answering = cast(job, context)
+    rewards = measures(job, model, context)
     # 2. every model answers every set of questions
     answers: dict[str, dict[str, Rows]] = {dataset: {} for dataset in sets}
     turns = sum(len(question.turns) for questions in sets.values() for question in questions)
@@ -140,20 +142,20 @@ def ask(job: Job, bench: Workbench, sets: Mapping[str, list[Question]]) -> tuple
                     bar.update(len(rows))
 
                 answers[dataset][name] = answer(
-                    model, adapter, questions, rewards, bench, recipe.evaluate.seed, known[dataset], kept
+                    model, adapter, questions, rewards, context, recipe.evaluate.seed, known[dataset], kept
                 )
     return answers, list(rewards)
 
 
 def run(job: Job) -> dict[str, Any]:
     """Write evaluation.json, questions.jsonl, answers.jsonl and FastChat's files."""
-    recipe, bench = job.recipe, Workbench.of(job)
-    sources, columns = data.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
+    recipe, context = job.recipe, StageContext.of_job(job)
+    sources, columns = datasets.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {
-        name: fitting_questions(job, bench, questions(source, columns=columns, tokenizer=bench.tokenizer))
+        name: fitting_questions(job, context, questions(source, columns=columns, tokenizer=context.tokenizer))
         for name, source in sources.items()
     }
-    answers, measured = ask(job, bench, sets)
+    answers, measured = ask(job, context, sets)
     # 3. means
     result = {
         "measures": measured,

@@ -18,13 +18,13 @@ from torch import nn
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
 from salsa_peft.evaluation.answers import answer, fitting_questions, means
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.loader import Workbench, seeds_of
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.models.rewards.reward import Reward, of_recipe
+from salsa_peft.models.rewards.reward import Reward, recipe_reward
+from salsa_peft.models.stage_context import StageContext, seed_folders
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -34,22 +34,22 @@ from salsa_peft.utils.files import write_atomic
 POINT = "landscape"
 
 
-def measures(job: Job, model: nn.Module, bench: Workbench) -> dict[str, Reward]:
+def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward]:
     """What scores responses: the recipe's reward, and in the embedded world its gold reward."""
     recipe = job.recipe
-    rewards = {"reward": of_recipe(recipe, model, job.inputs, bench.tokenizer, recipe.generation.batch_size)}
+    rewards = {"reward": recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)}
     if recipe.toy is not None:
         from salsa_peft.data.toy_language import gold
 
-        rewards["gold"] = FunctionReward(gold, bench.tokenizer, special_tokens=True)
+        rewards["gold"] = FunctionReward(gold, context.tokenizer, special_tokens=True)
     return rewards
 
 
 def mean_scores(model: nn.Module, adapter: str | None, questions: Sequence[Question], rewards: Mapping[str, Reward],
-                bench: Workbench, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
+                context: StageContext, seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
     """Measure → mean score with its interval over questions, of one answer to each turn from `adapter`, or from the full weights that the
     model has."""
-    rows = answer(model, adapter, questions, rewards, bench, seed)
+    rows = answer(model, adapter, questions, rewards, context, seed)
     return {name: asdict(means(rows, name)) for name in rewards}
 
 
@@ -95,23 +95,23 @@ def run(job: Job) -> dict[str, Any]:
     """Write landscape.json."""
     section = job.recipe.landscape
     assert section is not None
-    bench = Workbench.of(job)
+    context = StageContext.of_job(job)
     # 1. the questions, the same at each point
-    sources = data.evaluation_sources(job.recipe, job.inputs.get("toy"))
+    sources = datasets.evaluation_sources(job.recipe, job.inputs.get("toy"))
     chosen = section.prompts or next(iter(sources))
     columns = job.recipe.reward.reads_columns
     asked = fitting_questions(
-        job, bench, questions(sources[chosen], columns=columns, tokenizer=bench.tokenizer)[: section.limit]
+        job, context, questions(sources[chosen], columns=columns, tokenizer=context.tokenizer)[: section.limit]
     )
     # 2. one model that moves between all seeds that a point needs
-    bench.check(job.inputs)
-    seeds = seeds_of(job.inputs)
-    model, adapter, move = moving(bench, seeds)
-    rewards = measures(job, model, bench)
+    context.check(job.inputs)
+    seeds = seed_folders(job.inputs)
+    model, adapter, move = moving(context, seeds)
+    rewards = measures(job, model, context)
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:
         move([weights.get(position, 0.0) for position in sorted(seeds)])
-        return mean_scores(model, adapter, asked, rewards, bench, section.seed)
+        return mean_scores(model, adapter, asked, rewards, context, section.seed)
 
     # 3. every point; one that two of the figures share is measured once
     result = measure_points(points(section), score, job.unit.id)
@@ -120,17 +120,17 @@ def run(job: Job) -> dict[str, Any]:
     return {"points": sum(len(line["points"]) for line in result["lines"]), "prompts": len(asked)}
 
 
-def moving(bench: Workbench, seeds: Mapping[int, Path]) -> tuple[Any, str | None, Callable[[list[float]], None]]:
+def moving(context: StageContext, seeds: Mapping[int, Path]) -> tuple[Any, str | None, Callable[[list[float]], None]]:
     """A model, the adapter to activate (full weights: None), and what moves it to base + Σ w δ of the seeds, by position."""
     positions = sorted(seeds)
-    if bench.recipe.adapter is None:
-        model: Any = bench.base()
+    if context.recipe.adapter is None:
+        model: Any = context.load_base()
         live = LiveCheckpoints(
-            model, [read_checkpoint(folder) for folder in (*(seeds[p] for p in positions), bench.folder)]
+            model, [read_checkpoint(folder) for folder in (*(seeds[p] for p in positions), context.folder)]
         )
         return model, None, lambda weights: live.set([*weights, round(1 - math.fsum(weights), 12)])
     stacked = StackedAdapter.load([seeds[position] for position in positions], [f"seed-{p}" for p in positions])
-    model = lora.attach(bench.base(), seeds[positions[0]], "start")
+    model = lora.attach(context.load_base(), seeds[positions[0]], "start")
     stacked.attach(model, POINT, [0.0] * len(positions))
     return model, POINT, lambda weights: stacked.set_weights(model, POINT, weights)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.models.base import causal_lm, head_product
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
+from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.logprobs import entropy_of, sampled_distribution
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.utils.errors import require
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 """What Transformers' generate calls the cache that it is given."""
 WITHOUT_FLOAT64 = ("mps",)
 """Kinds of devices on which tokens can't be chosen: they are on the CPU."""
@@ -68,11 +68,11 @@ class Recording(NamedTuple):
         return logprobs, entropy, values
 
     @contextlib.contextmanager
-    def listening(self, lm: Any) -> Iterator[None]:
+    def recording_values(self, lm: Any) -> Iterator[None]:
         """Within the context each call of the output embeddings leaves the value of the last position's state."""
 
         def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.values.append(head_product(self.value_head, inputs[0][:, -1]).float())
+            self.values.append(apply_scalar_head(self.value_head, inputs[0][:, -1]).float())
 
         hook = lm.get_output_embeddings().register_forward_pre_hook(hear)
         try:
@@ -105,7 +105,7 @@ class Sampler(LogitsProcessor):
         logp = sampled_distribution(scores, forbidden, 1.0 if greedy else self.sampling.temperature, self.eos)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
-        token = logp.argmax(-1, keepdim=True) if greedy else choose(probabilities, self.uniforms[:, self.step])
+        token = logp.argmax(-1, keepdim=True) if greedy else sample_token(probabilities, self.uniforms[:, self.step])
         if self.recording is not None:
             self.recording.logprobs.append(logp.gather(-1, token).squeeze(-1))
             self.recording.entropy.append(entropy_of(logp, probabilities))
@@ -113,7 +113,7 @@ class Sampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
-def choose(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse CDF: (B, V) and (B,) in [0, 1) → token ids (B, 1); one of probability 0 is never chosen.
 
     On the device of `uniforms`, which is the CPU where probabilities lie on a device without float64 (MPS).
@@ -137,7 +137,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     A response ends with any of `turn_ends.ends_of`. The random state of the process is not touched. Raises SalsaError where the model's logits are no distribution (NaN).
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
-    ends = ends_of(tokenizer, lm)
+    ends = model_stop_token_ids(tokenizer, lm)
     ids, mask = pad_prompts(prompts, pad, lm.device)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id,
@@ -146,14 +146,14 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     uniforms = uniform_numbers(seeds, sampling.max_new_tokens)
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
     sampler = Sampler(uniforms, sampling, ends, recording, check)
-    with _settled(lm, settings), recording.listening(lm) if recording else contextlib.nullcontext():
+    with _settled(lm, settings), recording.recording_values(lm) if recording else contextlib.nullcontext():
         tokens = lm.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
             synced_gpus=False,  # a process whose rows have ended waits for no other: sharded weights are gathered
-            **({} if cache is None else {CACHE: cache}),
+            **({} if cache is None else {CACHE_ARGUMENT: cache}),
         )
     broken = int(sampler.broken.sum())
     require(
@@ -181,19 +181,19 @@ def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
         lm.generation_config = inherited
 
 
-def respond(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
+def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
             batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
-            known: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
+            skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
     """Responses of the active adapter to many prompts, those of like length together → (indices into prompts, responses).
 
     What is drawn for a prompt depends on its place, the turn and the seed alone, so that two models differ by their weights only. places: the
-    prompts' own numbers, by default their indices. known: of the indices of a batch, whether it may be passed over; the others are
+    prompts' own numbers, by default their indices. skip: of the indices of a batch, whether it may be passed over; the others are
     the same then as without.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = (seed,) if turn == 1 else (seed, turn)
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]
-        if not known(rows):
+        if not skip(rows):
             seeds = row_seeds([row if places is None else places[row] for row in rows], *parts)
             yield rows, generate(model, [prompts[row] for row in rows], sampling, tokenizer, seeds)

@@ -6,13 +6,13 @@ The token that ends a response (data/chat/turn_ends.py) counts, nothing after it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from salsa_peft.data.chat.turn_ends import Turn
+from salsa_peft.data.chat.turn_ends import AssistantTurn
 from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head, token_logprobs
 
@@ -69,11 +69,6 @@ class Responses(NamedTuple):
         right = int(picked.lengths.max())
         return Responses(picked.prompt_ids[:, left:], picked.prompt_mask[:, left:], picked.response_ids[:, :right],
                          picked.response_mask[:, :right], picked.finished)  # fmt: skip
-
-
-def micro_batches(batch: int, size: int) -> Iterator[Tensor]:
-    """Row indices 0 … batch − 1 in runs of `size`."""
-    return iter(torch.arange(batch).split(size))
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -137,18 +132,18 @@ def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[i
     return Responses(prompt_ids, prompt_mask, ids, torch.arange(width, device=device) < lengths[:, None], finished)
 
 
-def widen(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
+def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
     """(B, L) → (B, width), filled up with `value` on the right, or on the left."""
     missing = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
 
 
-def extend(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> Responses:
+def append_tokens(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> Responses:
     """`tokens` behind the responses of `rows` (B,), bool, for what scores more than was sampled; the others stay."""
     if not tokens or not rows.any():
         return responses
     device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(tokens)
-    ids, mask = widen(responses.response_ids, count), widen(responses.response_mask, count)
+    ids, mask = pad_to_width(responses.response_ids, count), pad_to_width(responses.response_mask, count)
     places = responses.lengths[rows][:, None] + torch.arange(len(tokens), device=device)
     which = rows.nonzero()
     ids[which, places], mask[which, places] = torch.tensor(tokens, device=device), True
@@ -159,16 +154,16 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
     """Parts of a rollout batch with other widths → one."""
     prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
     return Responses(
-        torch.cat([widen(part.prompt_ids, prompt, pad, left=True) for part in parts]),
-        torch.cat([widen(part.prompt_mask, prompt, left=True) for part in parts]),
-        torch.cat([widen(part.response_ids, response, pad) for part in parts]),
-        torch.cat([widen(part.response_mask, response) for part in parts]),
+        torch.cat([pad_to_width(part.prompt_ids, prompt, pad, left=True) for part in parts]),
+        torch.cat([pad_to_width(part.prompt_mask, prompt, left=True) for part in parts]),
+        torch.cat([pad_to_width(part.response_ids, response, pad) for part in parts]),
+        torch.cat([pad_to_width(part.response_mask, response) for part in parts]),
         torch.cat([part.finished for part in parts]),
     )
 
 
-def closed(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: Turn) -> Tensor:
-    """(B,) bool: responses that the template's own end of a turn closed, after a prompt that asks for a turn; a text need not."""
+def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Tensor:
+    """(B,) bool: responses that the template's own end of a turn ends_turn, after a prompt that asks for a turn; a text need not."""
     asked = [
         not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
         for row in rows

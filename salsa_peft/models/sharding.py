@@ -59,7 +59,7 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             layer.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
 
 
-def keep_whole(module: nn.Module, accelerator: Accelerator) -> None:
+def gather_weights(module: nn.Module, accelerator: Accelerator) -> None:
     """Under ZeRO-3: weights that are read outside of their module's forward are whole from now to the next optimizer step (tied ones to
     the next forward). Called in all processes alike."""
     if engine_of(accelerator) is None:
@@ -70,7 +70,7 @@ def keep_whole(module: nn.Module, accelerator: Accelerator) -> None:
         parameter.all_gather()
 
 
-class LateStep(DeepSpeedEngineWrapper):
+class DeferredStep(DeepSpeedEngineWrapper):
     """accelerate's takes the optimizer's step at the end of a backward, before anyone has looked at gradients and ratios; under this one
     `before_step` does."""
 
@@ -99,14 +99,14 @@ def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> No
         (model if engine is None else engine.optimizer).zero_grad(set_to_none=True)
 
 
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as `like` is held: this process's piece of it where that is sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def whole(trainer: Trainer) -> dict[str, Tensor] | None:
+def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
     """All weights of what a Trainer trains, in the first process, where they are sharded; None where each process holds them whole.
     Called in all processes alike."""
     if trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -117,5 +117,5 @@ def whole(trainer: Trainer) -> dict[str, Tensor] | None:
 def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Any:
     """Module.load_state_dict of whole tensors, each cut as the module holds it."""
     held = module.state_dict()
-    cut = {name: placed(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
+    cut = {name: sharded_like(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
     return module.load_state_dict(cut, strict=strict)

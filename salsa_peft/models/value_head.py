@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, head_product, hidden_states
+from salsa_peft.models.base import apply_scalar_head, causal_lm, hidden_states
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class PolicyWithValueHead(nn.Module):
                 hidden = hidden_states(self.policy, input_ids, attention_mask)
         assert hidden is not None
         # a copy: FSDP2 hangs hooks on what forward returns, which may be no view; with bf16 ZeRO-3 holds the head in bf16
-        return head_product(self.value_head, hidden).to(torch.float32, copy=True)
+        return apply_scalar_head(self.value_head, hidden).to(torch.float32, copy=True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any

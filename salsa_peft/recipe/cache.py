@@ -47,7 +47,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
             fingerprints[file] = fingerprint(file)
     parts = {
         "stage": unit.stage,
-        "slice": unit.slice,
+        "slice": unit.key_fields,
         "inputs": {name: keys[name] for name in unit.inputs},
         "files": [fingerprints[file] for file in unit.files],
         "versions": made_with,

@@ -21,7 +21,7 @@ from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.data.check import count_rows
 from salsa_peft.models.architectures import memory
-from salsa_peft.models.architectures.sizes import Architecture, of_recipe
+from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import hardware
 from salsa_peft.recipe.cache import Step
 from salsa_peft.utils.errors import SalsaError
@@ -52,7 +52,10 @@ def need(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
 
     What lies in an unfinished unit's folder is made anew or gone on with, so it counts as free.
     """
-    size, made = of_recipe(recipe), [step for name, step in steps.items() if name in asked and step.why is not None]
+    size, made = (
+        architecture_of_recipe(recipe),
+        [step for name, step in steps.items() if name in asked and step.why is not None],
+    )
     if size is None or not steps:
         return None
     stays = most = 0.0

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft.config.load import Loaded
+from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import PPO, Adapter, Recipe
 from salsa_peft.data.check import count_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
-from salsa_peft.models.architectures.sizes import Architecture, of_recipe
+from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import disk
 from salsa_peft.recipe.cache import Step
 from salsa_peft.recipe.hardware import Card
@@ -48,7 +48,7 @@ ORDER = (
 """Changes by what they cost, the least first."""
 
 
-def show_plan(loaded: Loaded, run: Path, steps: dict[str, Step], asked: set[str], card: Card | None) -> None:
+def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], card: Card | None) -> None:
     """Print the plan on standard output; writes nothing else. card: what the stages' needs are held against."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"results: {run}"))
@@ -85,18 +85,18 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
     console.print()
 
 
-def _print_memory(console: Console, loaded: Loaded, card: Card | None) -> None:
+def _print_memory(console: Console, loaded: LoadedRecipe, card: Card | None) -> None:
     """What each stage needs of a GPU at its peak, what would make it fit, and what all of them."""
     recipe = loaded.recipe
-    size = of_recipe(recipe)
+    size = architecture_of_recipe(recipe)
     if size is None:
         console.print(Text(f"memory: known when the config.json of {recipe.model.base} is at hand\n"))
         return
     rows = []
     room = None if card is None else float(card.bytes)
     for stage in memory.stages_of(recipe):
-        found = memory.need(recipe, stage, size, room)
-        helps = None if room is None else advice(recipe, [stage], size, room, loaded.taken_back)
+        found = memory.estimate(recipe, stage, size, room)
+        helps = None if room is None else advice(recipe, [stage], size, room, loaded.reset_by_lora)
         held = (
             memory.choose_precision(recipe, stage, room, size)
             if recipe.mode == "full" and stage in TRAINING
@@ -108,7 +108,7 @@ def _print_memory(console: Console, loaded: Loaded, card: Card | None) -> None:
     against = "no card" if card is None else f"{card.name}, {card.bytes / memory.GIB:.0f} GiB"
     header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "in all", against]
     _print(console, header, rows, narrow=9)
-    together = None if room is None else advice(recipe, memory.stages_of(recipe), size, room, loaded.taken_back)
+    together = None if room is None else advice(recipe, memory.stages_of(recipe), size, room, loaded.reset_by_lora)
     if together is not None:
         console.print(
             Text(
@@ -148,7 +148,7 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     shares = (
         None if demonstrations is None else demonstrations * sft.subset,
-        None if pairs is None else pairs - reward.held_out_of(pairs),
+        None if pairs is None else pairs - reward.held_out_rows(pairs),
     )
     rows = [
         [f"sft, each of {len(sft.seeds)} seeds", _batch(sft), _steps(sft, shares[0])],
@@ -169,7 +169,7 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
             [
                 f"{algorithm}, each of {by[algorithm]} policies",
                 _batch(section),
-                _steps(section, section.rows_of(pairs, prompts)),
+                _steps(section, section.rows_per_epoch(pairs, prompts)),
             ]
         )
     return rows
@@ -204,14 +204,14 @@ def _updates(ppo: PPO, rows: int | None) -> str:
 
 
 def advice(
-    recipe: Recipe, stages: Sequence[str], size: Architecture, card: float, taken_back: Collection[str] = ()
+    recipe: Recipe, stages: Sequence[str], size: Architecture, card: float, reset_by_lora: Collection[str] = ()
 ) -> str | None:
     """What would make stages fit a card (bytes), all of them: the first single change that does, else several, each as small as will do;
-    None where they fit, NOTHING where nothing does. taken_back: keys that adding an adapter sets by itself."""
+    None where they fit, NOTHING where nothing does. reset_by_lora: keys that adding an adapter sets by itself."""
 
     def fits(preset: str, settings: dict[str, str]) -> bool:
         other = changed(recipe, preset, settings)
-        return all(memory.need(other, stage, size, card).total <= card for stage in stages)
+        return all(memory.estimate(other, stage, size, card).total <= card for stage in stages)
 
     if fits("", {}):
         return None
@@ -220,7 +220,7 @@ def advice(
     )
     for preset, setting in offered:
         if fits(preset, setting):
-            return _words(recipe, preset, setting, taken_back)
+            return _words(recipe, preset, setting, reset_by_lora)
     taken, settings = "", dict[str, str]()
     for preset, setting in offered:
         taken = preset or taken
@@ -228,7 +228,7 @@ def advice(
             key: value for key, value in (settings | setting).items() if not taken or key not in OF_FULL_WEIGHTS
         }
         if fits(taken, settings):
-            return _words(recipe, taken, _least(settings, offered, partial(fits, taken)), taken_back)
+            return _words(recipe, taken, _least(settings, offered, partial(fits, taken)), reset_by_lora)
     return NOTHING
 
 
@@ -291,9 +291,11 @@ def _divisors(number: int) -> list[int]:
     return [part for part in range(number - 1, 0, -1) if number % part == 0]
 
 
-def _words(recipe: Recipe, preset: str, settings: dict[str, str], taken_back: Collection[str] = ()) -> str:
+def _words(recipe: Recipe, preset: str, settings: dict[str, str], reset_by_lora: Collection[str] = ()) -> str:
     """What to add to the command."""
     mode = [f"--lora{'' if preset == 'lora' else ' ' + preset}"] * bool(preset)
     found = {"offload": recipe.offload, "precision": recipe.precision} if preset else {}
-    idle = {key: OF_FULL_WEIGHTS[key] for key in found if found[key] != OF_FULL_WEIGHTS[key] and key not in taken_back}
+    idle = {
+        key: OF_FULL_WEIGHTS[key] for key in found if found[key] != OF_FULL_WEIGHTS[key] and key not in reset_by_lora
+    }
     return " ".join([*mode, *(f"--set {key}={value}" for key, value in {**idle, **settings}.items())])

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from salsa_peft.config.schema import Recipe
-from salsa_peft.models.architectures.memory import CONTEXT, GIB, STAGES, need, stages_of
-from salsa_peft.models.architectures.sizes import of_recipe
+from salsa_peft.models.architectures.memory import CONTEXT, GIB, STAGES, estimate, stages_of
+from salsa_peft.models.architectures.sizes import architecture_of_recipe
 from salsa_peft.utils.errors import require
 
 LARGE = 2_000_000_000
@@ -70,23 +70,23 @@ def _visible(found: dict[str, Card], words: str | None) -> list[Card]:
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
     """What models/architectures/memory.py says a stage holds of the GPU that is here, without CUDA's own; None for one that holds no base."""
-    size, there = of_recipe(recipe), cards()
+    size, there = architecture_of_recipe(recipe), cards()
     if size is None or stage not in stages_of(recipe):
         return None
-    found = need(recipe, stage, size, there[0].bytes if there else None)
+    found = estimate(recipe, stage, size, there[0].bytes if there else None)
     return round((found.total - CONTEXT) / 1e6, 1)
 
 
 def check_device(recipe: Recipe, there: list[Card], stages: Collection[str] = STAGES) -> list[str]:
     """Raise SalsaError for a large base without a GPU; → warnings of stages that won't fit, a line each. stages: those that will run."""
-    size = of_recipe(recipe)
+    size = architecture_of_recipe(recipe)
     asked = [stage for stage in stages_of(recipe) if stage in stages]
     if size is None or not asked:
         return []
     card = (
         float(there[0].bytes) if there else 0.0
     )  # no card: the least is asked for, which is bf16 weights where `auto` may choose
-    needs = {stage: need(recipe, stage, size, card) for stage in asked}
+    needs = {stage: estimate(recipe, stage, size, card) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Job, Unit
-from salsa_peft.config.load import ADAPTER
-from salsa_peft.config.paths import bundled
+from salsa_peft.config.load import RECIPE_TYPE
+from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import hardware, processes
 from salsa_peft.utils.errors import require
@@ -99,7 +99,7 @@ def read_job(folder: Path) -> tuple[Job, list[str]]:
     said = json.loads((folder / JOB).read_bytes())
     unit: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in said["unit"].items()}
     job = Job(
-        recipe=ADAPTER.validate_json(json.dumps(said["recipe"]), strict=True),
+        recipe=RECIPE_TYPE.validate_json(json.dumps(said["recipe"]), strict=True),
         unit=Unit(**unit),
         folder=Path(said["folder"]),
         inputs={name: Path(path) for name, path in said["inputs"].items()},
@@ -135,7 +135,7 @@ def end_with_command(folder: Path) -> None:
 
 def command(recipe: Recipe, folder: Path, threads: str) -> list[str]:
     """What starts the processes."""
-    config = bundled("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
+    config = bundled_folder("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
         *("--num_processes", str(recipe.num_processes), "--num_cpu_threads_per_process", threads),

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.judge import check_ready
-from salsa_peft.config.load import Loaded, load_recipe, names
+from salsa_peft.config.load import LoadedRecipe, bundled_names, load_recipe
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe
 from salsa_peft.config.yaml import dump_yaml
-from salsa_peft.data import check as source_checks
+from salsa_peft.data import check
 from salsa_peft.models.architectures import checks
 from salsa_peft.recipe import cache, disk, hardware, launch, processes, units
 from salsa_peft.utils.console import Parser, say
@@ -119,12 +119,12 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         return _say_and(143, "terminated; the same command goes on where it was", False)
 
 
-def load(path_or_name: str, *, lora: str | None, overrides: list[str]) -> Loaded:
+def load(path_or_name: str, *, lora: str | None, overrides: list[str]) -> LoadedRecipe:
     """load_recipe, and what the local data and the base's config.json show. Raises SalsaError."""
-    return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(source_checks.check_local, checks.check))
+    return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(check.check_local, checks.check))
 
 
-def execute(loaded: Loaded, run: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
+def execute(loaded: LoadedRecipe, run: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
     """Do what the plan says, in order; the run folder is locked."""
     report = [step.folder for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
     say(f"results: {run}")
@@ -243,17 +243,15 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
         from salsa_peft.training import taken_results
 
         if hub:
-            taken_results.check_at_hand(recipe)
+            taken_results.check_base_available(recipe)
         taken_results.check(recipe, made, hub)
     own = recipe.data
     given = [own.demonstrations, own.held_out, own.preferences, own.prompts, *recipe.evaluate.prompts.values()]
     local = [is_local(source.path) for source in given if source is not None]
     if made and (not all(local) if hub else any(local)):
-        from salsa_peft.data import check as data_checks
-
         if hub:
             say("looking at the Hub's data sets …")
-        data_checks.check(recipe, made, hub)
+        check.check_every_row(recipe, made, hub)
 
 
 def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
@@ -278,7 +276,7 @@ def logged_in() -> bool:
     return get_token() is not None
 
 
-def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
+def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
     """runs/<name>, with adapters runs/<name>-<preset>, or --output-dir; absolute."""
     mode = loaded.recipe.mode
     name = loaded.recipe.name if mode == "full" else f"{loaded.recipe.name}-{loaded.preset or mode}"
@@ -294,7 +292,7 @@ def run_folder(loaded: Loaded, output_dir: str | None) -> Path:
     return folder
 
 
-def resolved_yaml(loaded: Loaded) -> str:
+def resolved_yaml(loaded: LoadedRecipe) -> str:
     """Every value of the recipe as it ran, defaults included; itself a recipe that runs without --lora."""
     how = f" --lora {loaded.preset}" if loaded.preset else ""
     return f"# {loaded.path.name}{how}, with every default; runs as it is.\n" + dump_yaml(loaded.recipe.as_data())
@@ -310,10 +308,12 @@ def _say_and(code: int, line: str, debug: bool) -> int:
 def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
     """The command line; `--lora` takes a preset's name after it and leaves the recipe alone, wherever it stands."""
     parser = Parser(prog=prog, description="Run a recipe: seeds, reward model, soup, PPO, landscape, evaluation, report.",
-                    epilog=f"Bundled recipes: {', '.join(names('recipes')) or 'none'}.", allow_abbrev=False)  # fmt: skip
+                    epilog=f"Bundled recipes: {', '.join(bundled_names('recipes')) or 'none'}.")  # fmt: skip
     parser.add_argument("words", nargs="*", metavar="RECIPE", help="a YAML file, or a bundled recipe's name")
     parser.add_argument(
-        "--lora", metavar="PRESET", help=f"train adapters: one of {', '.join(names('adapters'))} (no value: lora)"
+        "--lora",
+        metavar="PRESET",
+        help=f"train adapters: one of {', '.join(bundled_names('adapters'))} (no value: lora)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6"
@@ -340,10 +340,10 @@ def parse_args(argv: list[str], prog: str = "salsa run") -> argparse.Namespace:
             after = argv[index + 1] if index + 1 < len(argv) and not argv[index + 1].startswith("-") else None
             argv = [
                 *argv[:index],
-                f"--lora={after}" if after in names("adapters") else "--lora=lora",
+                f"--lora={after}" if after in bundled_names("adapters") else "--lora=lora",
                 *argv[index + 1 :],
             ]
-            if after in names("adapters"):
+            if after in bundled_names("adapters"):
                 del argv[index + 1]
                 after = None
             break

@@ -32,20 +32,22 @@ def toy(job: Job) -> dict[str, Any]:
 
 def soup(job: Job) -> dict[str, Any]:
     """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
-    from salsa_peft.models.loader import Workbench
+    from salsa_peft.models.stage_context import StageContext
     from salsa_peft.soup.average import soup as cook
 
     section = job.recipe.soup
     cooked = job.folder / "cooked"
     names = [f"seed-{member}" for member in section.members]
     folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
-    if section.measured:
-        from salsa_peft.soup.measures import of_recipe
+    if section.uses_measure:
+        from salsa_peft.soup.measures import recipe_measure
 
-        measure = of_recipe(job, folders)
-    base = None if job.recipe.adapter is not None else Workbench.of(job).folder  # of checkpoints: where deltas begin
+        measure = recipe_measure(job, folders)
+    base = (
+        None if job.recipe.adapter is not None else StageContext.of_job(job).folder
+    )  # of checkpoints: where deltas begin
     summary = cook(
-        cooked, folders, section.resolved, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
+        cooked, folders, section.resolved_weights, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
         step_size=section.step_size, rank=section.rank, base=base,
     )  # fmt: skip
     bases = {read_fingerprint(folder) for folder in folders}

@@ -13,7 +13,7 @@ from typing import Any
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Unit, policy_id, unit_of
-from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCES
+from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import RewardPart, find_module, split_function
@@ -88,14 +88,18 @@ def _precision(recipe: Recipe) -> dict[str, Any]:
 
 def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     """The embedded world: base, tokenizer and data."""
-    return [Unit(stage="toy", name="toy", run=run, slice={"toy": dataclasses.asdict(recipe.toy)})] if recipe.toy else []
+    return (
+        [Unit(stage="toy", name="toy", run=run, key_fields={"toy": dataclasses.asdict(recipe.toy)})]
+        if recipe.toy
+        else []
+    )
 
 
 def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     """One fine-tuning per seed."""
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
-        files, taken = _Files(), recipe.sft.taken(position)
+        files, taken = _Files(), recipe.sft.existing_seed(position)
         section = {name: value for name, value in dataclasses.asdict(recipe.sft).items() if name != "from_"}
         parts: dict[str, Any] = {
             "model": files.model(recipe),
@@ -111,9 +115,9 @@ def sft_units(recipe: Recipe, run: str) -> list[Unit]:
                 stage="sft",
                 name=f"seed-{position}",
                 run=run,
-                several=True,
+                multi_unit=True,
                 inputs=_inputs(recipe),
-                slice=parts,
+                key_fields=parts,
                 files=tuple(files.paths),
             )
         )
@@ -137,32 +141,34 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
         **_precision(recipe),
     }
     inputs = _inputs(recipe, _seed(0))
-    return [Unit(stage="reward", name="reward", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+    return [Unit(stage="reward", name="reward", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     """The recipe's soup; the members are inputs."""
     section, files = recipe.soup, _Files()
     members = tuple(_seed(member) for member in section.members)
-    parts: dict[str, Any] = {"members": list(members), "weights": section.resolved}
+    parts: dict[str, Any] = {"members": list(members), "weights": section.resolved_weights}
     if section.strategy != "linear" or section.rank is not None:
         parts |= {"strategy": section.strategy, "rank": section.rank}
-    if not section.measured:
+    if not section.uses_measure:
         base = (
             {} if recipe.adapter is not None else {"model": files.model(recipe)}
         )  # of checkpoints: where deltas begin
         inputs = members if recipe.adapter is not None else _inputs(recipe, *members)
-        return [Unit(stage="soup", name="soup", run=run, inputs=inputs, slice=parts | base, files=tuple(files.paths))]
+        return [
+            Unit(stage="soup", name="soup", run=run, inputs=inputs, key_fields=parts | base, files=tuple(files.paths))
+        ]
     parts |= {
         "measure": files.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
         "model": files.model(recipe),
-        "data": files.source(getattr(recipe.data, section.reads)) if section.reads else None,
+        "data": files.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
     }
     if section.measure == "reward":
         parts |= {"reward": files.reward(recipe), "generation": dataclasses.asdict(recipe.generation)}
     inputs = _inputs(recipe, *(_reward(recipe) if section.measure == "reward" else []), *members)
-    return [Unit(stage="soup", name="soup", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+    return [Unit(stage="soup", name="soup", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))]
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
@@ -182,7 +188,7 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
         "export": list(recipe.export),
         **_precision(recipe),
     }
-    if algorithm in PREFERENCES:
+    if algorithm in PREFERENCE_ALGORITHMS:
         parts["preferences"] = files.source(recipe.data.preferences)
     else:
         parts |= {
@@ -193,9 +199,11 @@ def _policy(recipe: Recipe, run: str, name: str) -> Unit:
     if algorithm == "ppo":
         parts["ppo"] |= {"save_steps": None, "shown_every": None}  # what the result does not depend on
         parts["eval_prompts"] = files.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
-    rewards = [] if algorithm in PREFERENCES else _reward(recipe)
+    rewards = [] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
     inputs = _inputs(recipe, _seed(0), *rewards, *_of_references(references))
-    return Unit(stage=algorithm, name=name, run=run, several=True, inputs=inputs, slice=parts, files=tuple(files.paths))
+    return Unit(
+        stage=algorithm, name=name, run=run, multi_unit=True, inputs=inputs, key_fields=parts, files=tuple(files.paths)
+    )
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -216,7 +224,9 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
     inputs = _inputs(recipe, *_reward(recipe), *map(_seed, positions))
-    return [Unit(stage="landscape", name="landscape", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+    return [
+        Unit(stage="landscape", name="landscape", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))
+    ]
 
 
 def landscape_prompts(recipe: Recipe, landscape: Landscape) -> str:
@@ -242,7 +252,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     policies = [policy_id(recipe, name) for name in recipe.policies]
     inputs = _inputs(recipe, _seed(0), "soup", *_of_references(references), *_reward(recipe), *policies)
-    return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, slice=parts, files=tuple(files.paths))]
+    return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))]
 
 
 def judge_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -261,10 +271,12 @@ def judge_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     parts: dict[str, Any] = {
         "judge": {**dataclasses.asdict(judge), **idle, **told},
-        "pairs": [list(pair) for pair in sweeps.pairs(recipe)],
+        "pairs": [list(pair) for pair in sweeps.compared_pairs(recipe)],
         **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
     }
-    return [Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), slice=parts, files=tuple(files.paths))]
+    return [
+        Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), key_fields=parts, files=tuple(files.paths))
+    ]
 
 
 def hub_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -274,7 +286,11 @@ def hub_units(recipe: Recipe, run: str) -> list[Unit]:
     inputs = tuple(unit_of(recipe, name)[1] for name in recipe.hub.push)
     return [
         Unit(
-            stage="hub", name="hub", run=run, inputs=("report", *inputs), slice={"hub": dataclasses.asdict(recipe.hub)}
+            stage="hub",
+            name="hub",
+            run=run,
+            inputs=("report", *inputs),
+            key_fields={"hub": dataclasses.asdict(recipe.hub)},
         )
     ]
 
@@ -301,7 +317,7 @@ def report_units(recipe: Recipe, run: str) -> list[Unit]:
     search_section = None if recipe.search is None else dataclasses.asdict(recipe.search)
     parts = {
         "samples": recipe.evaluate.samples,
-        "pairs": [list(pair) for pair in sweeps.pairs(recipe)],
+        "pairs": [list(pair) for pair in sweeps.compared_pairs(recipe)],
         "search": search_section,
     }
-    return [Unit(stage="report", name="report", run=run, inputs=inputs, slice=parts)]
+    return [Unit(stage="report", name="report", run=run, inputs=inputs, key_fields=parts)]

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from salsa_peft.config.job import unit_of
 from salsa_peft.config.load import saved_recipe
-from salsa_peft.config.options.trl import PREFERENCES
+from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report import format as text
@@ -119,9 +119,9 @@ def used(item: Item) -> dict[str, Source]:
     data, algorithm = item.recipe.data, item.recipe.policies[item.name].algorithm if item.kind == "policy" else ""
     names = ["demonstrations"]
     names += ["preferences"] * (
-        item.kind == "reward" or algorithm in PREFERENCES or (bool(algorithm) and item.recipe.reward.trained)
+        item.kind == "reward" or algorithm in PREFERENCE_ALGORITHMS or (bool(algorithm) and item.recipe.reward.trained)
     )
-    names += ["prompts"] * (bool(algorithm) and algorithm not in PREFERENCES)
+    names += ["prompts"] * (bool(algorithm) and algorithm not in PREFERENCE_ALGORITHMS)
     return {name: source for name in names if (source := getattr(data, name)) is not None}
 
 
@@ -193,7 +193,7 @@ def members(item: Item) -> list[dict[str, str]]:
 
 def seed(recipe: Recipe, position: int) -> str:
     """One SFT run in words, or where it was taken from."""
-    if (taken := recipe.sft.taken(position)) is not None:
+    if (taken := recipe.sft.existing_seed(position)) is not None:
         return f"taken from {last_part(taken)}"
     return f"SFT, random seed {recipe.sft.seeds[position]}, {hyperparameters(recipe.sft)}"
 

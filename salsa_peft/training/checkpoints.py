@@ -70,10 +70,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
     Not by N alone: a trainer that trains a second time begins at step 1 again, a run can go on from an earlier checkpoint.
     """
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: (saved(path), int(path.name.removeprefix(PREFIX))), reverse=True)
+    return sorted(found, key=lambda path: (save_number(path), int(path.name.removeprefix(PREFIX))), reverse=True)
 
 
-def saved(folder: Path) -> float:
+def save_number(folder: Path) -> float:
     """How many checkpoints of its folder were saved up to this one; infinity where that can't be read."""
     try:
         state = json.loads((folder / STATE).read_bytes())
@@ -83,18 +83,18 @@ def saved(folder: Path) -> float:
     return count if type(count) is int else math.inf
 
 
-def after(checkpoint: Path) -> list[Path]:
+def saved_after(checkpoint: Path) -> list[Path]:
     """Those in its folder that were saved after it."""
-    return [folder for folder in checkpoints(checkpoint.parent) if saved(folder) > saved(checkpoint)]
+    return [folder for folder in checkpoints(checkpoint.parent) if save_number(folder) > save_number(checkpoint)]
 
 
 def next_number(output_dir: Path) -> int:
     """`saved` of the next one."""
-    numbers = [saved(folder) for folder in checkpoints(output_dir)]
+    numbers = [save_number(folder) for folder in checkpoints(output_dir)]
     return 1 + max((int(number) for number in numbers if number < math.inf), default=0)
 
 
-def last_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None; and a line for each newer one that was passed over."""
     passed: list[str] = []
     for folder in checkpoints(output_dir):
@@ -109,7 +109,7 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None
     """Remove all but the newest `keep` checkpoints (None, 0 or less, as in Transformers: remove none), and what saves that were
     killed left behind. The one saved last stays and so does `best`, which counts among them; so does what is not ours."""
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
-    ours = [folder for folder in checkpoints(output_dir) if saved(folder) < math.inf]
+    ours = [folder for folder in checkpoints(output_dir) if save_number(folder) < math.inf]
     first = [folder for folder in ours if folder == ours[0] or folder == best]
     kept = [*first, *(folder for folder in ours if folder not in first)][: max(keep or 0, len(first))]
     for folder in ours if keep is not None and keep > 0 else []:

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from salsa_peft.models.rewards.classifier import ClassifierReward
-from salsa_peft.models.rewards.reward import Reward, WeightedReward
-from salsa_peft.training.references import Frozen
+from salsa_peft.models.rewards.base import Reward
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
     from salsa_peft.training.ppo.config import SalsaPPOConfig
 
-Presence = Callable[[], AbstractContextManager[None]]
+DeviceContext = Callable[[], AbstractContextManager[None]]
 """→ a context within which a model is on the device."""
 
 
-class Parked:
+class OffloadedModel:
     """A frozen model whose weights lie in the CPU's memory, pinned where there is CUDA, and on the device within `on`.
 
     The one copy is the CPU's: frozen weights need no way back, and what was on the device is let go. Raises SalsaError for a model with
@@ -66,8 +65,8 @@ def copied(home: Tensor, device: torch.device) -> Tensor:
     return home.to(device, non_blocking=True)
 
 
-def place(references: Sequence[Frozen], reward: Reward, args: SalsaPPOConfig) -> list[Presence]:
-    """Put the references' own models, and classifiers in the reward, where `offload` says → one Presence for each reference.
+def place_models(references: Sequence[FrozenReference], reward: Reward, args: SalsaPPOConfig) -> list[DeviceContext]:
+    """Put the references' own models, and classifiers in the reward, where `offload` says → one DeviceContext for each reference.
 
     Raises SalsaError for `offload: frozen` where all of them share the policy's base.
     """
@@ -78,18 +77,17 @@ def place(references: Sequence[Frozen], reward: Reward, args: SalsaPPOConfig) ->
             if model is not None:
                 model.to(device)  # type: ignore[arg-type]
         return [contextlib.nullcontext for _ in own]
-    parts = [part.reward for part in reward.parts] if isinstance(reward, WeightedReward) else [reward]
-    classifiers = [part for part in parts if isinstance(part, ClassifierReward)]
+    scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]
     require(
-        bool(classifiers) or any(model is not None for model in own),
+        bool(scoring) or any(model is not None for model in own),
         "offload: found frozen where references and reward are adapters on the policy's base, or functions, expected none: they hold no"
         " weights of their own to offload",
     )
-    for part in classifiers:
-        part.present = _presence(part.classifier, device)
+    for one, frozen in scoring:
+        one.on_device = _presence(frozen, device)
     return [contextlib.nullcontext if model is None else _presence(model, device) for model in own]
 
 
-def _presence(model: nn.Module, device: torch.device) -> Presence:
-    parked = Parked(model)
+def _presence(model: nn.Module, device: torch.device) -> DeviceContext:
+    parked = OffloadedModel(model)
     return lambda: parked.on(device)

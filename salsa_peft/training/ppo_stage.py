@@ -13,24 +13,31 @@ from accelerate.utils import broadcast_object_list
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
-from salsa_peft.data import datasets as data
-from salsa_peft.models import base as models
+from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.loader import ProgressBar, Workbench, quiet, seeds_of
-from salsa_peft.models.rewards import reward as rewards
+from salsa_peft.models.base import resolve_dtype
+from salsa_peft.models.rewards.reward import recipe_reward
+from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, seed_folders
+from salsa_peft.models.weights import cast_weights
 from salsa_peft.soup import average as averaging
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
-from salsa_peft.training.references import Frozen, attach_reference, freeze, mixture, move_to
+from salsa_peft.training.references import (
+    FrozenReference,
+    attach_reference,
+    checkpoint_sum,
+    freeze,
+    load_checkpoint_sum,
+)
 from salsa_peft.utils.files import write_atomic
 
 
-def ppo_config(bench: Workbench, policy: str, folder: Path) -> SalsaPPOConfig:
+def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConfig:
     """A policy's SalsaPPOConfig: the `ppo` and `generation` sections and the policy's own β."""
-    recipe = bench.recipe
+    recipe = context.recipe
     section, own = recipe.ppo, recipe.policies[policy].kl_coef
-    arguments = bench.arguments(section, folder, section.seed)
+    arguments = context.arguments(section, folder, section.seed)
     for derived in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         del arguments[derived]
     engine = {field.name: getattr(section, field.name) for field in dataclasses.fields(PPOOptions)}
@@ -48,21 +55,21 @@ def ppo_config(bench: Workbench, policy: str, folder: Path) -> SalsaPPOConfig:
     return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
 
 
-def play(bench: Workbench, job: Job, name: str = "policy") -> tuple[Any, list[Frozen]]:
+def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, list[FrozenReference]]:
     """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, the policy's called `name`, or a model each."""
-    seeds = seeds_of(job.inputs)
-    wanted = bench.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
-    bench.check(job.inputs, wanted)
-    if bench.recipe.adapter is not None:
-        model: Any = lora.attach(bench.base(), seeds[0], name, trainable=True)
+    seeds = seed_folders(job.inputs)
+    wanted = context.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
+    context.check(job.inputs, wanted)
+    if context.recipe.adapter is not None:
+        model: Any = lora.attach(context.load_base(), seeds[0], name, trainable=True)
         return model, [
             attach_reference(model, reference, seeds, job.inputs.get("soup"), f"reference-{index}")
             for index, reference in enumerate(wanted)
         ]
-    model, frozen = bench.trainable(seeds[0]), []
+    model, frozen = context.load_trainable(seeds[0]), []
     for reference in wanted:
-        own = bench.base() if reference.sync_every is None else bench.base().float()
-        move_to(own, *mixture(bench, reference, job.inputs))
+        own = context.load_base() if reference.sync_every is None else context.load_base().float()
+        load_checkpoint_sum(own, *checkpoint_sum(context, reference, job.inputs))
         frozen.append(
             freeze(model, own, reference.label)._replace(
                 sync_every=reference.sync_every, mixup_alpha=reference.mixup_alpha
@@ -75,57 +82,56 @@ def run(job: Job) -> dict[str, Any]:
     """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so) or checkpoint."""
     recipe, name = job.recipe, job.unit.name
     # 1. the policy starts at seed-0; references and reward are frozen, with adapters all on one base
-    bench = Workbench.of(job)
-    model, references = play(bench, job)
+    context = StageContext.of_job(job)
+    model, references = build_policy(context, job)
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
-    reward = rewards.of_recipe(recipe, model, job.inputs, bench.tokenizer, micro)
+    reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, micro)
     # 2. PPO
-    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    prompts = data.prompts(source, columns=recipe.reward.reads_columns)
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    prompts = datasets.prompts(source, columns=recipe.reward.reads_columns)
     trainer = SalsaPPOTrainer(
         model,
-        ppo_config(bench, name, job.folder),
+        ppo_config(context, name, job.folder),
         prompts,
         references=references,
         reward=reward,
-        processing_class=bench.tokenizer,
+        processing_class=context.tokenizer,
         eval_dataset=evaluation_prompts(job),
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
-    quiet(trainer)
+    remove_printer(trainer)
     (checkpoint,) = broadcast_object_list([checkpoint_of(job) if trainer.is_world_process_zero() else None])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # 3. the policy in the base's dtype, its value head, what was run
     if recipe.adapter is None:
-        trainer.saved_dtype = models.resolve_dtype(recipe.model.dtype)
+        trainer.saved_dtype = resolve_dtype(recipe.model.dtype)
         if not recipe.sharded:
-            models.round_weights(model, trainer.saved_dtype)
+            cast_weights(model, trainer.saved_dtype)
     trainer.save_model(str(job.folder))
     facts = {
         "reference": ", ".join(reference.label for reference in references),
-        "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.kl_coef},
-        "updates": trainer.update,
+        "kl_coef": {"start": trainer.args.kl_coef, "end": trainer.ppo.kl_coef},
+        "updates": trainer.ppo.update,
         "prompts": len(prompts) - trainer.left_out,
         "left_out": trainer.left_out,
-        "skipped_minibatches": trainer.skipped,
+        "skipped_minibatches": trainer.ppo.skipped,
     }
-    limits = (trainer.micro_batch, trainer.maker.micro_batch)
-    facts |= {
-        limit.option: limit.rows for limit in limits if limit.rows < limit.configured
-    }  # halved after out-of-memory
+    limits = (trainer.micro_batch, trainer.rollout_maker.micro_batch)
+    # halved after an out-of-memory error
+    facts |= {limit.option: limit.rows for limit in limits if limit.rows < limit.configured}
     if not trainer.is_world_process_zero():
         return facts
-    bench.sign(job.folder)
+    context.write_fingerprint(job.folder)
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model, reward
-        merge(bench, job)
+        save_merged(context, job)
     return facts
 
 
 def checkpoint_of(job: Job) -> Path | None:
     """The checkpoint to go on from, said; None where there is none: what is there is not whole and goes, it is the stage's own."""
-    checkpoint, passed = checkpoints.last_whole(job.folder)
+    checkpoint, passed = checkpoints.last_complete(job.folder)
     for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
         print(line, file=sys.stderr, flush=True)
     if checkpoint is None:
@@ -139,14 +145,18 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
     section = job.recipe.ppo
     if section.eval_prompts is None:
         return None
-    source = data.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
-    return data.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
+    source = datasets.evaluation_sources(job.recipe, job.inputs.get("toy"))[section.eval_prompts]
+    return datasets.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
 
 
-def merge(bench: Workbench, job: Job) -> None:
+def save_merged(context: StageContext, job: Job) -> None:
     """The policy merged into the base, in its files' dtype, as a plain Transformers checkpoint: <folder>/merged. Never into 4 bits: of a
     quantised base into what its 4 bits stand for."""
     averaging.soup(
-        job.folder / "merged", [job.folder], merge=True, base=bench.folder, quantized_base=job.recipe.model.quantization
+        job.folder / "merged",
+        [job.folder],
+        merge=True,
+        base=context.folder,
+        quantized_base=job.recipe.model.quantization,
     )
-    bench.tokenizer.save_pretrained(job.folder / "merged")
+    context.tokenizer.save_pretrained(job.folder / "merged")

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.soup.lora.svd import moments, recompress
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import require
 
 
-def check(references: Sequence[Frozen], policy: Any, name: str | None, *, sharded: bool = False) -> None:
-    """Raise SalsaError for numbers that can't be, for weights in pieces, and for adapters that `refresh` has no rule for."""
+def check(references: Sequence[FrozenReference], policy: Any, name: str | None, *, sharded: bool = False) -> None:
+    """Raise SalsaError for numbers that can't be, for weights in pieces, and for adapters that `sync` has no rule for."""
     for one in references:
         if one.sync_every is None:
             continue
@@ -43,7 +43,7 @@ def check(references: Sequence[Frozen], policy: Any, name: str | None, *, sharde
             list(_layers(policy, str(name), one.adapter))
 
 
-def refresh(policy: Any, name: str | None, references: Sequence[Frozen], step: int) -> float | None:
+def sync(policy: Any, name: str | None, references: Sequence[FrozenReference], step: int) -> float | None:
     """Move the references whose turn it is after `step` updates towards the policy (its adapter `name`; None: its full weights).
 
     → the share of the new delta's norm that its rank could not hold, of the worst reference; None where none was moved.
@@ -123,13 +123,13 @@ def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> floa
     return (lost / norm) ** 0.5 if norm else 0.0
 
 
-def state(model: Any, references: Sequence[Frozen]) -> dict[str, Tensor]:
+def state_dict(model: Any, references: Sequence[FrozenReference]) -> dict[str, Tensor]:
     """The weights of every reference that moves, for a checkpoint."""
     return {key: weight.detach().cpu().contiguous() for key, weight in _weights(model, references)}
 
 
 @torch.no_grad()
-def load_state(model: Any, references: Sequence[Frozen], saved: dict[str, Tensor]) -> None:
+def load_state_dict(model: Any, references: Sequence[FrozenReference], saved: dict[str, Tensor]) -> None:
     """Put them back. Raises SalsaError where they are not these references'."""
     there = dict(_weights(model, references))
     require(
@@ -139,7 +139,7 @@ def load_state(model: Any, references: Sequence[Frozen], saved: dict[str, Tensor
         weight.copy_(saved[key])
 
 
-def _weights(model: Any, references: Sequence[Frozen]) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: Any, references: Sequence[FrozenReference]) -> Iterator[tuple[str, Tensor]]:
     for number, one in enumerate(references):
         if one.sync_every is not None:
             found = one.model.parameters() if one.model is not None else lora.parameters(model, str(one.adapter))

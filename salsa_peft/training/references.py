@@ -16,11 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from salsa_peft.config.references import Reference
-from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import causal_lm
-from salsa_peft.models.loader import Workbench, local, seeds_of
 from salsa_peft.models.logprobs import check_head
+from salsa_peft.models.stage_context import StageContext, reference_folder, seed_folders
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -33,7 +32,7 @@ EXPECTED = (
 )
 
 
-class Frozen(NamedTuple):
+class FrozenReference(NamedTuple):
     """A reference: the name of a frozen adapter on the policy's model, None for the base, or a model of its own."""
 
     label: str
@@ -48,7 +47,7 @@ class Frozen(NamedTuple):
 
 def attach_reference(
     model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str
-) -> Frozen:
+) -> FrozenReference:
     """Put one of the recipe's references on the model as adapter `name`, frozen.
 
     `seeds`: position in sft.seeds → adapter folder; `soup`: the soup stage's folder.
@@ -57,45 +56,47 @@ def attach_reference(
         members = [Path(str(soup))] if reference.soup else [seeds[member] for member in reference.members]
         weights = [1.0] if reference.soup else reference.weights
         StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
-        return Frozen(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
+        return FrozenReference(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
     if reference.soup:
         require(soup is not None, "reference soup: found no soup, expected the soup stage's result")
         lora.attach(model, Path(str(soup)), name)
     elif reference.path is not None:
         lora.attach(model, lora.local_folder(reference.path), name)
     elif not reference.members:
-        return Frozen(reference.label, None)
+        return FrozenReference(reference.label, None)
     elif reference.weights == [1.0]:
         lora.attach(model, seeds[reference.members[0]], name)
     else:
         StackedAdapter.load([seeds[member] for member in reference.members]).attach(model, name, reference.weights)
-    return Frozen(reference.label, name)
+    return FrozenReference(reference.label, name)
 
 
-def mixture(bench: Workbench, reference: Reference, inputs: Mapping[str, Path]) -> tuple[list[Path], list[float]]:
+def checkpoint_sum(
+    context: StageContext, reference: Reference, inputs: Mapping[str, Path]
+) -> tuple[list[Path], list[float]]:
     """A recipe's reference of full weights → the checkpoints it is the weighted sum of: base + Σ w δ = (1 − Σ w) θ_base + Σ w θ."""
     if reference.soup:
         return [inputs["soup"]], [1.0]
     if reference.path is not None:
-        return [local(bench.recipe, reference.path)], [1.0]
-    seeds, weights = seeds_of(inputs), list(reference.weights)
+        return [reference_folder(context.recipe, reference.path)], [1.0]
+    seeds, weights = seed_folders(inputs), list(reference.weights)
     folders = [seeds[member] for member in reference.members]
     rest = 1 - math.fsum(weights)
     if abs(rest) > 1e-9:
-        folders, weights = [*folders, bench.folder], [*weights, rest]
+        folders, weights = [*folders, context.folder], [*weights, rest]
     return folders, weights
 
 
-def move_to(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
+def load_checkpoint_sum(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
     """Give a model of full weights, in place, the weighted sum of checkpoints. Raises SalsaError for ones that don't fit it."""
     LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders]).set(weights)
 
 
 def as_references(
     model: PeftModel | PreTrainedModel,
-    references: Sequence[str | Path | Frozen | PreTrainedModel],
+    references: Sequence[str | Path | FrozenReference | PreTrainedModel],
     names: Sequence[str] | None = None,
-) -> list[Frozen]:
+) -> list[FrozenReference]:
     """What a library user passes → frozen references.
 
     On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. With either kind of policy: a model, or
@@ -112,8 +113,8 @@ def as_references(
     return [_as_reference(model, reference, wish) for reference, wish in zip(references, wishes, strict=True)]
 
 
-def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
-    if isinstance(reference, Frozen):
+def _as_reference(model: Any, reference: Any, wish: str) -> FrozenReference:
+    if isinstance(reference, FrozenReference):
         known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
         require(
             reference.adapter in known,
@@ -130,18 +131,19 @@ def _as_reference(model: Any, reference: Any, wish: str) -> Frozen:
         require(
             name not in model.peft_config,
             "references: found 'base', which is the model without its adapters, and an adapter of that name, expected another name"
-            " for it; pass references.Frozen('base', 'base') for the adapter, or Frozen('base', None)",
+            " for it; pass references.FrozenReference('base', 'base') for the adapter, or FrozenReference('base', None)",
         )
-        return Frozen("base", None)
+        return FrozenReference("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
-            name = lora.free_name(model, wish)
+            name = lora.unused_name(model, wish)
             with readable_hub_errors(str(reference)):
                 attached = lora.local_folder(str(reference))
-            same_base.check(attached, same_base.of_model(model), str(causal_lm(model).name_or_path))
+            base = str(causal_lm(model).name_or_path)
+            bases.require_same_base(attached, bases.fingerprints_of(base), base)
             lora.attach(model, attached, name)
         lora.set_trainable(model, name, False)
-        return Frozen(str(reference), name)
+        return FrozenReference(str(reference), name)
     require(
         not (folder / lora.CONFIG).is_file(),
         f"references: {name} is an adapter and the policy has full weights: merge it into its base with"
@@ -166,7 +168,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / lora.CONFIG).is_file()
 
 
-def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> Frozen:
+def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> FrozenReference:
     """A model as a reference: eval mode, no gradients. Raises SalsaError for the policy itself and for another vocabulary."""
     lm = causal_lm(policy)
     require(
@@ -180,4 +182,4 @@ def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, labe
     )
     check_head(reference)
     reference.requires_grad_(False)
-    return Frozen(label, None, reference.eval())
+    return FrozenReference(label, None, reference.eval())

@@ -17,10 +17,11 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import load_weights
-from salsa_peft.models.loader import ProgressBar, Workbench, mean_loss, note_left_out, quiet
+from salsa_peft.models.base import is_quantised
+from salsa_peft.models.stage_context import ProgressBar, StageContext, mean_loss, remove_printer, report_left_out
+from salsa_peft.models.weights import load_weights
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
@@ -61,7 +62,9 @@ def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         (job.folder / "cooked").rmdir()
     trainer.accelerator.wait_for_everyone()
     if isinstance(trainer.model, PeftModel):
-        trainer.model = PeftModel.from_pretrained(Workbench.of(job).classifier(), job.folder).to(trainer.model.device)
+        trainer.model = PeftModel.from_pretrained(StageContext.of_job(job).load_classifier(), job.folder).to(
+            trainer.model.device
+        )
     else:
         load_weights(trainer.model, job.folder)
     return trainer, {**members[-1], "seed": None, **held_out(trainer), "members": members}
@@ -73,37 +76,39 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
 
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
-    bench = Workbench.of(job)
-    rows = data.preferences(data.sources(recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
+    context = StageContext.of_job(job)
+    rows = datasets.preferences(
+        datasets.training_sources(recipe, job.inputs.get("toy"))["preferences"], context.tokenizer
+    )
     # 2. a score head on a copy of seed-0
-    model = start(bench, job.inputs["sft/seed-0"])
+    model = start(context, job.inputs["sft/seed-0"])
     # 3. the trainer
     trainer: Any = RewardTrainer(
         model=model,
         args=RewardConfig(
-            **bench.arguments(section, folder / "trainer", seed),
+            **context.arguments(section, folder / "trainer", seed),
             per_device_eval_batch_size=section.micro_batch_size or section.batch_size // recipe.num_processes,
             max_length=recipe.model.max_length,
         ),
-        train_dataset=data.dataset(rows),
-        processing_class=bench.tokenizer,
+        train_dataset=datasets.to_dataset(rows),
+        processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
-    if lora.is_quantised(model):
-        lora.in_float32(model)
+    if is_quantised(model):
+        lora.cast_trainable_to_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     pad_apart(trainer)
     # 4. a share of the pairs that are short enough is held out
     fitting = len(trainer.train_dataset)
     kept_out = count_held_out(recipe, len(rows), fitting)
     limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
-    note_left_out(job, len(rows) - fitting, len(rows), limit)
+    report_left_out(job, len(rows) - fitting, len(rows), limit)
     parts = trainer.train_dataset.train_test_split(test_size=kept_out, seed=SPLIT_SEED)
     trainer.train_dataset, trainer.eval_dataset = parts["train"], parts["test"]
     # 5. train, save, measure
-    quiet(trainer)
+    remove_printer(trainer)
     loss = mean_loss(trainer, trainer.train().training_loss)
-    bench.save(trainer, folder)
+    context.save(trainer, folder)
     return trainer, {
         **held_out(trainer),
         "loss": loss,
@@ -126,7 +131,7 @@ def pad_apart(trainer: Any) -> None:
 def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
     """Pairs that are held out, of those that are short enough. Raises SalsaError where the others don't fill a batch."""
     section = recipe.reward
-    kept_out = section.held_out_of(fitting)
+    kept_out = section.held_out_rows(fitting)
     require(
         fitting - kept_out >= section.batch_size,
         f"data.preferences: found {pairs} pairs, {pairs - fitting} longer than model.max_length = {recipe.model.max_length} tokens and"
@@ -136,14 +141,14 @@ def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
     return kept_out
 
 
-def start(bench: Workbench, seed: Path) -> Any:
+def start(context: StageContext, seed: Path) -> Any:
     """A new score head on seed-0: on its weights, or on the base under a copy of its adapter."""
     torch.manual_seed(SPLIT_SEED)
-    if bench.recipe.adapter is None:
-        return bench.classifier(seed)
+    if context.recipe.adapter is None:
+        return context.load_classifier(seed)
     config, _ = lora.read(seed)
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
-    model = get_peft_model(bench.classifier(), config)
+    model = get_peft_model(context.load_classifier(), config)
     copy_adapter(model, seed)
     return model
 

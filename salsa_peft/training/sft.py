@@ -20,15 +20,23 @@ from transformers.pytorch_utils import Conv1D
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Adapter
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import trained_tokens
-from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora
-from salsa_peft.models.adapters.lora import check_finite, in_float32, is_quantised, lora_config, read_tensors
+from salsa_peft.models.adapters import bases, lora
+from salsa_peft.models.adapters.lora import cast_trainable_to_float32, lora_config
 from salsa_peft.models.architectures import checks
-from salsa_peft.models.base import only_language
-from salsa_peft.models.loader import ProgressBar, Workbench, local, mean_loss, note_left_out, note_tokenizer, quiet
+from salsa_peft.models.base import is_quantised, language_model_only
 from salsa_peft.models.logprobs import check_head
+from salsa_peft.models.stage_context import (
+    ProgressBar,
+    StageContext,
+    mean_loss,
+    reference_folder,
+    remove_printer,
+    report_left_out,
+)
+from salsa_peft.models.tokenizers import compare_tokenizer
+from salsa_peft.models.weights import check_finite, read_tensors
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import taken_results
 from salsa_peft.utils.errors import require
@@ -46,34 +54,36 @@ def run(job: Job) -> dict[str, Any]:
 
     recipe, section = job.recipe, job.recipe.sft
     position = int(job.unit.name.removeprefix("seed-"))
-    seed, taken = section.seeds[position], section.taken(position)
+    seed, taken = section.seeds[position], section.existing_seed(position)
     if taken is not None:
         return take(job, taken)
     # 1. this seed's demonstrations
-    bench = Workbench.of(job)
-    rows = data.demonstrations(data.sources(recipe, job.inputs.get("toy"))["demonstrations"], bench.tokenizer)
+    context = StageContext.of_job(job)
+    rows = datasets.demonstrations(
+        datasets.training_sources(recipe, job.inputs.get("toy"))["demonstrations"], context.tokenizer
+    )
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
     # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
-    model = bench.base() if recipe.adapter else bench.trainable()
-    if checks.reads_head(recipe):  # what PPO would refuse is refused before anything trains
+    model = context.load_base() if recipe.adapter else context.load_trainable()
+    if checks.needs_logprobs(recipe):  # what PPO would refuse is refused before anything trains
         check_head(model)
     if recipe.adapter is not None:
         check_targets(recipe.adapter, model)
     trainer: Any = SFTTrainer(
         model=model,
         args=SFTConfig(
-            **bench.arguments(section, job.folder / "trainer", seed),
+            **context.arguments(section, job.folder / "trainer", seed),
             max_length=recipe.model.max_length,
             **router_loss(model, job.unit.id),
         ),
-        train_dataset=labelled(rows, bench.tokenizer),
-        processing_class=bench.tokenizer,
-        peft_config=lora_config(recipe.adapter, **only_language(model)) if recipe.adapter else None,
+        train_dataset=labelled(rows, context.tokenizer),
+        processing_class=context.tokenizer,
+        peft_config=lora_config(recipe.adapter, **language_model_only(model)) if recipe.adapter else None,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     if is_quantised(model):
-        in_float32(trainer.model)
+        cast_trainable_to_float32(trainer.model)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
     require(
@@ -82,11 +92,11 @@ def run(job: Job) -> dict[str, Any]:
         f" expected at least sft.batch_size = {section.batch_size}",
     )
     limit = f"no answer within model.max_length = {recipe.model.max_length} tokens"
-    note_left_out(job, len(rows) - kept, len(rows), limit)
+    report_left_out(job, len(rows) - kept, len(rows), limit)
     # 3. train and save
-    quiet(trainer)
+    remove_printer(trainer)
     loss = mean_loss(trainer, trainer.train().training_loss)
-    bench.save(trainer, job.folder)
+    context.save(trainer, job.folder)
     log = [row for row in trainer.state.log_history if "loss" in row]
     metrics = {
         "seed": seed,
@@ -137,14 +147,14 @@ def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> 
             "labels": [token if counts else -100 for token, counts in zip(ids, mask, strict=True)],
         }
 
-    made = data.dataset(rows)
+    made = datasets.to_dataset(rows)
     # a fingerprint names cached results, and rows in memory have none: hashing the tokenizer for it would take seconds
     return made.map(tokens, remove_columns=made.column_names, new_fingerprint="labelled")
 
 
-def _same_place(named: str, bench: Workbench) -> bool:
+def _same_place(named: str, context: StageContext) -> bool:
     """Whether an adapter's base_model_name_or_path leads to this run's base, by its name or by its folder, also a relative one."""
-    return named == bench.name or Path(named).resolve() == bench.folder.resolve()
+    return named == context.name or Path(named).resolve() == context.folder.resolve()
 
 
 def take(job: Job, path: str) -> dict[str, Any]:
@@ -153,25 +163,25 @@ def take(job: Job, path: str) -> dict[str, Any]:
     Files beside the weights (optimizer, logs, cards) are neither read nor copied. Raises SalsaError for weights of another base, for ones
     that are not finite, and for what is no such thing in safetensors.
     """
-    bench = Workbench.of(job)
-    folder = local(job.recipe, path)
+    context = StageContext.of_job(job)
+    folder = reference_folder(job.recipe, path)
     known = read_fingerprint(folder) is not None
     if known:
-        same_base.check(folder, base_fingerprints(bench.folder), bench.name)
-    tokenizer_differs = note_tokenizer(folder, bench.tokenizer, bench.name)
+        bases.require_same_base(folder, base_fingerprints(context.folder), context.name)
+    tokenizer_differs = compare_tokenizer(folder, context.tokenizer, context.name)
     if job.recipe.adapter is not None:
-        named = take_adapter(bench, folder, path, job.folder)
+        named = take_adapter(context, folder, path, job.folder)
     else:
-        named = take_checkpoint(bench, folder, path, job.folder)
+        named = take_checkpoint(context, folder, path, job.folder)
     taken = job.recipe.sft.from_ or [None]
-    if checks.reads_head(job.recipe) and None not in taken and job.unit.name == "seed-0":
-        check_head(bench.base())  # as a seed that is trained does, before the reward model trains
+    if checks.needs_logprobs(job.recipe) and None not in taken and job.unit.name == "seed-0":
+        check_head(context.load_base())  # as a seed that is trained does, before the reward model trains
     if not known:
-        other = "" if named is None or _same_place(named, bench) else f", and it names another ({named})"
-        told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {bench.name}"
+        other = "" if named is None or _same_place(named, context) else f", and it names another ({named})"
+        told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {context.name}"
         print(told, file=sys.stderr, flush=True)
-    bench.sign(job.folder, checked=known)
-    bench.tokenizer.save_pretrained(job.folder)
+    context.write_fingerprint(job.folder, checked=known)
+    context.tokenizer.save_pretrained(job.folder)
     commit = folder.name if folder.parent.name == "snapshots" else None
     metrics = {
         "from": Path(path).name if Path(path).is_absolute() else path,
@@ -183,15 +193,15 @@ def take(job: Job, path: str) -> dict[str, Any]:
     return metrics
 
 
-def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
+def take_adapter(context: StageContext, folder: Path, path: str, out: Path) -> str | None:
     """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
-    recipe, role = bench.recipe, taken_results.SEED
-    taken_results.check_adapter("sft.from", folder, role, taken_results.base_of(recipe), checks.reads_head(recipe))
-    taken_results.check_family(bench.recipe, folder, "sft.from")
+    recipe, role = context.recipe, taken_results.SEED
+    taken_results.check_adapter("sft.from", folder, role, taken_results.base_of(recipe), checks.needs_logprobs(recipe))
+    taken_results.check_family(context.recipe, folder, "sft.from")
     config, tensors = lora.read(folder)
     saved = [name for name in tensors if ".lora_" not in name]
     base: Any = (
-        bench.base() if saved else bench.skeleton()
+        context.load_base() if saved else context.empty_model()
     )  # what is saved beside the factors must be the base's own values
     lora.attach(base, folder, "taken")
     save_file(
@@ -199,15 +209,15 @@ def take_adapter(bench: Workbench, folder: Path, path: str, out: Path) -> str | 
         out / lora.WEIGHTS,
         metadata={"format": "pt"},
     )
-    named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, bench.base_name, None
+    named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, context.base_name, None
     config.inference_mode = True
     config.save_pretrained(str(out))
     return named
 
 
-def take_checkpoint(bench: Workbench, folder: Path, path: str, out: Path) -> str | None:
+def take_checkpoint(context: StageContext, folder: Path, path: str, out: Path) -> str | None:
     """Copy a checkpoint's weights and configuration → the model that it says it was made from."""
-    taken_results.check_checkpoint("sft.from", folder, taken_results.base_of(bench.recipe))
+    taken_results.check_checkpoint("sft.from", folder, taken_results.base_of(context.recipe))
     found = read_checkpoint(folder)
     names = [*found.files, "config.json", "generation_config.json", "model.safetensors.index.json"]
     for name in names:

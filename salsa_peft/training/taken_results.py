@@ -18,10 +18,10 @@ from salsa_peft.config.rewards import check_classifier_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
-from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, reads_head, require_targets
-from salsa_peft.models.architectures.sizes import config_of
-from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, text_part
-from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS, read_json
+from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, needs_logprobs, require_targets
+from salsa_peft.models.architectures.sizes import config_of_base
+from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, read_mapping, text_part
+from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
 from salsa_peft.utils.hub import readable_hub_errors
@@ -37,7 +37,7 @@ SIZES = (
 """Of a configuration: what two checkpoints of one architecture have alike."""
 
 
-class Taken(NamedTuple):
+class ExternalModel(NamedTuple):
     """A folder or Hub id that a recipe names."""
 
     where: str
@@ -46,11 +46,11 @@ class Taken(NamedTuple):
     role: str
 
 
-def taken(recipe: Recipe) -> Iterator[Taken]:
+def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
     """Everything that the recipe takes from elsewhere."""
     for index, path in enumerate(recipe.sft.from_ or []):
         if path is not None:
-            yield Taken(f"sft.from[{index}]", path, SEED)
+            yield ExternalModel(f"sft.from[{index}]", path, SEED)
     named = [(f"policies.{name}.reference", policy.reference) for name, policy in recipe.policies.items()]
     named += [
         (f"evaluate.models[{i}]", model)
@@ -60,15 +60,17 @@ def taken(recipe: Recipe) -> Iterator[Taken]:
     for where, value in named:
         for reference in parse_reference(where, value):
             if reference.path is not None:
-                yield Taken(where, reference.path, REFERENCE)
+                yield ExternalModel(where, reference.path, REFERENCE)
     for part in recipe.reward.parts:
         if part.kind == "classifier":
-            yield Taken("reward.model", part.value, REWARD)
+            yield ExternalModel("reward.model", part.value, REWARD)
 
 
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
     """Raise SalsaError for the first folder that the run could not use, or with `hub` for the first Hub id that one of these stages reads."""
-    found = [one for one in taken(recipe) if is_local(one.path) != hub and (not hub or _read_by(one.role, stages))]
+    found = [
+        one for one in external_models(recipe) if is_local(one.path) != hub and (not hub or _read_by(one.role, stages))
+    ]
     trains = recipe.adapter is not None and recipe.adapter.target_modules != "all-linear"
     base = base_of(recipe) if found or trains else None
     if base is not None and recipe.adapter is not None and _plain(base):
@@ -80,7 +82,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
             if not is_local(path):  # a classifier's folder was looked at when the recipe was read
                 check_classifier_folder(where, str(folder))
         elif recipe.adapter is not None:
-            check_adapter(where, folder, role, base, head=reads_head(recipe))
+            check_adapter(where, folder, role, base, head=needs_logprobs(recipe))
             check_family(recipe, folder, where)
             folders.append((where, folder))
         elif is_local(path):
@@ -94,7 +96,7 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
         _note_same(recipe)
 
 
-def check_at_hand(recipe: Recipe) -> None:
+def check_base_available(recipe: Recipe) -> None:
     """Raise SalsaError for a base that is no folder and not in the Hub's cache, while the Hub is not to be asked (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -111,7 +113,7 @@ def _check_parameters(found: list[tuple[str, Path]]) -> None:
     """Raise SalsaError for adapters on other parameters (of experts), which PEFT can't hold side by side on one base."""
     first: tuple[str, Path, set[str]] | None = None
     for where, folder in found:
-        own = read_json(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
+        own = read_mapping(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
         if not own:
             continue
         first = first or (where, folder, set(own))
@@ -144,7 +146,7 @@ def _note_same(recipe: Recipe) -> None:
 def check_family(recipe: Recipe, folder: Path, where: str) -> None:
     """Raise SalsaError for an adapter that was trained on another architecture than the recipe's base, as far as both are at hand."""
     base = recipe.model.base
-    config = None if base is None else config_of(base, recipe.model.revision)
+    config = None if base is None else config_of_base(base, recipe.model.revision)
     if config is not None:
         require_same_family(folder, config, f"the recipe's base {base}", where)
 
@@ -190,7 +192,7 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
 
     head: log-probabilities are read from the base's output embeddings (PPO), so that no policy or reference can have LoRA on them.
     """
-    config = read_json(folder / CONFIG)
+    config = read_mapping(folder / CONFIG)
     _check_config(f"{where}: {folder}", config, role)
     require(
         (folder / WEIGHTS).is_file(),
@@ -239,7 +241,7 @@ def _check_soup(recipe: Recipe) -> None:
         path = given[place] if place < len(given) else None
         if path is None or not is_local(path) or not (Path(path) / WEIGHTS).is_file():
             continue
-        config = read_json(Path(path) / CONFIG)
+        config = read_mapping(Path(path) / CONFIG)
         biased = biased or (path if config.get("lora_bias") else None)
         special = any(".lora_embedding_" in name for name in SafetensorsFile(Path(path) / WEIGHTS).entries)
         odd = odd or (path if special or config.get("target_parameters") else None)

@@ -26,16 +26,16 @@ from trl.trainer.utils import add_fused_lm_head
 
 from salsa_peft.models.adapters import lora
 from salsa_peft.training import reference_sync
-from salsa_peft.training.references import Frozen, as_references
+from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.utils.errors import require
 
 REF = "ref"
 """What TRL's trainers call the adapter that is their reference."""
 TRAINERS = (DPOTrainer, KTOTrainer, RLOOTrainer, GRPOTrainer)
-AnyReference = str | Path | Frozen | PreTrainedModel
+AnyReference = str | Path | FrozenReference | PreTrainedModel
 
 
-def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]) -> list[Frozen]:
+def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]) -> list[FrozenReference]:
     """Make the KL term of one of TRL's trainers look at `reference`; → what it looks at now.
 
     trainer: a DPOTrainer, KTOTrainer, RLOOTrainer or GRPOTrainer, before `train`. reference: as in `references.as_references`, one or a
@@ -45,38 +45,38 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     Raises SalsaError for a trainer that would ignore its reference, for several references of GRPO, whose k3 of a mean is not the mean of
     k3, for weights of another base, and for policies that are cut in pieces.
     """
-    several = isinstance(reference, list | tuple) and not isinstance(reference, Frozen)
+    several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
     check_trainer(trainer, len(given))
     model = trainer.accelerator.unwrap_model(trainer.model)
     own = str(model.active_adapter) if isinstance(model, PeftModel) else None
     require(
-        own is None or own not in [one.adapter if isinstance(one, Frozen) else one for one in given],
+        own is None or own not in [one.adapter if isinstance(one, FrozenReference) else one for one in given],
         f"reference: found the policy's own adapter {own!r}, expected a frozen one; its KL would be 0 always",
     )
     check_policy(model, own, given)
-    check_moving(model, own, [one for one in given if isinstance(one, Frozen)])
+    check_synced(model, own, [one for one in given if isinstance(one, FrozenReference)])
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
     with (
-        lora.taken_off(model, REF) if replaced else contextlib.nullcontext()
+        lora.removed(model, REF) if replaced else contextlib.nullcontext()
     ):  # TRL's copy of the start, or what was asked for before
         frozen = as_references(model, given, names=[REF] if len(given) == 1 else None)
     for one in frozen:
         if one.model is not None:
             add_fused_lm_head(one.model, **head_options(trainer))
             trainer.accelerator.prepare_model(one.model, evaluation_mode=True)
-    trainer.ref_model = as_trl(model, frozen)
+    trainer.ref_model = as_ref_model(model, frozen)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SyncRefModelCallback):
             callback.ref_model = trainer.ref_model
-    for callback in [one for one in trainer.callback_handler.callbacks if isinstance(one, Moves)]:
+    for callback in [one for one in trainer.callback_handler.callbacks if isinstance(one, SyncReferences)]:
         trainer.remove_callback(callback)
     if any(one.sync_every is not None for one in frozen):
-        trainer.add_callback(Moves(model, own, frozen))
+        trainer.add_callback(SyncReferences(model, own, frozen))
     return frozen
 
 
-def as_trl(model: Any, frozen: list[Frozen]) -> nn.Module | None:
+def as_ref_model(model: Any, frozen: list[FrozenReference]) -> nn.Module | None:
     """What a trainer's `ref_model` must be: None for the adapter `ref` and for the base, which TRL finds on the policy's own model."""
     if len(frozen) == 1 and isinstance(model, PeftModel) and frozen[0].model is None:
         if frozen[0].adapter == REF or (frozen[0].adapter is None and REF not in model.peft_config):
@@ -119,7 +119,9 @@ def check_trainer(trainer: Any, references: int) -> None:
 def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
     """Raise SalsaError for a policy that has trained more than LoRA's factors, where a reference would be read through that: PEFT switches
     such values for the adapter `ref` alone, and trained tokens for none."""
-    own_models = all(isinstance(one, PreTrainedModel) or (isinstance(one, Frozen) and one.model) for one in given)
+    own_models = all(
+        isinstance(one, PreTrainedModel) or (isinstance(one, FrozenReference) and one.model) for one in given
+    )
     if own_models or not isinstance(model, PeftModel):
         return
     for field in ("modules_to_save", "trainable_token_indices"):
@@ -133,7 +135,7 @@ def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
         )
 
 
-def check_moving(model: Any, own: str | None, frozen: Sequence[Frozen]) -> None:
+def check_synced(model: Any, own: str | None, frozen: Sequence[FrozenReference]) -> None:
     """Raise SalsaError for what can't move. A model that does would start anew on resume, since TRL saves none; an adapter is saved."""
     for one in frozen:
         require(
@@ -143,15 +145,15 @@ def check_moving(model: Any, own: str | None, frozen: Sequence[Frozen]) -> None:
     reference_sync.check(frozen, model, own)
 
 
-class Moves(TrainerCallback):
-    """Moves adapters that are references towards the policy, every so many optimizer steps."""
+class SyncReferences(TrainerCallback):
+    """SyncReferences adapters that are references towards the policy, every so many optimizer steps."""
 
-    def __init__(self, model: Any, policy: str | None, references: Sequence[Frozen]) -> None:
+    def __init__(self, model: Any, policy: str | None, references: Sequence[FrozenReference]) -> None:
         self.model, self.policy, self.references = model, policy, references
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After an optimizer step."""
-        reference_sync.refresh(self.model, self.policy, self.references, state.global_step)
+        reference_sync.sync(self.model, self.policy, self.references, state.global_step)
 
 
 def head_options(trainer: Any) -> dict[str, Any]:
@@ -168,12 +170,12 @@ def head_options(trainer: Any) -> dict[str, Any]:
 class MeanReference(nn.Module):
     """What TRL calls as `ref_model`: log-probs that are the mean over several references, adapters of the policy's model among them."""
 
-    def __init__(self, policy: nn.Module, references: Sequence[Frozen]) -> None:
+    def __init__(self, policy: nn.Module, references: Sequence[FrozenReference]) -> None:
         super().__init__()
         self.parts: tuple[Callable[..., Any], ...] = tuple(self._part(policy, one) for one in references)
 
     @staticmethod
-    def _part(policy: nn.Module, reference: Frozen) -> Callable[..., Any]:
+    def _part(policy: nn.Module, reference: FrozenReference) -> Callable[..., Any]:
         if reference.model is not None:
             return reference.model.__call__
 

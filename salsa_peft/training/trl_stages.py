@@ -14,15 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from salsa_peft.config.job import Job
-from salsa_peft.data import datasets as data
-from salsa_peft.data.chat.template_fields import in_form, options_of
-from salsa_peft.data.chat.turn_ends import ends_of
-from salsa_peft.models import base as models
+from salsa_peft.data import datasets
+from salsa_peft.data.chat.template_fields import messages_for_template, template_options
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.loader import ProgressBar, Workbench, fitting, mean_loss, note_left_out, quiet, seeds_of
+from salsa_peft.models.base import causal_lm, device, is_quantised
 from salsa_peft.models.responses import pad_responses
-from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.training.ppo_stage import merge, play
+from salsa_peft.models.rewards.reward import recipe_reward
+from salsa_peft.models.stage_context import (
+    ProgressBar,
+    StageContext,
+    mean_loss,
+    prompts_that_fit,
+    remove_printer,
+    report_left_out,
+    seed_folders,
+)
+from salsa_peft.training.ppo_stage import build_policy, save_merged
 from salsa_peft.training.reward_model import SPLIT_SEED, accuracy
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
@@ -31,23 +39,23 @@ from salsa_peft.utils.statistics import mean_interval
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from salsa_peft.models.rewards.reward import Reward
-    from salsa_peft.training.references import Frozen
+    from salsa_peft.models.rewards.base import Reward
+    from salsa_peft.training.references import FrozenReference
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so) or checkpoint."""
     recipe, algorithm = job.recipe, job.unit.stage
     # 1. the policy starts at seed-0; references are frozen, with adapters all on one base
-    bench = Workbench.of(job)
-    model, references = play(bench, job, "default")  # the one name that TRL knows
+    context = StageContext.of_job(job)
+    model, references = build_policy(context, job, "default")  # the one name that TRL knows
     # 2. TRL's trainer, whose reference is then ours
-    trainer, held_out, facts = TRAINERS[algorithm](bench, job, model, references)
-    if lora.is_quantised(model):  # TRL casts adapters to bfloat16
-        lora.in_float32(model)
-        lora.load(model, "default", seeds_of(job.inputs)[0])
+    trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
+    if is_quantised(model):  # TRL casts adapters to bfloat16
+        lora.cast_trainable_to_float32(model)
+        lora.load(model, "default", seed_folders(job.inputs)[0])
     use_reference(trainer, references)
-    quiet(trainer)
+    remove_printer(trainer)
     # 3. train, measure, save
     loss = mean_loss(trainer, trainer.train().training_loss)
     facts = {
@@ -60,138 +68,139 @@ def run(job: Job) -> dict[str, Any]:
         **last_figures(trainer),
         **({} if held_out is None else margins(trainer, held_out)),
     }
-    bench.save(trainer, job.folder)
+    context.save(trainer, job.folder)
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
     if "merged" in recipe.export and recipe.adapter is not None:
         del trainer, model
-        merge(bench, job)
+        save_merged(context, job)
     return facts
 
 
-Made = tuple[Any, "Dataset | None", dict[str, Any]]
+TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
 """A trainer, pairs that are held out, facts of the data."""
 
 
-def arguments(bench: Workbench, job: Job) -> dict[str, Any]:
+def arguments(context: StageContext, job: Job) -> dict[str, Any]:
     """What the configurations of TRL's four trainers take alike."""
     section = getattr(job.recipe, job.unit.stage)
     own = job.recipe.policies[job.unit.name].kl_coef
     return {
-        **bench.arguments(section, job.folder / "trainer", section.seed),
+        **context.arguments(section, job.folder / "trainer", section.seed),
         "beta": section.kl_coef if own is None else own,
         "disable_dropout": True,
     }
 
 
-def pairs(bench: Workbench, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
+def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
     """The preferences that fit, and those of them that are held out: the reward stage's own where the shares are the same."""
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
-    rows = data.preferences(data.sources(job.recipe, job.inputs.get("toy"))["preferences"], bench.tokenizer)
+    rows = datasets.preferences(
+        datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"], context.tokenizer
+    )
     sides = ("chosen", "rejected")
 
     def fits(row: dict[str, Any]) -> bool:
         given: list[Any] = [
-            bench.tokenizer.apply_chat_template(row[side], return_dict=True, **options_of(row)) for side in sides
+            context.tokenizer.apply_chat_template(row[side], return_dict=True, **template_options(row))
+            for side in sides
         ]
         return max(len(encoded["input_ids"]) for encoded in given) <= longest
 
     kept = [row for row in rows if fits(row)]
-    note_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
+    report_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
     section.check_rows(len(kept), job.unit.stage)
-    count = section.held_out_of(len(kept))
-    parts = data.dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
+    count = section.held_out_rows(len(kept))
+    parts = datasets.to_dataset(kept).train_test_split(test_size=count, seed=SPLIT_SEED)
     facts = {"pairs": {"train": len(kept) - count, "held_out": count}, "left_out": len(rows) - len(kept)}
     return parts["train"], parts["test"], facts
 
 
-def dpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Pairs as they are."""
     from trl import DPOConfig, DPOTrainer
 
-    train, test, facts = pairs(bench, job)
+    train, test, facts = pairs(context, job)
     trainer = DPOTrainer(
         model,
         ref_model=references[0].model,  # of full weights; else TRL would load another one
         args=DPOConfig(
-            **arguments(bench, job),
+            **arguments(context, job),
             loss_type=[job.recipe.dpo.loss_type],
             max_length=job.recipe.model.max_length,
             per_device_eval_batch_size=1,
         ),
         train_dataset=train,
         eval_dataset=test,
-        processing_class=bench.tokenizer,
+        processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return trainer, test, facts
 
 
-def kto(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def kto(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Of each pair a desirable and an undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
-    train, _, facts = pairs(bench, job)
+    train, _, facts = pairs(context, job)
     trainer = KTOTrainer(
         model,
         ref_model=references[0].model,
         args=KTOConfig(
-            **arguments(bench, job),
+            **arguments(context, job),
             desirable_weight=job.recipe.kto.desirable_weight,
             undesirable_weight=job.recipe.kto.undesirable_weight,
             max_length=job.recipe.model.max_length,
         ),
         train_dataset=maybe_unpair_preference_dataset(train.map(maybe_extract_prompt)),
-        processing_class=bench.tokenizer,
+        processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return trainer, None, facts
 
 
-def rloo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def rloo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """Responses that are sampled and scored by the recipe's reward."""
     from trl import RLOOConfig, RLOOTrainer
 
-    return sampled(bench, job, model, RLOOTrainer, RLOOConfig)
+    return sampled(context, job, model, RLOOTrainer, RLOOConfig)
 
 
-def grpo(bench: Workbench, job: Job, model: Any, references: list[Frozen]) -> Made:
+def grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
     """The same."""
     from trl import GRPOConfig, GRPOTrainer
 
-    return sampled(bench, job, model, GRPOTrainer, GRPOConfig)
+    return sampled(context, job, model, GRPOTrainer, GRPOConfig)
 
 
-def sampled(bench: Workbench, job: Job, model: Any, trainer: Any, config: Any) -> Made:
+def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> TrainerSetup:
     """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
-    source = data.sources(recipe, job.inputs.get("toy"))["prompts"]
-    rows = data.prompts(source, columns=recipe.reward.reads_columns, tokenizer=bench.tokenizer)
-    data.check_plain(rows, job.unit.stage)
-    rows = [{**row, "prompt": in_form(row["prompt"], bench.tokenizer)} for row in rows]
-    kept = fitting(job, bench, rows, "data.prompts")
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
+    rows = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
+    datasets.check_no_template_options(rows, job.unit.stage)
+    rows = [{**row, "prompt": messages_for_template(row["prompt"], context.tokenizer)} for row in rows]
+    kept = prompts_that_fit(job, context, rows, "data.prompts")
     section.check_rows(len(kept), job.unit.stage)
-    reward = rewards.of_recipe(
-        recipe, model, job.inputs, bench.tokenizer, section.micro_batch_size or section.batch_size
-    )
+    reward = recipe_reward(recipe, model, job.inputs, context.tokenizer, section.micro_batch_size or section.batch_size)
     made = trainer(
         model,
         args=config(
-            **arguments(bench, job),
+            **arguments(context, job),
             num_generations=section.num_generations,
             max_completion_length=recipe.generation.max_new_tokens,
             temperature=recipe.generation.temperature,
         ),
-        reward_funcs=as_function(reward, bench, ends_of(bench.tokenizer, models.causal_lm(model))),
-        train_dataset=data.dataset(kept),
-        processing_class=bench.tokenizer,
+        reward_funcs=as_function(reward, context, model_stop_token_ids(context.tokenizer, causal_lm(model))),
+        train_dataset=datasets.to_dataset(kept),
+        processing_class=context.tokenizer,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
     )
     return made, None, {"prompts": len(kept), "left_out": len(rows) - len(kept)}
 
 
-def as_function(reward: Reward, bench: Workbench, ends: tuple[int, ...]) -> Callable[..., list[float]]:
+def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) -> Callable[..., list[float]]:
     """One of our rewards as TRL calls one: prompts, completion_ids, columns → a score each."""
-    pad = int(bench.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad = int(context.tokenizer.pad_token_id)  # type: ignore[arg-type]
     idle = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
     def score(prompts: list[Any], completion_ids: list[list[int]], **given: Any) -> list[float]:
@@ -200,8 +209,8 @@ def as_function(reward: Reward, bench: Workbench, ends: tuple[int, ...]) -> Call
             {"prompt": prompt, **{name: values[i] for name, values in columns.items()}}
             for i, prompt in enumerate(prompts)
         ]
-        asked = [data.prompt_tokens(row, bench.tokenizer) for row in rows]
-        responses = pad_responses(asked, completion_ids, pad, ends, models.device())
+        asked = [datasets.prompt_tokens(row, context.tokenizer) for row in rows]
+        responses = pad_responses(asked, completion_ids, pad, ends, device())
         return reward(responses, rows).tolist()
 
     score.__name__ = "reward"
@@ -226,7 +235,7 @@ def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
     return {"accuracy": {"held_out": accuracy(found)}, "margin": {"held_out": asdict(mean_interval(found))}}
 
 
-TRAINERS: dict[str, Callable[[Workbench, Job, Any, list[Frozen]], Made]] = {
+TRAINERS: dict[str, Callable[[StageContext, Job, Any, list[FrozenReference]], TrainerSetup]] = {
     "dpo": dpo,
     "kto": kto,
     "rloo": rloo,

@@ -10,8 +10,13 @@ TYPES = {
     "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number", "int_type": "a whole number",
     "int_parsing": "a whole number", "int_from_float": "a whole number", "int_parsing_size": "a smaller whole number",
     "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text", "list_type": "a list",
-    "dict_type": "a mapping of names to values, {NAME: …}", "dataclass_type": "a mapping", "dataclass_exact_type": "a mapping", "none_required": "null",
+    "dict_type": "a mapping {NAME: value, …}", "dataclass_type": "a mapping {key: value, …}",
+    "dataclass_exact_type": "a mapping {key: value, …}", "none_required": "null",
 }  # fmt: skip
+"""pydantic's error types, as what the value must be."""
+BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "less than"),
+          "less_than_equal": ("le", "at most")}  # fmt: skip
+"""pydantic's error types, as the name of the bound and what the value must be."""
 
 
 def short(value: Any) -> str:
@@ -51,38 +56,35 @@ def did_you_mean(found: str, known: list[str], what: str = "known keys") -> str:
 
 
 def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
-    """One pydantic error → (key, "found …, expected …")."""
+    """The key of one pydantic error, and what is wrong with its value."""
     key = ""
     for part in error["loc"]:
         if isinstance(part, int):
             key += f"[{part}]"
-        elif not part.startswith(("list[", "dict[", "function-", "constrained-", "literal[")) and part not in (
-            "str",
-            "int",
-            "float",
-        ):
+        elif not re.match(r"(list|dict|literal)\[|function-|constrained-|(str|int|float)\Z", part):
             part = part if part.isprintable() and len(part) <= 80 else short(part)
             key += f".{part}" if key else part
-    kind, context = error["type"], error.get("ctx", {})
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return key, "found nothing, expected a value; add it"
-    found = f"found {short(error['input'])}, expected"
-    if kind == "said":
+        return key, "is required; add it"
+    if kind == "own_message":
         return key, error["msg"]
-    if kind == "list_type" and isinstance(error["input"], str | int | float):
-        return key, f"{found} a list; write [{error['input']!s:.60}]"
+    found = describe(value) if value is None or isinstance(value, bool) else short(value)
+    if kind == "list_type" and isinstance(value, str | int | float):
+        return key, f"must be a list, not {found}; write [{value!s:.60}]"
     if kind in TYPES:
-        return key, f"{found} {TYPES[kind]}"
-    bounds = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than": ("lt", "less than"),
-              "less_than_equal": ("le", "at most"), "too_short": ("min_length", "a length of at least")}  # fmt: skip
-    if kind in bounds:
-        name, words = bounds[kind]
-        return key, f"{found} {words} {context[name]}"
+        return key, f"must be {TYPES[kind]}, not {found}"
+    if kind in BOUNDS:
+        name, words = BOUNDS[kind]
+        return key, f"must be {words} {context[name]}, not {found}"
+    if kind == "too_short":
+        return key, f"must have at least {context['min_length']} entry, not {found}"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(error["input"]), known, n=1)
-        return key, f"{found} {context['expected']}" + (f"; did you mean {close[0]}?" if close else "")
-    return key or "recipe", f"{found} something else: {' '.join(error['msg'].split())}"
+        close = difflib.get_close_matches(str(value), known, n=1)
+        words = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+        return key, f"must be {words}, not {found}" + (f"; did you mean {close[0]}?" if close else "")
+    return key or "recipe", f"is not valid: {one_line(error['msg'])}; found {found}"
 
 
 def duration(seconds: float) -> str:

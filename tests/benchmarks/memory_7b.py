@@ -244,17 +244,17 @@ def planned(args: argparse.Namespace, folder: Path, mode: str, compiled: bool) -
     import torch
 
     from salsa_peft.models.architectures import memory
-    from salsa_peft.models.architectures.sizes import of_recipe
+    from salsa_peft.models.architectures.sizes import architecture_of_recipe
 
     card = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else None
     recipe = recipe_of(args, folder, mode, compiled)
-    size = of_recipe(recipe)
+    size = architecture_of_recipe(recipe)
     assert size is not None
-    plan = memory.need(recipe, "ppo", size, card)
+    plan = memory.estimate(recipe, "ppo", size, card)
     if mode != "full-master" or card is None or plan.total <= card:
         return recipe, size, plan, None
     recipe = recipe_of(args, folder, mode, compiled, offload="frozen")
-    plan = memory.need(recipe, "ppo", size, card)
+    plan = memory.estimate(recipe, "ppo", size, card)
     why = f"planned {plan.total / memory.GIB:.0f} GiB with offload frozen, the card has {card / memory.GIB:.0f}"
     return recipe, size, plan, None if plan.total <= card else why
 
@@ -268,7 +268,13 @@ def job_of(folder: Path, mode: str, recipe: Any) -> Any:
     out = folder / f"out-{mode}"
     out.mkdir(exist_ok=True)
     unit = Unit(
-        stage="ppo", name="salsa", run="salsa_peft.training.ppo_stage:run", several=True, inputs=(), slice={}, files=()
+        stage="ppo",
+        name="salsa",
+        run="salsa_peft.training.ppo_stage:run",
+        multi_unit=True,
+        inputs=(),
+        key_fields={},
+        files=(),
     )
     return Job(recipe=recipe, unit=unit, folder=out, inputs=inputs, recipe_yaml="")
 

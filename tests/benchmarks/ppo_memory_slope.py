@@ -96,7 +96,8 @@ def train(folder: Path, updates: int, drop_history: bool) -> tuple[list[Sample],
     from salsa_peft.data import toy
     from salsa_peft.data.toy_language import MAX_NEW_TOKENS
     from salsa_peft.models.adapters import lora as adapters
-    from salsa_peft.models.base import load_base, load_tokenizer
+    from salsa_peft.models.base import load_base
+    from salsa_peft.models.tokenizers import load_tokenizer
 
     torch.set_num_threads(1)
     world = Toy(pretrain_steps=60, pretrain_examples=1000, demonstrations=64, preferences=128, prompts=updates * BATCH,

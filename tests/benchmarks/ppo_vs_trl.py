@@ -131,7 +131,7 @@ def watch(trainer: Any, meter: Any, profiled: bool) -> dict[str, Any]:
 
     counts: dict[str, Any] = {"steps": 0, "profile": {}}
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    maker, backend = type(trainer.maker), type(trainer.maker.backend)
+    maker, backend = type(trainer.rollout_maker), type(trainer.rollout_maker.backend)
     maker.__call__ = meter.wrap(maker.__call__, "rollout")
     backend.__call__ = meter.wrap(backend.__call__, "generation")
     trainer.compute_loss = meter.wrap(trainer.compute_loss, "training-forward")

@@ -63,10 +63,10 @@ def measure(folder: str, references: int, updates: int) -> dict[str, float]:
 
 
 def _tokenizer(folder: str) -> Any:
-    from salsa_peft.config.paths import bundled
-    from salsa_peft.models.base import load_tokenizer
+    from salsa_peft.config.paths import bundled_folder
+    from salsa_peft.models.tokenizers import load_tokenizer
 
-    return load_tokenizer(folder, chat_template=str(bundled("recipes") / "chat_templates" / "chatml.jinja"))
+    return load_tokenizer(folder, chat_template=str(bundled_folder("recipes") / "chat_templates" / "chatml.jinja"))
 
 
 def main() -> None:

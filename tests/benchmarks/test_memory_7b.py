@@ -118,7 +118,7 @@ def test_the_targets(script: Any) -> None:
 
 def test_what_a_token_step_reads_is_counted(script: Any, tmp_path: Path) -> None:
     """Llama-2-7B: every weight but the input embeddings, in bf16; of LoRA the adapter besides, in float32."""
-    from salsa_peft.models.architectures.sizes import of_recipe
+    from salsa_peft.models.architectures.sizes import architecture_of_recipe
 
     args = script.parse(["--device", "cpu"])
     (tmp_path / "base").mkdir()
@@ -126,7 +126,7 @@ def test_what_a_token_step_reads_is_counted(script: Any, tmp_path: Path) -> None
     read = {}
     for mode in script.MODES:
         recipe = script.recipe_of(args, tmp_path, mode)
-        read[mode] = script.bytes_read(recipe, of_recipe(recipe))
+        read[mode] = script.bytes_read(recipe, architecture_of_recipe(recipe))
     full, adapter = 2 * (6_738_415_616 - 32_000 * 4096), 4 * 39_976_960
     assert read["full"] == read["full-master"] == full and read["lora"] == full + adapter
     assert 0.25 * full < read["qlora"] - adapter < 0.3 * full

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from salsa_peft.config import load as parsing
+from salsa_peft.config.fields import UNSUPPORTED_LORA_FIELDS
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.config.yaml import MAX_BYTES, dump_yaml, parse_yaml
@@ -87,119 +88,198 @@ def test_numbers(load):
 
 REFUSED = [
     # the key, found, expected: an override, the words that its line must hold
-    ("ppo.learning_rate=fast", ["--set: ppo.learning_rate: found 'fast', expected a number"]),
+    ("ppo.learning_rate=fast", ["--set: ppo.learning_rate: must be a number, not 'fast'"]),
     ("ppo.learning_rat=1e-6", ["ppo.learning_rat: unknown key", "did you mean learning_rate?"]),
     ("polices.x=1", ["polices: unknown key", "did you mean policies?"]),
     ("adapter.rank=3", ["adapter.rank: unknown key", "r, lora_alpha"]),
     (
         "adapter.use_dora=true",
         [
-            "adapter.use_dora: unknown key; of PEFT's LoraConfig a recipe takes r, lora_alpha, lora_dropout, target_modules, use_rsl"
+            "adapter.use_dora: unknown key; of PEFT's LoraConfig a recipe supports r, lora_alpha, lora_dropout, target_modules, use_rslora, in `adapter`"
         ],
     ),
     (
         "adapter.lora={r: 8}",
-        ["adapter.lora: unknown key; of PEFT's LoraConfig a recipe takes r,", "in `adapter` itself, not under `lora`"],
+        [
+            "adapter.lora: unknown key; of PEFT's LoraConfig a recipe supports r, lora_alpha, lora_dropout, target_modules, use_rslora, in `adapter` itself, not under `lora`"
+        ],
     ),
     ("adapter.alpha=3", ["adapter.alpha: unknown key; did you mean lora_alpha?"]),
     ("lora_dropout=0.1", ["lora_dropout: unknown key; did you mean adapter.lora_dropout?"]),
     ("max_length=8", ["max_length: unknown key; did you mean model.max_length?"]),
     (
         "data.demonstrations=[a.jsonl, b.jsonl]",
-        ["--set: data.demonstrations: found a list, expected one source. Put the files into one folder"],
+        [
+            "--set: data.demonstrations: must be one source, not a list. Put the files into one folder and name it, or join them into one file"
+        ],
     ),
-    ("evaluate.prompts={x: [a.jsonl]}", ["--set: evaluate.prompts.x: found a list, expected one source"]),
-    ("evaluate.prompts=a.jsonl", ["evaluate.prompts: found 'a.jsonl', expected a mapping of names to values, {NAME: "]),
-    ("sft.seeds=3", ["--set: sft.seeds: found 3, expected a list; write [3]"]),
-    ("evaluate.models=base", ["evaluate.models: found 'base', expected a list; write [base]"]),
+    (
+        "evaluate.prompts={x: [a.jsonl]}",
+        [
+            "--set: evaluate.prompts.x: must be one source, not a list. Put the files into one folder and name it, or join them into one file"
+        ],
+    ),
+    ("evaluate.prompts=a.jsonl", ["evaluate.prompts: must be a mapping {NAME: value, …}, not 'a.jsonl'"]),
+    ("sft.seeds=3", ["--set: sft.seeds: must be a list, not 3; write [3]"]),
+    ("evaluate.models=base", ["evaluate.models: must be a list, not 'base'; write [base]"]),
     ("data.demonstrations.splitt=a", ["data.demonstrations.splitt: unknown key", "split?"]),
     ("policies.salsa.kl_coeff=1", ["policies.salsa.kl_coeff: unknown key", "kl_coef?"]),
-    ("policies.new.kl_coef=1", ["policies.new.reference: found nothing, expected a value"]),
+    ("policies.new.kl_coef=1", ["policies.new.reference: is required; add it"]),
     (
         "sft.batch_size=7 & sft.micro_batch_size=2",
-        ["sft.batch_size: found 7", "multiple of micro_batch_size 2", "set sft.batch_size=8"],
+        ["sft.batch_size: 7 is not a multiple of micro_batch_size 2; set sft.batch_size=8 or another micro_batch_size"],
     ),
-    ("ppo.batch_size=7 & ppo.num_mini_batches=2", ["ppo.batch_size: found 7", "multiple of num_mini_batches 2"]),
+    (
+        "ppo.batch_size=7 & ppo.num_mini_batches=2",
+        ["ppo.batch_size: 7 is not a multiple of num_mini_batches 2; set ppo.batch_size=8"],
+    ),
     (
         "ppo.batch_size=8 & ppo.micro_batch_size=3",
-        ["ppo.micro_batch_size: found 3", "divisor of the minibatch", "8 responses"],
+        ["ppo.micro_batch_size: 3 does not divide the minibatch of 8 / 1 = 8 responses"],
     ),
-    ("soup.weights=[0.5,0.6]", ["soup.weights: found [0.5, 0.6], which sum to 1.1, expected a sum of 1"]),
+    ("soup.weights=[0.5,0.6]", ["soup.weights: [0.5, 0.6] sum to 1.1, not 1; scale them"]),
     ("soup.weights=[1]", ["soup.weights: found 1 weights for 2 members"]),
-    ("soup.weights=[.nan,1]", ["soup.weights[0]: found nan, expected a finite number"]),
-    ("soup.members=[0,2]", ["soup.members: found seed 2, expected positions 0 to 1 of sft.seeds"]),
-    ("soup.members=[0,0]", ["soup.members: found [0, 0], expected no member twice"]),
-    ("policies.a.reference=seed-2", ["policies.a.reference: found seed-2, expected seed-0 to seed-1"]),
-    ("policies.a.reference=[]", ["policies.a.reference: found an empty list"]),
+    ("soup.weights=[.nan,1]", ["soup.weights[0]: must be a finite number, not nan"]),
+    ("soup.members=[0,2]", ["soup.members: there is no seed 2; members are positions 0 to 1 of sft.seeds"]),
+    ("soup.members=[0,0]", ["soup.members: [0, 0] names a member twice; name each once"]),
+    ("policies.a.reference=seed-2", ["policies.a.reference: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
+    ("policies.a.reference=[]", ["policies.a.reference: is an empty list; name at least one reference"]),
     (
         "policies.a.reference={soup: {members: [0, 1], weights: [0.5, 0.6]}}",
         ["policies.a.reference.soup.weights", "sum to 1.1"],
     ),
-    ("policies.a.reference={soup: {members: [0, 3]}}", ["policies.a.reference: found seed-3"]),
-    ("policies.a.reference={soup: {members: []}}", ["policies.a.reference.soup: found"]),
+    (
+        "policies.a.reference={soup: {members: [0, 3]}}",
+        ["policies.a.reference: there is no seed-3; sft.seeds has seed-0 to seed-1"],
+    ),
+    (
+        "policies.a.reference={soup: {members: []}}",
+        ["policies.a.reference.soup: must have the form {members: [0, 1], weights: [0.5, 0.5]}, not {'members': []}"],
+    ),
     ("policies.a.reference={soup: {weights: []}}", ["policies.a.reference.soup.weights: found 0 weights for 2"]),
-    ("policies.a.reference={soup: {members: [-1, 0]}}", ["policies.a.reference.soup: found"]),
-    ("policies.a.reference={shrunk: {seed: 0}}", ["policies.a.reference.shrunk", "expected a number for scale"]),
-    ("policies.a.reference={shrunk: {seed: 5, scale: 0.6}}", ["policies.a.reference: found seed-5"]),
+    (
+        "policies.a.reference={soup: {members: [-1, 0]}}",
+        [
+            "policies.a.reference.soup: must have the form {members: [0, 1], weights: [0.5, 0.5]}, not {'members': [-1, 0]}"
+        ],
+    ),
+    (
+        "policies.a.reference={shrunk: {seed: 0}}",
+        ["policies.a.reference.shrunk: scale must be a number such as 0.6; found {'seed': 0}"],
+    ),
+    (
+        "policies.a.reference={shrunk: {seed: 5, scale: 0.6}}",
+        ["policies.a.reference: there is no seed-5; sft.seeds has seed-0 to seed-1"],
+    ),
     (
         "policies.a.reference=./nowhere",
-        ["policies.a.reference: found '/", "no folder, expected a LoRA adapter or a Hub id"],
+        ["policies.a.reference: there is no folder ", "/nowhere'; give the folder or Hub id of a LoRA adapter"],
     ),
-    ("policies.a.reference=a b", ["policies.a.reference: found 'a b'", "Hub id"]),
-    ("policies.soup.reference=base", ["policies.soup: found a name that means something else"]),
-    ("policies.seed-1.reference=base", ["policies.seed-1: found a name that means something else"]),
-    ("policies.-x.reference=base", ["policies: found the name '-x', expected letters"]),
-    ("name=a/b", ["name: found 'a/b', expected letters"]),
-    ("name=2e6", ["name: found 2000000.0, expected text"]),
-    ("name=..", ["name: found '..', expected letters"]),
-    ("sft.seeds=[]", ["sft.seeds: found [], expected a length of at least 1"]),
-    ("sft.seeds=[1,1]", ["sft.seeds: found [1, 1], expected no seed twice"]),
-    ("sft.seeds=[1.5]", ["sft.seeds[0]: found 1.5, expected a whole number"]),
-    ("sft.batch_size=0", ["sft.batch_size: found 0, expected at least 1"]),
-    ("sft.gradient_checkpointing=yes", ["sft.gradient_checkpointing: found 'yes', expected true or false"]),
-    ("ppo.kl_estimator=k4", ["ppo.kl_estimator: found 'k4', expected 'k1', 'k2', 'k3', 'abs' or 'full'"]),
+    (
+        "policies.a.reference=a b",
+        [
+            "policies.a.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'a b'"
+        ],
+    ),
+    ("policies.soup.reference=base", ["policies.soup: this name has another meaning in a recipe; rename the policy"]),
+    (
+        "policies.seed-1.reference=base",
+        ["policies.seed-1: this name has another meaning in a recipe; rename the policy"],
+    ),
+    (
+        "policies.-x.reference=base",
+        [
+            "policies: the name '-x' must consist of letters, digits, dots, - and _, start with a letter or digit, and have at most 64 characters"
+        ],
+    ),
+    (
+        "name=a/b",
+        [
+            "name: the name 'a/b' must consist of letters, digits, dots, - and _, start with a letter or digit, and have at most 64 characters"
+        ],
+    ),
+    ("name=2e6", ["name: must be text, not 2000000.0"]),
+    (
+        "name=..",
+        [
+            "name: the name '..' must consist of letters, digits, dots, - and _, start with a letter or digit, and have at most 64 characters"
+        ],
+    ),
+    ("sft.seeds=[]", ["sft.seeds: must have at least 1 entry, not []"]),
+    ("sft.seeds=[1,1]", ["sft.seeds: [1, 1] has a seed twice; give each once"]),
+    ("sft.seeds=[1.5]", ["sft.seeds[0]: must be a whole number, not 1.5"]),
+    ("sft.batch_size=0", ["sft.batch_size: must be at least 1, not 0"]),
+    ("sft.gradient_checkpointing=yes", ["sft.gradient_checkpointing: must be true or false, not 'yes'"]),
+    ("ppo.kl_estimator=k4", ["ppo.kl_estimator: must be k1, k2, k3, abs or full, not 'k4'"]),
     (
         "ppo.kl_control=adaptiv",
-        ["ppo.kl_control: found 'adaptiv', expected 'fixed' or 'adaptive'; did you mean adaptive?"],
+        ["ppo.kl_control: must be fixed or adaptive, not 'adaptiv'; did you mean adaptive?"],
     ),
-    ("adapter.target_modules=3", ["adapter.target_modules: found 3, expected text"]),
-    ("soup=3", ["soup: found 3, expected a mapping"]),
-    ("sft=null", ["sft: found None, expected a mapping"]),
-    ("landscape.line=[0,0]", ["landscape.line: found [0, 0], expected 2 different positions"]),
-    ("landscape.plane=[0,1,2]", ["landscape.plane: found [0, 1, 2], expected 3 different positions 0 to 1"]),
-    ("landscape.prompts=inn", ["landscape.prompts: found 'inn', expected one of evaluate.prompts: in, out"]),
-    ("evaluate.temperature=cat", ["evaluate.temperature: found 'cat', expected 'category'"]),
+    ("adapter.target_modules=3", ["adapter.target_modules: must be text, not 3"]),
+    ("soup=3", ["soup: must be a mapping {key: value, …}, not 3"]),
+    ("sft=null", ["sft: must be a mapping {key: value, …}, not null"]),
+    ("landscape.line=[0,0]", ["landscape.line: must be 2 different positions 0 to 1 of sft.seeds, not [0, 0]"]),
+    ("landscape.plane=[0,1,2]", ["landscape.plane: must be 3 different positions 0 to 1 of sft.seeds, not [0, 1, 2]"]),
+    ("landscape.prompts=inn", ["landscape.prompts: evaluate.prompts has no 'inn'; its sets are in, out"]),
+    ("evaluate.temperature=cat", ["evaluate.temperature: must be category, not 'cat'"]),
     (
         "evaluate.judge={kind: openai, model: x, prompt: fastchat, prompts: /nowhere}",
-        ["evaluate.judge.prompts: '/nowhere': found no such file"],
+        ["evaluate.judge.prompts: '/nowhere': no such file; give the path of FastChat's judge_prompts.jsonl"],
     ),
-    ("evaluate.pairs=[[salsa,pp]]", ["evaluate.pairs[0]: found 'pp'", "did you mean ppo?"]),
-    ("evaluate.pairs=[[salsa]]", ["evaluate.pairs[0]: found ['salsa'], expected two different names"]),
-    ("evaluate.models=[seed-9]", ["evaluate.models[0]: found seed-9"]),
+    (
+        "evaluate.pairs=[[salsa,pp]]",
+        ["evaluate.pairs[0]: 'pp' is not one of seed-0, soup, ppo, salsa; did you mean ppo?"],
+    ),
+    ("evaluate.pairs=[[salsa]]", ["evaluate.pairs[0]: must be two different names, not ['salsa']"]),
+    ("evaluate.models=[seed-9]", ["evaluate.models[0]: there is no seed-9; sft.seeds has seed-0 to seed-1"]),
     (
         "generation.max_new_tokens=1024",
-        ["generation.max_new_tokens: found 1024, expected fewer than model.max_length 1024"],
+        ["generation.max_new_tokens: must be less than model.max_length 1024, which includes the prompt, not 1024"],
     ),
-    ("generation.min_new_tokens=500", ["generation.min_new_tokens: found 500, expected at most"]),
-    ("ppo.max_prompt_length=1000", ["ppo.max_prompt_length: found 1000, expected at most 896"]),
+    ("generation.min_new_tokens=500", ["generation.min_new_tokens: must be at most max_new_tokens 128, not 500"]),
+    (
+        "ppo.max_prompt_length=1000",
+        [
+            "ppo.max_prompt_length: must be at most 896, not 1000: model.max_length 1024 less generation.max_new_tokens 128"
+        ],
+    ),
     ("data.demonstrations=x.jsonl", ["data.demonstrations: found '/", "x.jsonl', which is no file or folder"]),
     (
         "data.demonstrations=/etc/hostname",
         ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json, .parquet, .csv or .tsv file"],
     ),
-    ("evaluate.prompts.x=not an id", ["evaluate.prompts.x: found 'not an id'", "Hub id"]),
-    ("model.base=./nowhere", ["model.base: found '/", "no folder, expected a model's folder or a Hub id"]),
-    ("model.chat_template=chatm", ["model.chat_template: found 'chatm', which is no file", "chatml, zephyr"]),
-    ("model.chat_template=x.jinja", ["model.chat_template: found '/", "which is no file"]),
-    ("toy=null", ["model.base: found nothing, expected a value (or a `toy` section"]),
-    ("a", ["--set a: expected key=value"]),
-    ("=1", ["--set =1: expected key=value"]),
-    ("sft..x=1", ["--set sft..x=1: expected key=value"]),
-    ("name.x=1", ["--set name.x=1: name is 'tiny', nothing can be set inside it"]),
-    ("ppo.seed=[", ["--set ppo.seed=[: not YAML (line "]),
+    (
+        "evaluate.prompts.x=not an id",
+        [
+            "evaluate.prompts.x: 'not an id' is neither a file or folder nor a Hub id; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+        ],
+    ),
+    ("model.base=./nowhere", ["model.base: there is no folder ", "/nowhere'; give the folder or Hub id of a model"]),
+    (
+        "model.chat_template=chatm",
+        [
+            "model.chat_template: 'chatm' is no file. Use tokenizer (the base's own), the path of a Jinja file, or a bundled template: chatml, zephyr"
+        ],
+    ),
+    (
+        "model.chat_template=x.jinja",
+        [
+            "model.chat_template: ",
+            "/x.jinja' is no file. Use tokenizer (the base's own), the path of a Jinja file, or a bundled template: chatml, zephyr",
+        ],
+    ),
+    ("toy=null", ["model.base: is required; add it (or add a `toy` section, the embedded world)"]),
+    ("a", ["--set a: must be key=value, such as ppo.learning_rate=1e-6"]),
+    ("=1", ["--set =1: must be key=value with a key such as ppo.learning_rate"]),
+    ("sft..x=1", ["--set sft..x=1: must be key=value with a key such as ppo.learning_rate"]),
+    ("name.x=1", ["--set name.x=1: name is 'tiny', which has no settings inside; set name itself"]),
+    (
+        "ppo.seed=[",
+        ["--set ppo.seed=[: line 2 is not valid YAML: while parsing a flow node, did not find expected node content"],
+    ),
     ("ppo.seed=*a", ["aliases (*) are not allowed"]),
-    ("ppo.seed=" + "9" * 5000, ["found a number of 5000 digits"]),
-    ("policies.a.reference." + "x." * 5000 + "x=1", ["found a key of 5004 parts"]),
+    ("ppo.seed=" + "9" * 5000, ["line 1: a number of 5000 digits is too long"]),
+    ("policies.a.reference." + "x." * 5000 + "x=1", ["a key of 5004 parts is too long"]),
 ]
 
 
@@ -216,7 +296,7 @@ def test_the_fields_of_pefts_configuration():
 
     ours = {field.name for field in dataclasses.fields(Adapter)}
     common = {field.name for field in dataclasses.fields(PeftConfig)} - {"task_type"}
-    assert {field.name for field in dataclasses.fields(LoraConfig)} - ours - common == set(parsing.PEFTS)
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - ours - common == set(UNSUPPORTED_LORA_FIELDS)
 
 
 def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
@@ -266,8 +346,8 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "quickstart.yaml").write_text(RECIPE)
-    real = parsing.bundled
-    monkeypatch.setattr(parsing, "bundled", lambda kind: folder if kind == "recipes" else real(kind))
+    real = parsing.bundled_folder
+    monkeypatch.setattr(parsing, "bundled_folder", lambda kind: folder if kind == "recipes" else real(kind))
     for name in ("quickstart", "quickstart.yaml"):
         assert load_recipe(name, lora="lora", overrides=[]).path == folder / "quickstart.yaml"
     with pytest.raises(SalsaError, match=r"quickstrat: no such recipe file; did you mean quickstart\?"):

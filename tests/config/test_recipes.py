@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from paths import ROOT
 
-from salsa_peft.config.load import load_recipe, names
+from salsa_peft.config.load import bundled_names, load_recipe
 from salsa_peft.config.yaml import dump_yaml, read_yaml
 from salsa_peft.recipe.run import STAGES, resolved_yaml
 from salsa_peft.utils.errors import SalsaError
@@ -21,10 +21,10 @@ PAPER = {
     "llama2": ("meta-llama/Llama-2-7b-hf", 8, 2e-6), "mistral": ("mistralai/Mistral-7B-v0.1", 8, 2e-6),
     "gemma": ("google/gemma-2b", 16, 1e-7),
 }  # fmt: skip
-PAPERS = [name for name in names("recipes") if name.split("_")[0] in PAPER]
+PAPERS = [name for name in bundled_names("recipes") if name.split("_")[0] in PAPER]
 
 
-@pytest.mark.parametrize("name", names("recipes"))
+@pytest.mark.parametrize("name", bundled_names("recipes"))
 @pytest.mark.parametrize("preset", [None, "lora", "qlora"])
 def test_it_parses_in_every_mode(name: str, preset: str | None) -> None:
     """Full weights without --lora."""
@@ -109,7 +109,7 @@ def test_the_papers_landscapes_and_prompts() -> None:
         found = load_recipe(name, lora=None, overrides=[]).recipe
         sets = found.evaluate.prompts
         assert list(sets) == SETS.get(name, ["mt_bench", "arena_hard_v0.1", "ultrafeedback"])
-        assert {source.limit for source in sets.values()} == {None} and found.soup.resolved == [0.5, 0.5]
+        assert {source.limit for source in sets.values()} == {None} and found.soup.resolved_weights == [0.5, 0.5]
         assert "ultrafeedback" not in sets or sets["ultrafeedback"].split == "test_prefs"
         judge = found.evaluate.judge
         assert judge is not None and (judge.kind, judge.model, judge.prompt) == ("openai", "gpt-4-turbo", "figure7")
@@ -130,7 +130,7 @@ def test_an_ablation_in_the_main_recipes_folder_finds_its_work_done(name: str, p
 
 
 @pytest.mark.parametrize("preset", [None, "lora", "qlora"])
-@pytest.mark.parametrize("name", names("recipes"))
+@pytest.mark.parametrize("name", bundled_names("recipes"))
 def test_the_recipe_as_it_ran_is_itself_a_recipe(name: str, preset: str | None, tmp_path: Path) -> None:
     """The file that a run saves gives the same recipe without --lora."""
     loaded = load_recipe(name, lora=preset, overrides=[])

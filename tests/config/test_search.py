@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config import sweeps as search
+from salsa_peft.config import sweeps
 from salsa_peft.config.load import load_recipe
 from salsa_peft.recipe import units
 from salsa_peft.recipe.run import resolved_yaml
@@ -106,11 +106,11 @@ def test_the_best_is_picked_and_stands_in_the_pairs(load: Any) -> None:
     recipe = load(
         "{kl_coef: [0.01, 0.2]}", "evaluate: {pairs: [[salsa, ppo], [salsa, seed-0], [soup, seed-0]]}\n"
     ).recipe
-    assert search.trials(recipe) == [
+    assert sweeps.candidate_pairs(recipe) == [
         ("ppo-kl-0.01", "seed-0"), ("ppo-kl-0.2", "seed-0"), ("salsa-kl-0.01", "seed-0"), ("salsa-kl-0.2", "seed-0"),
     ]  # fmt: skip
     rates = {"ppo-kl-0.01": 0.4, "ppo-kl-0.2": 0.6, "salsa-kl-0.01": 0.7, "salsa-kl-0.2": 0.7}
-    found = search.pick(recipe, {name: rate(value) for name, value in rates.items()}, ["in", "out"])
+    found = sweeps.pick_candidates(recipe, {name: rate(value) for name, value in rates.items()}, ["in", "out"])
     assert found is not None
     assert {method: told["best"] for method, told in found["methods"].items()} == {
         "ppo": "ppo-kl-0.2",
@@ -120,7 +120,7 @@ def test_the_best_is_picked_and_stands_in_the_pairs(load: Any) -> None:
         "policy": "ppo-kl-0.01", "kl_coef": 0.01, "adjusted_win_rate": 0.4, "low": pytest.approx(0.3), "high": 0.5,
     }  # fmt: skip
     assert found["datasets"] == ["in", "out"] and found["against"] == "seed-0" and found["by"] == "reward"
-    assert search.picked(search.pairs(recipe), found) == [
+    assert sweeps.with_picked(sweeps.compared_pairs(recipe), found) == [
         ("salsa-kl-0.01", "ppo-kl-0.2"), ("salsa-kl-0.01", "seed-0"), ("soup", "seed-0"),
     ]  # fmt: skip
 
@@ -128,12 +128,17 @@ def test_the_best_is_picked_and_stands_in_the_pairs(load: Any) -> None:
 def test_pairs_without_a_choice_name_policies_once(load: Any) -> None:
     """Soup and every policy against seed-0, later policies against earlier ones; a searched one by its own name."""
     recipe = load("{kl_coef: [0.01, 0.2], methods: [salsa]}").recipe
-    assert search.pairs(recipe) == [("soup", "seed-0"), ("ppo", "seed-0"), ("salsa", "seed-0"), ("salsa", "ppo")]
+    assert sweeps.compared_pairs(recipe) == [
+        ("soup", "seed-0"),
+        ("ppo", "seed-0"),
+        ("salsa", "seed-0"),
+        ("salsa", "ppo"),
+    ]
 
 
 def test_no_search_no_pick(tmp_path: Path) -> None:
     """Everything as it was."""
     (tmp_path / "s.yaml").write_text(TEXT)
     recipe = load_recipe(str(tmp_path / "s.yaml"), lora="lora", overrides=[]).recipe
-    assert search.trials(recipe) == [] and search.pick(recipe, {}, ["in"]) is None
-    assert search.picked([("soup", "seed-0")], None) == [("soup", "seed-0")]
+    assert sweeps.candidate_pairs(recipe) == [] and sweeps.pick_candidates(recipe, {}, ["in"]) is None
+    assert sweeps.with_picked([("soup", "seed-0")], None) == [("soup", "seed-0")]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config.load import Loaded, load_recipe
+from salsa_peft.config.load import LoadedRecipe, load_recipe
 from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.errors import SalsaError
 
@@ -20,14 +20,14 @@ TEXT = "name: s\ntoy: {}\nmodel: {max_length: 32}\ngeneration: {max_new_tokens: 
 def load(tmp_path: Path) -> Any:
     """load(sweep, overrides…) → the recipe with that `sweep:` line."""
 
-    def make(sweep: str, *overrides: str, more: str = "") -> Loaded:
+    def make(sweep: str, *overrides: str, more: str = "") -> LoadedRecipe:
         (tmp_path / "s.yaml").write_text(f"{TEXT}sweep: {sweep}\n{more}")
         return load_recipe(str(tmp_path / "s.yaml"), lora="lora", overrides=list(overrides))
 
     return make
 
 
-def policies(loaded: Loaded) -> dict[str, tuple[Any, float | None]]:
+def policies(loaded: LoadedRecipe) -> dict[str, tuple[Any, float | None]]:
     """Name → (reference, its β)."""
     return {name: (policy.reference, policy.kl_coef) for name, policy in loaded.recipe.policies.items()}
 

@@ -11,8 +11,8 @@ import pytest
 from paths import TEMPLATES
 
 from salsa_peft.config.schema import Source
-from salsa_peft.data import datasets as data
-from salsa_peft.data.files import load
+from salsa_peft.data import datasets
+from salsa_peft.data.files import load_rows
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -56,7 +56,7 @@ class TestForms:
     def test_demonstrations(self, write: Any) -> None:
         """Turns after the last answer are dropped; other columns don't matter."""
         chat = [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d")]
-        found = data.demonstrations(write({"messages": chat, "id": 1}, {"messages": [*chat, user("e")], "id": 2}))
+        found = datasets.demonstrations(write({"messages": chat, "id": 1}, {"messages": [*chat, user("e")], "id": 2}))
         assert found == [{"messages": chat}, {"messages": chat}]
 
     @pytest.mark.parametrize("prompt", [[user("q")], "q"])
@@ -64,20 +64,22 @@ class TestForms:
     def test_preferences_with_a_prompt(self, write: Any, prompt: Any, text: bool) -> None:
         """Prompt and answers, each as text or messages."""
         good, bad = ("+", "-") if text else ([assistant("+")], [assistant("-")])
-        found = data.preferences(write({"prompt": prompt, "chosen": good, "rejected": bad}))
+        found = datasets.preferences(write({"prompt": prompt, "chosen": good, "rejected": bad}))
         assert found == [{"chosen": [user("q"), assistant("+")], "rejected": [user("q"), assistant("-")]}]
 
     @pytest.mark.parametrize("columns", [{}, {"prompt": "q"}, {"prompt": [SYSTEM, user("q")]}])
     def test_preferences_that_hold_their_prompt(self, write: Any, columns: dict[str, Any]) -> None:
         """HuggingFaceH4's form: whole chats, and a prompt column that is not put before them again."""
         good, bad = [SYSTEM, user("q"), assistant("+")], [SYSTEM, user("q"), assistant("-")]
-        assert data.preferences(write(columns | {"chosen": good, "rejected": bad})) == [
+        assert datasets.preferences(write(columns | {"chosen": good, "rejected": bad})) == [
             {"chosen": good, "rejected": bad}
         ]
 
     def test_preferences_of_several_turns(self, write: Any) -> None:
         prompt = [user("a"), assistant("b"), user("c")]
-        found = data.preferences(write({"prompt": prompt, "chosen": [assistant("+")], "rejected": [assistant("-")]}))
+        found = datasets.preferences(
+            write({"prompt": prompt, "chosen": [assistant("+")], "rejected": [assistant("-")]})
+        )
         assert found == [{"chosen": [*prompt, assistant("+")], "rejected": [*prompt, assistant("-")]}]
 
     @pytest.mark.parametrize(
@@ -98,18 +100,18 @@ class TestForms:
         ],
     )
     def test_prompts(self, write: Any, row: dict[str, Any], expected: list[dict[str, str]]) -> None:
-        assert data.prompts(write(row)) == [{"prompt": expected}]
+        assert datasets.prompts(write(row)) == [{"prompt": expected}]
 
     def test_shown_to_people(self) -> None:
-        assert data.show([user("q")]) == "q"
-        assert data.show([SYSTEM, user("q")]) == "system: be brief\nuser: q"
+        assert datasets.prompt_text([user("q")]) == "q"
+        assert datasets.prompt_text([SYSTEM, user("q")]) == "system: be brief\nuser: q"
 
     def test_a_file_is_sliced_as_datasets_slices_a_split(self, write: Any) -> None:
         """Held-out rows of one file are not its training rows; row numbers stay the file's; a split by name is in no file."""
         rows = [{"prompt": f"p{i}"} for i in range(10)]
 
         def take(split: str, **more: Any) -> list[int]:
-            return [number for number, _ in load(write(*rows, split=split, **more))]
+            return [number for number, _ in load_rows(write(*rows, split=split, **more))]
 
         assert take("train[:80%]") == [*range(1, 9)] and take("train[80%:]") == [9, 10]
         assert take("train[:2]+train[-1:]") == [1, 2, 10]
@@ -127,7 +129,7 @@ class TestForms:
         rows = [{"prompt": f"q{i}"} for i in range(40)]
 
         def take(limit: int | None) -> list[str]:
-            return [row["prompt"][0]["content"] for row in data.prompts(write(*rows, limit=limit))]
+            return [row["prompt"][0]["content"] for row in datasets.prompts(write(*rows, limit=limit))]
 
         ten = take(10)
         assert ten == take(10)
@@ -142,7 +144,7 @@ class TestForms:
         folder.mkdir()
         for split in ("train", "test"):
             (folder / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
-        assert data.prompts(Source(path=str(folder), split="test")) == [{"prompt": [user("test")]}]
+        assert datasets.prompts(Source(path=str(folder), split="test")) == [{"prompt": [user("test")]}]
 
 
 FINE = {"prompt": "q", "chosen": [assistant("+")], "rejected": [assistant("-")]}
@@ -152,28 +154,28 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("read", "fine", "row", "message"),
         [
-            (data.demonstrations, {"text": None, "messages": [user("a"), assistant("b")]}, {"text": "x", "messages": None},
+            (datasets.demonstrations, {"text": None, "messages": [user("a"), assistant("b")]}, {"text": "x", "messages": None},
              ": found columns messages, text, expected messages"),
-            (data.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [user("a")]},
+            (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [user("a")]},
              ", messages: found no assistant turn, expected at least one"),
-            (data.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": []},
+            (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": []},
              r", messages: found an empty list, expected a list of {role, content} messages"),
-            (data.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": None, "content": "a"}]},
+            (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": None, "content": "a"}]},
              ", messages: found null as role, expected text"),
-            (data.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": "user", "content": None}]},
+            (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": "user", "content": None}]},
              ", messages: found null as the content of user, expected text"),
-            (data.preferences, FINE, FINE | {"chosen": None}, ": found columns chosen, prompt, rejected, expected chosen"),
-            (data.preferences, FINE, FINE | {"rejected": None}, ": found columns chosen, prompt, rejected, expected rejected"),
-            (data.preferences, FINE, FINE | {"prompt": None}, ": found columns chosen, prompt, rejected, expected prompt"),
-            (data.preferences, FINE, FINE | {"rejected": [user("q"), user("r")]},
+            (datasets.preferences, FINE, FINE | {"chosen": None}, ": found columns chosen, prompt, rejected, expected chosen"),
+            (datasets.preferences, FINE, FINE | {"rejected": None}, ": found columns chosen, prompt, rejected, expected rejected"),
+            (datasets.preferences, FINE, FINE | {"prompt": None}, ": found columns chosen, prompt, rejected, expected prompt"),
+            (datasets.preferences, FINE, FINE | {"rejected": [user("q"), user("r")]},
              ", rejected: found a last turn of user, expected assistant"),
-            (data.preferences, FINE, FINE | {"chosen": []}, r", chosen: found an empty list, expected a list"),
-            (data.prompts, {"prompt": "q", "x": 1}, {"prompt": None, "x": 1}, ": found columns prompt, x, expected prompt, messages, conversations, instruction, question or turns"),
-            (data.prompts, {"prompt": [user("q")]}, {"prompt": []}, r", prompt: found an empty list, expected a list"),
-            (data.prompts, {"prompt": [user("q")]}, {"prompt": [user("q"), assistant("a")]},
+            (datasets.preferences, FINE, FINE | {"chosen": []}, r", chosen: found an empty list, expected a list"),
+            (datasets.prompts, {"prompt": "q", "x": 1}, {"prompt": None, "x": 1}, ": found columns prompt, x, expected prompt, messages, conversations, instruction, question or turns"),
+            (datasets.prompts, {"prompt": [user("q")]}, {"prompt": []}, r", prompt: found an empty list, expected a list"),
+            (datasets.prompts, {"prompt": [user("q")]}, {"prompt": [user("q"), assistant("a")]},
              ", prompt: found a last turn of assistant, expected"),
-            (data.prompts, {"messages": [user("q")]}, {"messages": [assistant("a")]}, ", messages: found no user turn, expected one"),
-            (data.prompts, {"turns": ["a", "b"]}, {"turns": []}, r", turns: found an empty list"),
+            (datasets.prompts, {"messages": [user("q")]}, {"messages": [assistant("a")]}, ", messages: found no user turn, expected one"),
+            (datasets.prompts, {"turns": ["a", "b"]}, {"turns": []}, r", turns: found an empty list"),
         ],
     )  # fmt: skip
     def test_the_second_row_is_named(
@@ -191,11 +193,11 @@ class TestRefusals:
     def test_what_is_no_list_of_messages(self) -> None:
         for value in ("text", 3, None, ["text"], {"role": "user"}):
             with pytest.raises(SalsaError, match=r"here: found .*expected a list of \{role, content\} messages"):
-                data.check_messages(value, "here")
+                datasets.check_messages(value, "here")
 
     def test_a_file_without_rows(self, write: Any) -> None:
         with pytest.raises(SalsaError, match=r"rows\.jsonl: found no rows, expected at least one"):
-            load(write())
+            load_rows(write())
 
     def test_messages_without_a_template(self, tokenizer: Any) -> None:
         import copy
@@ -203,32 +205,32 @@ class TestRefusals:
         bare = copy.deepcopy(tokenizer)
         bare.chat_template = None
         with pytest.raises(SalsaError, match="row 4, prompt: found messages, but the tokenizer has no chat template"):
-            data.prompt_tokens({"prompt": [user("copy owl")]}, bare, 4)
-        assert data.prompt_tokens({"prompt": "copy owl"}, bare) == bare("copy owl")["input_ids"]
+            datasets.prompt_tokens({"prompt": [user("copy owl")]}, bare, 4)
+        assert datasets.prompt_tokens({"prompt": "copy owl"}, bare) == bare("copy owl")["input_ids"]
         with pytest.raises(SalsaError, match="row 4: found columns text, expected prompt"):
-            data.prompt_tokens({"text": "copy owl"}, bare, 4)
+            datasets.prompt_tokens({"text": "copy owl"}, bare, 4)
 
 
 class TestRealFiles:
     """The data beside a developer's checkout: every row parses."""
 
     def test_demonstrations(self, shared: Path) -> None:
-        rows = data.demonstrations(Source(path=str(shared / "data" / "demonstrations.jsonl")))
+        rows = datasets.demonstrations(Source(path=str(shared / "data" / "demonstrations.jsonl")))
         assert len(rows) == 999
         assert all(row["messages"][-1]["role"] == "assistant" for row in rows)
         assert all(
             row["prompt"][-1]["role"] == "user"
-            for row in data.prompts(Source(path=str(shared / "data" / "demonstrations.jsonl")))
+            for row in datasets.prompts(Source(path=str(shared / "data" / "demonstrations.jsonl")))
         )
 
     def test_preferences(self, shared: Path) -> None:
-        rows = data.preferences(Source(path=str(shared / "data" / "preferences.jsonl")))
+        rows = datasets.preferences(Source(path=str(shared / "data" / "preferences.jsonl")))
         assert len(rows) == 300
         for row in rows:
             assert row["chosen"][0]["role"] in ("user", "system")
             assert row["chosen"][:-1] == row["rejected"][:-1]
             assert row["chosen"][-1]["role"] == row["rejected"][-1]["role"] == "assistant"
-        prompts = data.prompts(Source(path=str(shared / "data" / "preferences.jsonl")))
+        prompts = datasets.prompts(Source(path=str(shared / "data" / "preferences.jsonl")))
         assert [row["prompt"] for row in prompts] == [row["chosen"][:-1] for row in rows]
 
     @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ class TestRealFiles:
     )
     def test_questions(self, shared: Path, name: str, rows: int, column: str) -> None:
         path = shared / "data" / name / "question.jsonl"
-        found = data.prompts(Source(path=str(path)))
+        found = datasets.prompts(Source(path=str(path)))
         assert len(found) == rows
         lines = [json.loads(line)[column] for line in path.read_text(encoding="utf-8").splitlines()]
         assert [row["prompt"] for row in found] == [[user(line[0] if column == "turns" else line)] for line in lines]
@@ -292,7 +294,7 @@ class TestTemplates:
     def test_the_prompt_is_a_prefix_of_the_chat(self, chat_tokenizer: Any, chat: list[dict[str, str]]) -> None:
         """PPO's prompt is what SFT saw before the answer, token by token; the rest is the answer and EOS, and then nothing."""
         whole = chat_tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-        prompt = data.prompt_tokens({"prompt": chat[:-1]}, chat_tokenizer)
+        prompt = datasets.prompt_tokens({"prompt": chat[:-1]}, chat_tokenizer)
         assert whole[: len(prompt)] == prompt
         assert chat_tokenizer.decode(whole[len(prompt) :]) == chat[-1]["content"] + "<eos>"
         assert whole[-1] == chat_tokenizer.eos_token_id
@@ -304,7 +306,7 @@ class TestTemplates:
     def test_an_answer_that_starts_with_blanks(self, chat_tokenizer: Any) -> None:
         """The template takes answers as they are."""
         chat = [user("q"), assistant("\n\nb")]
-        prompt = data.prompt_tokens({"prompt": chat[:-1]}, chat_tokenizer)
+        prompt = datasets.prompt_tokens({"prompt": chat[:-1]}, chat_tokenizer)
         assert chat_tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"][: len(prompt)] == prompt
 
     def test_the_formats_text(self, chat_tokenizer: Any) -> None:
@@ -319,12 +321,12 @@ class TestTemplates:
     def test_the_embedded_worlds_template_too(self, tokenizer: Any) -> None:
         chat = [user("copy owl saw"), assistant("owl saw")]
         found = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-        prompt = data.prompt_tokens({"prompt": chat[:-1]}, tokenizer)
+        prompt = datasets.prompt_tokens({"prompt": chat[:-1]}, tokenizer)
         assert found["input_ids"][: len(prompt)] == prompt
         assert found["assistant_masks"] == [0] * len(prompt) + [1, 1, 1]
         assert found["input_ids"][-1] == tokenizer.eos_token_id
 
     def test_a_final_eos_of_the_tokenizer_is_taken_off_a_text_prompt(self, tokenizer: Any) -> None:
         """Some tokenizers end every text with EOS, after which nothing would be sampled."""
-        assert data.prompt_tokens({"prompt": "copy owl <eos>"}, tokenizer) == tokenizer("copy owl")["input_ids"]
-        assert data.prompt_tokens({"input_ids": [7, 2]}, tokenizer) == [7, 2]
+        assert datasets.prompt_tokens({"prompt": "copy owl <eos>"}, tokenizer) == tokenizer("copy owl")["input_ids"]
+        assert datasets.prompt_tokens({"input_ids": [7, 2]}, tokenizer) == [7, 2]

@@ -10,7 +10,7 @@ import pytest
 from paths import SHARED
 
 from salsa_peft.config.schema import Source
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions, temperature
 from salsa_peft.utils.errors import SalsaError
 
@@ -105,7 +105,7 @@ def test_ppos_prompts_are_the_first_turns(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(
         json.dumps({"turns": ["one", "two"]}) + "\n" + json.dumps({"prompt": ["three", "four"]})
     )
-    found = data.prompts(Source(path=str(tmp_path / "q.jsonl")))
+    found = datasets.prompts(Source(path=str(tmp_path / "q.jsonl")))
     assert [row["prompt"][0]["content"] for row in found] == ["one", "three"]
 
 

@@ -13,7 +13,7 @@ from paths import SHARED
 from trl_rows import HERMES, by_reward, by_sft, tokenizer_of
 
 from salsa_peft.config.schema import Source
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.questions import questions
 from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
@@ -185,12 +185,12 @@ class TestEveryRow:
 
         row, source = one(name, number)
         if (name, number) not in SFT:
-            refused("demonstrations", name, number, lambda: data.demonstrations(source, tokenizer))
+            refused("demonstrations", name, number, lambda: datasets.demonstrations(source, tokenizer))
             return
         given = SFT[name, number](row)
         rows = Dataset.from_list([given], features=Features({key: Json() for key in given}))
         ((ids, labels),) = by_sft(
-            tokenizer, model, labelled(data.demonstrations(source, tokenizer), tokenizer), tmp_path
+            tokenizer, model, labelled(datasets.demonstrations(source, tokenizer), tokenizer), tmp_path
         )
         theirs = by_sft(tokenizer, model, rows, tmp_path)
         show("demonstration", name, number, tokenizer, ids, theirs[0][0])
@@ -205,11 +205,11 @@ class TestEveryRow:
 
         row, source = one(name, number)
         if (name, number) not in REWARD:
-            refused("preferences", name, number, lambda: data.preferences(source, tokenizer))
+            refused("preferences", name, number, lambda: datasets.preferences(source, tokenizer))
             return
         given = maybe_extract_prompt(REWARD[name, number](row))
         rows = Dataset.from_list([given], features=Features({key: Json() for key in given}))
-        (ours,) = by_reward(tokenizer, model, data.dataset(data.preferences(source, tokenizer)), tmp_path)
+        (ours,) = by_reward(tokenizer, model, datasets.to_dataset(datasets.preferences(source, tokenizer)), tmp_path)
         (theirs,) = by_reward(tokenizer, model, rows, tmp_path)
         show("preference", name, number, tokenizer, ours["chosen_ids"], theirs["chosen_ids"])
         assert ours == theirs and ours["chosen_ids"] != ours["rejected_ids"]
@@ -221,18 +221,18 @@ class TestEveryRow:
         row, source = one(name, number)
         make = PROMPTS.get((name, number), PROMPTS.get((name, 0)))
         if make is None:
-            refused("prompts", name, number, lambda: data.prompts(source, tokenizer=tokenizer))
+            refused("prompts", name, number, lambda: datasets.prompts(source, tokenizer=tokenizer))
             return
         given = make(row)
         theirs = tokenizer(
             apply_chat_template({"prompt": given["prompt"]}, tokenizer, tools=given.get("tools"))["prompt"]
         )["input_ids"]
-        (ours,) = data.prompts(source, tokenizer=tokenizer)
-        ids = data.prompt_tokens(ours, tokenizer)
+        (ours,) = datasets.prompts(source, tokenizer=tokenizer)
+        ids = datasets.prompt_tokens(ours, tokenizer)
         show("prompt", name, number, tokenizer, ids, theirs)
         assert ids == theirs
         (question,) = questions(source, tokenizer=tokenizer)
-        assert data.prompt_tokens({**question.row, "prompt": question.messages}, tokenizer) == theirs
+        assert datasets.prompt_tokens({**question.row, "prompt": question.messages}, tokenizer) == theirs
 
 
 def test_mt_benchs_references_and_turns() -> None:

@@ -18,13 +18,11 @@ from paths import ROOT
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft.config.schema import Data, Reward, Source
-from salsa_peft.data import check as data_checks
-from salsa_peft.data import datasets as data
+from salsa_peft.data import check, datasets, row_formats
 from salsa_peft.data import files as data_files
-from salsa_peft.data import row_formats
 from salsa_peft.data.chat.template_fields import reads_text_arguments
 from salsa_peft.data.check import count_rows
-from salsa_peft.data.files import load
+from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
 from salsa_peft.recipe import run as recipes
 from salsa_peft.recipe.run import load as load_recipe
@@ -115,18 +113,18 @@ class TestDemonstrations:
         ],
     )  # fmt: skip
     def test_every_shape(self, put: Any, row: Row, expected: list[Row]) -> None:
-        found = data.demonstrations(put(row))
+        found = datasets.demonstrations(put(row))
         assert found[0]["messages"] == expected
 
     def test_ktos_undesirable_answers_are_left_out_and_told(self, put: Any, capsys: Any) -> None:
         source = put({"messages": PLAIN, "label": True}, {"prompt": "q", "completion": "b", "label": False})
-        assert data.demonstrations(source) == [{"messages": PLAIN}]
-        assert capsys.readouterr().err == f"{source.path}: 1 of 2 rows (the first: row 2) {data.UNDESIRABLE}\n"
+        assert datasets.demonstrations(source) == [{"messages": PLAIN}]
+        assert capsys.readouterr().err == f"{source.path}: 1 of 2 rows (the first: row 2) {datasets.UNDESIRABLE}\n"
 
     def test_an_input_that_says_there_is_none_is_told(self, put: Any, capsys: Any) -> None:
         source = put({"instruction": "i", "input": "No input", "output": "o"})
-        assert data.demonstrations(source)[0]["messages"] == turns("i\nNo input", "o")
-        assert data.NO_INPUT in capsys.readouterr().err
+        assert datasets.demonstrations(source)[0]["messages"] == turns("i\nNo input", "o")
+        assert datasets.PLACEHOLDER_INPUT in capsys.readouterr().err
 
     def test_what_is_not_trained_on(self, put: Any) -> None:
         """Answers inside TRL's prompt, and turns of weight 0; a system turn moves the places."""
@@ -136,7 +134,7 @@ class TestDemonstrations:
             *turns("r"),
             {"role": "assistant", "content": "b", "weight": 1},
         ]
-        rows = data.demonstrations(
+        rows = datasets.demonstrations(
             put(
                 {"prompt": turns("q", "a", "r"), "completion": turns("", "b")[1:]},
                 {"messages": weighted, "system": "s"},
@@ -145,7 +143,7 @@ class TestDemonstrations:
         )  # fmt: skip
         assert [row.get("skipped") for row in rows] == [[1], [2], None]
         history = {"instruction": "i", "output": "o", "history": [["q", "a"]]}
-        assert "skipped" not in data.demonstrations(put(history))[0]
+        assert "skipped" not in datasets.demonstrations(put(history))[0]
         assert rows[1]["messages"] == turns("q", "a", "r", "b", system="s")
 
     @pytest.mark.parametrize(
@@ -173,7 +171,7 @@ class TestDemonstrations:
     def test_what_is_refused(self, put: Any, row: Row, said: str) -> None:
         """In one line, by row and column."""
         with pytest.raises(SalsaError) as refusal:
-            data.demonstrations(put(row))
+            datasets.demonstrations(put(row))
         assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -204,30 +202,30 @@ class TestPreferences:
     )  # fmt: skip
     def test_every_shape(self, put: Any, capsys: Any, row: Row, expected: Row) -> None:
         """The prompt stands in both, once; nothing is said."""
-        assert data.preferences(put(row)) == [expected] and capsys.readouterr().err == ""
+        assert datasets.preferences(put(row)) == [expected] and capsys.readouterr().err == ""
 
     def test_texts_that_hold_the_prompt(self, put: Any, capsys: Any) -> None:
         """Only where both do, and then it is said."""
-        assert data.preferences(put({"prompt": "hi", "chosen": "hi good", "rejected": "hi bad"})) == [
+        assert datasets.preferences(put({"prompt": "hi", "chosen": "hi good", "rejected": "hi bad"})) == [
             {"chosen": turns("hi", "good"), "rejected": turns("hi", "bad")}
         ]
-        assert data.TAKEN_OFF in capsys.readouterr().err
-        assert data.preferences(put({"prompt": "hi", "chosen": "hi there", "rejected": "no"}))[0]["chosen"] == turns(
-            "hi", "hi there"
-        )
+        assert datasets.REPEATED_PROMPT in capsys.readouterr().err
+        assert datasets.preferences(put({"prompt": "hi", "chosen": "hi there", "rejected": "no"}))[0][
+            "chosen"
+        ] == turns("hi", "hi there")
         assert capsys.readouterr().err == ""
 
     def test_a_prompt_that_is_not_read_is_told(self, put: Any, capsys: Any) -> None:
         """TRL reads the chats' own too."""
-        assert data.preferences(put({"prompt": "other", **PAIR})) == [PAIR]
-        assert data.FOREIGN in capsys.readouterr().err
+        assert datasets.preferences(put({"prompt": "other", **PAIR})) == [PAIR]
+        assert datasets.UNRELATED_PROMPT in capsys.readouterr().err
 
     def test_unpaired_rows_are_refused(self, put: Any) -> None:
         with pytest.raises(
             SalsaError,
             match=r"row 1: found columns label, messages, expected chosen and rejected; rows with a `label` are unpaired \(KTO's\)",
         ):
-            data.preferences(put({"messages": PLAIN, "label": True}))
+            datasets.preferences(put({"messages": PLAIN, "label": True}))
 
     def test_only_a_null_column_is_called_null(self, put: Any) -> None:
         for row, null in (
@@ -235,7 +233,7 @@ class TestPreferences:
             ({"prompt": None, "score": 1}, True),
         ):
             with pytest.raises(SalsaError) as caught:
-                data.demonstrations(put(row))
+                datasets.demonstrations(put(row))
             assert ("prompt is null" in str(caught.value)) == null
 
     def test_text_without_a_prompt_is_refused(self, put: Any) -> None:
@@ -243,7 +241,7 @@ class TestPreferences:
             SalsaError,
             match=r"row 1: found columns chosen, rejected, expected prompt \(or question, instruction or conversations\)",
         ):
-            data.preferences(put({"chosen": "a", "rejected": "b"}))
+            datasets.preferences(put({"chosen": "a", "rejected": "b"}))
 
 
 class TestPrompts:
@@ -264,7 +262,7 @@ class TestPrompts:
     )  # fmt: skip
     def test_every_shape(self, put: Any, row: Row, expected: list[Row]) -> None:
         """For PPO, and as questions."""
-        assert data.prompts(put(row)) == [{"prompt": expected}]
+        assert datasets.prompts(put(row)) == [{"prompt": expected}]
         assert questions(put(row))[0].messages == expected
 
     def test_what_stands_behind_the_last_user_turn_stays_unless_it_was_answered(self, put: Any) -> None:
@@ -273,11 +271,11 @@ class TestPrompts:
             for role, text in (("user", "q"), ("system", "be brief"), ("assistant", "a"))
         )
         rows = put({"messages": [ask, brief]}, {"messages": [ask, answer, brief]}, {"messages": [ask, answer]})
-        assert [row["prompt"] for row in data.prompts(rows)] == [[ask, brief], [ask], [ask]]
+        assert [row["prompt"] for row in datasets.prompts(rows)] == [[ask, brief], [ask], [ask]]
 
     def test_a_system_turn_beside_the_prompt_is_told(self, put: Any, capsys: Any) -> None:
-        data.prompts(put({"prompt": "q", "messages": turns("q", "a", system="s")}))
-        assert data.MORE_SYSTEM in capsys.readouterr().err
+        datasets.prompts(put({"prompt": "q", "messages": turns("q", "a", system="s")}))
+        assert datasets.PROMPT_WITHOUT_SYSTEM in capsys.readouterr().err
 
 
 class TestTools:
@@ -298,11 +296,11 @@ class TestTools:
     )  # fmt: skip
     def test_every_shape(self, put: Any, row: Row) -> None:
         """OpenAI's old and new, LLaMA-Factory's, parts; arguments become objects, bare functions are wrapped."""
-        assert data.demonstrations(put(row)) == [{"messages": CALLED, "tools": [TOOL]}]
+        assert datasets.demonstrations(put(row)) == [{"messages": CALLED, "tools": [TOOL]}]
 
     def test_thoughts_as_a_part(self, put: Any) -> None:
         content = [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "a"}]
-        (row,) = data.demonstrations(put({"messages": [*turns("q"), {"role": "assistant", "content": content}]}))
+        (row,) = datasets.demonstrations(put({"messages": [*turns("q"), {"role": "assistant", "content": content}]}))
         assert row["messages"][1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
 
     def test_arrow_adds_no_keys(self, put: Any, tmp_path: Path) -> None:
@@ -316,7 +314,7 @@ class TestTools:
             {"messages": [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [other]}]},
         ]
         datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
-        assert data.demonstrations(Source(path=str(tmp_path / "rows.parquet"))) == rows
+        assert datasets.demonstrations(Source(path=str(tmp_path / "rows.parquet"))) == rows
 
     def test_rows_for_trl_are_what_they_were(self) -> None:
         """Arguments of other types in every row, numbers as text, nulls, no tools: Arrow's structs would refuse or change them."""
@@ -324,7 +322,7 @@ class TestTools:
         rows = [{"messages": [{"role": "assistant", "content": "42", "tool_calls": [{"function": {"name": "f", "arguments": one}}]}],
                  "id": number, "answer": "42"} for number, one in enumerate(calls)]  # fmt: skip
         rows[1]["tools"] = [TOOL]
-        made = data.dataset(rows)
+        made = datasets.to_dataset(rows)
         assert made.to_list() == [{"tools": None, **row} for row in rows]
         assert made.map(lambda row: {"n": 1}).filter(lambda row: row["n"]).to_list() == [
             {"tools": None, **row, "n": 1} for row in rows
@@ -347,7 +345,7 @@ class TestTemplates:
 
     def test_a_template_that_shows_all(self, put: Any, capsys: Any) -> None:
         tokenizer = tokenizer_of(HERMES)
-        (row,) = data.demonstrations(put(self.ROW), tokenizer)
+        (row,) = datasets.demonstrations(put(self.ROW), tokenizer)
         assert row == self.ROW and capsys.readouterr().err == ""
         for needle in ("age", "1990-05-15", "thirty-one", '{"age": 31}', "An age."):
             assert needle in tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
@@ -355,15 +353,15 @@ class TestTemplates:
     def test_every_field_that_is_dropped_is_told(self, put: Any, capsys: Any) -> None:
         """Once for a file; and that an answer is then empty."""
         source = put(self.ROW, {"messages": PLAIN}, self.ROW)
-        assert len(data.demonstrations(source, tokenizer_of(BARE))) == 3
+        assert len(datasets.demonstrations(source, tokenizer_of(BARE))) == 3
         said = capsys.readouterr().err.splitlines()
         dropped = ["`reasoning_content` in their messages", "`tool_calls` in their messages", "`tools`", "a tool turn"]
-        told = [data.DROPS.format(field) for field in dropped] + [data.EMPTY_ANSWER]
+        told = [datasets.DROPPED_FIELD.format(field) for field in dropped] + [datasets.EMPTY_ANSWER]
         assert said == [f"{source.path}: 2 of 3 rows (the first: row 1) {one}" for one in told]
 
     def test_of_prompts_and_pairs(self, put: Any, capsys: Any) -> None:
-        data.prompts(put({"prompt": "q", "tools": [TOOL]}), tokenizer=tokenizer_of(BARE))
-        data.preferences(
+        datasets.prompts(put({"prompt": "q", "tools": [TOOL]}), tokenizer=tokenizer_of(BARE))
+        datasets.preferences(
             put({"prompt": "q", "chosen": CALLED[1], "rejected": "-", "tools": [TOOL]}), tokenizer_of(BARE)
         )
         questions(put({"prompt": "q", "tools": [TOOL]}), tokenizer=tokenizer_of(BARE))
@@ -375,34 +373,36 @@ class TestTemplates:
         with pytest.raises(
             SalsaError, match="row 1, messages: the tokenizer's chat template leaves out what the user says in turn 1"
         ):
-            data.demonstrations(put({"messages": turns("xyz", "a")}), tokenizer_of(mute))
+            datasets.demonstrations(put({"messages": turns("xyz", "a")}), tokenizer_of(mute))
 
     def test_arguments_as_text(self, put: Any) -> None:
         """Where the template adds them to text (DeepSeek's)."""
         tokenizer = tokenizer_of(TEXT_ARGUMENTS)
         assert reads_text_arguments(tokenizer) and not reads_text_arguments(tokenizer_of(HERMES))
-        (row,) = data.demonstrations(put(self.ROW), tokenizer)
+        (row,) = datasets.demonstrations(put(self.ROW), tokenizer)
         assert row["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"born": "1990-05-15"}'
         assert '<call>age age{"born": "1990-05-15"}' in tokenizer.apply_chat_template(row["messages"], tokenize=False)
 
     def test_content_as_parts(self, put: Any) -> None:
         """Where the template shows nothing of text alone (LLaVA's)."""
         tokenizer = tokenizer_of(PARTS)
-        (row,) = data.demonstrations(put({"messages": PLAIN}), tokenizer)
+        (row,) = datasets.demonstrations(put({"messages": PLAIN}), tokenizer)
         assert tokenizer.apply_chat_template(row["messages"], tokenize=False) == "<user>q<assistant>a<eos>"
-        assert tokenizer.decode(data.prompt_tokens({"prompt": turns("q")}, tokenizer)) == "<user>q<assistant>"
-        assert tokenizer.decode(data.prompt_tokens({"prompt": row["messages"][:1]}, tokenizer)) == "<user>q<assistant>"
+        assert tokenizer.decode(datasets.prompt_tokens({"prompt": turns("q")}, tokenizer)) == "<user>q<assistant>"
+        assert (
+            tokenizer.decode(datasets.prompt_tokens({"prompt": row["messages"][:1]}, tokenizer)) == "<user>q<assistant>"
+        )
 
     def test_a_prompts_tools_and_options_are_in_its_tokens(self, put: Any) -> None:
         tokenizer = tokenizer_of(HERMES + "{{ mood }}")
-        rows = data.prompts(
+        rows = datasets.prompts(
             put({"prompt": "q", "tools": json.dumps([TOOL]), "chat_template_kwargs": {"mood": "glad"}}),
             tokenizer=tokenizer,
         )
         expected = tokenizer.apply_chat_template(
             turns("q"), tools=[TOOL], add_generation_prompt=True, mood="glad", tokenize=False
         )
-        assert tokenizer.decode(data.prompt_tokens(rows[0], tokenizer)) == expected and "glad" in expected
+        assert tokenizer.decode(datasets.prompt_tokens(rows[0], tokenizer)) == expected and "glad" in expected
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +426,9 @@ class TestBesideTRL:
             {"prompt": turns("q", "a", "r"), "completion": turns("", "b")[1:]},
             {"prompt": turns("q", system="s"), "completion": turns("", "b")[1:], "tools": json.dumps([TOOL])},
         ]
-        ours = by_sft(tokenizer, tiny_model, labelled(data.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path)
+        ours = by_sft(
+            tokenizer, tiny_model, labelled(datasets.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path
+        )
         for row, found in zip(rows, ours, strict=True):
             features = Features({name: Json() for name in row})
             plain = Dataset.from_list([{**row, **({"tools": [TOOL]} if "tools" in row else {})}], features=features)
@@ -443,7 +445,7 @@ class TestBesideTRL:
             PAIR,
             {"prompt": turns("q"), "chosen": [CALLED[1]], "rejected": turns("", "-")[1:], "tools": [TOOL]},
         ]
-        ours = data.dataset(data.preferences(put(*rows), tokenizer))
+        ours = datasets.to_dataset(datasets.preferences(put(*rows), tokenizer))
         for place, row in enumerate(rows):
             theirs = Dataset.from_list([row], features=Features({name: Json() for name in row}))
             mine = ours.select([place])
@@ -453,7 +455,7 @@ class TestBesideTRL:
             found = by_dpo(tokenizer, tiny_model, mine, tmp_path)
             assert found == by_dpo(tokenizer, tiny_model, theirs, tmp_path)
             asked = {"prompt": turns("q"), **({"tools": [TOOL]} if "tools" in row else {})}
-            assert found[0]["prompt_ids"] == data.prompt_tokens(asked, tokenizer)
+            assert found[0]["prompt_ids"] == datasets.prompt_tokens(asked, tokenizer)
 
 
 def test_functions_are_the_older_name_of_tools(put: Any) -> None:
@@ -461,10 +463,10 @@ def test_functions_are_the_older_name_of_tools(put: Any) -> None:
     described = {"name": "f", "parameters": {}}
     chat = [turns("q")[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]
     for given in ([described], json.dumps([described])):
-        found = data.demonstrations(put({"messages": chat, "functions": given}))
+        found = datasets.demonstrations(put({"messages": chat, "functions": given}))
         assert found[0]["tools"] == [{"type": "function", "function": described}]
     for other in (["sin", "cos"], "sin", 3, [], [{"id": 1}]):
-        assert "tools" not in data.demonstrations(put({"messages": PLAIN, "functions": other}))[0]
+        assert "tools" not in datasets.demonstrations(put({"messages": PLAIN, "functions": other}))[0]
 
 
 class TestBeforeAStageBegins:
@@ -474,12 +476,12 @@ class TestBeforeAStageBegins:
         """Their prompts are rendered without; ours are not."""
         source = put({"prompt": "q"}, {"prompt": "q", "tools": [TOOL]})
         recipe: Any = SimpleNamespace(data=Data(prompts=source), evaluate=SimpleNamespace(prompts={}), reward=Reward())
-        data_checks.check(recipe, {"ppo"})
+        check.check_every_row(recipe, {"ppo"})
         with pytest.raises(
             SalsaError,
             match=r"data\.prompts: found `tools` or .* in 1 rows \(the first: row 2\), which TRL's rloo leaves out",
         ):
-            data_checks.check(recipe, {"rloo"})
+            check.check_every_row(recipe, {"rloo"})
 
     def test_a_reward_function_takes_columns_that_the_prompts_have(self, put: Any, tmp_path: Path) -> None:
         """In PPO's prompts and in evaluation's; `prompt` itself is not passed, as in TRL."""
@@ -496,11 +498,11 @@ class TestBeforeAStageBegins:
                     reward=Reward(model=f"{tmp_path}/own_columns:{name}"),
                 )  # fmt: skip
                 if absent is None:
-                    data_checks.check(recipe, {stage})
+                    check.check_every_row(recipe, {stage})
                     continue
                 line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(other .*: level\)"
                 with pytest.raises(SalsaError, match=line):
-                    data_checks.check(recipe, {stage})
+                    check.check_every_row(recipe, {stage})
 
     @pytest.mark.parametrize("disk", [True, False])
     def test_folders_are_looked_at_too(self, tmp_path: Path, disk: bool) -> None:
@@ -514,7 +516,7 @@ class TestBeforeAStageBegins:
             data=Data(demonstrations=Source(path=str(folder))), evaluate=SimpleNamespace(prompts={})
         )
         with pytest.raises(SalsaError, match="set, row 2, messages: found no assistant turn"):
-            data_checks.check(recipe, {"sft"})
+            check.check_every_row(recipe, {"sft"})
 
     def test_rows_of_the_hub_are_looked_at_too(self, tmp_path: Path, monkeypatch: Any) -> None:
         """A part of them, and those of the stages that are to be made."""
@@ -526,17 +528,17 @@ class TestBeforeAStageBegins:
         source = Source(path="hf://datasets/me/x/a.jsonl")
         recipe: Any = SimpleNamespace(data=Data(prompts=source), reward=Reward(), evaluate=SimpleNamespace(prompts={}))
         seen = []
-        reader = data_checks.READERS["prompts"]
-        monkeypatch.setitem(data_checks.READERS, "prompts", lambda one: seen.append(reader(one)) or seen[-1])
-        data_checks.check(recipe, {"ppo"})
-        data_checks.check(recipe, {"reward"}, hub=True)
+        reader = check.READERS["prompts"]
+        monkeypatch.setitem(check.READERS, "prompts", lambda one: seen.append(reader(one)) or seen[-1])
+        check.check_every_row(recipe, {"ppo"})
+        check.check_every_row(recipe, {"reward"}, hub=True)
         assert not seen
-        data_checks.check(recipe, {"ppo"}, hub=True)
-        whole = data.prompts(dataclasses.replace(source, limit=1100))
-        assert len(seen[0]) == data_checks.HUB_ROWS and seen[0] == whole[: data_checks.HUB_ROWS]
+        check.check_every_row(recipe, {"ppo"}, hub=True)
+        whole = datasets.prompts(dataclasses.replace(source, limit=1100))
+        assert len(seen[0]) == check.MAX_HUB_ROWS and seen[0] == whole[: check.MAX_HUB_ROWS]
         (tmp_path / "a.jsonl").write_text('{"prompt": "q"}\n{"question_id": 3}\n')
         with pytest.raises(SalsaError, match=r"hf://datasets/me/x/a\.jsonl, row 2: found columns question_id"):
-            data_checks.check(recipe, {"ppo"}, hub=True)
+            check.check_every_row(recipe, {"ppo"}, hub=True)
 
     @pytest.mark.parametrize("key", ["preferences", "prompts"])
     def test_the_hub_out_of_reach_is_said_before_a_seed_is_trained(self, tmp_path: Path, key: str, capfd: Any) -> None:
@@ -556,7 +558,7 @@ def test_readme_names_the_columns_in_their_order() -> None:
     }
     names = {
         "demonstrations": [name for shape in row_formats.DEMONSTRATIONS for name in shape],
-        "preferences": [*(pair[0] for pair in row_formats.PAIRS), *row_formats.ASKING],
+        "preferences": [*(pair[0] for pair in row_formats.PAIR_COLUMNS), *row_formats.PROMPT_COLUMNS],
         "prompts": [*row_formats.PROMPTS],
     }
     for kind, found in names.items():
@@ -588,27 +590,27 @@ class TestFolders:
         (tmp_path / "set" / "a.jsonl").write_text(self.GOOD)
         (tmp_path / "set" / name).write_text(text)
         with pytest.raises(SalsaError, match=line) as caught:
-            data.demonstrations(Source(path=str(tmp_path / "set")))
+            datasets.demonstrations(Source(path=str(tmp_path / "set")))
         assert "\n" not in str(caught.value)
 
     def test_a_packed_file_that_is_no_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
         with pytest.raises(SalsaError, match=r"a\.parquet: found no Parquet"):
-            data.demonstrations(Source(path=str(tmp_path)))
+            datasets.demonstrations(Source(path=str(tmp_path)))
 
     def test_a_split_that_is_not_there_accuses_no_file(self, tmp_path: Path) -> None:
         (tmp_path / "train.jsonl").write_text(self.GOOD)
         (tmp_path / "test.jsonl").write_text('{"prompt": "q"}\n')
         with pytest.raises(SalsaError, match=r"split 'dev'"):
-            data.demonstrations(Source(path=str(tmp_path), split="dev"))
+            datasets.demonstrations(Source(path=str(tmp_path), split="dev"))
 
     def test_a_file_of_another_kind_is_said(self, tmp_path: Path, capsys: Any) -> None:
         folder = tmp_path / "set"
         folder.mkdir()
         (folder / "a.jsonl").write_text(self.GOOD)
-        assert data.demonstrations(Source(path=str(folder))) and capsys.readouterr().err == ""
+        assert datasets.demonstrations(Source(path=str(folder))) and capsys.readouterr().err == ""
         (folder / "b.csv").write_text("prompt,completion\nc,d\n")
-        assert len(data.demonstrations(Source(path=str(folder)))) == 1
+        assert len(datasets.demonstrations(Source(path=str(folder)))) == 1
         assert f"{folder}/b.csv: not read, since the folder's other files are .jsonl\n" in capsys.readouterr().err
 
 
@@ -630,7 +632,7 @@ class TestWrapped:
         """A row of its own with a list of objects is a row."""
         path = tmp_path / "rows.json"
         path.write_text(json.dumps(whole, indent=indent))
-        assert len(data_files.load(Source(path=str(path)))) == rows == count_rows(Source(path=str(path)))
+        assert len(data_files.load_rows(Source(path=str(path)))) == rows == count_rows(Source(path=str(path)))
         override = [f"data.demonstrations={path}", "sft.batch_size=1", "sft.micro_batch_size=1"]
         assert load_recipe("quickstart", lora="lora", overrides=override).recipe.data.demonstrations
 
@@ -648,7 +650,7 @@ class TestWrapped:
         ):
             path.write_text(json.dumps(whole))
             with pytest.raises(SalsaError, match=line):
-                data.demonstrations(Source(path=str(path)))
+                datasets.demonstrations(Source(path=str(path)))
 
 
 class TestFiles:
@@ -678,7 +680,7 @@ class TestFiles:
             whole, path = path.read_bytes(), path.with_name(path.name + packed)
             path.write_bytes(squeeze(whole))
         expected = [{"messages": turns(row["prompt"], row["completion"])} for row in self.ROWS]
-        assert data.demonstrations(Source(path=str(path))) == expected
+        assert datasets.demonstrations(Source(path=str(path))) == expected
         recipe = load_recipe(
             "quickstart", lora="lora", overrides=[f"data.demonstrations={path}", "sft.batch_size=2", "sft.subset=1"]
         )
@@ -690,12 +692,12 @@ class TestFiles:
     def test_forms_of_json(self, tmp_path: Path, text: str) -> None:
         """A list, one object over several lines, rows inside an object."""
         (tmp_path / "x.json").write_text(text)
-        assert data.prompts(Source(path=str(tmp_path / "x.json"))) == [{"prompt": turns("q")}]
+        assert datasets.prompts(Source(path=str(tmp_path / "x.json"))) == [{"prompt": turns("q")}]
         load_recipe("quickstart", lora="lora", overrides=[f"evaluate.prompts.x={tmp_path / 'x.json'}"])
 
     def test_a_chat_alone_in_its_file(self, tmp_path: Path) -> None:
         (tmp_path / "x.json").write_text(json.dumps({"messages": PLAIN}, indent=1))
-        assert data.demonstrations(Source(path=str(tmp_path / "x.json"))) == [{"messages": PLAIN}]
+        assert datasets.demonstrations(Source(path=str(tmp_path / "x.json"))) == [{"messages": PLAIN}]
 
     def test_folders_of_save_to_disk(self, tmp_path: Path) -> None:
         """With splits or without; a split that is not there is named with those that are."""
@@ -704,11 +706,14 @@ class TestFiles:
         made = datasets.Dataset.from_list([{"messages": PLAIN}, {"messages": CALLED}])
         made.save_to_disk(str(tmp_path / "one"))
         datasets.DatasetDict(train=made, test=made.select([0])).save_to_disk(str(tmp_path / "two"))
-        assert data.demonstrations(Source(path=str(tmp_path / "one"))) == [{"messages": PLAIN}, {"messages": CALLED}]
-        assert len(data.demonstrations(Source(path=str(tmp_path / "two")))) == 2
-        assert data.demonstrations(Source(path=str(tmp_path / "two"), split="test")) == [{"messages": PLAIN}]
+        assert datasets.demonstrations(Source(path=str(tmp_path / "one"))) == [
+            {"messages": PLAIN},
+            {"messages": CALLED},
+        ]
+        assert len(datasets.demonstrations(Source(path=str(tmp_path / "two")))) == 2
+        assert datasets.demonstrations(Source(path=str(tmp_path / "two"), split="test")) == [{"messages": PLAIN}]
         with pytest.raises(SalsaError, match="two: found the splits train, test, expected `split` to be one of them"):
-            load(Source(path=str(tmp_path / "two"), split="dev"))
+            load_rows(Source(path=str(tmp_path / "two"), split="dev"))
 
     @pytest.mark.parametrize(
         ("name", "raw", "said"),
@@ -725,7 +730,7 @@ class TestFiles:
         path = tmp_path / name
         path.mkdir() if raw is None else path.write_bytes(raw)
         with pytest.raises(SalsaError) as refusal:
-            data.prompts(Source(path=str(path)))
+            datasets.prompts(Source(path=str(path)))
         line = str(refusal.value)
         assert line.removeprefix(f"{tmp_path}/").startswith(said) and "\n" not in line
 
@@ -760,7 +765,7 @@ class TestFiles:
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
         with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found the number 3"):
-            data.prompts(Source(path="hf://datasets/me/x@v1/a.jsonl"))
+            datasets.prompts(Source(path="hf://datasets/me/x@v1/a.jsonl"))
         assert asked == [("me/x", "a.jsonl", {"repo_type": "dataset", "revision": "v1"})]
 
     def test_the_hub_out_of_reach_is_one_line(self) -> None:
@@ -768,4 +773,4 @@ class TestFiles:
             with pytest.raises(
                 SalsaError, match=r"huggingface.co/datasets/me/x: not in the local cache and the Hub cannot be reached"
             ):
-                load(Source(path=path))
+                load_rows(Source(path=path))

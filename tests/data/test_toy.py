@@ -112,7 +112,7 @@ def test_drawn_answers_are_right_and_damage_is_not() -> None:
     assert {p.split()[0] for p in prompts} == set(language.OPERATIONS)
     answers = [language.draw_answer(rng, p) for p in prompts]
     assert gold(prompts, [" ".join(a) for a in answers]) == [1.0] * 500
-    damaged = gold(prompts, [" ".join(language.damage(rng, a, 2)) for a in answers])
+    damaged = gold(prompts, [" ".join(language.add_errors(rng, a, 2)) for a in answers])
     assert 0.3 < sum(damaged) / 500 < 0.8
     assert {0 <= score <= 1 for score in damaged} == {True}
 
@@ -170,7 +170,7 @@ def test_eval_prompts_are_in_no_other_file(world: Path) -> None:
     prompts = {name: [row["prompt"][0]["content"] for row in rows(world, name)] for name in names}
     trained = {row["messages"][0]["content"] for row in rows(world, "demonstrations")}
     trained |= {*prompts["preferences"], *prompts["prompts"]}
-    assert not any(language.held_out(prompt, TINY.seed) for prompt in trained)
+    assert not any(language.is_held_out(prompt, TINY.seed) for prompt in trained)
     evaluated = prompts["eval_in"] + prompts["eval_out"]
     assert len(set(evaluated)) == len(evaluated) == 100
     assert not trained & set(evaluated)

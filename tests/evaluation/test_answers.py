@@ -32,7 +32,7 @@ def question(at: int, turns: int = 2, category: str | None = None) -> Question:
 
 
 def bench_of(tokenizer: Any, temperature: Any = "category", max_length: int = 64, **generation: Any) -> Any:
-    """What answer takes of a Workbench."""
+    """What answer takes of a StageContext."""
     sampling = Generation(**({"max_new_tokens": 6, "batch_size": 3} | generation))
     recipe = SimpleNamespace(
         generation=sampling, model=Model(max_length=max_length), evaluate=Evaluate(temperature=temperature)
@@ -61,8 +61,8 @@ def tokens_of(messages: Any, tokenizer: Any) -> list[int]:
 
 def test_the_second_turn_sees_the_first_answer(model: Any, tokenizer: Any) -> None:
     """Its prompt is question, own answer, question; its seed is its own; a row for each turn, in order."""
-    asked, bench = [question(at) for at in range(4)], bench_of(tokenizer)
-    rows = answer(model, "policy", asked, REWARDS, bench, 5)
+    asked, context = [question(at) for at in range(4)], bench_of(tokenizer)
+    rows = answer(model, "policy", asked, REWARDS, context, 5)
     assert [(row["index"], row["turn"], row["question_id"]) for row in rows] == [
         (i, t, 81 + i) for i in range(4) for t in (1, 2)
     ]
@@ -70,7 +70,7 @@ def test_the_second_turn_sees_the_first_answer(model: Any, tokenizer: Any) -> No
         first, second = rows[2 * at : 2 * at + 2]
         before = tokens_of(one.conversation([first["response"]]), tokenizer)
         assert first["response"] and second["scores"]["reward"] == len(before) > first["scores"]["reward"]
-        alone = generate(model, [before], bench.recipe.generation, tokenizer, row_seeds([at], 5, 2))
+        alone = generate(model, [before], context.recipe.generation, tokenizer, row_seeds([at], 5, 2))
         expected = alone.response_ids[0][alone.response_mask[0]].tolist()
         assert second["response"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert second["length"] == len(expected) and second["prompt"] == one.turns[1]
@@ -78,11 +78,11 @@ def test_the_second_turn_sees_the_first_answer(model: Any, tokenizer: Any) -> No
 
 def test_one_turn_is_drawn_as_it_always_was(model: Any, tokenizer: Any) -> None:
     """The first turn's seed is the place's and the run's alone."""
-    asked, bench = [question(at, 1) for at in range(3)], bench_of(tokenizer)
-    rows = answer(model, "policy", asked, REWARDS, bench, 5)
+    asked, context = [question(at, 1) for at in range(3)], bench_of(tokenizer)
+    rows = answer(model, "policy", asked, REWARDS, context, 5)
     for at, one in enumerate(asked):
         alone = generate(
-            model, [tokens_of(one.messages, tokenizer)], bench.recipe.generation, tokenizer, row_seeds([at], 5)
+            model, [tokens_of(one.messages, tokenizer)], context.recipe.generation, tokenizer, row_seeds([at], 5)
         )
         assert rows[at]["response"] == tokenizer.decode(
             alone.response_ids[0][alone.response_mask[0]], skip_special_tokens=True
@@ -139,8 +139,8 @@ def test_a_conversation_that_leaves_little_room(model: Any, tokenizer: Any) -> N
 
 def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Whole batches that are there are not asked again, a torn line is; the rows are the same to the bit."""
-    asked, bench = [question(at, 2, "writing" if at % 2 else None) for at in range(7)], bench_of(tokenizer)
-    whole = answer(model, "policy", asked, REWARDS, bench, 5)
+    asked, context = [question(at, 2, "writing" if at % 2 else None) for at in range(7)], bench_of(tokenizer)
+    whole = answer(model, "policy", asked, REWARDS, context, 5)
     path, batches = tmp_path / "partial" / "0.jsonl", 0
 
     def stops(rows: Any) -> None:
@@ -151,7 +151,7 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer(model, "policy", asked, REWARDS, bench, 5, {}, stops)
+        answer(model, "policy", asked, REWARDS, context, 5, {}, stops)
     path.write_bytes(path.read_bytes()[:-20])  # the last line is torn
     known = evaluate.read_partial(path)
     assert 3 <= len(known) < 9
@@ -166,7 +166,7 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
 
     monkeypatch.setattr(generation, "generate", counted)
     again = answer(
-        model, "policy", asked, REWARDS, bench, 5, known, lambda part: (rows.extend(part), evaluate.keep(path, part))
+        model, "policy", asked, REWARDS, context, 5, known, lambda part: (rows.extend(part), evaluate.keep(path, part))
     )
     assert (
         again == whole and calls == 6 - 2
@@ -178,7 +178,7 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
             "policy",
             asked,
             REWARDS,
-            bench,
+            context,
             5,
             evaluate.read_partial(path),
             lambda part: pytest.fail("asked again"),
@@ -189,13 +189,13 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
 
 def test_a_batch_that_is_known_in_part_is_asked_whole(model: Any, tokenizer: Any) -> None:
     """Of four questions in batches of three one is known, in either turn."""
-    asked, bench = [question(at) for at in range(4)], bench_of(tokenizer)
-    whole = answer(model, "policy", asked, REWARDS, bench, 5)
+    asked, context = [question(at) for at in range(4)], bench_of(tokenizer)
+    whole = answer(model, "policy", asked, REWARDS, context, 5)
     for turn in (1, 2):
         known = {
             (row["index"], row["turn"]): row for row in whole if (row["index"], row["turn"]) in ((1, 1), (1, turn))
         }
-        assert answer(model, "policy", asked, REWARDS, bench, 5, known) == whole
+        assert answer(model, "policy", asked, REWARDS, context, 5, known) == whole
 
 
 def test_a_reward_sees_the_conversation_and_what_there_was_room_for(model: Any, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from salsa_peft.data.questions import Question
 from salsa_peft.evaluation import comparisons, evaluate, landscape
 from salsa_peft.evaluation.answers import answer
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.models.generation import respond
+from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 
@@ -108,7 +108,7 @@ class TestMeasure:
 
 
 def bench_of(tokenizer: Any) -> Any:
-    """What mean_scores and answer take of a Workbench."""
+    """What mean_scores and answer take of a StageContext."""
     recipe = SimpleNamespace(
         generation=Generation(max_new_tokens=8, batch_size=3), model=Model(max_length=64), evaluate=Evaluate()
     )
@@ -171,10 +171,10 @@ class TestOnAModel:
     def test_answers_stand_in_the_prompts_order(self, make_base: Any, make_adapter: Any, tokenizer: Any) -> None:
         """Each with its own response, length and score, though batches go by length."""
         model = make_adapter(make_adapter(make_base(), "policy", 1), "other", 2)
-        rows, bench, expected = chats(8), bench_of(tokenizer), {}
+        rows, context, expected = chats(8), bench_of(tokenizer), {}
         tokens = [prompt_tokens(row, tokenizer) for row in rows]
-        for indices, responses in respond(
-            make_adapter(make_base(), "other", 2), tokens, bench.recipe.generation, tokenizer, 3, 3
+        for indices, responses in generate_batches(
+            make_adapter(make_base(), "other", 2), tokens, context.recipe.generation, tokenizer, 3, 3
         ):
             for place, row in enumerate(indices):
                 expected[row] = responses.response_ids[place][responses.response_mask[place]].tolist()
@@ -182,7 +182,7 @@ class TestOnAModel:
         rows = [
             {**row, "ids": ids, "place": number} for number, (row, ids) in enumerate(zip(rows, tokens, strict=True))
         ]
-        answers = answer(model, "other", asked(rows), {"sum": token_sum, "place": place_of}, bench, 3)
+        answers = answer(model, "other", asked(rows), {"sum": token_sum, "place": place_of}, context, 3)
         assert [entry["index"] for entry in answers] == list(range(8))
         for row, entry in enumerate(answers):
             assert entry["prompt"] == rows[row]["prompt"][0]["content"]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from salsa_peft.config import yaml as yaml_text
-from salsa_peft.config.paths import bundled
+from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import run as recipe
 
@@ -45,7 +45,7 @@ class Bad(NamedTuple):
 def good() -> dict[str, str]:
     """The bundled recipes, and a small one."""
     small = "name: tiny\ntoy: {}\npolicies:\n  ppo: {reference: seed-0}\n  salsa: {reference: soup, kl_coef: 2e-2}\n"
-    return {"tiny": small} | {path.stem: path.read_text() for path in sorted(bundled("recipes").glob("*.yaml"))}
+    return {"tiny": small} | {path.stem: path.read_text() for path in sorted(bundled_folder("recipes").glob("*.yaml"))}
 
 
 # what stands beside the recipes: name → content

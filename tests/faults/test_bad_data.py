@@ -17,18 +17,18 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Generation, Model, Source
-from salsa_peft.data import datasets as data
-from salsa_peft.data.files import load
+from salsa_peft.data import datasets
+from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
-from salsa_peft.models.base import load_tokenizer
 from salsa_peft.models.generation import generate, row_seeds
-from salsa_peft.models.loader import fitting
 from salsa_peft.models.responses import pad_prompts
+from salsa_peft.models.stage_context import prompts_that_fit
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.recipe import run as recipe_command
 from salsa_peft.recipe.units import reward_units, sft_units
 from salsa_peft.training import reward_model, sft
 from salsa_peft.training.ppo.checks import check_tokenizer
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -55,9 +55,9 @@ TURNS = {"turns": ["first", "second"]}
 DEMONSTRATIONS = "messages, conversations, prompt and completion or instruction and output"
 PROMPTS = "prompt, messages, conversations, instruction, question or turns"
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
-    "demonstrations": (data.demonstrations, DEMONSTRATION, DEMONSTRATIONS),
-    "preferences": (data.preferences, PAIR, "chosen and rejected"),
-    "prompts": (data.prompts, PROMPT, PROMPTS),
+    "demonstrations": (datasets.demonstrations, DEMONSTRATION, DEMONSTRATIONS),
+    "preferences": (datasets.preferences, PAIR, "chosen and rejected"),
+    "prompts": (datasets.prompts, PROMPT, PROMPTS),
     "questions": (questions, TURNS, PROMPTS),
 }
 """Kind → what reads it, a good row, the columns that are missed first in a bad one."""
@@ -193,14 +193,14 @@ class TestFiles:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
-        assert "set/train.jsonl, row 2: found" in refusal(data.prompts, Source(path=str(tmp_path / "set")))
+        assert "set/train.jsonl, row 2: found" in refusal(datasets.prompts, Source(path=str(tmp_path / "set")))
 
     @kinds
     def test_a_limited_source_names_the_files_row(self, put: Any, kind: str) -> None:
         """Not the place after the shuffle."""
         read, fine, _ = KINDS[kind]
         rows = [{}, *[fine] * 29]
-        order = [number for number, _ in load(put(*[fine] * 30, limit=29))]
+        order = [number for number, _ in load_rows(put(*[fine] * 30, limit=29))]
         assert order.index(1) != 0  # the shuffle moved it
         assert refusal(read, put(*rows, limit=29)).startswith("rows.jsonl, row 1: found no columns")
 
@@ -215,15 +215,15 @@ class TestContent:
     @pytest.mark.parametrize(
         ("read", "fine", "row", "column"),
         [
-            (data.demonstrations, DEMONSTRATION, lambda odd: {"messages": [user("a"), assistant(odd)]}, "messages"),
-            (data.demonstrations, DEMONSTRATION, lambda odd: {"messages": [user(odd), assistant("b")]}, "messages"),
-            (data.demonstrations, DEMONSTRATION, lambda odd: {"messages": [user("a"), turn(odd, "b")]}, "messages"),
-            (data.preferences, PAIR, lambda odd: PAIR | {"chosen": [assistant(odd)]}, "chosen"),
-            (data.preferences, PAIR, lambda odd: PAIR | {"rejected": [assistant(odd)]}, "rejected"),
-            (data.preferences, PAIR, lambda odd: PAIR | {"prompt": [user(odd)]}, "prompt"),
-            (data.prompts, PROMPT, lambda odd: {"prompt": [user(odd)]}, "prompt"),
-            (data.prompts, PROMPT, lambda odd: {"messages": [user(odd), assistant("a")]}, "messages"),
-            (data.prompts, PROMPT, lambda odd: {"turns": [odd, "b"]}, "turns"),
+            (datasets.demonstrations, DEMONSTRATION, lambda odd: {"messages": [user("a"), assistant(odd)]}, "messages"),
+            (datasets.demonstrations, DEMONSTRATION, lambda odd: {"messages": [user(odd), assistant("b")]}, "messages"),
+            (datasets.demonstrations, DEMONSTRATION, lambda odd: {"messages": [user("a"), turn(odd, "b")]}, "messages"),
+            (datasets.preferences, PAIR, lambda odd: PAIR | {"chosen": [assistant(odd)]}, "chosen"),
+            (datasets.preferences, PAIR, lambda odd: PAIR | {"rejected": [assistant(odd)]}, "rejected"),
+            (datasets.preferences, PAIR, lambda odd: PAIR | {"prompt": [user(odd)]}, "prompt"),
+            (datasets.prompts, PROMPT, lambda odd: {"prompt": [user(odd)]}, "prompt"),
+            (datasets.prompts, PROMPT, lambda odd: {"messages": [user(odd), assistant("a")]}, "messages"),
+            (datasets.prompts, PROMPT, lambda odd: {"turns": [odd, "b"]}, "turns"),
             (questions, TURNS, lambda odd: {"prompt": [user(odd)]}, "prompt"),
             (questions, TURNS, lambda odd: {"turns": ["a", {"content": odd}]}, "turns"),
         ],
@@ -262,14 +262,16 @@ class TestContent:
 
     def test_two_halves_are_an_emoji(self, put: Any) -> None:
         """As json.dumps writes one."""
-        assert data.prompts(put(rb'{"prompt": "\ud83d\ude00"}')) == [{"prompt": [user("😀")]}]
+        assert datasets.prompts(put(rb'{"prompt": "\ud83d\ude00"}')) == [{"prompt": [user("😀")]}]
 
     def test_half_a_character_in_the_trainers_rows(self, tokenizer: Any) -> None:
         for prompt in ("\ud800", [user("copy \ud800")]):
             with pytest.raises(
                 SalsaError, match=r"^train_dataset, row 2, prompt: found '\\ud800', half of a character"
             ):
-                Encoder(tokenizer, None, len(tokenizer))([{"prompt": "copy owl"}, {"prompt": prompt}], "train_dataset")
+                PromptEncoder(tokenizer, None, len(tokenizer))(
+                    [{"prompt": "copy owl"}, {"prompt": prompt}], "train_dataset"
+                )
 
 
 class TestEmptyText:
@@ -279,11 +281,11 @@ class TestEmptyText:
     @pytest.mark.parametrize(
         ("read", "fine", "row", "told"),
         [
-            (data.demonstrations, DEMONSTRATION, lambda blank: {"messages": [user("a"), assistant(blank)]}, data.EMPTY_ANSWER),
-            (data.preferences, PAIR, lambda blank: PAIR | {"chosen": blank}, data.EMPTY_ANSWER),
-            (data.prompts, PROMPT, lambda blank: {"prompt": blank}, data.EMPTY_PROMPT),
-            (data.prompts, PROMPT, lambda blank: {"turns": [blank, "b"]}, data.EMPTY_PROMPT),
-            (questions, PROMPT, lambda blank: {"turns": ["a", blank]}, data.EMPTY_PROMPT),
+            (datasets.demonstrations, DEMONSTRATION, lambda blank: {"messages": [user("a"), assistant(blank)]}, datasets.EMPTY_ANSWER),
+            (datasets.preferences, PAIR, lambda blank: PAIR | {"chosen": blank}, datasets.EMPTY_ANSWER),
+            (datasets.prompts, PROMPT, lambda blank: {"prompt": blank}, datasets.EMPTY_PROMPT),
+            (datasets.prompts, PROMPT, lambda blank: {"turns": [blank, "b"]}, datasets.EMPTY_PROMPT),
+            (questions, PROMPT, lambda blank: {"turns": ["a", blank]}, datasets.EMPTY_PROMPT),
         ],
     )  # fmt: skip
     def test_is_told(self, put: Any, capsys: Any, read: Any, fine: Any, row: Any, told: str, blank: str) -> None:
@@ -295,14 +297,14 @@ class TestEmptyText:
         assert capsys.readouterr().err == ""
 
     def test_an_empty_rejected_answer_is_a_fair_one(self, put: Any, capsys: Any) -> None:
-        (row,) = data.preferences(put(PAIR | {"rejected": ""}))
+        (row,) = datasets.preferences(put(PAIR | {"rejected": ""}))
         assert row["rejected"] == [user("q"), assistant("")] and capsys.readouterr().err == ""
 
     def test_a_prompt_without_tokens_is_left_out(self, tokenizer: Any, capsys: Any) -> None:
         """Text as it is, in the trainer's rows: there would be nothing to answer. A turn has its template's tokens."""
         bare = copy.deepcopy(tokenizer)
         rows = [{"prompt": ""}, {"prompt": " \n"}, {"prompt": "owl"}, {"prompt": [user("")]}]
-        kept, left_out = Encoder(bare, None, len(bare))(rows, "train_dataset")
+        kept, left_out = PromptEncoder(bare, None, len(bare))(rows, "train_dataset")
         assert left_out == 2 and capsys.readouterr().err == "train_dataset: 2 of 4 prompts left out: empty\n"
         assert [bare.decode(prompt.tokens).split() for prompt in kept] == [["owl"], ["<bos>", "<user>", "<assistant>"]]
 
@@ -313,24 +315,27 @@ class TestRoles:
     @pytest.mark.parametrize(
         ("read", "row", "line"),
         [
-            (data.demonstrations, {"messages": [user("a"), user("b")]}, "messages: found no assistant turn, expected at least one"),
-            (data.demonstrations, {"messages": [SYSTEM]}, "messages: found no assistant turn, expected at least one"),
-            (data.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: found no assistant turn, expected at least one"),
-            (data.demonstrations, {"messages": [{"from": "narrator", "value": "a"}]},
+            (datasets.demonstrations, {"messages": [user("a"), user("b")]}, "messages: found no assistant turn, expected at least one"),
+            (datasets.demonstrations, {"messages": [SYSTEM]}, "messages: found no assistant turn, expected at least one"),
+            (datasets.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: found no assistant turn, expected at least one"),
+            (datasets.demonstrations, {"messages": [{"from": "narrator", "value": "a"}]},
              "messages: found the unknown role 'narrator', expected human, gpt, system, function_call, observation or tool; rename it"),
-            (data.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: found no role in an object with the keys speaker, text, expected messages of {role, content} or {from, value}"),
-            (data.preferences, PAIR | {"chosen": [user("q")]}, "chosen: found a last turn of user, expected assistant"),
-            (data.preferences, PAIR | {"prompt": [user("q"), assistant("a")]},
+            (datasets.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: found no role in an object with the keys speaker, text, expected messages of {role, content} or {from, value}"),
+            (datasets.preferences, PAIR | {"chosen": [user("q")]}, "chosen: found a last turn of user, expected assistant"),
+            (datasets.preferences, PAIR | {"prompt": [user("q"), assistant("a")]},
              "prompt: found a last turn of assistant, expected user: the policy answers next"),
-            (data.prompts, {"prompt": [user("q"), assistant("a")]}, "prompt: found a last turn of assistant, expected user: the policy answers next"),
-            (data.prompts, {"messages": [assistant("a")]}, "messages: found no user turn, expected one"),
+            (datasets.prompts, {"prompt": [user("q"), assistant("a")]}, "prompt: found a last turn of assistant, expected user: the policy answers next"),
+            (datasets.prompts, {"messages": [assistant("a")]}, "messages: found no user turn, expected one"),
             (questions, {"messages": [SYSTEM, assistant("a")]}, "messages: found no user turn, expected one"),
         ],
     )  # fmt: skip
     def test_no_answer_or_no_question(self, put: Any, read: Any, row: Any, line: str) -> None:
-        fine = {data.demonstrations: DEMONSTRATION, data.preferences: PAIR, data.prompts: PROMPT, questions: TURNS}[
-            read
-        ]
+        fine = {
+            datasets.demonstrations: DEMONSTRATION,
+            datasets.preferences: PAIR,
+            datasets.prompts: PROMPT,
+            questions: TURNS,
+        }[read]
         assert refusal(read, put(fine, row)) == f"rows.jsonl, row 2, {line}"
 
 
@@ -341,12 +346,12 @@ class TestPairs:
         """Their margin is 0 always, which accuracy would count as wrong; as text and as messages."""
         chat = [user("q"), assistant("a")]
         source = put(PAIR, PAIR | {"chosen": "-"}, {"chosen": chat, "rejected": chat}, PAIR | {"rejected": "+ "})
-        rows = data.preferences(source)
+        rows = datasets.preferences(source)
         assert [row["rejected"][-1]["content"] for row in rows] == ["-", "+ "]
-        assert capsys.readouterr().err == f"{source.path}: 2 of 4 rows (the first: row 2) {data.SAME}\n"
+        assert capsys.readouterr().err == f"{source.path}: 2 of 4 rows (the first: row 2) {datasets.IDENTICAL_PAIR}\n"
 
     def test_none_that_differ(self, put: Any) -> None:
-        line = refusal(data.preferences, put(PAIR | {"chosen": "-"}))
+        line = refusal(datasets.preferences, put(PAIR | {"chosen": "-"}))
         assert line == "rows.jsonl: found chosen and rejected the same in every row, expected pairs that differ"
 
     @pytest.mark.parametrize(
@@ -362,7 +367,7 @@ class TestPairs:
     )  # fmt: skip
     def test_of_other_prompts(self, put: Any, chosen: Any, rejected: Any, place: int) -> None:
         """The turn where they part is named; a `prompt` before one of them only is another prompt too."""
-        line = refusal(data.preferences, put(PAIR, {"prompt": "q", "chosen": chosen, "rejected": rejected}))
+        line = refusal(datasets.preferences, put(PAIR, {"prompt": "q", "chosen": chosen, "rejected": rejected}))
         expected = f"found another prompt than chosen's (turn {place}), expected the same up to an assistant's turn"
         assert line == f"rows.jsonl, row 2, rejected: {expected}"
 
@@ -371,7 +376,7 @@ class TestPairs:
         chosen = [user("q"), assistant("a"), user("s"), assistant("+")]
         rejected = [user("q"), assistant("b"), user("t"), assistant("-")]
         row = {"chosen": chosen, "rejected": rejected}
-        assert data.preferences(put(row)) == [row]
+        assert datasets.preferences(put(row)) == [row]
 
 
 class TestIds:
@@ -404,9 +409,9 @@ class TestIds:
 
     def test_elsewhere_they_merge_nothing(self, put: Any) -> None:
         for column in ("id", "question_id", "prompt_id"):
-            assert len(data.demonstrations(put(*[DEMONSTRATION | {column: 1}] * 3))) == 3
-            assert len(data.preferences(put(*[PAIR | {column: 1}] * 3))) == 3
-            assert len(data.prompts(put(*[PROMPT | {column: 1}] * 3))) == 3
+            assert len(datasets.demonstrations(put(*[DEMONSTRATION | {column: 1}] * 3))) == 3
+            assert len(datasets.preferences(put(*[PAIR | {column: 1}] * 3))) == 3
+            assert len(datasets.prompts(put(*[PROMPT | {column: 1}] * 3))) == 3
 
 
 TEXTS = [
@@ -466,14 +471,14 @@ class TestOddText:
         rows = [DEMONSTRATION | {"messages": [user(text), assistant(text)]}, {"messages": [user("a"), assistant("b")]}]
         path.write_bytes("\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows).encode())
         source = Source(path=str(path))
-        assert data.demonstrations(source, chat_tokenizer) == rows
-        (asked, _), (question, _) = data.prompts(source), questions(source)
+        assert datasets.demonstrations(source, chat_tokenizer) == rows
+        (asked, _), (question, _) = datasets.prompts(source), questions(source)
         assert asked["prompt"] == question.messages == [user(text)]
         path.write_bytes(
             json.dumps({"prompt": text, "chosen": text, "rejected": "-"}, ensure_ascii=ascii_only).encode()
         )
-        assert data.preferences(source, chat_tokenizer)[0]["chosen"] == [user(text), assistant(text)]
-        tokens = data.prompt_tokens(asked, chat_tokenizer)
+        assert datasets.preferences(source, chat_tokenizer)[0]["chosen"] == [user(text), assistant(text)]
+        tokens = datasets.prompt_tokens(asked, chat_tokenizer)
         whole = f"<user>{text}<assistant>".encode()
         assert chat_tokenizer.decode(tokens) == whole.decode()
         assert tokens == chat_tokenizer(whole.decode(), add_special_tokens=False)["input_ids"]
@@ -504,7 +509,7 @@ class TestTemplates:
         source = put(fine, nothing, lost, fine, lost)
         rows = read(source, tokenizer=make_chat_tokenizer(template))
         assert len(rows) == 5 and rows == read(source)
-        told = f"{source.path}: 2 of 5 rows (the first: row 3) {data.DROPPED}\n"
+        told = f"{source.path}: 2 of 5 rows (the first: row 3) {datasets.DROPPED_SYSTEM_TURN}\n"
         assert capsys.readouterr().err == told
         read(source, tokenizer=make_chat_tokenizer(KEPT))
         assert capsys.readouterr().err == ""
@@ -513,19 +518,21 @@ class TestTemplates:
         """A pair's chats are tried both; the row counts once."""
         row = {"chosen": [user("q"), assistant("+")], "rejected": [user("q"), assistant("-"), SYSTEM, assistant("-")]}
         source = put(row)
-        data.preferences(source, make_chat_tokenizer(DROPPING))
-        assert capsys.readouterr().err == f"{source.path}: 1 of 1 rows (the first: row 1) {data.DROPPED}\n"
+        datasets.preferences(source, make_chat_tokenizer(DROPPING))
+        assert (
+            capsys.readouterr().err == f"{source.path}: 1 of 1 rows (the first: row 1) {datasets.DROPPED_SYSTEM_TURN}\n"
+        )
 
     def test_the_trainer_tells_it_too(self, capsys: Any) -> None:
         """By one process; the prompts are what the template makes of them."""
         tokenizer = make_chat_tokenizer(DROPPING)
         rows = [{"prompt": [user("q")]}, {"prompt": [SYSTEM, user("q")]}, {"prompt": "text"}, {"input_ids": [5]}]
-        prompts, left_out = Encoder(tokenizer, None, len(tokenizer))(rows, "train_dataset")
-        told = f"train_dataset: 1 of 4 rows (the first: row 2) {data.DROPPED}\n"
+        prompts, left_out = PromptEncoder(tokenizer, None, len(tokenizer))(rows, "train_dataset")
+        told = f"train_dataset: 1 of 4 rows (the first: row 2) {datasets.DROPPED_SYSTEM_TURN}\n"
         assert left_out == 0 and capsys.readouterr().err == told
         assert prompts[0].tokens == prompts[1].tokens and tokenizer.decode(prompts[1].tokens) == "<user>q<assistant>"
-        Encoder(tokenizer, None, len(tokenizer), quiet=True)(rows, "train_dataset")
-        Encoder(make_chat_tokenizer(KEPT), None, len(tokenizer))(rows, "train_dataset")
+        PromptEncoder(tokenizer, None, len(tokenizer), quiet=True)(rows, "train_dataset")
+        PromptEncoder(make_chat_tokenizer(KEPT), None, len(tokenizer))(rows, "train_dataset")
         assert capsys.readouterr().err == ""
 
     @kinds
@@ -549,7 +556,7 @@ class TestTemplates:
     def test_what_it_refuses_of_a_rejected_answer(self, put: Any) -> None:
         """The column is its own."""
         row = {"chosen": [user("q"), assistant("+")], "rejected": [user("q"), assistant("-"), assistant("-")]}
-        line = refusal(data.preferences, put(row), tokenizer=make_chat_tokenizer(GEMMA))
+        line = refusal(datasets.preferences, put(row), tokenizer=make_chat_tokenizer(GEMMA))
         assert line.startswith(
             "rows.jsonl, row 1, rejected: the tokenizer's chat template refuses it: Conversation roles"
         )
@@ -558,7 +565,7 @@ class TestTemplates:
         tokenizer = make_chat_tokenizer(GEMMA)
         rows = [{"prompt": [user("q")]}, {"prompt": [user("q"), user("r")]}]
         with pytest.raises(SalsaError) as caught:
-            Encoder(tokenizer, None, len(tokenizer))(rows, "eval_dataset")
+            PromptEncoder(tokenizer, None, len(tokenizer))(rows, "eval_dataset")
         assert str(caught.value) == (
             "eval_dataset, row 2, prompt: the tokenizer's chat template refuses it: Conversation roles must alternate"
             " user/assistant/user/assistant/..."
@@ -566,7 +573,7 @@ class TestTemplates:
         with pytest.raises(
             SalsaError, match=r"^prompts, prompt: the tokenizer's chat template refuses it: System role"
         ):
-            data.prompt_tokens({"prompt": [SYSTEM, user("q")]}, tokenizer)  # no number is known, so none is said
+            datasets.prompt_tokens({"prompt": [SYSTEM, user("q")]}, tokenizer)  # no number is known, so none is said
 
     @kinds
     def test_no_template(self, put: Any, kind: str) -> None:
@@ -580,7 +587,7 @@ class TestTemplates:
 
 
 def bench_of(tokenizer: Any, max_length: int, max_new_tokens: int) -> Any:
-    """What `fitting` takes of a Workbench."""
+    """What `fitting` takes of a StageContext."""
     recipe = SimpleNamespace(generation=Generation(max_new_tokens=max_new_tokens), model=Model(max_length=max_length))
     return SimpleNamespace(recipe=recipe, tokenizer=tokenizer)
 
@@ -593,22 +600,27 @@ class TestLengths:
 
     def test_of_questions_and_sampled_policies(self, tokenizer: Any, put: Any, capsys: Any) -> None:
         """prompt + max_new_tokens = max_length is the last that fits."""
-        rows = data.prompts(put(*({"prompt": " ".join(["owl"] * words)} for words in (20, 1, 2, 3))))
-        assert [len(data.prompt_tokens(row, tokenizer)) for row in rows] == [23, 4, 5, 6]  # <bos> <user> … <assistant>
-        kept = fitting(JOB, bench_of(tokenizer, 12, 7), rows)
+        rows = datasets.prompts(put(*({"prompt": " ".join(["owl"] * words)} for words in (20, 1, 2, 3))))
+        assert [len(datasets.prompt_tokens(row, tokenizer)) for row in rows] == [
+            23,
+            4,
+            5,
+            6,
+        ]  # <bos> <user> … <assistant>
+        kept = prompts_that_fit(JOB, bench_of(tokenizer, 12, 7), rows)
         assert [row["prompt"][0]["content"] for row in kept] == ["owl", "owl owl"]
         assert "evaluate  2 of 4 rows left out: prompts longer than 5 tokens" in capsys.readouterr().err
         with pytest.raises(
             SalsaError, match=r"^data\.prompts: found no prompt of at most 3 tokens, expected some; raise"
         ):
-            fitting(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
+            prompts_that_fit(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
 
     def test_of_the_trainer(self, make_base: Any, tokenizer: Any, capsys: Any) -> None:
         """The same bound, from what the model reads."""
         model = make_base(max_position_embeddings=12)
         args: Any = SimpleNamespace(max_new_tokens=7, max_prompt_length=None, process_index=0)
         rows = [{"prompt": [user(" ".join(["owl"] * words))]} for words in (20, 1, 2, 3)]
-        kept, left_out = Encoder.of([model], args, tokenizer)(rows, "train_dataset")
+        kept, left_out = PromptEncoder.of([model], args, tokenizer)(rows, "train_dataset")
         assert ([len(prompt.tokens) for prompt in kept], left_out) == ([4, 5], 2)
         assert "train_dataset: 2 of 4 prompts left out: empty, or longer than 5 tokens" in capsys.readouterr().err
 
@@ -672,8 +684,8 @@ class TestSpecialTokens:
     def test_in_a_prompt(self, chat_tokenizer: Any, put: Any) -> None:
         """Nothing is cut: the prompt has them, its mask counts them, the last of a chat's turns too."""
         text = "a<eos>b<pad><s><eos>"
-        (row,) = data.prompts(put({"prompt": text}))
-        tokens = data.prompt_tokens(row, chat_tokenizer)
+        (row,) = datasets.prompts(put({"prompt": text}))
+        tokens = datasets.prompt_tokens(row, chat_tokenizer)
         assert chat_tokenizer.decode(tokens) == f"<user>{text}<assistant>"
         assert [token for token in tokens if token < 3] == [2, 0, 1, 2]
         ids, mask = pad_prompts([tokens, tokens[:3]], 0, torch.device("cpu"))
@@ -785,7 +797,7 @@ class TestStages:
             SalsaError, match=r"^data\.demonstrations: found 2 rows with an answer within .* at least sft"
         ):
             sft.run(job)
-        assert f"{path}: 1 of 2 rows (the first: row 2) {data.DROPPED}\n" in capsys.readouterr().err
+        assert f"{path}: 1 of 2 rows (the first: row 2) {datasets.DROPPED_SYSTEM_TURN}\n" in capsys.readouterr().err
         path.write_text(whole, encoding="utf-8")
         assert not list(job.folder.glob("*.safetensors"))
 
@@ -802,8 +814,8 @@ class TestStages:
         metrics = reward_model.run(trained.job["reward"])
         assert metrics["pairs"] == {"train": len(TEXTS) + 1 - 2, "held_out": 2} and metrics["left_out"] == 1
         said = capsys.readouterr().err
-        assert f"{path}: 1 of 12 rows (the first: row 1) {data.SAME}\n" in said
-        assert f"{path}: 1 of 12 rows (the first: row 3) {data.DROPPED}\n" in said
+        assert f"{path}: 1 of 12 rows (the first: row 1) {datasets.IDENTICAL_PAIR}\n" in said
+        assert f"{path}: 1 of 12 rows (the first: row 3) {datasets.DROPPED_SYSTEM_TURN}\n" in said
         assert "reward  1 of 11 rows left out: longer than model.max_length = 96 tokens" in said
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from made_classifiers import CHAT, own_classifier, single
-from made_members import WEIGHTS
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_ppo import PROMPTS, length_reward, plain_logprobs, roll_out
 from safetensors.torch import load_file, save_file
+from soup_members import WEIGHTS
+from tiny_classifiers import CHAT, own_classifier, single
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -30,11 +30,12 @@ from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, use_reference
 from salsa_peft.config.job import Job, Unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Model
-from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.models.base import causal_lm, load_base, load_classifier
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import as_reward
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.soup import average as averaging
 from salsa_peft.soup.__main__ import main as soup_command
 from salsa_peft.training import sft
@@ -177,7 +178,7 @@ class TestVocabulary:
         base.resize_token_embeddings(len(tokenizer) - 10, mean_resizing=False)
         folder = to_folder(base, tokenizer, tmp_path / "base")
         line = rf"base: found a tokenizer of {len(tokenizer)} tokens over {len(tokenizer) - 10} embeddings, expected no more"
-        one_line(lambda: models.load_base(str(folder), Model(), tokenizer), line)
+        one_line(lambda: load_base(str(folder), Model(), tokenizer), line)
         policy = base if full else policy_on(base, make_adapter)
         references = [AutoModelForCausalLM.from_pretrained(folder)] if full else ["base"]
         line = rf"train_dataset, row \d+: found token id \[\d+\], expected 0 to {len(tokenizer) - 11}, the model's embeddings"
@@ -332,7 +333,7 @@ class TestTiedEmbeddings:
     def test_lora_and_value_head_on_a_tied_base(self, make_trainer: Any, make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path) -> None:  # fmt: skip
         """The base stays as it was and tied; an adapter on the output embeddings alone is refused."""
         trainer = make_trainer(base=self.TIED)
-        lm = models.causal_lm(trainer.model.policy)
+        lm = causal_lm(trainer.model.policy)
         before = lm.model.embed_tokens.weight.clone()
         rollout = roll_out(trainer)
         expected = plain_logprobs(trainer, "policy", rollout).detach()
@@ -489,7 +490,7 @@ class TestPickles:
     def test_of_a_base(self, world: World, canary: Path, capsys: Any) -> None:
         folder = pickled(world.base / "pytorch_model.bin", canary, "model.safetensors")
         line = r"base: found no safetensors file, expected the model's weights in one \(other formats are not read\); load the model"
-        one_line(lambda: models.load_base(str(folder), Model(), world.tokenizer), line)
+        one_line(lambda: load_base(str(folder), Model(), world.tokenizer), line)
         planned = r"model.base: .*base' has its weights in pytorch_model.bin alone, pickles, which are never read"
         one_line(lambda: world.take(world.seeds[0]), planned)
 
@@ -623,18 +624,18 @@ class TestCode:
         """As base, as reference, as reward."""
         folder = to_folder(make_base(), tokenizer, tmp_path / "theirs")
         with_code(folder, canary, "config.json", auto_map=MAP, model_type="theirs")
-        one_line(lambda: models.load_base(str(folder), Model(), tokenizer), f"theirs: {self.LINE}")
-        one_line(lambda: models.load_classifier(str(folder), Model(), tokenizer), f"theirs: {self.LINE}")
+        one_line(lambda: load_base(str(folder), Model(), tokenizer), f"theirs: {self.LINE}")
+        one_line(lambda: load_classifier(str(folder), Model(), tokenizer), f"theirs: {self.LINE}")
         one_line(lambda: as_references(make_base(), [folder]), f"theirs: {self.LINE}")
         one_line(lambda: as_reward(str(folder), make_base(), tokenizer), f"theirs: {self.LINE}")
-        assert type(models.load_tokenizer(str(folder))).__module__.startswith("transformers.")
+        assert type(load_tokenizer(str(folder))).__module__.startswith("transformers.")
 
     def test_a_known_architecture_is_transformers_own(
         self, make_base: Any, tokenizer: Any, tmp_path: Path, canary: Path
     ) -> None:
         """Its auto_map is passed over."""
         folder = with_code(to_folder(make_base(), tokenizer, tmp_path / "m"), canary, "config.json", auto_map=MAP)
-        loaded = models.load_base(str(folder), Model(), tokenizer)
+        loaded = load_base(str(folder), Model(), tokenizer)
         assert type(loaded) is LlamaForCausalLM
         reference = as_references(make_base(), [folder])[0].model
         assert type(reference) is LlamaForCausalLM and type(reference.config) is LlamaConfig
@@ -643,7 +644,7 @@ class TestCode:
         """The base's, and a reward classifier's in a folder and in memory."""
         asked = {"auto_map": {"AutoTokenizer": [None, "theirs.Words"]}, "tokenizer_class": "Words"}
         base = with_code(to_folder(make_base(), tokenizer, tmp_path / "m"), canary, "tokenizer_config.json", **asked)
-        one_line(lambda: models.load_tokenizer(str(base)), f"m: {self.LINE}")
+        one_line(lambda: load_tokenizer(str(base)), f"m: {self.LINE}")
         classifier = to_folder(own_classifier(tokenizer), tokenizer, tmp_path / "rm")
         with_code(classifier, canary, "tokenizer_config.json", **asked)
         one_line(lambda: as_reward(str(classifier), make_base(), tokenizer), f"rm: {self.LINE}")

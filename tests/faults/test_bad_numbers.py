@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from made_members import WEIGHTS, edit_tensors
 from plain_ppo import PROMPTS, length_reward, roll_out
+from soup_members import WEIGHTS, edit_tensors
 from torch import Tensor
 
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.models.base import causal_lm, save_checkpoint
+from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import RunningScale, as_reward
+from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.soup import average as averaging
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.checks import check_model
@@ -402,7 +403,7 @@ class TestSmallBatches:
         rollout = roll_out(trainer, rows=1)
         assert rollout.responses.response_mask.tolist() == [[True]]
         assert rollout.advantages.tolist() == [[0.0]]
-        expected = 3.0 - trainer.kl_coef * rollout.kl.item()
+        expected = 3.0 - trainer.ppo.kl_coef * rollout.kl.item()
         assert rollout.returns.item() == pytest.approx(expected, rel=1e-5)
         trained(trainer)
 
@@ -413,12 +414,12 @@ class TestSmallBatches:
     )  # fmt: skip
     def test_train_to_finite_weights(self, make_trainer: Any, options: dict[str, Any]) -> None:
         trainer = trained(make_trainer(prompts=PROMPTS[:8], **SCALED, **options))
-        assert trainer.update == 8 // options.get("batch_size", 8)
+        assert trainer.ppo.update == 8 // options.get("batch_size", 8)
 
     def test_one_prompt(self, make_trainer: Any) -> None:
         """A batch of it, or a refusal before anything is written."""
         trainer = trained(make_trainer(batch_size=1, prompts=PROMPTS[:1], **SCALED))
-        assert (trainer.update, trainer.state.global_step) == (1, 1)
+        assert (trainer.ppo.update, trainer.state.global_step) == (1, 1)
 
     @pytest.mark.parametrize("prompts", [0, 7])
     def test_a_batch_larger_than_the_data_is_refused(self, make_trainer: Any, tmp_path: Path, prompts: int) -> None:

@@ -27,8 +27,8 @@ from salsa_peft.recipe import run as recipe
 from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.fingerprints import canonical, fingerprint
-from salsa_peft.utils.manifests import MANIFEST, changed
+from salsa_peft.utils.fingerprints import canonical_json, fingerprint
+from salsa_peft.utils.manifests import MANIFEST, changed_file
 
 RECIPE = TINY + "evaluate: {judge: reward}\n"
 Damage = Callable[[Path], object]
@@ -98,7 +98,7 @@ KEPT = {
 
 def make(job: Job, *_: Any, **__: Any) -> processes.Result:
     """A stage in this process: files of its stage's names, their content from its slice and from every file of its inputs."""
-    digest = hashlib.sha256(canonical(job.unit.slice).encode() + job.unit.id.encode())
+    digest = hashlib.sha256(canonical_json(job.unit.key_fields).encode() + job.unit.id.encode())
     for place in job.inputs.values():
         for file in sorted(path for path in place.rglob("*") if path.is_file() and path.name != MANIFEST):
             digest.update(file.read_bytes())
@@ -389,7 +389,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: Any) -
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("salsa_peft.utils.manifests.sha256", fails)
-    assert changed(tmp_path, manifest) == "unreadable: a.bin (Permission denied)"
+    assert changed_file(tmp_path, manifest) == "unreadable: a.bin (Permission denied)"
 
 
 def test_tidying_up_spares_results(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_every_file_of_a_checkpoint_by_every_damage(stopped: Any, tmp_path: Path
             copy = tmp_path / "copy"
             shutil.copytree(place, copy)
             change(copy / "checkpoint-3" / name)
-            found, passed = checkpoints.last_whole(copy)
+            found, passed = checkpoints.last_complete(copy)
             assert found == copy / "checkpoint-2", (name, damage)
             if not passed:
                 quiet.append((name, damage))
@@ -486,7 +486,7 @@ def test_a_state_that_does_not_say_when_it_was_saved(stopped: Any, tmp_path: Pat
     copy = tmp_path / "copy"
     shutil.copytree(stopped[0], copy)
     (copy / "checkpoint-3" / "salsa_state.json").write_text(state)
-    found, passed = checkpoints.last_whole(copy)
+    found, passed = checkpoints.last_complete(copy)
     assert (
         found == copy / "checkpoint-2"
         and "changed: salsa_state.json" in passed[0]

@@ -25,12 +25,12 @@ from paths import ROOT
 
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
-from salsa_peft.models import base as models
 from salsa_peft.models.adapters import lora as adapters
+from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.recipe import processes
 from salsa_peft.recipe import run as recipe
 from salsa_peft.training import checkpoints
-from salsa_peft.training.ppo.saving import stored
+from salsa_peft.training.ppo.saving import stored_size
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -74,7 +74,7 @@ class TestCheckpoints:
 
     def fails_at(self, trainer: Any, step: int, how: Callable[[], Any]) -> None:
         """From that step's save on `how` is the context of saves."""
-        save = trainer._write_checkpoint
+        save = trainer._save_checkpoint
 
         def failing(*args: Any) -> None:
             if trainer.state.global_step < step:
@@ -83,7 +83,7 @@ class TestCheckpoints:
                 with how():
                     save(*args)
 
-        trainer._write_checkpoint = failing
+        trainer._save_checkpoint = failing
 
     @pytest.mark.parametrize("size", [0, 500, 4000, 12_000, 20_000], ids=lambda size: f"{size}-bytes")
     def test_a_save_that_fails_leaves_the_last_one(self, make: Any, tmp_path: Path, weights: Any, size: int) -> None:
@@ -125,12 +125,12 @@ class TestCheckpoints:
             "checkpoint-2",
             "checkpoint-1",
         ]
-        assert checkpoints.last_whole(tmp_path / "other") == (tmp_path / "other" / "checkpoint-2", [])
+        assert checkpoints.last_complete(tmp_path / "other") == (tmp_path / "other" / "checkpoint-2", [])
 
     def test_what_it_takes_is_what_is_asked_for(self, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
         """The tensors' bytes are no more than the checkpoint has: nothing that fits is refused. (The rest is a tokenizer and JSON.)"""
         asked: list[float] = []
-        monkeypatch.setattr(disk, "require_room", lambda folder, size, what: asked.append(size))
+        monkeypatch.setattr(disk, "require_disk_space", lambda folder, size, what: asked.append(size))
         make("a").train()
         newest = checkpoints.checkpoints(tmp_path / "a")[0]
         written = sum(file.stat().st_size for file in newest.iterdir())
@@ -142,7 +142,7 @@ def test_states_of_8_bits_are_counted_as_they_are_stored() -> None:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     state = OptimState8bit.zeros((1024, 4), signed=True, block_size=256)
-    assert 4096 < stored(state) < 4096 * 1.5 and stored(torch.zeros(1024, 4)) == 4 * 4096
+    assert 4096 < stored_size(state) < 4096 * 1.5 and stored_size(torch.zeros(1024, 4)) == 4 * 4096
 
 
 def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make_adapter: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:  # fmt: skip
@@ -155,11 +155,13 @@ def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make
     for file in left:
         file.parent.mkdir(parents=True)
         file.write_bytes(b"0" * 100)
-    monkeypatch.setattr(disk, "require_room", lambda folder, size, what: asked.append([file.exists() for file in left]))
+    monkeypatch.setattr(
+        disk, "require_disk_space", lambda folder, size, what: asked.append([file.exists() for file in left])
+    )
     asked: list[Any] = []
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     assert asked[0] == [False, True, True]
-    models.save_checkpoint(make_base(), tmp_path / "full", tokenizer)
+    save_checkpoint(make_base(), tmp_path / "full", tokenizer)
     adapters.save(make_adapter(make_base(), "seed", 1), "seed", tmp_path / "seed", None)
     assert asked[-2:] == [[False, False, True], [False, False, False]]
 
@@ -168,16 +170,18 @@ def test_a_disk_that_tells_no_size(monkeypatch: Any, tmp_path: Path) -> None:
     """As some network file systems: nothing is refused for it."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
-    disk.require_room(tmp_path, 1e9, "x")
+    disk.require_disk_space(tmp_path, 1e9, "x")
 
 
 def test_the_disk_that_is_full_is_named(tmp_path: Path) -> None:
     """Not the run's, where another one is; and not memory that is mapped."""
     (tmp_path / "cache").mkdir()
-    line = disk.full(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "blob")), Path("/work"))
+    line = disk.disk_full_message(
+        OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "blob")), Path("/work")
+    )
     assert line is not None and line.startswith(f"{tmp_path}/cache: found no room")
-    assert disk.full(RuntimeError("unable to mmap 64 bytes: No space left on device"), tmp_path) is None
-    assert disk.full(ValueError("my reward: File too large: x.txt"), tmp_path) is None
+    assert disk.disk_full_message(RuntimeError("unable to mmap 64 bytes: No space left on device"), tmp_path) is None
+    assert disk.disk_full_message(ValueError("my reward: File too large: x.txt"), tmp_path) is None
 
 
 class TestFiles:
@@ -190,7 +194,7 @@ class TestFiles:
             parameter.data.add_(1)
         with files_up_to(1000), pytest.raises(Exception) as failure:
             adapters.save(model, "seed-0", tmp_path / "seed", None)
-        assert disk.full(failure.value, tmp_path) is not None
+        assert disk.disk_full_message(failure.value, tmp_path) is not None
         after = digest(tmp_path / "seed")
         assert {name: after[name] for name in before} == before
         adapters.read(tmp_path / "seed")
@@ -198,13 +202,13 @@ class TestFiles:
     def test_a_checkpoint_that_was_there_stays(self, make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
         """Full weights too: they are whole beside the old ones before these give way, and shards that the new one has not go."""
         first, second = make_base(seed=1), make_base(seed=2)
-        models.save_checkpoint(first, tmp_path / "policy", tokenizer)
+        save_checkpoint(first, tmp_path / "policy", tokenizer)
         before = digest(tmp_path / "policy")
         with files_up_to(1000), pytest.raises(Exception) as failure:
-            models.save_checkpoint(second, tmp_path / "policy", tokenizer)
-        assert disk.full(failure.value, tmp_path) is not None and digest(tmp_path / "policy") == before
+            save_checkpoint(second, tmp_path / "policy", tokenizer)
+        assert disk.disk_full_message(failure.value, tmp_path) is not None and digest(tmp_path / "policy") == before
         (tmp_path / "policy" / "model-00002-of-00002.safetensors").write_bytes(b"of a larger one")
-        models.save_checkpoint(second, tmp_path / "policy", tokenizer)
+        save_checkpoint(second, tmp_path / "policy", tokenizer)
         after = digest(tmp_path / "policy")
         assert after.keys() == before.keys() and after["model.safetensors"] != before["model.safetensors"]
 
@@ -214,9 +218,9 @@ class TestFiles:
         size = sum(parameter.nbytes for parameter in base.parameters())
         free(monkeypatch, size - 1)
         with pytest.raises(SalsaError, match=r"policy: found .* free on .*, expected .*; nothing of it was written"):
-            models.save_checkpoint(base, tmp_path / "policy", tokenizer)
+            save_checkpoint(base, tmp_path / "policy", tokenizer)
         free(monkeypatch, size)
-        models.save_checkpoint(base, tmp_path / "policy", tokenizer)
+        save_checkpoint(base, tmp_path / "policy", tokenizer)
         model = make_adapter(make_base(), "seed-0", 1)
         free(monkeypatch, sum(parameter.nbytes for parameter in adapters.parameters(model, "seed-0")) - 1)
         with pytest.raises(SalsaError, match=r"seed: found .* free on"):
@@ -228,7 +232,7 @@ class TestFiles:
         write_atomic(tmp_path / "a.json", b"old")
         with files_up_to(100), pytest.raises(OSError) as failure:
             write_atomic(tmp_path / "a.json", b"new" * 1000)
-        assert digest(tmp_path) == {"a.json": b"old"} and disk.full(failure.value, tmp_path) is not None
+        assert digest(tmp_path) == {"a.json": b"old"} and disk.disk_full_message(failure.value, tmp_path) is not None
 
     @pytest.mark.parametrize(
         ("error", "is_full"),
@@ -248,7 +252,7 @@ class TestFiles:
         wrapped = RuntimeError("could not save")
         wrapped.__cause__ = error
         for one in (error, wrapped):
-            line = disk.full(one, tmp_path / "not" / "there")
+            line = disk.disk_full_message(one, tmp_path / "not" / "there")
             assert (line is not None) == is_full and "\n" not in (line or "")
 
 

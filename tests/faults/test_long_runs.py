@@ -14,7 +14,7 @@ from paths import ROOT
 from plain_ppo import PROMPTS
 
 from salsa_peft.training import checkpoints
-from salsa_peft.training.ppo import resume as ppo_resume
+from salsa_peft.training.ppo import trainer as ppo_trainer
 
 UPDATES, EARLY = 2000, 200
 
@@ -34,14 +34,14 @@ def test_two_thousand_updates(tally: Any) -> None:
         RSS=f"× {ratio['rss_kb']}", time=f"× {ratio['per_yard']}", slope=f"{found['slope_kb_per_update']} kB an update"
     )
     assert ratio["rss_kb"] < 1.02 and ratio["open_files"] == 1.0 and ratio["per_yard"] < 1.1
-    assert found["log_history"] <= ppo_resume.HISTORY and len(found["checkpoints"]) == 2
+    assert found["log_history"] <= ppo_trainer.MAX_LOG_HISTORY and len(found["checkpoints"]) == 2
     assert found["log_bytes"]["metrics.jsonl"] < 1500 * UPDATES
 
 
 def test_what_a_run_holds_does_not_grow(make_trainer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Trainer's history is in every checkpoint, whole: its newest rows stay, in memory and there, and those of evaluations, which are
     nowhere else; metrics.jsonl has every update."""
-    monkeypatch.setattr(ppo_resume, "HISTORY", 3)
+    monkeypatch.setattr(ppo_trainer, "MAX_LOG_HISTORY", 3)
     trainer = make_trainer(
         num_train_epochs=5, save_strategy="steps", save_steps=1, save_total_limit=2, eval_strategy="steps", eval_steps=4, eval_dataset=PROMPTS[:2]
     )  # fmt: skip

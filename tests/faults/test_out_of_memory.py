@@ -20,7 +20,7 @@ from salsa_peft.recipe.run import smaller
 from salsa_peft.training.ppo.backends import CompiledHF
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.oom import Room, lesser, out_of_memory
+from salsa_peft.utils.oom import MicroBatchLimit, is_out_of_memory, largest_proper_divisor
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 OPTIONS: dict[str, Any] = {"num_mini_batches": 1, "micro_batch_size": 8, "learning_rate": 1e-2, "num_ppo_epochs": 2}
@@ -89,10 +89,10 @@ class TestEngine:
         trainer = make("small")
         refused = small_card(trainer, 3, torch.is_grad_enabled)
         same(whole, trained(trainer))
-        assert refused == [8, 4] and trainer.room.rows == 2 and trainer.args.per_device_train_batch_size == 8
+        assert refused == [8, 4] and trainer.micro_batch.rows == 2 and trainer.args.per_device_train_batch_size == 8
         said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
         assert said == [
-            f"micro_batch_size: out of memory with {rows} rows; goes on with {rows // 2}, the batches stay as they are"
+            f"micro_batch_size: out of memory with {rows} rows; continuing with {rows // 2}, the batch size stays the same"
             for rows in (8, 4)
         ]
 
@@ -111,15 +111,15 @@ class TestEngine:
 
         trainer.training_step = second_micro_step_is_larger
         same(whole, trained(trainer))
-        assert trainer.room.rows == 2
+        assert trainer.micro_batch.rows == 2
 
     def test_a_rollout_too_large_is_halved(self, make: Any, whole: Any, capsys: Any) -> None:
         """Each row has random numbers of its own, so the responses are the same."""
         trainer = make("small")
         refused = small_card(trainer, 4, lambda: not torch.is_grad_enabled())
         same(whole, trained(trainer))
-        assert refused == [8] and trainer.maker.room.rows == 4 and trainer.room.rows == 8
-        assert "rollout_batch_size: out of memory with 8 rows; goes on with 4" in capsys.readouterr().err
+        assert refused == [8] and trainer.rollout_maker.micro_batch.rows == 4 and trainer.micro_batch.rows == 8
+        assert "rollout_batch_size: out of memory with 8 rows; continuing with 4" in capsys.readouterr().err
 
     def test_a_reward_adapter_scores_the_rest_in_halves(
         self, make_trainer: Any, make_base: Any, tmp_path: Path
@@ -136,19 +136,21 @@ class TestEngine:
         adapters.save(source, "reward", folder, None, {SCORE_HEAD: torch.ones(1, 32)})
         trainer = make_trainer()
         reward = AdapterReward(trainer.model.policy, folder, 8)
-        rollout: Rollout = trainer.maker([trainer.train_dataset[i] for i in range(8)], 1, 0.1, lambda: None)
+        rollout: Rollout = trainer.rollout_maker([trainer.train_dataset[i] for i in range(8)], 1, 0.1, lambda: None)
         before = reward(rollout.responses, [{}] * 8)
         refused = small_card(trainer, 2, lambda: True)
         torch.testing.assert_close(reward(rollout.responses, [{}] * 8), before, rtol=1e-4, atol=1e-5)
-        assert refused == [8, 4] and reward.room.rows == 2
+        assert refused == [8, 4] and reward.micro_batch.rows == 2
 
     def test_a_compiled_rollout_gets_a_smaller_cache(self, make: Any, whole: Any) -> None:
         """Its static cache is of as many rows as its largest call yet, which was the one that did not fit."""
         trainer = make("small")
-        trainer.maker.backend = CompiledHF(trainer.maker.backend.model, trainer.args, trainer.processing_class, None)
+        trainer.rollout_maker.backend = CompiledHF(
+            trainer.rollout_maker.backend.model, trainer.args, trainer.processing_class, None
+        )
         refused = small_card(trainer, 4, lambda: not torch.is_grad_enabled())
         same(whole, trained(trainer))
-        assert refused == [8] and trainer.maker.backend.rows == 4
+        assert refused == [8] and trainer.rollout_maker.backend.rows == 4
 
     def test_one_row_too_many_is_one_line(self, make: Any, tmp_path: Path) -> None:
         """And no checkpoint of what it was in the middle of."""
@@ -167,7 +169,7 @@ class TestEngine:
         first = make("small", **saving, save_total_limit=None)
         small_card(first, 4, torch.is_grad_enabled)
         first.train()
-        assert first.room.rows == 4
+        assert first.micro_batch.rows == 4
         for step in (6, 8):
             shutil.rmtree(tmp_path / "small" / f"checkpoint-{step}")
         again = make("small", **saving, micro_batch_size=2)
@@ -187,15 +189,15 @@ class TestRoom:
             raise RuntimeError("shape mismatch")
 
         with pytest.raises(RuntimeError, match="shape mismatch"):
-            Room(8, "rows").fit(work)
+            MicroBatchLimit(8, "rows").run(work)
         assert len(times) == 1
 
     def test_where_others_wait_the_error_comes_through(self) -> None:
         """They would wait for ever for the pieces that this process makes again."""
-        room = Room(8, "rows", alone=False)
+        limit = MicroBatchLimit(8, "rows", single_process=False)
         with pytest.raises(torch.OutOfMemoryError):
-            room.fit(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(FULL)))
-        assert room.rows == 8
+            limit.run(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError(FULL)))
+        assert limit.rows == 8
 
     @pytest.mark.parametrize(
         ("error", "is_memory"),
@@ -209,20 +211,20 @@ class TestRoom:
         ],
     )  # fmt: skip
     def test_what_is_for_want_of_memory(self, error: Exception, is_memory: bool) -> None:
-        assert out_of_memory(error) == is_memory
+        assert is_out_of_memory(error) == is_memory
 
     def test_the_cpus_own_words(self) -> None:
         """A CPU's allocator says it otherwise."""
-        room = Room(6, "rows")
+        limit = MicroBatchLimit(6, "rows")
 
         def work() -> int:
-            if room.rows > 2:
+            if limit.rows > 2:
                 raise RuntimeError(
                     "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"
                 )
-            return room.rows
+            return limit.rows
 
-        assert room.fit(work) == 1
+        assert limit.run(work) == 1
 
 
 class TestStages:
@@ -260,7 +262,7 @@ class TestStages:
 
     def test_divisors(self) -> None:
         """Of 1 there is none."""
-        assert [lesser(rows) for rows in (1, 2, 3, 6, 9, 16, 128)] == [None, 1, 1, 3, 3, 8, 64]
+        assert [largest_proper_divisor(rows) for rows in (1, 2, 3, 6, 9, 16, 128)] == [None, 1, 1, 3, 3, 8, 64]
 
     def test_a_local_judge_asks_fewer_at_once(self) -> None:
         """An endpoint's memory is its own."""

@@ -80,7 +80,7 @@ def test_the_first_ratio_is_one(
     trainer = make_trainer(full=full, bf16=bf16, gradient_checkpointing=checkpointing, max_steps=1, **on_gpu)
     trainer.train()
     close = 1e-3 if bf16 else 1e-4  # CUDA may take another attention kernel where no gradient is wanted
-    assert trainer.totals == []
+    assert trainer.ppo.totals == []
     assert figures(Path(trainer.args.output_dir))[0]["val/ratio"] == pytest.approx(1, abs=close)
 
 
@@ -170,7 +170,7 @@ def test_compiled_decoding_gives_the_same_responses(
         with monkeypatch.context() as patch:
             patch.setattr(backends, "device", lambda: torch.device("cuda"))
             trainer = make_trainer(folder=tmp_path / str(compiled), full=full, rollout_compile=compiled, max_prompt_length=16, **on_gpu)  # fmt: skip
-        assert type(trainer.maker.backend).__name__ == ("CompiledHF" if compiled else "HF")
+        assert type(trainer.rollout_maker.backend).__name__ == ("CompiledHF" if compiled else "HF")
         first = roll_out(trainer).responses.response_ids
         with torch.no_grad():
             for parameter in trainer.model.policy.parameters():
@@ -208,7 +208,7 @@ def test_vllm(make_base: Any, make_adapter: Any, tokenizer: Any, on_gpu: dict[st
         model, args, PROMPTS, references=["soup"], reward=length_reward, processing_class=tokenizer
     )
     trainer.train()
-    assert trainer.update == 2 and figures(tmp_path / "run")[0]["val/ratio"] == pytest.approx(1, abs=1e-3)
+    assert trainer.ppo.update == 2 and figures(tmp_path / "run")[0]["val/ratio"] == pytest.approx(1, abs=1e-3)
 
 
 def test_flash_attention_is_sdpas(make_base: Any, tokenizer: Any, tmp_path: Path, device: torch.device) -> None:
@@ -343,7 +343,7 @@ def test_sigterm_saves_and_the_run_goes_on(
 @pytest.mark.parametrize("strategy", ["linear", "slerp"])
 def test_a_soup_of_checkpoints_is_a_cpus(tmp_path: Path, device: torch.device, strategy: str) -> None:
     """`salsa soup --device cuda` of bf16 shards against `--device cpu`: the same bytes but at ties, which both round to a neighbour."""
-    from made_checkpoints import assert_rounded, read, values, write
+    from checkpoint_folders import assert_rounded, read, values, write
 
     from salsa_peft.soup.__main__ import main as soup
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked import PROPERTY
+from random_masks import PROPERTY
 from scipy import stats
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -23,7 +23,7 @@ from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models import generation
-from salsa_peft.models.generation import Recording, choose, generate, respond, row_seeds, uniform_numbers
+from salsa_peft.models.generation import Recording, generate, generate_batches, row_seeds, sample_token, uniform_numbers
 from salsa_peft.models.responses import Responses
 
 PAD, BOS, EOS = 0, 1, 2
@@ -42,7 +42,7 @@ def prompts() -> list[list[int]]:
 def drawn(probabilities: list[float], uniforms: list[float]) -> list[int]:
     """Tokens of one distribution, float32, at several uniform numbers."""
     table = torch.tensor([probabilities]).expand(len(uniforms), -1)
-    return choose(table, torch.tensor(uniforms, dtype=torch.float64)).squeeze(-1).tolist()
+    return sample_token(table, torch.tensor(uniforms, dtype=torch.float64)).squeeze(-1).tolist()
 
 
 class TestChoose:
@@ -52,8 +52,8 @@ class TestChoose:
 
     def test_each_row_has_its_own_number(self) -> None:
         table = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
-        assert choose(table, torch.tensor([0.6, 0.1], dtype=torch.float64)).tolist() == [[1], [1]]
-        assert choose(table, torch.tensor([0.1, 0.6], dtype=torch.float64)).tolist() == [[0], [2]]
+        assert sample_token(table, torch.tensor([0.6, 0.1], dtype=torch.float64)).tolist() == [[1], [1]]
+        assert sample_token(table, torch.tensor([0.1, 0.6], dtype=torch.float64)).tolist() == [[0], [2]]
 
     @PROPERTY
     @given(
@@ -86,7 +86,7 @@ class TestChoose:
         """20,000 numbers of a row's generator against the distribution."""
         probabilities = torch.linspace(1, 9, 20).square().softmax(-1) * 0.5 + 0.025
         uniforms = uniform_numbers([7], 20_000)[0]
-        found = torch.bincount(choose(probabilities.expand(20_000, -1), uniforms).squeeze(-1), minlength=20)
+        found = torch.bincount(sample_token(probabilities.expand(20_000, -1), uniforms).squeeze(-1), minlength=20)
         assert stats.chisquare(found, (probabilities.double() / probabilities.double().sum() * 20_000)).pvalue > 1e-3
 
     def test_on_a_device_without_float64_the_cpu_chooses(
@@ -374,6 +374,6 @@ class TestRespond:
         model, sampling = make_base(), Sampling(max_new_tokens=6)
         expected = tokens_of(generate(model, prompts, sampling, tokenizer, row_seeds(range(12), 4)))
         found: dict[int, list[int]] = {}
-        for rows, part in respond(model, prompts, sampling, tokenizer, 4, batch_size):
+        for rows, part in generate_batches(model, prompts, sampling, tokenizer, 4, batch_size):
             found |= dict(zip(rows, tokens_of(part), strict=True))
         assert [found[row] for row in range(12)] == expected

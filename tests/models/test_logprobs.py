@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked import PROPERTY
+from random_masks import PROPERTY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

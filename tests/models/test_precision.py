@@ -173,5 +173,5 @@ def test_generation_casts_float32_weights_once(make_trainer: Any) -> None:
     lm = trainer.model.policy
     linear = [module.weight for module in lm.modules() if isinstance(module, torch.nn.Linear)]
     with torch.no_grad(), Casts(linear) as casts:
-        responses, _ = trainer.maker._sample([trainer.train_dataset[i] for i in range(8)], 1, lambda: None)
+        responses, _ = trainer.rollout_maker._sample([trainer.train_dataset[i] for i in range(8)], 1, lambda: None)
     assert responses.lengths.min() == 7 and set(casts.counts.values()) == {1}

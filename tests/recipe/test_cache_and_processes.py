@@ -356,7 +356,9 @@ def test_fingerprint_of_a_models_folder(tmp_path):
 
 
 def test_a_data_files_content_counts_its_place_does_not(tmp_path):
-    unit = Unit(stage="sft", name="seed-0", run="x:y", slice={"a": 1}, files=(str(tmp_path / "a.jsonl"),), several=True)
+    unit = Unit(
+        stage="sft", name="seed-0", run="x:y", key_fields={"a": 1}, files=(str(tmp_path / "a.jsonl"),), multi_unit=True
+    )
     (tmp_path / "a.jsonl").write_text("1")
     (tmp_path / "b.jsonl").write_text("1")
     first = runs.key(unit, {}, {"torch": "1"}, {})

@@ -6,7 +6,7 @@ import pytest
 from paper_models import paper
 
 from salsa_peft.models.architectures import memory
-from salsa_peft.models.architectures.memory import GIB, need
+from salsa_peft.models.architectures.memory import GIB, estimate
 from salsa_peft.recipe import hardware as cards
 from salsa_peft.recipe import run as recipe
 from salsa_peft.recipe.dry_run import advice
@@ -37,13 +37,13 @@ def test_the_advice_makes_it_fit(lora: str | None, given: tuple[str, ...], card:
     for stage in memory.stages_of(job):
         said = advice(job, [stage], size, card * GIB)
         if said is None:
-            assert need(job, stage, size, card * GIB).total <= card * GIB
+            assert estimate(job, stage, size, card * GIB).total <= card * GIB
         elif said.startswith("--"):
             words = said.split()
             preset = ("qlora" if "qlora" in words else "lora") if "--lora" in words else lora
             sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
             helped, _ = paper("llama2_full", preset, *given, *sets)
-            assert need(helped, stage, size, card * GIB).total <= card * GIB, (stage, said)
+            assert estimate(helped, stage, size, card * GIB).total <= card * GIB, (stage, said)
         else:
             assert card < 12 or given is SHARDED, (stage, said)
 
@@ -88,10 +88,12 @@ def test_several_stages_at_once() -> None:
     assert said is not None
     settings = said.replace("--set ", "").split()
     assert {one.split(".")[0] for one in settings} >= {"ppo", "generation"}
-    assert all(need(paper("llama2_full", "qlora", *settings)[0], stage, size, card).total <= card for stage in stages)
+    assert all(
+        estimate(paper("llama2_full", "qlora", *settings)[0], stage, size, card).total <= card for stage in stages
+    )
     for one in settings:
         fewer = paper("llama2_full", "qlora", *(other for other in settings if other != one))[0]
-        assert any(need(fewer, stage, size, card).total > card for stage in stages)
+        assert any(estimate(fewer, stage, size, card).total > card for stage in stages)
 
 
 def test_the_size_that_is_sold() -> None:

@@ -12,7 +12,7 @@ from paper_models import paper
 from salsa_peft.config.job import Unit
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.architectures import memory
-from salsa_peft.models.architectures.memory import GIB, Need, need
+from salsa_peft.models.architectures.memory import GIB, Estimate, estimate
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe import hardware as cards
 from salsa_peft.recipe import run as recipe
@@ -80,7 +80,7 @@ def test_the_measured_peak_stands_beside_the_plan(monkeypatch: pytest.MonkeyPatc
     """Of the card that is there, without CUDA's own; none for a stage without a base."""
     monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", 80 * GIB)])
     job, size = paper("llama2_full", "lora")
-    found: Need = need(job, "ppo", size, 80 * GIB)
+    found: Estimate = estimate(job, "ppo", size, 80 * GIB)
     assert cards.planned_mb(job, "ppo") == pytest.approx((found.total - memory.CONTEXT) / 1e6, abs=0.1)
     assert cards.planned_mb(job, "soup") is None
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_server import Fault, Hub, hub
-from made_hub_run import (
+from finished_run import (
     BASE_ID,
     CANARY,
     assert_canary_in_the_header_alone,
@@ -21,6 +20,7 @@ from made_hub_run import (
     make_run,
     publish_base,
 )
+from hub_server import Fault, Hub, hub
 from paths import ROOT
 
 from salsa_peft.config.load import load_recipe, saved_recipe
@@ -101,7 +101,7 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
 def test_seeds_can_be_taken_some_trained(tmp_path: Path, tokenizer: Any) -> None:
     """One number for each; the saved recipe says `from` again."""
     recipe = load_recipe(str(write_recipe(tmp_path, tokenizer)), lora="lora", overrides=[]).recipe
-    assert recipe.sft.seeds == [0, 1] and recipe.sft.taken(1) == "tester/r-seed-1"
+    assert recipe.sft.seeds == [0, 1] and recipe.sft.existing_seed(1) == "tester/r-seed-1"
     (tmp_path / "saved.yaml").write_text(dump_yaml(recipe.as_data()))
     assert "from_" not in (tmp_path / "saved.yaml").read_text() and saved_recipe(tmp_path / "saved.yaml") == recipe
     assert load_recipe(str(tmp_path / "saved.yaml"), lora=None, overrides=[]).recipe == recipe

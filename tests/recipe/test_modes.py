@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_recipe import SMALL, read, unit
 
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.models import loader as workbench
+from salsa_peft.models import stage_context
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.recipe import run as recipe
 
@@ -54,8 +54,8 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
     from salsa_peft.evaluation.landscape import moving
-    from salsa_peft.models.loader import Workbench
-    from salsa_peft.training.references import mixture, move_to
+    from salsa_peft.models.stage_context import StageContext
+    from salsa_peft.training.references import checkpoint_sum, load_checkpoint_sum
 
     base = make_base(kind, tmp_path / "base")
     inputs = {f"sft/seed-{number}": tmp_path / f"seed-{number}" for number in (0, 1)}
@@ -67,8 +67,8 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
         model.save_pretrained(folder)
     origin, *seeds = (load_file(folder / "model.safetensors") for folder in (base, *inputs.values()))
     inputs["soup"] = inputs["sft/seed-1"]  # whatever the soup stage left there
-    bench = Workbench(Recipe(name="a"), base, "base", make_tokenizer())
-    model = bench.base()
+    context = StageContext(Recipe(name="a"), base, "base", make_tokenizer())
+    model = context.load_base()
 
     def check(weights: list[float]) -> None:
         for name, tensor in model.named_parameters():
@@ -82,9 +82,9 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
         ({"soup": {"members": [0, 1], "weights": [0.25, 0.75]}}, [0.25, 0.75]), (str(tmp_path / "seed-0"), [1.0, 0.0]),
         ("soup", [0.0, 1.0]),
     ):  # fmt: skip
-        move_to(model, *mixture(bench, parse_reference("reference", said)[0], inputs))
+        load_checkpoint_sum(model, *checkpoint_sum(context, parse_reference("reference", said)[0], inputs))
         check(weights)
-    model, adapter, move = moving(bench, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+    model, adapter, move = moving(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
@@ -182,7 +182,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    adapters.in_float32(peft)
+    adapters.cast_trainable_to_float32(peft)
     copy_adapter(peft, tmp_path / "seed-0")
     adapters.save(peft, "default", tmp_path / "again")
     again = adapters.read(tmp_path / "again")[1]
@@ -199,8 +199,8 @@ def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkey
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda path, allow_patterns, **_: asked.append(allow_patterns) or "/x"
     )
-    workbench.local(Recipe(name="a"), "someone/model")
-    workbench.local(Recipe(name="a", adapter=Adapter()), "someone/adapter")
+    stage_context.reference_folder(Recipe(name="a"), "someone/model")
+    stage_context.reference_folder(Recipe(name="a", adapter=Adapter()), "someone/adapter")
     assert "*.safetensors" in asked[0] and "adapter_model.safetensors" in asked[1]
 
 

@@ -137,11 +137,12 @@ def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) ->
     """The same prompts, seed and adapter give the same number, whether interpolated or loaded from the stage's files."""
     from salsa_peft.config.load import load_recipe
     from salsa_peft.config.schema import Generation, Source
-    from salsa_peft.data import datasets as data
+    from salsa_peft.data import datasets
     from salsa_peft.models.adapters import lora as adapters
-    from salsa_peft.models.base import load_base, load_tokenizer
-    from salsa_peft.models.generation import respond
+    from salsa_peft.models.base import load_base
+    from salsa_peft.models.generation import generate_batches
     from salsa_peft.models.rewards.reward import AdapterReward
+    from salsa_peft.models.tokenizers import load_tokenizer
 
     recipe = load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe
     toy = unit(run, "toy")
@@ -149,13 +150,15 @@ def test_the_landscapes_ends_are_the_seeds_and_its_middle_the_soup(run: Path) ->
     model = adapters.attach(load_base(str(toy / "base"), recipe.model, tokenizer), unit(run, "sft/seed-1"), "seed-1")
     adapters.attach(model, unit(run, "soup"), "soup")
     reward = AdapterReward(model, unit(run, "reward"))
-    rows = data.prompts(Source(path=str(toy / "eval_in.jsonl")))
-    tokens = [data.prompt_tokens(row, tokenizer) for row in rows]
+    rows = datasets.prompts(Source(path=str(toy / "eval_in.jsonl")))
+    tokens = [datasets.prompt_tokens(row, tokenizer) for row in rows]
     sampling: Generation = recipe.generation
     points = read(unit(run, "landscape") / "landscape.json")["lines"][0]["points"]
     for name, point in (("seed-1", points[2]), ("soup", points[1])):
         with adapters.active(model, name):
-            batches = list(respond(model, tokens, sampling, tokenizer, recipe.landscape.seed, sampling.batch_size))
+            batches = list(
+                generate_batches(model, tokens, sampling, tokenizer, recipe.landscape.seed, sampling.batch_size)
+            )
         scores = [score for indices, found in batches for score in reward(found, [rows[i] for i in indices]).tolist()]
         assert sum(scores) / len(scores) == pytest.approx(point["scores"]["reward"]["mean"], abs=1e-4)
 
@@ -168,9 +171,10 @@ def test_the_reward_model_scores_as_trls_trainer_does(run: Path) -> None:
 
     from salsa_peft.config.schema import Model
     from salsa_peft.models.adapters import lora as adapters
-    from salsa_peft.models.base import load_base, load_tokenizer
+    from salsa_peft.models.base import load_base
     from salsa_peft.models.responses import Responses
     from salsa_peft.models.rewards.reward import AdapterReward
+    from salsa_peft.models.tokenizers import load_tokenizer
 
     base, folder = unit(run, "toy") / "base", unit(run, "reward")
     tokenizer = load_tokenizer(str(base))
@@ -301,25 +305,25 @@ def test_an_adapter_of_another_base_is_refused_and_one_without_fingerprint_noted
 
     from salsa_peft.config.load import load_recipe
     from salsa_peft.config.references import Reference
-    from salsa_peft.models.base import load_tokenizer
-    from salsa_peft.models.loader import Workbench
+    from salsa_peft.models.stage_context import StageContext
+    from salsa_peft.models.tokenizers import load_tokenizer
     from salsa_peft.utils.errors import SalsaError
     from salsa_peft.utils.fingerprints import base_fingerprint
 
     base = unit(run, "toy") / "base"
-    bench = Workbench(load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe, base, "base", None)  # type: ignore[arg-type]
+    context = StageContext(load_recipe(str(run / "recipe.yaml"), lora=None, overrides=[]).recipe, base, "base", None)  # type: ignore[arg-type]
     for name in ("sft/seed-0", "reward", "soup", "ppo/salsa"):
         assert read(unit(run, name) / "fingerprint.json") == {"base": base_fingerprint(base)}
     shutil.copytree(unit(run, "soup"), tmp_path / "soup")
-    bench.check({"soup": tmp_path / "soup"})
+    context.check({"soup": tmp_path / "soup"})
     (tmp_path / "soup" / "fingerprint.json").write_text('{"base": "00"}')
     with pytest.raises(SalsaError, match="found weights of another base"):
-        bench.check({"soup": tmp_path / "soup"})
+        context.check({"soup": tmp_path / "soup"})
     (tmp_path / "soup" / "fingerprint.json").unlink()
-    bench.check({"soup": tmp_path / "soup"})  # of seeds without one, which was noted when they were taken
+    context.check({"soup": tmp_path / "soup"})  # of seeds without one, which was noted when they were taken
     assert "no fingerprint.json" not in capsys.readouterr().err
-    bench = replace(bench, tokenizer=load_tokenizer(str(base), chat_template=str(base / "chat_template.jinja")))
-    bench.check({}, [Reference(label="soup", path=str(tmp_path / "soup"))])
+    context = replace(context, tokenizer=load_tokenizer(str(base), chat_template=str(base / "chat_template.jinja")))
+    context.check({}, [Reference(label="soup", path=str(tmp_path / "soup"))])
     assert "no fingerprint.json" in capsys.readouterr().err
 
 

@@ -215,7 +215,7 @@ def test_local_paths_are_in_no_slice(here):
     assert units["ppo/ppo"].files[1:] == (str(here / "a"),)
     assert units["evaluate"].files[1:] == (str(here / "a"),)
     assert all(
-        str(here) not in json.dumps(unit.slice) and str(PACKAGE) not in json.dumps(unit.slice)
+        str(here) not in json.dumps(unit.key_fields) and str(PACKAGE) not in json.dumps(unit.key_fields)
         for unit in units.values()
     )
 
@@ -241,8 +241,8 @@ def test_lazy_names():
 
 
 def test_bundled_recipes_and_presets_parse():
-    assert "lora" in parsing.names("adapters")
-    for name in parsing.names("recipes"):
-        for preset in parsing.names("adapters"):
+    assert "lora" in parsing.bundled_names("adapters")
+    for name in parsing.bundled_names("recipes"):
+        for preset in parsing.bundled_names("adapters"):
             assert parsing.load_recipe(name, lora=preset, overrides=[]).recipe.name
         assert parsing.load_recipe(name, lora=None, overrides=[]).recipe.mode == "full"

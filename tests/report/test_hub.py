@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from finished_run import BASE_ID, CANARY, assert_canary_in_the_header_alone, command, files, make_run, publish_base
 from hub_server import Fault, Hub, Repo, hub
-from made_hub_run import BASE_ID, CANARY, assert_canary_in_the_header_alone, command, files, make_run, publish_base
 from paths import ROOT
 from safetensors.torch import load_file
 

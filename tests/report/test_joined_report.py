@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_run import HOSTILE, Page, synthetic, with_judge
+from synthetic_run import HOSTILE, Page, synthetic, with_judge
 
 from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds

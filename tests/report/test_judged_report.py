@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_run import HOSTILE, Page, synthetic, with_judge
+from synthetic_run import HOSTILE, Page, synthetic, with_judge
 
 from salsa_peft.evaluation.judge_statistics import pair_result
 from salsa_peft.report import findings, paper

@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_members import (
+from safetensors.torch import load_file
+from soup_members import (
     OPTIONS,
     PROPERTY,
     Q0,
@@ -26,7 +27,6 @@ from made_members import (
     train,
     weighted_base,
 )
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from salsa_peft.soup.__main__ import main

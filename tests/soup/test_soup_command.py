@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_members import make_llama, train
 from safetensors.torch import load_file
+from salsa_peft.soup.result import SoupSummary
+from soup_members import make_llama, train
 from tiny import make_base
 from transformers import PreTrainedTokenizerFast
 
 import salsa_peft
 from salsa_peft.soup.__main__ import main, parser
 from salsa_peft.soup.average import Options, soup
-from salsa_peft.soup.result import SoupSummary
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 
@@ -136,7 +136,7 @@ def shell(made: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path, tmp_path: Path) -> None:
     """Each member without a fingerprint once, with the base that it names; what a checkpoint is."""
     done = shell(made, str(tmp_path / "out"), "nowhere-known", "a1", "--merge", "--base", "base")
-    bar = re.compile(r"soup +\d.*")
+    bar = re.compile(r"soup: +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
         "warning: nowhere-known has no fingerprint.json: that it was trained on base is believed, not checked; it names the base someone/llama"
@@ -147,7 +147,12 @@ def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path,
     )
 
 
-def test_greedy_says_each_warning_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_greedy_says_each_warning_once(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Members are read several times: for the check, the measure, the soup and the one that greedy chose. Transformers has no bar."""
     base = make_base(tokenizer)
     for place in (base, tokenizer):
@@ -155,10 +160,14 @@ def test_greedy_says_each_warning_once(tokenizer: PreTrainedTokenizerFast, tmp_p
     for seed, name in enumerate("xy"):
         (train(base, tmp_path / name, seed) / "fingerprint.json").unlink()
     (tmp_path / "of_mine.py").write_text("def size(model):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # as in a new process
     words = ["--strategy", "greedy", "--measure", "of_mine:size", "--base", "base"]
-    done = shell(tmp_path, "out", "x", "y", *words)
-    bar = re.compile(r"soup +\d.*")
-    lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
+    capfd.readouterr()
+    assert main(["out", "x", "y", *words]) == 0
+    bar = re.compile(r"soup: +\d.*")
+    lines = [line for line in capfd.readouterr().err.splitlines() if not bar.match(line)]
     said = "warning: {} has no fingerprint.json: that its base is the others' is believed, not checked"
     assert lines == [said.format("x"), said.format("y")]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from made_members import OPTIONS, PROPERTY, Q0, logits, open_plain, train
 from peft import LoraConfig, PeftModel, get_peft_model
+from soup_members import OPTIONS, PROPERTY, Q0, logits, open_plain, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_members import Q0, WEIGHTS, edit, edit_tensors, train
+from soup_members import Q0, WEIGHTS, edit, edit_tensors, train
 
 from salsa_peft.soup.__main__ import main
 from salsa_peft.soup.average import soup

@@ -18,7 +18,7 @@ from salsa_peft.config.job import Job
 from salsa_peft.recipe.run import STAGES
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.fingerprints import canonical
+from salsa_peft.utils.fingerprints import canonical_json
 
 TINY = """
 name: tiny
@@ -44,7 +44,7 @@ def run(job: Job) -> dict[str, Any]:
     assert not left or STAGES[job.unit.stage].resumes, "the folder was not empty"
     print("noise")
     done = "".join((job.inputs[name] / "result.txt").read_text() for name in job.unit.inputs)
-    result = hashlib.sha256((canonical(job.unit.slice) + done).encode()).hexdigest()
+    result = hashlib.sha256((canonical_json(job.unit.key_fields) + done).encode()).hexdigest()
     write_atomic(job.folder / "result.txt", f"{job.unit.id} {result}\n")
     write_atomic(job.folder / "deeper" / "more.bin", b"1234")
     if job.unit.stage == "report":

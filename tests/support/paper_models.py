@@ -10,7 +10,7 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig
 from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.models.architectures.sizes import Architecture, of_recipe
+from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 
 SIZES = {
     "hidden_size": 64,
@@ -46,6 +46,6 @@ def make_base(kind: str, folder: Path) -> Path:
 def paper(name: str = "llama2_full", lora: str | None = None, *overrides: str) -> tuple[Recipe, Architecture]:
     """A recipe of the paper and its base."""
     found = load_recipe(name, lora=lora, overrides=list(overrides)).recipe
-    size = of_recipe(found)
+    size = architecture_of_recipe(found)
     assert size is not None
     return found, size

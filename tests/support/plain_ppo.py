@@ -28,7 +28,9 @@ def length_reward(prompts: list[str], completions: list[str], completion_ids: li
 
 def roll_out(trainer: SalsaPPOTrainer, rows: int = 8, update: int = 1) -> Rollout:
     """A rollout batch of the first prompts."""
-    return trainer.maker([trainer.train_dataset[i] for i in range(rows)], update, trainer.kl_coef, lambda: None)
+    return trainer.rollout_maker(
+        [trainer.train_dataset[i] for i in range(rows)], update, trainer.ppo.kl_coef, lambda: None
+    )
 
 
 def plain_logprobs(trainer: SalsaPPOTrainer, which: Any, rollout: Rollout, temperature: float = 1.0) -> Tensor:

@@ -12,27 +12,27 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import DistributedType, PartialState
 
-    from salsa_peft.models import loader as workbench
+    from salsa_peft.models import stage_context
     from salsa_peft.recipe import launch as worker
 
-    arguments = workbench.training_arguments
+    arguments = stage_context.training_arguments
 
     def on_what_is_there(*given: Any) -> dict[str, Any]:
         """Trainer's arguments without use_cpu, of which accelerate would make DDP."""
         return {**arguments(*given), "use_cpu": False}
 
-    quiet = workbench.quiet
+    remove_printer = stage_context.remove_printer
 
     def cut_small_ones_too(trainer: Any) -> None:
         """Called by the stages before they train; or ZeRO-3 would leave small weights whole, which all are here."""
-        quiet(trainer)
+        remove_printer(trainer)
         if trainer.accelerator.state.deepspeed_plugin is not None:
             found = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
     with (
-        patch.object(workbench, "quiet", cut_small_ones_too),
+        patch.object(stage_context, "remove_printer", cut_small_ones_too),
         patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
-        patch.object(workbench, "training_arguments", on_what_is_there),
+        patch.object(stage_context, "training_arguments", on_what_is_there),
     ):
         worker.main(Path(sys.argv[1]))

@@ -125,7 +125,7 @@ class TestCommit:
             except KeyboardInterrupt:
                 broken = True
             calls["stop"] = -1
-            found, passed = checkpoints.last_whole(tmp_path)
+            found, passed = checkpoints.last_complete(tmp_path)
             assert found is not None and passed == []
             seen.append((found.name, (found / "model.safetensors").read_bytes()))
             if not broken:
@@ -177,18 +177,18 @@ class TestFinding:
 
     def test_the_newest_whole_one(self, make: Any, tmp_path: Path) -> None:
         """Each that is passed over is said, those older than what is found are not looked at."""
-        assert checkpoints.last_whole(tmp_path) == (None, [])
+        assert checkpoints.last_complete(tmp_path) == (None, [])
         for number in (1, 2, 3, 4):
             make(number)
         (tmp_path / "checkpoint-4" / checkpoints.MANIFEST).unlink()
         (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
         (tmp_path / "checkpoint-1" / "model.safetensors").unlink()
-        found, passed = checkpoints.last_whole(tmp_path)
+        found, passed = checkpoints.last_complete(tmp_path)
         assert found == tmp_path / "checkpoint-2" and len(passed) == 2
         assert "checkpoint-4: not whole (no checkpoint.json" in passed[0]
         assert "checkpoint-3: not whole (missing: model.safetensors), passed over" in passed[1]
         (tmp_path / "checkpoint-2" / checkpoints.STATE).unlink()
-        assert checkpoints.last_whole(tmp_path)[0] is None and len(checkpoints.last_whole(tmp_path)[1]) == 4
+        assert checkpoints.last_complete(tmp_path)[0] is None and len(checkpoints.last_complete(tmp_path)[1]) == 4
 
     @pytest.mark.parametrize(
         ("keep", "left"), [(None, [12, 11, 9, 2]), (1, [12]), (3, [12, 11, 9]), (9, [12, 11, 9, 2])]
@@ -213,7 +213,7 @@ class TestFinding:
         ]
         assert checkpoints.next_number(tmp_path) == 4
         (tmp_path / "checkpoint-4" / checkpoints.STATE).write_text("{")
-        found, passed = checkpoints.last_whole(tmp_path)
+        found, passed = checkpoints.last_complete(tmp_path)
         assert checkpoints.next_number(tmp_path) == 4 and "checkpoint-4: not whole" in passed[0]
         assert found is None or found.name != "checkpoint-4"
 

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 from salsa_peft.models.rewards.classifier import ClassifierReward
 from salsa_peft.models.rewards.reward import Part, WeightedReward
 from salsa_peft.training import offload
-from salsa_peft.training.offload import Parked
+from salsa_peft.training.offload import OffloadedModel
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -118,7 +118,7 @@ def test_a_parked_model_is_the_one_that_was_given() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).requires_grad_(False).eval()
     model[2].weight = model[0].weight
     weight, before = model[0].weight, model[0].weight.data.clone()
-    parked = Parked(model)
+    parked = OffloadedModel(model)
     with parked.on(torch.device("cpu")):
         assert model[2].weight is model[0].weight is weight
     assert torch.equal(weight, before) and len(parked.held) == 3 + 2 + 3
@@ -131,6 +131,6 @@ def test_refusals(make_trainer: Any, make_base: Any) -> None:
     with pytest.raises(SalsaError, match="offload: found 'all', expected 'none' or 'frozen'"):
         make_trainer(full=True, offload="all")
     with pytest.raises(SalsaError, match="that trains or is quantised"):
-        Parked(make_base())
+        OffloadedModel(make_base())
     trainer = make_trainer([make_base(1)], length_reward, offload="frozen")  # a model of its own beside adapters
     assert roll_out(trainer).kl.abs().max() > 0.1

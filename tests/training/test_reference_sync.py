@@ -15,8 +15,8 @@ from salsa_peft.config.references import parse_reference
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
 from salsa_peft.recipe import units
-from salsa_peft.training import reference_sync as moving
-from salsa_peft.training.references import Frozen, attach_reference
+from salsa_peft.training import reference_sync
+from salsa_peft.training.references import FrozenReference, attach_reference
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils import fingerprints as runs
 from salsa_peft.utils.errors import SalsaError
@@ -51,9 +51,9 @@ def test_the_first_move_is_exact_and_later_ones_say_what_they_lose(policy: Any) 
     model, frozen = policy
     assert (frozen.sync_every, frozen.mixup_alpha) == (2, 0.25)
     before, towards = deltas(model, "moving"), deltas(model, "policy")
-    assert moving.refresh(model, "policy", [frozen], 1) is None
+    assert reference_sync.sync(model, "policy", [frozen], 1) is None
     assert all(value.equal(before[place]) for place, value in deltas(model, "moving").items())
-    assert moving.refresh(model, "policy", [frozen], 2) == pytest.approx(0, abs=1e-6)
+    assert reference_sync.sync(model, "policy", [frozen], 2) == pytest.approx(0, abs=1e-6)
     after = deltas(model, "moving")
     for place, value in after.items():
         torch.testing.assert_close(value, 0.75 * before[place] + 0.25 * towards[place], rtol=1e-4, atol=1e-5)
@@ -62,7 +62,7 @@ def test_the_first_move_is_exact_and_later_ones_say_what_they_lose(policy: Any) 
         for parameter in adapters.parameters(model, "policy"):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)))
     towards = deltas(model, "policy")
-    told = moving.refresh(model, "policy", [frozen], 4)
+    told = reference_sync.sync(model, "policy", [frozen], 4)
     wanted = {place: 0.75 * after[place] + 0.25 * towards[place] for place in after}
     missing = {place: (wanted[place] - value).norm() ** 2 for place, value in deltas(model, "moving").items()}
     best = {place: (torch.linalg.svdvals(value)[10:] ** 2).sum() for place, value in wanted.items()}
@@ -77,7 +77,7 @@ def test_full_weights_move_in_place(make_base: Any) -> None:
     """θ_ref ← (1 − α) θ_ref + α θ_policy."""
     model, reference = make_base(), make_base(1)
     before = {name: parameter.clone() for name, parameter in reference.named_parameters()}
-    moving.refresh(model, None, [Frozen("soup", None, reference, 1, 0.25)], 5)
+    reference_sync.sync(model, None, [FrozenReference("soup", None, reference, 1, 0.25)], 5)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(parameter, 0.75 * before[name] + 0.25 * model.get_parameter(name))
 
@@ -90,9 +90,9 @@ def test_ppo_moves_it_and_a_resumed_run_is_the_same(
 
     def made(name: str, steps: int) -> Any:
         one = (
-            Frozen("soup", None, make_base(1).requires_grad_(False), 1, 0.5)
+            FrozenReference("soup", None, make_base(1).requires_grad_(False), 1, 0.5)
             if full
-            else Frozen("soup", "soup", None, 1, 0.5)
+            else FrozenReference("soup", "soup", None, 1, 0.5)
         )
         return make_trainer(
             [one],
@@ -152,7 +152,7 @@ def test_in_trl_an_adapter_moves_and_a_model_is_left_to_trl(
         learning_rate=1e-2,
     )
     trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    one = Frozen("soup", "soup", None, 1, 0.5)
+    one = FrozenReference("soup", "soup", None, 1, 0.5)
     use_reference(trainer, one)
     use_reference(trainer, one)
     before = deltas(model, "soup")
@@ -163,7 +163,7 @@ def test_in_trl_an_adapter_moves_and_a_model_is_left_to_trl(
     best = sum((torch.linalg.svdvals(value)[4:] ** 2).sum() for value in mixed.values())
     assert float(gone) == pytest.approx(float(best), rel=1e-3), "moved once, as far as its rank allows"
     with pytest.raises(SalsaError, match="expected TRL's own sync_ref_model"):
-        use_reference(trainer, Frozen("soup", None, make_base(1), 1, 0.5))
+        use_reference(trainer, FrozenReference("soup", None, make_base(1), 1, 0.5))
     assert causal_lm(trainer.model) is causal_lm(model)
 
 
@@ -178,7 +178,7 @@ def test_a_recipe_says_how_a_soup_moves() -> None:
         recipe = load_recipe(
             "quickstart", lora="lora", overrides=[f"policies={{a: {{reference: {reference}}}}}"]
         ).recipe
-        return runs.canonical(units.POLICY_UNITS["ppo"](recipe, "")[0].slice["references"])
+        return runs.canonical_json(units.POLICY_UNITS["ppo"](recipe, "")[0].key_fields["references"])
 
     assert sliced("soup") == '[{"label":null,"members":[],"path":null,"soup":true,"weights":[]}]'
     assert "sync_every" in sliced("{soup: {sync_every: 3}}")
@@ -209,9 +209,9 @@ def test_what_can_not_move_is_refused(make_trainer: Any, make_base: Any, make_ad
     ):
         model = make_adapter(make_adapter(make_base(), "policy", 1), "soup", 2, **options)
         with pytest.raises(SalsaError, match=message):
-            moving.check([Frozen("soup", "soup", None, 1, 0.5)], model, "policy")
+            reference_sync.check([FrozenReference("soup", "soup", None, 1, 0.5)], model, "policy")
     with pytest.raises(SalsaError, match="found sync_every for the base"):
-        make_trainer([Frozen("base", None, None, 2, 0.5)])
+        make_trainer([FrozenReference("base", None, None, 2, 0.5)])
     policies = "policies={a: {algorithm: dpo, reference: {soup: {sync_every: 2}}}}"
     with pytest.raises(SalsaError, match="found sync_every with dpo and full weights"):
         load_recipe("quickstart", lora=None, overrides=[policies])

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import made_elsewhere as elsewhere
 import pytest
+import third_party_folders as elsewhere
 import torch
 from paper_models import make_base
 from peft import PeftModel
@@ -756,7 +756,7 @@ def test_the_head_is_looked_at_where_all_seeds_are_taken(
     folder = elsewhere.adapter(base, tmp_path / "theirs", 1)
     seen: list[Any] = []
     monkeypatch.setattr(sft, "check_head", seen.append)
-    monkeypatch.setattr(base_checks, "reads_head", lambda recipe: bool(recipe.sft.from_))  # as with a policy by PPO
+    monkeypatch.setattr(base_checks, "needs_logprobs", lambda recipe: bool(recipe.sft.from_))  # as with a policy by PPO
     take(small, base, folder, tmp_path / "out")
     assert len(seen) == 1 and not next(seen[0].parameters()).is_meta
 

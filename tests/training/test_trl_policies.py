@@ -16,7 +16,7 @@ from small_recipe import ENVIRONMENT, SMALL, read, unit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salsa_peft.config.load import saved_recipe
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.recipe import units
 from salsa_peft.recipe.run import load as load_recipe
@@ -94,7 +94,7 @@ def test_the_kl_term_looks_at_the_reference_that_the_recipe_names(run: Path) -> 
     from datasets import Dataset
 
     recipe = saved_recipe(run / "recipe.yaml")
-    rows = data.preferences(data.sources(recipe, unit(run, "toy"))["preferences"])
+    rows = datasets.preferences(datasets.training_sources(recipe, unit(run, "toy"))["preferences"])
     held_out = Dataset.from_list(rows).train_test_split(test_size=6, seed=SPLIT_SEED)["test"]
     tokenizer = AutoTokenizer.from_pretrained(unit(run, "sft/seed-0"))
     start, soup = opened(run, "sft/seed-0"), opened(run, "soup")
@@ -137,8 +137,8 @@ def test_a_reward_of_ours_is_called_as_trl_calls_one(tokenizer: Any) -> None:
         seen.append((prompts, completion_ids, colour, finished))
         return [float(len(ids)) for ids in completion_ids]
 
-    bench: Any = type("Bench", (), {"tokenizer": tokenizer})
-    score = trl_policies.as_function(FunctionReward(reward, tokenizer), bench, (tokenizer.eos_token_id,))
+    context: Any = type("Bench", (), {"tokenizer": tokenizer})
+    score = trl_policies.as_function(FunctionReward(reward, tokenizer), context, (tokenizer.eos_token_id,))
     prompts = [[{"role": "user", "content": "kin pear"}], [{"role": "user", "content": "kin"}]]
     ids = [[7, 8, tokenizer.eos_token_id], [9]]
     found = score(prompts=prompts, completions=["", ""], completion_ids=ids, colour=["red", "blue"], trainer_state=None)
@@ -179,7 +179,7 @@ def test_a_policy_hangs_on_what_its_algorithm_reads() -> None:
     def keys(*sets: str) -> dict[str, Any]:
         recipe = recipe_of(f"policies={policies}", *sets)
         made = [unit for make in units.POLICY_UNITS.values() for unit in make(recipe, "run")]
-        return {unit.id: runs.canonical([unit.slice, list(unit.inputs)]) for unit in made}
+        return {unit.id: runs.canonical_json([unit.key_fields, list(unit.inputs)]) for unit in made}
 
     before = keys()
     assert list(before) == ["ppo/ppo", "dpo/a", "rloo/b"]

@@ -28,7 +28,7 @@ from trl import (
 import salsa_peft
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.soup import average as averaging
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint
 
@@ -311,7 +311,7 @@ def test_what_would_be_ignored_or_wrong_is_refused(world: World, make_base: Any)
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"
     ).requires_grad
     with pytest.raises(SalsaError, match="expected TRL's own sync_ref_model"):
-        use_reference(trainer, Frozen("moving", None, world.load("base"), 1, 0.5))
+        use_reference(trainer, FrozenReference("moving", None, world.load("base"), 1, 0.5))
     with pytest.raises(SalsaError, match="no such folder"):
         use_reference(trainer, world.folder / "nothing")
     assert_reference(trainer, world, "seed-0")

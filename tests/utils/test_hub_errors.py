@@ -29,7 +29,7 @@ for line in sys.stdin:
         asks[how](name, kind)
         print(json.dumps("no error"), flush=True)
     except Exception as error:
-        print(json.dumps(hub_errors.explain(error, name)), flush=True)
+        print(json.dumps(hub_errors.explain_hub_error(error, name)), flush=True)
 """
 ANSWERS = {"gated": (403, "GatedRepo"), "missing": (401, "RepoNotFound"), "revision": (404, "RevisionNotFound")}
 
@@ -100,4 +100,4 @@ def test_offline(tmp_path):
 
 
 def test_other_errors_are_not_the_hubs():
-    assert hub_errors.explain(ValueError("x")) is None
+    assert hub_errors.explain_hub_error(ValueError("x")) is None

@@ -1,27 +1,14 @@
-"""Progress where there is no terminal, and on one."""
+"""Progress bars on a terminal, and lines of progress where there is none."""
 
 from __future__ import annotations
 
 import io
+import sys
+from typing import Any
 
-from salsa_peft.utils.console import bar, clock
+import pytest
 
-
-def test_lines_now_and_then():
-    stream = io.StringIO()
-    with bar(4, "sft/seed-0", stream=stream, every=0.0) as update:
-        update(loss=1.23456)
-        update(done=3, what="sft/seed-0 saving", total=6)
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "sft/seed-0  1/4  25%  0:00 left  loss 1.235"
-    assert lines[1] == "sft/seed-0 saving  3/6  50%  0:00 left  loss 1.235"
-
-
-def test_a_short_loop_says_nothing():
-    stream = io.StringIO()
-    with bar(4, "x", stream=stream) as update:
-        update(4)
-    assert stream.getvalue() == ""
+from salsa_peft.utils.console import progress_bar, say
 
 
 class Terminal(io.StringIO):
@@ -32,16 +19,57 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bars_inside_one_another_on_a_terminal():
-    stream = Terminal()
-    with bar(2, "outer", stream=stream) as outer:
-        with bar(3, "inner", stream=stream) as inner:
-            inner(3, loss=0.5)
-        outer(done=2, what="renamed")
-    assert "inner" in stream.getvalue()
-    assert "renamed" in stream.getvalue()
-    assert "2/2" in stream.getvalue()
+def test_lines_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    """One for each update here, with the description, the count and the figures."""
+    with progress_bar(4, "sft/seed-0", interval=0.0) as bar:
+        bar.set_postfix(loss=1.23456, refresh=False)
+        bar.update()
+        bar.total = 6
+        bar.set_description("sft/seed-0 saving", refresh=False)
+        bar.update(2)
+    start, first, second, end = capsys.readouterr().err.splitlines()
+    assert start.startswith("sft/seed-0:   0%|") and "| 0/4 [" in start
+    assert first.startswith("sft/seed-0:  25%|") and "| 1/4 [00:00<" in first and first.endswith("loss=1.23]")
+    assert second.startswith("sft/seed-0 saving:  50%|") and "| 3/6 [" in second and "| 3/6 [" in end
 
 
-def test_clock():
-    assert [clock(5), clock(65), clock(7265)] == ["0:05", "1:05", "2:01:05"]
+def test_a_short_loop_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is no terminal and the interval is never over."""
+    with progress_bar(4, "x") as bar:
+        bar.update(4)
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_of_nested_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    """None moves the cursor."""
+    with progress_bar(2, "outer", interval=0.0) as outer, progress_bar(3, "inner", interval=0.0) as inner:
+        inner.update()
+        outer.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split(":")[0] for line in lines} == {"outer", "inner"} and "\x1b" not in "".join(lines)
+
+
+def test_bars_inside_one_another_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are shown; the outer one stays, with standard error as it was."""
+    stream: Any = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(2, "outer") as outer:
+        with progress_bar(3, "inner") as inner:
+            inner.set_postfix(loss=0.5)
+            inner.update(3)
+        outer.set_description("renamed")
+        outer.update(2)
+    assert sys.stderr is stream
+    text = stream.getvalue()
+    assert "inner" in text and "loss=0.5" in text and "renamed" in text and "2/2" in text
+
+
+def test_what_is_printed_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar's line is cleared, the message printed, and the bar drawn again below it."""
+    stream: Any = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(4, "sft"):
+        before = len(stream.getvalue())
+        say("a warning")
+        cleared, _, below = stream.getvalue()[before:].partition("a warning\n")
+    assert cleared.startswith("\r") and cleared.strip() == "" and below.startswith("\rsft:")

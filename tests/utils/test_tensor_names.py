@@ -324,4 +324,4 @@ def test_unwrapped() -> None:
         "base_model.model._orig_mod.model.q_proj.lora_A.weight": "base_model.model.model.q_proj.lora_A.weight",
         "model.some_module.module.weight": "model.some_module.module.weight",
     }.items():
-        assert tensor_names.unwrapped(name) == plain
+        assert tensor_names.without_wrappers(name) == plain

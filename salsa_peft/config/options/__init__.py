@@ -1,1 +1,1 @@
-"""The options of a recipe's sections, one file for each kind."""
+"""Sections of the recipe that other modules need without the whole schema."""

@@ -1,4 +1,4 @@
-"""The recipe's `ppo.guards`: which guards there are, their default limits and actions. What each looks at is in training/ppo/guards.py. Imports no torch."""
+"""The recipe's `ppo.guards`: names, default limits and actions of the guards in training/ppo/guards.py. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Action = Literal["off", "warn", "stop"]
 
 
 class GuardDefault(NamedTuple):
-    """A row of DEFAULTS."""
+    """Default limit and action of a guard."""
 
     limit: float
     action: Action = "warn"
     largest: float = math.inf
-    """The largest limit that a recipe may set."""
+    """Largest limit that a recipe may set."""
 
 
 DEFAULTS: dict[str, GuardDefault] = {
@@ -31,49 +31,50 @@ DEFAULTS: dict[str, GuardDefault] = {
     "negative_kl": GuardDefault(1.0),
     "kl": GuardDefault(60.0, "off"),
 }
-"""One row for each of guards.GUARDS."""
+"""Defaults of each guard in GUARDS (training/ppo/guards.py)."""
 
 
-class Setting(NamedTuple):
-    """What a recipe says of a guard."""
+class GuardSetting(NamedTuple):
+    """Action and limit of a guard in a run."""
 
     action: Action
     limit: float
 
 
-def parse(guards: Mapping[str, Any], where: str = "guards") -> dict[str, Setting]:
-    """A recipe's `guards` → a setting for every guard. Raises SalsaError, beginning with `where` and the guard's name."""
-    require(isinstance(guards, Mapping), f"{where}: found {short(guards)}, expected a mapping such as {{length: stop}}")
+def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, GuardSetting]:
+    """The setting of every guard, from a recipe's `guards`. Raises SalsaError that starts with `where` and the guard's name."""
+    require(isinstance(guards, Mapping), f"{where}: must be a mapping such as {{length: stop}}, not {short(guards)}")
     for name in guards:
         if name not in DEFAULTS:
-            raise SalsaError(
-                f"{where}: found {short(name)}, expected a guard; {did_you_mean(str(name), [*DEFAULTS], 'guards')}"
-            )
+            raise SalsaError(f"{where}: unknown guard {short(name)}; {did_you_mean(str(name), [*DEFAULTS], 'guards')}")
     return {
-        name: _setting(guards[name], guard, f"{where}.{name}") if name in guards else Setting(guard.action, guard.limit)
+        name: _setting(guards[name], guard, f"{where}.{name}")
+        if name in guards
+        else GuardSetting(guard.action, guard.limit)
         for name, guard in DEFAULTS.items()
     }
 
 
-def _setting(found: Any, guard: GuardDefault, where: str) -> Setting:
-    """off | warn | stop, or {action, limit}, each of which may be left out: a limit alone warns."""
-    if not isinstance(found, Mapping):
-        return Setting(_action(found, where), guard.limit)
-    for key in found:
-        require(key in ("action", "limit"), f"{where}: found the key {short(key)}, expected action or limit")
-    require(len(found) > 0, f"{where}: found {{}}, expected action or limit")
-    limit = found.get("limit", guard.limit)
-    most = "" if guard.largest == math.inf else f" to {guard.largest:g}"
+def _setting(value: Any, guard: GuardDefault, where: str) -> GuardSetting:
+    """Parse off | warn | stop, or {action, limit}. Either key may be missing; a limit alone warns."""
+    if not isinstance(value, Mapping):
+        return GuardSetting(_action(value, where), guard.limit)
+    for key in value:
+        require(key in ("action", "limit"), f"{where}: unknown key {short(key)}; the keys are action and limit")
+    require(len(value) > 0, f"{where}: is empty; give an action, a limit or both")
+    limit = value.get("limit", guard.limit)
+    bound = "of at least 0" if guard.largest == math.inf else f"from 0 to {guard.largest:g}"
     require(
         isinstance(limit, int | float) and not isinstance(limit, bool) and 0 <= limit <= guard.largest and limit < math.inf,
-        f"{where}.limit: found {short(limit)}, expected a number from 0{most}",
+        f"{where}.limit: must be a number {bound}, not {short(limit)}",
     )  # fmt: skip
-    return Setting(_action(found.get("action", "warn"), f"{where}.action"), float(limit))
+    return GuardSetting(_action(value.get("action", "warn"), f"{where}.action"), float(limit))
 
 
-def _action(found: Any, where: str) -> Action:
-    if found is False:  # `off` in YAML 1.1
+def _action(value: Any, where: str) -> Action:
+    if value is False:  # `off` in YAML 1.1
         return "off"
-    known = get_args(Action)
-    require(isinstance(found, str) and found in known, f"{where}: found {short(found)}, expected {', '.join(known)}")
-    return found
+    require(
+        isinstance(value, str) and value in get_args(Action), f"{where}: must be off, warn or stop, not {short(value)}"
+    )
+    return value

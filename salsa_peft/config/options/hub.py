@@ -1,4 +1,4 @@
-"""The `hub` section: what a run pushes to the Hub when it is finished. No token stands in a recipe: it is the Hub's login, or HF_TOKEN."""
+"""The `hub` section: what a finished run pushes to the Hub. The token is never in a recipe but from `hf auth login` or HF_TOKEN."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from salsa_peft.utils.messages import short
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
 NAMESPACE = re.compile(PART % 62 + r"\Z")
 REPO_ID = re.compile((PART % 62).replace(".*", "[^/]*") + "/" + PART % 94 + r"\Z")
-"""namespace/name."""
-REPO_EXPECTED = "expected namespace/name, of letters, digits and single dots, - and _ between them, 96 at most"
+"""Pattern of namespace/name, for repositories to create: stricter than `utils.hub.HUB_ID`, which accepts what exists."""
+REPO_EXPECTED = (
+    "expected namespace/name, of letters, digits and single dots, - and _ between them, at most 96 characters"
+)
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Hub:
-    """Pushing, after the report. A push that fails is noted, and `salsa hub push RUN` makes up for it."""
+    """Pushing results after the report. If a push fails, the run still succeeds; `salsa hub push RUN` tries again."""
 
     push: list[str] = dataclasses.field(default_factory=list)
-    """Results, a repository each: soup, reward, seed-N, a policy's name. Empty: none."""
+    """Results to push, one repository each: soup, reward, seed-N, a policy's name. Empty: none."""
     namespace: str | None = None
-    """User or organisation. None: whose login it is."""
+    """User or organization. None: the logged-in user."""
     name: str | None = None
-    """Repositories are called <name>-<result>. None: as the run's folder."""
+    """Repositories are called <name>-<result>. None: the name of the run's folder."""
     private: bool = True
-    """Whether only you and those you let see them."""
+    """Whether the repositories are private."""
     base_model: str | None = None
-    """The base's id on the Hub, for a base that is a local folder here. None: model.base."""
+    """The base's Hub id for the model card, where model.base is a local folder. None: model.base."""
 
     def check(self, where: str) -> None:
-        """Raise SalsaError for names that the Hub would not take."""
+        """Raise SalsaError for names that the Hub would reject."""
         for key in ("namespace", "name"):
             value = getattr(self, key)
-            fits = value is None or NAMESPACE.match(value) is not None
             require(
-                fits,
-                f"{where}.{key}: found {short(value)}, expected letters, digits and single dots, - and _ between them, at most 64",
+                value is None or NAMESPACE.match(value) is not None,
+                f"{where}.{key}: must consist of letters, digits and single dots, - and _ between them, at most 64,"
+                f" not {short(value)}",
             )
         fits = self.base_model is None or REPO_ID.match(self.base_model) is not None
         require(fits, f"{where}.base_model: found {short(self.base_model)}, {REPO_EXPECTED}")
         for value in self.push:
-            require(self.push.count(value) == 1, f"{where}.push: found {short(value)} twice, expected each once")
+            require(self.push.count(value) == 1, f"{where}.push: names {short(value)} twice; name it once")

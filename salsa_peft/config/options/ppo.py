@@ -1,4 +1,4 @@
-"""The engine's own options: plain dataclasses that the recipe's sections and SalsaPPOConfig inherit, so a default stands once."""
+"""PPO options that the recipe's `ppo` section and SalsaPPOConfig share, each with one default."""
 
 from __future__ import annotations
 
@@ -9,158 +9,171 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from salsa_peft.config.fields import Count, NonNegative, Positive
-from salsa_peft.config.options import rollout as rollout_options
-from salsa_peft.config.options.guards import parse
+from salsa_peft.config.options.guards import parse_guards
+from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
 
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
-    """How responses are sampled. Top-p and top-k do not exist here: log-probs must be those of what was sampled."""
+    """How responses are sampled. There is no top-p or top-k: the log-probs must be those of the sampled distribution."""
 
     max_new_tokens: Count = 128
-    """Longest response, EOS included (TRL's response_length)."""
+    """Maximum length of a response, EOS included (TRL's response_length)."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """EOS and the ends of a turn are forbidden before this many tokens, in policy and reference log-probs alike. A remedy for the KL-hack."""
+    """EOS and end-of-turn tokens have probability 0 before this many tokens, in policy and references alike. Keeps the
+    policy from lowering the KL by short responses."""
     temperature: Positive = 1.0
-    """Of sampling; log-probs are those of this distribution (TRL's default is 0.7)."""
+    """Sampling temperature. Log-probs are computed at this temperature too (TRL's default is 0.7)."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class PPOOptions:
-    """The engine's own options, in the names of TRL's PPOConfig (1.12) where the thing is the same.
+    """Options of PPO, under the names of TRL's PPOConfig (1.12) where it has the same option.
 
-    A plain dataclass: the recipe's `ppo` section and `SalsaPPOConfig` both inherit these fields and defaults.
+    A plain dataclass, from which the recipe's `ppo` section and `SalsaPPOConfig` inherit.
     """
 
     num_ppo_epochs: Count = 4
-    """Passes over a rollout batch (TRL)."""
+    """Passes over a rollout batch (default: TRL)."""
     num_mini_batches: Count = 1
-    """Optimizer steps in one such pass (TRL)."""
+    """Optimizer steps in one pass over a rollout batch (default: TRL)."""
     rollout_batch_size: Count | None = None
-    """Responses generated, or scored, in one call (TRL: local_rollout_forward_batch_size). None: the rollout batch."""
+    """Responses generated or scored in one call (TRL: local_rollout_forward_batch_size). None: the rollout batch."""
     rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
-    """What generates: Transformers' generate, its continuous batching, or vLLM through TRL (the extra `vllm`)."""
+    """hf: Transformers' generate. paged: its continuous batching. vllm: vLLM through TRL (the extra `vllm`)."""
     rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """More for paged (of Transformers' ContinuousBatchingConfig) or vllm (of TRL's VLLMGeneration); names in config/options/rollout.py."""
+    """Options of the backend: paged, fields of Transformers' ContinuousBatchingConfig; vllm, arguments of TRL's
+    VLLMGeneration. config/options/rollout.py lists them."""
     rollout_compile: bool = False
-    """hf on CUDA: a static cache, and the decoding step compiled."""
+    """hf on CUDA: generate with a static cache and a compiled decoding step."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
-    """Log-probs and values before the update: from a forward of their own, as training computes them, or as they fell out of
-    generation, which saves that forward and differs from it by rounding (much in bf16)."""
+    """Log-probs and values before the update. recompute: from a forward pass as in training. rollout: recorded while
+    generating, which saves the forward pass but differs from it by rounding (noticeably in bf16)."""
     value: Literal["head", "adapter"] = "head"
-    """head: a linear head on the policy's trunk. adapter: an adapter `value` too, both started from the reward adapter's."""
+    """Value model. head: a linear head on the policy's trunk. adapter: an adapter of its own with a head, both
+    initialized from the reward adapter."""
     logged_completions: Annotated[int, Field(ge=0)] = 4
-    """Responses of each rollout batch that completions.jsonl keeps."""
+    """Responses of each rollout batch that are written to completions.jsonl."""
     shown_every: Count | None = 10
-    """Updates between two looks at the first two of these in the terminal. None: never."""
+    """Updates between two prints of the first two of these responses to the terminal. None: never."""
     kl_coef: NonNegative = 0.2
-    """β at the start. Paper A.3: 0.2 for PPO, 0.01 for SALSA; policies give their own."""
+    """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
-    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman), abs, or exact over the vocabulary."""
+    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2 and k3 (Schulman); abs = |k1|; full: exact, over
+    the whole vocabulary."""
     kl_per: Literal["response", "token"] = "response"
-    """What the score is weighed against: the KL summed over a response, or its mean over the response's tokens. The mean takes
-    away the gain of short responses, a remedy for the KL-hack. Logs, target and controller go by the sum always."""
+    """KL penalty of a response: the sum over its tokens, or their mean. With the mean, short responses have no advantage
+    over long ones. Logs, kl_target and the adaptive controller always use the sum."""
     kl_control: Literal["fixed", "adaptive"] = "adaptive"
-    """adaptive: β follows kl_target (Ziegler et al., 2019; the paper's "initial KL coefficient", TRL 0.8)."""
+    """adaptive: β is adjusted towards kl_target (Ziegler et al., 2019; TRL 0.8; the paper's "initial KL coefficient")."""
     kl_target: Positive = 6.0
-    """Nats per response (TRL 0.8)."""
+    """Target KL of the adaptive controller, nats per response (default: TRL 0.8)."""
     kl_horizon: Positive = 10_000.0
-    """Responses in which β can change by about ×1.2 (TRL 0.8)."""
+    """Number of responses in which the adaptive β changes by a factor of at most about 1.2 (default: TRL 0.8)."""
     kl_coef_min: NonNegative = 0.0
-    """Adaptive β stays at or above this."""
+    """Lower bound of the adaptive β."""
     kl_coef_max: Positive | None = None
-    """Adaptive β stays at or below this. None: no bound."""
+    """Upper bound of the adaptive β. None: no bound."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Discount (TRL)."""
+    """Discount factor γ (default: TRL)."""
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    """GAE's λ (TRL)."""
+    """λ of generalized advantage estimation (default: TRL)."""
     cliprange: Positive = 0.2
-    """ε of the policy loss (TRL)."""
+    """Clip range ε of the probability ratio in the policy loss (default: TRL)."""
     cliprange_value: Positive = 0.2
-    """Clip of the value's change in its loss (TRL)."""
+    """Clip range of the value's change in the value loss (default: TRL)."""
     vf_coef: NonNegative = 0.1
-    """Weight of the value loss (TRL)."""
+    """Weight of the value loss (default: TRL)."""
     value_head_learning_rate: Positive | None = None
-    """Of the value head, which starts at zero and may need a higher one than the policy. None: learning_rate."""
+    """Learning rate of the value head, which starts at zero and may need a higher one than the policy. None:
+    learning_rate."""
     whiten_rewards: bool = False
-    """Scale per-token rewards to unit variance (TRL); the mean is kept."""
+    """Scale per-token rewards to unit variance without shifting the mean (default: TRL)."""
     max_ratio: Positive = 10.0
-    """A minibatch whose mean probability ratio passes this is skipped (TRL 0.8's ratio_threshold)."""
+    """A minibatch whose mean probability ratio exceeds this is skipped (TRL 0.8: ratio_threshold)."""
     target_kl: Positive | None = None
-    """An update's later minibatches are left out once one moved the policy by more than 1.5 times this (approxkl, nats per
-    token; TRL 0.8's early_stopping). None: off."""
+    """Early stopping: the rest of an update is skipped once approxkl (nats per token) exceeds 1.5 times this (TRL 0.8:
+    early_stopping). None: off."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Name → off | warn | stop, or {action, limit}: what training/ppo/guards.py watches. Those not named warn, at their own limits."""
+    """Guard → off | warn | stop, or {action, limit}; training/ppo/guards.py describes the guards. Guards not named here
+    keep their defaults."""
     missing_eos_penalty: NonNegative | None = None
-    """Taken off the score of a response that no EOS or end of a turn closed (TRL). None: off."""
+    """Subtracted from the score of a response without EOS or end-of-turn token (TRL). None: off."""
     score_clip: Positive | None = None
-    """Scores are clipped to ± this. None: off."""
+    """Scores are clipped to [−score_clip, score_clip]. None: off."""
     normalize_scores: bool = False
-    """Divide scores by their running standard deviation (TRL 0.8's use_score_scaling)."""
+    """Divide scores by their running standard deviation (TRL 0.8: use_score_scaling)."""
     max_prompt_length: Count | None = None
-    """Longer prompts are left out, and counted. None: what the model's length leaves beside max_new_tokens."""
+    """Longer prompts are dropped, and their number is logged. None: the model's maximum length less max_new_tokens."""
 
     def check_batches(self, prefix: str, batch_size: int, micro_batch_size: int | None) -> None:
-        """Raise SalsaError unless a rollout batch cuts into minibatches, these into micro-batches; `prefix` stands before keys."""
+        """Raise SalsaError unless a rollout batch divides into minibatches, and these into micro-batches.
+
+        prefix: the section's key with a dot, for messages.
+        """
         minibatch, rest = divmod(batch_size, self.num_mini_batches)
         require(
             rest == 0,
-            f"{prefix}batch_size: found {batch_size}, expected a multiple of num_mini_batches {self.num_mini_batches};"
+            f"{prefix}batch_size: {batch_size} is not a multiple of num_mini_batches {self.num_mini_batches};"
             f" set {prefix}batch_size={math.ceil(batch_size / self.num_mini_batches) * self.num_mini_batches}",
         )
         micro = micro_batch_size or minibatch
         require(
             minibatch % micro == 0,
-            f"{prefix}micro_batch_size: found {micro}, expected a divisor of the minibatch, {batch_size} /"
-            f" {self.num_mini_batches} = {minibatch} responses",
+            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {self.num_mini_batches} ="
+            f" {minibatch} responses",
         )
 
     def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int) -> int:
-        """Responses of a minibatch that each process has. Raises SalsaError unless they are as many in each, and cut into micro-batches."""
-        share, rest = divmod(batch_size // self.num_mini_batches, processes)
+        """Responses of a minibatch that each process gets.
+
+        Raises SalsaError unless all processes get the same number, and each share divides into micro-batches.
+        """
+        minibatch = batch_size // self.num_mini_batches
+        share, rest = divmod(minibatch, processes)
+        whole = self.num_mini_batches * processes
         require(
             rest == 0,
-            f"{prefix}batch_size / num_mini_batches: found minibatches of {batch_size // self.num_mini_batches} responses for"
-            f" {processes} processes, expected a multiple of them; set"
-            f" {prefix}batch_size={math.ceil(batch_size / (self.num_mini_batches * processes)) * self.num_mini_batches * processes}",
+            f"{prefix}batch_size: minibatches of {minibatch} responses cannot be shared equally by {processes} processes;"
+            f" set {prefix}batch_size={math.ceil(batch_size / whole) * whole}",
         )
         micro, local = micro_batch_size or share, batch_size // processes
         require(
             share % micro == 0,
-            f"{prefix}micro_batch_size: found {micro}, expected a divisor of {share}, the responses of a minibatch that each of"
-            f" {processes} processes has",
+            f"{prefix}micro_batch_size: {micro} does not divide {share}, the responses of a minibatch on each of"
+            f" {processes} processes",
         )
         rollout = self.rollout_batch_size or local
         require(
             processes == 1 or local % rollout == 0,
-            f"{prefix}rollout_batch_size: found {rollout}, expected a divisor of {local}, the responses that each of {processes}"
-            " processes has",
+            f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each of"
+            f" {processes} processes",
         )
         return share
 
     def check_options(self, prefix: str) -> None:
-        """Raise SalsaError for options that contradict one another; `prefix` stands before keys."""
-        parse(self.guards, f"{prefix}guards")
+        """Raise SalsaError for options that contradict one another. prefix: the section's key with a dot, for messages."""
+        parse_guards(self.guards, f"{prefix}guards")
         rollout = self.old_logprobs == "rollout"
-        rollout_options.check(
+        check_rollout_options(
             prefix, self.rollout_backend, self.rollout_options, compiled=self.rollout_compile, recorded=rollout
         )
         require(
             not (rollout and self.rollout_backend != "hf"),
-            f"{prefix}old_logprobs: found rollout with rollout_backend {self.rollout_backend}, expected recompute: only hf samples"
-            " with the numbers that the update uses",
+            f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf computes"
+            " log-probs as the update does; use recompute",
         )
         require(
             not (rollout and self.kl_estimator == "full"),
-            f"{prefix}old_logprobs: found rollout with kl_estimator full, expected recompute: the exact KL needs the policy's states",
-        )
-        require(
-            self.kl_coef_max is None or self.kl_coef_min <= self.kl_coef <= self.kl_coef_max,
-            f"{prefix}kl_coef: found {self.kl_coef:g}, expected between kl_coef_min {self.kl_coef_min:g} and kl_coef_max"
-            f" {self.kl_coef_max or 0:g}",
+            f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden states;"
+            " use recompute",
         )
         require(
             self.kl_coef_min <= self.kl_coef,
-            f"{prefix}kl_coef: found {self.kl_coef:g}, expected at least kl_coef_min {self.kl_coef_min:g}",
+            f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}",
+        )
+        require(
+            self.kl_coef_max is None or self.kl_coef <= self.kl_coef_max,
+            f"{prefix}kl_coef: {self.kl_coef:g} is above kl_coef_max {self.kl_coef_max or 0:g}",
         )

@@ -1,4 +1,4 @@
-"""What `rollout_options` may hold for each `rollout_backend`, and which of the engine's options a backend does not have."""
+"""Keys of `rollout_options` for each `rollout_backend`, and options of the engine that a backend lacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from salsa_peft.utils.errors import require
 
-OPTIONS: dict[str, tuple[str, ...]] = {
+BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
     "paged": (
         "page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "auto_switch_to_flash", "use_cuda_graph",
@@ -18,23 +18,30 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "enable_sleep_mode", "model_impl",
     ),
 }  # fmt: skip
-"""Fields of Transformers' ContinuousBatchingConfig, and of TRL's VLLMGeneration. Not tensor_parallel_size: TRL cuts answers by equal
-shares, which a rollout's need not be."""
+"""Fields of Transformers' ContinuousBatchingConfig and of TRL's VLLMGeneration. tensor_parallel_size is left out: TRL splits
+the responses into equal shares, and the size of a rollout need not be divisible."""
 
 
-def check(prefix: str, backend: str, options: Mapping[str, Any], *, compiled: bool, recorded: bool) -> None:
-    """Raise SalsaError for an option that the backend does not have. compiled: rollout_compile; recorded: old_logprobs rollout."""
-    unknown = sorted(set(options) - set(OPTIONS[backend]))
-    expected = f"some of {', '.join(OPTIONS[backend])}" if OPTIONS[backend] else "none"
+def check_rollout_options(
+    prefix: str, backend: str, options: Mapping[str, Any], *, compiled: bool, recorded: bool
+) -> None:
+    """Raise SalsaError for an option that the backend lacks.
+
+    compiled: the value of rollout_compile; recorded: whether old_logprobs is rollout.
+    """
+    unknown = ", ".join(sorted(set(options) - set(BACKEND_OPTIONS[backend])))
+    known = ", ".join(BACKEND_OPTIONS[backend])
     require(
         not unknown,
-        f"{prefix}rollout_options: found {', '.join(unknown)} with rollout_backend {backend}, expected {expected}",
+        f"{prefix}rollout_options: rollout_backend {backend} has no option {unknown}"
+        + (f"; its options are {known}" if known else "; it takes no options"),
     )
     require(
         backend == "hf" or not compiled,
-        f"{prefix}rollout_compile: found true with rollout_backend {backend}, expected false: it is hf's",
+        f"{prefix}rollout_compile: rollout_backend {backend} cannot be compiled; set rollout_compile=false or use hf",
     )
-    require(  # the hook that records would be compiled in once, and left out in silence ever after
+    require(  # the recording hook would be compiled away without an error
         not (compiled and recorded),
-        f"{prefix}old_logprobs: found rollout with rollout_compile, expected recompute: a compiled step records nothing",
+        f"{prefix}old_logprobs: rollout does not work with rollout_compile, because a compiled step records no"
+        " log-probs; use recompute",
     )

@@ -1,4 +1,4 @@
-"""The recipe's `search:`: which KL coefficients are tried for each policy, and who picks. Imports no torch."""
+"""The recipe's `search:`, which tries several KL coefficients for each policy. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SEED_0 = "seed-0"
 
 @dataclass(config=STRICT, kw_only=True)
 class Search:
-    """Which KL coefficients are tried, and who picks."""
+    """Trains policies at several KL coefficients and picks the one with the highest win rate."""
 
     kl_coef: Annotated[list[NonNegative], Field(min_length=1)]
-    """β at the start, of each candidate."""
+    """Initial KL coefficient β of each candidate."""
     by: Literal["reward", "judge"] = "reward"
-    """What the win rates come from: the recipe's reward, or evaluate.judge (the paper)."""
+    """What decides a comparison: the recipe's reward, or evaluate.judge (as in the paper)."""
     methods: list[str] = dataclasses.field(default_factory=list)
-    """Policies that are searched. Empty: all of them."""
+    """Policies to search. Empty: all."""
     against: str = SEED_0
-    """Whom the candidates are compared with."""
+    """Model that the candidates are compared with."""
     questions: list[str] = dataclasses.field(default_factory=list)
-    """Which of evaluate.prompts pick, all their questions together. Empty: all."""
+    """Names of the sets in evaluate.prompts whose questions, pooled, decide. Empty: all sets."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.data.chat.templates import Messages, has_marks, readable, rendered, shared
-from salsa_peft.data.chat.turn_ends import turn_of
+from salsa_peft.data.chat.templates import (
+    Messages,
+    common_prefix_length,
+    content_for_template,
+    has_generation_marks,
+    render,
+)
+from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -22,8 +28,8 @@ def assistant_tokens(
     otherwise once later ones follow (Qwen3's reasoning), by TRL's own version of that template. Raises SalsaError where none of these
     says it. options: more for the template, such as `tools`.
     """
-    chat = readable(messages, tokenizer)
-    if has_marks(tokenizer):
+    chat = content_for_template(messages, tokenizer)
+    if has_generation_marks(tokenizer):
         return _marked(chat, tokenizer, None, options)
     require(
         tokenizer.is_fast,
@@ -32,10 +38,10 @@ def assistant_tokens(
     spans = _spans(chat, tokenizer, options)
     if spans is None:
         return _marked(chat, tokenizer, _of_trl(tokenizer), options)
-    text = rendered(chat, tokenizer, **options)
+    text = render(chat, tokenizer, **options)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]  # type: ignore[arg-type]
-    added, mask, closing = tokenizer.added_tokens_decoder, [0] * len(ids), turn_of(tokenizer).end
+    added, mask, closing = tokenizer.added_tokens_decoder, [0] * len(ids), assistant_turn(tokenizer).end
     firsts = [first for first, _ in places]  # type: ignore[union-attr]
     for start, end in spans:
         first, last = bisect_left(firsts, start), bisect_left(firsts, end)
@@ -57,13 +63,13 @@ def _marked(chat: Messages, tokenizer: PreTrainedTokenizerBase, template: str | 
 def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> list[tuple[int, int]] | None:
     """Where in the rendered text each answer begins, and where what follows it does; None where the template does not render a
     conversation's beginning as it renders that beginning alone."""
-    text, spans = rendered(chat, tokenizer, **options), []
+    text, spans = render(chat, tokenizer, **options), []
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
         before = _before(chat, turn, text, tokenizer, options)
-        through = text if turn + 1 == len(chat) else rendered(chat[: turn + 1], tokenizer, **options)
-        end = shared(text, through)
+        through = text if turn + 1 == len(chat) else render(chat[: turn + 1], tokenizer, **options)
+        end = common_prefix_length(text, through)
         if not text.startswith(before) or end <= len(before):
             return None
         spans.append((len(before), end))
@@ -73,8 +79,8 @@ def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str
 def _before(chat: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
     """The text up to an answer; of a conversation that begins with one, up to what opens it."""
     if turn:
-        return rendered(chat[:turn], tokenizer, add_generation_prompt=True, **options)
-    opening = turn_of(tokenizer).opening
+        return render(chat[:turn], tokenizer, add_generation_prompt=True, **options)
+    opening = assistant_turn(tokenizer).opening
     return "".join(text.partition(opening)[:2]) if opening and opening in text else ""
 
 

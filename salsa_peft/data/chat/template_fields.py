@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.data.chat.templates import ANSWER, USER, readable, remembered, rendered
-from salsa_peft.data.message_formats import Messages, tool_list
+from salsa_peft.data.chat.templates import ANSWER, USER, cached_per_tokenizer, content_for_template, render
+from salsa_peft.data.message_formats import Messages, parse_tools
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPOKEN = ("user", "assistant")
+CHAT_ROLES = ("user", "assistant")
 FIELD = "`{}` in their messages"
-CALLS = FIELD.format("tool_calls")
+TOOL_CALLS_FIELD = FIELD.format("tool_calls")
 """How `dropped` calls them."""
 
 
-def options_of(row: Mapping[str, Any]) -> dict[str, Any]:
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """What apply_chat_template is given of a row beside its messages, as TRL's trainers give it."""
-    tools = tool_list(row.get("tools"), "tools")
+    tools = parse_tools(row.get("tools"), "tools")
     return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
 
 
-def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
+def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
     """What apply_chat_template gives. Raises SalsaError that names `where` for a tokenizer without a template, or one that refuses."""
     require(
         tokenizer.chat_template is not None,
@@ -46,7 +46,7 @@ def through_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, whe
         raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}{remedy}") from error
 
 
-@remembered
+@cached_per_tokenizer
 def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template reads a tool call's arguments as JSON text (DeepSeek's) and not as an object, which is the convention."""
 
@@ -54,14 +54,14 @@ def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
         function = {"name": "f", "arguments": arguments}
         answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         try:
-            return ANSWER in rendered([{"role": "user", "content": USER}, answer], tokenizer)
+            return ANSWER in render([{"role": "user", "content": USER}, answer], tokenizer)
         except (TemplateError, TypeError):
             return False
 
     return not shown({"x": ANSWER}) and shown(json.dumps({"x": ANSWER}))
 
 
-def in_form(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> Messages:
+def messages_for_template(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> Messages:
     """The messages in the form that the tokenizer's template reads; without a tokenizer or template as they are."""
     if tokenizer is None or tokenizer.chat_template is None:
         return messages
@@ -75,7 +75,7 @@ def in_form(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> Me
             else message
             for message in messages
         ]
-    return readable(messages, tokenizer)
+    return content_for_template(messages, tokenizer)
 
 
 def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def dropped(
+def dropped_fields(
     messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str, options: Mapping[str, Any] | None = None
 ) -> list[str]:
     """What the template leaves out of messages, in words, each once: a system turn, a tool turn, `tool_calls`, `tools` …
@@ -97,7 +97,7 @@ def dropped(
     if tokenizer is None:
         return []
     given = dict(options or {})
-    text = str(through_template(messages, tokenizer, where, tokenize=False, **given))
+    text = str(apply_template(messages, tokenizer, where, tokenize=False, **given))
 
     def shown(other: Messages, **changed: Any) -> bool:
         try:
@@ -108,10 +108,14 @@ def dropped(
     found = []
     for place, message in enumerate(messages):
         before, behind, role = messages[:place], messages[place + 1 :], message["role"]
-        words = text_of(message).strip()
-        if words and (role not in SPOKEN or words not in text) and not shown([*before, _other_words(message), *behind]):
+        words = message_text(message).strip()
+        if (
+            words
+            and (role not in CHAT_ROLES or words not in text)
+            and not shown([*before, _other_words(message), *behind])
+        ):
             require(
-                role not in SPOKEN,
+                role not in CHAT_ROLES,
                 f"{where}: the tokenizer's chat template leaves out what the {role} says in turn {place + 1}, expected one that shows it;"
                 " set model.chat_template to another",
             )
@@ -126,14 +130,14 @@ def dropped(
     return sorted(set(found))
 
 
-def text_of(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
     """A message's text, also where its content is a list of parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _other_words(message: Mapping[str, Any]) -> dict[str, Any]:
-    words = f"{text_of(message)} – other"
+    words = f"{message_text(message)} – other"
     return {**message, "content": words if isinstance(message["content"], str) else [{"type": "text", "text": words}]}
 
 
@@ -144,7 +148,7 @@ def trained_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     completion's start), and ends where the next of the assistant's begins.
     """
     messages = row["messages"]
-    ids, mask = assistant_tokens(messages, tokenizer, **options_of(row))
+    ids, mask = assistant_tokens(messages, tokenizer, **template_options(row))
     if not row.get("skipped"):
         return ids, mask
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -159,7 +163,7 @@ def _before(row: Mapping[str, Any], place: int, tokenizer: PreTrainedTokenizerBa
     if place == 0:
         return []
     encoded: Any = tokenizer.apply_chat_template(
-        row["messages"][:place], add_generation_prompt=True, return_dict=True, **options_of(row)
+        row["messages"][:place], add_generation_prompt=True, return_dict=True, **template_options(row)
     )
     return list(encoded["input_ids"])
 

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from salsa_peft.data.chat.templates import ANSWER, USER, forced, loses_bos, remembered, rendered, shared, variants
+from salsa_peft.data.chat.templates import (
+    ANSWER,
+    USER,
+    cached_per_tokenizer,
+    common_prefix_length,
+    default_prefix,
+    render,
+    template_lacks_bos,
+    templates_by_name,
+)
 from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
 CHAT = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 
 
-class Turn(NamedTuple):
+class AssistantTurn(NamedTuple):
     """How the chat template opens and closes an assistant's turn that is the last."""
 
     end: int | None
@@ -32,30 +41,30 @@ class Turn(NamedTuple):
     """The end of the text that asks for an answer: Qwen's <|im_start|>assistant and a newline."""
 
 
-@remembered
-def turn_of(tokenizer: PreTrainedTokenizerBase) -> Turn:
+@cached_per_tokenizer
+def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     """By a conversation that the template renders."""
-    nothing = Turn(None, (), "")
+    nothing = AssistantTurn(None, (), "")
     if tokenizer.chat_template is None:
         return nothing
     try:
-        text = rendered(CHAT, tokenizer)
-        alone, asking = (rendered(CHAT[:1], tokenizer, add_generation_prompt=flag) for flag in (False, True))
+        text = render(CHAT, tokenizer)
+        alone, asking = (render(CHAT[:1], tokenizer, add_generation_prompt=flag) for flag in (False, True))
     except TemplateError:
         return nothing
-    opening = asking[shared(alone, asking) :]
+    opening = asking[common_prefix_length(alone, asking) :]
     _, answer, closing = text.rpartition(ANSWER)
     # the closing text alone would do, but some tokenizers put a blank before whatever a text begins with
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]  # type: ignore[union-attr, arg-type]
     known = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     special = [token for token in tokenizer(closing, add_special_tokens=False)["input_ids"] if token in known]  # type: ignore[union-attr]
     if not answer or not special:
-        return Turn(None, (), opening)
+        return AssistantTurn(None, (), opening)
     written = tokenizer.convert_ids_to_tokens(special[0])
     if closing.partition(str(written))[0].strip():  # a text ends the turn, and the token is something else
-        return Turn(None, (), opening)
+        return AssistantTurn(None, (), opening)
     place = _closing_place(ids, special)
-    return Turn(ids[place], tuple(ids[place + 1 :]), opening)
+    return AssistantTurn(ids[place], tuple(ids[place + 1 :]), opening)
 
 
 def _closing_place(ids: list[int], special: list[int]) -> int:
@@ -66,13 +75,19 @@ def _closing_place(ids: list[int], special: list[int]) -> int:
     return place
 
 
-def ends(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, rows: int | None = None) -> tuple[int, ...]:
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, rows: int | None = None
+) -> tuple[int, ...]:
     """The ids that end a response: the template's end of a turn first, the tokenizer's EOS, those that a generation_config names.
 
     rows: of the output embeddings. An id that is none of the tokenizer's tokens, or has no row, is left out: it can't be sampled.
     """
     said = None if generation_config is None else generation_config.eos_token_id
-    found = [turn_of(tokenizer).end, tokenizer.eos_token_id, *(said if isinstance(said, list | tuple) else [said])]
+    found = [
+        assistant_turn(tokenizer).end,
+        tokenizer.eos_token_id,
+        *(said if isinstance(said, list | tuple) else [said]),
+    ]
     ids = [int(token) for token in found if token is not None and token >= 0]
     return tuple(
         token
@@ -81,12 +96,12 @@ def ends(tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, rows
     )
 
 
-def ends_of(tokenizer: PreTrainedTokenizerBase, lm: Any) -> tuple[int, ...]:
+def model_stop_token_ids(tokenizer: PreTrainedTokenizerBase, lm: Any) -> tuple[int, ...]:
     """The same for a Transformers causal language model, whose generation_config says which others there are."""
-    return ends(tokenizer, lm.generation_config, lm.config.get_text_config(decoder=True).vocab_size)
+    return stop_token_ids(tokenizer, lm.generation_config, lm.config.get_text_config(decoder=True).vocab_size)
 
 
-def facts(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str]:
+def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str]:
     """What is worth telling about a tokenizer, its template and the `ends` of a response, a line each."""
     lines = []
     if ends != (tokenizer.eos_token_id,):
@@ -97,17 +112,17 @@ def facts(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str
         lines.append(f"a response ends with any of {named}")
     if tokenizer.chat_template is None:
         return lines
-    if text := forced(tokenizer):
+    if text := default_prefix(tokenizer):
         lines.append(
             f"its chat template puts a text before every conversation that brings no system turn: {one_line(text)[:120]!r}"
         )
-    if any("strftime_now(" in template for template in variants(tokenizer.chat_template).values()):
+    if any("strftime_now(" in template for template in templates_by_name(tokenizer.chat_template).values()):
         lines.append("its chat template writes today's date, so that prompts are others tomorrow and a run can't be resumed then;"
                      " write a fixed date into the template")  # fmt: skip
-    if loses_bos(tokenizer):
+    if template_lacks_bos(tokenizer):
         lines.append(f"its tokenizer begins texts with {tokenizer.bos_token}, and its chat template writes none, so that chats go without;"
                      " put {{ bos_token }} at the template's start where the model was trained with it")  # fmt: skip
-    if turn_of(tokenizer).end is None:
+    if assistant_turn(tokenizer).end is None:
         lines.append(
             "its chat template writes no token that ends an assistant's turn: SFT teaches none, and responses may run to the limit"
         )
@@ -134,9 +149,9 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, taken: tuple[int, ...]) ->
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the special tokens that the template may write, and the BOS."""
-    texts = [*variants(tokenizer.chat_template).values()]
+    texts = [*templates_by_name(tokenizer.chat_template).values()]
     with contextlib.suppress(TemplateError):
-        texts += [rendered(CHAT, tokenizer)] if texts else []
+        texts += [render(CHAT, tokenizer)] if texts else []
     named = {
         number
         for number, token in tokenizer.added_tokens_decoder.items()

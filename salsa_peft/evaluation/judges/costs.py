@@ -79,11 +79,11 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
         if not sizes:
             return None
     section = recipe.search
-    pairs = len(sweeps.picked(sweeps.pairs(recipe), None))
+    pairs = len(sweeps.with_picked(sweeps.compared_pairs(recipe), None))
     calls = tokens = 0
     for name, lengths in sizes.items():
         searched = section is not None and section.by == "judge" and name in (section.questions or sizes)
-        times = 2 * (pairs + (len(sweeps.trials(recipe)) if searched else 0))
+        times = 2 * (pairs + (len(sweeps.candidate_pairs(recipe)) if searched else 0))
         calls += times * len(lengths)
         tokens += times * sum(length + INSTRUCTION for length in lengths)
     return Cost(calls, tokens, calls * VERDICT, exact)

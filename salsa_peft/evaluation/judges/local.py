@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.data.chat.templates import readable
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.templates import content_for_template
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.evaluation.judges.cache import Reply
 from salsa_peft.evaluation.judges.chat import Messages, Outcome
-from salsa_peft.models.base import device, positions, resolve_dtype
-from salsa_peft.models.generation import WITHOUT_FLOAT64, choose, uniform_numbers
+from salsa_peft.models.base import device, max_positions, resolve_dtype
+from salsa_peft.models.generation import WITHOUT_FLOAT64, sample_token, uniform_numbers
 from salsa_peft.models.responses import pad_prompts
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
@@ -69,7 +69,7 @@ class LocalModel:
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
         if self.model is None:
             self.model = self._load()
-        longest = min(int(self.tokenizer.model_max_length), positions(self.model.config) or sys.maxsize)
+        longest = min(int(self.tokenizer.model_max_length), max_positions(self.model.config) or sys.maxsize)
         rows = []
         for key, messages in requests.items():
             ids = self.encode(messages)
@@ -98,7 +98,7 @@ class LocalModel:
         return list(encoded["input_ids"])
 
     def _templated(self, messages: Messages) -> Any:
-        chat = readable(messages, self.tokenizer)
+        chat = content_for_template(messages, self.tokenizer)
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
 
     def _plain(self, text: str) -> str:
@@ -111,7 +111,7 @@ class LocalModel:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
-        self.ends = list(ends_of(self.tokenizer, model))
+        self.ends = list(model_stop_token_ids(self.tokenizer, model))
         require(
             bool(self.ends), f"{WHERE}: found no token that ends a turn in {self.section.model}, expected a chat model"
         )
@@ -149,7 +149,7 @@ class Drawing(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits (B, V) of the next token → −∞ but for one 0 a row."""
-        token = choose((scores.float() / self.temperature).softmax(-1), self.uniforms[:, self.step])
+        token = sample_token((scores.float() / self.temperature).softmax(-1), self.uniforms[:, self.step])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 

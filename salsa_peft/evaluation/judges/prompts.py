@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from salsa_peft.config.judge import FIELDS, Judge, read_prompts
+from salsa_peft.config.judge import PROMPT_FIELDS, Judge, read_prompts
 from salsa_peft.utils.errors import require
 
 NEED_REFERENCES = ("math", "reasoning", "coding", "arena-hard-200")
@@ -111,8 +111,8 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
     return lambda name, text: f"=== Begin{tag}: {name} ===\n{text}\n=== End{tag}: {name} ==="
 
 
-FIELDS["pair-math-v1"] = FIELDS["pair-v2"] | {"ref_answer_1"}
-FIELDS["pair-math-v1-multi-turn"] = FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
+PROMPT_FIELDS["pair-math-v1"] = PROMPT_FIELDS["pair-v2"] | {"ref_answer_1"}
+PROMPT_FIELDS["pair-math-v1-multi-turn"] = PROMPT_FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
 """FastChat's pairwise prompts and the fields of each."""
 
 

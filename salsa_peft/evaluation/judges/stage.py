@@ -165,13 +165,13 @@ def run(job: Job) -> dict[str, Any]:
 
     # 1. for a search by the judge: the candidates
     if recipe.search is not None and recipe.search.by == "judge":
-        trials = sweeps.trials(recipe)
+        trials = sweeps.candidate_pairs(recipe)
         judge_matches(matches(datasets, trials, recipe.search.questions or list(datasets)))
         rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in trials}
-        searched = sweeps.pick(recipe, rates, list(datasets))
+        searched = sweeps.pick_candidates(recipe, rates, list(datasets))
     # 2. the pairs; a searched policy is represented by the candidate that was picked
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
-    todo = matches(datasets, sweeps.picked(sweeps.pairs(recipe), searched), list(datasets))
+    todo = matches(datasets, sweeps.with_picked(sweeps.compared_pairs(recipe), searched), list(datasets))
     judge_matches([match for match in todo if (match.a, match.b, match.dataset) not in there])
     # 3. rates, and all files
     fastchat.write_judgments(job.folder, section, rows, prompts)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.models.architectures.checks import text_part
-from salsa_peft.models.architectures.sizes import config_of
+from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.fingerprints import read_fingerprint
+from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from salsa_peft.utils.hub import HUB_ID
 
 SIZES = (
@@ -36,7 +37,7 @@ def require_same_family(folder: Path, base: Mapping[str, Any], called: str, wher
         return None
     at_hand = local_folder(config, folder)
     known = HUB_ID.match(name) is not None
-    own = config_of(str(at_hand) if at_hand else name, config.get("revision")) if at_hand or known else None
+    own = config_of_base(str(at_hand) if at_hand else name, config.get("revision")) if at_hand or known else None
     if own is None:
         return name
     remedy = (
@@ -74,12 +75,56 @@ def local_folder(config: dict[str, Any], adapter: Path) -> Path | None:
 
 
 def base_folder(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The base that an adapter names, where it is at hand: a folder, or a Hub id in the cache. Nothing is fetched."""
-    folder = local_folder(config, adapter)
-    name = config["base_model_name_or_path"]
-    if folder is not None or not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        return folder
-    from huggingface_hub import try_to_load_from_cache
+    """The base that an adapter names, where it is on this machine: a folder, or a Hub id in the cache. Nothing is downloaded."""
+    return local_folder(config, adapter) or _cached(config["base_model_name_or_path"] or "", config["revision"])
 
-    cached = try_to_load_from_cache(name.rstrip("/"), "config.json", revision=config["revision"])
+
+def _cached(name: str, revision: str | None = None) -> Path | None:
+    """The snapshot folder of a Hub id in the local cache; None if it is not there or `name` is no Hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name.rstrip("/"), "config.json", revision=revision)
+    except HFValidationError:
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a model that is named by a path or a Hub id, where it is on this machine."""
+    return Path(name) if name and Path(name).is_dir() else _cached(name)
+
+
+def fingerprints_of(name: str) -> list[str] | None:
+    """Fingerprints, one for each version of the format, of the base that the model `name` (a folder or Hub id) was made of.
+
+    None if its files are not on this machine. A folder trained from another base holds that base's fingerprint in its fingerprint.json.
+    """
+    folder = _folder(name)
+    if folder is None:
+        return None
+    written = read_fingerprint(folder)
+    if written is not None:
+        return [written]
+    return base_fingerprints(folder) if any(folder.glob("*.safetensors")) else None
+
+
+def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:
+    """Raise SalsaError if the weights in `folder` were trained on another base than `name`, whose fingerprints are `base`.
+
+    If one of the two has no fingerprint, the architectures are compared and a line on standard error says what could not be checked.
+    """
+    found = read_fingerprint(folder)
+    if found is None or base is None:
+        what = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: no files at hand to take a fingerprint of"
+        used = _folder(name)
+        config = None if used is None else config_of_base(str(used.resolve()), None)
+        named = None if config is None else require_same_family(folder, config, name)
+        other = "" if named is None or named == name else f"; it names the base {named}, and is used on {name}"
+        print(f"{what}, so that its base can't be checked{other}", file=sys.stderr, flush=True)
+        return
+    require(
+        found in base,
+        f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {name} ({base[0][:12]} …)",
+    )

@@ -19,8 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from salsa_peft.config.schema import Adapter
@@ -34,7 +33,8 @@ from salsa_peft.models.adapters.names import (
     plain_names,
     trained_module,
 )
-from salsa_peft.models.sharding import placed
+from salsa_peft.models.sharding import sharded_like
+from salsa_peft.models.weights import check_finite, read_tensors
 from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import write_atomic
@@ -61,7 +61,7 @@ def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) 
     )
 
 
-def free_name(model: nn.Module, wish: str) -> str:
+def unused_name(model: nn.Module, wish: str) -> str:
     """`wish`, or with a number where an adapter on the model has that name."""
     taken = model.peft_config if isinstance(model, PeftModel) else ()
     numbered = (f"{wish}-{number}" for number in range(2, len(taken) + 3))
@@ -91,26 +91,6 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     return config, {name: tensors[key] for name, key in names.items()}
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file's. Raises SalsaError for a file that is none: damaged, or pickled under that name."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise SalsaError(
-            f"{path}: found no safetensors file ({error}), expected one: it is damaged, or of another format; copy or save it again"
-        ) from error
-
-
-def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise SalsaError, beginning with `where`, for a tensor with NaN or infinite values."""
-    for name, tensor in tensors.items():
-        plain = tensor.is_floating_point() and tensor.element_size() > 1  # torch has no isfinite for fp8
-        require(
-            not plain or bool(tensor.isfinite().all()),
-            f"{where}: {name}: found a value that is not finite, expected finite weights; the training that made them went wrong",
-        )
-
-
 def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
     """Add the adapter in `folder` to the shared base under `name`, float32, frozen unless `trainable`; none is activated.
 
@@ -118,9 +98,9 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     with adapters of embeddings, are left out. On a base without values (meta device) only names and shapes are compared. Raises SalsaError where the saved tensors and the base's modules don't match one to one.
     """
     config, tensors = read(folder)
-    check_keeps_base(config, str(folder))
-    check_factors_alone(config, str(folder))
-    tensors = factors_alone(model, tensors, folder)
+    require_base_unchanged(config, str(folder))
+    require_factors_only(config, str(folder))
+    tensors = lora_factors(model, tensors, folder)
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
     config.base_model_name_or_path = str(
         model.name_or_path
@@ -148,7 +128,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
     return model
 
 
-def factors_alone(
+def lora_factors(
     model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: Path
 ) -> dict[str, torch.Tensor]:
     """LoRA's own tensors of an adapter. Raises SalsaError for a trained copy of one of the base's modules; a copy of the base's own weights
@@ -176,7 +156,7 @@ def _check_parameters(model: PreTrainedModel | PeftModel, config: LoraConfig, fo
         )
 
 
-def check_keeps_base(config: LoraConfig, where: str) -> None:
+def require_base_unchanged(config: LoraConfig, where: str) -> None:
     """Raise SalsaError, beginning with `where`, for an initialisation that changes the base's own weights (PiSSA, OLoRA …)."""
     initial = config.init_lora_weights
     require(
@@ -186,7 +166,7 @@ def check_keeps_base(config: LoraConfig, where: str) -> None:
     )
 
 
-def check_factors_alone(config: LoraConfig, where: str) -> None:
+def require_factors_only(config: LoraConfig, where: str) -> None:
     """Raise SalsaError, beginning with `where`, for trained biases and tokens: they lie in the base that all roles share."""
     require(
         config.bias == "none",
@@ -208,7 +188,7 @@ def load(model: PeftModel, name: str, folder: Path) -> None:
         not odd, f"{folder}: found {len(odd)} tensors that are not adapter {name!r}'s, expected the same ({odd[:1]} …)"
     )
     set_peft_model_state_dict(
-        model, {key: placed(tensor, held[key]) for key, tensor in tensors.items()}, adapter_name=name
+        model, {key: sharded_like(tensor, held[key]) for key, tensor in tensors.items()}, adapter_name=name
     )
 
 
@@ -221,7 +201,7 @@ def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> P
 
 
 @contextlib.contextmanager
-def taken_off(model: PeftModel, name: str) -> Iterator[None]:
+def removed(model: PeftModel, name: str) -> Iterator[None]:
     """Remove a frozen adapter; where the context ends in an error it is there again. What else requires grad stays as it is."""
     config, weights = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -325,12 +305,7 @@ def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextMana
     return Toggle(model)(name)
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether the base's weights are packed in 8 or 4 bits, by the recipe or as they came."""
-    return any(not parameter.is_floating_point() for parameter in model.parameters())
-
-
-def in_float32(model: nn.Module) -> None:
+def cast_trainable_to_float32(model: nn.Module) -> None:
     """What is trained is float32: TRL (1.16) casts the adapters of a quantised base to bfloat16, which swallows small steps."""
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.schema import Recipe
-from salsa_peft.models.architectures.sizes import config_of
+from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
@@ -63,7 +63,7 @@ def check(recipe: Recipe) -> None:
     """By the base's config.json, where it is at hand. Raises SalsaError."""
     if recipe.model.base is None:
         return
-    config = config_of(recipe.model.base, recipe.model.revision)
+    config = config_of_base(recipe.model.base, recipe.model.revision)
     if config is not None and isinstance(config.get("model_type"), str):
         check_config(recipe, config)
 
@@ -73,7 +73,7 @@ def check_config(recipe: Recipe, config: Mapping[str, Any]) -> None:
     _check_architecture(recipe, config)
     _check_quantisation(recipe, config)
     text = text_part(config)
-    if reads_head(recipe):
+    if needs_logprobs(recipe):
         _check_head(recipe, text)
         _check_noise(recipe, text)
     _check_padding(recipe, text)
@@ -82,9 +82,9 @@ def check_config(recipe: Recipe, config: Mapping[str, Any]) -> None:
     _check_experts(recipe, text)
 
 
-def reads_head(recipe: Recipe) -> bool:
+def needs_logprobs(recipe: Recipe) -> bool:
     """Whether log-probs are computed from the output embeddings: by PPO, and by a soup whose weights are measured."""
-    return recipe.soup.measured or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
+    return recipe.soup.uses_measure or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.schema import Recipe
-from salsa_peft.models.architectures.sizes import Architecture, of_base, of_recipe
+from salsa_peft.models.architectures.sizes import Architecture, architecture_of_base, architecture_of_recipe
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
@@ -43,7 +43,7 @@ STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
 Precision = Literal["master", "stochastic"]
 
 
-class Need(NamedTuple):
+class Estimate(NamedTuple):
     """Bytes on one GPU at a stage's peak."""
 
     stage: str
@@ -65,7 +65,7 @@ class Need(NamedTuple):
         return CONTEXT + MARGIN * sum(parts)
 
 
-def need(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Need:
+def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Estimate:
     """A stage's need at its peak; `card`: bytes, for `precision: auto`."""
     precision = choose_precision(recipe, stage, card, size)
     phases = _Stage(recipe, stage, size, precision).phases()
@@ -86,7 +86,7 @@ def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Archi
     """
     if recipe.precision != "auto":
         return recipe.precision
-    size = size or of_recipe(recipe)
+    size = size or architecture_of_recipe(recipe)
     if card is None or size is None or recipe.mode != "full" or _sharded(recipe) > 1:
         return "master"
     phases = _Stage(recipe, stage, size, "master").phases()
@@ -99,11 +99,11 @@ def _sharded(recipe: Recipe) -> int:
 
 
 def uncounted(recipe: Recipe) -> list[str]:
-    """What a recipe puts on the card and `need` does not know the size of."""
+    """What a recipe puts on the card and `estimate` does not know the size of."""
     found = [
         f"{part.value}, whose config.json is not at hand"
         for part in recipe.reward.parts
-        if part.kind == "classifier" and of_base(part.value) is None
+        if part.kind == "classifier" and architecture_of_base(part.value) is None
     ]
     moving = any(one.sync_every for policy in recipe.policies.values() for one in policy.references("reference"))
     if moving and recipe.mode == "full":
@@ -121,7 +121,7 @@ def uncounted(recipe: Recipe) -> list[str]:
         found.append(f"vLLM beside ppo, which takes {share:.0%} of the card (rollout_options: gpu_memory_utilization)")
     judge = recipe.evaluate.judge
     if judge is not None and judge.kind == "local":
-        size = of_base(str(judge.model))
+        size = architecture_of_base(str(judge.model))
         weights = "" if size is None else f", {2 * size.parameters / GIB:.1f} GiB of weights in bf16 and its KV cache"
         found.append(
             f"the judge {judge.model}, alone in its stage{weights} (evaluate.judge.concurrency games in a batch)"
@@ -188,7 +188,7 @@ class _Stage:
 
     def classifier(self, path: str) -> float:
         """A sequence classifier of the user's, in the recipe's dtype, without output embeddings; 0 where `uncounted` names it."""
-        found = of_base(path)
+        found = architecture_of_base(path)
         return 0.0 if found is None else float(self.width * (found.parameters - found.head))
 
     def trained(self) -> int:
@@ -252,7 +252,7 @@ class _Stage:
         """float32 logits of so many tokens, and what is made of them."""
         return 4.0 * copies * tokens * self.size.vocabulary
 
-    def phases(self) -> list[Need]:
+    def phases(self) -> list[Estimate]:
         """Every phase's need."""
         recipe, sampling = self.recipe, self.recipe.generation
         if self.stage in ("sft", "reward"):
@@ -283,7 +283,7 @@ class _Stage:
             found += self._training(micro * length, recipe.ppo.gradient_checkpointing, True)
         return found
 
-    def _training(self, tokens: int, checkpointing: bool, with_logits: bool) -> list[Need]:
+    def _training(self, tokens: int, checkpointing: bool, with_logits: bool) -> list[Estimate]:
         copies = LEARNED if self.stage == "ppo" else 4 if self.full else 3
         logits = self.logits(min(CHUNK, tokens), copies) if with_logits else 0.0
         made = self.activations(tokens, checkpointing) + self.forward(0)
@@ -291,9 +291,11 @@ class _Stage:
             made += max(0.0, ANEW * tokens * self.layer() * self.width - logits)
         return [self._phase("train", made, 0.0, logits), self._phase("step", 0.0, 0.0, 0.0)]
 
-    def _phase(self, phase: str, activations: float, cache: float, logits: float) -> Need:
+    def _phase(self, phase: str, activations: float, cache: float, logits: float) -> Estimate:
         weights, gradients, optimizer = self.held(phase)
-        return Need(self.stage, phase, weights, gradients, optimizer, activations, cache, logits, self.size.parameters)
+        return Estimate(
+            self.stage, phase, weights, gradients, optimizer, activations, cache, logits, self.size.parameters
+        )
 
 
 def micro_batch(section: Training, processes: int, minibatches: int = 1) -> int:

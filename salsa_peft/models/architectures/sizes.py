@@ -127,7 +127,7 @@ class Architecture:
         return self.layers * sum(rank * (one.inputs + one.outputs) for one in chosen)
 
 
-def of_recipe(recipe: Recipe) -> Architecture | None:
+def architecture_of_recipe(recipe: Recipe) -> Architecture | None:
     """The base's; None where its config.json is not at hand, or is of nothing like these."""
     base = recipe.model.base
     if base is None:
@@ -136,19 +136,19 @@ def of_recipe(recipe: Recipe) -> Architecture | None:
         sizes = {"hidden_size": toy.hidden_size, "intermediate_size": 2 * toy.hidden_size, "num_hidden_layers": toy.num_layers,
                  "num_attention_heads": toy.num_heads, "vocab_size": 66, "model_type": "llama"}  # fmt: skip
         return Architecture.of(sizes)
-    return of_base(base, recipe.model.revision)
+    return architecture_of_base(base, recipe.model.revision)
 
 
-def of_base(base: str, revision: str | None = None) -> Architecture | None:
+def architecture_of_base(base: str, revision: str | None = None) -> Architecture | None:
     """A folder's, or a Hub id's that is in the cache or known; None as above."""
-    found = config_of(base, revision)
+    found = config_of_base(base, revision)
     try:
         return None if found is None else Architecture.of(found)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
 
 
-def config_of(base: str, revision: str | None) -> dict[str, Any] | None:
+def config_of_base(base: str, revision: str | None) -> dict[str, Any] | None:
     """config.json of a folder, or of a Hub id that is in the cache or known; nothing is fetched."""
     path = Path(base) / "config.json"
     if not Path(base).is_absolute():

@@ -5,10 +5,8 @@ Responses are decoded and encoded anew, unless tokenizer and template are the po
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +15,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from salsa_peft.config.rewards import OWN_FUNCTION
-from salsa_peft.data.chat.template_fields import in_form, options_of
+from salsa_peft.config.rewards import WRITE_A_FUNCTION
+from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.templates import text_ids
-from salsa_peft.data.chat.turn_ends import turn_of
+from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.models import base as auto_models
-from salsa_peft.models.base import device, positions, resolve_dtype
-from salsa_peft.models.responses import closed, extend
-from salsa_peft.models.rewards.function import Rows, Tally, decode
+from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
+from salsa_peft.models.responses import append_tokens, ends_turn
+from salsa_peft.models.rewards.base import Reward, Rows, Tally
+from salsa_peft.models.rewards.function import decode
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.oom import MicroBatchLimit
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
 
-class ClassifierReward:
+class ClassifierReward(Reward):
     """The classifier's one logit for prompt and response.
 
     Messages: the prompt and the response as an assistant's turn through the classifier's own chat template, which closes the turn
@@ -64,8 +62,7 @@ class ClassifierReward:
         )
         self.micro_batch = MicroBatchLimit(micro_batch_size, f"reward {name}, rows scored at once")
         self.name, self.tally, self.noted = name, Tally(), False
-        self.present: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext  # training/offload.py sets it
-        self.longest = min(int(tokenizer.model_max_length), positions(classifier.config) or sys.maxsize)
+        self.longest = min(int(tokenizer.model_max_length), max_positions(classifier.config) or sys.maxsize)
         self.as_they_are = (
             tokenizer.chat_template == policy_tokenizer.chat_template
             and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -75,9 +72,21 @@ class ClassifierReward:
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """→ (B,), float32; micro-batches of like length."""
         sequences = self._fit(self.encode(responses, rows))
-        with self.present():
+        with self.on_device():
             scores = self.micro_batch.run(lambda: self._scores(sequences), len(sequences))
         return scores.to(responses.response_ids.device)
+
+    def weights(self) -> Iterable[Tensor]:
+        """The classifier's parameters."""
+        return self.classifier.parameters()
+
+    def frozen_model(self) -> PreTrainedModel:
+        """The classifier."""
+        return self.classifier
+
+    def take_figures(self) -> dict[str, tuple[float, int]]:
+        """rewards/<name>/truncated: how many responses were cut with their prompts."""
+        return self.tally.take()
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
@@ -90,8 +99,8 @@ class ClassifierReward:
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """What the classifier reads of each response: token ids, whole."""
         if self.as_they_are:
-            turn = turn_of(self.tokenizer)
-            responses = extend(responses, closed(responses, rows, turn), turn.after)
+            turn = assistant_turn(self.tokenizer)
+            responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
             masks, ids = responses.attention_mask, responses.input_ids
             return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
         before = decode(self.policy_tokenizer, responses.prompt_ids, responses.prompt_mask)
@@ -109,7 +118,7 @@ class ClassifierReward:
                 sequences.append(text_ids(text, self.tokenizer))
             else:
                 sequences.append(
-                    self._chat([*row["prompt"], {"role": "assistant", "content": answer}], options_of(row))
+                    self._chat([*row["prompt"], {"role": "assistant", "content": answer}], template_options(row))
                 )
         return sequences
 
@@ -121,7 +130,9 @@ class ClassifierReward:
         )
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                in_form(check_messages(messages, f"reward {self.name}"), self.tokenizer), return_dict=True, **options
+                messages_for_template(check_messages(messages, f"reward {self.name}"), self.tokenizer),
+                return_dict=True,
+                **options,
             )
         except TemplateError as error:
             raise SalsaError(f"reward {self.name}: its chat template refuses a conversation: {error}") from error
@@ -164,7 +175,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
     )
     with readable_hub_errors(str(folder)):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        loaded, told = auto_models.classifier(config).from_pretrained(
+        loaded, told = classifier_class(config).from_pretrained(
             str(folder),
             dtype=resolve_dtype(dtype),
             trust_remote_code=False,
@@ -174,7 +185,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
     labels, missing = loaded.config.num_labels, sorted(told["missing_keys"])
     require(
         labels == 1,
-        f"{path}: found a classifier of num_labels {labels}, and a reward is one number (1). {OWN_FUNCTION}",
+        f"{path}: found a classifier of num_labels {labels}, and a reward is one number (1). {WRITE_A_FUNCTION}",
     )
     require(
         not missing, f"{path}: found no weights for {', '.join(missing[:2])}, expected a trained sequence classifier"

@@ -12,15 +12,15 @@ import inspect
 import os
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from salsa_peft.config.rewards import OWN, find_module, split_function
+from salsa_peft.config.rewards import COLUMNS_NOT_PASSED, find_module, split_function
+from salsa_peft.models.rewards.base import Reward, Rows, Tally
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from salsa_peft.models.responses import Responses
 
-Rows = Sequence[Mapping[str, Any]]
 TAKEN = re.compile(
     r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"
@@ -36,25 +35,7 @@ TAKEN = re.compile(
 """Names of the engine's and Trainer's own figures, which log_metric may not have."""
 
 
-class Tally:
-    """Figures for the logs, summed until they are taken."""
-
-    def __init__(self) -> None:
-        self.figures: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-
-    def add(self, name: str, total: float, count: int) -> None:
-        """More of a figure."""
-        before = self.figures[name]
-        self.figures[name] = (before[0] + total, before[1] + count)
-
-    def take(self) -> dict[str, tuple[float, int]]:
-        """Name → (sum, count) since this was called last."""
-        taken = dict(self.figures)
-        self.figures.clear()
-        return taken
-
-
-class FunctionReward:
+class FunctionReward(Reward):
     """`function(prompts, completions, completion_ids, **columns) -> list[float | None]`, called by keyword with what it takes.
 
     As TRL (1.16) calls it: prompts as the data has them, so where they are messages a completion is [{role: assistant, content}];
@@ -88,7 +69,7 @@ class FunctionReward:
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """→ (B,), float32. Raises SalsaError where the function gives None: it must apply to every response."""
-        scores, applies = self.where_it_applies(responses, rows)
+        scores, applies = self.scores_and_mask(responses, rows)
         missing = (~applies).nonzero().flatten().tolist()
         require(
             not missing,
@@ -97,7 +78,7 @@ class FunctionReward:
         )
         return scores
 
-    def where_it_applies(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
+    def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
         """→ scores (B,), float32, 0 where it does not apply, and where it applies (B,), bool."""
         given = self._given(responses, rows)
         absent = sorted(self.needs - given.keys())
@@ -129,16 +110,25 @@ class FunctionReward:
             raise SalsaError(f"{found} {scores!r:.80}, expected numbers") from error
         return torch.tensor(numbers, dtype=torch.float32, device=device), applies
 
+    @property
+    def code(self) -> str:
+        """The function's name."""
+        return self.name
+
+    def take_figures(self) -> dict[str, tuple[float, int]]:
+        """What the function gave to log_metric."""
+        return self.tally.take()
+
     def _given(self, responses: Responses, rows: Rows) -> dict[str, Any]:
         kept = responses.response_mask if self.special_tokens else responses.content_mask
         texts = decode(self.tokenizer, responses.response_ids, kept, special_tokens=self.special_tokens)
-        prompts = prompts_of(self.tokenizer, responses, rows)
+        prompts = row_prompts(self.tokenizer, responses, rows)
         ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        columns = dict.fromkeys(key for row in rows for key in row if key not in OWN)
+        columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
             f"reward function {self.name}: found a column `finished` in the data, which is what PPO calls whether EOS ended a"
@@ -171,7 +161,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, spe
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
 
 
-def prompts_of(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
+def row_prompts(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
     """The rows' prompts, text or messages; decoded where a row has `input_ids` alone."""
     if all("prompt" in row for row in rows):
         return [row["prompt"] for row in rows]

@@ -1,7 +1,7 @@
 """Scores: a reward adapter on the shared base, a sequence classifier, a Python function, or a weighted sum of these.
 
 A reward is a callable `(responses, rows) → (B,)` of float32 scores; rows are the data's. `as_reward` makes one of whatever a user
-passes, `of_recipe` of what a recipe's `reward:` says.
+passes, `recipe_reward` of what a recipe's `reward:` says.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import inspect
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -21,14 +21,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from salsa_peft.config.rewards import ADAPTER, FUNCTION
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data.chat.turn_ends import turn_of
-from salsa_peft.models import base as same_base
-from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, head_product
-from salsa_peft.models.loader import note_tokenizer
-from salsa_peft.models.responses import Responses, closed, extend, last_token_states
+from salsa_peft.data.chat.turn_ends import assistant_turn
+from salsa_peft.models.adapters import bases, lora
+from salsa_peft.models.base import apply_scalar_head, causal_lm
+from salsa_peft.models.responses import Responses, append_tokens, ends_turn, last_token_states
+from salsa_peft.models.rewards.base import CallableReward, Reward, Rows, Tally
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
-from salsa_peft.models.rewards.function import FunctionReward, Rows, Tally, decode, load_function
+from salsa_peft.models.rewards.function import FunctionReward, decode, load_function
+from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import readable_hub_errors
 from salsa_peft.utils.messages import short
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterReward", "ClassifierReward", "FunctionReward", "Part", "Reward", "Rows", "RunningScale", "WeightedReward",
-    "adapter_in", "as_reward", "decode", "of_recipe", "take_figures",
+    "adapter_in", "as_reward", "decode", "recipe_reward",
 ]  # fmt: skip
 REWARD_ADAPTER = "reward"
 EXPECTED = (
@@ -49,14 +49,7 @@ EXPECTED = (
 )
 
 
-class Reward(Protocol):
-    """What scores responses."""
-
-    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
-        """→ (B,), float32; rows[i] is the data's row of response i."""
-
-
-class AdapterReward:
+class AdapterReward(Reward):
     """The reward adapter on the shared base, and its linear head on the last token of the conversation.
 
     tokenizer: whose chat template the adapter was trained with. What that writes behind the token that ends a turn is read too, as TRL's
@@ -76,16 +69,21 @@ class AdapterReward:
             MicroBatchLimit(micro_batch_size, "reward, rows scored at once"),
         )
         self.tokenizer = tokenizer
-        self.adapter = lora.free_name(model, REWARD_ADAPTER)
+        self.name = ADAPTER
+        self.adapter = lora.unused_name(model, REWARD_ADAPTER)
         lora.attach(model, folder, self.adapter)
         self.head = lora.score_head(folder).to(model.device)
         self.toggle = lora.Toggle(model)
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         if self.tokenizer is not None:
-            turn = turn_of(self.tokenizer)
-            responses = extend(responses, closed(responses, rows, turn), turn.after)
+            turn = assistant_turn(self.tokenizer)
+            responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
         return self.micro_batch.run(lambda: self._scores(responses), len(rows))
+
+    def weights(self) -> Iterable[Tensor]:
+        """The adapter's and its head's."""
+        return [*lora.parameters(self.model, self.adapter), self.head.weight]
 
     @torch.no_grad()
     def _scores(self, responses: Responses) -> Tensor:
@@ -94,7 +92,9 @@ class AdapterReward:
         with self.toggle(self.adapter):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
                 part = responses.rows(index)
-                scores.append(head_product(head, last_token_states(self.model, part.input_ids, part.attention_mask)))
+                scores.append(
+                    apply_scalar_head(head, last_token_states(self.model, part.input_ids, part.attention_mask))
+                )
         return torch.cat(scores)
 
 
@@ -106,14 +106,18 @@ class Part(NamedTuple):
     name: str
 
 
-class WeightedReward:
+class WeightedReward(Reward):
     """Σ weight · score over those parts that apply to a response (a function's None does not), as TRL sums; not renormalised.
 
     A part of weight 0 is logged alone. Raises SalsaError where a response has no part that applies.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
-        self.parts, self.tally = [Part(*part) for part in parts], Tally()
+        self.tally = Tally()
+        self.parts = [
+            Part(reward if isinstance(reward, Reward) else CallableReward(reward), weight, name)
+            for reward, weight, name in parts
+        ]
         require(bool(self.parts), "reward: found a sum of no parts, expected at least one")
         name, times = Counter(part.name for part in self.parts).most_common(1)[0]
         require(times == 1, f"reward: found {times} parts called {name}, expected a name of its own for each")
@@ -122,10 +126,7 @@ class WeightedReward:
         total = torch.zeros(len(rows), device=responses.response_ids.device)
         any_applies = torch.zeros_like(total, dtype=torch.bool)
         for reward, weight, name in self.parts:
-            if isinstance(reward, FunctionReward):
-                scores, applies = reward.where_it_applies(responses, rows)
-            else:
-                scores, applies = reward(responses, rows).float(), torch.ones_like(any_applies)
+            scores, applies = reward.scores_and_mask(responses, rows)
             self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
@@ -138,27 +139,21 @@ class WeightedReward:
         )
         return total
 
+    def components(self) -> list[Reward]:
+        """The rewards in the sum, those of a sum within it too."""
+        return [one for part in self.parts for one in part.reward.components()]
 
-def take_figures(reward: Reward) -> dict[str, tuple[float, int]]:
-    """What a reward has to log beside its score: metric → (sum, count) over all it scored since this was called last.
-
-    rewards/<name>/mean of a sum's parts over the responses they applied to, rewards/<name>/truncated of a classifier, and what a
-    function gave to log_metric. Sums, so that several processes can add theirs up.
-    """
-    if not isinstance(reward, WeightedReward | FunctionReward | ClassifierReward):
-        return {}
-    figures = reward.tally.take()
-    for part in reward.parts if isinstance(reward, WeightedReward) else ():
-        figures |= take_figures(part.reward)
-    return figures
+    def take_figures(self) -> dict[str, tuple[float, int]]:
+        """rewards/<name>/mean of each part over the responses that it applied to, and the parts' own figures."""
+        figures = self.tally.take()
+        for part in self.parts:
+            figures |= part.reward.take_figures()
+        return figures
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
     """The reward adapter: the reward itself, or the first one inside a weighted sum."""
-    if isinstance(reward, WeightedReward):
-        found = (adapter_in(part.reward) for part in reward.parts)
-        return next((one for one in found if one is not None), None)
-    return reward if isinstance(reward, AdapterReward) else None
+    return next((one for one in reward.components() if isinstance(one, AdapterReward)), None)
 
 
 def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
@@ -184,15 +179,12 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         with readable_hub_errors(name):
             own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))  # type: ignore[arg-type]
-    if isinstance(reward, AdapterReward | ClassifierReward | FunctionReward | WeightedReward):
+    if isinstance(reward, Reward):
         return reward
     if not callable(reward):
         raise SalsaError(f"reward: found {type(reward).__name__}, {EXPECTED}")
-    return (
-        reward
-        if list(inspect.signature(reward).parameters) == ["responses", "rows"]
-        else FunctionReward(reward, tokenizer)
-    )
+    takes_responses = list(inspect.signature(reward).parameters) == ["responses", "rows"]
+    return CallableReward(reward) if takes_responses else FunctionReward(reward, tokenizer)
 
 
 def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Part:
@@ -204,14 +196,7 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
         isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
         f"reward: found the weight {short(weight)}, expected a number",
     )
-    name = _own_name(reward) if name is None else name
-    return Part(reward, float(weight), name)
-
-
-def _own_name(reward: Reward) -> str:
-    if isinstance(reward, FunctionReward | ClassifierReward):
-        return reward.name
-    return ADAPTER if isinstance(reward, AdapterReward) else type(reward).__name__
+    return Part(reward, float(weight), reward.name if name is None else name)
 
 
 def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
@@ -221,13 +206,13 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
         folder = lora.local_folder(name)
         if not (folder / lora.CONFIG).is_file():
             return load_classifier_reward(name, tokenizer, micro_batch_size)
-    if isinstance(model, PeftModel):
-        same_base.check(folder, same_base.of_model(model), str(causal_lm(model).name_or_path))
-    else:
+    if not isinstance(model, PeftModel):
         raise SalsaError(
             f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
         )
-    note_tokenizer(folder, tokenizer, str(causal_lm(model).name_or_path))
+    base = str(causal_lm(model).name_or_path)
+    bases.require_same_base(folder, bases.fingerprints_of(base), base)
+    compare_tokenizer(folder, tokenizer, base)
     return AdapterReward(model, folder, micro_batch_size, tokenizer)
 
 
@@ -241,7 +226,7 @@ def _last(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
-def of_recipe(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
+def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
     """What a recipe's `reward:` says; `inputs` has the reward stage's folder under "reward" where that trains one."""
     parts = []

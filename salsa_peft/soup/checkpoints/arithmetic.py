@@ -1,20 +1,20 @@
-"""The arithmetic of a soup of full checkpoints on a CPU, a block at a time: weighted sum, and products of the members' differences.
+"""The arithmetic of a soup of full checkpoints, one block at a time: the weighted sum, and products of the members' differences.
 
-NumPy and not torch, whose import takes longer than averaging 2 GB. NumPy has no bfloat16, and astype would be most of the time, so
-bfloat16 is widened in pairs: of a little-endian 32-bit word u, u << 16 is the float32 of the even element and u & 0xFFFF0000 that of the
-odd one. The halves stay apart, since neither a sum nor a product asks for the order, and are joined when they are rounded, to nearest and
-ties to even.
+NumPy and not torch, whose import takes longer than averaging 2 GB. NumPy has no bfloat16, and converting with astype would take most
+of the time, so bfloat16 values are widened in pairs: of a little-endian 32-bit word u, u << 16 is the float32 of the even element and
+u & 0xFFFF0000 that of the odd one. Even and odd elements stay apart, since the order matters neither to a sum nor to a product, and are
+joined when they are rounded, to nearest, ties to even.
 
-The sum is Σ w_i x_i in float64, in the members' order, rounded once to the dtype that is written, so no other arithmetic comes closer to
-the float64 mean. To float64 it is the pivot minus weighted differences, of which equal members come out to the bit. Differences, for the
-distances, are float32's where all is of 16 bits.
+The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. A sum in float64 is
+computed as the pivot minus weighted differences, so that equal members give their own values to the bit. The differences, of which the
+distances are made, are float32 if all values have 16 bits, else float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,53 +22,41 @@ from salsa_peft.soup.arrays import DTYPES, Array, narrow, widen
 from salsa_peft.utils.safetensors_io import BITS, Buffer
 
 ROW = 2**13
-"""Elements of one dot product. OpenBLAS shares one of more than 10,000 among threads, and then its last digits depend on who was busy."""
+"""Elements of one dot product. OpenBLAS splits one of more than 10,000 among threads, and then its last digits depend on their timing."""
 UPPER = np.uint32(0xFFFF0000)
 DROPPED = np.uint64(2**29 - 1)
-"""Bits of a float64 that a float32 has not."""
+"""The bits of a float64's mantissa that a float32 does not have."""
 LARGEST = {"F64": float(np.finfo(np.float64).max), "F32": float(np.finfo(np.float32).max), "F16": 65504.0,
            "BF16": 2.0**128 - 2.0**120}  # fmt: skip
 
 
-class Kind(NamedTuple):
-    """What a block's values are: safetensors' names of each member's dtype, and of the sum's."""
+class BlockDtypes(NamedTuple):
+    """The dtypes (safetensors' names) of each member's values in a block, and of their sum."""
 
     members: tuple[str, ...]
     out: str
 
     @property
     def narrow(self) -> bool:
-        """All of 16 bits: differences are taken in float32, else in float64."""
+        """Whether all have 16 bits: then differences are float32, else float64."""
         return all(BITS[dtype] == 16 for dtype in (*self.members, self.out))
 
     @property
-    def halves(self) -> bool:
+    def bfloat16(self) -> bool:
+        """Whether all are bfloat16."""
         return {*self.members, self.out} == {"BF16"}
 
 
-class Fault(Exception):
-    """A value that is not finite: whose (a member's number, or None: the sum's), and which element of the block."""
+class NotFinite(Exception):
+    """A value that is not finite: the number of its member (None: it is in the sum), and which element of the block it is."""
 
     def __init__(self, member: int | None, element: int) -> None:
         super().__init__(member, element)
         self.member, self.element = member, element
 
 
-class Summing(Protocol):
-    """Where a block's members are put, and what makes one block's sum of them. One for each thread."""
-
-    raw: list[memoryview]
-    """Of each member: read into, in its own dtype."""
-
-    def add(self, kind: Kind, count: int, write: bool) -> tuple[list[float], Buffer]:
-        """→ the products of the differences (Plan.pairs' order), and the sum's bytes in its dtype, if it is to be written.
-
-        Raises Fault.
-        """
-
-
-class Plan:
-    """What is done with every block. `weights`: one for each member; None: nothing is summed, the products alone are wanted."""
+class SumPlan:
+    """What is computed of every block. `weights` has one number for each member; None: only the products are computed."""
 
     def __init__(self, members: int, weights: Sequence[float] | None, pivot: int) -> None:
         self.members, self.weights, self.pivot = members, weights, pivot
@@ -76,49 +64,54 @@ class Plan:
         self.pairs = [(i, j) for at, i in enumerate(self.others) for j in self.others[: at + 1]]
         self.sum = 1.0 if weights is None else math.fsum(weights)
         self.mean = weights is not None and min(weights) >= 0 and self.sum <= 1 + 1e-6
-        """Of members of one dtype it is no larger than they are."""
+        """Whether the sum is no larger than the members, so that it is finite in their dtype."""
 
     def table(self, products: Sequence[float]) -> list[list[float]]:
-        """In the pairs' order → (members, members), with zeros for the pivot."""
+        """The products in the order of the pairs → (members, members), with zeros for the pivot."""
         found = [[0.0] * self.members for _ in range(self.members)]
         for (i, j), product in zip(self.pairs, products, strict=True):
             found[i][j] = found[j][i] = product
         return found
 
 
-class Sums:
-    """Summing with NumPy. `block`: elements at most."""
+class BlockSums:
+    """Computes the sums of blocks of at most `block` elements. One thread uses it at a time."""
 
-    def __init__(self, plan: Plan, block: int) -> None:
+    def __init__(self, plan: SumPlan, block: int) -> None:
         size = -(-block // ROW) * ROW
         self.plan = plan
         self._raw = np.empty((plan.members, size * 8), np.uint8)  # memory that is not touched costs nothing
         self.raw = [row.data for row in self._raw]
-        self._wide = {kind: np.empty((plan.members, size), kind) for kind in (np.float32, np.float64)}
+        """For each member the buffer into which its values are read, in its own dtype."""
+        self._wide = {dtype: np.empty((plan.members, size), dtype) for dtype in (np.float32, np.float64)}
         self._direct = np.empty((2, size), np.float64)
         self._spare, self._out = np.empty(size, np.uint32), np.empty(size, np.uint16)
 
-    def add(self, kind: Kind, count: int, write: bool) -> tuple[list[float], Buffer]:
-        """As Summing says."""
+    def add(self, dtypes: BlockDtypes, count: int, write: bool) -> tuple[list[float], Buffer]:
+        """The products of the differences, in the order of SumPlan.pairs, and the bytes of the sum, if it is to be written.
+
+        Raises NotFinite.
+        """
         with np.errstate(all="ignore"):
-            found = self._add(kind, count, write, kind.halves, np.float32 if kind.narrow else np.float64)
-            if found is None:  # a value is not finite, or squares, or the differences themselves, pass float32's range
-                self._check(kind, count)
-                found = self._add(kind, count, write, False, np.float64, careful=True)
+            found = self._add(dtypes, count, write, dtypes.bfloat16, np.float32 if dtypes.narrow else np.float64)
+            if found is None:  # a value is not finite, or a difference or its square overflows float32
+                self._check(dtypes, count)
+                found = self._add(dtypes, count, write, False, np.float64, careful=True)
         assert found is not None
         return found
 
     def _add(
-        self, kind: Kind, count: int, write: bool, halves: bool, wide: type[np.floating], careful: bool = False
+        self, dtypes: BlockDtypes, count: int, write: bool, halves: bool, wide: type[np.floating], careful: bool = False
     ) -> tuple[list[float], Buffer] | None:
-        plan, padded = self.plan, -(-count // ROW) * ROW  # zeros behind the last value change no sum
+        """As `add`; None if a product is not finite, unless `careful`. `halves`: even and odd elements are kept apart."""
+        plan, padded = self.plan, -(-count // ROW) * ROW  # zeros after the last value change no sum
         values = self._wide[wide][:, :padded]
         if halves:
             self._load_halves(count, values.view(np.uint32))
         else:
-            self._load(kind, count, values)
+            self._load(dtypes, count, values)
         total = values[plan.pivot]
-        direct = self._direct_sum(values) if write and kind.out != "F64" else None
+        direct = self._direct_sum(values) if write and dtypes.out != "F64" else None
         for i in plan.others:
             np.subtract(total, values[i], out=values[i])
         products = [dot(values[i], values[j]) for i, j in plan.pairs]
@@ -128,45 +121,49 @@ class Sums:
         if not write:
             return products, b""
         if direct is None:
-            self._sum(values, dict(zip(plan.pairs, products, strict=True)))
+            self._sum(values)
         else:
             total = self._keep_zeros(direct, values)
-        safe = plan.mean and all(map(math.isfinite, held)) and set(kind.members) == {kind.out}
-        if not safe:  # squares tell it of all values at once, else they are looked at one by one
+        safe = plan.mean and all(map(math.isfinite, held)) and set(dtypes.members) == {dtypes.out}
+        if not safe:  # the sum of squares shows it for all values at once; else each is checked
             square = dot(total, total)
-            safe = math.isfinite(square) and square <= LARGEST[kind.out] * LARGEST[kind.out]
-        out = self._join(total, values[plan.pivot])[:count] if halves else narrow(total[:count], kind.out)
+            safe = math.isfinite(square) and square <= LARGEST[dtypes.out] * LARGEST[dtypes.out]
+        out = self._join(total, values[plan.pivot])[:count] if halves else narrow(total[:count], dtypes.out)
         if not safe:
-            check_finite(widen(out, kind.out), None)
+            check_finite(widen(out, dtypes.out), None)
         return products, out.view(np.uint8).data
 
     def _load_halves(self, count: int, bits: Array) -> None:
-        """Even elements, then odd ones; bits: (members, padded)."""
+        """Widen bfloat16 values into `bits` (members, padded): the even elements, then the odd ones."""
         padded = bits.shape[1]
         self._raw[:, 2 * count : 2 * padded] = 0
         pairs = self._raw[:, : 2 * padded].view("<u4")
         np.left_shift(pairs, 16, out=bits[:, : padded // 2])
         np.bitwise_and(pairs, UPPER, out=bits[:, padded // 2 :])
 
-    def _load(self, kind: Kind, count: int, values: Array) -> None:
-        for row, into, dtype in zip(self._raw, values, kind.members, strict=True):
-            into[:count] = widen(row[: count * BITS[dtype] // 8].view(DTYPES[dtype]), dtype)
+    def _load(self, dtypes: BlockDtypes, count: int, values: Array) -> None:
+        for into, given in zip(values, self._given(dtypes, count), strict=True):
+            into[:count] = given
         values[:, count:] = 0
 
-    def _sum(self, values: Array, products: dict[tuple[int, int], float]) -> None:
-        """Into the pivot's row. The differences are subtracted, not their negatives added: −0.0 − 0.0 is −0.0."""
+    def _given(self, dtypes: BlockDtypes, count: int) -> Iterator[Array]:
+        """The members' values, widened one member at a time."""
+        for row, dtype in zip(self._raw, dtypes.members, strict=True):
+            yield widen(row[: count * BITS[dtype] // 8].view(DTYPES[dtype]), dtype)
+
+    def _sum(self, values: Array) -> None:
+        """Sum into the pivot's row. Differences are subtracted, rather than their negatives added, since −0.0 − 0.0 is −0.0."""
         plan, total = self.plan, values[self.plan.pivot]
         assert plan.weights is not None
         if abs(plan.sum - 1) > 1e-6:
             np.multiply(total, values.dtype.type(plan.sum), out=total)
         for i in plan.others:
-            # where members are equal nothing is done, whatever the weight's sign; a small difference's square may be 0
-            if plan.weights[i] != 0 and (products[i, i] != 0 or values[i].any()):
+            if plan.weights[i] != 0 and values[i].any():  # equal members are left alone, so that zeros keep their sign
                 np.multiply(values[i], values.dtype.type(plan.weights[i]), out=values[i])
                 np.subtract(total, values[i], out=total)
 
     def _direct_sum(self, values: Array) -> Array:
-        """Σ w_i x_i in the members' order, in a row of its own."""
+        """Σ w_i x_i in float64, in the order of the members, in a row of its own."""
         assert self.plan.weights is not None
         total, term = self._direct[:, : values.shape[1]]
         np.multiply(values[0], self.plan.weights[0], out=total, dtype=np.float64)
@@ -175,7 +172,7 @@ class Sums:
         return total
 
     def _keep_zeros(self, total: Array, values: Array) -> Array:
-        """Where all members are zero, so is the sum, of the pivot's sign whatever the signs of the weights. `values`: as _sum takes them."""
+        """Where all members are zero, give the sum the sign of the pivot's zero. `values`: the pivot's, and the others' differences."""
         if not self.plan.mean:
             zeros = np.flatnonzero(total == 0)
             same = zeros[(values[:, zeros] == 0).all(0)]
@@ -183,9 +180,10 @@ class Sums:
         return total
 
     def _join(self, total: Array, wide: Array) -> Array:
-        """Halves of float64 → bfloat16 in order. Changes `total`, and `wide`, a row of float32.
+        """Even and odd elements in float64 → bfloat16 in their order. Overwrites `total`, and `wide`, a row of float32.
 
-        To float32 towards zero, the last bit set where that is not exact; then bits + 0x7FFF + (their last bit that stays), cut off.
+        First to float32, towards zero, with the last bit set if that is not exact (round to odd); then to 16 bits, to nearest, ties to
+        even: bits + 0x7FFF + (the last bit that stays), cut off.
         """
         long, rest = total.view(np.uint64), self._direct[1, : len(total)].view(np.uint64)
         np.bitwise_and(long, DROPPED, out=rest)
@@ -205,18 +203,18 @@ class Sums:
         np.bitwise_or(even, odd, out=out.view("<u4"))
         return out
 
-    def _check(self, kind: Kind, count: int) -> None:
-        for i, (row, dtype) in enumerate(zip(self._raw, kind.members, strict=True)):
-            check_finite(widen(row[: count * BITS[dtype] // 8].view(DTYPES[dtype]), dtype), i)
+    def _check(self, dtypes: BlockDtypes, count: int) -> None:
+        for i, given in enumerate(self._given(dtypes, count)):
+            check_finite(given, i)
 
 
 def check_finite(values: Array, member: int | None) -> None:
-    """Raise Fault for the first value that is not."""
+    """Raise NotFinite for the first value that is not finite."""
     finite = np.isfinite(values)
     if not finite.all():
-        raise Fault(member, int(np.argmin(finite)))
+        raise NotFinite(member, int(np.argmin(finite)))
 
 
 def dot(one: Array, other: Array) -> float:
-    """⟨one, other⟩ of whole rows, each row's in their dtype, the rows' added up in float64."""
+    """⟨one, other⟩: the product of each row of ROW elements in their dtype, added up in float64."""
     return float(np.vecdot(one.reshape(-1, ROW), other.reshape(-1, ROW)).sum(dtype=np.float64))

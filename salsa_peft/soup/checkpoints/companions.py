@@ -1,24 +1,31 @@
-"""The files beside the weights of a soup of checkpoints: which member's tokenizer, chat template and settings go with it.
+"""The files that go with the weights of a soup of checkpoints: tokenizer, chat template and settings. Imports no torch.
 
-Members may have no tokenizer, or one with fewer added tokens, or no chat template. The result gets the tokenizer that has all tokens of
-the others (the first of them), its chat template or else the first that there is, and settings of generation and of a processor from the
-first that has them. Ids that disagree are refused before (soup/checkpoints/alignment.py). Imports no torch.
+Members may have no tokenizer, a tokenizer with fewer added tokens, or no chat template. The soup gets the tokenizer with the most
+tokens (the first of equal ones), that tokenizer's chat template or else the first there is, and the settings of generation and of a
+processor from the first member that has them. Tokenizers whose ids disagree have been refused before (vocabularies.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.soup.checkpoints.read import read_mapping
-from salsa_peft.soup.checkpoints.vocabularies import say_special_tokens, vocabulary_of
-from salsa_peft.soup.checkpoints.write import Output, has_vocabulary, others
+from salsa_peft.soup.checkpoints.vocabularies import vocabulary_of, warn_about_special_tokens
+from salsa_peft.soup.checkpoints.write import Output
 
 logger = logging.getLogger(__name__)
 
 SETTINGS, DEFAULT = "tokenizer_config.json", "chat_template.jinja"
+PATTERNS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.jinja2", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""What is copied besides weights and config.json: no model card, no optimizer or training state, no code."""
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 class Source(NamedTuple):
@@ -28,34 +35,60 @@ class Source(NamedTuple):
     folder: Path
 
 
-def copy_companions(output: Output, members: Sequence[Source], base: Path | None = None) -> dict[str, str | None]:
-    """Copy what goes with the weights, the base's where no member has a tokenizer, and say so where the members differ.
+def companion_files(folder: Path) -> dict[str, Path]:
+    """Name → path of the files that go with a folder's weights."""
+    paths = [path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
 
-    → the names of whose tokenizer and chat template were taken.
+
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Whether files of these names hold a tokenizer's vocabulary, rather than only its settings."""
+    return any(name in VOCABULARIES or name.endswith((".model", ".tiktoken")) for name in names)
+
+
+def copy_companions(output: Output, members: Sequence[Source], base: Path | None = None) -> dict[str, str | None]:
+    """Copy the files that go with the weights; the base's if no member has a tokenizer. Warns where members differ.
+
+    Returns the names of the members whose tokenizer and chat template were taken.
     """
-    found = {member: others(member.folder) for member in members}
+    found = {member: companion_files(member.folder) for member in members}
     sources = list(members)
     if base is not None and not any(map(has_vocabulary, found.values())):
         sources.append(Source("base", base))
-        found[sources[-1]] = others(base)
+        found[sources[-1]] = companion_files(base)
     files: dict[str, Path] = {}
     for part in ("generation", "processor"):
         first = next((given for given in found.values() if any(_part(name) == part for name in given)), {})
         files |= {name: path for name, path in first.items() if _part(name) == part}
-    owner = _owner([source for source in sources if has_vocabulary(found[source])])
+    tokens = {source: vocabulary_of(source.folder) for source in sources}
+    owners = [source for source in sources if has_vocabulary(found[source])]
+    owner = max(owners, key=lambda source: len(tokens[source] or {}), default=None)  # of equal ones the first
     files |= {name: path for name, path in found[owner or sources[0]].items() if _part(name) == "tokenizer"}
-    with_template = [source for source in sources if _templates(source, found[source])]
-    speaker = owner if owner in with_template else next(iter(with_template), None)
+    templates = {source: _templates(found[source]) for source in sources}
+    speaker = owner if owner and templates[owner] else next((source for source in sources if templates[source]), None)
     for name, path in sorted(files.items()):
-        output.copy(path, name)
-    if speaker is not None and (speaker != owner or not _inside(found[speaker])):
-        for name, text in _templates(speaker, found[speaker]).items():
+        output.write(name, path.read_bytes())
+    if speaker is not None and (speaker != owner or _has_template_file(found[speaker])):
+        for name, text in templates[speaker].items():
             output.write(name, text)
-    _say(sources, found, owner, speaker)
+    if owner is not None:
+        other = [source.name for source in sources if tokens[source] != tokens[owner]]
+        _warn("tokenizer: taken from %s, since %s has none or fewer tokens", owner, other)
+        warn_about_special_tokens(owner.name, {source.name: source.folder for source in sources})
+    if speaker is not None:
+        texts = sorted(templates[speaker].values())
+        other = [source.name for source in sources if sorted(templates[source].values()) != texts]
+        _warn("chat template: taken from %s, since %s has none or another", speaker, other)
     return {"tokenizer": owner and owner.name, "chat_template": speaker and speaker.name}
 
 
+def _warn(line: str, taken: Source, others: Sequence[str]) -> None:
+    if others:
+        logger.warning(line, taken.name, " and ".join(others))
+
+
 def _part(name: str) -> str:
+    """Which part of the settings a file belongs to."""
     if name == "generation_config.json":
         return "generation"
     if name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
@@ -63,51 +96,22 @@ def _part(name: str) -> str:
     return "template" if "chat_template" in name else "tokenizer"
 
 
-def _owner(sources: Sequence[Source]) -> Source | None:
-    """The first whose tokenizer has all tokens of the others."""
-    if not sources:
-        return None
-    tokens = {source: (vocabulary_of(source.folder) or {}).keys() for source in sources}
-    return max(sources, key=lambda source: len(tokens[source]))  # of equal ones the first
+def _has_template_file(given: Mapping[str, Path]) -> bool:
+    """Whether a folder has a file of a chat template; if not, it may be inside tokenizer_config.json."""
+    return any(_part(name) == "template" for name in given)
 
 
-def _inside(given: Mapping[str, Path]) -> bool:
-    """Whether a folder has no file of a chat template, so that one can only be inside tokenizer_config.json."""
-    return not any(_part(name) == "template" for name in given)
-
-
-def _templates(source: Source, given: Mapping[str, Path]) -> dict[str, bytes]:
-    """File name → content of a folder's chat templates, those inside tokenizer_config.json as files of their own."""
-    found = {name: path.read_bytes() for name, path in given.items() if _part(name) == "template"}
-    if not _inside(given) or SETTINGS not in given:
-        return found
+def _templates(given: Mapping[str, Path]) -> dict[str, bytes]:
+    """File name → content of a folder's chat templates; those inside tokenizer_config.json as files of their own."""
+    if _has_template_file(given) or SETTINGS not in given:
+        return {name: path.read_bytes() for name, path in given.items() if _part(name) == "template"}
     inside: Any = read_mapping(given[SETTINGS]).get("chat_template")
     if isinstance(inside, str):
         return {DEFAULT: inside.encode()}
     rows = [row for row in inside if isinstance(row, dict)] if isinstance(inside, list) else []
     named = {str(row.get("name")): str(row.get("template")) for row in rows}
-    for name, text in named.items():
-        if name == Path(name).name:  # the file's name, so no path
-            found[DEFAULT if name == "default" else f"additional_chat_templates/{name}.jinja"] = text.encode()
-    return found
-
-
-def _say(
-    sources: Sequence[Source], found: Mapping[Source, Mapping[str, Path]], owner: Source | None, speaker: Source | None
-) -> None:
-    """A line where the members differ in their tokens or in their chat template."""
-    if owner is not None:
-        tokens = {source: vocabulary_of(source.folder) for source in sources}
-        other = [source.name for source in sources if tokens[source] != tokens[owner]]
-        if other:
-            logger.warning(
-                "tokenizer: taken from %s, since %s has none or fewer tokens", owner.name, " and ".join(other)
-            )
-        say_special_tokens(owner.name, {source.name: source.folder for source in sources})
-    if speaker is not None:
-        texts = {source: sorted(_templates(source, found[source]).values()) for source in sources}
-        other = [source.name for source in sources if texts[source] != texts[speaker]]
-        if other:
-            logger.warning(
-                "chat template: taken from %s, since %s has none or another", speaker.name, " and ".join(other)
-            )
+    return {
+        DEFAULT if name == "default" else f"additional_chat_templates/{name}.jinja": text.encode()
+        for name, text in named.items()
+        if name == Path(name).name  # it becomes a file's name, so it must not be a path
+    }

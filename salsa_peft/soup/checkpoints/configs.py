@@ -1,9 +1,9 @@
-"""Whether two configurations make the same function of the same tensors, as Transformers reads them.
+"""Checks that two model configurations compute the same function of the same tensors.
 
-Transformers writes a configuration back in other words than it read: `hidden_act: gelu` of Gemma as `gelu_pytorch_tanh`, an unused
-`sliding_window` as null, `rope_theta` inside `rope_parameters`, defaults filled in. So the two files are compared as text first, and
-where they differ both are read by Transformers and compared field by field. Sizes and the vocabulary are compared by the tensors' shapes
-too; whether output embeddings are tied is a question of the tensors (soup/checkpoints/alignment.py).
+Transformers may save a configuration in another form than it read: Gemma's `hidden_act: gelu` as `gelu_pytorch_tanh`, an unused
+`sliding_window` as null, `rope_theta` inside `rope_parameters`, defaults filled in. So the two files are compared as they are first; if
+they differ, Transformers reads both, and they are compared field by field. Whether output embeddings are tied is decided by the tensors
+(alignment.py), whose shapes are compared there too.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ WITHOUT_EFFECT = frozenset(
      "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "dropout", "activation_dropout", "classifier_dropout", "layerdrop",
      "summary_first_dropout", "max_position_embeddings", "max_window_layers", "use_sliding_window", "sliding_window_pattern")
 )  # fmt: skip
-"""Fields that change nothing in what a model in evaluation mode computes, or that others say better: positions by the rotary embeddings
+"""Fields that do not change what a model in evaluation mode computes, or that are compared otherwise: positions by the rotary embeddings
 or the shape of learned ones, the layers' windows by `layer_types`, tied embeddings by the tensors."""
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 DERIVED = ("head_dim", "layer_types", "num_key_value_heads")
-"""Fields that are filled in from others where the file has none."""
+"""Fields that Transformers derives from others if the file has none."""
 LENGTHS = ("dynamic", "longrope")
-"""Rotary embeddings that depend on the number of positions."""
+"""Types of rotary embeddings that depend on the number of positions."""
 
 
 def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Path, other_path: Path) -> None:
-    """Raise SalsaError that names the first field in which two config.json differ so that the same tensors make another function."""
+    """Raise SalsaError naming the first field in which two config.json differ, if the difference changes what the model computes."""
     if _plain(head) == _plain(other):
         return
     kinds = [config.get("model_type") for config in (head, other)]
     require(kinds[0] == kinds[1], _line("model_type", kinds[1], kinds[0], other_path, head_path))
     from salsa_peft.utils import tensor_names
 
-    if not tensor_names.is_known(head):  # Transformers cannot read them, so the text is all there is
+    if not tensor_names.is_known(head):  # Transformers cannot read them, so the fields are compared as they are
         for field in sorted(_plain(head).keys() & _plain(other).keys()):
             require(head[field] == other[field], _line(field, other[field], head[field], other_path, head_path))
         return
@@ -57,7 +57,7 @@ def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Pa
 
 
 def _line(field: str, yours: Any, mine: Any, other_path: Path, head_path: Path) -> str:
-    why = "the same weights would compute something else; take models of one architecture, or correct the file that is wrong"
+    why = "the same weights would compute something else; average models of one architecture, or correct the file that is wrong"
     if field.endswith("vocab_size"):
         why = (
             "their embeddings have different numbers of rows; resize one model to the other's with model.resize_token_embeddings(…) and"
@@ -67,7 +67,7 @@ def _line(field: str, yours: Any, mine: Any, other_path: Path, head_path: Path) 
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the fields that have no effect, also in the parts of a multimodal configuration."""
+    """A configuration, including the parts of a multimodal one, without the fields that have no effect."""
     return {
         key: _plain(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
@@ -76,9 +76,9 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(head: PreTrainedConfig, other: PreTrainedConfig, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two configurations of one kind differ in effect: its name and both values, or None.
+    """The first field in which two configurations of one class differ in effect: its name and both values, or None.
 
-    Only the fields that the class itself declares are compared: what else a file holds is a note that no model reads.
+    Only the fields that the class declares are compared, since no model reads the others.
     """
     mine, yours = head.to_dict(), other.to_dict()
     parts = [name for name in type(head).sub_configs if name in mine]

@@ -1,4 +1,4 @@
-"""The tokenizers beside weights, read as plain files: which token has which id, and which token begins or ends a text."""
+"""Reads tokenizers as plain files and compares them: the ids of their tokens, and their BOS and EOS tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """bos_token and eos_token by a folder's tokenizer_config.json, where it names them."""
+    """The bos_token and eos_token that a folder's tokenizer_config.json names."""
     path = folder / "tokenizer_config.json"
     settings = read_mapping(path) if path.is_file() else {}
     given = {name: settings.get(name) for name in ("bos_token", "eos_token")}
@@ -22,17 +22,20 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def say_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
-    """A line where another member's tokenizer has another BOS or EOS than the one that goes with the soup; folders: by member's name."""
+def warn_about_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
+    """Warn if a member's tokenizer has another BOS or EOS than the one taken for the soup. `folders`: member's name → folder."""
     own = special_tokens(folders[taken])
     for name, folder in folders.items():
         for token, text in special_tokens(folder).items():
             if text != own.get(token):
-                logger.warning("tokenizer: %s is %r as in %s; it is %r in %s", token, own.get(token), taken, text, name)
+                logger.warning("tokenizer: %s is %r as in %s, but %r in %s", token, own.get(token), taken, text, name)
 
 
 def check_vocabulary(head: Path, other: Path) -> None:
-    """Raise SalsaError unless a token that both have has one id, and an id one token: rows of embeddings are averaged by id."""
+    """Raise SalsaError if two tokenizers have another id for the same token, or another token for the same id.
+
+    Rows of embeddings are averaged by id.
+    """
     if _vocabulary_file(head, PIECES) is None or _vocabulary_file(other, PIECES) is None:
         return
     kinds = next(
@@ -40,7 +43,7 @@ def check_vocabulary(head: Path, other: Path) -> None:
     )
     if kinds is None:
         logger.warning(
-            "tokenizer: those of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
+            "the tokenizers of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
             head,
             other,
         )
@@ -49,7 +52,9 @@ def check_vocabulary(head: Path, other: Path) -> None:
     if mine.read_bytes() == yours.read_bytes():
         return
     known, found = vocabulary(mine), vocabulary(yours)
-    remedy = "rows of embeddings are averaged by id, so members of a soup share one vocabulary; leave one of them out"
+    remedy = (
+        "rows of embeddings are averaged by id, so members of a soup must share a vocabulary; leave one of them out"
+    )
     for token, number in found.items():
         require(
             known.get(token, number) == number,
@@ -68,7 +73,7 @@ def check_vocabulary(head: Path, other: Path) -> None:
 
 TOKENS = ("tokenizer.json", "vocab.json")
 PIECES = (*TOKENS, "tokenizer.model")
-"""Files that name each token of a vocabulary; the last is SentencePiece's, in protobuf."""
+"""Files that list the tokens of a vocabulary; the last is SentencePiece's, in protobuf."""
 
 
 def _vocabulary_file(folder: Path, names: Sequence[str] = TOKENS) -> Path | None:
@@ -76,13 +81,13 @@ def _vocabulary_file(folder: Path, names: Sequence[str] = TOKENS) -> Path | None
 
 
 def vocabulary_of(folder: Path) -> dict[str, int] | None:
-    """Token → id by a folder's tokenizer.json or vocab.json; None where it has neither."""
+    """Token → id of a folder's tokenizer.json or vocab.json; None if it has neither."""
     path = _vocabulary_file(folder)
     return None if path is None else vocabulary(path)
 
 
 def vocabulary(path: Path) -> dict[str, int]:
-    """Token → id by a tokenizer.json, or by a vocab.json with the added_tokens.json beside it."""
+    """Token → id of a tokenizer.json or tokenizer.model, or of a vocab.json and the added_tokens.json beside it."""
     if path.suffix == ".model":
         return _pieces(path)
     content = read_mapping(path)
@@ -102,11 +107,13 @@ def vocabulary(path: Path) -> dict[str, int]:
 
 
 def _pieces(path: Path) -> dict[str, int]:
-    """Token → id of a tokenizer.model: SentencePiece's ModelProto, whose first field are the pieces in the order of ids, each with its text
-    as first field; with the added_tokens.json beside it."""
+    """Token → id of a tokenizer.model and the added_tokens.json beside it.
+
+    The file is SentencePiece's ModelProto: its first field has the pieces in the order of ids, and a piece's first field has its text.
+    """
     refusal = (
-        f"{path}: cannot be read as SentencePiece's, so it cannot be compared with the other members' tokenizers. Save each tokenizer with"
-        " Transformers (save_pretrained writes tokenizer.json), or leave the same file in every folder"
+        f"{path} cannot be read as a SentencePiece model, so it cannot be compared with the other members' tokenizers; save each tokenizer"
+        " with Transformers (save_pretrained writes tokenizer.json), or put the same file into every folder"
     )
     try:
         pieces = [piece for number, piece in _fields(path.read_bytes()) if number == 1]
@@ -119,7 +126,7 @@ def _pieces(path: Path) -> dict[str, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of a protobuf message's fields that have a length; numbers are passed over."""
+    """(number, content) of the fields of a protobuf message that have a length; the others are skipped."""
     place = 0
 
     def varint() -> int:

@@ -1,67 +1,48 @@
-"""The files of a merge: the base's own headers, index and configuration where nothing in them changes, else made anew."""
+"""The files of a merge: the base's headers, index and configuration if they still fit, else new ones."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 
-from salsa_peft.soup.checkpoints.read import text_part
+from salsa_peft.soup.checkpoints.read import INDEX, text_part
 from salsa_peft.soup.merge.plan import Plan
 from salsa_peft.utils.safetensors_io import BITS, make_header
 
 
 class Layout:
-    """What is written around the tensors of a plan."""
+    """What is written besides the tensors of a plan."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.source = plan, plan.source
-        self.same = {
-            file: entries
-            == [(name, self.source.dtype(name), self.source.shape(name)) for name in self.source.names(file)]
-            for file, entries in plan.layout.items()
-        }
+        self.plan = plan
+        self.headers: dict[str, bytes] = {}
+        for name, entries in plan.layout.items():
+            file = plan.source.checkpoint.files[name]
+            same = entries == [(tensor, entry.dtype, entry.shape) for tensor, entry in file.entries.items()]
+            self.headers[name] = file.header if same else make_header(entries, file.metadata or None)
+        tensors = [(dtype, math.prod(shape)) for entries in plan.layout.values() for _, dtype, shape in entries]
+        self.parameters = sum(count for _, count in tensors)
+        self.tensor_bytes = sum(count * BITS[dtype] // 8 for dtype, count in tensors)
 
-    def header(self, file: str) -> bytes:
-        """Of a shard."""
-        if self.same[file]:
-            return self.source.header(file)
-        return make_header(self.plan.layout[file], self.source.checkpoint.files[file].metadata or None)
-
-    def size_of(self, file: str) -> int:
-        """Bytes of a shard."""
-        if self.same[file]:
-            return self.source.size_of(file)
-        return (
-            8
-            + len(self.header(file))
-            + sum(math.prod(shape) * BITS[dtype] // 8 for _, dtype, shape in self.plan.layout[file])
-        )
-
-    def parameters(self) -> int:
-        """In all tensors."""
-        return sum(math.prod(shape) for entries in self.plan.layout.values() for _, _, shape in entries)
-
-    def names(self, file: str) -> Iterator[str]:
-        """Tensors of a shard, in order."""
-        return (name for name, _, _ in self.plan.layout[file])
+    @property
+    def size(self) -> int:
+        """The number of bytes of all shards."""
+        return self.tensor_bytes + sum(8 + len(header) for header in self.headers.values())
 
     def index(self) -> bytes | str:
-        """model.safetensors.index.json."""
-        given = self.source.index()
+        """The content of model.safetensors.index.json."""
+        given = (self.plan.source.checkpoint.folder / INDEX).read_bytes()
         content = json.loads(given)
-        shards = {name: file for file in self.plan.layout for name in self.names(file)}
-        total = sum(self.size_of(file) - len(self.header(file)) - 8 for file in self.plan.layout)
-        if content["weight_map"] == shards and content.get("metadata", {}).get("total_size") == total:
+        shards = {name: file for file, entries in self.plan.layout.items() for name, _, _ in entries}
+        metadata = {"total_size": self.tensor_bytes}
+        if content["weight_map"] == shards and content.get("metadata", {}).get("total_size") == self.tensor_bytes:
             return given
-        return (
-            json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}, indent=2) + "\n"
-        )
+        return json.dumps({"metadata": metadata, "weight_map": dict(sorted(shards.items()))}, indent=2) + "\n"
 
     def config(self) -> bytes | str:
-        """config.json, with the rows of the embeddings and whether they are tied."""
+        """The content of config.json, with the number of rows of the embeddings and whether they are tied."""
         rows, untied = self.plan.loaded.rows, self.plan.untied
-        given = self.source.config()
+        given = self.plan.source.config()
         if rows is None and untied is None:
             return given
         content = json.loads(given)

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-class Loaded(NamedTuple):
+class LoadedMembers(NamedTuple):
     """The members in models of one class."""
 
     adapters: list[AdapterModel]
@@ -72,7 +72,7 @@ def _read(folder: Path, name: str) -> Member:
     return Member(name, folder, config, read_fingerprint(folder), file, {}, {})
 
 
-def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> Loaded:
+def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> LoadedMembers:
     """Every member in a blank model of its own. Raises SalsaError naming the file and tensor that no model of the base takes."""
     where = str(checkpoint.folder / "config.json")
     config = read_model_config(checkpoint.config, where)
@@ -88,7 +88,7 @@ def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> Loaded:
 
 
 def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made: type[PreTrainedModel],
-          config: PreTrainedConfig) -> Loaded:  # fmt: skip
+          config: PreTrainedConfig) -> LoadedMembers:  # fmt: skip
     base = blank_model(made, config)
     rows = [_rows(base, member) for member, _, _ in given]
     embeddings: Any = base.get_input_embeddings()
@@ -106,7 +106,9 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made:
         for member, tensors, lora in given
     ]
     resized = base if rows[0] in (None, before) else blank_model(made, wanted)
-    return Loaded(adapters, ModelNames(base), ModelNames(resized), None if rows[0] in (None, before) else rows[0])
+    return LoadedMembers(
+        adapters, ModelNames(base), ModelNames(resized), None if rows[0] in (None, before) else rows[0]
+    )
 
 
 def _classes(

@@ -15,7 +15,7 @@ from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters.merged import merged_parameters
 from salsa_peft.models.base import causal_lm, device
 from salsa_peft.models.generation import Recording, generate, row_seeds
@@ -59,7 +59,7 @@ class VLLM:
             f"temperature: found {args.temperature:g} with rollout_backend vllm, expected 0.01 to 2; vLLM samples at no other",
         )
         self.model, self.args, self.tokenizer, self.synced = model, args, tokenizer, False
-        self.ends = ends_of(tokenizer, causal_lm(model))
+        self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
         self.engine = self._engine(accelerator, options)
 
     def _engine(self, accelerator: Accelerator, options: Mapping[str, Any]) -> Any:
@@ -228,7 +228,7 @@ class Paged:
             f"rollout_backend: found paged with transformers {transformers.__version__}, expected {PAGED_SINCE} or newer",
         )
         self.model, self.args, self.tokenizer = model, args, tokenizer
-        self.ends = ends_of(tokenizer, causal_lm(model))
+        self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
         self.options = {"auto_switch_to_flash": False, **args.rollout_options}  # type: ignore[dict-item]
 
     def updated(self) -> None:

@@ -16,11 +16,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
-from salsa_peft.data.chat.turn_ends import ends_of, facts
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids, tokenizer_notes
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import LOADED, causal_lm, keep_layout
+from salsa_peft.models.base import causal_lm, keep_4bit_layout
 from salsa_peft.models.logprobs import check_head, head_of
 from salsa_peft.models.precision import OPTIMIZER, ROUNDING, rounds_stochastically
+from salsa_peft.models.tokenizers import PREPARED_TOKENIZERS
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check_model(model: Any) -> None:
         isinstance(model, PeftModel | PreTrainedModel),
         f"model: found {type(model).__name__}, expected a PeftModel with the policy active, or a PreTrainedModel",
     )
-    keep_layout(model)  # before anything runs
+    keep_4bit_layout(model)  # before anything runs
     check_layout(model)
     if isinstance(model, PeftModel):
         check_adapters(model)
@@ -73,7 +74,7 @@ def check_adapters(model: PeftModel) -> None:
         kind = config.peft_type
         if kind != PeftType.LORA:
             raise SalsaError(f"model: found adapter {name!r} of kind {PeftType(kind).value}, expected LoRA")
-        lora.check_keeps_base(config, f"model, adapter {name!r}")  # type: ignore[arg-type]
+        lora.require_base_unchanged(config, f"model, adapter {name!r}")  # type: ignore[arg-type]
         bias = config.bias  # type: ignore[attr-defined]
         require(
             bias == "none",
@@ -118,7 +119,7 @@ def check_trained(
             " requires_grad_(False)",
         )
     check_precision(trained, args)
-    head_of(causal_lm(model), 1.0, ends_of(tokenizer, causal_lm(model)))
+    head_of(causal_lm(model), 1.0, model_stop_token_ids(tokenizer, causal_lm(model)))
     check_noise(model)
 
 
@@ -174,7 +175,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PeftModel | PreTr
             f"processing_class: found {name} {token!r} ({number}) over {rows} embeddings, expected one of them;"
             " model.resize_token_embeddings(len(tokenizer)), or take another",
         )
-    for line in facts(tokenizer, ends_of(tokenizer, lm)) if tokenizer not in LOADED else []:
+    for line in (
+        tokenizer_notes(tokenizer, model_stop_token_ids(tokenizer, lm)) if tokenizer not in PREPARED_TOKENIZERS else []
+    ):
         print(f"processing_class: {line}", file=sys.stderr, flush=True)
 
 

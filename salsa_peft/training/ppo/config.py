@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,6 +138,20 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     def micro_steps(self) -> int:
         """Forwards and backwards that one rollout batch gives."""
         return self.steps_per_update * self.gradient_accumulation_steps
+
+    def set_max_steps(self, prompts: int) -> None:
+        """Set max_steps from num_train_epochs in whole updates, rounded up, since an incomplete update is not logged.
+
+        Raises SalsaError if max_steps is given and ends within an update.
+        """
+        steps = self.steps_per_update
+        require(
+            self.max_steps < 1 or self.max_steps % steps == 0,
+            f"max_steps: found {self.max_steps}, expected a multiple of {steps}, the optimizer steps of one update"
+            " (num_ppo_epochs × num_mini_batches)",
+        )
+        if self.max_steps < 1:
+            self.max_steps = math.ceil(self.num_train_epochs * (prompts // self.batch_size)) * steps
 
 
 def _mapping(name: str, value: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Guards: what an update's figures say when PPO goes wrong: empty or short responses, gibberish, a KL that cannot be.
+"""Guards: alarms on an update's metrics when PPO goes wrong, such as empty responses, gibberish or an impossible KL.
 
-A guard is one function and one row of GUARDS here, one row of DEFAULTS in config/options/guards.py, and one test. `ppo.guards` says what an alarm does, and may move its limit:
-`{length: stop, kl: {action: stop, limit: 30}, repetition: off}`; those not named act as their row says. Imports no torch.
-Figures are those of metrics.jsonl: row is this update's, start the run's first one's. One that is NaN raises its alarm.
-Left out: averages over updates. A `stop` goes by one update, so a small batch wants a wider limit.
+A new guard is a function and a row of GUARDS here, a row of DEFAULTS in config/options/guards.py, and a test. `ppo.guards` sets a guard's
+action and limit: `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`; guards that it does not name keep their defaults.
+Guards read the rows of metrics.jsonl. A metric that is NaN raises the alarm. Imports no torch.
+
+Left out: averages over updates. A `stop` depends on one update, so a small batch needs a wider limit.
 """
 
 from __future__ import annotations
@@ -12,209 +13,213 @@ from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.config.options.guards import Action, Setting
+from salsa_peft.config.options.guards import Action, GuardSetting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Row = Mapping[str, float]
 LENGTH, ENTROPY, REPETITION = START = ("objective/response_length", "objective/entropy", "objective/repetition")
-CALM = 10
-"""Updates without an alarm after which its guard warns anew: a figure that hovers about its limit is not said each time."""
+QUIET_UPDATES = 10
+"""Updates without an alarm after which a guard warns again, so that a metric that hovers about its limit is not reported each time."""
 
 
-class Bounds(NamedTuple):
-    """What adaptive β may do."""
+class KLCoefBounds(NamedTuple):
+    """Bounds and target of the adaptive KL coefficient β."""
 
     lowest: float
-    """kl_coef_min; 0 is none."""
+    """kl_coef_min; 0 means no bound."""
     highest: float | None
     """kl_coef_max."""
     target: float
-    """kl_target, nats per response."""
+    """kl_target, in nats per response."""
 
 
-class Figures(NamedTuple):
-    """What a guard looks at."""
+class GuardInput(NamedTuple):
+    """The metrics that a guard reads."""
 
     row: Row
-    """This update's."""
+    """Metrics of this update."""
     start: Row
-    """The run's first update's; START is enough."""
-    bounds: Bounds | None
-    """None: β is fixed."""
+    """Metrics of the run's first update; at least those of START."""
+    bounds: KLCoefBounds | None
+    """None if β is fixed."""
 
 
-def empty(seen: Figures, limit: float) -> str | None:
-    """The share of responses that are EOS alone. Paper A.4: with the soup, a high β drives response length to zero.
+def empty(metrics: GuardInput, limit: float) -> str | None:
+    """The share of empty responses, which are EOS only. Paper A.4: with the soup, a high β drives response length to zero.
 
-    A half: with most of a batch empty PPO has little left to learn an answer from; sound runs have a few percent at most.
+    The default limit is a half: with most responses empty, PPO has little left to learn from; healthy runs have a few percent at most.
     """
-    share = seen.row["objective/empty_share"]
-    return None if share <= limit else f"{share:.0%} of the responses empty (EOS alone), expected at most {limit:.0%}"
+    share = metrics.row["objective/empty_share"]
+    return None if share <= limit else f"{share:.0%} of the responses are empty (EOS only); the limit is {limit:.0%}"
 
 
-def length(seen: Figures, limit: float) -> str | None:
-    """Mean response length against the first update's: the same hack on its way there, for few tokens cost little KL.
+def length(metrics: GuardInput, limit: float) -> str | None:
+    """Mean response length relative to the first update: an early sign of the same failure, since few tokens cost little KL.
 
-    A quarter: a reward that likes brevity halves responses, which is no fault.
+    The default limit is a quarter: a reward that prefers short responses may halve them, which is no failure.
     """
-    now, then = seen.row[LENGTH], seen.start[LENGTH]
+    now, then = metrics.row[LENGTH], metrics.start[LENGTH]
     least = limit * then
-    told = f"expected at least {least:.4g} ({limit:g} × the first update's {then:.4g})"
-    return None if now >= least else f"a mean response length of {now:.4g} tokens, {told}"
+    text = f"the mean response length is {now:.4g} tokens; the limit is {least:.4g} ({limit:g} × the first update's {then:.4g})"
+    return None if now >= least else text
 
 
-def repetitive(seen: Figures, limit: float) -> str | None:
-    """4-grams repeated within a response (`repetition`): gibberish as in the paper's Figure 6, the kind that goes in circles.
+def repetitive(metrics: GuardInput, limit: float) -> str | None:
+    """Share of 4-grams repeated within a response (`repetition`): gibberish that loops, as in the paper's Figure 6.
 
-    Share above start + limit · (1 − start): what repeats itself from the start (tables, code, a small language) keeps its room,
-    and there is an end above it still. A half: people's texts have a few percent, one in a hundred a half; a loop nearly all.
+    The alarm is raised above start + limit · (1 − start), which adapts to data that repeats itself from the start (tables, code). The
+    default limit is a half: human texts repeat a few percent, one in a hundred a half, and a loop nearly everything.
     """
-    now, then = seen.row[REPETITION], seen.start[REPETITION]
+    now, then = metrics.row[REPETITION], metrics.start[REPETITION]
     most = then + limit * (1 - then)
-    told = f"expected at most {most:.0%} (the first update: {then:.0%})"
-    return None if now <= most else f"{now:.0%} of the 4-grams repeated within their response, {told}"
+    text = f"{now:.0%} of the 4-grams are repeated within their response; the limit is {most:.0%} (first update: {then:.0%})"
+    return None if now <= most else text
 
 
-def entropy_low(seen: Figures, limit: float) -> str | None:
-    """Entropy per token against the first update's: the same few answers to everything.
+def entropy_low(metrics: GuardInput, limit: float) -> str | None:
+    """Entropy per token relative to the first update: the policy gives the same few answers to everything.
 
-    A tenth: PPO makes a policy surer of itself, often to a half, and that is its work; one that says one thing has next to none.
+    The default limit is a tenth: PPO normally lowers entropy, often to a half; a collapsed policy has next to none.
     """
-    now, then = entropy(seen.row), entropy(seen.start)
+    now, then = entropy(metrics.row), entropy(metrics.start)
     least = limit * then
-    told = f"expected at least {least:.3g} ({limit:g} × the first update's {then:.3g})"
-    return None if now >= least else f"an entropy of {now:.3g} nats a token, {told}"
+    text = (
+        f"the entropy is {now:.3g} nats per token; the limit is {least:.3g} ({limit:g} × the first update's {then:.3g})"
+    )
+    return None if now >= least else text
 
 
-def entropy_high(seen: Figures, limit: float) -> str | None:
-    """Entropy per token above the first update's, in nats: gibberish of the other kind, where any token will do.
+def entropy_high(metrics: GuardInput, limit: float) -> str | None:
+    """Entropy per token above the first update's, in nats: gibberish in which any token may follow.
 
-    A difference and no ratio, for a start may be near 0. 1.5 nats: 4.5 times as many choices (e^1.5); sampling at temperature
-    1.5, which is gibberish, adds three or four.
+    A difference rather than a ratio, because the first update's may be near 0. The default limit of 1.5 nats means 4.5 times as many
+    choices (e^1.5); sampling at temperature 1.5, which gives gibberish, adds three or four nats.
     """
-    now, then = entropy(seen.row), entropy(seen.start)
+    now, then = entropy(metrics.row), entropy(metrics.start)
     most = then + limit
-    told = f"expected at most {most:.3g} ({limit:g} above the first update's {then:.3g})"
-    return None if now <= most else f"an entropy of {now:.3g} nats a token, {told}"
+    text = f"the entropy is {now:.3g} nats per token; the limit is {most:.3g} ({limit:g} above the first update's {then:.3g})"
+    return None if now <= most else text
 
 
-def kl_coef(seen: Figures, limit: float) -> str | None:
-    """Adaptive β within `limit` (a share of it) of a bound, and a KL that would drive it on: the controller can do no more."""
-    if seen.bounds is None:
+def kl_coef(metrics: GuardInput, limit: float) -> str | None:
+    """Adaptive β within `limit` (a share of it) of a bound while the KL would move it further: the controller has no effect."""
+    if metrics.bounds is None:
         return None
-    beta, found = seen.row["objective/kl_coef"], seen.row["objective/kl"]
-    lowest, highest, target = seen.bounds
+    beta, found = metrics.row["objective/kl_coef"], metrics.row["objective/kl"]
+    lowest, highest, target = metrics.bounds
     if highest is not None and beta >= highest * (1 - limit) and found > target:
-        return f"β {beta:.3g} at kl_coef_max and a KL of {found:.3g} nats a response, expected it to come down to {target:g}"
+        return f"β is {beta:.3g}, at kl_coef_max, and the KL is {found:.3g} nats per response, above kl_target = {target:g}"
     if 0 < beta <= lowest * (1 + limit) and found < target:
-        return (
-            f"β {beta:.3g} at kl_coef_min and a KL of {found:.3g} nats a response, expected it to come up to {target:g}"
-        )
+        return f"β is {beta:.3g}, at kl_coef_min, and the KL is {found:.3g} nats per response, below kl_target = {target:g}"
     return None
 
 
-def negative_kl(seen: Figures, limit: float) -> str | None:
-    """KL below −limit, nats a response. A KL is not negative; its k1 estimate may be, by chance.
+def negative_kl(metrics: GuardInput, limit: float) -> str | None:
+    """KL below −limit, in nats per response. A KL is never negative, although its estimate k1 may be, by chance.
 
-    One nat: k1's variance is about 2 KL, so the mean of 8 responses is no less than four standard errors from −1.
+    The default limit is 1 nat: k1's variance is about 2 KL, so that −1 is at least four standard errors below the mean of 8 responses.
     """
-    found = seen.row["objective/kl"]
-    return None if found >= -limit else f"a KL of {found:.3g} nats a response, expected at least {-limit:g}"
+    found = metrics.row["objective/kl"]
+    return None if found >= -limit else f"the KL is {found:.3g} nats per response; the limit is {-limit:g}"
 
 
-def kl(seen: Figures, limit: float) -> str | None:
-    """KL above limit, nats a response; as `stop` it is early stopping on KL. Off: a soup or the base is far from the start.
+def kl(metrics: GuardInput, limit: float) -> str | None:
+    """KL above limit, in nats per response; with action stop this is early stopping on KL.
 
-    The limit is ten times the default kl_target.
+    Off by default, because a soup or the base is far from the policy's start. The default limit is ten times the default kl_target.
     """
-    found = seen.row["objective/kl"]
-    return None if found <= limit else f"a KL of {found:.4g} nats a response, expected at most {limit:g}"
+    found = metrics.row["objective/kl"]
+    return None if found <= limit else f"the KL is {found:.4g} nats per response; the limit is {limit:g}"
 
 
 def entropy(row: Row) -> float:
-    """Nats a token."""
+    """Entropy in nats per token."""
     return row[ENTROPY] / row[LENGTH]
 
 
 class Guard(NamedTuple):
     """A row of GUARDS."""
 
-    check: Callable[[Figures, float], str | None]
-    """Takes the figures and the limit. Returns what is wrong ("found, expected …"), or None where all is well."""
+    check: Callable[[GuardInput, float], str | None]
+    """Takes the metrics and the limit. Returns what is wrong, or None."""
     remedy: str
+    """A sentence that says what the user can do."""
 
 
-SHORT = "the KL-hack, few tokens cost little KL: set min_new_tokens or kl_per=token, or lower kl_coef"
-WILD = "gibberish: raise kl_coef, lower learning_rate or num_ppo_epochs, and see completions.jsonl"
+SHORT = "Short responses cost little KL, which PPO can exploit: set min_new_tokens or kl_per=token, or lower kl_coef"
+GIBBERISH = (
+    "The policy may write gibberish (see completions.jsonl): raise kl_coef, or lower learning_rate or num_ppo_epochs"
+)
 GUARDS: dict[str, Guard] = {
     "empty": Guard(empty, SHORT),
     "length": Guard(length, SHORT),
-    "repetition": Guard(repetitive, f"{WILD}; missing_eos_penalty where responses never end"),
-    "entropy_low": Guard(entropy_low, f"{WILD}, or that there is one answer to everything"),
-    "entropy_high": Guard(entropy_high, WILD),
-    "kl_coef": Guard(kl_coef, "widen kl_coef_min and kl_coef_max, move kl_target, or change learning_rate"),
+    "repetition": Guard(repetitive, f"{GIBBERISH}; set missing_eos_penalty if responses never end"),
+    "entropy_low": Guard(entropy_low, f"{GIBBERISH}. Or there is only one answer to every prompt"),
+    "entropy_high": Guard(entropy_high, GIBBERISH),
+    "kl_coef": Guard(kl_coef, "Widen kl_coef_min and kl_coef_max, or change kl_target or learning_rate"),
     "negative_kl": Guard(
-        negative_kl, "what is sampled is not what is scored, or the batch is too small: set rollout_backend=hf and"
-        " old_logprobs=recompute, kl_estimator=full or k3, or raise batch_size",
+        negative_kl, "Sampling and scoring may disagree, or the batch is too small: set rollout_backend=hf and"
+        " old_logprobs=recompute, or kl_estimator=full or k3, or raise batch_size",
     ),
-    "kl": Guard(kl, "the policy is far from its reference: take an earlier checkpoint, raise kl_coef or lower learning_rate"),
+    "kl": Guard(kl, "The policy is far from its reference: use an earlier checkpoint, raise kl_coef or lower learning_rate"),
 }  # fmt: skip
-"""Each has its default limit and action in DEFAULTS of config/options/guards.py."""
+"""Default limits and actions are in DEFAULTS of config/options/guards.py."""
 
 
 class Alarm(NamedTuple):
-    """A guard that has something to say."""
+    """The alarm of one guard."""
 
     name: str
     action: Action
     """warn or stop."""
     message: str
-    """One line: found, expected, what to do."""
+    """One line: what is wrong, in which update, and what to do."""
 
 
-def alarms(settings: Mapping[str, Setting], row: Row, start: Row, bounds: Bounds | None = None) -> list[Alarm]:
-    """All that is wrong in an update's figures; `bounds` where β is adaptive."""
-    seen, found = Figures(row, start, bounds), []
+def alarms(
+    settings: Mapping[str, GuardSetting], row: Row, start: Row, bounds: KLCoefBounds | None = None
+) -> list[Alarm]:
+    """The alarms of all guards on an update's metrics. bounds: if β is adaptive."""
+    metrics, found = GuardInput(row, start, bounds), []
     for name, (action, limit) in settings.items():
         guard = GUARDS[name]
-        text = None if action == "off" else guard.check(seen, limit)
+        text = None if action == "off" else guard.check(metrics, limit)
         if text is not None:
-            found.append(
-                Alarm(name, action, f"guards.{name}: update {row['update']:.0f}: found {text}; {guard.remedy}")
-            )
+            found.append(Alarm(name, action, f"guards.{name}: update {row['update']:.0f}: {text}. {guard.remedy}"))
     return found
 
 
-class Watch:
-    """A run's guards: what they are to say after each update. Its state, of JSON's kinds, belongs into the checkpoint."""
+class GuardMonitor:
+    """The guards of a run, which remembers the first update and the warnings so far. Its state is part of a checkpoint."""
 
-    def __init__(self, settings: Mapping[str, Setting], bounds: Bounds | None = None) -> None:
+    def __init__(self, settings: Mapping[str, GuardSetting], bounds: KLCoefBounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
         self.start: dict[str, float] = {}
-        self.quiet: dict[str, int] = {}  # guards that have warned → updates without an alarm since
+        self.quiet: dict[str, int] = {}
+        """Guards that have warned → updates without an alarm since."""
 
-    def look(self, row: Row) -> list[Alarm]:
-        """An update's figures → what to say: every stop; a warning at its onset, and again after CALM updates without it."""
+    def check(self, row: Row) -> list[Alarm]:
+        """Alarms to report after an update: each stop, and a warning when it begins and again after QUIET_UPDATES without it."""
         self.start = self.start or {key: row[key] for key in START}
         found = alarms(self.settings, row, self.start, self.bounds)
-        said = [alarm for alarm in found if alarm.action == "stop" or alarm.name not in self.quiet]
-        calm = {name: updates + 1 for name, updates in self.quiet.items() if updates + 1 < CALM}
-        self.quiet = calm | {alarm.name: 0 for alarm in found}
-        return said
+        reported = [alarm for alarm in found if alarm.action == "stop" or alarm.name not in self.quiet]
+        quiet = {name: updates + 1 for name, updates in self.quiet.items() if updates + 1 < QUIET_UPDATES}
+        self.quiet = quiet | {alarm.name: 0 for alarm in found}
+        return reported
 
     def state_dict(self) -> dict[str, Any]:
-        """The first update's figures, and what has been said."""
+        """The first update's metrics and the warnings so far."""
         return {"start": dict(self.start), "quiet": dict(self.quiet)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from a `state_dict`."""
         self.start, self.quiet = dict(state["start"]), dict(state["quiet"])
 
 
 def repetition(response_ids: Tensor, response_mask: Tensor, n: int = 4) -> float:
-    """objective/repetition: 1 − unique n-grams / n-grams of a response, averaged over (B, T); 0 for one shorter than n."""
+    """Share of repeated n-grams, 1 − unique / all, averaged over the responses (B, T); 0 for a response shorter than n."""
     shares = []
     for tokens, counted in zip(response_ids.tolist(), response_mask.tolist(), strict=True):
         response = list(compress(tokens, counted))

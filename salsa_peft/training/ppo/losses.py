@@ -1,7 +1,7 @@
 """GAE, KL estimators, PPO's losses and the KL controller: pure functions on tensors.
 
-Shapes: B sequences, T response tokens, K references. Every mask is True where a token counts; what it hides is ignored
-and never has to be zero. All in float32.
+Shapes: B sequences, T response tokens. Masks are True where a token counts; values elsewhere are ignored and need not be zero.
+Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """(B, T) → scaled to unit variance (and zero mean) over the mask, 0 outside it; TRL 1.12's masked_whiten.
+    """Scale values (B, T) to unit variance and zero mean over the mask, as TRL 1.12's masked_whiten; 0 outside the mask.
 
-    The variance is the unbiased one over the mask; where fewer than two tokens count, only the mean is taken off.
+    shift_mean: False keeps the mean. The variance is the unbiased one; with fewer than two tokens only the mean is subtracted.
     """
     counted = values[mask]
     mean = counted.mean()
@@ -25,30 +25,24 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     return torch.where(mask, whitened, torch.zeros_like(values))
 
 
-# KL(π ‖ reference) of one token from log π and log ref of the token that was sampled (Schulman, 2020, "Approximating KL").
 KL_ESTIMATORS = {
     "k1": lambda logprobs, reference: logprobs - reference,
     "k2": lambda logprobs, reference: 0.5 * (logprobs - reference).square(),
     "k3": lambda logprobs, reference: torch.expm1(reference - logprobs) + logprobs - reference,
     "abs": lambda logprobs, reference: (logprobs - reference).abs(),
 }
+"""Per-token estimates of KL(π ‖ reference) from the log-probs of the sampled token (Schulman, 2020, "Approximating KL divergence").
 
-
-def reference_kl(logprobs: Tensor, references: Tensor, estimator: str) -> Tensor:
-    """Per-token KL, averaged over the references (paper eq. 5): (B, T), (K, B, T) → (B, T).
-
-    `full` is no function of the sampled token's log-probs: models/responses.py computes it over the vocabulary.
-    """
-    estimate = KL_ESTIMATORS[estimator]
-    return torch.stack([estimate(logprobs, reference) for reference in references]).mean(0)
+The estimator `full`, which needs the whole vocabulary, is models.logprobs.full_kl.
+"""
 
 
 def token_rewards(
     kl: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, *, per: Literal["response", "token"] = "response"
 ) -> Tensor:
-    """reward_t = −β · kl_t, plus the score at the last token that counts: (B, T), (B,), (B, T) → (B, T), 0 outside.
+    """Per-token rewards −β · kl_t, plus the score at a response's last token: kl (B, T), scores (B,), mask (B, T) → (B, T).
 
-    per "token": −β · kl_t / |y|, so that a response pays β times its mean KL, whatever its length |y|.
+    per: "token" gives −β · kl_t / |y|, so that the penalty of a response is β times its mean KL, whatever its length |y|.
     """
     if per == "token":
         kl = kl / mask.sum(-1, keepdim=True)
@@ -60,7 +54,7 @@ def token_rewards(
 
 
 class Advantages(NamedTuple):
-    """GAE's result, both (B, T) and 0 outside the mask."""
+    """Advantages and returns of GAE, each (B, T) and 0 outside the mask."""
 
     advantages: Tensor
     returns: Tensor
@@ -69,8 +63,8 @@ class Advantages(NamedTuple):
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Advantages:
     """Generalized advantage estimation (Schulman et al., 2016) over the response; the value after its last token is 0.
 
-    δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, returns = A + V. rewards, values, mask: (B, T); a row's mask is a
-    run of True from its first token.
+    δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, returns = A + V. rewards, values, mask: (B, T). The True values of each row of
+    the mask are consecutive and start at its first token.
     """
     zeros = torch.zeros_like(rewards[:, 0])
     advantages = torch.zeros_like(rewards)
@@ -85,7 +79,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 class PPOLoss(NamedTuple):
-    """A micro-batch's loss (a sum over its tokens, divided by the minibatch's) and what the logs show of it (sums too)."""
+    """Loss and logged metrics of a micro-batch: sums over its tokens, divided by the number of tokens of the minibatch."""
 
     loss: Tensor
     policy: Tensor
@@ -98,11 +92,11 @@ class PPOLoss(NamedTuple):
 
 def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor, returns: Tensor,
              mask: Tensor, *, tokens: int, cliprange: float, cliprange_value: float, vf_coef: float) -> PPOLoss:  # fmt: skip
-    """PPO's clipped losses (Schulman et al., 2017), all tensors (B, T), averaged over the minibatch's `tokens`.
+    """PPO's clipped losses (Schulman et al., 2017) of a micro-batch. All tensors are (B, T).
 
-    policy: mean of max(−A·r, −A·clip(r, 1±ε)); value: ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss = policy +
-    vf_coef · value. `tokens` is the number of True in the whole minibatch's mask, so that micro-batches of other lengths add
-    up to the minibatch's own gradient.
+    policy = mean of max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss = policy +
+    vf_coef · value. Means are over `tokens`, the True values in the mask of the whole minibatch, so that the gradients of its
+    micro-batches add up to the gradient of the minibatch.
     """
     given = (logprobs, values, old_logprobs, old_values, advantages, returns)
     logprobs, values, old_logprobs, old_values, advantages, returns = (
@@ -131,16 +125,16 @@ def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values:
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, responses: int, least: float = 0.0,
                   most: float | None = None) -> float:  # fmt: skip
-    """β ← β (1 + clip(KL/target − 1, ±0.2) · n / horizon), KL in nats per response (Ziegler et al., 2019; TRL 0.8).
+    """Adapt the KL coefficient: β ← β (1 + clip(KL/target − 1, ±0.2) · n / horizon) (Ziegler et al., 2019; TRL 0.8).
 
-    It stays between `least` and `most` (None: no bound).
+    kl, target: in nats per response. responses: n, those of the update. least, most: bounds of β; most None means no upper bound.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return min(max(kl_coef * (1 + error * responses / horizon), least), math.inf if most is None else most)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 − Var(R − V) / Var(R) over the mask; 0 where the returns don't vary."""
+    """Explained variance of the values, 1 − Var(R − V) / Var(R), over the mask; 0 if the returns do not vary."""
     target = returns[mask]
     variance = target.var(unbiased=False)
     if variance == 0:

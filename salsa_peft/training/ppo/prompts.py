@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from salsa_peft.data.chat.template_fields import dropped, in_form, options_of
+from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_template, template_options
 from salsa_peft.data.chat.templates import adds_bos
-from salsa_peft.data.datasets import Odd, prompt_tokens
+from salsa_peft.data.datasets import RowWarnings, prompt_tokens
 from salsa_peft.data.message_formats import parse_messages as check_messages
-from salsa_peft.models.base import positions
+from salsa_peft.models.base import max_positions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
 
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
     """The data's row, which reward functions see."""
 
 
-class Encoder(NamedTuple):
+class PromptEncoder(NamedTuple):
     """What turns rows into prompts that fit."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,12 +43,14 @@ class Encoder(NamedTuple):
     """Whether to say nothing of what is left out (another process does)."""
 
     @classmethod
-    def of(cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def of(
+        cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> PromptEncoder:
         """For prompts that leave room for a response in each of `models`, the policy's the first, and within max_prompt_length.
 
         Raises SalsaError for a max_new_tokens that leaves none.
         """
-        read = [number for number in (positions(model.config) for model in models) if number is not None]
+        read = [number for number in (max_positions(model.config) for model in models) if number is not None]
         require(
             not read or args.max_new_tokens < min(read),
             f"max_new_tokens: found {args.max_new_tokens}, expected less than the {min(read, default=0)} tokens that the models read,"
@@ -77,11 +79,11 @@ class Encoder(NamedTuple):
         if left_out and not self.quiet:
             print(f"{name}: {left_out} of {len(prompts)} prompts left out: {self.limit}", file=sys.stderr, flush=True)
         if not self.quiet:
-            odd = Odd(name)
+            odd = RowWarnings(name)
             for number, prompt in enumerate(prompts, 1):
-                odd.drops(number, self.dropped(prompt.row, number, name))
+                odd.add_dropped(number, self.dropped(prompt.row, number, name))
                 odd.add(number, OWN_BOS.format(self.tokenizer.bos_token), self.begins_with_bos(prompt.row))
-            odd.tell(len(prompts))
+            odd.print(len(prompts))
         return kept, left_out
 
     @property
@@ -134,4 +136,9 @@ class Encoder(NamedTuple):
         if not isinstance(messages, list):
             return []
         where = f"{name}, row {number}, prompt"
-        return dropped(in_form(check_messages(messages, where), self.tokenizer), self.tokenizer, where, options_of(row))
+        return dropped_fields(
+            messages_for_template(check_messages(messages, where), self.tokenizer),
+            self.tokenizer,
+            where,
+            template_options(row),
+        )

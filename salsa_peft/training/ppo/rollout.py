@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salsa_peft.data.chat.turn_ends import ends_of
+from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
@@ -23,22 +23,22 @@ from salsa_peft.models.responses import (
     Responses,
     concatenate,
     forbidden_eos,
+    pad_to_width,
     response_logprobs,
     response_states,
     response_values,
     scatter,
-    widen,
 )
 from salsa_peft.models.rewards.function import decode
-from salsa_peft.models.rewards.reward import Reward, RunningScale, take_figures
-from salsa_peft.models.sharding import gathered, keep_whole
+from salsa_peft.models.rewards.reward import Reward, RunningScale
+from salsa_peft.models.sharding import gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training.offload import place
+from salsa_peft.training.offload import place_models
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
 from salsa_peft.training.ppo.losses import KL_ESTIMATORS
 from salsa_peft.training.ppo.prompts import Prompt
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import MicroBatchLimit
 
@@ -89,12 +89,12 @@ class Interrupted(Exception):
 class RolloutMaker:
     """Prompts → Rollout, with the policy's weights as they are."""
 
-    def __init__(self, model: PolicyWithValueHead, references: Sequence[Frozen], reward: Reward, backend: Backend,
+    def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward, backend: Backend,
                  args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
-        self.ends = ends_of(tokenizer, causal_lm(model.policy))
-        self.present = place(references, reward, args)
+        self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
+        self.present = place_models(references, reward, args)
         world = accelerator.num_processes
         self.micro_batch = MicroBatchLimit(
             args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
@@ -105,7 +105,7 @@ class RolloutMaker:
     def head(self, model: PreTrainedModel | None = None) -> Head:
         """Of the policy's base, or of a model of its own. Looked up anew: once it is sharded, the weight is another tensor."""
         lm = causal_lm(self.model.policy) if model is None else model
-        keep_whole(lm.get_output_embeddings(), self.accelerator)
+        gather_weights(lm.get_output_embeddings(), self.accelerator)
         return head_of(lm, self.args.temperature, self.ends)
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class RolloutMaker:
         order = torch.tensor([row for rows, _, _ in parts for row in rows], device=self.accelerator.device).argsort()
         whole = concatenate([found for _, found, _ in parts], int(self.tokenizer.pad_token_id))
         width = whole.response_ids.shape[1]
-        recorded = zip(*([widen(tensor, width) for tensor in columns] for _, _, columns in parts), strict=True)
+        recorded = zip(*([pad_to_width(tensor, width) for tensor in columns] for _, _, columns in parts), strict=True)
         return Responses(*(t[order] for t in whole)), tuple(torch.cat(column)[order] for column in recorded) or None
 
     def _sample_part(
@@ -238,12 +238,12 @@ class RolloutMaker:
     def figures(self) -> dict[str, float]:
         """What the reward has to log besides the scores of the last batch (means over all processes)."""
         sums: dict[str, list[float]] = {}
-        for name, (total, count) in self._gathered(list(take_figures(self.reward).items())):
+        for name, (total, count) in self._gathered(list(self.reward.take_figures().items())):
             entry = sums.setdefault(name, [0.0, 0])
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
 
-    def _states(self, reference: Frozen, part: Responses) -> Tensor:
+    def _states(self, reference: FrozenReference, part: Responses) -> Tensor:
         if reference.model is not None:
             return hidden_states(reference.model, part.input_ids, part.attention_mask)
         assert self.model.toggle is not None

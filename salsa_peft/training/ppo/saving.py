@@ -1,10 +1,9 @@
-"""Saving and loading a policy with its value head and optimizer, and which settings a checkpoint must share to go on from it."""
+"""The policy with its value head: created, saved and loaded; and what must match to resume from a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,238 +12,223 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
 
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, load_weights, save_checkpoint
-from salsa_peft.models.rewards.classifier import ClassifierReward
-from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.models.rewards.reward import AdapterReward, Reward, WeightedReward
+from salsa_peft.models.base import causal_lm
+from salsa_peft.models.rewards.base import Reward
+from salsa_peft.models.rewards.reward import adapter_in
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training import checkpoints
+from salsa_peft.models.weights import load_weights, save_checkpoint
 from salsa_peft.training.ppo.config import SalsaPPOConfig
-from salsa_peft.training.references import Frozen
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from salsa_peft.training.ppo.config import SalsaPPOConfig
     from salsa_peft.training.ppo.prompts import Prompt
+    from salsa_peft.training.ppo.rollout import Rollout
 
 
 VALUE_HEAD, VALUE_ADAPTER = "value_head.safetensors", "value"
 
 
-class SavingTrainer(Trainer):
-    """A Trainer of a policy with a value head; ResumableTrainer has the checkpoints around it."""
+def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, reward: Reward) -> PolicyWithValueHead:
+    """Add a value head to the policy. With `value: adapter`, value adapter and head start as copies of the reward adapter's.
 
-    args: SalsaPPOConfig
-    model: PolicyWithValueHead  # type: ignore[assignment]
-    processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
-    policy_name: str | None
-    saved_dtype: torch.dtype | None = None
-    """Of full weights that are sharded, once they are trained; None: as they are held."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The policy as an ordinary PEFT adapter or checkpoint with the tokenizer, the value head (and adapter) beside it; no pickles.
-
-        state_dict: all weights, which Trainer gives where they are sharded (in process 0)."""
-        if not self.args.should_save:
-            return
-        folder = Path(str(output_dir or self.args.output_dir))
-        policy, head = self.model.policy, self.model.value_head.state_dict()
-        weights = None
-        if state_dict is not None:
-            tied = {
-                f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()
-            }  # copies of what they are tied to
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-            weights, head = within("policy.", state_dict), within("value_head.", state_dict)
-        if isinstance(policy, PeftModel):
-            lora.save(policy, str(self.policy_name), folder, self.processing_class, state_dict=weights)
-            if self.model.value_adapter is not None:
-                lora.save(policy, self.model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
-        else:
-            save_checkpoint(policy, folder, self.processing_class, weights, self.saved_dtype)
-        head = {name: tensor.detach().cpu() for name, tensor in head.items()}
-        save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
-
-    def push_to_hub(self, *_: Any, **__: Any) -> Any:
-        """Not in this version."""
+    Raises SalsaError if there is no reward adapter to start from.
+    """
+    if args.value == "head":
+        return PolicyWithValueHead(model)
+    start = adapter_in(reward)
+    if not isinstance(model, PeftModel) or start is None:
         raise SalsaError(
-            "push_to_hub: found a PPO trainer, which does not push yet; save_model(folder) and huggingface_hub's"
-            " upload_folder(repo_id=…, folder_path=folder) put its policy on the Hub"
+            f"value: adapter needs a reward adapter to start from, and the reward is a {type(reward).__name__}. Set value: head"
         )
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Not in this version."""
-        raise SalsaError(
-            "create_model_card: found a PPO trainer, which writes no card yet; write README.md beside the saved policy"
-        )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As Trainer's; learning rates that were changed take the place of the checkpoint's."""
-        with no_pickles(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            options = json.loads((Path(checkpoint) / checkpoints.STATE).read_bytes())["options"]
-            take_rates(self.optimizer, self.lr_scheduler, options, self.args)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As Trainer's."""
-        with no_pickles(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer's; where the weights are sharded without its second copy of them, frozen ones too, that nothing reads."""
-        if self.is_deepspeed_enabled:
-            sharding.engine_of(self.accelerator).save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        elif self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        assert self.lr_scheduler is not None
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """As Trainer's. DeepSpeed's part of a checkpoint holds no frozen weights, and Trainer would ask for them."""
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        engine = sharding.engine_of(self.accelerator)
-        self.accelerator.deepspeed_engine_wrapped = sharding.LateStep(engine)
-        if resume_from_checkpoint is not None:
-            engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the scheduler: the optimizer has been loaded
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The policy's weights, the value adapter's and the value head's, in place."""
-        folder = Path(resume_from_checkpoint)
-        policy = self.model.policy
-        if isinstance(policy, PeftModel):
-            lora.load(policy, str(self.policy_name), folder)
-            if self.model.value_adapter is not None:
-                lora.load(policy, self.model.value_adapter, folder / VALUE_ADAPTER)
-        else:
-            load_weights(policy, folder)
-        sharding.load(self.model.value_head, lora.read_tensors(folder / VALUE_HEAD))
+    name = lora.unused_name(model, VALUE_ADAPTER)
+    lora.attach(model, start.folder, name, trainable=True)
+    return PolicyWithValueHead(model, name, start.head.weight)
 
 
-def stored(tensor: Tensor) -> int:
-    """Bytes of a tensor in a file; of one that stands for others (torchao's states of 8 bits) theirs."""
-    if is_traceable_wrapper_subclass(tensor):
-        return sum(stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.nbytes
+def train_only(model: PeftModel | PreTrainedModel, *adapters: str | None) -> None:
+    """Make these adapters trainable and freeze all others."""
+    for name in model.peft_config if isinstance(model, PeftModel) else ():
+        lora.set_trainable(model, name, name in adapters)
 
 
-@contextlib.contextmanager
-def no_pickles(checkpoint: str | None) -> Iterator[None]:
-    """Within the context torch's refusal to run what a pickle holds (Trainer loads with weights_only) is a SalsaError of one line."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise SalsaError(
-            f"{checkpoint}: found a pickle that holds more than tensors and numbers (optimizer.pt, scheduler.pt or rng_state*.pth), expected"
-            " the files that training wrote; it was not run, go on from another checkpoint"
-        ) from error
+def save_policy(
+    model: PolicyWithValueHead,
+    policy_name: str | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Save the policy as an ordinary PEFT adapter or checkpoint with the tokenizer, and the value head (and adapter) beside it.
+
+    weights: all weights, gathered by Trainer, if the model is sharded. dtype: of a checkpoint with full weights; None keeps the model's.
+    """
+    policy, head = model.policy, model.value_head.state_dict()
+    if weights is not None:
+        tied = {f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()}  # copies of other weights
+        head = _of_submodule("value_head.", weights)
+        weights = _of_submodule("policy.", {name: weight for name, weight in weights.items() if name not in tied})
+    if isinstance(policy, PeftModel):
+        lora.save(policy, str(policy_name), folder, tokenizer, state_dict=weights)
+        if model.value_adapter is not None:
+            lora.save(policy, model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
+    else:
+        save_checkpoint(policy, folder, tokenizer, weights, dtype)
+    head = {name: tensor.detach().cpu() for name, tensor in head.items()}
+    save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
 
 
-def within(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a part of the model, by their names in it."""
+def load_policy(model: PolicyWithValueHead, policy_name: str | None, folder: Path) -> None:
+    """Load in place what `save_policy` saved."""
+    policy = model.policy
+    if isinstance(policy, PeftModel):
+        lora.load(policy, str(policy_name), folder)
+        if model.value_adapter is not None:
+            lora.load(policy, model.value_adapter, folder / VALUE_ADAPTER)
+    else:
+        load_weights(policy, folder)
+    sharding.load(model.value_head, lora.read_tensors(folder / VALUE_HEAD))
+
+
+def _of_submodule(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-KEPT = (
-    "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature", "kl_estimator",
-    "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value", "whiten_rewards", "missing_eos_penalty",
-    "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-)  # fmt: skip
-"""Options that a run goes on with or not at all."""
-CHANGEABLE = (
-    "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef", "kl_target",
-    "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend", "old_logprobs", "bf16",
-)  # fmt: skip
-"""Options that hold from the checkpoint on where they were changed."""
-FACTORS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-SAMPLE = 4096  # elements of each tensor that go into a digest
+def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any, folder: str) -> None:
+    """Save the optimizer's shards under FSDP or DeepSpeed, without the second copy of all weights that Trainer would save with them."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        sharding.engine_of(accelerator).save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
 
 
-def kept_options(args: SalsaPPOConfig) -> dict[str, Any]:
-    """KEPT by name, and whether the value head has a rate, and so a part of the optimizer's state, of its own."""
-    own = args.value_head_learning_rate is not None
-    return {key: _plain(vars(args)[key]) for key in KEPT} | {"own value_head_learning_rate": own}
+def update_learning_rates(optimizer: Any, scheduler: Any, saved: Mapping[str, Any], args: SalsaPPOConfig) -> None:
+    """Apply learning rates that differ from a checkpoint's `saved` options to its loaded optimizer and schedule.
 
-
-def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
-    """CHANGEABLE by name, and what the reward's functions are called: their code can't be compared."""
-    functions = [part.name if isinstance(part, FunctionReward) else type(part).__name__ for part in _parts(reward)]
-    return {key: _plain(vars(args)[key]) for key in CHANGEABLE} | {"reward": functions}
-
-
-def changes(made: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each option of a checkpoint that is another now."""
-    for key, value in now.items():
-        if made[key] != value:
-            yield f"{key} {made[key]} → {value}"
-
-
-def take_rates(optimizer: Any, scheduler: Any, made: Mapping[str, Any], args: SalsaPPOConfig) -> None:
-    """Learning rates that are others than at the checkpoint, where it stands in its schedule; optimizer and schedule were loaded,
-    and with them the old ones."""
-    if all(made[key] == vars(args)[key] for key in ("learning_rate", "value_head_learning_rate")):
+    The position in the schedule stays: each rate is scaled by what the schedule had made of the saved one.
+    """
+    if all(saved[key] == vars(args)[key] for key in ("learning_rate", "value_head_learning_rate")):
         return
     state = scheduler.state_dict()
     head = None if args.value_head_learning_rate is None else len(optimizer.param_groups) - 1
     rates = list(state.get("base_lrs", ()))
-    for place, group in enumerate(optimizer.param_groups):
-        key = "value_head_learning_rate" if place == head else "learning_rate"
-        before, now = made[key], vars(args)[key]
+    for index, group in enumerate(optimizer.param_groups):
+        key = "value_head_learning_rate" if index == head else "learning_rate"
+        before, now = saved[key], vars(args)[key]
         if before != now:
             rate = now * (float(group["lr"]) / before if before else 1.0)
-            held = isinstance(group["lr"], Tensor)  # torchao's optimizers take no other
-            group.update(lr=torch.full_like(group["lr"], rate) if held else rate, initial_lr=now)
-            rates[place : place + 1] = [now] * bool(rates)
+            is_tensor = isinstance(group["lr"], Tensor)  # torchao's optimizers require one
+            group.update(lr=torch.full_like(group["lr"], rate) if is_tensor else rate, initial_lr=now)
+            rates[index : index + 1] = [now] * bool(rates)
     if rates:
         scheduler.load_state_dict(
             {**state, "base_lrs": rates, "_last_lr": [group["lr"] for group in optimizer.param_groups]}
         )
 
 
-def identity(model: Any, policy: str | None, references: Iterable[Frozen], reward: Reward, prompts: Iterable[Prompt]) -> dict[str, Any]:  # fmt: skip
-    """What no option names, as digests of samples, so that paths may be others: the policy's adapter (`policy`; None: full
-    weights) and its base, the references, models in the reward, the prompts' tokens."""
+def checkpoint_size(model: nn.Module, optimizer: torch.optim.Optimizer, rollout: Rollout | None) -> int:
+    """Bytes of a checkpoint's large parts: trained weights, optimizer states and the rollout batch."""
+    tensors: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tensors += [entry for state in optimizer.state.values() for entry in state.values() if isinstance(entry, Tensor)]
+    if rollout is not None:
+        tensors += [*rollout.responses, *(field for field in rollout if isinstance(field, Tensor))]
+    return sum(map(stored_size, tensors))
+
+
+def stored_size(tensor: Tensor) -> int:
+    """Bytes of a tensor in a file; of a tensor subclass (torchao's 8-bit states), those of the tensors that it consists of."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(stored_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
+
+
+@contextlib.contextmanager
+def no_pickles(checkpoint: str | None) -> Iterator[None]:
+    """Context in which torch's refusal to run code of a pickle (Trainer loads with weights_only) becomes a SalsaError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise SalsaError(
+            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds a pickle with more than tensors and numbers, which training"
+            " does not write. It was not loaded; resume from another checkpoint"
+        ) from error
+
+
+REQUIRED = (
+    "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature", "kl_estimator",
+    "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value", "whiten_rewards", "missing_eos_penalty",
+    "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+"""Options that must match on resume."""
+CHANGEABLE = (
+    "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef", "kl_target",
+    "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend", "old_logprobs", "bf16",
+)  # fmt: skip
+"""Options that may change on resume; a change is logged."""
+LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""Options of LoraConfig that must match on resume."""
+SAMPLE = 4096
+"""Elements of each weight that a digest covers."""
+
+
+def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
+    """REQUIRED by name, and whether the value head has its own learning rate, and with it its own group in the optimizer's state."""
+    own = args.value_head_learning_rate is not None
+    return {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
+
+
+def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
+    """CHANGEABLE by name, and the names of reward functions, whose code cannot be compared."""
+    code = [one.code for one in reward.components()]
+    return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each option that differs from the checkpoint's."""
+    for key, value in now.items():
+        if saved[key] != value:
+            yield f"{key} {saved[key]} → {value}"
+
+
+def identity(model: Any, policy: str | None, references: Iterable[FrozenReference], reward: Reward, prompts: Iterable[Prompt]) -> dict[str, Any]:  # fmt: skip
+    """What must match on resume besides options: policy, base, references, reward models and prompts.
+
+    Models are compared by digests of their weights, so that their paths may change. policy: the adapter's name; None for full weights.
+    """
     dtype = str(causal_lm(model).dtype).removeprefix("torch.")
     weights = "weights" if dtype == "float32" else f"weights in {dtype}"
     found: dict[str, Any] = {"policy": weights if policy is None else "adapter"}
     if isinstance(model, PeftModel) and policy is not None:
         config = model.peft_config[policy]
         if isinstance(config, LoraConfig):
-            found |= {key: _plain(vars(config)[key]) for key in FACTORS}
+            found |= {key: _as_json(vars(config)[key]) for key in LORA_OPTIONS}
         own = {id(weight) for name in model.peft_config for weight in lora.parameters(model, name)}
         base = (weight for weight in model.parameters() if id(weight) not in own)
-        found["base"] = digest(
-            weight for weight in base if weight.is_floating_point()
-        )  # 4-bit ones hang on the machine
+        # without 4-bit weights, whose layout depends on the machine
+        found["base"] = digest(weight for weight in base if weight.is_floating_point())
     found["references"] = [
-        digest(reference.model.parameters()) if reference.model is not None else _adapter(model, reference.adapter)
+        digest(reference.model.parameters())
+        if reference.model is not None
+        else _digest_adapter(model, reference.adapter)
         for reference in references
     ]
     moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
     found |= {"moving references": moves} if moves else {}
-    found["reward models"] = [one for part in _parts(reward) if (one := _reward_model(part)) is not None]
+    identified = [one.weights() for one in reward.components()]
+    found["reward models"] = [digest(model) for model in identified if model is not None]
     tokens = hashlib.sha256()
     count = 0
     for prompt in prompts:
@@ -254,7 +238,7 @@ def identity(model: Any, policy: str | None, references: Iterable[Frozen], rewar
 
 
 def digest(weights: Iterable[Tensor]) -> str:
-    """12 hex digits of the weights' shapes and first elements, in float32: the same in whichever dtype they are held."""
+    """12 hex digits that identify weights by their shapes and first elements in float32, so that their dtype does not matter."""
     found = hashlib.sha256()
     for weight in weights:
         sample = weight.detach().reshape(-1)[:SAMPLE].cpu()
@@ -263,7 +247,7 @@ def digest(weights: Iterable[Tensor]) -> str:
     return found.hexdigest()[:12]
 
 
-def _adapter(model: PeftModel, name: str | None) -> str:
+def _digest_adapter(model: PeftModel, name: str | None) -> str:
     if name is None:
         return "base"
     layers = [layer for layer in lora.tuner_layers(model) if isinstance(layer, LoraLayer)]
@@ -271,19 +255,6 @@ def _adapter(model: PeftModel, name: str | None) -> str:
     return digest([*lora.parameters(model, name), torch.tensor(scaling)])
 
 
-def _reward_model(part: Any) -> str | None:
-    if isinstance(part, AdapterReward):
-        return digest([*lora.parameters(part.model, part.adapter), part.head.weight])
-    if isinstance(part, ClassifierReward):
-        return digest(part.classifier.parameters())
-    return digest(part.parameters()) if isinstance(part, nn.Module) else None
-
-
-def _parts(reward: Reward) -> list[Reward]:
-    """The rewards of a sum, or the one."""
-    return [part.reward for part in reward.parts] if isinstance(reward, WeightedReward) else [reward]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: the value of an enum (transformers has strings as such)."""
+def _as_json(value: Any) -> Any:
+    """As JSON gives it back: transformers has some strings as enums."""
     return str(value.value) if isinstance(value, Enum) else value

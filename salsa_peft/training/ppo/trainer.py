@@ -1,44 +1,48 @@
-"""PPO on transformers.Trainer, with any list of references: PPO, SALSA and MKL are one trainer, for adapters and full weights.
+"""PPO on transformers.Trainer with any list of references: PPO, SALSA and MKL, for adapters and full weights.
 
-TRL removed its PPOTrainer after 1.12; names of fields and metrics are kept where the thing is the same. Trainer's own loop
-does accumulation, clipping, precision, checkpointing, schedules, processes and reporting: one of its steps is one minibatch.
+TRL removed its PPOTrainer after 1.12; fields and metrics that mean the same have TRL's names. Trainer's own loop does accumulation,
+clipping, precision, schedules, processes and reporting: one of its optimizer steps is one minibatch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import math
+import json
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from salsa_peft.config.options.guards import parse
+from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.models import sharding
 from salsa_peft.models.adapters import forward, lora
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.responses import response_logprobs, response_values
-from salsa_peft.models.rewards.reward import Reward, adapter_in, as_reward
+from salsa_peft.models.rewards.reward import Reward, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training import reference_sync
-from salsa_peft.training.ppo import losses
+from salsa_peft.training import checkpoints, reference_sync
+from salsa_peft.training.ppo import losses, saving
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
 from salsa_peft.training.ppo.config import RolloutBatches, RolloutLoader, SalsaPPOConfig
-from salsa_peft.training.ppo.guards import Bounds, Watch
-from salsa_peft.training.ppo.metrics import Logs, metrics, show
-from salsa_peft.training.ppo.prompts import Encoder
-from salsa_peft.training.ppo.resume import ResumableTrainer
+from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
+from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples
+from salsa_peft.training.ppo.prompts import PromptEncoder
+from salsa_peft.training.ppo.resume import MicroBatch, PPOState, RunCheckpoints
 from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
-from salsa_peft.training.ppo.saving import VALUE_ADAPTER
-from salsa_peft.training.references import Frozen, as_references
+from salsa_peft.training.references import FrozenReference, as_references
+from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import MicroBatchLimit
 
@@ -46,30 +50,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    pass
-    from salsa_peft.training.ppo.resume import ResumableTrainer
+MAX_LOG_HISTORY = 500
+"""Rows that Trainer's log_history keeps in memory and in every checkpoint; metrics.jsonl keeps the metrics of all updates."""
 
 
-class MicroStep(NamedTuple):
-    """One forward and backward."""
-
-    rollout: Rollout
-    rows: Tensor
-    """Of the rollout batch, this process's."""
-    tokens: int
-    """Of the whole minibatch, over which the losses are means."""
-    before: Sequence[Tensor]
-    """Rows of the optimizer step's earlier ones."""
-
-
-class SalsaPPOTrainer(ResumableTrainer):
+class SalsaPPOTrainer(Trainer):
     """PPO with a list of references: `SalsaPPOTrainer(model, args, train_dataset, references=[...], reward=...)`.
 
-    model: a PeftModel whose active adapter is the policy, or a PreTrainedModel, whose weights are. references: see
-    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `models.rewards.reward.as_reward`. train_dataset, eval_dataset:
-    rows with `prompt` (text, used as it is; or messages, through the chat template) or `input_ids`; other columns go to reward
-    functions. Raises SalsaError for what does not fit.
+    model: a PeftModel whose active adapter is the policy, or a PreTrainedModel whose weights are. references: see
+    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `models.rewards.reward.as_reward`. train_dataset,
+    eval_dataset: rows with `prompt` (text, or messages for the chat template) or `input_ids`; reward functions get the other columns.
+
+    Raises SalsaError for arguments that do not fit together.
     """
+
+    args: SalsaPPOConfig
+    model: PolicyWithValueHead  # type: ignore[assignment]
+    processing_class: PreTrainedTokenizerBase  # type: ignore[assignment]
+
+    # setup
 
     def __init__(
         self,
@@ -77,37 +76,36 @@ class SalsaPPOTrainer(ResumableTrainer):
         args: SalsaPPOConfig,
         train_dataset: Dataset | Sequence[dict[str, Any]],
         *,
-        references: Sequence[str | Path | Frozen | PreTrainedModel],
+        references: Sequence[str | Path | FrozenReference | PreTrainedModel],
         reward: Reward | Callable[..., Sequence[float]] | str | Path | Any,
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        args = copy.copy(args)  # max_steps is worked out below: another trainer may be made of the same config
+        args = copy.copy(args)  # max_steps is set below, and the caller's config may serve another trainer
         check_model(model)
         check_tokenizer(processing_class, model)
         self.policy_name = str(model.active_adapter) if isinstance(model, PeftModel) else None
         self.references = as_references(model, references)
         require(
             self.policy_name is None or self.policy_name not in [reference.adapter for reference in self.references],
-            f"references: found the policy's own adapter {self.policy_name!r}, expected frozen ones; its KL would be 0 always",
+            f"references: {self.policy_name!r} is the adapter that is trained, so its KL would always be 0. Pass a frozen adapter",
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
-        policy = with_value_head(model, args, self.reward)
-        lora.remove_dropout(model)  # that of the adapters attached here too
-        self._train_only(model, policy)
+        policy = saving.with_value_head(model, args, self.reward)
+        lora.remove_dropout(model)  # also that of adapters attached here
+        saving.train_only(model, self.policy_name, policy.value_adapter)
         check_trained(model, processing_class, args)
         forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
-        self.encoder = Encoder.of([causal_lm(model), *frozen], args, processing_class)
+        self.encoder = PromptEncoder.of([causal_lm(model), *frozen], args, processing_class)
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
             len(prompts) >= args.batch_size,
             f"train_dataset: found {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}), expected at least"
-            f" batch_size = {args.batch_size}; lower batch_size or allow longer prompts",
+            f" batch_size = {args.batch_size}. Lower batch_size or allow longer prompts",
         )
-        self._whole_updates(args, len(prompts))
-        self._start(args)
+        args.set_max_steps(len(prompts))
         super().__init__(
             model=policy.to(model.device),
             args=args,
@@ -117,50 +115,44 @@ class SalsaPPOTrainer(ResumableTrainer):
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False
+        self.saved_dtype: torch.dtype | None = None  # of full weights that save_model saves; None: as they are trained
+        self._set_up_engine(model)
+
+    def _set_up_engine(self, model: PeftModel | PreTrainedModel) -> None:
+        """Create what samples responses, holds PPO's state, logs and writes checkpoints."""
+        args, policy = self.args, self.model
         check_sharding(self.accelerator, args)
-        cut = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        reference_sync.check(self.references, model, self.policy_name, sharded=cut)
-        backend = BACKENDS[args.rollout_backend](model, args, processing_class, self.accelerator)
-        self.maker = RolloutMaker(
-            policy, self.references, self.reward, backend, args, processing_class, self.accelerator
+        self.sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        reference_sync.check(self.references, model, self.policy_name, sharded=self.sharded)
+        backend = BACKENDS[args.rollout_backend](model, args, self.processing_class, self.accelerator)
+        self.rollout_maker = RolloutMaker(
+            policy, self.references, self.reward, backend, args, self.processing_class, self.accelerator
         )
-        alone = self.accelerator.num_processes == 1 and not cut
-        self.micro_batch = MicroBatchLimit(args.per_device_train_batch_size, "micro_batch_size", single_process=alone)
-
-    def _start(self, args: SalsaPPOConfig) -> None:
-        """The engine's state before the first update."""
-        bounds = Bounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
-        self.kl_coef, self.logs = args.kl_coef, Logs(Path(str(args.output_dir)))
-        self.watch = Watch(parse(args.guards), bounds)  # type: ignore[arg-type]
-        self.update, self.skipped, self.micro_step = 0, 0, 0
-        self.stopped_early, self.halted = False, ""
-        self.rollout, self.order, self.totals, self.figures = None, [], [], {}
-        self.sums = torch.zeros(len(losses.PPOLoss._fields), device=args.device)
-
-    def _train_only(self, model: Any, policy: PolicyWithValueHead) -> None:
-        """The policy, its value head and a value adapter; nothing else, whatever was trainable before."""
-        for name in model.peft_config if isinstance(model, PeftModel) else ():
-            lora.set_trainable(model, name, name in (self.policy_name, policy.value_adapter))
-
-    def _whole_updates(self, args: SalsaPPOConfig, prompts: int) -> None:
-        """Training ends with an update: what a cut one learned would stand in no log. A part of an epoch is rounded up."""
-        steps = args.steps_per_update
-        require(
-            args.max_steps < 1 or args.max_steps % steps == 0,
-            f"max_steps: found {args.max_steps}, expected a multiple of {steps}, the optimizer steps of one update"
-            " (num_ppo_epochs × num_mini_batches)",
+        single_process = self.accelerator.num_processes == 1 and not self.sharded
+        self.micro_batch = MicroBatchLimit(
+            args.per_device_train_batch_size, "micro_batch_size", single_process=single_process
         )
-        if args.max_steps < 1:
-            args.max_steps = math.ceil(args.num_train_epochs * (prompts // args.batch_size)) * steps
+        bounds = (
+            KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
+        )
+        self.guards = GuardMonitor(parse_guards(args.guards), bounds)  # type: ignore[arg-type]
+        self.logs = LogFiles(Path(str(args.output_dir)))
+        self.ppo = PPOState(args.kl_coef, torch.zeros(len(losses.PPOLoss._fields), device=args.device))
+        self.stop = GracefulStop(self.accelerator)
+        self.checkpoints = RunCheckpoints(
+            args, self.accelerator, policy.policy, self.policy_name, self.references, self.reward, self.train_dataset,
+            f"by ZeRO-3 over {args.world_size}" if self.is_deepspeed_enabled else self.sharded,
+            self.ppo, self.rollout_maker.scale, self.guards, self.logs,
+        )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each item is a whole rollout batch of prompts, in every process; it comes once for every micro-step."""
+        """Each item is a whole rollout batch of prompts, the same in every process, repeated for each of its micro-steps."""
         prompts: Any = self.train_dataset
         batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As transformers.Trainer's, with the value head at a rate of its own where one is given."""
+        """Trainer's optimizer, in which the value head has its own learning rate if one is set."""
         optimizer = super().create_optimizer(model)
         rate = self.args.value_head_learning_rate
         if rate is not None and len(optimizer.param_groups) <= 2:
@@ -170,148 +162,187 @@ class SalsaPPOTrainer(ResumableTrainer):
             optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    # the training loop
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as transformers.Trainer does; a resumed run ends as if it had not been interrupted (on a CPU, bit for bit).
+
+        resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's folder; from another output_dir
+        its logs are copied too. Options that may change take effect from there and are logged (`kl_coef` resets β). For a change of
+        other options, references, prompts, reward models or the policy's shape, SalsaError names what differs.
+
+        Without it a new run starts. SalsaError is raised if output_dir has checkpoints of another run; logs of a run without checkpoints
+        are kept as metrics.1.jsonl and so on. A second train() of the same trainer continues the run: it trains the policy further with a
+        schedule that restarts at step 1, appends to the logs, and replaces checkpoints of the same step.
+
+        SIGTERM saves a checkpoint and raises SystemExit(143). A guard whose action is stop saves one and raises SalsaError. A callback's
+        request to stop during an update takes effect at its end.
+        """
+        checkpoint = self.checkpoints.find(resume_from_checkpoint)
+        self.checkpoints.claim_folder(checkpoint)
+        self.ppo.abandon_update()
+        self.stop.reset()
+        self.checkpoints.settings()
+        if checkpoint is not None:
+            self.checkpoints.restore(checkpoint)
+        elif self.is_world_process_zero() and (line := self.logs.begin()) is not None:
+            print(line, file=sys.stderr, flush=True)
+        result = TrainOutput(0, 0.0, {})
+        with self.stop.handle_sigterm(), self._stopping_between_updates():
+            try:
+                finished = None if checkpoint is None else self._load_finished(checkpoint)
+                result = finished or super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+            except Interrupted:  # nothing has changed since the last optimizer step
+                self.ppo.rollout = None
+        self.stop.synchronize()
+        if self.stop.requested:
+            self._save_and_stop()
+        return result
+
+    def _save_and_stop(self) -> None:
+        if self.checkpoints.saved_step != self.state.global_step:
+            self._save_checkpoint(self.model_wrapped, None)
+        saved = f"checkpoint-{self.state.global_step} is saved in {self.args.output_dir}"
+        if not self.stop.terminated:
+            raise SalsaError(f"{self.stop.alarm}; {saved}")
+        if self.is_world_process_zero():
+            line = f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it"
+            print(line, file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def _stopping_between_updates(self) -> Iterator[None]:
+        callback = StopBetweenUpdates(lambda: self.ppo.rollout is None or self.stop.terminated)
+        self.add_callback(callback)
+        try:
+            yield
+        finally:
+            self.remove_callback(callback)
+
     # one micro-step
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """They are on the device."""
+        """Unchanged: prompts are lists of tokens, and the rollout batch is on the device."""
         return inputs
 
-    def _micro_step(self, prompts: Any) -> MicroStep:
-        """What is next of a rollout batch; the first of an update samples it."""
-        args = self.args
-        step, place = self.state.global_step % args.steps_per_update, self.micro_step
-        if step == 0 and place == 0:
-            self.started = time.perf_counter()
-            self.rollout = self.maker(prompts, self.update + 1, self.kl_coef, self._check_terminated)
-            self.update += 1
-            self.totals, self.stopped_early, self.figures = [], False, self.maker.figures()
-        assert self.rollout is not None
-        if not self.order:
-            self.order = self._minibatches(self.rollout.responses.lengths)
-        minibatch = self.order[step]
-        mine = minibatch.split(args.per_device_train_batch_size)[
-            self.accelerator.process_index :: self.accelerator.num_processes
-        ]
-        self.micro_step = (place + 1) % args.gradient_accumulation_steps
-        tokens = int(self.rollout.responses.lengths[minibatch].sum())
-        return MicroStep(self.rollout, mine[place], tokens, mine[:place])
+    def _next_micro_batch(self, prompts: Any) -> MicroBatch:
+        """The next rows of the rollout batch; the first micro-step of an update samples and scores a new batch."""
+        args, ppo, step = self.args, self.ppo, self.state.global_step % self.args.steps_per_update
+        if step == 0 and ppo.micro_step == 0:
+            ppo.started = time.perf_counter()
+            rollout = self.rollout_maker(prompts, ppo.update + 1, ppo.kl_coef, self.stop.check)
+            ppo.begin_update(rollout, self.rollout_maker.figures())
+        return ppo.next_micro_batch(args, step, self.accelerator.process_index, self.accelerator.num_processes)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """As Trainer's, in as many pieces as the memory has room for. Where it ran out the optimizer step begins anew: what a backward
-        left that was cut off counts for nothing."""
-        this, tried = self._micro_step(inputs), False
+        """Trainer's training step on one micro-batch, split further if memory runs out.
+
+        After an out-of-memory error the optimizer step starts over, because an interrupted backward leaves partial gradients.
+        """
+        micro_batch, is_retry = self._next_micro_batch(inputs), False
 
         def forward_and_backward(rows: Tensor) -> Tensor:
-            parts = [this._replace(rows=part) for part in rows.split(self.micro_batch.rows)]
+            parts = [micro_batch._replace(rows=part) for part in rows.split(self.micro_batch.rows)]
             step: Any = super(SalsaPPOTrainer, self).training_step
             return torch.stack([step(model, part) for part in parts]).sum()
 
-        def work() -> Tensor:
-            nonlocal tried
-            if tried:
+        def run() -> Tensor:
+            nonlocal is_retry
+            if is_retry:
                 model.zero_grad()
-                self.sums = torch.zeros_like(self.sums)
-                for rows in this.before:
+                self.ppo.take_sums()
+                for rows in micro_batch.earlier:
                     forward_and_backward(rows)
-            tried = True
-            return forward_and_backward(this.rows)
+            is_retry = True
+            return forward_and_backward(micro_batch.rows)
 
-        return self.micro_batch.run(work, len(this.rows))
+        return self.micro_batch.run(run, len(micro_batch.rows))
 
-    def _minibatches(self, lengths: Tensor) -> list[Tensor]:
-        """Row indices of every minibatch of the rollout batch: reshuffled every PPO epoch, sorted by length inside."""
-        order = []
-        for epoch in range(self.args.num_ppo_epochs):
-            generator = torch.Generator().manual_seed(self.args.seed + 7919 * self.update + epoch)
-            shuffled = torch.randperm(len(lengths), generator=generator).to(lengths.device)
-            order += [rows[lengths[rows].argsort(stable=True)] for rows in shuffled.split(self.args.minibatch_size)]
-        return order
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of one micro-batch, scaled by accumulation steps and processes, by which Trainer and DDP divide it again."""
+        rollout, rows, tokens, _ = inputs
+        if self.ppo.stopped_early:  # backward needs a loss; this one has a zero gradient, and the step is dropped
+            return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
+        result = self.micro_batch_loss(model, rollout, rows, tokens)
+        tensors = {**rollout.tensors(), "rows": rows.detach()}
+        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.responses, tensors)
+        self.ppo.sums += torch.stack([field.detach() for field in result])
+        return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
     def micro_batch_loss(self, model: Any, rollout: Rollout, rows: Tensor, tokens: int) -> losses.PPOLoss:
-        """PPO's losses of some rows of a rollout batch, their share of the mean over the minibatch's `tokens`."""
+        """PPO's losses of some rows of a rollout batch: their share of the mean over the minibatch's `tokens`."""
         part = rollout.responses.rows(rows)
         width = part.response_ids.shape[1]
         old_logprobs, old_values, advantages, returns = (
             field[rows, :width] for field in (rollout.logprobs, rollout.values, rollout.advantages, rollout.returns)
         )
-        with self.accelerator.autocast():  # the head too, as in the rollout: the first ratio is 1
+        with self.accelerator.autocast():  # the value head too, as in the rollout, so that the first ratio is 1
             hidden, values = model(part.input_ids, part.attention_mask)
-            logprobs, _ = response_logprobs(hidden, part, self.maker.head(), self.args.min_new_tokens)
+            logprobs, _ = response_logprobs(hidden, part, self.rollout_maker.head(), self.args.min_new_tokens)
         return losses.ppo_loss(
             logprobs, response_values(values, part), old_logprobs, old_values, advantages, returns, part.response_mask,
             tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value, vf_coef=self.args.vf_coef,
         )  # fmt: skip
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """One micro-step's loss and its figures. Trainer divides by the accumulation steps and DDP by the processes: undone here."""
-        rollout, rows, tokens, _ = inputs
-        if self.stopped_early:  # a loss of nothing, whose gradient is dropped
-            return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
-        result = self.micro_batch_loss(model, rollout, rows, tokens)
-        self.maker.require_finite(
-            "loss", result.loss.detach(), rollout.responses, {**rollout.tensors(), "rows": rows.detach()}
-        )
-        self.sums += torch.stack([field.detach() for field in result])
-        return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """As Trainer's. Raises NotFinite for a norm that is none, before the optimizer's step."""
+        """Trainer's gradient norm. Raises NotFinite for NaN or infinity, before the optimizer's step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        assert self.rollout is not None
+        assert self.ppo.rollout is not None
         number = torch.as_tensor(norm, dtype=torch.float32)
-        self.maker.require_finite("gradient norm", number, self.rollout.responses, self.rollout.tensors())
+        self.rollout_maker.require_finite(
+            "gradient norm", number, self.ppo.rollout.responses, self.ppo.rollout.tensors()
+        )
         return norm
 
-    # an optimizer step, an update
+    # the end of an optimizer step and of an update
 
-    def drop_minibatch(self) -> bool:
-        """Whether this optimizer step is left out: its mean ratio is wild (TRL 0.8's ratio_threshold), or the update has moved
-        far enough (`target_kl`)."""
-        if self.stopped_early:
+    def skip_minibatch(self) -> bool:
+        """Whether to skip this optimizer step: its mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold), or target_kl is reached."""
+        args, ppo = self.args, self.ppo
+        if ppo.stopped_early:
             return True
-        self.totals.append(self.accelerator.reduce(self.sums, "sum").tolist())
-        self.sums = torch.zeros_like(self.sums)
-        mean = dict(zip(losses.PPOLoss._fields, self.totals[-1], strict=True))
-        wild = mean["ratio"] > self.args.max_ratio
-        self.skipped += int(wild)
-        self.stopped_early = self.args.target_kl is not None and mean["approxkl"] > 1.5 * self.args.target_kl
-        return wild or self.stopped_early
+        ppo.totals.append(self.accelerator.reduce(ppo.take_sums(), "sum").tolist())
+        mean = dict(zip(losses.PPOLoss._fields, ppo.totals[-1], strict=True))
+        exceeds = mean["ratio"] > args.max_ratio
+        ppo.skipped += int(exceeds)
+        ppo.stopped_early = args.target_kl is not None and mean["approxkl"] > 1.5 * args.target_kl
+        return exceeds or ppo.stopped_early
 
     def end_update(self) -> None:
-        """Log the rollout batch, watch it, then let β follow its KL."""
-        assert self.rollout is not None
-        args, rollout = self.args, self.rollout
-        row = (
-            metrics(
-                rollout,
-                self.totals,
-                update=self.update,
-                batch_size=self.args.batch_size,
-                kl_coef=self.kl_coef,
-                skipped=self.skipped,
-            )
-            | self.figures
+        """Log the update, sync references, check the guards, and adapt β to the KL."""
+        args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
+        assert rollout is not None
+        row = metrics(
+            rollout, ppo.totals, update=ppo.update, batch_size=args.batch_size, kl_coef=ppo.kl_coef, skipped=ppo.skipped
         )
-        moved = reference_sync.refresh(self.model.policy, self.policy_name, self.references, self.update)
-        row |= {} if moved is None else {"reference/error": moved}
+        row |= ppo.figures
+        error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
+        row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():
             written = self.logs.write(row, rollout, args, self.processing_class)
-            if args.shown_every is not None and (self.update - 1) % args.shown_every == 0:
-                show(written[:2], self.update)
-        for alarm in self.watch.look(row):
-            self.halted = alarm.message if alarm.action == "stop" else self.halted
+            if args.shown_every is not None and (ppo.update - 1) % args.shown_every == 0:
+                print_samples(written[:2], ppo.update)
+        for alarm in self.guards.check(row):
+            if alarm.action == "stop":
+                self.stop.alarm = alarm.message
             if self.is_world_process_zero():
                 print(alarm.message, file=sys.stderr, flush=True)
-        seconds = time.perf_counter() - self.started
-        self.log({**row, "lr": self._get_learning_rate(), "seconds": seconds})
+        self.log({**row, "lr": self._get_learning_rate(), "seconds": time.perf_counter() - ppo.started})
         if args.kl_control == "adaptive":
-            self.kl_coef = losses.adapt_kl_coef(
-                self.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,
+            ppo.kl_coef = losses.adapt_kl_coef(
+                ppo.kl_coef, row["objective/kl"], target=args.kl_target, horizon=args.kl_horizon,
                 responses=args.batch_size, least=args.kl_coef_min, most=args.kl_coef_max,
             )  # fmt: skip
-        self.rollout, self.order, self.totals = None, [], []
+        ppo.end_update()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, and keep only the newest MAX_LOG_HISTORY rows and all rows of evaluations in log_history."""
+        super().log(logs, start_time)
+        rows = self.state.log_history
+        older = [row for row in rows[:-MAX_LOG_HISTORY] if any(key.startswith("eval_") for key in row)]
+        self.state.log_history = older + rows[-MAX_LOG_HISTORY:]
 
     # evaluation
 
@@ -319,61 +350,144 @@ class SalsaPPOTrainer(ResumableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Responses to the eval set's prompts, always with the same random numbers: mean score, length and share of empty ones; some
-        are kept in eval_completions.jsonl. Raises SalsaError where there is no eval set."""
+        """Mean score, mean length and share of empty responses to the eval set's prompts, sampled with the same seeds every time.
+
+        Some responses are written to eval_completions.jsonl. Raises SalsaError if there is no eval set.
+        """
         prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
-        require(bool(prompts), "eval_dataset: found none, expected rows with prompts")
+        require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
         training = self.model.training
         try:
-            responses, scores = self.maker.evaluate(prompts)
+            responses, scores = self.rollout_maker.evaluate(prompts)
         finally:
             self.model.train(training)
         figures = {
             "score": scores.mean().item(),
             "response_length": responses.lengths.float().mean().item(),
             "empty_share": responses.empty.float().mean().item(),
-            **self.maker.figures(),
+            **self.rollout_maker.figures(),
         }
         named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         if self.is_world_process_zero():
-            self.logs.write_evaluation(self.update, responses, scores, self.args.eval_samples, self.processing_class)
+            samples = self.args.eval_samples
+            self.logs.write_evaluation(self.ppo.update, responses, scores, samples, self.processing_class)
         self.log(dict(named))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
+    # saving and loading
 
-def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, reward: Reward) -> PolicyWithValueHead:
-    """The policy and its value head; with `value: adapter` an adapter and a head that start as copies of the reward adapter's.
+    def _get_output_dir(self, trial: Any) -> str:
+        """The folder in which Trainer writes: a partial one while a checkpoint is being written."""
+        return str(self.checkpoints.partial or super()._get_output_dir(trial))
 
-    Raises SalsaError where there is no reward adapter to start from.
-    """
-    if args.value == "head":
-        return PolicyWithValueHead(model)
-    start = adapter_in(reward)
-    if not isinstance(model, PeftModel) or start is None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint: Trainer's files and PPO's state. It is complete or absent. Raises SalsaError if the disk is full."""
+        size = None
+        if self.optimizer is not None and self.accelerator.num_processes == 1 and not self.sharded:
+            size = saving.checkpoint_size(self.model, self.optimizer, self.ppo.rollout)
+        with self.checkpoints.write(self.state, size):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the policy and its value head, without pickles. state_dict: all weights, if they are sharded."""
+        if self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir))
+            saving.save_policy(
+                self.model, self.policy_name, folder, self.processing_class, state_dict, self.saved_dtype
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the policy and its value head in place."""
+        saving.load_policy(self.model, self.policy_name, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save them as Trainer does, but for sharded weights without a second copy of the weights."""
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        saving.save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
+        assert self.lr_scheduler is not None
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them as Trainer does, then apply learning rates that were changed."""
+        with saving.no_pickles(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            options = json.loads((Path(checkpoint) / checkpoints.STATE).read_bytes())["options"]
+            saving.update_learning_rates(self.optimizer, self.lr_scheduler, options, self.args)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load it as Trainer does; a pickle that holds more than numbers is a SalsaError."""
+        with saving.no_pickles(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Prepare as Trainer does. DeepSpeed's files hold no frozen weights, which Trainer would require, so they are loaded here."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine = sharding.engine_of(self.accelerator)
+        self.accelerator.deepspeed_engine_wrapped = sharding.DeferredStep(engine)
+        if resume_from_checkpoint is not None:
+            engine.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # for the scheduler
+        return prepared
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish as Trainer does, except that with save_total_limit 1 it would keep the best checkpoint and remove the newest."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_finished(self, checkpoint: Path) -> TrainOutput | None:
+        """Load a checkpoint that is the end of training, from which Trainer would make one more step; None if it is not the end."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < self.args.max_steps:
+            return None
+        started = time.time()
+        self._load_from_checkpoint(str(checkpoint))
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        self.is_deepspeed_enabled = False  # the weights are whole, and save_model must not gather them
+        self.state = state
+        speed = speed_metrics("train", started, num_samples=0, num_steps=0)
+        totals = {"total_flos": state.total_flos, "train_loss": 0.0, "epoch": state.epoch or 0.0}
+        return TrainOutput(state.global_step, 0.0, speed | totals)
+
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+        """Not supported. Raises SalsaError."""
         raise SalsaError(
-            f"value: found adapter with a reward of {type(reward).__name__}, expected a reward adapter to start from; set value: head"
+            "push_to_hub: the PPO trainer cannot push to the Hub. Call save_model(folder), then huggingface_hub's"
+            " upload_folder(repo_id=…, folder_path=folder)"
         )
-    name = lora.free_name(model, VALUE_ADAPTER)
-    lora.attach(model, start.folder, name, trainable=True)
-    return PolicyWithValueHead(model, name, start.head.weight)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Not supported. Raises SalsaError."""
+        raise SalsaError(
+            "create_model_card: the PPO trainer writes no model card. Write a README.md beside the saved policy"
+        )
 
 
 class UpdateCallback(TrainerCallback):
-    """What happens at an optimizer step besides Trainer's own: wild minibatches dropped, updates ended, SIGTERM answered."""
+    """Skips minibatches whose ratio exceeds max_ratio, ends updates, and stops training on SIGTERM or a guard's alarm."""
 
     def __init__(self, trainer: SalsaPPOTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Between clipping and the optimizer's step."""
-        drop = self.trainer.drop_minibatch()
+        """Called between gradient clipping and the optimizer's step."""
+        drop = self.trainer.skip_minibatch()
         sharding.before_step(self.trainer.model, self.trainer.accelerator, drop=drop)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The update's end comes before Trainer saves, so that a checkpoint holds it."""
+        """End the update before Trainer saves, so that a checkpoint includes it."""
         if state.global_step % args.steps_per_update == 0:
             self.trainer.end_update()
-        self.trainer.agree()
-        if self.trainer.terminated or self.trainer.halted:
+        self.trainer.stop.synchronize()
+        if self.trainer.stop.requested:
             control.should_save = control.should_training_stop = True

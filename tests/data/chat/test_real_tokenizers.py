@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 from paths import SHARED, TEMPLATES
 
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.models import base as models
+from salsa_peft.models.tokenizers import load_tokenizer
 
 CHAT = [
     {"role": "user", "content": "Name two birds."},
@@ -94,7 +94,7 @@ def unpack(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def load(folder: Path, template: str) -> Any:
-    return models.load_tokenizer(
+    return load_tokenizer(
         str(folder), chat_template=template if template == "tokenizer" else str(TEMPLATES / f"{template}.jinja")
     )
 
@@ -106,20 +106,20 @@ def test_a_family(unpack: Any, family: str) -> None:
     row, folder = TABLE[family], unpack(family)
     tokenizer = load(folder, row.template)
     named = tokenizer.convert_ids_to_tokens
-    turn = turn_ends.turn_of(tokenizer)
+    turn = turn_ends.assistant_turn(tokenizer)
     assert (None if turn.end is None else named(turn.end)) == row.end
     assert named(list(turn.after)) == row.after
-    assert named(list(turn_ends.ends(tokenizer, GenerationConfig.from_pretrained(folder)))) == row.ends
+    assert named(list(turn_ends.stop_token_ids(tokenizer, GenerationConfig.from_pretrained(folder)))) == row.ends
     assert (tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side) == (row.pad, "right", "right")
-    assert chat_templates.forced(tokenizer).startswith(row.forced) and bool(chat_templates.forced(tokenizer)) is bool(
-        row.forced
-    )
+    assert chat_templates.default_prefix(tokenizer).startswith(row.forced) and bool(
+        chat_templates.default_prefix(tokenizer)
+    ) is bool(row.forced)
     # BOS, in a prompt from messages and from text that was rendered
-    prompt = data.prompt_tokens({"prompt": CHAT[:3]}, tokenizer)
+    prompt = datasets.prompt_tokens({"prompt": CHAT[:3]}, tokenizer)
     starts = family == "smollm2-135m-instruct"  # whose BOS starts each turn, and is not added
     assert prompt.count(tokenizer.bos_token_id) == (5 if starts else row.bos)
-    text = chat_templates.rendered(CHAT[:3], tokenizer, add_generation_prompt=True)
-    assert data.prompt_tokens({"prompt": text}, tokenizer) == prompt
+    text = chat_templates.render(CHAT[:3], tokenizer, add_generation_prompt=True)
+    assert datasets.prompt_tokens({"prompt": text}, tokenizer) == prompt
     # the loss: what was answered and what ends it; the prompt is what stands before the last answer
     ids, mask = assistant_tokens(CHAT, tokenizer)
     assert ids[: len(prompt)] == prompt and not mask[len(prompt) - 1] and mask[len(prompt)]
@@ -147,7 +147,7 @@ def test_the_same_tokens_as_trl(unpack: Any, family: str) -> None:
         return
     trls = _tokenize(tokenizer, CHAT, chat_template=template, return_assistant_tokens_mask=True)
     assert trls["input_ids"] == ids
-    turn = turn_ends.turn_of(tokenizer)
+    turn = turn_ends.assistant_turn(tokenizer)
     more = [token for token, own, theirs in zip(ids, mask, trls["assistant_masks"], strict=True) if theirs and not own]
     assert set(more) <= {*turn.after, tokenizer.bos_token_id} | set(
         tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -165,4 +165,4 @@ def test_a_truncation_that_was_saved(unpack: Any, tmp_path: Path) -> None:
     tokenizer = load(folder, "zephyr")
     long = [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "word " * 300}]
     assert len(assistant_tokens(long, tokenizer)[0]) > 600
-    assert len(data.prompt_tokens({"prompt": "word " * 300}, tokenizer)) >= 300
+    assert len(datasets.prompt_tokens({"prompt": "word " * 300}, tokenizer)) >= 300

@@ -9,31 +9,32 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import made_tokenizers
 import pytest
+import tiny_tokenizers
 import torch
-from made_tokenizers import make
 from paths import TEMPLATES
+from tiny_tokenizers import make
 
 from salsa_peft.config import paths
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.data.chat import templates as chat_templates
 from salsa_peft.data.chat import turn_ends
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.models import base as models
 from salsa_peft.models import generation
 from salsa_peft.models import responses as rollout
+from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head
-from salsa_peft.models.responses import closed, response_logprobs
+from salsa_peft.models.responses import ends_turn, response_logprobs
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.training.sft import labelled
 from salsa_peft.utils.errors import SalsaError
 
-KINDS = list(made_tokenizers.KINDS)
+KINDS = list(tiny_tokenizers.KINDS)
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -74,20 +75,20 @@ class TestEnds:
     )
     def test_a_turn_is_rendered_and_looked_at(self, kind: str, end: str | None, after: list[str]) -> None:
         tokenizer = make(kind)
-        turn = turn_ends.turn_of(tokenizer)
+        turn = turn_ends.assistant_turn(tokenizer)
         assert turn.end == (None if end is None else tokenizer.convert_tokens_to_ids(end))
         assert tokens(tokenizer, turn.after) == after
         tokenizer.chat_template = None
-        assert turn_ends.turn_of(tokenizer) == (None, (), "")
+        assert turn_ends.assistant_turn(tokenizer) == (None, (), "")
 
     def test_the_template_may_change(self) -> None:
         """What is remembered of a tokenizer is not remembered too long."""
         tokenizer = make("llama3")
-        assert tokens(tokenizer, turn_ends.ends(tokenizer)) == ["<|eot_id|>", "<|end_of_text|>"]
+        assert tokens(tokenizer, turn_ends.stop_token_ids(tokenizer)) == ["<|eot_id|>", "<|end_of_text|>"]
         tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
-        assert tokens(tokenizer, turn_ends.ends(tokenizer)) == ["<|end_of_text|>"]
+        assert tokens(tokenizer, turn_ends.stop_token_ids(tokenizer)) == ["<|end_of_text|>"]
         tokenizer.eos_token = "<|eom_id|>"
-        assert tokens(tokenizer, turn_ends.ends(tokenizer)) == ["<|eom_id|>"]
+        assert tokens(tokenizer, turn_ends.stop_token_ids(tokenizer)) == ["<|eom_id|>"]
 
     @pytest.mark.parametrize("eos", [None, 1, [1, 3], (3,), [-1, 3, 10**6], []])
     def test_generation_config_names_others(self, eos: Any) -> None:
@@ -95,12 +96,12 @@ class TestEnds:
         tokenizer = make("llama3")
         named = [eos] if isinstance(eos, int) else eos or []
         expected = list(dict.fromkeys([2, 1, *(token for token in named if 0 <= token < 100)]))
-        assert list(turn_ends.ends(tokenizer, SimpleNamespace(eos_token_id=eos))) == expected
-        assert list(turn_ends.ends(tokenizer, SimpleNamespace(eos_token_id=eos), rows=2)) == [1]
+        assert list(turn_ends.stop_token_ids(tokenizer, SimpleNamespace(eos_token_id=eos))) == expected
+        assert list(turn_ends.stop_token_ids(tokenizer, SimpleNamespace(eos_token_id=eos), rows=2)) == [1]
 
     def test_text_that_ends_a_turn_is_no_token_of_the_end(self) -> None:
         template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ###' + eos_token }}{% endfor %}"
-        assert turn_ends.turn_of(make("llama2", template=template)).end is None
+        assert turn_ends.assistant_turn(make("llama2", template=template)).end is None
 
     def test_what_is_odd_is_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         tokenizer, lm = make("qwen"), Tiny(make("qwen")).lm
@@ -114,13 +115,13 @@ class TestEnds:
         plain = make("llama2")
         check_tokenizer(_padded(plain), Tiny(plain).lm)
         assert "its chat template writes none, so that chats go without" in capsys.readouterr().err
-        dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + made_tokenizers.LLAMA3)
-        assert "others tomorrow" in "".join(turn_ends.facts(dated, (2,)))
-        assert "writes no token that ends" in "".join(turn_ends.facts(make("llava"), (2,)))
+        dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + tiny_tokenizers.LLAMA3)
+        assert "others tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
+        assert "writes no token that ends" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
 
 
 def _padded(tokenizer: Any) -> Any:
-    tokenizer.pad_token = turn_ends.padding_token(tokenizer, turn_ends.ends(tokenizer))
+    tokenizer.pad_token = turn_ends.padding_token(tokenizer, turn_ends.stop_token_ids(tokenizer))
     return tokenizer
 
 
@@ -138,7 +139,7 @@ class TestPadding:
     )
     def test_no_token_of_the_template_and_no_end(self, kind: str, expected: str) -> None:
         tokenizer = make(kind)
-        ends = turn_ends.ends(tokenizer, SimpleNamespace(eos_token_id=[0] if kind == "qwen" else None))
+        ends = turn_ends.stop_token_ids(tokenizer, SimpleNamespace(eos_token_id=[0] if kind == "qwen" else None))
         assert turn_ends.padding_token(tokenizer, ends) == expected
 
     def test_a_reserved_token_before_one_that_has_a_use(self) -> None:
@@ -153,19 +154,19 @@ class TestBOS:
     @pytest.mark.parametrize("kind", KINDS)
     def test_ours_yield_it_once_where_the_tokenizer_adds_one(self, kind: str, name: str) -> None:
         tokenizer = make(kind, template=(TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-        adds = made_tokenizers.KINDS[kind].get("adds_bos", False)
+        adds = tiny_tokenizers.KINDS[kind].get("adds_bos", False)
         before = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
-        lines = chat_templates.prepare(tokenizer)
+        lines = chat_templates.prepare_template(tokenizer)
         line = f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
         assert lines == [line] * adds
-        assert not chat_templates.prepare(tokenizer)
+        assert not chat_templates.prepare_template(tokenizer)
         whole = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
         assert whole == [tokenizer.bos_token_id] * adds + before
-        prompt = data.prompt_tokens({"prompt": CHATS[1][:3]}, tokenizer)
+        prompt = datasets.prompt_tokens({"prompt": CHATS[1][:3]}, tokenizer)
         assert prompt == whole[: len(prompt)]
         # the same where somebody renders first
         text = tokenizer.apply_chat_template(CHATS[1][:3], tokenize=False, add_generation_prompt=True)
-        assert data.prompt_tokens({"prompt": text}, tokenizer) == prompt
+        assert datasets.prompt_tokens({"prompt": text}, tokenizer) == prompt
 
     def test_a_text_is_not_given_a_second_one(self) -> None:
         tokenizer = make("llama3")
@@ -178,7 +179,7 @@ class TestBOS:
     def test_it_is_said(self, capsys: pytest.CaptureFixture[str]) -> None:
         tokenizer = make("llama3")
         rows = [{"prompt": "<|begin_of_text|>the cat"}, {"prompt": "the cat"}, {"prompt": said("<|begin_of_text|>")}]
-        kept, _ = Encoder(tokenizer, None, 500)(rows, "rows")
+        kept, _ = PromptEncoder(tokenizer, None, 500)(rows, "rows")
         assert kept[0].tokens == kept[1].tokens
         line = (
             "rows: 1 of 3 rows (the first: row 1) begin with <|begin_of_text|> already: the tokenizer's own is left out"
@@ -187,22 +188,22 @@ class TestBOS:
 
     def test_templates_that_start_with_a_block(self) -> None:
         """Jinja strips blanks before a block tag at a line's start, which the BOS must not hinder."""
-        tokenizer = make("llama2", template="  " + made_tokenizers.PLAIN)
+        tokenizer = make("llama2", template="  " + tiny_tokenizers.PLAIN)
         before = tokenizer.apply_chat_template(CHATS[0], tokenize=False)
-        chat_templates.prepare(tokenizer)
+        chat_templates.prepare_template(tokenizer)
         assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == "<s>" + before
 
     def test_a_date_is_fixed(self) -> None:
         dated = "{% set day = strftime_now('%d %b %Y') %}{{ bos_token + strftime_now(\"%Y\") + day }}"
         tokenizer = make("llama3", template=dated)
-        assert "writes today's date: it is 26 Jul 2024" in chat_templates.prepare(tokenizer)[0]
+        assert "writes today's date: it is 26 Jul 2024" in chat_templates.prepare_template(tokenizer)[0]
         assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == "<|begin_of_text|>202426 Jul 2024"
 
     @pytest.mark.parametrize(
         ("kind", "text"), [("qwen", "<|im_start|>system\nBe helpful.<|im_end|>"), ("llama3", ""), ("gpt2", "")]
     )
     def test_forced(self, kind: str, text: str) -> None:
-        found = chat_templates.forced(make(kind))
+        found = chat_templates.default_prefix(make(kind))
         assert text.startswith(found) and bool(found) is bool(text)
 
 
@@ -212,7 +213,7 @@ class TestLossMask:
     def test_answers_and_the_token_that_ends_them(self, kind: str, chat: Any) -> None:
         """Nothing of what the template writes before or after, and the tokens are TRL's."""
         tokenizer = make(kind)
-        end = tokenizer.decode([turn_ends.turn_of(tokenizer).end])
+        end = tokenizer.decode([turn_ends.assistant_turn(tokenizer).end])
         trimmed = (lambda text: text.strip()) if kind == "llama3" else (lambda text: text)
         expected = [trimmed(turn["content"]) + end for turn in chat if turn["role"] == "assistant"]
         assert loss(tokenizer, chat) == expected
@@ -241,15 +242,17 @@ class TestLossMask:
     def test_parts_are_read_where_the_template_reads_nothing_else(self) -> None:
         """LLaVA's renders a text as nothing; it ends turns with nothing, so that the whole answer is learned."""
         tokenizer = make("llava")
-        assert chat_templates.rendered(CHATS[0], tokenizer) == "USER: the cat ASSISTANT: sat "
+        assert chat_templates.render(CHATS[0], tokenizer) == "USER: the cat ASSISTANT: sat "
         assert loss(tokenizer, CHATS[0]) == [" sat "]
-        assert tokenizer.decode(data.prompt_tokens({"prompt": CHATS[0][:1]}, tokenizer)) == "USER: the cat ASSISTANT:"
+        assert (
+            tokenizer.decode(datasets.prompt_tokens({"prompt": CHATS[0][:1]}, tokenizer)) == "USER: the cat ASSISTANT:"
+        )
 
     def test_a_template_that_forgets(self) -> None:
         """Reasoning that is left out of earlier turns: one answer can be told, two cannot, but for templates that TRL knows."""
         from trl.chat_template_utils import qwen3_chat_template
 
-        tokenizer = make("qwen", template=made_tokenizers.FORGETFUL)
+        tokenizer = make("qwen", template=tiny_tokenizers.FORGETFUL)
         assert loss(tokenizer, CHATS[0]) == ["sat<|im_end|>"]
         with pytest.raises(
             SalsaError, match=r"^model.chat_template: the template has no {% generation %} marks and renders earlier"
@@ -322,8 +325,8 @@ class TestGeneration:
     def test_log_probs_are_those_of_what_was_sampled(self, sampled: Any) -> None:
         """None of the ends has a probability in the first min_new_tokens: by hand, from plain forwards."""
         tokenizer, lm, sampling, found = sampled
-        head = Head(lm.lm_head.weight, None, sampling.temperature, turn_ends.ends_of(tokenizer, lm))
-        hidden = models.hidden_states(lm, found.input_ids, found.attention_mask)
+        head = Head(lm.lm_head.weight, None, sampling.temperature, turn_ends.model_stop_token_ids(tokenizer, lm))
+        hidden = hidden_states(lm, found.input_ids, found.attention_mask)
         logprobs, _ = response_logprobs(hidden, found, head, sampling.min_new_tokens)
         for row in range(len(self.PROMPTS)):
             prompt = self.PROMPTS[row]
@@ -405,7 +408,7 @@ class TestRewards:
         tokenizer = make(kind)
         for name in ours:  # whose sequences end with EOS, which pads
             tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-        chat_templates.prepare(tokenizer)
+        chat_templates.prepare_template(tokenizer)
         _padded(tokenizer)
         lm = Tiny(tokenizer).lm
         lm.save_pretrained(tmp_path / "base")
@@ -419,7 +422,7 @@ class TestRewards:
                 weight.data.normal_(std=0.3) if "lora" in name else weight.data.normal_()
         pairs = [
             {
-                side: chat_templates.readable(chat[:-1] + said("", answer)[1:], tokenizer)
+                side: chat_templates.content_for_template(chat[:-1] + said("", answer)[1:], tokenizer)
                 for side, answer in (("chosen", "the"), ("rejected", "is it"))
             }
             for chat in CHATS
@@ -446,13 +449,13 @@ class TestRewards:
             expected = trainer.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits.squeeze(-1)
-        turn = turn_ends.turn_of(tokenizer)
-        prompts = [data.prompt_tokens({"prompt": chat[:-1]}, tokenizer) for chat in CHATS] * 2
+        turn = turn_ends.assistant_turn(tokenizer)
+        prompts = [datasets.prompt_tokens({"prompt": chat[:-1]}, tokenizer) for chat in CHATS] * 2
         whole = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
         answers = [ids[len(prompt) : len(ids) - len(turn.after)] for prompt, ids in zip(prompts, whole, strict=True)]
         assert all(ids[: len(prompt)] == prompt for prompt, ids in zip(prompts, whole, strict=True))
         asked = [{"prompt": chat[:-1]} for chat in CHATS] * 2
-        ends = turn_ends.ends(tokenizer)
+        ends = turn_ends.stop_token_ids(tokenizer)
         model = get_peft_model(copy.deepcopy(lm), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=1))
         reward = rewards.AdapterReward(model, folder, 2, tokenizer)
         for pad in (tokenizer.pad_token_id, 0, 7, ends[0]):  # whatever pads
@@ -464,15 +467,15 @@ class TestRewards:
 
     def test_a_response_that_the_limit_cut_is_scored_where_it_ends(self) -> None:
         tokenizer = make("qwen")
-        turn = turn_ends.turn_of(tokenizer)
+        turn = turn_ends.assistant_turn(tokenizer)
         chat, text = {"prompt": CHATS[0][:1]}, {"prompt": "the cat"}
         answers = [[300, 2], [300, 301], [300, 2], [300, 0], [2]]
         responses = rollout.pad_responses([[299]] * 5, answers, 3, (2, 0), torch.device("cpu"))
         assert responses.finished.tolist() == [True, False, True, True, True]
-        rendered = {"prompt": chat_templates.rendered(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
-        which = closed(responses, [chat, chat, text, chat, rendered], turn)
+        rendered = {"prompt": chat_templates.render(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
+        which = ends_turn(responses, [chat, chat, text, chat, rendered], turn)
         assert which.tolist() == [True, False, False, False, True]
-        extended = rollout.extend(responses, which, turn.after)
+        extended = rollout.append_tokens(responses, which, turn.after)
         found = [row[mask].tolist() for row, mask in zip(extended.response_ids, extended.response_mask, strict=True)]
         assert found == [[300, 2, *turn.after], [300, 301], [300, 2], [300, 0], [2, *turn.after]]
 
@@ -482,8 +485,8 @@ class TestRewards:
 
         tokenizer = make("llama2")
         tokenizer.add_tokens([AddedToken("<|im_end|>", special=False)])
-        tokenizer.chat_template = made_tokenizers.CHATML
-        ends = turn_ends.ends(tokenizer)
+        tokenizer.chat_template = tiny_tokenizers.CHATML
+        ends = turn_ends.stop_token_ids(tokenizer)
         answer = [*tokenizer("sat", add_special_tokens=False)["input_ids"], ends[0]]
         responses = rollout.pad_responses([[9]], [answer], 0, ends, torch.device("cpu"))
         reward = FunctionReward(lambda completions: [float(len(text)) for text in completions], tokenizer)
@@ -497,27 +500,27 @@ class TestLoading:
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-        found = models.load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
+        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
         assert (found.pad_token, found.padding_side, found.truncation_side) == ("<|fim_pad|>", "right", "right")
         assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["BASE", "BASE"]
         check_tokenizer(found, Tiny(tokenizer).lm)
         assert capsys.readouterr().err == ""  # a recipe's trainers do not say it again
         (tmp_path / "generation_config.json").unlink()
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2, 3]}))
-        assert models.load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
+        assert load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
 
     def test_a_saved_truncation_cuts_nothing(self, tmp_path: Path) -> None:
         tokenizer = make("qwen")
         tokenizer.backend_tokenizer.enable_truncation(5)
         tokenizer.save_pretrained(tmp_path)
-        found = models.load_tokenizer(str(tmp_path))
+        found = load_tokenizer(str(tmp_path))
         long = said("the cat " * 50, "sat " * 50)
         ids, mask = assistant_tokens(long, found)
         assert len(ids) > 100 and sum(mask) > 40
         assert (
-            len(data.prompt_tokens({"prompt": long[:1]}, found))
+            len(datasets.prompt_tokens({"prompt": long[:1]}, found))
             > 50
-            < len(data.prompt_tokens({"prompt": "the cat " * 50}, found))
+            < len(datasets.prompt_tokens({"prompt": "the cat " * 50}, found))
         )
 
     def test_a_base_without_a_template_of_its_own(self, tmp_path: Path) -> None:

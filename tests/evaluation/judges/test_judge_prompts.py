@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config.judge import FIELDS, Judge, check, read_prompts, read_references
+from salsa_peft.config.judge import PROMPT_FIELDS, Judge, check, read_prompts, read_references
 from salsa_peft.evaluation.judges.parsing import read_verdict
 from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, figure7, renderer
 from salsa_peft.utils.errors import SalsaError
@@ -27,7 +27,7 @@ FASTCHAT = {
         "prompt_template": " | ".join(f"{field}={{{field}}}" for field in sorted(fields)),
         "output_format": "[[A]]",
     }
-    for name, fields in FIELDS.items()
+    for name, fields in PROMPT_FIELDS.items()
 }
 """A file of FastChat's form."""
 
@@ -138,7 +138,7 @@ class TestFastChat:
             for key, texts in (("question", game.turns), ("answer_a", game.a), ("answer_b", game.b), ("ref_answer", game.references or ()))
             for turn, text in enumerate(texts, 1)
         }  # fmt: skip
-        assert told.user == " | ".join(f"{field}={values[field]}" for field in sorted(FIELDS[name]))
+        assert told.user == " | ".join(f"{field}={values[field]}" for field in sorted(PROMPT_FIELDS[name]))
 
     def test_an_answer_with_fields_is_text(self, prompts: Path) -> None:
         told = renderer(of_fastchat(prompts))(ONE._replace(a=("{question} {ref_answer_1} {",)))

@@ -352,7 +352,7 @@ class TestReferences:
         """Names, folders, base and ready ones, in order; a name's adapter is frozen, a folder is attached."""
         model = adapters.attach(make_base(), members[0], "policy", trainable=True)
         adapters.attach(model, members[2], "c", trainable=True)
-        ready = references.Frozen("ready", "c")
+        ready = references.FrozenReference("ready", "c")
         given = ["base", "c", str(members[1]), members[0], ready]
         found = references.as_references(model, given)
         assert [reference.adapter for reference in found] == [None, "c", "reference-2", "reference-3", "c"]
@@ -378,7 +378,7 @@ class TestReferences:
             (model, [other], r"references: found PeftModel\w*, expected .* merge_and_unload"),
             (model, ["./nowhere"], "./nowhere: found no such folder"),
             (model, ["org/not-in-the-cache"], "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
-            (model, [references.Frozen("x", "nope")], "references: found 'nope' in a Frozen, expected an adapter on the model"),
+            (model, [references.FrozenReference("x", "nope")], "references: found 'nope' in a Frozen, expected an adapter on the model"),
             (make_base(), ["./nowhere"], "./nowhere: found no such folder"),
             (make_base(), ["org/not-in-the-cache"], "org/not-in-the-cache: not in the local cache"),
         ):  # fmt: skip
@@ -394,7 +394,7 @@ class TestReferences:
         ):
             references.as_references(model, ["base"])
         for adapter in ("base", None):
-            (found,) = references.as_references(model, [references.Frozen("base", adapter)])
+            (found,) = references.as_references(model, [references.FrozenReference("base", adapter)])
             assert found.adapter == adapter
 
 

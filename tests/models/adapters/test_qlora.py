@@ -82,7 +82,7 @@ def test_three_updates_over_four_bits(make_quantised: Any, make_run: Any) -> Non
     loss = trainer.micro_batch_loss(trainer.model, rollout, torch.arange(8), int(rollout.responses.lengths.sum()))
     assert loss.ratio.item() == pytest.approx(1, abs=1e-4) and loss.approxkl.item() == pytest.approx(0, abs=1e-6)
     trainer.train()
-    assert trainer.update == 3 and frozen(trainer).keys() == before.keys()
+    assert trainer.ppo.update == 3 and frozen(trainer).keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in frozen(trainer).items())
     after = [p for p in trainer.model.parameters() if p.requires_grad]
     assert len(after) == 30 and not any(torch.equal(a, b) for a, b in zip(after, trained, strict=True))

@@ -17,9 +17,8 @@ from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.merged import merged_parameters
 from salsa_peft.models.base import causal_lm
-from salsa_peft.training import reference_sync as moving
-from salsa_peft.training import reward_model
-from salsa_peft.training.references import Frozen
+from salsa_peft.training import reference_sync, reward_model
+from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -109,8 +108,8 @@ def test_the_reward_model_starts_as_a_copy_of_a_seed(family: Family) -> None:
     """Its trunk under the adapter is that of the seed."""
     seed = family.adapter("seed-0", 1)
     classifier = family.base(AutoModelForSequenceClassification, num_labels=1)
-    bench: Any = SimpleNamespace(recipe=SimpleNamespace(adapter=True), classifier=lambda: classifier)
-    model = reward_model.start(bench, seed)
+    context: Any = SimpleNamespace(recipe=SimpleNamespace(adapter=True), load_classifier=lambda: classifier)
+    model = reward_model.start(context, seed)
     plain = PeftModel.from_pretrained(family.base(), seed).get_base_model()
     with torch.no_grad():
         found, expected = (one.model(input_ids=IDS)[0] for one in (model.get_base_model(), plain))
@@ -157,7 +156,7 @@ def test_a_reference_that_moves(family: Family) -> None:
             :, A.shape[0] // getattr(layer, "num_experts", 1) // 2 :
         ] = 0
     before = [[layer.get_delta_weight(name).clone() for name in ("soup", "policy")] for layer in experts]
-    told = moving.refresh(model, "policy", [Frozen("soup", "soup", None, 1, 0.25)], 1)
+    told = reference_sync.sync(model, "policy", [FrozenReference("soup", "soup", None, 1, 0.25)], 1)
     assert told == pytest.approx(0, abs=1e-5)
     for layer, (soup, policy) in zip(experts, before, strict=True):
         torch.testing.assert_close(layer.get_delta_weight("soup"), 0.75 * soup + 0.25 * policy, rtol=1e-4, atol=1e-5)

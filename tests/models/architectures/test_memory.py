@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.architectures import memory
-from salsa_peft.models.architectures.memory import GIB, Need, choose_precision, need
-from salsa_peft.models.architectures.sizes import KNOWN, Architecture, of_recipe
+from salsa_peft.models.architectures.memory import GIB, Estimate, choose_precision, estimate
+from salsa_peft.models.architectures.sizes import KNOWN, Architecture, architecture_of_recipe
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -69,18 +69,20 @@ def test_the_papers_bases_need_no_access() -> None:
     assert round(paper("llama2_full")[1].parameters / 1e9, 2) == 6.74
     assert round(paper("mistral_full")[1].parameters / 1e9, 2) == 7.24
     assert round(paper("gemma_full")[1].parameters / 1e9, 2) == 2.51
-    assert of_recipe(load_recipe("llama2_full", lora=None, overrides=["model.base=someone/unknown"]).recipe) is None
-    assert of_recipe(load_recipe("quickstart", lora=None, overrides=["toy.hidden_size=32"]).recipe).hidden == 32  # type: ignore[union-attr]
+    unknown = load_recipe("llama2_full", lora=None, overrides=["model.base=someone/unknown"]).recipe
+    assert architecture_of_recipe(unknown) is None
+    small = load_recipe("quickstart", lora=None, overrides=["toy.hidden_size=32"]).recipe
+    assert architecture_of_recipe(small).hidden == 32  # type: ignore[union-attr]
 
 
 def test_weights_of_each_mode_by_hand() -> None:
     """Of ppo with one reference and a reward model of Llama-2-7B: three models; or one base, and adapters of 40.0 M in float32."""
     full, size = paper("llama2_full", None, "precision=stochastic")
-    found = need(full, "ppo", size)
+    found = estimate(full, "ppo", size)
     assert found.weights == 3 * 2 * size.parameters
     assert found.gradients == 2 * size.parameters and found.phase == "step"
     assert found.optimizer == pytest.approx(size.parameters * (2 + 8 / 256) + 12 * size.largest)
-    master = need(paper("llama2_full", None, "precision=master")[0], "sft", size)
+    master = estimate(paper("llama2_full", None, "precision=master")[0], "sft", size)
     assert master.weights == (4 + 2) * size.parameters and (master.gradients, master.optimizer) == (
         4 * size.parameters,
         8 * size.parameters,
@@ -153,7 +155,7 @@ def test_a_phase_and_an_option_cost_what_they_should() -> None:
     assert phases["train"].gradients > 0 and phases["train"].kv_cache == 0
 
     def total(*overrides: str, lora: str | None = None) -> float:
-        return need(paper("llama2_full", lora, *overrides)[0], "ppo", size).total
+        return estimate(paper("llama2_full", lora, *overrides)[0], "ppo", size).total
 
     offloaded = memory._Stage(paper("llama2_full", None, "offload=frozen")[0], "ppo", size, "stochastic")
     models = {phase: offloaded.held(phase)[0] / (2 * size.parameters) for phase in ("generate", "score", "train")}
@@ -186,12 +188,12 @@ def test_what_the_papers_jobs_need() -> None:
     size = paper()[1]
     for lora, card in (("lora", 24), ("qlora", 16)):
         job = paper("llama2_full", lora, "model.max_length=1024", "generation.max_new_tokens=512")[0]
-        assert all(need(job, stage, size).total < card * GIB for stage in memory.stages_of(job))
+        assert all(estimate(job, stage, size).total < card * GIB for stage in memory.stages_of(job))
     full = paper()[0]
     assert [choose_precision(full, "ppo", card and card * GIB, size) for card in (None, 80, 141, 192)] == [
         "master", "stochastic", "stochastic", "master",
     ]  # fmt: skip
-    assert need(full, "ppo", size, 80 * GIB).total < 80 * GIB
+    assert estimate(full, "ppo", size, 80 * GIB).total < 80 * GIB
     assert choose_precision(full, "sft", 141 * GIB, size) == "master"
     assert choose_precision(paper("llama2_full", None, "precision=master")[0], "ppo", GIB, size) == "master"
 
@@ -206,7 +208,7 @@ def test_what_is_not_the_recipes_own_base_counts_too(tmp_path: Path) -> None:
         held = () if mode else ("precision=stochastic",)
         both, _ = paper("llama2_full", mode, f"reward.model=[adapter, {tmp_path}]", *held)
         alone, _ = paper("llama2_full", mode, *held)
-        more = need(both, stage, size).weights - need(alone, stage, size).weights
+        more = estimate(both, stage, size).weights - estimate(alone, stage, size).weights
         assert more == 2 * (other.parameters - 32000 * 4096), (mode, stage)
     assert memory.uncounted(plain) == memory.uncounted(both) == []
     unknown, _ = paper("llama2_full", "lora", "reward.model=someone/unknown", "ppo.rollout_backend=vllm")
@@ -221,7 +223,7 @@ def test_optimizers_and_a_value_adapter() -> None:
     """Eight-bit states, roots that the unfused AdamW takes of all weights at once, an adapter more with a forward of its own."""
     size = paper()[1]
 
-    def states(optim: str, lora: str | None = None) -> Need:
+    def states(optim: str, lora: str | None = None) -> Estimate:
         held = () if lora else ("precision=master",)
         found = memory._Stage(paper("llama2_full", lora, f"sft.optim={optim}", *held)[0], "sft", size, "master")
         return found.phases()[-1]

@@ -118,13 +118,13 @@ def test_the_plan_is_what_ppo_holds(
     """Each phase's peak: the plan is at most 5% under it and 18% over it."""
     trainer = trainer_of(mode, checkpointing, tmp_path, tokenizer, monkeypatch)
     live, peaks = Live(), dict[str, int]()
-    frozen = [reference.model for reference in trainer.maker.references if reference.model is not None]
+    frozen = [reference.model for reference in trainer.rollout_maker.references if reference.model is not None]
     for model in (trainer.model, *frozen):
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
     for owner, method, name in (
-        (trainer.maker, "_sample", "generate"),
-        (trainer.maker, "_score", "score"),
+        (trainer.rollout_maker, "_sample", "generate"),
+        (trainer.rollout_maker, "_score", "score"),
         (trainer, "training_step", "train"),
     ):
         live.watch(owner, method, name, peaks)
@@ -141,7 +141,7 @@ def test_the_plan_is_what_ppo_holds(
     words = [f"model.max_length={2 * LENGTH}", f"generation.max_new_tokens={LENGTH}", f"ppo.batch_size={BATCH}",
              f"ppo.micro_batch_size={MICRO}", f"ppo.gradient_checkpointing={str(checkpointing).lower()}"]  # fmt: skip
     job, _ = paper("llama2_full", "lora" if mode == "lora" else None, *words)
-    size = Architecture.of(json.loads(trainer.maker.model.policy.config.to_json_string(use_diff=False)))
+    size = Architecture.of(json.loads(trainer.rollout_maker.model.policy.config.to_json_string(use_diff=False)))
     stage = memory._Stage(job, "ppo", size, "stochastic" if mode == "stochastic" else "master")
     reward = 2 * size.parameters if stage.full else 4 * stage.adapter()  # here a function
     found = {}

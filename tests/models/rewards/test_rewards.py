@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from made_classifiers import CHAT, own_classifier, single
+from tiny_classifiers import CHAT, own_classifier, single
 from torch import Tensor, nn
 
 from salsa_peft.config.rewards import find_module, parse_reward
 from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
-from salsa_peft.data import datasets as data
+from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards import reward as rewards
@@ -53,7 +53,7 @@ def answered(tokenizer: Any) -> tuple[Responses, list[dict[str, Any]]]:
         {"prompt": [{"role": "user", "content": text}], "answer": text.split()[1], "level": number}
         for number, text in enumerate(["copy owl saw", "name fig", "copy cod"])
     ]
-    prompts = [data.prompt_tokens(row, tokenizer) for row in rows]
+    prompts = [datasets.prompt_tokens(row, tokenizer) for row in rows]
     words = tokenizer("owl saw")["input_ids"]
     return made(prompts, [[*words, eos], words[:1], [eos]], tokenizer, 2), rows
 
@@ -182,10 +182,10 @@ class TestFunction:
         reward = FunctionReward(logs, tokenizer)
         for _ in range(3):
             reward(*answered)
-        assert rewards.take_figures(reward) == {"shape": (9.0, 3)}
-        assert rewards.take_figures(reward) == {}
+        assert reward.take_figures() == {"shape": (9.0, 3)}
+        assert reward.take_figures() == {}
         reward(*answered)
-        assert rewards.take_figures(reward) == {"shape": (4.0, 1)}
+        assert reward.take_figures() == {"shape": (4.0, 1)}
 
     @pytest.mark.parametrize(
         ("name", "value", "line"),
@@ -360,7 +360,7 @@ class TestClassifier:
         assert found.tolist() == pytest.approx(expected, abs=1e-5)
         assert (found.dtype, found.std() > 0.1) == (torch.float32, True)
         assert not any(p.requires_grad for p in reward.classifier.parameters())
-        assert rewards.take_figures(reward) == {"rewards/rm/truncated": (0.0, 3)}
+        assert reward.take_figures() == {"rewards/rm/truncated": (0.0, 3)}
 
     @pytest.mark.parametrize("pad_is_eos", [False, True])
     def test_the_last_token_that_counts_is_scored_also_where_it_is_the_padding_token(
@@ -416,7 +416,7 @@ class TestClassifier:
         cut = [ids if len(ids) <= 7 else [ids[0], *ids[-6:]] for ids in whole]
         assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
         reward(responses, rows)
-        assert rewards.take_figures(reward) == {"rewards/small/truncated": (4.0, 6)}
+        assert reward.take_figures() == {"rewards/small/truncated": (4.0, 6)}
         assert capsys.readouterr().err.count("longer with their prompts than the 7 tokens it reads") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
@@ -477,11 +477,11 @@ class TestSum:
         reward = rewards.WeightedReward([(one, 2.0, "one"), (other, -0.5, "other"), (silent, 0.0, "silent")])
         assert reward(*answered).tolist() == [0.0, 4.0, 2.0]
         figures = {"rewards/one/mean": (6.0, 3), "rewards/other/mean": (12.0, 2), "rewards/silent/mean": (21.0, 3)}
-        assert rewards.take_figures(reward) == figures
-        assert rewards.take_figures(reward) == {}
+        assert reward.take_figures() == figures
+        assert reward.take_figures() == {}
         reward(*answered)
         reward(*answered)
-        assert rewards.take_figures(reward) == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
+        assert reward.take_figures() == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
 
     def test_a_response_to_which_nothing_applies(self, answered: Any, tokenizer: Any) -> None:
         """A part of weight 0 does not save it; NaN is a score, not None."""
@@ -559,7 +559,7 @@ class TestAsReward:
                 return torch.tensor([float(row["level"]) for row in rows])
 
         own = Own()
-        assert make(own) is own
+        assert make(own).function is own
         total = make([own, (f"{tmp_path}/{name}:seven", 0.5), (adapter, 2.0, "judge")])
         assert [(part.weight, part.name) for part in total.parts] == [(1.0, "Own"), (0.5, "seven"), (2.0, "judge")]
         expected = torch.tensor([0.0, 1.0, 2.0]) + 3.5 + 2 * adapter(*answered)
@@ -568,7 +568,7 @@ class TestAsReward:
         assert rewards.adapter_in(adapter) is adapter
         assert rewards.adapter_in(function) is None
         assert rewards.adapter_in(make([own, function])) is None
-        assert rewards.take_figures(own) == {}
+        assert make(own).take_figures() == {}
 
     @pytest.mark.parametrize(
         ("given", "line"),
@@ -776,7 +776,7 @@ class TestRecipe:
 
         def keys(text: str) -> dict[str, str]:
             loaded = load(text)
-            slices = json.dumps([unit.slice for unit in work(loaded).values()])
+            slices = json.dumps([unit.key_fields for unit in work(loaded).values()])
             assert str(tmp_path) not in slices
             return {name: step.key for name, step in plan(list(work(loaded).values()), tmp_path / "run").items()}
 
@@ -813,7 +813,7 @@ class TestRecipe:
 
         def make(said: Any, inputs: dict[str, Path]) -> Any:
             made_of = Recipe(name="x", adapter=Adapter(), reward=Reward(model=said))
-            return rewards.of_recipe(made_of, model, inputs, tokenizer, 2)
+            return rewards.recipe_reward(made_of, model, inputs, tokenizer, 2)
 
         adapter = make("adapter", {"reward": reward_folder})
         assert isinstance(adapter, rewards.AdapterReward)
@@ -824,7 +824,7 @@ class TestRecipe:
         total = make(["adapter", {"model": str(rm), "weight": 2, "name": "judge"}], {"reward": reward_folder})
         expected = adapter(*answered) + 2 * make(str(rm), {})(*answered)
         torch.testing.assert_close(total(*answered), expected)
-        assert rewards.take_figures(total).keys() == {
+        assert total.take_figures().keys() == {
             "rewards/adapter/mean",
             "rewards/judge/mean",
             "rewards/judge/truncated",
@@ -837,8 +837,8 @@ class TestRecipe:
         )
         source = Source(path=str(tmp_path / "p.jsonl"))
         asked = [[{"role": "user", "content": text}] for text in "ab"]
-        assert data.prompts(source) == [{"prompt": prompt} for prompt in asked]
-        assert data.prompts(source, columns=True) == [
+        assert datasets.prompts(source) == [{"prompt": prompt} for prompt in asked]
+        assert datasets.prompts(source, columns=True) == [
             {"prompt": asked[0], "answer": 7}, {"messages": asked[1], "prompt": asked[1]},
         ]  # fmt: skip
 

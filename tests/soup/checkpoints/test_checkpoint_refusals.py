@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_checkpoints import (
+from checkpoint_folders import (
     Change,
     Tensors,
     again,

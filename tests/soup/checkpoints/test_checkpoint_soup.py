@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_checkpoints import (
+from checkpoint_folders import (
     PLAIN,
     SHAPES,
     SIZES,
@@ -33,7 +33,7 @@ from salsa_peft.soup.checkpoints import write as checkpoint_output
 from salsa_peft.soup.checkpoints.average import average, gram, main
 from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.safetensors_io import as_bytes, code_of, make_header, writing
+from salsa_peft.utils.safetensors_io import as_bytes, make_header, safetensors_dtype, safetensors_writer
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +89,8 @@ def test_a_tensor_of_another_dtype_ends_a_run(tmp_path: Path, odd: tuple[int, ..
         members[i]["model.norm.weight"] = members[i]["model.norm.weight"].float() / 3
     folders = [write(tmp_path / str(i), tensors) for i, tensors in enumerate(members)]
     for folder, tensors in zip(folders, members, strict=True):  # safetensors' own writer sorts by dtype
-        layout = [(name, code_of(tensor.dtype), tensor.shape) for name, tensor in tensors.items()]
-        with writing(folder / SINGLE, make_header(layout)) as write_next:
+        layout = [(name, safetensors_dtype(tensor.dtype), tensor.shape) for name, tensor in tensors.items()]
+        with safetensors_writer(folder / SINGLE, make_header(layout)) as write_next:
             for tensor in tensors.values():
                 write_next(as_bytes(tensor))
     average(tmp_path / "out", folders, weights)

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_checkpoints import Tensors, assert_rounded, files, read, values, write
+from checkpoint_folders import Tensors, assert_rounded, files, read, values, write
 from paths import ROOT
+from salsa_peft.soup.checkpoints.cuda_arithmetic import TorchSums
 
 from salsa_peft.soup.arrays import narrow
 from salsa_peft.soup.checkpoints import streams as weight_streams
 from salsa_peft.soup.checkpoints.arithmetic import ROW, Fault, Kind, Plan, Summing, Sums
 from salsa_peft.soup.checkpoints.average import average
-from salsa_peft.soup.checkpoints.cuda_arithmetic import TorchSums
 from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import as_bytes as bytes_of
-from salsa_peft.utils.safetensors_io import code_of, make_header, writing
+from salsa_peft.utils.safetensors_io import make_header, safetensors_dtype, safetensors_writer
 
 BF16 = torch.bfloat16
 EDGES = [1, 2, 7, ROW - 1, ROW, ROW + 1, 2 * ROW + 5]
@@ -43,7 +43,7 @@ def add(
     """A block's sum and products; what lies behind the block's values is left as it was."""
     for row, member in zip(sums.raw, members, strict=True):
         row[: member.nbytes] = bytes_of(member)
-    kind = Kind(tuple(code_of(member.dtype) for member in members), code_of(out))
+    kind = Kind(tuple(safetensors_dtype(member.dtype) for member in members), safetensors_dtype(out))
     products, found = sums.add(kind, len(members[0]), write)
     return torch.frombuffer(bytearray(found), dtype=out) if write else torch.empty(0), products
 
@@ -203,8 +203,8 @@ def odd_tensors(seed: int) -> Tensors:
 def write_raw(folder: Path, tensors: Tensors, order: str, pad: int = 0) -> Path:
     """In this order of bytes, behind a header of `pad` more bytes, so that tensors begin anywhere."""
     write(folder, tensors)
-    header = make_header((name, code_of(tensors[name].dtype), tensors[name].shape) for name in order)
-    with writing(folder / SINGLE, header + b" " * pad) as write_next:
+    header = make_header((name, safetensors_dtype(tensors[name].dtype), tensors[name].shape) for name in order)
+    with safetensors_writer(folder / SINGLE, header + b" " * pad) as write_next:
         for name in order:
             write_next(bytes_of(tensors[name]))
     return folder
@@ -271,7 +271,7 @@ def test_a_file_of_more_or_fewer_bytes_than_its_header_says(tmp_path: Path, coun
     """Room was taken for all of them, so its size says nothing; no file is left."""
     with (
         pytest.raises(SalsaError, match=f"{count} bytes were written, expected 4"),
-        writing(tmp_path / SINGLE, make_header([("w", "BF16", (2,))])) as write_next,
+        safetensors_writer(tmp_path / SINGLE, make_header([("w", "BF16", (2,))])) as write_next,
     ):
         write_next(b"x" * count)
     assert not list(tmp_path.iterdir())

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from made_members import edit, edit_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from soup_members import edit, edit_tensors
 from torch import nn
 
 from salsa_peft.soup.average import soup

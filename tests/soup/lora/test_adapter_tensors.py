@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_members import open_plain, train
 from peft import LoraConfig
+from soup_members import open_plain, train
 
 from salsa_peft.soup import arrays as float_arrays
 from salsa_peft.soup.lora.read import DEFAULTS

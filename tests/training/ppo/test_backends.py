@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import CompileConfig
 
-from salsa_peft.config.options.rollout import OPTIONS
+from salsa_peft.config.options.rollout import BACKEND_OPTIONS
 from salsa_peft.data import toy
 from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models.adapters import lora as adapters
@@ -56,7 +56,7 @@ def paged_options(options: Any) -> Callable[..., SalsaPPOConfig]:
     """The same for paged, with pages of 16 tokens; fields that are its own go into rollout_options."""
 
     def make(**fields: Any) -> SalsaPPOConfig:
-        own = {"page_size": 16, **{name: fields.pop(name) for name in OPTIONS["paged"] if name in fields}}
+        own = {"page_size": 16, **{name: fields.pop(name) for name in BACKEND_OPTIONS["paged"] if name in fields}}
         return options(rollout_backend="paged", rollout_options=own, **fields)
 
     return make
@@ -707,7 +707,7 @@ class TestTrainer:
             with monkeypatch.context() as patch:
                 patch.setattr(backends, "device", lambda: torch.device("cuda"))
                 trainer = make_trainer(folder=tmp_path / str(compiled), rollout_compile=compiled, max_steps=2)
-            assert isinstance(trainer.maker.backend, CompiledHF) is compiled
+            assert isinstance(trainer.rollout_maker.backend, CompiledHF) is compiled
             trainer.train()
             policies.append(
                 torch.cat([p.detach().flatten() for p in adapters.parameters(trainer.model.policy, "policy")])

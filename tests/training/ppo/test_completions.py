@@ -10,8 +10,8 @@ import unicodedata
 import pytest
 from rich.cells import cell_len
 
-from salsa_peft.training.ppo.metrics import ISOLATE, POP, WIDTH, cut, isolated, printable, show
-from salsa_peft.utils.console import bar
+from salsa_peft.training.ppo.metrics import PIPE_WIDTH, print_samples, printable
+from salsa_peft.utils.console import progress_bar
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")  # colours, the only escape sequences of a table
 HOSTILE = "\x1b[2J\x1b]0;title\x07\x1b]8;;http://x\x1b\\link\x9b31m\r\b\x7f\t\x00\x85\u2028\u2029\u202edcba\u2066\u200f\ue000\ud800\ufeff"
@@ -41,25 +41,24 @@ def row(prompt: str = "Why?", response: str = "Because.", score: float = 0.8125,
 
 
 def shown(*rows: dict, terminal: bool = True) -> str:
-    """What `show` writes, without colours."""
+    """What `print_samples` writes, without colours."""
     stream = Terminal() if terminal else io.StringIO()
-    show(rows, 3, stream)
+    print_samples(rows, 3, stream)
     return STYLES.sub("", stream.getvalue())
 
 
-def test_a_table_on_a_terminal():
-    lines = [line.split() for line in shown(row(), row("Who?", "Me.", -1.0, -0.5)).splitlines()]
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_table(terminal: bool):
+    lines = [line.split() for line in shown(row(), row("Who?", "Me.", -1.0, -0.5), terminal=terminal).splitlines()]
     assert lines[0] == ["update", "3"]
-    assert lines[1] == ["score", "KL", "prompt", "response"]
+    assert ["score", "KL", "prompt", "response"] in lines
     assert ["0.812", "4.10", "Why?", "Because."] in lines
     assert ["-1.000", "-0.50", "Who?", "Me."] in lines
 
 
-def test_one_line_each_where_there_is_no_terminal():
-    text = shown(row(), row("Who\nare you?", "Me,\r\nand you.", -1.0, -0.5), terminal=False)
-    assert text == (
-        "update 3  score 0.812  KL 4.10  Why? → Because.\nupdate 3  score -1.000  KL -0.50  Who⏎are you? → Me,⏎and you.\n"
-    )
+def test_a_line_break_in_a_text_is_shown_as_a_sign():
+    text = shown(row("Who\nare you?", "Me,\r\nand you."))
+    assert "Who⏎are you?" in text and "Me,⏎and you." in text
 
 
 def test_nothing_of_nothing():
@@ -68,7 +67,7 @@ def test_nothing_of_nothing():
 
 
 def test_standard_error_unless_another_stream_is_given(capsys: pytest.CaptureFixture[str]):
-    show([row()], 3)
+    print_samples([row()], 3)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Because." in captured.err
@@ -123,49 +122,24 @@ def test_nothing_is_wider_than_the_terminal(columns: str, text: str, monkeypatch
     monkeypatch.setenv("COLUMNS", columns)
     lines = shown(row(text, text, -12345.678, 1234.5)).splitlines()
     assert max(map(cell_len, lines)) <= int(columns)
-    assert len(lines) <= 14
+    assert len(lines) <= 16
     assert sum(map(len, lines)) < 5000  # though marks above letters take no column
-    (line,) = shown(row(text, text), terminal=False).splitlines()
-    assert cell_len(line) <= WIDTH
+    assert max(map(cell_len, shown(row(text, text), terminal=False).splitlines())) <= PIPE_WIDTH
 
 
-def test_each_line_of_text_from_the_right_is_shut_in():
-    """On every line of its own, for a terminal orders a line at a time; text from the left has no marks."""
-    text = shown(row("ما هي عاصمة فرنسا؟", "שלום " * 100))
-    for line in text.splitlines():
-        assert line.count(ISOLATE) == line.count(POP)
-        letters = [place for place, char in enumerate(line) if unicodedata.bidirectional(char) in ("R", "AL")]
-        assert all(line[:place].count(ISOLATE) > line[:place].count(POP) for place in letters)
-    assert text.count(ISOLATE) >= 4
-    assert ISOLATE not in shown(row())
-    line = shown(row("ما هي عاصمة فرنسا؟", "שלום " * 100), terminal=False)
-    assert re.fullmatch(f"update 3  score 0.812  KL 4.10  {ISOLATE}[^{POP}]*؟{POP} → {ISOLATE}ש[^{POP}]*…{POP}\n", line)
-    assert isolated("a 1") == "a 1"
-    assert isolated("سلام") == f"{ISOLATE}سلام{POP}"
-
-
-def test_cut_by_hand():
-    assert cut("abcdef", 6) == "abcdef"
-    assert cut("abcdefg", 6) == "abcde…"
-    assert cut("abcdefg", 6, end=True) == "…cdefg"
-    assert cut("日本語", 5) == "日本…"
-    assert cut("日本語", 4) == "日…"
-    assert cut("日本語", 4, end=True) == "…語"
-    assert cut("e" + "\u0301" * 9, 2) == "e" + "\u0301" * 7 + "…"
-
-
-def test_beside_the_projects_bar(monkeypatch: pytest.MonkeyPatch):
-    """The bar's line is wiped, the table printed, the bar drawn below it."""
+def test_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch):
+    """The bar's line is cleared, the table printed, the bar drawn again below it."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    with bar(10, "ppo/salsa") as update:
-        update(3)
+    with progress_bar(10, "ppo/salsa") as bar:
+        bar.update(3)
         before = len(stream.getvalue())
-        show([row()], 3)
-        during = stream.getvalue()[before:]
-    assert re.match(r"(\r\x1b\[2K.*?)*\r\x1b\[2Kupdate 3", during)
-    assert "ppo/salsa" in during[during.index("Because.") :]
-    assert "ppo/salsa" not in during[during.index("update 3") : during.index("Because.")]
+        print_samples([row()], 3)
+        cleared, table, below = stream.getvalue()[before:].partition("update 3")
+    assert table
+    assert re.fullmatch(r"\r *\r", cleared)
+    assert "ppo/salsa" in below[below.index("Because.") :]
+    assert "ppo/salsa" not in below[: below.index("Because.")]
 
 
 def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
@@ -177,7 +151,7 @@ def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
     with tqdm(total=10, file=stream, desc="tqdm's") as progress:
         progress.update(3)
         before = len(stream.getvalue())
-        show([row()], 3)
+        print_samples([row()], 3)
         during = stream.getvalue()[before:]
     wiped, table, below = during.partition("update 3")
     assert table
@@ -186,9 +160,9 @@ def test_beside_a_bar_of_tqdms(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_beside_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]):
-    with bar(2, "ppo", every=0.0) as update:
-        update(1)
-        show([row()], 3)
-        update(1)
+    with progress_bar(2, "ppo", interval=0.0) as bar:
+        bar.update()
+        print_samples([row()], 3)
+        bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in lines[:3]] == ["ppo", "update 3", "ppo"]
+    assert [re.split(r"  |:", line)[0] for line in lines[1:4]] == ["ppo", "update 3", "ppo"]

@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -30,7 +30,7 @@ from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.checks import check_sharding
 from salsa_peft.utils.errors import SalsaError
 
-CONFIGS = SUPPORT.parent / "recipes" / "accelerate"
+CONFIGS = ROOT / "recipes" / "accelerate"
 
 
 @contextlib.contextmanager
@@ -213,7 +213,7 @@ def test_sigterm_leaves_a_whole_checkpoint(tmp_path: Path, config: str, name: st
         os.kill(process.pid if to == "all" else int((folder / "pid-1").read_text()), signal.SIGTERM)
         output, _ = process.communicate(timeout=25)
     assert process.returncode == 1, output[-3000:]
-    found, passed = checkpoints.last_whole(folder)
+    found, passed = checkpoints.last_complete(folder)
     assert found is not None and not passed
     assert to == "all" or "exitcode  : 143" in output
 

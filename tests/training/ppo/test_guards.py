@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from salsa_peft.config.load import load_recipe
-from salsa_peft.config.options.guards import DEFAULTS, Setting, parse
-from salsa_peft.training.ppo.guards import GUARDS, START, Bounds, Watch, alarms, repetition
+from salsa_peft.config.options.guards import DEFAULTS, GuardSetting, parse_guards
+from salsa_peft.training.ppo.guards import GUARDS, START, GuardMonitor, KLCoefBounds, alarms, repetition
 
 SOUND = {
     "update": 1,
@@ -22,7 +22,7 @@ SOUND = {
     "objective/kl": 5.0,
     "objective/kl_coef": 0.2,
 }
-BOUNDS = Bounds(0.01, 1.0, 6.0)
+BOUNDS = KLCoefBounds(0.01, 1.0, 6.0)
 
 
 def row(**changes: float) -> dict[str, float]:
@@ -31,10 +31,10 @@ def row(**changes: float) -> dict[str, float]:
 
 
 def names(
-    now: dict[str, float], then: dict[str, float] = SOUND, bounds: Bounds | None = BOUNDS, **said: object
+    now: dict[str, float], then: dict[str, float] = SOUND, bounds: KLCoefBounds | None = BOUNDS, **said: object
 ) -> list[str]:
     """Which guards have an alarm."""
-    return [alarm.name for alarm in alarms(parse(said), now, then, bounds)]
+    return [alarm.name for alarm in alarms(parse_guards(said), now, then, bounds)]
 
 
 def test_a_sound_update_has_no_alarm():
@@ -91,14 +91,16 @@ def test_beta_at_a_bound_is_an_alarm_only_where_the_kl_drives_it_on():
     assert names(row(kl_coef=1.0, kl=5.0)) == []
     assert names(row(kl_coef=0.01, kl=7.0)) == []
     assert names(row(kl_coef=1.0, kl=7.0), bounds=None) == []  # β fixed
-    assert names(row(kl_coef=99.0, kl=7.0), bounds=Bounds(0.0, None, 6.0)) == []
-    assert names(row(kl_coef=0.0, kl=5.0), bounds=Bounds(0.0, None, 6.0)) == []  # no KL term is no bound
+    assert names(row(kl_coef=99.0, kl=7.0), bounds=KLCoefBounds(0.0, None, 6.0)) == []
+    assert names(row(kl_coef=0.0, kl=5.0), bounds=KLCoefBounds(0.0, None, 6.0)) == []  # no KL term is no bound
 
 
 def test_kl_is_early_stopping_and_off_unless_asked_for():
     far = row(kl=61.0, update=7)
     assert names(far) == []
-    assert [(alarm.name, alarm.action) for alarm in alarms(parse({"kl": "stop"}), far, SOUND)] == [("kl", "stop")]
+    assert [(alarm.name, alarm.action) for alarm in alarms(parse_guards({"kl": "stop"}), far, SOUND)] == [
+        ("kl", "stop")
+    ]
     assert names(row(kl=60.0), kl="stop") == []
     assert names(row(kl=31.0), kl={"limit": 30}) == ["kl"]  # a limit alone warns
 
@@ -119,7 +121,7 @@ def test_a_figure_that_is_nan_is_an_alarm(name: str, found: list[str]):
 
 
 def test_the_message_is_one_line_with_the_numbers_and_the_remedy():
-    (alarm,) = alarms(parse({"length": "stop"}), row(response_length=8.0, entropy=20.0, update=12), SOUND)
+    (alarm,) = alarms(parse_guards({"length": "stop"}), row(response_length=8.0, entropy=20.0, update=12), SOUND)
     assert alarm.action == "stop"
     assert alarm.message == (
         "guards.length: update 12: found a mean response length of 8 tokens, expected at least 10 (0.25 × the first update's 40);"
@@ -143,18 +145,18 @@ def test_what_a_recipe_may_say():
         "empty": "off", "length": False, "repetition": "stop", "entropy_low": {"limit": 0},
         "entropy_high": {"action": "stop", "limit": 3}, "kl": {"action": "stop"}, "kl_coef": {"action": False},
     }  # fmt: skip
-    assert parse(said) == {
-        "empty": Setting("off", 0.5),
-        "length": Setting("off", 0.25),
-        "repetition": Setting("stop", 0.5),
-        "entropy_low": Setting("warn", 0.0),
-        "entropy_high": Setting("stop", 3.0),
-        "kl_coef": Setting("off", 0.01),
-        "negative_kl": Setting("warn", 1.0),
-        "kl": Setting("stop", 60.0),
+    assert parse_guards(said) == {
+        "empty": GuardSetting("off", 0.5),
+        "length": GuardSetting("off", 0.25),
+        "repetition": GuardSetting("stop", 0.5),
+        "entropy_low": GuardSetting("warn", 0.0),
+        "entropy_high": GuardSetting("stop", 3.0),
+        "kl_coef": GuardSetting("off", 0.01),
+        "negative_kl": GuardSetting("warn", 1.0),
+        "kl": GuardSetting("stop", 60.0),
     }
-    assert parse({})["kl"].action == "off"
-    assert {name for name, setting in parse({}).items() if setting.action == "warn"} == set(GUARDS) - {"kl"}
+    assert parse_guards({})["kl"].action == "off"
+    assert {name for name, setting in parse_guards({}).items() if setting.action == "warn"} == set(GUARDS) - {"kl"}
 
 
 def test_off_is_silent():
@@ -185,23 +187,23 @@ def test_off_is_silent():
 )
 def test_what_a_recipe_may_not_say(said: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        parse(said)
+        parse_guards(said)
 
 
 def test_guards_reach_the_recipe_from_the_command_line():
     """`off` is text in our YAML."""
     options = ["ppo.guards={length: off, kl: {action: stop, limit: 30}}"]
     recipe = load_recipe("quickstart", lora="lora", overrides=options).recipe
-    assert parse(recipe.ppo.guards)["length"].action == "off"
-    assert parse(recipe.ppo.guards)["kl"] == Setting("stop", 30.0)
+    assert parse_guards(recipe.ppo.guards)["length"].action == "off"
+    assert parse_guards(recipe.ppo.guards)["kl"] == GuardSetting("stop", 30.0)
 
 
 BAD = {"empty_share": 0.9}
 
 
-def spoken(watch: Watch, rows: list[dict[str, float]]) -> list[int]:
+def spoken(monitor: GuardMonitor, rows: list[dict[str, float]]) -> list[int]:
     """Updates at which it said something."""
-    return [int(one["update"]) for one in rows if watch.look(one)]
+    return [int(one["update"]) for one in rows if monitor.check(one)]
 
 
 def series(bad: set[int], length: int) -> list[dict[str, float]]:
@@ -211,31 +213,33 @@ def series(bad: set[int], length: int) -> list[dict[str, float]]:
 
 def test_a_warning_is_said_once_and_again_when_it_was_gone():
     """At its onset (3); 4 to 20 are the same one, for between them are no ten calm updates; 31 is a new one after 21 to 30."""
-    watch = Watch(parse({}), BOUNDS)
-    assert spoken(watch, series({3, 4, 5, 9, 11, 20, 31, 32}, 40)) == [3, 31]
+    monitor = GuardMonitor(parse_guards({}), BOUNDS)
+    assert spoken(monitor, series({3, 4, 5, 9, 11, 20, 31, 32}, 40)) == [3, 31]
 
 
 def test_nine_calm_updates_are_not_yet_gone():
-    assert spoken(Watch(parse({})), series({3, 13, 24}, 30)) == [3, 24]
+    assert spoken(GuardMonitor(parse_guards({})), series({3, 13, 24}, 30)) == [3, 24]
 
 
 def test_two_warnings_are_told_apart():
-    watch = Watch(parse({}))
-    assert [alarm.name for alarm in watch.look(row(**BAD))] == ["empty"]
-    assert [alarm.name for alarm in watch.look(row(**BAD, kl=-5.0))] == ["negative_kl"]
+    monitor = GuardMonitor(parse_guards({}))
+    assert [alarm.name for alarm in monitor.check(row(**BAD))] == ["empty"]
+    assert [alarm.name for alarm in monitor.check(row(**BAD, kl=-5.0))] == ["negative_kl"]
 
 
 def test_a_stop_is_said_each_time():
     """A run that goes on from the checkpoint of a stop must stop again."""
-    watch = Watch(parse({"empty": "stop"}))
-    assert spoken(watch, series({2, 3}, 4)) == [2, 3]
+    monitor = GuardMonitor(parse_guards({"empty": "stop"}))
+    assert spoken(monitor, series({2, 3}, 4)) == [2, 3]
 
 
 def test_the_first_update_is_the_start():
-    watch = Watch(parse({}))
-    assert watch.look(row(update=1)) == []
-    assert watch.look(row(update=2, response_length=11.0, entropy=27.5)) == []  # no new start, or the next would pass
-    assert [alarm.name for alarm in watch.look(row(update=3, response_length=9.0, entropy=22.5))] == ["length"]
+    monitor = GuardMonitor(parse_guards({}))
+    assert monitor.check(row(update=1)) == []
+    assert (
+        monitor.check(row(update=2, response_length=11.0, entropy=27.5)) == []
+    )  # no new start, or the next would pass
+    assert [alarm.name for alarm in monitor.check(row(update=3, response_length=9.0, entropy=22.5))] == ["length"]
 
 
 @pytest.mark.parametrize("killed", [1, 3, 4, 9, 20, 30])
@@ -244,21 +248,25 @@ def test_a_resumed_run_says_what_an_unbroken_one_says(killed: int):
     rows = series({3, 4, 5, 9, 31}, 33)
     rows[19] = row(update=20, response_length=9.0, entropy=22.5)
     rows[9] = row(update=10, response_length=20.0, entropy=50.0)
-    unbroken, first, second = Watch(parse({})), Watch(parse({})), Watch(parse({}))
-    expected = [unbroken.look(one) for one in rows]
-    said = [first.look(one) for one in rows[:killed]]
+    unbroken, first, second = (
+        GuardMonitor(parse_guards({})),
+        GuardMonitor(parse_guards({})),
+        GuardMonitor(parse_guards({})),
+    )
+    expected = [unbroken.check(one) for one in rows]
+    said = [first.check(one) for one in rows[:killed]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert said + [second.look(one) for one in rows[killed:]] == expected
+    assert said + [second.check(one) for one in rows[killed:]] == expected
     assert [int(one["update"]) for one, alarm in zip(rows, expected, strict=True) if alarm] == [3, 20, 31]
     assert second.state_dict() == unbroken.state_dict()
     assert set(second.state_dict()["start"]) == set(START)
 
 
 def test_a_state_is_a_copy():
-    watch = Watch(parse({}))
-    watch.look(SOUND)
-    state = watch.state_dict()
-    watch.look(row(**BAD))
+    monitor = GuardMonitor(parse_guards({}))
+    monitor.check(SOUND)
+    state = monitor.state_dict()
+    monitor.check(row(**BAD))
     assert state["quiet"] == {}
 
 

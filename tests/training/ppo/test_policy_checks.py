@@ -359,5 +359,5 @@ def test_everything_is_on_the_device_of_the_arguments(
                               reward=length_reward, processing_class=tokenizer)  # fmt: skip
     own = trainer.references[1].model
     assert own is not None
-    assert {trainer.sums.device.type, next(own.parameters()).device.type} == {"meta"}
+    assert {trainer.ppo.sums.device.type, next(own.parameters()).device.type} == {"meta"}
     assert next(trainer.model.parameters()).device.type == "meta"

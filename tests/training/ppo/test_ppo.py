@@ -82,7 +82,7 @@ def test_minibatches_are_optimizer_steps_and_the_clip_norm_is_used(make_trainer:
     )
     before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
     trainer.train()
-    assert trainer.state.global_step == 8 and trainer.update == 2
+    assert trainer.state.global_step == 8 and trainer.ppo.update == 2
     rows = [json.loads(line) for line in (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [row["episode"] for row in rows] == [8, 16]
     assert all(row["val/ratio"] == pytest.approx(1, abs=0.5) for row in rows)
@@ -139,7 +139,7 @@ def test_a_wild_minibatch_is_skipped(make_trainer: Any) -> None:
     trainer = make_trainer(max_ratio=0.5)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
-    assert trainer.skipped == 2
+    assert trainer.ppo.skipped == 2
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before, strict=True))
 
 
@@ -220,12 +220,12 @@ def test_training_is_whole_updates(make_trainer: Any) -> None:
     """A part of an epoch is rounded up to a rollout batch; max_steps that cut an update are refused."""
     trainer = make_trainer(num_train_epochs=0.6, num_ppo_epochs=2)
     trainer.train()
-    assert (trainer.update, trainer.state.global_step) == (2, 4)
+    assert (trainer.ppo.update, trainer.state.global_step) == (2, 4)
     with pytest.raises(SalsaError, match="max_steps: found 3, expected a multiple of 2"):
         make_trainer(max_steps=3, num_ppo_epochs=2)
     trainer = make_trainer(max_steps=2, num_ppo_epochs=2)
     trainer.train()
-    assert trainer.update == 1
+    assert trainer.ppo.update == 1
 
 
 def test_two_trainers_on_one_model_share_nothing_by_name(make_trainer: Any, tmp_path: Path) -> None:

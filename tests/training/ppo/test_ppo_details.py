@@ -13,6 +13,7 @@ import pytest
 import torch
 from plain_ppo import PROMPTS, plain_logprobs, roll_out
 
+from salsa_peft.training.ppo.resume import minibatches
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
@@ -79,7 +80,7 @@ def test_advantages_and_returns_are_the_plain_formulas(make_trainer: Any, option
     """From KL, values and scores of the rollout, with the β that is given rather than the one at the start; the scores that are kept are
     the reward's own."""
     trainer = with_values(make_trainer(**options))
-    trainer.kl_coef = 0.37
+    trainer.ppo.kl_coef = 0.37
     rollout = roll_out(trainer)
     r, args = rollout.responses, trainer.args
     raw = [length / 4 for length in r.lengths.tolist()]
@@ -127,8 +128,8 @@ class TestRandomNumbers:
         for batch in (None, size):
             trainer = with_values(make_trainer(rollout_batch_size=batch, old_logprobs=old_logprobs))
             calls: list[int] = []
-            backend = trainer.maker.backend
-            trainer.maker.backend = Counting(backend, calls)
+            backend = trainer.rollout_maker.backend
+            trainer.rollout_maker.backend = Counting(backend, calls)
             rollouts.append(roll_out(trainer))
             assert calls == ([8] if batch is None else [batch] * (8 // batch) + [8 % batch] * (8 % batch > 0))
         whole, cut = rollouts
@@ -147,7 +148,7 @@ class TestRandomNumbers:
         """320 prompts in one call of generate are 40 times the memory that training needs."""
         trainer = make_trainer(eval_dataset=PROMPTS + PROMPTS[:3])
         calls: list[int] = []
-        trainer.maker.backend = Counting(trainer.maker.backend, calls)
+        trainer.rollout_maker.backend = Counting(trainer.rollout_maker.backend, calls)
         trainer.evaluate()
         assert calls == [8, 8, 3]
 
@@ -155,7 +156,7 @@ class TestRandomNumbers:
         """While the weights are: the same answers twice; the next rollout is what it would have been."""
         trainer = make_trainer(eval_dataset=PROMPTS[:5])
         expected = roll_out(trainer).responses
-        first, again = (trainer.maker.evaluate(trainer.eval_dataset) for _ in range(2))
+        first, again = (trainer.rollout_maker.evaluate(trainer.eval_dataset) for _ in range(2))
         assert torch.equal(first[0].response_ids, again[0].response_ids) and torch.equal(first[1], again[1])
         assert torch.equal(roll_out(trainer).responses.response_ids, expected.response_ids)
         with pytest.raises(SalsaError, match="eval_dataset: found none"):
@@ -180,9 +181,9 @@ class Counting:
 def test_the_backend_is_told_of_every_update(make_trainer: Any) -> None:
     """Before it samples, for each rollout batch and each evaluation."""
     trainer = make_trainer(eval_dataset=PROMPTS[:2])
-    backend = trainer.maker.backend = Counting(trainer.maker.backend, [])
+    backend = trainer.rollout_maker.backend = Counting(trainer.rollout_maker.backend, [])
     trainer.train()
-    assert backend.updates == trainer.update == 2
+    assert backend.updates == trainer.ppo.update == 2
     trainer.evaluate()
     assert backend.updates == 3
 
@@ -200,8 +201,8 @@ class TestSteps:
         lengths = torch.tensor([5, 3, 3, 7, 1, 7, 3, 5])
 
         def of(update: int, seed: int = 42) -> list[list[int]]:
-            trainer.update, trainer.args.seed = update, seed
-            return [rows.tolist() for rows in trainer._minibatches(lengths)]
+            trainer.args.seed = seed
+            return [rows.tolist() for rows in minibatches(lengths, trainer.args, update)]
 
         first = of(1)
         assert len(first) == 6 and all(len(rows) == 4 for rows in first)
@@ -219,7 +220,7 @@ class TestSteps:
         trainer = make_trainer(micro_batch_size=2, max_ratio=limit, max_steps=1)
         pretend(trainer, "ratio", [1.0, 1.0, 1.0, 9.0])
         trainer.train()
-        assert trainer.skipped == dropped == rows_of(trainer)[0]["policy/skipped_minibatches"]
+        assert trainer.ppo.skipped == dropped == rows_of(trainer)[0]["policy/skipped_minibatches"]
         assert rows_of(trainer)[0]["val/ratio"] == pytest.approx(12)
 
     @pytest.mark.parametrize(("kl", "stops"), [(0.14, False), (0.16, True)])
@@ -228,19 +229,19 @@ class TestSteps:
         trainer = make_trainer(micro_batch_size=4, target_kl=0.1, max_steps=1)
         pretend(trainer, "approxkl", [kl / 4, kl * 3 / 4])
         trainer.train()
-        assert trainer.stopped_early is stops and trainer.skipped == 0
+        assert trainer.ppo.stopped_early is stops and trainer.ppo.skipped == 0
 
     def test_target_kl_ends_an_updates_learning(self, make_trainer: Any) -> None:
         """The step that passed it is left out and all later ones of the update, none of the next."""
         trainer = make_trainer(target_kl=1e-6, num_ppo_epochs=4, learning_rate=1e-2)
         weights: list[float] = []
-        step = trainer.drop_minibatch
+        step = trainer.skip_minibatch
 
         def watched() -> bool:
             weights.append(sum(p.double().abs().sum().item() for p in trainer.model.parameters() if p.requires_grad))
             return step()
 
-        trainer.drop_minibatch = watched
+        trainer.skip_minibatch = watched
         trainer.train()
         weights.append(sum(p.double().abs().sum().item() for p in trainer.model.parameters() if p.requires_grad))
         moved = [a != b for a, b in itertools.pairwise(weights)]
@@ -299,8 +300,8 @@ def test_the_log_of_an_update(make_trainer: Any) -> None:
     """Each figure worked out from the rollout batch and its losses."""
     trainer = with_values(make_trainer(max_steps=2, num_ppo_epochs=2, learning_rate=1e-2, logged_completions=3))
     kept: list[Rollout] = []
-    maker = trainer.maker
-    trainer.maker = Keeping(maker, kept)
+    maker = trainer.rollout_maker
+    trainer.rollout_maker = Keeping(maker, kept)
     trainer.train()
     (row,), (rollout,) = rows_of(trainer), kept
     r = rollout.responses
@@ -385,7 +386,7 @@ class TestModels:
             make_trainer(**options).train()
         trainer = make_trainer(full=True, **options)
         trainer.train()
-        assert trainer.update == 1
+        assert trainer.ppo.update == 1
 
 
 def test_the_logs_of_an_earlier_run_in_the_folder_go(make_trainer: Any) -> None:

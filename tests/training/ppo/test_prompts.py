@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from plain_ppo import PROMPTS
 
-from salsa_peft.training.ppo.prompts import Encoder
+from salsa_peft.training.ppo.prompts import PromptEncoder
 from salsa_peft.utils.errors import SalsaError
 
 CHAT = PROMPTS[0]["prompt"]
@@ -30,14 +30,14 @@ CHAT = PROMPTS[0]["prompt"]
 )  # fmt: skip
 def test_what_is_no_prompt(tokenizer: Any, rows: Any, line: str) -> None:
     with pytest.raises(SalsaError, match=line):
-        Encoder(tokenizer, None, len(tokenizer))(rows, "data")
+        PromptEncoder(tokenizer, None, len(tokenizer))(rows, "data")
 
 
 def test_datasets(tokenizer: Any) -> None:
     """Hugging Face's, also as tensors, and a plain list."""
     from datasets import Dataset, DatasetDict
 
-    encode = Encoder(tokenizer, None, len(tokenizer))
+    encode = PromptEncoder(tokenizer, None, len(tokenizer))
     made = Dataset.from_dict({"input_ids": [[3, 4, 5], [6]]})
     for rows in (made, made.with_format("torch"), made.to_iterable_dataset(), list(made)):
         assert [prompt.tokens for prompt in encode(rows, "data")[0]] == [[3, 4, 5], [6]]
@@ -48,12 +48,12 @@ def test_datasets(tokenizer: Any) -> None:
 def test_what_is_left_out_is_told_once(tokenizer: Any, capsys: Any) -> None:
     """Empty ones and those that are too long; by one process."""
     rows = [{"input_ids": [5] * length} for length in (0, 1, 3, 4, 9)]
-    kept, left_out = Encoder(tokenizer, 3, 10)(rows, "train_dataset")
+    kept, left_out = PromptEncoder(tokenizer, 3, 10)(rows, "train_dataset")
     assert ([len(prompt.tokens) for prompt in kept], left_out) == ([1, 3], 3)
     said = capsys.readouterr().err
     assert said.startswith("train_dataset: 3 of 5 prompts left out: empty, or longer than 3 tokens (max_prompt_length")
-    Encoder(tokenizer, 3, 10, quiet=True)(rows, "train_dataset")
-    Encoder(tokenizer, 9, 10)(rows[1:], "train_dataset")
+    PromptEncoder(tokenizer, 3, 10, quiet=True)(rows, "train_dataset")
+    PromptEncoder(tokenizer, 9, 10)(rows[1:], "train_dataset")
     assert capsys.readouterr().err == ""
 
 
@@ -63,7 +63,7 @@ def test_the_longest_prompt(make_base: Any, tokenizer: Any) -> None:
     def longest(*positions: int, given: int | None = None) -> int | None:
         models = [make_base(max_position_embeddings=number) for number in positions]
         args: Any = SimpleNamespace(max_new_tokens=7, max_prompt_length=given, process_index=0)
-        return Encoder.of(models, args, tokenizer).longest
+        return PromptEncoder.of(models, args, tokenizer).longest
 
     assert (longest(64), longest(64, given=200), longest(64, given=9)) == (57, 57, 9)
     assert longest(64, 16) == 9

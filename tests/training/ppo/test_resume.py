@@ -43,7 +43,7 @@ def digests(trainer: SalsaPPOTrainer) -> dict[str, str]:
         return hashlib.sha256(repr(value).encode()).hexdigest()
 
     folder = Path(str(trainer.args.output_dir))
-    engine = {key: value for key, value in trainer._engine_state().items() if key != "totals"}
+    engine = {key: value for key, value in trainer.checkpoints.state_dict().items() if key != "totals"}
     parts = {
         "weights": digest({n: p for n, p in trainer.model.named_parameters() if p.requires_grad}),
         "optimizer": digest(trainer.optimizer.state_dict()),
@@ -144,7 +144,7 @@ def _run(make: Callable[[], Any], out: Path, resume: bool, die: Callable[[], Non
     if die is not None:
         die()
     trainer = make()
-    found = checkpoints.last_whole(Path(str(trainer.args.output_dir)))[0] if resume else None
+    found = checkpoints.last_complete(Path(str(trainer.args.output_dir)))[0] if resume else None
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     out.write_text(json.dumps(digests(trainer)))
     os._exit(0)
@@ -238,7 +238,7 @@ def test_sigterm_saves_and_leaves_with_143(
     process.terminate()
     process.join()
     assert process.exitcode == 143
-    found, passed = checkpoints.last_whole(tmp_path / "term")
+    found, passed = checkpoints.last_complete(tmp_path / "term")
     assert found is not None and not passed
     process = start(lambda: make_run("term"), out, True)
     process.join()

@@ -144,7 +144,7 @@ class TestFolder:
         shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "best")
         trainer = make()
         result = trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "best"))
-        assert result.global_step == 4 and trainer.update == 4
+        assert result.global_step == 4 and trainer.ppo.update == 4
         trainer = make()
         result = trainer.train(resume_from_checkpoint=True)
         trainer.log_metrics("train", result.metrics)
@@ -180,7 +180,7 @@ class TestSameTrainer:
             trainer.micro_batch_loss = breaking
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
-            assert trainer.micro_step != 0
+            assert trainer.ppo.micro_step != 0
             trainer.train(resume_from_checkpoint=name == "resumed")
             assert updates(tmp_path / name) == [1, 2]
             assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(trainer), strict=True))
@@ -190,9 +190,9 @@ class TestSameTrainer:
         trainer = make(guards={"kl": {"action": "stop", "limit": 1e-6}})
         with pytest.raises(SalsaError, match=r"guards.kl: update 1: .*; checkpoint-1 is saved in"):
             trainer.train()
-        trainer.watch.settings["kl"] = trainer.watch.settings["kl"]._replace(action="off")
+        trainer.guards.settings["kl"] = trainer.guards.settings["kl"]._replace(action="off")
         trainer.train(resume_from_checkpoint=True)
-        assert trainer.update == 4
+        assert trainer.ppo.update == 4
 
 
 class TestOptions:
@@ -297,7 +297,7 @@ class TestStops:
         trainer = make(num_ppo_epochs=2, num_mini_batches=2, micro_batch_size=2)
         trainer.add_callback(StopAt(event, 5, "should_training_stop"))
         trainer.train()
-        assert (trainer.state.global_step, trainer.update) == (8, 2) and updates(tmp_path / "run") == [1, 2]
+        assert (trainer.state.global_step, trainer.ppo.update) == (8, 2) and updates(tmp_path / "run") == [1, 2]
 
     def test_an_epoch_ends_with_an_update(self, make: Any, tmp_path: Path) -> None:
         """Of 2 epochs of 2 updates the first ends after its first; the next update begins with prompts of its own."""

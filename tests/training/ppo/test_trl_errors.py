@@ -303,7 +303,7 @@ def test_no_text_prompts(make_trainer: Any, tokenizer: Any) -> None:
         assert r.prompt_ids[0][r.prompt_mask[0]].tolist() == ids
         found.append(r.response_ids)
         trainer.train()
-        assert trainer.update == 1
+        assert trainer.ppo.update == 1
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

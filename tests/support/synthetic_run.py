@@ -1,4 +1,4 @@
-"""A run that never was, in the quickstart's shape: what tests of the report draw and print."""
+"""Numbers of an invented run in the shape of the quickstart's, for the tests of the report."""
 
 from __future__ import annotations
 

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -28,19 +26,17 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.references import Reference
 from salsa_peft.config.schema import Recipe
-from salsa_peft.data.chat import templates
 from salsa_peft.data.datasets import prompt_tokens
-from salsa_peft.models import base as models
-from salsa_peft.models import base as same_base
 from salsa_peft.models import precision, sharding
-from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.architectures import checks, memory
-from salsa_peft.models.base import language_model
+from salsa_peft.models.base import causal_lm_class, device, load_base, load_classifier, resolve_dtype
+from salsa_peft.models.tokenizers import compare_tokenizer, load_tokenizer
+from salsa_peft.models.weights import cast_weights, save_checkpoint
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, base_fingerprints, read_fingerprint
-from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +45,7 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
-class Workbench:
+class StageContext:
     """A stage's base: where it lies, what it is called, its tokenizer."""
 
     recipe: Recipe
@@ -59,7 +55,7 @@ class Workbench:
     stage: str = ""
 
     @classmethod
-    def of(cls, job: Job) -> Workbench:
+    def of_job(cls, job: Job) -> StageContext:
         """The base of a job: the recipe's, else the embedded world's. Raises what huggingface_hub raises for a Hub id."""
         model = job.recipe.model
         if model.base is None:
@@ -76,32 +72,32 @@ class Workbench:
                 model.base,
             )
         say = name if job.unit.id == "sft/seed-0" else None  # once a run
-        tokenizer = models.load_tokenizer(str(folder), chat_template=model.chat_template, say=say)
+        tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, say=say)
         require(
             tokenizer.chat_template is not None,
             f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
         )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
-    def base(self) -> PreTrainedModel:
+    def load_base(self) -> PreTrainedModel:
         """The causal language model, frozen."""
-        return self._named(models.load_base(str(self.folder), self.recipe.model, self.tokenizer))
+        return self._named(load_base(str(self.folder), self.recipe.model, self.tokenizer))
 
-    def skeleton(self) -> PreTrainedModel:
+    def empty_model(self) -> PreTrainedModel:
         """The causal language model without values, on the meta device: which modules it has, and of what shape."""
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-            return language_model(config).from_config(config).requires_grad_(False)
+            return causal_lm_class(config).from_config(config).requires_grad_(False)
 
-    def trainable(self, start: Path | None = None) -> PreTrainedModel:
+    def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Full weights to train: the base's, or those of a checkpoint."""
         dtype = precision.weights_dtype(self.precision())
-        return self._named(models.load_base(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+        return self._named(load_base(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
-    def classifier(self, start: Path | None = None) -> PreTrainedModel:
+    def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
         """The base with a score head, frozen; `start`: a checkpoint's full weights with a score head, to train."""
         dtype = None if start is None else precision.weights_dtype(self.precision())
-        return self._named(models.load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+        return self._named(load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
     def _named(self, model: PreTrainedModel) -> PreTrainedModel:
         model.name_or_path = self.base_name
@@ -114,7 +110,7 @@ class Workbench:
 
     def precision(self) -> str:
         """master | stochastic, of the full weights that this stage trains: as the recipe says, or what this card has room for."""
-        card = torch.cuda.get_device_properties(models.device()).total_memory if torch.cuda.is_available() else None
+        card = torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
         return memory.choose_precision(self.recipe, self.stage, card)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
@@ -135,15 +131,15 @@ class Workbench:
         """What was trained, with tokenizer and the base's fingerprint: an adapter, or full weights in the recipe's dtype (which the model
         then has too, unless it is sharded). The first process writes, the others wait for it."""
         model: Any = trainer.model
-        weights, dtype = sharding.whole(trainer), models.resolve_dtype(self.recipe.model.dtype)
+        weights, dtype = sharding.full_state_dict(trainer), resolve_dtype(self.recipe.model.dtype)
         if weights is None and not isinstance(model, PeftModel):
-            models.round_weights(model, dtype)
+            cast_weights(model, dtype)
         if trainer.is_world_process_zero():
-            self.sign(folder)
+            self.write_fingerprint(folder)
             if isinstance(model, PeftModel):
                 lora.save(model, "default", folder, self.tokenizer, state_dict=weights)
             else:
-                models.save_checkpoint(model, folder, self.tokenizer, weights, dtype)
+                save_checkpoint(model, folder, self.tokenizer, weights, dtype)
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
@@ -153,55 +149,21 @@ class Workbench:
         """
         base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
-        given = [local(self.recipe, reference.path) for reference in references if reference.path is not None]
+        given = [
+            reference_folder(self.recipe, reference.path) for reference in references if reference.path is not None
+        ]
         for folder in [*made, *given]:
-            same_base.check(folder, base, self.name)
+            bases.require_same_base(folder, base, self.name)
         for folder in given:
-            note_tokenizer(folder, self.tokenizer, self.name)
+            compare_tokenizer(folder, self.tokenizer, self.name)
 
-    def sign(self, folder: Path, checked: bool = True) -> None:
+    def write_fingerprint(self, folder: Path, checked: bool = True) -> None:
         """fingerprint.json beside an adapter or checkpoint: the base it belongs to; `checked`: false where that is the recipe's word alone."""
         told = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
         write_atomic(folder / FINGERPRINT, json.dumps(told))
 
 
-def note_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> bool:
-    """Say where the tokenizer beside weights has another chat template than `tokenizer`, the one that is used; → whether it was said.
-
-    Raises SalsaError where a token has another id there. base: what people call the model that `tokenizer` belongs to.
-    """
-    if not (folder / "tokenizer_config.json").is_file():
-        return False
-    with readable_hub_errors(str(folder)):
-        own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    templates.prepare(own)  # as the run's own, or its mended BOS and date would be another template
-    known, found = tokenizer.get_vocab(), own.get_vocab()
-    odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
-    require(
-        odd is None,
-        f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, the one of {base} at {known.get(str(odd))}: the ids that these weights"
-        " were trained on mean other text here; use the base and tokenizer that they were trained with",
-    )
-    differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
-    if differs:
-        told = (
-            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
-            " (model.chat_template)"
-        )
-        print(told, file=sys.stderr, flush=True)
-    return differs
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short chat through a tokenizer's template, or the template where it refuses that chat: two templates are one if these are equal."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, TypeError):
-        return str(tokenizer.chat_template)
-
-
-def seeds_of(inputs: Mapping[str, Path]) -> dict[int, Path]:
+def seed_folders(inputs: Mapping[str, Path]) -> dict[int, Path]:
     """Position in sft.seeds → its folder, of a job's inputs."""
     return {int(unit.rsplit("-", 1)[1]): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
 
@@ -248,7 +210,7 @@ def _optimizer(name: str) -> str:
     return "adamw_torch_fused"
 
 
-def local(recipe: Recipe, path: str) -> Path:
+def reference_folder(recipe: Recipe, path: str) -> Path:
     """The folder of a reference, a Hub id fetched: an adapter's files, or with full weights a checkpoint's."""
     if recipe.adapter is not None or Path(path).is_dir():
         return lora.local_folder(path)
@@ -257,20 +219,20 @@ def local(recipe: Recipe, path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=MODEL_FILES))
 
 
-def note_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
+def report_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
     """Say that some of the data is not used; the number is in the stage's metrics too."""
     if left_out:
         print(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}", file=sys.stderr, flush=True)
 
 
-def fitting(
-    job: Job, bench: Workbench, rows: list[dict[str, Any]], where: str = "evaluate.prompts"
+def prompts_that_fit(
+    job: Job, context: StageContext, rows: list[dict[str, Any]], where: str = "evaluate.prompts"
 ) -> list[dict[str, Any]]:
     """The prompts that leave room for a response within model.max_length; the others are noted. Raises SalsaError for none."""
-    longest = bench.recipe.model.max_length - bench.recipe.generation.max_new_tokens
-    kept = [row for row in rows if len(prompt_tokens(row, bench.tokenizer)) <= longest]
+    longest = context.recipe.model.max_length - context.recipe.generation.max_new_tokens
+    kept = [row for row in rows if len(prompt_tokens(row, context.tokenizer)) <= longest]
     why = f"prompts longer than {longest} tokens, model.max_length less generation.max_new_tokens"
-    note_left_out(job, len(rows) - len(kept), len(rows), why)
+    report_left_out(job, len(rows) - len(kept), len(rows), why)
     require(
         bool(kept),
         f"{where}: found no prompt of at most {longest} tokens, expected some; raise model.max_length",
@@ -278,7 +240,7 @@ def fitting(
     return kept
 
 
-def quiet(trainer: Trainer) -> None:
+def remove_printer(trainer: Trainer) -> None:
     """Take away the callback that prints the Trainer's logs: they are in log.jsonl."""
     trainer.remove_callback(PrinterCallback)
 

@@ -1,4 +1,4 @@
-"""Members of soups as PEFT writes them, made on the spot, and what PEFT makes of a folder."""
+"""Soup members as PEFT saves them, and the weights that PEFT loads from a folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A whole small run on a made-up folder of a real model family, and what its numbers are held against.
+"""A whole small run on a tiny model of a real family, compared with plain Transformers and PEFT.
 
-    python tests/support/hub_runs.py [FAMILY …]      the table of model × mode (needs ../shared/hub beside the checkout)
+    python tests/support/family_runs.py [FAMILY …]      the table of model × mode (needs ../shared/hub beside the checkout)
 
 The expected numbers come from plain Transformers and PEFT: the folders that the run saved, opened anew.
 """
@@ -24,7 +24,7 @@ import transformers
 from paths import SHARED
 from peft import PeftModel
 
-from salsa_peft.models import base as auto_models
+from salsa_peft.models.base import classifier_class
 from salsa_peft.recipe import processes
 from salsa_peft.recipe import run as recipe
 from salsa_peft.training.ppo.rollout import RolloutMaker
@@ -214,7 +214,7 @@ def _logprobs(model: Any, responses: Any) -> torch.Tensor:
 @torch.no_grad()
 def _scores(base: Path, reward: Path, mode: str, responses: Any) -> torch.Tensor:
     """The reward model's scores (B,), each row by itself, by the forward that TRL's RewardTrainer trains."""
-    auto = auto_models.classifier(transformers.AutoConfig.from_pretrained(base))
+    auto = classifier_class(transformers.AutoConfig.from_pretrained(base))
     options = {"num_labels": 1, "dtype": torch.float32}
     if mode == "full":
         model: Any = auto.from_pretrained(reward, **options).eval()

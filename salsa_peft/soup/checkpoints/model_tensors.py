@@ -1,0 +1,124 @@
+"""A checkpoint's tensors by the names of the model that Transformers makes of it."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from salsa_peft.soup.checkpoints.read import CONFIG, Checkpoint, Place
+from salsa_peft.utils import tensor_names
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.safetensors_io import BITS, Entry, read_exactly
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Part(NamedTuple):
+    """Consecutive elements of a tensor of the model, from `start` on, and where they are in the files."""
+
+    start: int
+    place: Place
+
+
+class Span(NamedTuple):
+    """Elements of a tensor in a file, from `first` on: they are the elements `start` to `stop` of the model's tensor `name`."""
+
+    first: int
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class ModelTensors:
+    """Where a checkpoint has the tensors of the model."""
+
+    checkpoint: Checkpoint
+    names: tensor_names.ModelNames
+    parts: dict[str, list[Part]]
+    """Name in the model → its elements in order. Tied output embeddings have the parts of the input embeddings."""
+    spans: dict[str, list[Span]]
+    """Name in the files → the elements of the model's tensors that it holds; none for a tensor that is no parameter."""
+    untied: set[str]
+    """Output embeddings that have values of their own, though the configuration ties them."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, names: tensor_names.ModelNames | None = None) -> ModelTensors:
+        """The tensors by the names of config.json's model, or by `names`. Raises SalsaError for a tensor that the model does not have."""
+        where = str(checkpoint.folder)
+        names = names or tensor_names.of_config(checkpoint.config, str(checkpoint.folder / CONFIG))
+        found = names.resolve({name: place.entry.shape for name, place in checkpoint.tensors.items()}, where)
+        for name in found.unknown:
+            raise SalsaError(
+                f"{checkpoint.tensors[name].file.path}: {name} has no place in {names}, the model that config.json describes; remove the"
+                " tensor, or load the model with Transformers and save it again"
+            )
+        parts: dict[str, list[Part]] = {}
+        spans: dict[str, list[Span]] = {name: [] for name in checkpoint.tensors}
+        for name, blocks in found.blocks.items():
+            starts = list(itertools.accumulate((block.elements for block in blocks), initial=0))
+            for block, (start, stop) in zip(blocks, itertools.pairwise(starts), strict=True):
+                place = _slice(checkpoint.tensors[block.source], block.first, block.first + block.elements)
+                parts.setdefault(name, []).append(Part(start, place))
+                spans[block.source].append(Span(block.first, name, start, stop))
+        untied = set()
+        for target, source in names.tied.items():
+            if target in parts and source in parts:
+                one, other = ([part.place for part in parts[name]] for name in (target, source))
+                if len(one) != len(other) or not all(map(same_bits, one, other)):
+                    untied.add(target)
+            elif target in parts:
+                parts[source] = parts[target]
+            elif source in parts:
+                parts[target] = parts[source]
+        return cls(checkpoint, names, parts, spans, untied)
+
+    def at(self, name: str, start: int, stop: int) -> Place:
+        """Where elements of a tensor of the model are, which must lie within one part of it."""
+        parts = self.parts[name]
+        part = parts[bisect.bisect_right([part.start for part in parts], start) - 1]
+        return _slice(part.place, start - part.start, stop - part.start)
+
+    def cuts(self, name: str) -> list[int]:
+        """The elements at which the parts of a tensor of the model begin."""
+        return [part.start for part in self.parts[name]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of a tensor of the model, on the CPU."""
+        import torch
+
+        pieces = [part.place.file.read_entry(part.place.entry).flatten() for part in self.parts[name]]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole.reshape(self.names.shapes[name])
+
+
+def _slice(place: Place, start: int, stop: int) -> Place:
+    """The elements `start` to `stop` of a tensor as a tensor of one dimension; the tensor itself if these are all."""
+    entry, width = place.entry, BITS[place.entry.dtype] // 8
+    if (start, stop) == (0, math.prod(entry.shape)):
+        return place
+    return Place(place.file, Entry(entry.dtype, (stop - start,), entry.begin + start * width, (stop - start) * width))
+
+
+def same_bits(one: Place, other: Place) -> bool:
+    """Whether two tensors have the same dtype and the same bytes."""
+    if (one.entry.dtype, one.entry.size) != (other.entry.dtype, other.entry.size):
+        return False
+    return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
+
+
+def _chunks(place: Place) -> Iterator[bytes]:
+    descriptor = os.open(place.file.path, os.O_RDONLY)
+    try:
+        for start in range(0, place.entry.size, 2**21):
+            piece = bytearray(min(2**21, place.entry.size - start))
+            read_exactly(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
+            yield bytes(piece)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""Graceful stop of training: on SIGTERM or a guard's alarm, and never in the middle of an update because of a callback."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived while responses were being sampled."""
+
+
+class GracefulStop:
+    """Whether training has to stop: after SIGTERM, or after the alarm of a guard whose action is `stop`.
+
+    The signal only sets a flag, which is read between two sampled tokens and after each optimizer step.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.terminated, self.alarm = False, ""
+
+    @property
+    def requested(self) -> bool:
+        """Whether there is a reason to stop."""
+        return self.terminated or bool(self.alarm)
+
+    def reset(self) -> None:
+        """Forget the reasons of an earlier call of train()."""
+        self.terminated, self.alarm = False, ""
+
+    def check(self) -> None:
+        """Raise Interrupted after SIGTERM."""
+        if self.terminated:
+            raise Interrupted
+
+    def synchronize(self) -> None:
+        """Make SIGTERM in one process count in all of them."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(self.terminated), device=self.accelerator.device)
+            self.terminated = bool(self.accelerator.reduce(flag, "sum").item())
+
+    @contextlib.contextmanager
+    def handle_sigterm(self) -> Iterator[None]:
+        """Context in which SIGTERM sets the flag. Outside the main thread, where Python allows no handler, it changes nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def set_flag(*_: Any) -> None:
+            self.terminated = True
+
+        previous = signal.signal(signal.SIGTERM, set_flag)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class StopBetweenUpdates(TrainerCallback):
+    """Delays a stop of training or of an epoch that another callback asks for until the current update has ended.
+
+    The metrics of an update are logged at its end, so what an incomplete update learned would appear in no log. Must be the last callback.
+    may_stop: whether no update is running, or SIGTERM does not allow to wait.
+    """
+
+    def __init__(self, may_stop: Callable[[], bool]) -> None:
+        self.may_stop, self.training, self.epoch = may_stop, False, False
+
+    def _delay(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.training |= control.should_training_stop
+        self.epoch |= control.should_epoch_stop
+        now = self.may_stop()
+        control.should_training_stop, control.should_epoch_stop = self.training and now, self.epoch and now
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A new epoch starts: the request to end the previous one is fulfilled."""
+        self.epoch = False
+
+    on_substep_end = on_step_end = on_log = on_evaluate = on_save = _delay
