@@ -53,7 +53,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
 
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
-    from salsa_peft.evaluation.landscape import moving
+    from salsa_peft.evaluation.landscape import adjustable_model
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.training.references import checkpoint_sum, load_checkpoint_sum
 
@@ -84,7 +84,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_checkpoint_sum(model, *checkpoint_sum(context, parse_reference("reference", said)[0], inputs))
         check(weights)
-    model, adapter, move = moving(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+    model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
