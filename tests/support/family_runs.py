@@ -1,4 +1,4 @@
-"""A whole small run on a tiny model of a real family, compared with plain Transformers and PEFT."""
+"""A whole small run on a tiny model of a real family, compared with plain Transformers and PEFT.
 
     python tests/support/family_runs.py [FAMILY …]      the table of model × mode (needs ../shared/hub beside the checkout)
 
