@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from salsa_peft.evaluation.judge_statistics import NET, Judged, over_seeds, seeds_warning
+from salsa_peft.evaluation.judge_statistics import NET, Judgment, over_seeds, seeds_warning
 from salsa_peft.report import findings, judge_tables, paper, plots, style
 from salsa_peft.report import format as text
 from salsa_peft.report.gather import ReportInput
@@ -174,7 +174,7 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
     }
 
 
-def _rows(run: ReportInput, dataset: str, a: str, b: str) -> list[Judged]:
+def _rows(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]:
     """A pair's judgments in one run, of the candidates that stand for a and b there."""
     tried = (judge_tables.searched(run) or {"methods": {}})["methods"]
     picked = [tried[name]["best"] if name in tried else name for name in (a, b)]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from salsa_peft.evaluation.judge_statistics import Judged
+from salsa_peft.evaluation.judge_statistics import Judgment
 from salsa_peft.report import paper
 from salsa_peft.report.format import is_number
 from salsa_peft.report.gather import ReportInput, place
@@ -86,12 +86,12 @@ def method(run: ReportInput, name: str) -> str:
     return next((of for of, told in tried.items() if name == told["best"]), name)
 
 
-def rows_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judged]:
+def rows_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
     """Every turn's judgment of a pair, whichever way round it was judged; without a judge by the measure's scores."""
     if run.verdicts is not None:
         turned = {"a": "b", "b": "a"}
         return [
-            Judged((dataset, row["index"]), row["turn"], *games, *lengths)
+            Judgment((dataset, row["index"]), row["turn"], *games, *lengths)
             for row in run.judgments
             if row["dataset"] == dataset and {row["a"], row["b"]} == {a, b}
             for games, lengths in [
@@ -109,7 +109,7 @@ def rows_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> lis
         first, second = found[a][at], found[b][at]
         x, y = first["scores"][measure], second["scores"][measure]
         winner = "a" if x > y else "b" if y > x else "tie"
-        rows.append(Judged((dataset, at[0]), at[1], winner, winner, first["length"], second["length"]))
+        rows.append(Judgment((dataset, at[0]), at[1], winner, winner, first["length"], second["length"]))
     return rows
 
 

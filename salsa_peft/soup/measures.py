@@ -18,6 +18,7 @@ from salsa_peft.config.schema import Generation, Model, Source
 from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, trained_tokens
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
+from salsa_peft.data.files import READERS
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, hidden_states, load_base
 from salsa_peft.models.generation import generate_batches

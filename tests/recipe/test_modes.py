@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_recipe import SMALL, read, unit
 
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.models import loader as workbench
+from salsa_peft.models import stage_context
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.recipe import run as recipe
 
@@ -199,8 +199,8 @@ def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkey
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda path, allow_patterns, **_: asked.append(allow_patterns) or "/x"
     )
-    workbench.local(Recipe(name="a"), "someone/model")
-    workbench.local(Recipe(name="a", adapter=Adapter()), "someone/adapter")
+    stage_context.reference_folder(Recipe(name="a"), "someone/model")
+    stage_context.reference_folder(Recipe(name="a", adapter=Adapter()), "someone/adapter")
     assert "*.safetensors" in asked[0] and "adapter_model.safetensors" in asked[1]
 
 

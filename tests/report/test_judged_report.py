@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from synthetic_run import HOSTILE, Page, synthetic, with_judge
 
-from salsa_peft.evaluation.judge_statistics import judged_pair
+from salsa_peft.evaluation.judge_statistics import pair_result
 from salsa_peft.report import findings, paper
 from salsa_peft.report import format as words
 from salsa_peft.report import judge_tables as report_judge
@@ -196,7 +196,7 @@ class TestAnswers:
         assert [turn["turn"] for turn in question["turns"]] == [1, 2] and question["turns"][1]["prompt"] == "and why?"
         assert list(question["turns"][0]["answers"]) == findings.order(run.evaluation, run.policies)
         mine = [row for row in run.judgments if (row["dataset"], row["index"]) == ("in", 1)]
-        assert [row for turn in question["turns"] for row in turn["rulings"]] == mine
+        assert [row for turn in question["turns"] for row in turn["verdicts"]] == mine
         first = [row["winner"] for row in mine if (row["a"], row["b"]) == SALSA_PPO]
         assert [turn["outcome"] for turn in question["turns"]] == [
             {"a": "win", "b": "loss"}.get(who, who) for who in first
@@ -301,7 +301,7 @@ def test_a_pairs_rows_either_way_round(run: ReportInput) -> None:
     rows = report_judge.rows_of(run, "in", *SALSA_PPO, "gold")
     back = report_judge.rows_of(run, "in", *SALSA_PPO[::-1], "gold")
     assert run.verdicts is not None
-    first, turned = judged_pair(rows), judged_pair(back)
+    first, turned = pair_result(rows), pair_result(back)
     assert first.wins == run.verdicts["datasets"]["in"]["pairs"][0]["wins"] and first.n == 76
     assert (first.wins, first.losses, first.ties, first.missing) == (
         turned.losses,

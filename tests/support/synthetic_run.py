@@ -204,7 +204,7 @@ def with_judge(
     verdicts = {
         "judge": {"kind": "local", "model": "/home/somebody/judges/tiny-judge", "prompt": "figure7"},
         "calls": {"asked": 400, "cached": 8, "retried": 0, "prompt_tokens": 61000, "completion_tokens": 4200},
-        "datasets": judging.verdicts(judgments, questions),
+        "datasets": judging.results(judgments, questions),
         "search": None,
     }
     return replace(run, answers=answers, judgments=judgments, verdicts=verdicts, limit=4)

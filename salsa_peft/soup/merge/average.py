@@ -36,6 +36,7 @@ from salsa_peft.soup.merge.members import LoadedMembers, load_members, read_memb
 from salsa_peft.soup.merge.plan import Plan
 from salsa_peft.soup.merge.quantised_bases import Dequantised, open_base
 from salsa_peft.soup.merge.sums import Figures
+from salsa_peft.soup.summary import delta_statistics, relative_norm
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import EMBEDDINGS, FINGERPRINT, base_fingerprints
 from salsa_peft.utils.safetensors_io import as_bytes
