@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_classifiers import CHAT, own_classifier, single
 from small_recipe import load_checked as load_recipe
+from tiny_classifiers import CHAT, own_classifier, single
 from torch import Tensor, nn
 
 from salsa_peft.config.rewards import find_module, parse_reward
