@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.schema import Landscape
-from salsa_peft.soup.__main__ import Parser, add_measure, in_a_line, join_weights, parse_weights, whole
-from salsa_peft.soup.average import ADAPTERS, called, kind_of, local
+from salsa_peft.soup.__main__ import add_measure, join_weights, parse_weights, positive_integer, run_command
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.member_folders import ADAPTERS, kind_of, local, member_names
+from salsa_peft.utils.console import Parser
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 
@@ -40,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
         "--scales", metavar="λ,λ", help="adapters: points of the control, base + λ · the first member's delta"
     )
     made.add_argument(
-        "--resolution", type=whole, default=4, help="steps along an edge of the plane's triangle (default: 4)"
+        "--resolution",
+        type=positive_integer,
+        default=4,
+        help="steps along an edge of the plane's triangle (default: 4)",
     )
     made.add_argument("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
     made.add_argument(
@@ -56,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 and one line on stderr."""
     args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv, ("--alphas", "--scales")))
-    return in_a_line("salsa landscape", args, told)
+    return run_command("salsa landscape", args, told)
 
 
 def told(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
@@ -92,7 +96,7 @@ def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
 def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
     """Measure every point; write landscape.json, line-….svg and .png, plane-…."""
     folders = [local(member) for member in args.members]
-    kind, names = kind_of(folders), called(args.members)
+    kind, names = kind_of(folders), member_names(args.members)
     require(
         args.out.resolve() not in [folder.resolve() for folder in folders],
         f"{args.out}: found a member, expected another folder",
@@ -103,9 +107,9 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
     )
     args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.evaluation.landscape import measure_points, points
-    from salsa_peft.soup.measures import of_command
+    from salsa_peft.soup.measures import command_measure
 
-    measure, name = of_command(args, folders, kind), args.measure.rsplit(":", 1)[-1]
+    measure, name = command_measure(args, folders, kind), args.measure.rsplit(":", 1)[-1]
     accepted()
 
     def score(weights: Mapping[int, float]) -> dict[str, dict[str, float]]:

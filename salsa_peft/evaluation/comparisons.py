@@ -1,6 +1,6 @@
-"""Answers that have scores → who is better by each measure, pair by pair, and the KL coefficient that a search by the reward picks.
+"""Scores of answers → which model wins each pair by each measure, and the KL coefficient that a search by the reward picks.
 
-Taken from answers.jsonl whenever they are wanted: another pair in the recipe asks no model anything. Imports no torch.
+Computed from answers.jsonl on demand, so that a new pair in the recipe needs no new answers. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 Rows = Sequence[Mapping[str, Any]]
-"""Of answers.jsonl, one model's answers to one set of questions, in order: turn by turn, index by index."""
+"""Rows of answers.jsonl: one model's answers to one set of questions, ordered by index and turn."""
 
 
 def clusters(rows: Rows) -> list[int] | None:
-    """The question of each row, for intervals over questions; None where each has one turn."""
+    """The question of each row, for intervals over questions; None if every question has one turn."""
     return [row["index"] for row in rows] if any(row["turn"] > 1 for row in rows) else None
 
 
@@ -32,7 +32,7 @@ def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
 
 
 def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[str]) -> list[dict[str, Any]]:
-    """One set of questions: each pair's verdicts by every measure and the mean difference; over all turns, clustered by question."""
+    """Win rates and mean difference of each pair by each measure on one set of questions, clustered by question."""
     found = []
     for (a, b), measure in itertools.product(wanted, measures):
         x, y = ([row["scores"][measure] for row in answers[model]] for model in (a, b))
@@ -45,7 +45,10 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
 
 
 def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any] | None:
-    """What a search by the reward tried and picked (`sweeps.pick`), over all questions of its sets; None without one, or where the judge picks."""
+    """What a search by the reward tried and picked (`sweeps.pick`); None without a search, or if the judge picks.
+
+    Each candidate's rate is over all questions of the search's sets.
+    """
     section = recipe.search
     if section is None or section.by == "judge":
         return None
@@ -58,7 +61,7 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
 
 
 def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
-    """Candidates against the opponent first, then the recipe's pairs, a searched policy by the candidate that was picked."""
+    """Pairs to compare: candidates of a search with its opponent, then the recipe's pairs with the candidates that were picked."""
     return list(
         dict.fromkeys(sweeps.candidate_pairs(recipe) + sweeps.with_picked(sweeps.compared_pairs(recipe), found))
     )

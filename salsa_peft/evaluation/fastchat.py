@@ -15,21 +15,23 @@ from salsa_peft.data.questions import Question
 from salsa_peft.utils.files import write_atomic
 
 
-def plain(name: str) -> str:
-    """A model's name as a file's: a path's last part, nothing that a file system minds."""
+def file_stem(name: str) -> str:
+    """A model's name as a file name: the last part of a path, other characters replaced by a hyphen."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name.rstrip("/").rsplit("/", 1)[-1]) or "model"
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """jsonl."""
+    """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_answers(
     folder: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Everything of one set into `folder`; answers: model → rows of answers.jsonl, in order. Of two names that are one file's, the
-    second gets a number."""
+    """Write question.jsonl and model_answer/ of one set into `folder`; answers: model → rows of answers.jsonl, in order.
+
+    If two models have the same file name, the second gets a number.
+    """
     asked = [
         {"question_id": one.id, "category": one.category or "general", "turns": list(one.turns)}
         | ({} if one.reference is None else {"reference": one.reference})
@@ -39,13 +41,13 @@ def write_answers(
     taken: set[str] = set()
     now = time.time()
     for model, rows in answers.items():
-        name = plain(model)
+        name = file_stem(model)
         while name in taken:
             name += "-2"
         taken.add(name)
-        given: dict[Any, list[str]] = {}
+        turns_of: dict[Any, list[str]] = {}
         for row in rows:
-            given.setdefault(row["question_id"], []).append(row["response"])
+            turns_of.setdefault(row["question_id"], []).append(row["response"])
         found = [
             {
                 "question_id": question,
@@ -54,66 +56,54 @@ def write_answers(
                 "choices": [{"index": 0, "turns": turns}],
                 "tstamp": now,
             }
-            for question, turns in given.items()
+            for question, turns in turns_of.items()
         ]
         write_atomic(folder / "model_answer" / f"{name}.jsonl", lines(found))
 
 
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}
-"""As FastChat writes a game."""
+"""Winner of a comparison → FastChat's word for it."""
 BASELINE_FIRST = {"a": "B>A", "b": "A>B", "tie": "A=B", "missing": None}
-"""As arena-hard-auto writes its first game, in which the baseline, our b, is assistant A."""
+"""Winner → arena-hard-auto's score of its first game, in which the baseline (our b) is assistant A."""
 BASELINE_SECOND = {"a": "A>B", "b": "B>A", "tie": "A=B", "missing": None}
-
-
-def judge_name(section: Judge) -> str:
-    """What the files of a judge are called: the last part of its model's name, or its kind."""
-    return plain(section.model or section.kind)
 
 
 def write_judgments(
     folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, str]]
 ) -> None:
-    """All three; prompts: what the judge was told in the two games of each row."""
-    judge, now = judge_name(section), time.time()
+    """Write judgments.jsonl and both projects' files; prompts: the judge's prompts in the two orders of each row."""
+    judge, now = file_stem(section.model or section.kind), time.time()
     files: dict[Path, list[dict[str, Any]]] = {folder / "judgments.jsonl": list(rows)}
-    for row, told in zip(rows, prompts, strict=True):
+    for row, both in zip(rows, prompts, strict=True):
         pair = folder / "data" / row["dataset"] / "model_judgment" / f"{judge}_pair.jsonl"
-        files.setdefault(pair, []).append(fastchat(row, told, [judge, section.prompt], now))
+        files.setdefault(pair, []).append(fastchat_row(row, both, [judge, section.prompt], now))
         if row["turn"] == 1:  # its questions have one turn
-            arena = (
-                folder
-                / "arena"
-                / f"{row['dataset']}-vs-{plain(row['b'])}"
-                / "model_judgment"
-                / judge
-                / f"{plain(row['a'])}.jsonl"
-            )
-            files.setdefault(arena, []).append(arena_hard(row, told, judge))
+            arena = folder / "arena" / f"{row['dataset']}-vs-{file_stem(row['b'])}" / "model_judgment" / judge
+            files.setdefault(arena / f"{file_stem(row['a'])}.jsonl", []).append(arena_hard_row(row, both, judge))
     for path, of in files.items():
         write_atomic(path, lines(of))
 
 
-def fastchat(row: dict[str, Any], told: tuple[str, str], judge: list[str], now: float) -> dict[str, Any]:
-    """A line of FastChat's gen_judgment.py in its mode pairwise; a game without a verdict is its "error", which show_result.py drops."""
+def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str], now: float) -> dict[str, Any]:
+    """A line of FastChat's gen_judgment.py in mode pairwise. A missing verdict is its "error", which show_result.py drops."""
     return {
         "question_id": row["question_id"],
-        "model_1": plain(row["a"]),
-        "model_2": plain(row["b"]),
+        "model_1": file_stem(row["a"]),
+        "model_2": file_stem(row["b"]),
         "g1_winner": WINNER[row["first"]],
         "g2_winner": WINNER[row["second"]],
         "judge": judge,
-        "g1_user_prompt": told[0],
+        "g1_user_prompt": prompts[0],
         "g1_judgment": row["told"][0],
-        "g2_user_prompt": told[1],
+        "g2_user_prompt": prompts[1],
         "g2_judgment": row["told"][1],
         "turn": row["turn"],
         "tstamp": now,
     }
 
 
-def arena_hard(row: dict[str, Any], told: tuple[str, str], judge: str) -> dict[str, Any]:
-    """A line of arena-hard-auto's gen_judgment.py: the baseline answers first in its first game, second in its second."""
+def arena_hard_row(row: dict[str, Any], prompts: tuple[str, str], judge: str) -> dict[str, Any]:
+    """A line of arena-hard-auto's gen_judgment.py: the baseline's answer is shown first in its first game, second in its second."""
 
     def game(score: str | None, text: str, prompt: str) -> dict[str, Any]:
         return {"score": score, "judgment": {"answer": text}, "prompt": [{"role": "user", "content": prompt}]}
@@ -122,10 +112,10 @@ def arena_hard(row: dict[str, Any], told: tuple[str, str], judge: str) -> dict[s
         "uid": row["question_id"],
         "category": row["category"],
         "judge": judge,
-        "model": plain(row["a"]),
-        "baseline": plain(row["b"]),
+        "model": file_stem(row["a"]),
+        "baseline": file_stem(row["b"]),
         "games": [
-            game(BASELINE_FIRST[row["second"]], row["told"][1], told[1]),
-            game(BASELINE_SECOND[row["first"]], row["told"][0], told[0]),
+            game(BASELINE_FIRST[row["second"]], row["told"][1], prompts[1]),
+            game(BASELINE_SECOND[row["first"]], row["told"][0], prompts[0]),
         ],
     }

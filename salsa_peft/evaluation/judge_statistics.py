@@ -1,9 +1,9 @@
-"""A judge's verdicts on two models, each turn in both orders → what they come to, and how far the judge is to be trusted."""
+"""Judgments of two models, each turn in both orders → win rates, intervals and tests, and how reliable the judge is."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,32 +21,39 @@ from salsa_peft.utils.statistics import (
 NET = {"a": 1, "b": -1, "tie": 0}
 NOTHING = WinRates(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
 FEW_RUNS = 5
-"""Fewer training seeds than this tell little of the spread between seeds."""
+"""With fewer training seeds than this, the spread between seeds is poorly known."""
 
 
-class Judged(NamedTuple):
-    """One turn of one question, judged twice: a's answer shown first, then b's."""
+class Judgment(NamedTuple):
+    """One turn of one question, judged in both orders."""
 
     question: Hashable
     turn: int
     first: str
-    """Who won the game a–b: "a" | "b" | "tie" | "missing"."""
+    """Who won when a's answer was shown first: "a" | "b" | "tie" | "missing"."""
     second: str
-    """Who won the game b–a, mapped back."""
+    """Who won when b's answer was shown first."""
     length_a: float
     length_b: float
 
     @property
     def winner(self) -> str:
-        """A win needs both games (FastChat's rule); missing where a game is."""
+        """A model wins if it wins in both orders (FastChat's rule); missing if one verdict is."""
         if "missing" in (self.first, self.second):
             return "missing"
         return self.first if self.first == self.second else "tie"
 
+    @property
+    def tie_kind(self) -> str | None:
+        """agreed: both orders tie; half: one does; flipped: each order has another winner. None if it is no tie."""
+        if self.winner != "tie":
+            return None
+        return ("flipped", "half", "agreed")[(self.first, self.second).count("tie")]
+
 
 @dataclass(frozen=True)
-class JudgedPair:
-    """What a judge said of a against b; rates are fractions, those without anything to divide by None."""
+class PairResult:
+    """A judge's result for a against b. Rates are fractions; a rate with nothing to divide by is None."""
 
     wins: int
     losses: int
@@ -55,26 +62,26 @@ class JudgedPair:
     n: int
     """wins + losses + ties."""
     win_rate: float
-    """W / n; 0 where n is."""
+    """W / n; 0 if n is 0."""
     adjusted_win_rate: float
-    """(W + T/2) / n; ½ where n is 0, in an interval from 0 to 1: nothing is known."""
+    """(W + T/2) / n; ½ with the interval from 0 to 1 if n is 0."""
     low: float
     high: float
     interval: str
-    """`tango_interval`: a judgment a question (or all of a question's the same in all), `bootstrap`: over questions, turns together, never narrower than
-    Tango's of independent judgments."""
+    """`tango`: each question has one judgment, or all of its judgments agree in every question. `bootstrap`: over questions with their turns
+    together, never narrower than Tango's interval of independent judgments."""
     p_value: float
-    """Exact sign test; where questions have several turns its clustered form, `statistics.sign_flip`."""
+    """Exact sign test; with several turns a question its clustered form, `statistics.sign_flip_test`."""
     worst_low: float
-    """The adjusted rate if every missing judgment were a loss …"""
+    """The adjusted rate if every missing judgment were a loss."""
     worst_high: float
-    """… and a win."""
+    """The adjusted rate if every missing judgment were a win."""
     flip_rate: float | None
-    """Pairs of games that disagree, of those with both."""
+    """Share of judgments whose two orders disagree, of those with both verdicts."""
     first_position_rate: float | None
-    """Games won by the answer shown first, of the games that someone won: ½ from a judge without position bias."""
+    """Share of verdicts for the answer shown first, of those with a winner: ½ without position bias."""
     tie_kinds: dict[str, int]
-    """agreed: both games tie; half: one; flipped: each game another winner."""
+    """`Judgment.tie_kind` → count."""
     mean_length_a: float
     mean_length_b: float
     length_controlled: dict[str, float] | None
@@ -82,34 +89,28 @@ class JudgedPair:
     """Turn → its wins, losses, ties, missing, adjusted_win_rate."""
 
 
-def judged_pair(rows: Sequence[Judged], seed: int = 0) -> JudgedPair:
-    """Counts, rates, interval and test of one pair's judgments. Raises ValueError on none, on a turn twice, on other words."""
+def pair_result(rows: Sequence[Judgment], seed: int = 0) -> PairResult:
+    """Counts, rates, interval and test of one pair. Raises ValueError for no judgments, a turn twice, or an unknown winner."""
     _check(rows)
     kept = [row for row in rows if row.winner != "missing"]
-    n, missing = len(kept), len(rows) - len(kept)
+    missing = len(rows) - len(kept)
     nets = np.array([NET[row.winner] for row in kept], dtype=np.int64)
-    verdicts, interval = clustered_win_rates(nets, [row.question for row in kept], seed) if kept else (NOTHING, "tango")
-    games = [(row.first, row.second) for row in rows]
-    both = [game for game in games if "missing" not in game]
-    decided = [place for game in games for place in zip(game, "ab", strict=True) if place[0] in ("a", "b")]
-    kinds = [2 - game.count("tie") for game in both if game[0] != game[1] or "tie" in game]
-    return JudgedPair(
-        wins=verdicts.wins,
-        losses=verdicts.losses,
-        ties=verdicts.ties,
+    rates, interval = clustered_win_rates(nets, [row.question for row in kept], seed) if kept else (NOTHING, "tango")
+    orders = [(row.first, row.second) for row in rows]
+    both = [order for order in orders if "missing" not in order]
+    decided = [one for order in orders for one in zip(order, "ab", strict=True) if one[0] in ("a", "b")]
+    kinds = [row.tie_kind for row in kept]
+    points = rates.wins + rates.ties / 2
+    return PairResult(
+        **asdict(rates),
         missing=missing,
-        n=n,
-        win_rate=verdicts.win_rate,
-        adjusted_win_rate=verdicts.adjusted_win_rate,
-        low=verdicts.low,
-        high=verdicts.high,
+        n=len(kept),
         interval=interval,
-        p_value=verdicts.p_value,
-        worst_low=(verdicts.wins + verdicts.ties / 2) / len(rows),
-        worst_high=(verdicts.wins + verdicts.ties / 2 + missing) / len(rows),
+        worst_low=points / len(rows),
+        worst_high=(points + missing) / len(rows),
         flip_rate=sum(first != second for first, second in both) / len(both) if both else None,
-        first_position_rate=sum(won == shown for won, shown in decided) / len(decided) if decided else None,
-        tie_kinds={kind: kinds.count(place) for place, kind in enumerate(("agreed", "half", "flipped"))},
+        first_position_rate=sum(winner == shown for winner, shown in decided) / len(decided) if decided else None,
+        tie_kinds={kind: kinds.count(kind) for kind in ("agreed", "half", "flipped")},
         mean_length_a=float(np.mean([row.length_a for row in rows])),
         mean_length_b=float(np.mean([row.length_b for row in rows])),
         length_controlled=_length_controlled(kept, nets, seed),
@@ -119,16 +120,16 @@ def judged_pair(rows: Sequence[Judged], seed: int = 0) -> JudgedPair:
     )
 
 
-def _check(rows: Sequence[Judged]) -> None:
+def _check(rows: Sequence[Judgment]) -> None:
     if not rows:
-        raise ValueError("no judgments: at least one expected")
+        raise ValueError("no judgments; pass at least one")
     for word in {word for row in rows for word in (row.first, row.second)} - {*NET, "missing"}:
-        raise ValueError(f"a game won by {word!r}: a, b, tie or missing expected")
+        raise ValueError(f"winner {word!r} is unknown; use a, b, tie or missing")
     if len({(row.question, row.turn) for row in rows}) < len(rows):
-        raise ValueError(f"{len(rows)} judgments hold a question's turn twice: one row for each expected")
+        raise ValueError(f"a turn of a question is judged twice in {len(rows)} judgments; pass one row for each turn")
 
 
-def _counts(rows: Sequence[Judged]) -> dict[str, float]:
+def _counts(rows: Sequence[Judgment]) -> dict[str, float]:
     winners = [row.winner for row in rows]
     wins, losses, ties, missing = (winners.count(who) for who in ("a", "b", "tie", "missing"))
     n = wins + losses + ties
@@ -136,7 +137,7 @@ def _counts(rows: Sequence[Judged]) -> dict[str, float]:
     return {"wins": wins, "losses": losses, "ties": ties, "missing": missing, "adjusted_win_rate": adjusted}
 
 
-def _length_controlled(kept: Sequence[Judged], nets: np.ndarray, seed: int) -> dict[str, float] | None:
+def _length_controlled(kept: Sequence[Judgment], nets: np.ndarray, seed: int) -> dict[str, float] | None:
     if not kept:
         return None
     differences = np.array([row.length_a - row.length_b for row in kept], dtype=np.float64)
@@ -147,66 +148,62 @@ def _length_controlled(kept: Sequence[Judged], nets: np.ndarray, seed: int) -> d
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """The same pair trained with several seeds: the adjusted rate over all of them."""
+    """The result of one pair over several training seeds."""
 
-    runs: int
-    questions: int
     adjusted_win_rate: float
     """Over all judgments of all runs."""
     low: float
     high: float
     """95% interval over runs and questions; with one run over questions alone."""
     rates: list[float]
-    """Each run's."""
+    """One for each run."""
     spread: float | None
-    """Standard deviation of the runs' rates; None with one."""
-    warning: str | None
-    """What the interval does not see, in words."""
+    """Standard deviation of the runs' rates; None with one run."""
 
 
-def over_seeds(runs: Sequence[Sequence[Judged]], seed: int = 0) -> OverSeeds:
-    """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.resampled`).
+def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
+    """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.bootstrap_interval`).
 
-    Runs answer the same questions (told by `Judged.question`); what one run lacks, another may have. Raises ValueError on
-    no runs and on a run without a verdict.
+    Runs share questions by `Judgment.question`; a question may be absent from some of them. Raises ValueError for no runs and
+    for a run without a verdict.
     """
     kept = [[row for row in rows if row.winner != "missing"] for rows in runs]
     if not kept or not all(kept):
-        raise ValueError(f"{len(runs)} runs, {sum(not rows for rows in kept)} without a verdict: at least one run, each with some, expected")  # fmt: skip
+        empty = sum(not rows for rows in kept)
+        raise ValueError(f"{empty} of {len(runs)} runs have no verdict; pass at least one run, each with a verdict")
     for rows in runs:
         _check(rows)
-    names = {question: at for at, question in enumerate(dict.fromkeys(row.question for rows in kept for row in rows))}
-    nets, sizes = np.zeros((2, len(runs), len(names)), dtype=np.int64)
+    places = {question: at for at, question in enumerate(dict.fromkeys(row.question for rows in kept for row in rows))}
+    nets, sizes = np.zeros((2, len(runs), len(places)), dtype=np.int64)
     for run, rows in enumerate(kept):
         for row in rows:
-            nets[run, names[row.question]] += NET[row.winner]
-            sizes[run, names[row.question]] += 1
+            nets[run, places[row.question]] += NET[row.winner]
+            sizes[run, places[row.question]] += 1
     mean = nets.sum() / sizes.sum()
     if len(runs) == 1:
-        only = judged_pair(runs[0], seed)
+        only = pair_result(runs[0], seed)
         low, high = only.low, only.high
     else:
-        share = len(names) * mean
-        found, wins = bootstrap_interval(nets, sizes, seed), [row.winner for rows in kept for row in rows].count("a")
-        bounds = tango_interval(max(share, 0), max(-share, 0), len(names))
-        if found is not None:
-            bounds = widen_to_tango(found, wins, wins - int(nets.sum()), int(sizes.sum()))
+        bounds = bootstrap_interval(nets, sizes, seed)
+        if bounds is None:
+            share = len(places) * mean
+            bounds = tango_interval(max(share, 0), max(-share, 0), len(places))
+        else:
+            wins = [row.winner for rows in kept for row in rows].count("a")
+            bounds = widen_to_tango(bounds, wins, wins - int(nets.sum()), int(sizes.sum()))
         low, high = (0.5 + bound / 2 for bound in bounds)
     each = 0.5 + nets.sum(axis=1) / sizes.sum(axis=1) / 2
     return OverSeeds(
-        runs=len(runs),
-        questions=len(names),
         adjusted_win_rate=float(0.5 + mean / 2),
         low=low,
         high=high,
         rates=each.tolist(),
         spread=float(each.std(ddof=1)) if len(runs) > 1 else None,
-        warning=seeds_warning(len(runs)),
     )
 
 
 def seeds_warning(runs: int) -> str | None:
-    """What an interval over so many training seeds does not see; None for enough of them."""
+    """What an interval over so many training seeds does not cover; None if there are enough seeds."""
     if runs == 1:
         return "one training seed: the interval is over questions alone and cannot say what another seed would give"
     if runs < FEW_RUNS:

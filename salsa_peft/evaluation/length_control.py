@@ -1,8 +1,8 @@
-"""What a model would win if the two answers were equally long: judges like length, and a longer answer need not be a better one.
+"""Length-controlled win rate: the estimated win rate of a model if both answers were equally long.
 
-The length-controlled rate of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) in spirit: a logistic model of the outcome
-on tanh of the standardised length difference, read at 0. Left out: their term for a question's difficulty, which needs many
-models on the same questions.
+Judges prefer longer answers. As in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), a logistic model predicts the outcome from tanh of
+the standardised length difference, and the rate is its prediction at difference 0. Left out: their term for a question's difficulty, which
+needs many models on the same questions.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from scipy.special import expit
 from salsa_peft.utils.statistics import TAILS
 
 FEW, DECIDED = 20, 10
-"""Fewer questions, or judgments that are no ties, than this fit no two parameters that mean anything."""
+"""Fewest questions, and fewest judgments other than ties, from which two parameters can be estimated."""
 RESAMPLES = 2_000
 RIDGE = 0.1
-"""½ RIDGE φ² is added to the loss: a slope of standard deviation 3.2 beforehand, little against data, enough where length alone
-separates wins from losses. The intercept, which is what is read, is left free."""
+"""½ RIDGE φ² is added to the loss: a weak prior on the slope (standard deviation 3.2), which keeps it finite where length alone separates
+wins from losses. The intercept, which gives the rate, has no prior."""
 STEPS = 30
 
 
@@ -26,10 +26,10 @@ def length_controlled(
 ) -> dict[str, float] | None:
     """{"rate", "low", "high"}: logit E[y] = θ + φ tanh(d / s), s the standard deviation of d; the rate is σ(θ).
 
-    outcomes (N,): 1, ½, 0 (a tie counts half to each: Papke and Wooldridge's fractional response, 1996); differences (N,):
-    length of a's answer − length of b's, in tokens; questions (N,): 0-based number of each judgment's question. The
-    interval is a percentile bootstrap over questions, s kept. None where the rate can't be estimated: fewer than 20
-    questions or 10 decided judgments, lengths or outcomes all alike, one model's answers always the longer (equal length is then a guess).
+    outcomes (N,): 1, ½, 0 (a tie is half a win: Papke and Wooldridge's fractional response, 1996); differences (N,): length of a's
+    answer − length of b's, in tokens; questions (N,): 0-based number of each judgment's question. The interval is a percentile
+    bootstrap over questions with s fixed. None if the rate cannot be estimated: fewer than 20 questions or 10 decided judgments, equal
+    lengths or equal outcomes throughout, or one model's answers always longer (equal length would be an extrapolation).
     """
     spread, count = float(differences.std()), int(np.unique(questions).size)
     one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0
@@ -44,7 +44,7 @@ def length_controlled(
     x = np.tanh(differences / spread)
     best = fit(np.ones((1, outcomes.size)), x, outcomes, np.zeros(2))
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    # In pieces of about 30 MB.
+    # in chunks of about 30 MB
     pieces = np.array_split(draws, 1 + RESAMPLES * outcomes.size // 500_000)
     thetas = np.concatenate([fit(piece[:, questions].astype(float), x, outcomes, best[0])[:, 0] for piece in pieces])
     low, high = np.quantile(expit(thetas), TAILS)
@@ -62,7 +62,7 @@ def fit(weights: np.ndarray, x: np.ndarray, y: np.ndarray, start: np.ndarray) ->
         determinant = bend[:, 0] * bend[:, 2] - bend[:, 1] ** 2
         step = np.stack([bend[:, 2] * slope[:, 0] - bend[:, 1] * slope[:, 1],
                          bend[:, 0] * slope[:, 1] - bend[:, 1] * slope[:, 0]], axis=1)  # fmt: skip
-        # A resample of wins alone has no finite θ: it goes on by a step a time, to a rate of 1.
+        # A resample that contains only wins has no finite θ: with bounded steps its rate approaches 1.
         step = np.clip(step / np.maximum(determinant, 1e-300)[:, None], -2, 2)
         found += step
         if np.abs(step).max() < 1e-8:

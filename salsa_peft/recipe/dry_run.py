@@ -59,7 +59,7 @@ def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: se
     _print_memory(console, loaded, card)
     console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
     answered = steps["evaluate"]
-    asked_of_judge = costs.told(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
+    asked_of_judge = costs.plan_line(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
     if asked_of_judge is not None:
         console.print(Text(f"{asked_of_judge}\n"))
     idle = {*ALGORITHMS} - {policy.algorithm for policy in loaded.recipe.policies.values()}

@@ -40,9 +40,9 @@ def soup(job: Job) -> dict[str, Any]:
     names = [f"seed-{member}" for member in section.members]
     folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
     if section.uses_measure:
-        from salsa_peft.soup.measures import of_recipe
+        from salsa_peft.soup.measures import recipe_measure
 
-        measure = of_recipe(job, folders)
+        measure = recipe_measure(job, folders)
     base = (
         None if job.recipe.adapter is not None else StageContext.of_job(job).folder
     )  # of checkpoints: where deltas begin

@@ -1,9 +1,9 @@
-"""Soups: members → their weighted mean. The library call, for adapters and for full checkpoints; the command is soup/__main__.py.
+"""`soup()`: the weighted mean of adapters or of full checkpoints. The command is in soup/__main__.py.
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; of adapters the exact weighted mean of their deltas (soup/lora/stacked_adapter.py)
 
-Stands on its own: knows nothing of PPO; its adapters open with plain PEFT, its checkpoints with plain Transformers. How weights
-are chosen is in soup/strategies.py, "I want to add a strategy" a row there.
+It is independent of PPO: a soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers. The strategies that
+choose the weights are in soup/strategies.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.models.adapters.bases import local_folder, require_same_family
+from salsa_peft.models.adapters.bases import local_base, require_same_family
 from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
 from salsa_peft.soup.checkpoints.write import check_free
@@ -22,47 +22,43 @@ from salsa_peft.soup.lora.members import check_one_base
 from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.lora.write import check_out
+from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.provenance import provenance
-from salsa_peft.soup.result import SoupSummary
-from salsa_peft.soup.strategies import STRATEGIES, Ask, Choice, Measure
-from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
-from salsa_peft.utils.manifests import read_manifest
+from salsa_peft.soup.strategies import STRATEGIES, Choice, Measure, StrategyInput
+from salsa_peft.soup.summary import SoupSummary
+from salsa_peft.utils.errors import require
 
 Progress = Callable[[int, int], None]
-ADAPTERS, CHECKPOINTS = "adapters", "checkpoints"
-ONE = {ADAPTERS: "an adapter", CHECKPOINTS: "a full checkpoint"}
-MEMBER_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a soup is made, besides its members and weights."""
+    """Options of a soup, besides its members and weights."""
 
     strategy: str = "linear"
-    """linear | slerp | greedy | learned"""
+    """linear, slerp, greedy or learned."""
     measure: Measure | None = None
-    """What greedy and learned go by: weights → a number, higher is better (soup/measures.py)."""
+    """The measure that greedy and learned maximize: weights → a number, higher is better (soup/measures.py)."""
     steps: int = 20
-    """learned: steps of Adam."""
+    """learned: number of Adam steps."""
     step_size: float = 0.1
-    """learned: Adam's learning rate, of the weights' logits."""
+    """learned: Adam's learning rate for the logits of the weights."""
     normalize: bool = False
-    """Divide the weights by their sum, where that is not 1. Without it adapters give a scaled delta, and checkpoints are refused."""
+    """Divide the weights by their sum. Without it, weights that do not sum to 1 give a scaled delta, or are rejected for checkpoints."""
     rank: int | None = None
-    """Adapters: recompress to this rank, which loses what the summary's `error` says. None: exact, rank Σ r_i."""
+    """Adapters: reduce to this rank by SVD; the summary's `error` is the loss. None: exact, rank Σ r_i."""
     dtype: str | None = None
-    """Adapters: of the factors. None: the members'."""
+    """Adapters: dtype of the factors. None: that of the members."""
     merge: bool = False
-    """Adapters: added to `base` and saved as a checkpoint."""
+    """Adapters: add the soup to `base` and save a checkpoint."""
     base: str | Path | None = None
-    """The base's folder or Hub id. Checkpoints: what slerp and cosines are taken from. With `merge`; None: what the members name."""
+    """Folder or Hub id of the base. Checkpoints: the origin of the deltas for slerp and cosines. merge: None is the base that the members name."""
     quantized_base: str | None = None
-    """nf4, with `merge`: the base goes through that quantisation first, as the members saw it when they were trained (QLoRA)."""
+    """merge: nf4 or nf4-double puts the base through that quantization first, as it was when the members were trained (QLoRA)."""
     same_base: bool = False
-    """Adapters: the caller asserts that they are of one base, though it is called differently or fingerprints differ."""
+    """Adapters: assert that they share a base, even if its name or fingerprint differs."""
     untie: bool = False
-    """With `merge`: LoRA on tied embeddings is merged into input and output embeddings of their own; else as PEFT does, into one tensor."""
+    """merge: give the model separate input and output embeddings if LoRA is on tied ones. Otherwise they stay one tensor, as in PEFT."""
 
 
 def soup(
@@ -85,136 +81,129 @@ def soup(
     untie: bool = False,
     progress: Progress | None = None,
 ) -> SoupSummary:
-    """Average adapters, or checkpoints, into the folder `out` (weights: uniform unless given); the summary, also out/soup.json.
+    """Average adapters or checkpoints into the folder `out`. Returns the summary, which is also written to out/soup.json.
 
-    Members are folders or Hub ids, all of one kind. `names` are what the summary calls the members (default: the ends of their paths);
-    the other arguments are Options' fields. Adapters take weights of any sum where nothing but deltas is averaged, or with `merge`:
-    the result is a scaled delta. `progress` is told (done, in all), modules or bytes. Raises SalsaError for what cannot be averaged;
-    then nothing is written.
+    Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum, unless parameters
+    are averaged directly. names: what the summary calls the members. progress: called with (done, total), modules or bytes. The other
+    arguments are the fields of Options. Raises SalsaError, and writes nothing, for members that cannot be averaged.
     """
-    asked = Options(
+    options = Options(
         strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge,
         base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
-    require(bool(members), "members: none given, expected at least one adapter or checkpoint")
+    require(bool(members), "members: none given; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
     kind = kind_of(folders)
-    given = _weights(weights, len(folders), normalize, kind)
-    called_ = list(called(members) if names is None else names)
-    require(len(called_) == len(folders), f"names: {len(called_)} given, expected {len(folders)}: one for each member")
-    stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, called_, same_base=same_base)
-    found = check(Path(out), folders, asked, stacked)
-    origins = list(zip(called_, members, folders, strict=True))
-    more: dict[str, Any] = {"asked": given, "normalized": normalize, "sum": math.fsum(given)}
-    job = _Job(Path(out), folders, called_, given, asked, found, more, origins, progress)
-    if kind == CHECKPOINTS:
-        return cast(SoupSummary, _checkpoints(job))
-    return cast(SoupSummary, _merged(job) if merge else _adapters(job, cast(StackedAdapter, stacked)))
+    requested = _requested_weights(weights, len(folders), normalize, kind)
+    labels = list(member_names(members) if names is None else names)
+    require(len(labels) == len(folders), f"names: {len(labels)} given for {len(folders)} members; give one per member")
+    stacked = None if kind == CHECKPOINTS or merge else StackedAdapter.load(folders, labels, same_base=same_base)
+    base_folder = check(Path(out), folders, options, stacked)
+    more: dict[str, Any] = {"asked": requested, "normalized": normalize, "sum": math.fsum(requested)}
+    request = _Request(Path(out), members, folders, labels, requested, options, base_folder, more, progress)
+    if stacked is not None:
+        return cast(SoupSummary, _adapters(request, stacked))
+    return cast(SoupSummary, _merged(request) if merge else _checkpoints(request))
 
 
-class _Job(NamedTuple):
-    """A soup that was asked for, its members at hand."""
+class _Request(NamedTuple):
+    """The arguments of `soup`, checked, with the members as local folders."""
 
     out: Path
+    given: Sequence[Path | str]
+    """The members as they were given."""
     folders: list[Path]
     names: list[str]
     weights: list[float]
-    asked: Options
+    options: Options
     base: Path | None
     more: dict[str, Any]
-    """What the summary says besides figures."""
-    origins: list[tuple[str, Path | str, Path]]
-    """Of each member its name, what was given and the folder."""
+    """Entries of the summary besides statistics."""
     progress: Progress | None
 
-    def choose(self, gram: Callable[[], Any]) -> Choice:
-        """The weights by the strategy; the summary gets what was tried, and where the members came from."""
-        asked = self.asked
-        choice = STRATEGIES[asked.strategy](Ask(self.weights, gram, asked.measure, asked.steps, asked.step_size))
-        base = None if self.base is None else (asked.base or self.base, self.base)
+    def choose(self, gram: Callable[[], Any]) -> tuple[list[float], list[int]]:
+        """The weights that the strategy chooses, and the members whose weight is not 0: a block of zeros would only add rank."""
+        options = self.options
+        given = StrategyInput(self.weights, gram, options.measure, options.steps, options.step_size)
+        choice: Choice = STRATEGIES[options.strategy](given)
+        base = None if self.base is None else (options.base or self.base, self.base)
         self.more.update({"tried": choice.tried} if choice.tried else {})
-        self.more["provenance"] = provenance(self.origins, choice.weights, base)
-        return choice
+        self.more["provenance"] = provenance(
+            list(zip(self.names, self.given, self.folders, strict=True)), choice.weights, base
+        )
+        used = [i for i, weight in enumerate(choice.weights) if weight] or list(range(len(choice.weights)))
+        return choice.weights, used
 
 
-def _weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
-    """One for each member. Raises SalsaError for what is no such list, and for a sum that this kind of member cannot have."""
+def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
+    """One weight per member. Raises SalsaError for other lists, and for a sum that this kind of member cannot have."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
-    require(
-        any(given),
-        f"weights: {', '.join(f'{weight:g}' for weight in given)}: all are 0, so that nothing is left of the members",
-    )
+    require(any(given), "weights: all are 0, so no member is left; give at least one member another weight")
     if normalize:
-        require(total != 0, f"weights: {given} sum to 0 and cannot be normalised: change one of them")
+        require(total != 0, f"weights: {given} sum to 0, so they cannot be normalized; change one of them")
         given = [weight / total for weight in given]
     require(
         kind == ADAPTERS or normalize or abs(total - 1) <= 1e-6,
-        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, expected 1, since checkpoints are averaged and not"
-        " scaled: change one of them, or divide them by their sum with normalize=True (--normalize)",
+        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, but the weights of checkpoints must sum to 1; change"
+        " one of them, or divide them by their sum with normalize=True (--normalize)",
     )
     return given
 
 
-def check(out: Path, folders: Sequence[Path], asked: Options, stacked: StackedAdapter | None = None) -> Path | None:
-    """Raise SalsaError for whatever can be refused before weights are looked for; → the base's folder, where one is used.
+def check(out: Path, folders: Sequence[Path], options: Options, stacked: StackedAdapter | None = None) -> Path | None:
+    """Check options, output folder and members before any weight is read. Returns the base's folder if a base is used.
 
-    stacked: the members, where they are adapters and have been read.
+    stacked: the members, if they are adapters that were read before. Raises SalsaError.
     """
-    require(
-        asked.strategy in STRATEGIES,
-        f"strategy: {asked.strategy!r} is not one of {', '.join(STRATEGIES)}",
-    )
-    require(asked.steps > 0, f"steps: {asked.steps}, expected at least 1")
-    require(asked.step_size > 0, f"step_size: {asked.step_size}, expected more than 0")
+    strategies = ", ".join(STRATEGIES)
+    require(options.strategy in STRATEGIES, f"strategy: {options.strategy!r} is unknown; use one of {strategies}")
+    for name in ("steps", "step_size", "rank"):
+        value = getattr(options, name)
+        require(value is None or value > 0, f"{name}: {value} is not positive; use a larger number")
     if kind_of(folders) == CHECKPOINTS:
         for name in ("rank", "dtype", "merge", "quantized_base", "same_base", "untie"):
-            value = getattr(asked, name)
-            require(not value, f"{name}: {value} is for adapters, and the members are checkpoints: leave it out")
+            value = getattr(options, name)
+            require(not value, f"{name}: {value} has no effect on checkpoints, only on adapters; leave it out")
         require(
-            asked.strategy != "slerp" or asked.base is not None,
-            "strategy slerp of checkpoints needs the base that they were trained from (--base): the angle is that of what each added to it",
+            options.strategy != "slerp" or options.base is not None,
+            "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between their changes from the base",
         )
         check_free(out, folders)
-        return None if asked.base is None else local(asked.base)
-    require(asked.rank is None or asked.rank > 0, f"rank: {asked.rank}, expected at least 1")
-    if not asked.merge:
+        return None if options.base is None else local(options.base)
+    if not options.merge:
         for name in ("quantized_base", "untie"):
-            value = getattr(asked, name)
+            value = getattr(options, name)
             require(
-                not value,
-                f"{name}: {value} is for a soup that is merged into its base: add merge=True (--merge), or leave it out",
+                not value, f"{name}: {value} has an effect only with merge=True (--merge); add that, or leave it out"
             )
-        check_out(out, (stacked or StackedAdapter.load(folders, same_base=asked.same_base)).members)
+        check_out(out, (stacked or StackedAdapter.load(folders, same_base=options.same_base)).members)
         return None
-    for name, why in (("rank", "is exact and has no rank"), ("dtype", "has the base's")):
-        value = getattr(asked, name)
-        require(value is None, f"{name}: {value} does not go with merge: a merged soup {why}; leave it out")
+    for name, why in (("rank", "is exact"), ("dtype", "has the dtype of the base")):
+        value = getattr(options, name)
+        require(value is None, f"{name}: {value} has no effect with merge, because a merged soup {why}; leave it out")
     check_free(out, folders)
-    base = _merge_base(folders, asked)
-    check_family(folders, base, asked.same_base)
+    base = _merge_base(folders, options)
+    check_family(folders, base, options.same_base)
     return base
 
 
-def _merge_base(folders: Sequence[Path], asked: Options) -> Path:
+def _merge_base(folders: Sequence[Path], options: Options) -> Path:
     """The folder of the base that the members are merged into."""
     from salsa_peft.soup.merge.members import read_members
 
     members = read_members(folders, None)
-    if asked.base is None:
-        check_one_base(members, asked.same_base, merging=True)
-    if asked.base is None and (found := local_folder(members[0].config, folders[0])) is not None:
-        return found
-    given, revision = base_of(members[0].config, folders[0], asked.base)
-    return local(
-        given,
-        revision,
-        why="" if asked.base else f", which {folders[0] / ADAPTER_CONFIG} names as the base; name it with --base",
-    )
+    why = ""
+    if options.base is None:
+        check_one_base(members, options.same_base, merging=True)
+        if (found := local_base(members[0].config, folders[0])) is not None:
+            return found
+        why = f", which {folders[0] / ADAPTER_CONFIG} names as the base; name it with --base"
+    return local(*base_of(members[0].config, folders[0], options.base), why=why)
 
 
 def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
-    """Raise SalsaError where an adapter names a base of another architecture or size than this one, unless the caller asserts the base."""
+    """Raise SalsaError if an adapter names a base of another architecture or size, unless the caller asserts that the base is the same."""
     config = None if same_base else config_of_base(str(base.absolute()), None)
     if config is not None:
         for folder in folders:
@@ -222,157 +211,72 @@ def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
 
 
 def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:
-    """The base's folder or Hub id, and its revision: as given, else what an adapter's configuration names. Raises SalsaError for none."""
+    """The base's folder or Hub id, and its revision: as given, or as the adapter's configuration names it. Raises SalsaError for none."""
     if given is not None:
         return given, None
     named = config["base_model_name_or_path"]
-    require(bool(named), f"base: {folder / ADAPTER_CONFIG} names none: give the base's folder or Hub id (--base)")
+    require(
+        bool(named),
+        f"base: {folder / ADAPTER_CONFIG} has no base_model_name_or_path; name the base's folder or Hub id (--base)",
+    )
     return named, config["revision"]
 
 
-def _adapters(job: _Job, stacked: StackedAdapter) -> dict[str, Any]:
-    choice = job.choose(stacked.gram)
-    used = _used(job, choice)
-    if len(used) < len(job.folders):
-        stacked = StackedAdapter.load(
-            [job.folders[i] for i in used], [job.names[i] for i in used], same_base=job.asked.same_base
-        )
-    done = 0
-
-    def tell(modules: int, total: int) -> None:
-        nonlocal done
-        done += modules
-        if job.progress is not None:
-            job.progress(done, total)
-
+def _adapters(request: _Request, stacked: StackedAdapter) -> dict[str, Any]:
+    options = request.options
+    folders, names, weights = _members_used(request, *request.choose(stacked.gram))
+    if len(folders) < len(request.folders):
+        stacked = StackedAdapter.load(folders, names, same_base=options.same_base)
     return stacked.save(
-        job.out, [choice.weights[i] for i in used], strategy=job.asked.strategy, rank=job.asked.rank, dtype=job.asked.dtype,
-        progress=tell, more=job.more,
+        request.out, weights, strategy=options.strategy, rank=options.rank, dtype=options.dtype, progress=request.progress,
+        more=request.more,
     )  # fmt: skip
 
 
-def _used(job: _Job, choice: Choice) -> list[int]:
-    """Members of another weight than 0: a block of zeros would be rank for nothing."""
-    used = [i for i, weight in enumerate(choice.weights) if weight]
-    if not used:
-        return list(range(len(choice.weights)))
-    if len(used) < len(choice.weights):
-        job.more["left_out"] = [job.names[i] for i in range(len(job.names)) if i not in used]
-    return used
+def _members_used(
+    request: _Request, weights: Sequence[float], used: Sequence[int]
+) -> tuple[list[Path], list[str], list[float]]:
+    """Folders, names and weights of the members that are used; the summary lists the others."""
+    if len(used) < len(weights):
+        request.more["left_out"] = [name for i, name in enumerate(request.names) if i not in used]
+    return [request.folders[i] for i in used], [request.names[i] for i in used], [weights[i] for i in used]
 
 
-def _merged(job: _Job) -> dict[str, Any]:
-    from salsa_peft.soup.merge import average as merged_soup
+def _merged(request: _Request) -> dict[str, Any]:
+    from salsa_peft.soup.merge.average import merge
 
-    assert job.base is not None
-    asked = job.asked
-    read_checkpoint(job.base)  # so that what is wrong with it is said before anything is made of it
-    choice = job.choose(lambda: StackedAdapter.load(job.folders, job.names, same_base=asked.same_base).gram())
-    used = _used(job, choice)
-    return merged_soup.merge(
-        job.out, job.base, [job.folders[i] for i in used], [choice.weights[i] for i in used], names=[job.names[i] for i in used],
-        strategy=asked.strategy, quantized_base=asked.quantized_base, same_base=asked.same_base, untie=asked.untie,
-        progress=job.progress, more=job.more,
+    assert request.base is not None
+    options = request.options
+    read_checkpoint(request.base)  # reports a damaged base before anything is computed
+
+    def gram() -> Any:
+        return StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
+
+    folders, names, weights = _members_used(request, *request.choose(gram))
+    return merge(
+        request.out, request.base, folders, weights, names=names, strategy=options.strategy, quantized_base=options.quantized_base,
+        same_base=options.same_base, untie=options.untie, progress=request.progress, more=request.more,
     )  # fmt: skip
 
 
-def _checkpoints(job: _Job) -> dict[str, Any]:
+def _checkpoints(request: _Request) -> dict[str, Any]:
     from salsa_peft.soup.checkpoints import average as checkpoint_soup
 
-    base, asked = job.base, job.asked
-    for folder in (*job.folders, *([] if base is None else [base])):
-        read_checkpoint(folder)  # so that what is wrong with one is said before anything is made of it
+    base, options = request.base, request.options
+    for folder in (*request.folders, *([] if base is None else [base])):
+        read_checkpoint(folder)  # reports a damaged checkpoint before anything is computed
 
     def gram() -> Any:
         assert base is not None
-        return checkpoint_soup.gram(job.folders, base)
+        return checkpoint_soup.gram(request.folders, base)
 
-    choice = job.choose(gram)
-    members, shares, names = list(job.folders), list(choice.weights), list(job.names)
-    rest = 1 - sum(shares)  # of the base: Σ w_i δ_i added to it is Σ w_i θ_i + (1 − Σ w_i) θ_base
+    chosen, _ = request.choose(gram)
+    members, weights, names = list(request.folders), list(chosen), list(request.names)
+    rest = 1 - sum(weights)  # the base's weight: base + Σ w_i δ_i = Σ w_i θ_i + (1 − Σ w_i) θ_base
     if base is not None and abs(rest) > 1e-9:
-        members, shares, names = [*members, base], [*shares, rest], [*names, "base"]
-    more = {key: value for key, value in job.more.items() if key != "sum"}  # of what is added up, the base included
+        members, weights, names = [*members, base], [*weights, rest], [*names, "base"]
+    more = {key: value for key, value in request.more.items() if key != "sum"}
     return checkpoint_soup.average(
-        job.out,
-        members,
-        shares,
-        names=names,
-        base=base,
-        strategy=asked.strategy,
-        progress=job.progress,
-        more=more,
-    )
-
-
-def called(members: Sequence[Path | str]) -> list[str]:
-    """What a summary calls the members: of a run's folders their units (sft/seed-0), else the ends of their paths or ids, where these differ."""
-    ends = [_unit(Path(member)) or str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
-    return ends if len(set(ends)) == len(ends) else [str(member) for member in members]
-
-
-def _unit(folder: Path) -> str | None:
-    """Of a folder that a run finished, what it is there."""
-    return (read_manifest(folder) or {}).get("unit")
-
-
-def kind_of(folders: Sequence[Path]) -> str:
-    """adapters | checkpoints. Raises SalsaError for a folder that is neither, and for members of both kinds."""
-    kinds = []
-    for folder in folders:
-        files = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
-        found = next((kind for kind, file in files.items() if (folder / file).is_file()), None)
-        if found is None:
-            inside = sorted(
-                p.parent for file in files.values() for depth in ("*", "*/*") for p in folder.glob(f"{depth}/{file}")
-            )
-            hint = f"; did you mean {inside[-1]}?" if inside else ""
-            raise SalsaError(
-                f"{folder} is neither an adapter's folder ({ADAPTER_CONFIG}) nor a checkpoint's (config.json){hint}"
-            )
-        kinds.append(found)
-    odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
-    require(
-        odd is None,
-        f"{folders[odd or 0]} is {ONE[kinds[odd or 0]]}, {folders[0]} is {ONE[kinds[0]]}: members of a soup are of one kind; merge the"
-        " adapters into their base first (--merge)",
-    )
-    return kinds[0]
-
-
-def local_members(members: Sequence[Path | str]) -> list[Path]:
-    """The folders of all members. Raises SalsaError that names every one that is no folder."""
-    missing = [str(member) for member in members if not Path(member).is_dir() and not _may_be_hub_id(member)]
-    files = [name for name in missing if Path(name).exists()]
-    require(
-        not files,
-        f"not a folder: {', '.join(files)}; a member is the folder that holds the file, or a Hub id (namespace/name)",
-    )
-    require(
-        not missing,
-        f"no such folder: {', '.join(missing)}; a member is an adapter's or a checkpoint's folder, or a Hub id (namespace/name)",
-    )
-    return [local(member) for member in members]
-
-
-def _may_be_hub_id(name: Path | str) -> bool:
-    return "/" in str(name) and HUB_ID.match(str(name)) is not None and not Path(name).exists()
-
-
-def local(member: Path | str, revision: str | None = None, why: str = "") -> Path:
-    """A folder as it is; a Hub id → its files in the Hub's cache. Raises SalsaError for what is neither, or not to be had; `why` says who
-    names it."""
-    path = Path(member).expanduser()
-    if path.is_dir():
-        return path
-    require(
-        HUB_ID.match(str(member)) is not None and not path.exists(),
-        f"no such folder: {member}{why or '; expected a folder, or a Hub id (namespace/name)'}",
-    )
-    from huggingface_hub import snapshot_download
-
-    try:
-        with readable_hub_errors(str(member)):
-            return Path(snapshot_download(str(member), revision=revision, allow_patterns=MEMBER_FILES))
-    except SalsaError as error:
-        raise SalsaError(f"no such folder: {member}{why}; as a Hub id: {error}") from error
+        request.out, members, weights, names=names, base=base, strategy=options.strategy,
+        progress=request.progress, more=more,
+    )  # fmt: skip

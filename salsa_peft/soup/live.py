@@ -1,7 +1,7 @@
-"""A model whose weights are a point between members: moved in place, and asked for the slope of a loss along each member.
+"""Models whose weights move between the members of a soup, with the derivative of a loss by each member's weight.
 
-Of adapters the point is n scalars on the blocks of one stacked adapter, and nothing is re-made. Of checkpoints every weight
-is read again from the members' files, one tensor at a time. What greedy and learned soups and landscapes stand on.
+With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every weight is read again
+from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured on such models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from salsa_peft.models.adapters import lora
-from salsa_peft.soup.lora.live_factors import live_factors
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter, live_factors
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from salsa_peft.soup.checkpoints.read import Checkpoint
-    from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 
 
 class LiveSoup(Protocol):
@@ -30,20 +29,20 @@ class LiveSoup(Protocol):
     model: Any
 
     def set(self, weights: Sequence[float]) -> None:
-        """Move the model's weights to Σ w_i θ_i (adapters: base + Σ w_i δ_i)."""
+        """Set the model's weights to Σ w_i θ_i; with adapters, to base + Σ w_i δ_i."""
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """Within it a forward is that of the point."""
+        """Within this context a forward pass uses the weights that were set."""
 
     def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Within it a backward leaves what `slopes` reads."""
+        """Within this context a backward pass computes the gradients that `slopes` reads."""
 
     def slopes(self) -> list[float]:
-        """∂ loss / ∂ w_i of the backward that was made last."""
+        """∂ loss / ∂ w_i of the last backward pass."""
 
 
 class LiveAdapters:
-    """Adapters as one stacked adapter `name` on a model that shares its base with other roles."""
+    """Adapters as one stacked adapter `name` on a model, which may have other adapters too."""
 
     def __init__(self, model: PeftModel, stacked: StackedAdapter, name: str = "point") -> None:
         self.model, self.stacked, self.name = model, stacked, lora.unused_name(model, name)
@@ -51,21 +50,21 @@ class LiveAdapters:
         stacked.attach(model, self.name, [1 / n] * n)
 
     def set(self, weights: Sequence[float]) -> None:
-        """n scalars on the blocks of B."""
+        """Rescale the blocks of B."""
         self.stacked.set_weights(self.model, self.name, weights)
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """The stacked adapter is active; the one that was before is again afterwards."""
+        """Activate the stacked adapter; afterwards the previous adapter is active again."""
         return lora.active(self.model, self.name)
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """Each module with its live B (out, R; of a convolution with its kernel's ones) and B's bias."""
+        """Each module with its live B (out, R), or of a convolution (out, R, 1, …), and B's bias."""
         stacks = self.stacked.stacks
         return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Every B, and its bias, requires a gradient; nothing else of the model changes."""
+        """Every B and its bias require a gradient. Nothing else of the model changes."""
         live = [weight for _, *weights in self._live() for weight in weights if weight is not None]
         for weight in live:
             weight.requires_grad_(True)
@@ -77,22 +76,22 @@ class LiveAdapters:
                 weight.grad = None
 
     def slopes(self) -> list[float]:
-        """B's column of member i is w_i · scaling_i · B_i, so ∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over its columns."""
+        """Member i's columns of B are w_i · scaling_i · B_i, so ∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over these columns."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks
         for name, B, bias in self._live():
             stack = stacks[name]
             if B.grad is not None:
                 grad = stacks.shapes[name].blocks_B(B.grad.cpu().double())
-                columns = (grad * stack.B.double()).flatten(0, -2).sum(0) * stack.scaling
-                found.index_add_(0, stack.member, columns)
+                columns = (grad * torch.from_numpy(stack.B).double()).flatten(0, -2).sum(0)
+                found.index_add_(0, torch.from_numpy(stack.member), columns * torch.from_numpy(stack.scaling))
             if bias is not None and bias.grad is not None and stack.bias is not None:
-                found += stack.bias @ bias.grad.cpu().double()
+                found += torch.from_numpy(stack.bias) @ bias.grad.cpu().double()
         return found.tolist()
 
 
 class LiveCheckpoints:
-    """Whole checkpoints in one model's weights: `model` is member 0, or any model of its architecture."""
+    """Whole checkpoints, averaged into the weights of one model of their architecture."""
 
     def __init__(self, model: PreTrainedModel, members: Sequence[Checkpoint]) -> None:
         from salsa_peft.soup.checkpoints.model_tensors import ModelTensors
@@ -106,7 +105,7 @@ class LiveCheckpoints:
             missing = next((name for name in self.parameters if name not in member.parts), None)
             require(
                 missing is None,
-                f"{folder}: found no tensor {missing}, which the model ({names}) has; take a checkpoint of the model's architecture",
+                f"{folder} has no tensor {missing}, which the model ({names}) needs; use a checkpoint of the model's architecture",
             )
             own = next(iter(member.untied), None)
             require(
@@ -117,7 +116,7 @@ class LiveCheckpoints:
 
     @torch.no_grad()
     def set(self, weights: Sequence[float]) -> None:
-        """Every tensor is the weighted mean, added up in float32 and rounded once to the model's dtype."""
+        """Set every tensor to its weighted mean, summed in float32 and rounded once to the model's dtype."""
         for name, parameter in self.parameters.items():
             total = torch.zeros(parameter.shape, device=parameter.device)
             for member, weight in zip(self.members, weights, strict=True):
@@ -126,12 +125,12 @@ class LiveCheckpoints:
             parameter.copy_(total)
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """The model itself."""
+        """Nothing to switch: the weights are in the model itself."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Every weight requires a gradient, as in full fine-tuning: memory for one more copy."""
+        """Every weight requires a gradient, as in full fine-tuning, which takes the memory of one more copy."""
         before = [(parameter, parameter.requires_grad) for parameter in self.parameters.values()]
         for parameter, _ in before:
             parameter.requires_grad_(True)
@@ -143,7 +142,7 @@ class LiveCheckpoints:
                 parameter.grad = None
 
     def slopes(self) -> list[float]:
-        """∂/∂w_i = ⟨∂/∂θ, θ_i⟩, all tensors as one vector."""
+        """∂/∂w_i = ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""
         found = [0.0] * len(self.members)
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:

@@ -1,7 +1,7 @@
-"""What greedy and learned soups choose by, on held-out data, higher is better: SFT loss, reward score, a Python function.
+"""Measures on held-out data that greedy and learned soups maximize: SFT loss, reward score, or a Python function. Higher is better.
 
-A measure is called with the members' weights and moves a live soup there (soup/live.py). Only the SFT loss has a slope, so
-only it can be `learned` by. "I want to add a measure" is a class here, and a row in `of_recipe`.
+A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a gradient, which the
+strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and `command_measure`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from salsa_peft.data.chat.template_fields import messages_for_template, trained_
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.files import READERS
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, hidden_states, load_base
+from salsa_peft.models.base import causal_lm, hidden_states, load_base, remove_dropout
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.logprobs import head_of, token_logprobs
 from salsa_peft.models.rewards.function import load_function
 from salsa_peft.models.rewards.reward import as_reward, recipe_reward
 from salsa_peft.models.stage_context import StageContext, prompts_that_fit
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.soup.average import base_of, check_family, local
+from salsa_peft.soup.average import base_of, check_family
 from salsa_peft.soup.checkpoints.alignment import align
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveAdapters, LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
+from salsa_peft.soup.member_folders import local
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ if TYPE_CHECKING:
 
 
 class SFTLoss:
-    """Minus the mean negative log-likelihood (nats) of the assistant's tokens in held-out demonstrations.
+    """Mean log-likelihood in nats, minus the SFT loss, of the assistant tokens in held-out demonstrations.
 
-    Rows {messages}; the assistant's tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError where no row has such a token
-    within max_length.
+    Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row has one within
+    max_length.
     """
 
     def __init__(self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
@@ -60,8 +61,8 @@ class SFTLoss:
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
-            f"held-out demonstrations: found no assistant's token within {max_length} tokens in {len(rows)} rows, expected some;"
-            " raise model.max_length",
+            f"held-out demonstrations: none of the {len(rows)} rows has an assistant token among its first {max_length} tokens; raise"
+            " model.max_length (--max-length)",
         )
         self.tokens = sum(sum(mask) for _, mask in self.chats)
         self.head = head_of(causal_lm(live.model), 1.0, model_stop_token_ids(tokenizer, causal_lm(live.model)))
@@ -73,7 +74,7 @@ class SFTLoss:
             return sum(self._part(start).item() for start in self._starts())
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """The measure and its slope along each member's weight."""
+        """The measure and its derivative by each weight."""
         self.live.set(weights)
         total = 0.0
         with self.live.at_point(), self.live.differentiable():
@@ -87,7 +88,7 @@ class SFTLoss:
         return range(0, len(self.chats), self.batch_size)
 
     def _part(self, start: int) -> torch.Tensor:
-        """A batch's share of the mean log-likelihood."""
+        """The share of one batch in the mean log-likelihood."""
         chats = self.chats[start : start + self.batch_size]
         device, width = next(self.live.model.parameters()).device, max(len(ids) for ids, _ in chats)
         rows = {
@@ -106,13 +107,13 @@ class SFTLoss:
 
 
 def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
-    """Token ids and, for each, whether it is the assistant's and counts."""
+    """Token ids, and for each whether it is an assistant token that counts."""
     ids, mask = trained_tokens({**row, "messages": messages_for_template(row["messages"], tokenizer)}, tokenizer)
     return ids[:max_length], mask[:max_length]
 
 
 class RewardScore:
-    """Mean score of one response to each prompt, always drawn with the same random numbers."""
+    """Mean score of one sampled response per prompt. Every call samples with the same seeds."""
 
     def __init__(self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
                  tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:  # fmt: skip
@@ -132,18 +133,18 @@ class RewardScore:
         return sum(scores) / len(scores)
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError: sampled responses have no slope."""
-        raise SalsaError(_NO_SLOPE.format("reward"))
+        """Raises SalsaError: sampled responses have no gradient."""
+        raise SalsaError(_NO_GRADIENT.format("reward"))
 
 
 class FunctionMeasure:
-    """`function(model) -> float`: a Python function of the model at that point, its adapter active, in evaluation mode."""
+    """A Python function `function(model) -> float` of the model in evaluation mode, with the soup active."""
 
     def __init__(self, live: LiveSoup, function: Callable[[Any], float], name: str) -> None:
         self.live, self.function, self.name = live, function, name
 
     def __call__(self, weights: Sequence[float]) -> float:
-        """The measure at a point. Raises SalsaError where the function gives no number."""
+        """The measure at a point. Raises SalsaError if the function does not return a number."""
         self.live.set(weights)
         with torch.no_grad(), self.live.at_point():
             found: Any = self.function(self.live.model)
@@ -151,19 +152,19 @@ class FunctionMeasure:
             return float(found)
         except (TypeError, ValueError) as error:
             raise SalsaError(
-                f"measure {self.name}: found {found!r:.60}, expected a number (higher is better)"
+                f"measure {self.name}: it returned {found!r:.60}; the function must return a number (higher is better)"
             ) from error
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError: a function of a number has no slope."""
-        raise SalsaError(_NO_SLOPE.format(self.name))
+        """Raises SalsaError: the function gives no gradient."""
+        raise SalsaError(_NO_GRADIENT.format(self.name))
 
 
-_NO_SLOPE = "strategy learned: found the measure {}, which has no slope, expected sft_loss; or use strategy greedy"
+_NO_GRADIENT = "strategy learned: the measure {} has no gradient; use sft_loss, or strategy greedy"
 
 
-def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
-    """The measure of a recipe's `soup:` section, of these adapters live on the recipe's base, or of these checkpoints."""
+def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
+    """The measure of a recipe's `soup:` section, on a live soup of these adapters or checkpoints."""
     recipe, section = job.recipe, job.recipe.soup
     context = StageContext.of_job(job)
     context.check(job.inputs)
@@ -187,24 +188,24 @@ def of_recipe(job: Job, folders: Sequence[Path]) -> Measure:
 
 
 def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:
-    """The base with every member as a block of one adapter, nothing random in it."""
+    """A live soup of adapters on their base, without dropout."""
     model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
-    lora.remove_dropout(model)
+    remove_dropout(model)
     model.eval()
     return live
 
 
 def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpoints:
-    """A model of the members' architecture that moves between them."""
+    """A live soup of checkpoints in a model of their architecture."""
     read = [read_checkpoint(folder) for folder in folders]
     align(read)
     return LiveCheckpoints(model.eval(), read)
 
 
-def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
-    """The measure that `salsa soup --measure` asks for. Raises SalsaError for data, a function or a reward that it needs, before a model is loaded."""
-    disable_progress_bar()  # of loading weights: the command has its own
+def command_measure(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
+    """The measure of `salsa soup --measure`. Raises SalsaError, before a model is loaded, for data or a function that is missing."""
+    disable_progress_bar()  # that of loading weights; the command has its own
     function = load_function(args.measure) if ":" in args.measure else None
     rows = _rows(args) if function is None else []
     tokenizer_of = folders[0] if (folders[0] / "tokenizer_config.json").is_file() else None
@@ -226,14 +227,19 @@ def of_command(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
 
 
 def _rows(args: Namespace) -> Any:
-    """The held-out chats or prompts of a measure that reads some."""
-    require(args.measure in MEASURES, f"--measure: found {args.measure}, expected {', '.join(MEASURES)} or module:name")
-    require(args.data is not None, f"--data: found none, expected held-out rows for the measure {args.measure}")
-    require(args.measure != "reward" or args.reward is not None, "--reward: found none, expected what scores responses")
-    file = Path(args.data).suffix.lower() in READERS
+    """The held-out chats (sft_loss) or prompts (reward) of --data."""
     require(
-        not file or Path(args.data).is_file(),
-        f"--data: found no file {args.data}, expected jsonl, json, parquet or a Hub id",
+        args.measure in MEASURES,
+        f"--measure: {args.measure} is unknown; use {', '.join(MEASURES)}, or module:name (a function of the model)",
+    )
+    require(args.data is not None, f"--data: measure {args.measure} needs held-out rows; add --data FILE")
+    require(
+        args.measure != "reward" or args.reward is not None, "--reward: measure reward needs one; add --reward REWARD"
+    )
+    file = Path(args.data)
+    require(
+        file.suffix.lower() not in READERS or file.is_file(),
+        f"--data: no such file: {args.data}; use a jsonl, json or parquet file, or a Hub id",
     )
     source = Source(path=args.data, limit=args.limit)
     return datasets.demonstrations(source) if args.measure == "sft_loss" else datasets.prompts(source)

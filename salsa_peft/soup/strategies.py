@@ -1,8 +1,8 @@
-"""Soup strategies: the members and the weights that were asked for → the weights of the soup.
+"""Soup strategies: functions from the members and the requested weights to the weights of the soup.
 
-linear and slerp are closed forms. greedy and learned (Wortsman et al., 2022, "Model soups", Recipe 1 and appendix on learned soups)
-look for weights by a measure on held-out data, which is passed in: nothing here knows of models or data.
-"I want to add a strategy" is a function here and a row in STRATEGIES.
+linear and slerp are closed forms. greedy and learned (Wortsman et al., 2022, "Model soups", Recipe 1 and the appendix on learned soups)
+optimize a measure on held-out data, which is passed in; this module knows no models and no data. To add a strategy, write a function here
+and add a row to STRATEGIES.
 """
 
 from __future__ import annotations
@@ -11,134 +11,135 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from salsa_peft.utils.errors import require
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     import torch
 
 
 class Measure(Protocol):
-    """How good a point between the members is on held-out data: weights (n,) → a number, higher is better."""
+    """Quality of a point between the members on held-out data: weights (n,) → a number, higher is better."""
 
     def __call__(self, weights: Sequence[float]) -> float: ...
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """The measure and its derivative by each weight. Raises SalsaError where it has none."""
+        """The measure and its derivative by each weight. Raises SalsaError for a measure without derivatives."""
 
 
-class Ask(NamedTuple):
-    """What a strategy is given."""
+class StrategyInput(NamedTuple):
+    """The arguments of a strategy."""
 
     weights: list[float]
-    """One for each member, as asked for, or uniform."""
+    """One per member: as requested, or uniform."""
     gram: Callable[[], torch.Tensor]
-    """⟨δ_i, δ_j⟩ of the members' task vectors δ (what was added to the base): (n, n), float64."""
+    """⟨δ_i, δ_j⟩ of the members' task vectors δ (the change from the base): (n, n), float64."""
     measure: Measure | None
     steps: int
-    """Of learned."""
+    """learned: number of Adam steps."""
     learning_rate: float
-    """Of learned: Adam's, of the logits of the weights."""
+    """learned: Adam's learning rate for the logits of the weights."""
 
 
 class Choice(NamedTuple):
-    """The soup's weights, and what was tried on the way with what it measured."""
+    """The weights of the soup, and the points that were tried with their measures."""
 
     weights: list[float]
     tried: list[dict[str, Any]]
 
 
-def linear(ask: Ask) -> Choice:
-    """The weighted mean: the weights that were asked for."""
-    return Choice(ask.weights, [])
+def linear(given: StrategyInput) -> Choice:
+    """The weighted mean, with the requested weights."""
+    return Choice(given.weights, [])
 
 
-def slerp(ask: Ask) -> Choice:
-    """The point of the great circle between two task vectors: sin((1−t)ω)/sin ω · δ_0 + sin(tω)/sin ω · δ_1, where ω is their angle,
-    all tensors as one vector, and t the second weight. Its norm does not sink between members that differ; the weights sum to more
-    than 1. Vectors of one direction: linear. Raises SalsaError for other than two members, a zero task vector or opposite ones."""
-    n = len(ask.weights)
-    require(n == 2, f"strategy slerp: found {n} members, expected two; average more of them with linear")
-    gram = ask.gram()
+def slerp(given: StrategyInput) -> Choice:
+    """Spherical interpolation of two task vectors: sin((1−t)ω)/sin ω · δ_0 + sin(tω)/sin ω · δ_1 with their angle ω.
+
+    All tensors count as one vector, and t is the second weight. Unlike the mean of two different members, the result keeps their norm; the
+    weights sum to more than 1. Vectors of the same direction are averaged linearly. Raises SalsaError unless there are two members, and for
+    zero or opposite task vectors.
+    """
+    n = len(given.weights)
+    require(n == 2, f"strategy slerp: there are {n} members, but slerp needs two; use linear for other numbers")
+    gram = given.gram()
     norms = [math.sqrt(max(float(gram[i, i]), 0.0)) for i in range(2)]
-    require(
-        min(norms) > 0,
-        "strategy slerp: found a member that adds nothing to the base, which has no direction; use linear",
-    )
+    require(min(norms) > 0, "strategy slerp: a member does not change the base, so it has no direction; use linear")
     cosine = min(1.0, max(-1.0, float(gram[0, 1]) / (norms[0] * norms[1])))
     require(
-        cosine > -1 + 1e-6, "strategy slerp: found opposite members, between which no path is the shortest; use linear"
+        cosine > -1 + 1e-6,
+        "strategy slerp: the members change the base in opposite directions, so there is no shortest path; use linear",
     )
-    angle, t = math.acos(cosine), ask.weights[1]
-    if angle < 1e-4:  # there sin((1−t)ω)/sin ω is 1 − t to eight digits
+    angle, t = math.acos(cosine), given.weights[1]
+    if angle < 1e-4:  # here sin((1−t)ω)/sin ω equals 1 − t to eight digits
         return Choice([1 - t, t], [])
     weights = [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
     return Choice(weights, [{"angle_degrees": math.degrees(angle)}])
 
 
-def greedy(ask: Ask) -> Choice:
-    """Members in the order of their own measure; each joins the uniform mean if that does not fall (Wortsman et al., Recipe 1)."""
-    measure, n = _measure(ask, "greedy"), len(ask.weights)
+def greedy(given: StrategyInput) -> Choice:
+    """Add members to a uniform mean, best first, and keep each that does not lower the measure (Wortsman et al., Recipe 1)."""
+    measure, n = _measure(given, "greedy"), len(given.weights)
     tried: list[dict[str, Any]] = []
 
-    def look(members: Sequence[int]) -> float:
+    def evaluate(members: Sequence[int]) -> float:
         weights = [1 / len(members) if i in members else 0.0 for i in range(n)]
         tried.append({"weights": weights, "measure": _finite(measure(weights), weights)})
         return float(tried[-1]["measure"])
 
-    alone = [look([i]) for i in range(n)]
+    alone = [evaluate([i]) for i in range(n)]
     order = sorted(range(n), key=lambda i: -alone[i])
     chosen, best = order[:1], alone[order[0]]
     for i in order[1:]:
-        found = look([*chosen, i])
-        if found >= best:
-            chosen, best = [*chosen, i], found
+        value = evaluate([*chosen, i])
+        if value >= best:
+            chosen, best = [*chosen, i], value
     return Choice([1 / len(chosen) if i in chosen else 0.0 for i in range(n)], tried)
 
 
-def learned(ask: Ask) -> Choice:
-    """Adam's ascent of the measure over n logits, whose softmax are the weights; the best point met is taken.
+def learned(given: StrategyInput) -> Choice:
+    """Maximize the measure with Adam over n logits, whose softmax gives the weights. The best point of all steps is the soup.
 
-    Starts from the weights asked for, which must be above 0. The members' tensors are not trained: n scalars are.
+    It starts from the requested weights, which must be positive. The tensors of the members are not trained.
     """
     import torch
 
-    measure = _measure(ask, "learned")
+    measure = _measure(given, "learned")
     require(
-        min(ask.weights) > 0,
-        f"strategy learned: found weights {ask.weights} to start from, expected each above 0; leave them out for uniform ones",
+        min(given.weights) > 0,
+        f"strategy learned: it starts from the weights {given.weights}, which must all be above 0; leave them out for uniform weights",
     )
-    logits = torch.tensor(ask.weights, dtype=torch.float64).log().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=ask.learning_rate)
+    logits = torch.tensor(given.weights, dtype=torch.float64).log().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=given.learning_rate)
     tried: list[dict[str, Any]] = []
-    for step in range(ask.steps + 1):
+    for step in range(given.steps + 1):
         weights = logits.softmax(0)
-        given = weights.tolist()
-        if step == ask.steps:  # where the last step led
-            tried.append({"weights": given, "measure": _finite(measure(given), given)})
+        point = weights.tolist()
+        if step == given.steps:  # the result of the last step
+            tried.append({"weights": point, "measure": _finite(measure(point), point)})
             break
-        value, slope = measure.gradient(given)
-        tried.append({"weights": given, "measure": _finite(value, given)})
+        value, slopes = measure.gradient(point)
+        tried.append({"weights": point, "measure": _finite(value, point)})
         optimizer.zero_grad()
-        weights.backward(-torch.tensor(slope, dtype=torch.float64))
+        weights.backward(-torch.tensor(slopes, dtype=torch.float64))
         optimizer.step()
     return Choice(max(tried, key=lambda point: point["measure"])["weights"], tried)
 
 
-def _measure(ask: Ask, strategy: str) -> Measure:
-    require(
-        ask.measure is not None, f"strategy {strategy}: found no measure, expected one of held-out data to choose by"
-    )
-    assert ask.measure is not None
-    return ask.measure
+def _measure(given: StrategyInput, strategy: str) -> Measure:
+    if given.measure is None:
+        raise SalsaError(f"strategy {strategy}: a measure on held-out data is required; pass measure (--measure)")
+    return given.measure
 
 
 def _finite(value: float, weights: Sequence[float]) -> float:
     shown = ", ".join(f"{weight:g}" for weight in weights)
-    require(math.isfinite(value), f"measure: found {value} at weights {shown}, expected a finite number")
+    require(
+        math.isfinite(value), f"measure: its value is {value} at the weights {shown}, but it must be a finite number"
+    )
     return float(value)
 
 
-STRATEGIES: dict[str, Callable[[Ask], Choice]] = {
+STRATEGIES: dict[str, Callable[[StrategyInput], Choice]] = {
     "linear": linear,
     "slerp": slerp,
     "greedy": greedy,

@@ -356,10 +356,10 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
 def test_answers_on_the_way(tmp_path: Path, line: str) -> None:
     """A line that is no answer is left out, and asked again."""
     rows = [{"index": number, "turn": 1, "response": "r"} for number in range(3)]
-    evaluate.keep(tmp_path / "0.jsonl", rows[:2])
+    evaluate.append_partial(tmp_path / "0.jsonl", rows[:2])
     with (tmp_path / "0.jsonl").open("a") as file:
         file.write(line)
-    evaluate.keep(tmp_path / "0.jsonl", rows[2:])
+    evaluate.append_partial(tmp_path / "0.jsonl", rows[2:])
     assert evaluate.read_partial(tmp_path / "0.jsonl") == {(row["index"], 1): row for row in rows}
 
 
@@ -367,7 +367,7 @@ def test_a_flipped_bit_of_an_answer_on_the_way(tmp_path: Path, capsys: Any, tall
     """Any bit of it, also one that leaves good JSON: said, left out, and asked again."""
     path = tmp_path / "0.jsonl"
     rows = [{"index": number, "turn": 1, "response": "abc"} for number in range(2)]
-    evaluate.keep(path, rows)
+    evaluate.append_partial(path, rows)
     whole = path.read_bytes()
     bits = range(8, 8 * (len(whole) - 1), 7)
     for bit in bits:
@@ -376,7 +376,7 @@ def test_a_flipped_bit_of_an_answer_on_the_way(tmp_path: Path, capsys: Any, tall
         path.write_bytes(raw)
         found = evaluate.read_partial(path)
         assert len(found) < 2 and all(row in rows for row in found.values())
-        assert " lines are not whole; what they answered is answered again" in capsys.readouterr().err
+        assert " lines are damaged or incomplete; their answers are generated again" in capsys.readouterr().err
     tally(tries=len(bits))
 
 

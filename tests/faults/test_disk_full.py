@@ -150,7 +150,7 @@ def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make
     left = [
         tmp_path / "out" / checkpoints.PARTIAL / "x",
         tmp_path / "full" / ".saving" / "x",
-        tmp_path / "seed" / f".{adapters.WEIGHTS}.part",
+        tmp_path / "seed" / f".{adapters.WEIGHTS}.7-7.tmp",
     ]
     for file in left:
         file.parent.mkdir(parents=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked import PROPERTY
+from random_masks import PROPERTY
 from scipy import stats
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode

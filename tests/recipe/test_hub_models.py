@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hub_runs
+import family_runs
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -46,7 +46,7 @@ TOWER = {
 SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
-def check(found: hub_runs.Outcome) -> None:
+def check(found: family_runs.Outcome) -> None:
     """Done, and the numbers are those of plain forwards and sums."""
     print(found.cell)
     assert found.state == "done", found.reason
@@ -55,11 +55,11 @@ def check(found: hub_runs.Outcome) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", hub_runs.MODES)
-@pytest.mark.parametrize("name", hub_runs.families())
+@pytest.mark.parametrize("mode", family_runs.MODES)
+@pytest.mark.parametrize("name", family_runs.families())
 def test_a_family_of_the_hub(shared: Path, name: str, mode: str, tmp_path: Path) -> None:
     """Its real configuration, tokenizer and tensor names, with small random weights."""
-    found = hub_runs.run_family(name, mode, tmp_path)
+    found = family_runs.run_family(name, mode, tmp_path)
     if name in REFUSED:
         assert found.state == "refused" and REFUSED[name] in found.reason
     else:
@@ -67,11 +67,11 @@ def test_a_family_of_the_hub(shared: Path, name: str, mode: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", hub_runs.MODES)
-@pytest.mark.parametrize("name", sorted(hub_runs.PAPER))
+@pytest.mark.parametrize("mode", family_runs.MODES)
+@pytest.mark.parametrize("name", sorted(family_runs.PAPER))
 def test_the_papers_recipes(shared: Path, name: str, mode: str, tmp_path: Path) -> None:
     """Cut by --set, on the families that the paper trains."""
-    check(hub_runs.run_paper(name, mode, tmp_path))
+    check(family_runs.run_paper(name, mode, tmp_path))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -111,11 +111,11 @@ def test_a_made_up_model_of_each_mechanism(make: Callable[..., Any], mode: str, 
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     make(vocab_size=len(tokenizer), **ids).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    recipe = hub_runs.write_recipe(tmp_path, tmp_path / "base", "chatml")
-    found = hub_runs.run([str(recipe)], tmp_path / "base", tmp_path / "run", mode)
+    recipe = family_runs.write_recipe(tmp_path, tmp_path / "base", "chatml")
+    found = family_runs.run([str(recipe)], tmp_path / "base", tmp_path / "run", mode)
     check(found)
     if make is llava:
-        adapter = json.loads((hub_runs.unit(tmp_path / "run", "soup") / "adapter_config.json").read_text())
+        adapter = json.loads((family_runs.unit(tmp_path / "run", "soup") / "adapter_config.json").read_text())
         assert not any("vision" in name for name in map(str, adapter["target_modules"]))
 
 

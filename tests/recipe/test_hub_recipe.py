@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_server import Fault, Hub, hub
-from made_hub_run import (
+from finished_run import (
     BASE_ID,
     CANARY,
     assert_canary_in_the_header_alone,
@@ -21,6 +20,7 @@ from made_hub_run import (
     make_run,
     publish_base,
 )
+from hub_server import Fault, Hub, hub
 from paths import ROOT
 
 from salsa_peft.config.load import load_recipe, saved_recipe

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_recipe import SMALL, read, unit
 
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.models import loader as workbench
+from salsa_peft.models import stage_context
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.recipe.__main__ import main as salsa_run
 
@@ -53,7 +53,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
 
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
-    from salsa_peft.evaluation.landscape import moving
+    from salsa_peft.evaluation.landscape import adjustable_model
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.training.references import checkpoint_sum, load_checkpoint_sum
 
@@ -84,7 +84,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_checkpoint_sum(model, *checkpoint_sum(context, parse_reference("reference", said)[0], inputs))
         check(weights)
-    model, adapter, move = moving(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+    model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
@@ -166,7 +166,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     from peft import get_peft_model
 
     from salsa_peft.config.schema import Adapter, Model
-    from salsa_peft.models.base import load_base
+    from salsa_peft.models.base import cast_trainable_to_float32, load_base
     from salsa_peft.training.reward_model import copy_adapter
 
     folder = make_base("llama", tmp_path / "base")
@@ -182,7 +182,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    adapters.cast_trainable_to_float32(peft)
+    cast_trainable_to_float32(peft)
     copy_adapter(peft, tmp_path / "seed-0")
     adapters.save(peft, "default", tmp_path / "again")
     again = adapters.read(tmp_path / "again")[1]
@@ -199,8 +199,8 @@ def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkey
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda path, allow_patterns, **_: asked.append(allow_patterns) or "/x"
     )
-    workbench.local(Recipe(name="a"), "someone/model")
-    workbench.local(Recipe(name="a", adapter=Adapter()), "someone/adapter")
+    stage_context.reference_folder(Recipe(name="a"), "someone/model")
+    stage_context.reference_folder(Recipe(name="a", adapter=Adapter()), "someone/adapter")
     assert "*.safetensors" in asked[0] and "adapter_model.safetensors" in asked[1]
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from finished_run import BASE_ID, CANARY, assert_canary_in_the_header_alone, command, files, make_run, publish_base
 from hub_server import Fault, Hub, Repo, hub
-from made_hub_run import BASE_ID, CANARY, assert_canary_in_the_header_alone, command, files, make_run, publish_base
 from paths import ROOT
 from safetensors.torch import load_file
 
@@ -219,7 +219,9 @@ except SalsaError as error:
     print(error)
     sys.exit()
 """)  # fmt: skip
-    assert "found weights of another base" in python(server, tmp_path / "other", refused, str(tmp_path / "out"))
+    assert "these weights were trained on another base" in python(
+        server, tmp_path / "other", refused, str(tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize(

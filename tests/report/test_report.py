@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_run import HOSTILE, Page, synthetic
 from markdown_it import MarkdownIt
+from synthetic_run import HOSTILE, Page, synthetic
 
 from salsa_peft.report import findings
 from salsa_peft.report import format as words

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from salsa_peft.evaluation.judges.prompts import Game
+from salsa_peft.evaluation.judges.prompts import Comparison
 
 
 @dataclass
@@ -129,7 +129,7 @@ def serving(script: Callable[[Seen, int], str | Fault]) -> Iterator[Server]:
         thread.join()
 
 
-def games(count: int) -> list[Game]:
+def games(count: int) -> list[Comparison]:
     """Question i, the better answer first where i is even."""
     pairs = [("good", "bad") if number % 2 == 0 else ("bad", "good") for number in range(count)]
-    return [Game((f"question {number}.",), (a,), (b,), 1) for number, (a, b) in enumerate(pairs)]
+    return [Comparison((f"question {number}.",), (a,), (b,), 1) for number, (a, b) in enumerate(pairs)]

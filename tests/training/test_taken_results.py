@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import made_elsewhere as elsewhere
 import pytest
+import third_party_folders as elsewhere
 import torch
 from paper_models import make_base
 from peft import PeftModel
@@ -230,7 +230,7 @@ def test_a_tokenizer_of_other_ids_is_refused(base: Path, small: Path, tmp_path: 
     one, two = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     path.write_text(json.dumps(content))
-    with pytest.raises(SalsaError, match=r"theirs: its tokenizer has .* mean other text here"):
+    with pytest.raises(SalsaError, match=r"theirs: its tokenizer gives .* mean other text here"):
         take(small, base, folder, tmp_path / "out")
 
 

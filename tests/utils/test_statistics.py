@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from paths import SHARED
 
-from salsa_peft.evaluation.judge_statistics import Judged, judged_pair, over_seeds
+from salsa_peft.evaluation.judge_statistics import Judgment, over_seeds, pair_result
 from salsa_peft.utils.statistics import (
     Estimate,
     compare_scores,
@@ -159,20 +159,20 @@ def test_turns_of_a_question_are_one_draw() -> None:
 def test_few_decided_questions_have_no_narrow_interval() -> None:
     """One loss of 80 turns: out to Tango's of 80, as wide to the other side; two replicates likewise; no rate at equal length of 9 decided."""
 
-    def rows(losses: int, turns: int = 2, run: int = 0) -> list[Judged]:
+    def rows(losses: int, turns: int = 2, run: int = 0) -> list[Judgment]:
         lost = {(at, 1) for at in range(losses)}
         return [
-            Judged(at, turn, *["b" if (at, turn) in lost else "tie"] * 2, 5 + (at + run) % 3, 5 + at % 2)
+            Judgment(at, turn, *["b" if (at, turn) in lost else "tie"] * 2, 5 + (at + run) % 3, 5 + at % 2)
             for at in range(40)
             for turn in range(1, turns + 1)
         ]
 
-    found = judged_pair(rows(1))
+    found = pair_result(rows(1))
     low, high = (0.5 + bound / 2 for bound in tango_interval(0, 1, 80))
     assert found.interval == "bootstrap" and (found.low, found.high) == pytest.approx((low, high)) and high > 0.51
-    none, ten = judged_pair(rows(0)), judged_pair(rows(10))
+    none, ten = pair_result(rows(0)), pair_result(rows(10))
     assert none.low < 0.47 and none.high > 0.53 and ten.high < 0.5  # enough of them is enough
-    assert judged_pair(rows(9)).length_controlled is None is not ten.length_controlled
+    assert pair_result(rows(9)).length_controlled is None is not ten.length_controlled
     two = over_seeds([rows(1, 1), rows(1, 1, 1)])
     assert (two.low, two.high) == pytest.approx(tuple(0.5 + bound / 2 for bound in tango_interval(0, 2, 80)), abs=0.005)
     assert two.high > 0.51

@@ -1,8 +1,8 @@
-"""Replies of judges in one SQLite file: what was answered once is never asked again.
+"""Replies of judges in one SQLite file, so that no request is sent twice.
 
-A reply is on the disk, in a transaction of its own, before it is used. SQLite's rollback journal, not its write-ahead log: that one needs
-shared memory, which run folders on network disks lack, and judges are slower than an fsync. Left out: prompts, which runs have in their
-judgments, and replies that were none (errors, refusals).
+A reply is committed to the disk before it is used. The file uses SQLite's rollback journal instead of its write-ahead log: that one needs
+shared memory, which run folders on network disks lack, and judges are slower than an fsync. Left out: prompts, which are in the run's
+judgments, and requests without a reply (errors, refusals).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short_path
 
@@ -26,27 +26,27 @@ TABLE = (
 )
 FIELDS = "text, finish, prompt_tokens, completion_tokens"
 WAIT = 60.0
-"""Seconds that another process may hold the file."""
+"""Seconds to wait for another process that is writing to the file."""
 
 
 class Reply(NamedTuple):
-    """What a judge said."""
+    """A judge's reply to one request."""
 
     text: str
     finish: str
-    """stop | length …, as the endpoint says."""
+    """stop | length …, as the endpoint reports it."""
     prompt_tokens: int
     completion_tokens: int
 
 
 def key_of(endpoint: str, model: str, messages: list[dict[str, str]], parameters: Mapping[str, Any], attempt: int) -> str:  # fmt: skip
-    """SHA-256 of all that a reply depends on. Raises ValueError for NaN."""
+    """SHA-256 of everything that a reply depends on. Raises ValueError for NaN."""
     asked = [endpoint, model, messages, dict(parameters), attempt]
     return hashlib.sha256(json.dumps(asked, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def digest(row: Sequence[Any]) -> str:
-    """Of a key and its reply: SQLite has no checksums of its own."""
+    """Checksum of a key and its reply; SQLite has none of its own."""
     return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()
 
 
@@ -55,7 +55,7 @@ class Cache:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        with self._explained():
+        with self._readable_errors():
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self.file = sqlite3.connect(":memory:" if path is None else path, timeout=WAIT, isolation_level=None)
@@ -71,30 +71,28 @@ class Cache:
                     self.file.execute(f"PRAGMA user_version = {VERSION}")
         require(
             version in (0, 1, VERSION),
-            f"{self._name}: found a cache of version {version}, expected {VERSION}; move it away, judges are then asked anew",
+            f"{self._name}: this judge cache has version {version}, expected {VERSION}; move the file away to ask the judge again",
         )
 
     def _add_digests(self) -> None:
-        """To a cache of version 1, which had none: its replies are taken as they are."""
+        """Upgrade a cache of version 1, which had no checksums: its replies are taken as they are."""
         self.file.execute("ALTER TABLE replies ADD COLUMN digest TEXT")
         rows = self.file.execute(f"SELECT key, {FIELDS} FROM replies").fetchall()
         self.file.executemany("UPDATE replies SET digest = ? WHERE key = ?", [(digest(row), row[0]) for row in rows])
 
     def get(self, key: str) -> Reply | None:
-        """The reply to it, None where there is none; one that is not as it was written is said and forgotten."""
-        with self._explained():
+        """The reply, or None. A reply that does not match its checksum is reported and deleted."""
+        with self._readable_errors():
             row = self.file.execute(f"SELECT {FIELDS}, digest FROM replies WHERE key = ?", [key]).fetchone()
             if row is not None and row[-1] != digest((key, *row[:-1])):
-                print(
-                    f"{self._name}: the reply {key[:12]} is damaged; it is asked for anew", file=sys.stderr, flush=True
-                )
+                say(f"{self._name}: the reply {key[:12]} is damaged; the judge is asked again")
                 self.file.execute("DELETE FROM replies WHERE key = ?", [key])
                 row = None
         return None if row is None else Reply(*row[:-1])
 
     def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
-        """Keep them, all or none; returns what is kept: where another process was first, what that one has."""
-        with self._explained(), self.file:
+        """Store all replies or none. Returns what is stored, which is another process's reply where that came first."""
+        with self._readable_errors(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(
                 "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
@@ -111,12 +109,12 @@ class Cache:
         return short_path(str(self.path or "the judge's cache"))
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _readable_errors(self) -> Iterator[None]:
         """SQLite's errors as one line."""
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
             raise SalsaError(
-                f"{self._name}: found {one_line(error)}, expected a cache of judgments that can be read and written;"
-                " make room there, or move the file away (judges are then asked anew)"
+                f"{self._name}: cannot use this file as the judge's cache: {one_line(error)}; free space on its disk, or move the file"
+                " away to ask the judge again"
             ) from error

@@ -1,7 +1,7 @@
-"""A chat model as judge, wherever it runs: games → prompts → replies → rulings, by way of the cache.
+"""A chat model as judge, wherever it runs: comparisons → prompts → replies → verdicts, with the replies cached.
 
-In rounds: everything is asked once, then what came without a verdict is asked again. What asks (an endpoint, a model in this process) gets
-requests that differ from one another and are not in the cache, and hands each reply over the moment it has it.
+It works in rounds: first every comparison is sent, then those whose reply had no verdict are sent again. The backend (an endpoint, a model
+in this process) gets distinct requests that are not in the cache, and hands over each reply as soon as it has it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from salsa_peft.config.judge import Judge
 from salsa_peft.evaluation.judges.cache import Cache, Reply, key_of
 from salsa_peft.evaluation.judges.parsing import read_verdict
-from salsa_peft.evaluation.judges.prompts import REMINDER, Game, Ruling, Told, renderer
+from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, JudgePrompt, Verdict, renderer
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")
@@ -22,78 +22,85 @@ NO_VERDICT = "no verdict in its answer"
 
 
 class Outcome(NamedTuple):
-    """What became of a request: a reply, or why there is none."""
+    """A backend's reply to a request, or the reason why there is none."""
 
     reply: Reply | None
     why: str = ""
 
 
-class Asking(Protocol):
-    """Where requests go."""
+class ChatBackend(Protocol):
+    """Sends requests to a chat model."""
 
     @property
     def address(self) -> tuple[str, str]:
-        """Endpoint and model, for the cache's key."""
+        """Endpoint and model, as in the cache's key."""
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
-        """Ask them all; `done` is called with each outcome (or some at once) as they come."""
+        """Send all requests; `done` is called with outcomes, one or several at a time, as soon as they are known."""
 
 
-class _Case:
-    """A game on its way to a ruling."""
+class _Pending:
+    """A comparison and its verdict so far."""
 
-    def __init__(self, game: Game, told: Told) -> None:
-        self.game, self.told = game, told
-        self.ruling = Ruling(None, told.user, "", 0)
+    def __init__(self, prompt: JudgePrompt) -> None:
+        self.prompt = prompt
+        self.verdict = Verdict(None, prompt.user, "", 0)
 
     def messages(self, again: bool) -> Messages:
-        user = self.told.user + REMINDER * again
-        self.ruling = self.ruling._replace(prompt=user)
-        return [{"role": "system", "content": self.told.system}, {"role": "user", "content": user}]
+        prompt = self.prompt._replace(user=self.prompt.user + REMINDER * again)
+        self.verdict = self.verdict._replace(prompt=prompt.user)
+        return prompt.messages
 
 
 class ChatJudge:
-    """(games, progress) → rulings, in the games' order; `calls` counts over all calls.
+    """(comparisons, progress) → verdicts in the same order. `calls` counts over all calls.
 
-    asked: requests sent, each with its retries as one. cached: replies that the cache had. Tokens: of what was asked here.
+    asked: requests sent, each counted once with its retries. cached: replies found in the cache. Tokens: those of the requests sent.
     """
 
-    def __init__(self, section: Judge, ask: Asking, calls: dict[str, int], cache: Path | None, say: Callable[[str], None]) -> None:  # fmt: skip
-        self.section, self.ask, self.calls, self.say = section, ask, calls, say
+    def __init__(
+        self,
+        section: Judge,
+        backend: ChatBackend,
+        calls: dict[str, int],
+        cache: Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.section, self.backend, self.calls, self.say = section, backend, calls, say
         self.cache, self.render = Cache(cache), renderer(section)
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
-        cases = [_Case(game, self.render(game)) for game in games]
-        open_cases = cases
+    def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
+        everything = pending = [_Pending(self.render(comparison)) for comparison in comparisons]
         for attempt in range(1 + self.section.ask_again):
-            last = attempt == self.section.ask_again
-            open_cases = self._round(open_cases, attempt, last, progress)
-        missing = Counter(case.ruling.why for case in cases if case.ruling.verdict is None)
+            pending = self._round(pending, attempt, progress)
+        missing = Counter(one.verdict.why for one in everything if one.verdict.winner is None)
         if missing:
             reasons = ", ".join(f"{count}: {why}" for why, count in missing.most_common())
-            self.say(f"{missing.total()} of {len(cases)} games have no verdict and count as missing ({reasons})")
-        return [case.ruling for case in cases]
+            self.say(
+                f"{missing.total()} of {len(everything)} comparisons have no verdict and count as missing ({reasons})"
+            )
+        return [one.verdict for one in everything]
 
-    def _round(self, cases: list[_Case], attempt: int, last: bool, progress: Callable[[int], None]) -> list[_Case]:
-        """Ask for each case once; returns those that answered without a verdict."""
-        section, (endpoint, model) = self.section, self.ask.address
+    def _round(self, comparisons: list[_Pending], attempt: int, progress: Callable[[int], None]) -> list[_Pending]:
+        """Ask about each comparison once; returns those whose reply had no verdict."""
+        section, (endpoint, model) = self.section, self.backend.address
         parameters = {"temperature": float(section.temperature), "max_tokens": section.max_tokens}
-        waiting: dict[str, list[_Case]] = {}  # equal games, such as those of two equal answers, are one request
+        waiting: dict[str, list[_Pending]] = {}  # equal comparisons, as of two equal answers, are one request
         requests: dict[str, Messages] = {}
-        silent: list[_Case] = []
-        for case in cases:
-            messages = case.messages(again=attempt > 0 and section.temperature == 0)
+        unclear: list[_Pending] = []
+        for one in comparisons:
+            messages = one.messages(again=attempt > 0 and section.temperature == 0)
             key = key_of(endpoint, model, messages, parameters, attempt)
-            waiting.setdefault(key, []).append(case)
+            waiting.setdefault(key, []).append(one)
             requests[key] = messages
 
         def settle(key: str, outcome: Outcome) -> None:
-            of = waiting.pop(key)
-            for case in of:
-                case.ruling = _ruled(case.ruling, outcome)
-            speechless = outcome.reply is not None and of[0].ruling.verdict is None
-            silent.extend(of if speechless else [])
-            progress(0 if speechless and not last else len(of))
+            settled = waiting.pop(key)
+            for one in settled:
+                one.verdict = _updated(one.verdict, outcome)
+            again = outcome.reply is not None and settled[0].verdict.winner is None
+            unclear.extend(settled if again else [])
+            progress(0 if again and attempt < section.ask_again else len(settled))
 
         def done(outcomes: dict[str, Outcome]) -> None:
             replies = {key: _clean(outcome.reply) for key, outcome in outcomes.items() if outcome.reply is not None}
@@ -111,17 +118,17 @@ class ChatJudge:
                 self.calls["cached"] += 1
                 settle(key, Outcome(found))
         if requests:
-            self.ask(requests, done)
-        return silent
+            self.backend(requests, done)
+        return unclear
 
 
-def _ruled(before: Ruling, outcome: Outcome) -> Ruling:
+def _updated(before: Verdict, outcome: Outcome) -> Verdict:
     if outcome.reply is None:
         return before._replace(why=outcome.why)
-    verdict = read_verdict(outcome.reply.text)
-    cut = f"{NO_VERDICT}, which max_tokens cut" if outcome.reply.finish == "length" else NO_VERDICT
+    winner = read_verdict(outcome.reply.text)
+    why = NO_VERDICT + (", which max_tokens cut" if outcome.reply.finish == "length" else "")
     return before._replace(
-        verdict=verdict, text=outcome.reply.text, asked=before.asked + 1, why="" if verdict is not None else cut
+        winner=winner, text=outcome.reply.text, asked=before.asked + 1, why="" if winner is not None else why
     )
 
 

@@ -1,6 +1,7 @@
-"""How often a judge will be asked, and about how many tokens that is: for --dry-run. Imports no torch.
+"""Estimate of a judge's calls and tokens for --dry-run. Imports no torch.
 
-Exact in games where the answers are there; before that counted from the questions' files and `generation.max_new_tokens`, so an upper end.
+The number of calls is exact once the answers exist. Before that it is counted from the files of the questions, and tokens assume answers
+of `generation.max_new_tokens`: an upper bound.
 """
 
 from __future__ import annotations
@@ -13,83 +14,83 @@ from typing import Any, NamedTuple
 from salsa_peft.config import sweeps
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.schema import Recipe, Source
+from salsa_peft.utils.files import read_json_lines
 
 CHARACTERS = 4
-"""Of a token, a rule of thumb for English."""
+"""Characters of one token, a rule of thumb for English."""
 INSTRUCTION = 250
-"""Tokens of what a judge is told beside question and answers, a guess for both presets."""
+"""Tokens of a judge's prompt beside question and answers, a guess for both presets."""
 VERDICT = 250
-"""Tokens of one judgment, a guess: a brief comparison and the verdict."""
+"""Tokens of one reply, a guess: a brief comparison and the verdict."""
 COUNTABLE = 500_000_000
-"""Bytes of a file that is read for it."""
+"""Bytes: a larger file of questions is not read for the estimate."""
 
 ON_THE_HUB = {
-    ("lighteval/mt-context", "train"): (80, (75, 101)),
+    ("lighteval/mt-bench", "train"): (80, (75, 101)),
     ("HuggingFaceH4/mt_bench_prompts", "train"): (80, (75, 101)),
     ("lmarena-ai/arena-hard-auto-v0.1", "train"): (500, (102,)),
     ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): (2000, (150,)),
 }
-"""(Hub id, split) of the paper's sets → questions, and tokens up to each turn: means of the first two's own texts, of the last a guess."""
+"""(Hub id, split) of the paper's sets → number of questions, and tokens up to each turn (measured means; the last one is a guess)."""
 
 
 class Cost(NamedTuple):
-    """Of one recipe's judge."""
+    """What the judge of one recipe will be sent and will reply."""
 
     calls: int
     tokens_in: int
     tokens_out: int
     exact: bool
-    """Whether the answers were there to be counted."""
+    """Whether it was counted from existing answers."""
 
 
-def told(recipe: Recipe, answers: Path | None) -> str | None:
+def plan_line(recipe: Recipe, answers: Path | None) -> str | None:
     """A line for the plan; None without a judge."""
     judge = recipe.evaluate.judge
     if judge is None:
         return None
     found, name = cost(recipe, answers), " ".join(filter(None, (judge.kind, judge.model)))
     if judge.kind == "reward":
-        return "judge: reward, the scores that are there already"
+        return "judge: reward, compares the scores that the evaluate stage records"
     if found is None:
-        return f"judge: {name}, calls known when the questions are there"
+        return f"judge: {name}, number of calls known once the questions are read"
+    if judge.kind == "function":
+        return f"judge: {name}, {found.calls:,} comparisons"
     much = "about" if found.exact else "at most about"
-    tokens = f", {much} {found.tokens_in / 1e6:.2g} M tokens in and {found.tokens_out / 1e6:.2g} M out"
-    return f"judge: {name}, {found.calls:,} {'games' if judge.kind == 'function' else 'calls'}" + (
-        "" if judge.kind == "function" else tokens + ", less what it was asked before"
+    return (
+        f"judge: {name}, {found.calls:,} calls, {much} {found.tokens_in / 1e6:.2g} M tokens in and {found.tokens_out / 1e6:.2g} M out,"
+        " minus replies in the cache"
     )
 
 
 def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
-    """answers: the finished evaluate stage's answers.jsonl. None where the questions are not known before the stage starts."""
-    sizes = None if answers is None else _answered(answers)
+    """answers: answers.jsonl of the finished evaluate stage. None if the questions are not known before the stage starts."""
+    sizes = None if answers is None else _from_answers(answers)
     exact = sizes is not None
     if sizes is None:
         sizes = {}
         for name, source in recipe.evaluate.prompts.items():
-            asked = _asked(source)
-            if asked is None:
+            turns = _turns(source)
+            if turns is None:
                 return None
             # each turn is judged with those before it in view
             answer = recipe.generation.max_new_tokens
-            sizes[name] = [(turn, question + 2 * answer * turn) for turn, question in asked]
+            sizes[name] = [question + 2 * answer * turn for turn, question in turns]
         if not sizes:
             return None
     section = recipe.search
     pairs = len(sweeps.with_picked(sweeps.compared_pairs(recipe), None))
     calls = tokens = 0
-    for name, matches in sizes.items():
-        tried = (
-            len(sweeps.candidate_pairs(recipe))
-            if section and section.by == "judge" and name in (section.questions or sizes)
-            else 0
-        )
-        calls += 2 * (pairs + tried) * len(matches)
-        tokens += 2 * (pairs + tried) * sum(shown + INSTRUCTION for _, shown in matches)
+    for name, lengths in sizes.items():
+        searched = section is not None and section.by == "judge" and name in (section.questions or sizes)
+        times = 2 * (pairs + (len(sweeps.candidate_pairs(recipe)) if searched else 0))
+        calls += times * len(lengths)
+        tokens += times * sum(length + INSTRUCTION for length in lengths)
     return Cost(calls, tokens, calls * VERDICT, exact)
 
 
-def _asked(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens of the questions up to it) of each turn of a local jsonl file, or of one of the paper's sets."""
+def _turns(source: Source) -> list[tuple[int, int]] | None:
+    """(turn, tokens of the questions up to it) for each turn of a local jsonl file or of one of the paper's sets."""
     if (source.path, source.split) in ON_THE_HUB:
         questions, lengths = ON_THE_HUB[source.path, source.split]
         return list(enumerate(lengths, 1)) * min(questions, source.limit or questions)
@@ -109,27 +110,22 @@ def _asked(source: Source) -> list[tuple[int, int]] | None:
 
 
 def _texts(row: Any) -> list[str]:
-    """The user's turns, roughly: what data is worth is the evaluate stage's to say."""
+    """The user's turns, roughly; the evaluate stage checks the rows."""
     turns = row.get("turns") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns:
         return [turn if isinstance(turn, str) else json.dumps(turn) for turn in turns]
     return [json.dumps(row)]
 
 
-def _answered(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Set of questions → (turn, tokens that the judge will see of a question and two answers), the answers' mean length taken."""
+def _from_answers(path: Path) -> dict[str, list[int]]:
+    """Set of questions → tokens of a question and two answers for each turn, with the mean length of the answers."""
     shown: dict[tuple[str, Any, int], list[tuple[int, int]]] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            key = (row["dataset"], row["index"], row["turn"])
-            shown.setdefault(key, []).append((len(row["prompt"]) // CHARACTERS, row["length"]))
-    found: dict[str, list[tuple[int, int]]] = {}
-    for (dataset, index, turn), of in shown.items():
-        before = sum(_pair(shown[dataset, index, earlier]) for earlier in range(1, turn))
-        found.setdefault(dataset, []).append((turn, before + _pair(of)))
+    for row in read_json_lines(path):
+        key = (row["dataset"], row["index"], row["turn"])
+        shown.setdefault(key, []).append((len(row["prompt"]) // CHARACTERS, row["length"]))
+    found: dict[str, list[int]] = {}
+    for dataset, index, turn in shown:
+        turns = [shown[dataset, index, earlier] for earlier in range(1, turn + 1)]
+        pairs = [rows[0][0] + round(2 * sum(length for _, length in rows) / len(rows)) for rows in turns]
+        found.setdefault(dataset, []).append(sum(pairs))
     return found
-
-
-def _pair(rows: list[tuple[int, int]]) -> int:
-    return rows[0][0] + round(2 * sum(length for _, length in rows) / len(rows))

@@ -1,15 +1,17 @@
-"""A judge at an OpenAI-compatible endpoint, and what its errors mean: try again, leave the game out, or stop. Needs the package openai."""
+"""A judge behind an OpenAI-compatible endpoint, asked through the package openai.
+
+The client itself retries rate limits, server errors, timeouts and broken connections, and waits as long as a Retry-After header says. Here
+is what it leaves open: how many requests run at once, the budget, and what an error means for one comparison or for all of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
-from email.utils import parsedate_to_datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import openai
@@ -21,46 +23,68 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
 
 WHERE = "evaluate.judge"
-PAUSE, LONGEST_PAUSE, LONGEST_WAIT = 0.5, 60.0, 600.0
-"""Seconds: before the first try again (then doubled), at most, and what an endpoint may ask to wait."""
 PATIENCE = 10
-"""Requests in a row that no retry mended, after which the endpoint counts as gone."""
+"""After this many requests in a row without an answer, the endpoint is taken to be down."""
+LONGEST_WAIT = 120
+"""Seconds: a longer Retry-After is not waited for by the client, and stops the judge here."""
 NO_KEY = "none"
 DEFAULT = "https://api.openai.com/v1"
-"""The package's own; OPENAI_BASE_URL goes before it, as there."""
+"""The client's own default; the environment variable OPENAI_BASE_URL overrides it, as it does there."""
+NO_COMPLETION = 599
+"""Status given to a successful response without a chat completion (an HTML page, an error), so that the client retries it."""
+RETRIES = "x-stainless-retry-count"
+"""Header in which the client counts the retries of a request."""
+NEW_LIMIT = "max_completion_tokens"
+"""The name of max_tokens for OpenAI's newer models."""
+TRY = "check that it is up, then run again: answers so far are kept"
+TOO_LONG = re.compile(
+    r"context[ _]?(length|window|size)|maximum (context|sequence|input|model)|too (long|many tokens|large)|exceeds? .{0,40}(tokens|length)",
+    re.IGNORECASE,
+)
+STOPS: dict[int | str, str] = {401: "key", 403: "key", 402: "account", 404: "model", 405: "model", "insufficient_quota": "account",
+                               "model_not_found": "model", "unsupported_parameter": "parameter", "unsupported_value": "parameter"}  # fmt: skip
+"""HTTP status or error code → what is wrong with every request alike."""
+
+
+class BudgetSpentError(openai.OpenAIError):
+    """The run has sent as many requests as `evaluate.judge.budget` allows. The client passes its own errors on without a retry."""
 
 
 class Endpoint:
-    """Asks requests; counts them in `calls`. Raises SalsaError where going on is of no use: the key, the model, an endpoint that is gone."""
+    """Sends requests to the endpoint and counts them in `calls`.
+
+    Raises SalsaError where no other request can succeed either: a wrong key or model, an exhausted account, an endpoint that is down.
+    """
 
     def __init__(self, section: Judge, calls: dict[str, int]) -> None:
         self.section, self.calls = section, calls
         self.key = os.environ.get(section.api_key_env, "").strip() or NO_KEY
         require(
             self.key.isascii() and self.key.isprintable() and " " not in self.key,
-            f"{WHERE}.api_key_env: found a key in {section.api_key_env} that no header can carry, expected printable ASCII without spaces",
+            f"{WHERE}.api_key_env: the key in {section.api_key_env} must be printable ASCII without spaces, as HTTP headers require",
         )
         self.base_url = section.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT
         base = urlsplit(self.base_url)
         self.endpoint = base._replace(netloc=base.netloc.rpartition("@")[2], query="", fragment="").geturl().rstrip("/")
         self.limit = "max_tokens"
-        """What the endpoint calls it; OpenAI's newer models say max_completion_tokens."""
-        self.sent, self.answered, self.failed = 0, 0, 0
-        self.last, self.not_before = "", 0.0
-        self.jitter = random.Random()
+        self.answered, self.failed, self.last = 0, 0, ""
 
     @property
     def address(self) -> tuple[str, str]:
         return self.endpoint, str(self.section.model)
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
-        asyncio.run(self._all(requests, done))
+        asyncio.run(self._ask_all(requests, done))
 
-    async def _all(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
+    async def _ask_all(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
         """`concurrency` workers, each taking the next request."""
-        waiting, errors, self.not_before = iter(requests.items()), [], 0.0
-        options = {"api_key": self.key, "base_url": self.base_url, "max_retries": 0, "timeout": self.section.timeout}  # fmt: skip
-        async with openai.AsyncOpenAI(**options) as client:  # type: ignore[arg-type]
+        waiting, errors = iter(requests.items()), []
+        http = openai.DefaultAsyncHttpxClient(
+            event_hooks={"request": [self._count], "response": [self._check_response]}
+        )
+        async with openai.AsyncOpenAI(
+            api_key=self.key, base_url=self.base_url, max_retries=self.section.retries, timeout=self.section.timeout, http_client=http
+        ) as client:  # fmt: skip
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(self.section.concurrency, len(requests))):
@@ -71,180 +95,109 @@ class Endpoint:
             raise errors[0] from None
         require(
             self.answered > 0 or self.failed == 0,
-            f"{WHERE}: {self.endpoint}: found no answer to any of {self.failed} requests, the last time {self.last}; {TRY}",
+            f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (the last time: {self.last}); {TRY}",
         )
 
-    async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[tuple[str, Messages]],
-                    done: Callable[[dict[str, Outcome]], None]) -> None:  # fmt: skip
+    async def _work(
+        self,
+        client: openai.AsyncOpenAI,
+        waiting: Iterator[tuple[str, Messages]],
+        done: Callable[[dict[str, Outcome]], None],
+    ) -> None:
         for key, messages in waiting:
             done({key: await self._ask(client, messages)})
 
-    async def _ask(self, client: openai.AsyncOpenAI, messages: Messages) -> Outcome:
-        """One request, tried again while that can help."""
-        tries = 0
-        while True:
-            await self._pause()
-            if self.section.budget is not None and self.sent >= self.section.budget:
-                return Outcome(None, f"not asked: the budget of {self.section.budget} requests is used up")
-            self.sent += 1
-            self.calls["retried" if tries else "asked"] += 1
-            limit = self.limit
-            found = await self._send(client, messages, limit)
-            if isinstance(found, Reply):
-                self.answered, self.failed = self.answered + 1, 0
-                return Outcome(found)
-            if found.kind == "limit" and limit == "max_tokens":
-                self.limit, tries = "max_completion_tokens", tries + 1
-                continue
-            self._stop_if(found)
-            if found.kind == "refused":
-                return Outcome(None, found.said)
-            if found.kind != "again" or tries >= self.section.retries:
-                return self._given_up(found)
-            await self._wait(tries, found.wait)
-            tries += 1
-
-    async def _send(self, client: openai.AsyncOpenAI, messages: Messages, limit: str) -> Reply | Trouble:
-        section = self.section
-        asked: dict[str, Any] = {"model": section.model, "messages": messages, "temperature": section.temperature, limit: section.max_tokens}  # fmt: skip
+    async def _ask(self, client: openai.AsyncOpenAI, messages: Messages, retries: int = 0) -> Outcome:
+        """One request with the client's retries."""
+        section, limit = self.section, self.limit
+        options: dict[str, Any] = {limit: section.max_tokens} | (
+            {"extra_headers": {RETRIES: str(retries)}} if retries else {}
+        )
         try:
-            async with asyncio.timeout(section.timeout):  # the package's own starts anew with every byte
-                found = await client.chat.completions.create(**asked)
-        except (openai.OpenAIError, TimeoutError, ValueError) as error:  # ValueError: a body that is no JSON
-            return trouble_of(error, self._clean)
-        reply = _reply(found)
-        if reply is None:
-            return Trouble("again", self._clean(f"no chat completion ({found!r:.100})"))
-        return reply._replace(text=self._clean(reply.text))
+            found = await client.chat.completions.with_raw_response.create(
+                model=str(section.model), messages=messages, temperature=section.temperature, **options
+            )  # type: ignore[call-overload]
+        except BudgetSpentError:
+            return Outcome(None, f"not asked: the budget of {section.budget} requests is used up")
+        except openai.APIStatusError as error:
+            if error.status_code in (400, 422) and NEW_LIMIT in error.message and limit != NEW_LIMIT:
+                self.limit = NEW_LIMIT
+                return await self._ask(client, messages, retries=1)
+            return self._refused(error)
+        except (openai.APITimeoutError, TimeoutError):
+            return self._unanswered(f"no answer within {section.timeout:g} s")
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            return self._unanswered(f"no connection ({self._line(str(cause) or type(cause).__name__)})")
+        reply = reply_of(found.content)
+        assert reply is not None  # _check_response has looked
+        self.answered, self.failed = self.answered + 1, 0
+        return Outcome(reply._replace(text=self._clean(reply.text)))
+
+    async def _count(self, request: Any) -> None:
+        """Hook before each request: the budget includes retries."""
+        sent = self.calls["asked"] + self.calls["retried"]
+        if self.section.budget is not None and sent >= self.section.budget:
+            raise BudgetSpentError
+        self.calls["asked" if request.headers[RETRIES] == "0" else "retried"] += 1
+
+    async def _check_response(self, response: Any) -> None:
+        """Hook after each response: read it within the timeout, and tell the client what to retry beside its own rules."""
+        async with asyncio.timeout(self.section.timeout):  # the client's own timeout starts anew with every byte
+            await response.aread()
+        if response.is_success and reply_of(response.content) is None:
+            response.status_code = NO_COMPLETION
+        if b"insufficient_quota" in response.content:  # OpenAI sends it as a rate limit, but no wait lifts it
+            response.headers["x-should-retry"] = "false"
+
+    def _refused(self, error: openai.APIStatusError) -> Outcome:
+        """What a status that the client does not retry, or no longer, means for this comparison. Raises SalsaError if it concerns all."""
+        status, code = error.status_code, str(error.code or "")
+        said = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
+        if status != 401:  # OpenAI's message to a wrong key shows its ends
+            said += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
+        mend = {
+            "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint accepts",
+            "model": f"check {WHERE}.model and {WHERE}.base_url (which mostly ends in /v1)",
+            "account": "check the account; answers so far are kept, and the next run asks for the rest",
+            "parameter": f"set {WHERE} to values that this model accepts (temperature, max_tokens)",
+        }
+        wrong = STOPS.get(code) or STOPS.get(status)
+        if wrong is not None:
+            raise SalsaError(f"{WHERE}: {self.endpoint}, model {self.section.model}: {said}; {mend[wrong]}")
+        wait = error.response.headers.get("retry-after", "")
+        require(
+            not wait.isdigit() or int(wait) <= LONGEST_WAIT,
+            f"{WHERE}: {self.endpoint}: {said}, and it asks to wait {wait} s; run again later: answers so far are kept",
+        )
+        if status == 413 or (status in (400, 422) and TOO_LONG.search(error.message)):
+            return Outcome(None, "its prompt is too long for the judge")
+        return Outcome(None, "the endpoint's filter refused it") if code == "content_filter" else self._unanswered(said)
+
+    def _unanswered(self, said: str) -> Outcome:
+        self.failed, self.last = self.failed + 1, said
+        require(
+            self.failed < PATIENCE,
+            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (the last time: {said}); {TRY}",
+        )
+        return Outcome(None, f"no answer: {said}")
 
     def _clean(self, text: str) -> str:
         """Without the key, which an endpoint may send back."""
         return text if self.key == NO_KEY else text.replace(self.key, "[key]")
 
-    def _stop_if(self, found: Trouble) -> None:
-        mend = {
-            "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint takes",
-            "model": f"check {WHERE}.model and {WHERE}.base_url (which mostly ends in /v1)",
-            "account": "see to the account; what was answered is kept, and the next run asks the rest",
-            "parameter": f"set {WHERE} to what this model takes (temperature, max_tokens)",
-        }
-        if found.kind in mend:
-            raise SalsaError(
-                f"{WHERE}: {self.endpoint}, model {self.section.model}: found {found.said}, expected an answer; {mend[found.kind]}"
-            )
-        require(
-            (found.wait or 0) <= LONGEST_WAIT,
-            f"{WHERE}: {self.endpoint}: found {found.said} and a wait of {found.wait or 0:.0f} s, expected at most {LONGEST_WAIT:.0f};"
-            " run again later: what was answered is kept",
-        )
-
-    def _given_up(self, found: Trouble) -> Outcome:
-        self.failed, self.last = self.failed + 1, found.said
-        require(
-            self.failed < PATIENCE,
-            f"{WHERE}: {self.endpoint}: found no answer to {self.failed} requests in a row, the last time {found.said}; {TRY}",
-        )
-        return Outcome(None, f"no answer: {found.said}")
-
-    async def _wait(self, tries: int, asked: float | None) -> None:
-        """Before a try again. Where the endpoint said how long, all requests wait."""
-        loop = asyncio.get_running_loop()
-        if asked is not None:
-            self.not_before = max(self.not_before, loop.time() + asked)
-        await asyncio.sleep(min(LONGEST_PAUSE, PAUSE * 2**tries) * self.jitter.uniform(0.5, 1.0))
-
-    async def _pause(self) -> None:
-        loop = asyncio.get_running_loop()
-        while loop.time() < self.not_before:
-            await asyncio.sleep(self.not_before - loop.time() + self.jitter.uniform(0, 0.02))
+    def _line(self, text: str) -> str:
+        said = one_line(self._clean(text))
+        return said if len(said) <= 200 else f"{said[:199]}…"
 
 
-TRY = "expected one that answers; check that it is up, then run again: what was answered is kept"
-
-
-def _reply(found: Any) -> Reply | None:
-    """A chat completion → what was said; None for what is none (a page in HTML, an error sent as a success)."""
+def reply_of(body: bytes) -> Reply | None:
+    """The reply in the JSON of a chat completion; None for anything else."""
     try:
-        choice = found.choices[0]
-        said = choice.message.content if choice.message.content is not None else ""
-        used = found.usage
-        tokens = (0, 0) if used is None else (int(used.prompt_tokens or 0), int(used.completion_tokens or 0))
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return None
-    return Reply(said, str(choice.finish_reason or ""), *tokens) if isinstance(said, str) else None
-
-
-Kind = Literal["again", "refused", "failed", "limit", "key", "model", "account", "parameter"]
-AGAIN = (408, 409, 425, 429)
-"""And everything from 500 on."""
-STOP: dict[int, Kind] = {401: "key", 402: "account", 403: "key", 404: "model", 405: "model"}
-CODES: dict[str, Kind] = {
-    "insufficient_quota": "account",
-    "model_not_found": "model",
-    "unsupported_parameter": "parameter",
-    "unsupported_value": "parameter",
-}
-TOO_LONG = re.compile(
-    r"context[ _]?(length|window|size)|maximum (context|sequence|input|model)|too (long|many tokens|large)|exceeds? .{0,40}(tokens|length)",
-    re.IGNORECASE,
-)
-LIMIT = re.compile(r"max_completion_tokens")
-
-
-class Trouble(NamedTuple):
-    """Why there is no reply."""
-
-    kind: Kind
-    """again: a retry may mend it. refused: this request, whatever is done. failed: no retry helps, and why is not known. limit: the
-    endpoint knows max_tokens by another name. Else what stops the judge: key, model, account, parameter."""
-    said: str
-    wait: float | None = None
-    """Seconds that the endpoint asks to wait."""
-
-
-def trouble_of(error: Exception, clean: Callable[[str], str]) -> Trouble:
-    """An exception of the package (or a time-out, or a body that is no JSON) → what to do; `clean` takes the key out of text."""
-    if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Trouble("again", "a time-out")
-    if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__
-        return Trouble("again", f"no connection ({_line(str(cause) or type(cause).__name__, clean)})")
-    if not isinstance(error, openai.APIStatusError):
-        return Trouble("again", f"a body that can't be read ({type(error).__name__})")
-    status, code = error.status_code, str(error.code or "")
-    said = f"HTTP {status}"
-    if status != 401:  # OpenAI's names the key's ends
-        said += f" ({_line(error.message.removeprefix(f'Error code: {status} - '), clean)})"
-    if code in CODES and not (code == "unsupported_parameter" and LIMIT.search(error.message)):
-        return Trouble(CODES[code], said)
-    if status in AGAIN or status >= 500:
-        return Trouble("again", said, _wait(error.response.headers))
-    if status in STOP:
-        return Trouble(STOP[status], said)
-    if status in (400, 422) and LIMIT.search(error.message):
-        return Trouble("limit", said)
-    if status == 413 or TOO_LONG.search(error.message):
-        return Trouble("refused", "its prompt is too long for the judge")
-    if code == "content_filter":
-        return Trouble("refused", "the endpoint's filter refused it")
-    return Trouble("failed", said)
-
-
-def _line(text: str, clean: Callable[[str], str]) -> str:
-    said = one_line(clean(text))
-    return said if len(said) <= 200 else f"{said[:199]}…"
-
-
-def _wait(headers: Mapping[str, str]) -> float | None:
-    """Retry-After: seconds or a date; retry-after-ms before it."""
-    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
-    try:
-        if milliseconds is not None:
-            return max(0.0, float(milliseconds) / 1000)
-        return None if value is None else max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(str(value)).timestamp() - time.time())
-    except ValueError:
+        found = json.loads(body)
+        choice, used = found["choices"][0], found.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        tokens = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(text, str(choice.get("finish_reason") or ""), *tokens) if isinstance(text, str) else None
+    except (AttributeError, LookupError, TypeError, ValueError):
         return None

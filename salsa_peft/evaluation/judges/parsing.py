@@ -1,14 +1,14 @@
-"""A judge's reply → its verdict: [[A]], [[B]] or [[C]], as FastChat reads it where one letter stands there alone.
+"""A judge's reply → its verdict: [[A]], [[B]] or [[C]].
 
-FastChat's rule is a search for [[A]], then [[B]], then [[C]], anywhere in the reply. So a judge that repeats its instruction, or quotes an
-answer that holds a verdict, says A. Here a bracket counts by how it is used:
+On a reply with a single bracket the result is FastChat's. FastChat searches for [[A]], then [[B]], then [[C]], anywhere in the reply, and
+so reads a judge that repeats its instruction, or quotes an answer that contains a verdict, as A. Here each bracket is classified by its use:
 
-- not at all: in thinking aloud, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, asked, or as code
-  (`x[[A]]`);
-- as a verdict: otherwise; more so where it is declared ("final verdict: …"), or stands as a line or sentence of its own.
+- ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, in a question,
+  or as code (`x[[A]]`);
+- a verdict: anywhere else; a declared verdict if the text calls it one ("final verdict: …"), or if it is a line or sentence of its own.
 
-The brackets of the strongest use decide. Where they name different letters, the last one is taken if the text says that it revises the
-earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked again. Imports no torch.
+Declared verdicts take precedence. If the remaining brackets name different letters, the last one counts if the text says that it revises
+the earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked again. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ BRACKET = re.compile(r"(?<!\w)\[\[\s*([ABC])\s*\]\](?!\w)", re.IGNORECASE)
 VERDICTS = {"A": "A", "B": "B", "C": "tie"}
 QUOTES = "\"'`*_“”‘’«»"
 CONTEXT = 400
-"""Characters before and after a bracket that are looked at."""
+"""Characters before and after a bracket that are inspected."""
 THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final<\|message\|>")
-"""Ends thinking aloud: tags, or gpt-oss' channels."""
+"""End of the judge's thinking: tags, or gpt-oss' channels."""
 THINKS = re.compile(r"<think(?:ing)?>|<\|channel\|>analysis<\|message\|>")
 FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
 """After "if": not followed by "I had to choose", which announces a real verdict."""
 CONDITION = re.compile(rf"[{QUOTES}]*[ \t,:–—-]*\(?(if{FORCED}|when|whenever|in case)\b", re.IGNORECASE)
-"""After a bracket: the text says when to write it."""
+"""After a bracket: a condition under which to write it, as in an instruction."""
 FOR_A_TIE = re.compile(rf"[{QUOTES}]*[\s,:–—-]*\(?(for|in case of|means) (a )?(tie|draw)\b", re.IGNORECASE)
 LISTED = re.compile(rf"\b(and|or)\s*[{QUOTES}]*$", re.IGNORECASE)
-"""Before a bracket: it is one of several."""
+"""Before a bracket: the bracket is an item of a list."""
 SENTENCE_END = re.compile(rf"[.!?][{QUOTES})\]]*\s|\n\s*\n")
 LINE_START = re.compile(rf"[\s\d.){QUOTES}•+#>-]*")
 LONGEST_GAP = 120
-"""Characters between two brackets of one sentence."""
+"""Most characters between two brackets of one sentence."""
 REPEATED = re.compile(
     r"^=+\s*Begin[^\n]*=+\s*$.*?(^=+\s*End[^\n]*=+\s*$|\Z)|\[The Start of [^\]]*\].*?(\[The End of [^\]]*\]|\Z)"
     r"|<\|The Start of [^|]*\|>.*?(<\|The End of [^|]*\|>|\Z)",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-"""An answer, or the whole prompt, that the judge repeats between the marks of our prompts, FastChat's or Arena-Hard's."""
+"""An answer or the whole prompt that the judge repeats between the delimiters of our prompts, FastChat's or Arena-Hard's."""
 FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
 NEGATED = re.compile(
     r"(\b(not|never|nor|neither|cannot|rather than|instead of|as opposed to)\b|n[’']t\b)[^:;.!?\n]{0,30}$",
@@ -52,7 +52,7 @@ CONCEDED = re.compile(
     r"|(was|were|felt) (almost |nearly )?(tempted|inclined|leaning|going)|almost|nearly)\b[^,;:.!?\n]*$",
     re.IGNORECASE,
 )
-"""In the clause before a bracket: a concession, somebody else's view, or a first impression that is given up."""
+"""In the clause before a bracket: a concession, somebody else's view, or a first impression that is then abandoned."""
 HYPOTHETICAL = re.compile(
     rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
     re.IGNORECASE,
@@ -62,9 +62,9 @@ ASKED = re.compile(
     r"|which|what|who|whose|why|how|when|where)\b",
     re.IGNORECASE,
 )
-"""How a question begins."""
+"""The beginning of a question."""
 QUESTION_MARK = re.compile(rf"[{QUOTES})\]]*\s?\?")
-"""Right after a bracket: it is asked, not said."""
+"""Right after a bracket: the bracket is part of a question."""
 SPEAKER = r"\b(assistants?|answers?|responses?|models?|candidates?|repl(y|ies)|texts?|outputs?|prompts?|users?|instructions?|it|which|that)\b"
 SAYS = (
     r"(says?|said|saying|writes?|wrote|writing|written|claims?|claimed|claiming|contains?|contained|containing|includes?|included|including"
@@ -77,12 +77,12 @@ ATTRIBUTED = re.compile(
     rf"[{QUOTES}>\s]*$",
     re.IGNORECASE,
 )
-"""Before a bracket: an assistant's words, not the judge's."""
+"""Before a bracket: the bracket is quoted from an assistant."""
 ATTRIBUTED_QUOTATION = re.compile(
     rf"({SPEAKER}[^.!?\n]*\b{SAYS}|\b(string|phrase|token|tag|marker|words|text|line|sequence|quotation|instruction))\b[^.!?\n]*$",
     re.IGNORECASE,
 )
-"""Before a quotation that holds a bracket."""
+"""Before a quotation that contains a bracket."""
 AFTER_QUOTATION = re.compile(
     r"[.!]?[\"'”’»`]+[\s,(–—-]*(says?|said|wrote|writes?|claims?|claimed|is what|as (assistant|answer|it)|appears?|appeared|occurs?|stands?|in (its|the|their|assistant|answer)"
     r"|inside|at the end of|by assistant|from (assistant|answer))\b",
@@ -91,7 +91,7 @@ AFTER_QUOTATION = re.compile(
 LED_IN = re.compile(r"\b(assistant|answer|response|model|candidate) [AB12]\b([’']s)?[\w ]*$", re.IGNORECASE)
 """A line before a quotation: "Assistant A's answer"."""
 NOTHING_ELSE = re.compile(r"\W*(\w+\n)?\W*((my|the|final|verdict|answer|is|winner|[ABC])\b\W*)*", re.IGNORECASE)
-"""A code block that holds a verdict alone, after the name of its language."""
+"""A code block that contains only a verdict, after the name of its language."""
 CUE = re.compile(
     r"\b(verdict|final(ly)?|choose|chose|choice|decision|decide|judg(e)?ment|conclusion|conclude|winner|therefore|pick|my answer|i answer)\b",
     re.IGNORECASE,
@@ -105,9 +105,9 @@ SAID, DECLARED = 1, 2
 
 
 def read_verdict(text: str) -> str | None:
-    """A | B | tie, or None where the reply has no verdict, or more than one that could be meant."""
+    """A | B | tie, or None if the reply has no verdict or an ambiguous one."""
     text = THOUGHT.split(text)[-1]
-    text = THINKS.split(text)[0]  # the reply was cut before it came to an answer
+    text = THINKS.split(text)[0]  # thinking without an end: the reply was cut
     repeated = [match.span() for match in REPEATED.finditer(text)]
     fences = [match.span() for match in FENCE.finditer(text)]
     uses = [
@@ -121,7 +121,7 @@ def read_verdict(text: str) -> str | None:
 
 
 def _settled(text: str, said: list[re.Match[str]]) -> str | None:
-    """The verdict of brackets that are used alike."""
+    """The verdict of brackets that have the same use."""
     if not said:
         return None
     last = said[-1]
@@ -144,7 +144,7 @@ def _within(bracket: re.Match[str], spans: list[tuple[int, int]]) -> bool:
 
 
 def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> int:
-    """0 where a bracket is no verdict, else SAID or DECLARED."""
+    """0 if a bracket is no verdict, else SAID or DECLARED."""
     before, after = _sentence(text, bracket), text[bracket.end() : bracket.end() + CONTEXT]
     listed = LISTED.search(before[-20:]) or "]]" in before[-LONGEST_GAP:]
     if CONDITION.match(after) or (FOR_A_TIE.match(after) and listed) or _asked(before, after):
@@ -168,14 +168,14 @@ def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> in
 
 
 def _sentence(text: str, bracket: re.Match[str]) -> str:
-    """What stands in the bracket's sentence before it."""
+    """The part of the bracket's sentence before it."""
     before = text[max(0, bracket.start() - CONTEXT) : bracket.start()]
     ends = [match.end() for match in SENTENCE_END.finditer(before)]
     return before[ends[-1] if ends else 0 :].rpartition("\n")[2]
 
 
 def _asked(before: str, after: str) -> bool:
-    """Whether a bracket stands in a question; not one that follows a verdict in its sentence: "[[A]], right?"."""
+    """Whether a bracket is in a question, other than one that follows the verdict ("[[A]], right?")."""
     ends = re.search(r"[.!?\n]", after)
     return QUESTION_MARK.match(after) is not None or (
         ASKED.match(before) is not None and ends is not None and ends[0] == "?"
@@ -183,14 +183,14 @@ def _asked(before: str, after: str) -> bool:
 
 
 def _led_in(before: str) -> bool:
-    """Whether the text before a line or a code block announces somebody's words: "Answer A ends with:"."""
+    """Whether the text before a line or a code block announces a quotation: "Answer A ends with:"."""
     line = before[-CONTEXT:].rstrip("\n >").rpartition("\n")[2].rstrip()
     line, colon, rest = line.rpartition(":")
     return bool(colon and not rest.strip("*_")) and bool(ATTRIBUTED_QUOTATION.search(line) or LED_IN.search(line))
 
 
 def _quotation(before: str) -> int | None:
-    """How many characters before the bracket a quotation on its line opens; None where it stands in none."""
+    """Characters from the start of the quotation that the bracket is in to the bracket; None outside quotations."""
     places = [before.rfind(mark) for mark in '"`' if before.count(mark) % 2]
     places += [
         before.rfind(opening)
@@ -203,7 +203,7 @@ def _quotation(before: str) -> int | None:
 
 
 def _declared(text: str, bracket: re.Match[str]) -> bool:
-    """Whether a bracket is a sentence or a line of its own, or is called the verdict."""
+    """Whether a bracket is a sentence or a line of its own, or the text calls it the verdict."""
     before = _sentence(text, bracket)
     alone = LINE_START.fullmatch(before) is not None and re.match(
         rf"[{QUOTES}\]}})$.!\s]*(\n|\Z)", text[bracket.end() : bracket.end() + 40]
@@ -212,7 +212,7 @@ def _declared(text: str, bracket: re.Match[str]) -> bool:
 
 
 def _groups(text: str, brackets: list[re.Match[str]]) -> Iterator[list[re.Match[str]]]:
-    """Brackets of one sentence or list together."""
+    """Brackets grouped by sentence or list."""
     group: list[re.Match[str]] = []
     for bracket in brackets:
         if group and not _together(text, group[-1], bracket):
@@ -224,7 +224,7 @@ def _groups(text: str, brackets: list[re.Match[str]]) -> Iterator[list[re.Match[
 
 
 def _together(text: str, first: re.Match[str], second: re.Match[str]) -> bool:
-    """Whether two brackets stand in one sentence, or begin two lines of a list."""
+    """Whether two brackets are in one sentence, or begin two lines of a list."""
     gap = text[first.end() : second.start()]
     before, newline, after = gap.rpartition("\n")
     if len(gap) > LONGEST_GAP or (newline and not LINE_START.fullmatch(after)):

@@ -1,7 +1,8 @@
-"""What a judge is asked about two answers.
+"""The prompt of a judge for one comparison, and the types that every judge shares.
 
-`figure7` says in our words what the paper's judge is told (Figure 7). `fastchat` takes FastChat's own judge_prompts.jsonl and picks by turn and
-category as its gen_judgment.py does. FastChat's delimiters stay as they are in its file; ours give way to what an answer holds. Imports no torch.
+`figure7` puts the prompt of the paper's judge (Figure 7) in our words. `fastchat` takes FastChat's own judge_prompts.jsonl and chooses by
+turn and category as its gen_judgment.py does. FastChat's delimiters stay as they are in its file; ours change where an answer contains
+them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,57 +10,52 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from salsa_peft.config.judge import PROMPT_FIELDS, read_prompts
+from salsa_peft.config.judge import PROMPT_FIELDS, Judge, read_prompts
 from salsa_peft.utils.errors import require
 
-if TYPE_CHECKING:
-    from salsa_peft.config.judge import Judge
-
-
-Verdict = str | None
-"""A | B | tie; None: missing."""
 NEED_REFERENCES = ("math", "reasoning", "coding", "arena-hard-200")
-"""Categories that FastChat judges by a reference answer."""
+"""Categories that FastChat judges with a reference answer."""
 
 
-class Game(NamedTuple):
-    """One question and two answers in one order."""
+class Comparison(NamedTuple):
+    """One question and two answers, in the order in which the judge sees them."""
 
     turns: tuple[str, ...]
-    """The user's turns up to the judged one; messages before the first are put before it."""
+    """The user's turns up to the judged one; the first includes any messages before it."""
     a: tuple[str, ...]
-    """Answers to those turns, of what the judge sees first."""
+    """The answers shown first, one for each turn."""
     b: tuple[str, ...]
     turn: int
-    """The judged one, from 1."""
+    """Number of the judged turn, from 1."""
     category: str | None = None
     references: tuple[str, ...] | None = None
     """Reference answers by turn."""
     scores: tuple[float, float] | None = None
-    """Of the two judged answers, for the judge `reward`."""
+    """Reward scores of the two judged answers, for the judge `reward`."""
 
 
-class Ruling(NamedTuple):
-    """What a game came to."""
+class Verdict(NamedTuple):
+    """A judge's decision on one comparison."""
 
-    verdict: Verdict
+    winner: str | None
+    """A (shown first) | B | tie; None: missing."""
     prompt: str
-    """What the judge was told as the user's message, the last time it was asked."""
+    """The user message of the last request."""
     text: str
-    """What it said; "" where it said nothing."""
+    """The judge's reply; "" without one."""
     asked: int
-    """Answers that it took, from the cache or not."""
+    """Number of replies, from the cache or not."""
     why: str = ""
-    """Of a missing one."""
+    """Why a verdict is missing."""
 
 
-class Told(NamedTuple):
-    """A rendered game."""
+class JudgePrompt(NamedTuple):
+    """System and user message of a judge for one comparison."""
 
     name: str
-    """Of the prompt: figure7, pair-math-v1 …"""
+    """figure7, pair-math-v1 …"""
     system: str
     user: str
 
@@ -85,27 +81,29 @@ REMINDER = (
     "\n\n(Your last answer to this had no verdict that could be read. Keep the explanation to two sentences and end with one of these"
     " alone: [[A]], [[B]] or [[C]].)"
 )
-"""Put after the prompt where a judge at temperature 0 is asked again: it would answer the same to the same."""
+"""Added to the prompt when a judge at temperature 0 is asked again; the same prompt would give the same reply."""
 
 
-def figure7(game: Game) -> Told:
-    """The question and two answers, or two conversations, between marks that no text in them can close."""
-    mark = _marks([*game.turns, *game.a, *game.b])
-    if len(game.turns) == 1:
-        blocks = [("User's question", game.turns[0]), ("Assistant A's answer", game.a[0]), ("Assistant B's answer", game.b[0])]  # fmt: skip
-        return Told("figure7", ONE, "\n\n".join(mark(name, text) for name, text in blocks))
-    asked = list(enumerate(game.turns, 1))
+def figure7(comparison: Comparison) -> JudgePrompt:
+    """The question and two answers, or two conversations, between delimiters that no text in them can close."""
+    mark = _marks([*comparison.turns, *comparison.a, *comparison.b])
+    if len(comparison.turns) == 1:
+        blocks = [("User's question", comparison.turns[0]), ("Assistant A's answer", comparison.a[0]), ("Assistant B's answer", comparison.b[0])]  # fmt: skip
+        return JudgePrompt("figure7", ONE, "\n\n".join(mark(name, text) for name, text in blocks))
+    asked = list(enumerate(comparison.turns, 1))
     blocks = []
-    for who, answers in (("A", game.a), ("B", game.b)):
+    for who, answers in (("A", comparison.a), ("B", comparison.b)):
         for (turn, question), answer in zip(asked, answers, strict=True):
             blocks += [(f"Conversation with assistant {who}, question {turn}", question),
                        (f"Conversation with assistant {who}, answer {turn}", answer)]  # fmt: skip
-    return Told("figure7-multi-turn", SEVERAL, "\n\n".join(mark(name, text) for name, text in blocks))
+    return JudgePrompt("figure7-multi-turn", SEVERAL, "\n\n".join(mark(name, text) for name, text in blocks))
 
 
 def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
-    """How a named block is marked: its begin and end carry digits of a hash of all texts where one of them holds such a mark; the same
-    in both orders of a pair."""
+    """A function that puts a named block between delimiters.
+
+    If a text contains such a delimiter, ours carry eight digits of a hash of all texts; they are the same in both orders of a pair.
+    """
     tag = ""
     if any(re.search(r"=\s*(begin|end)\b", text, re.IGNORECASE) for text in texts):
         digest = hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest()
@@ -115,42 +113,46 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
 
 PROMPT_FIELDS["pair-math-v1"] = PROMPT_FIELDS["pair-v2"] | {"ref_answer_1"}
 PROMPT_FIELDS["pair-math-v1-multi-turn"] = PROMPT_FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
-"""Prompts of FastChat's file that compare two answers, and what each has a place for."""
+"""FastChat's pairwise prompts and the fields of each."""
 
 
-def fastchat(prompts: Mapping[str, Mapping[str, str]], game: Game) -> Told:
-    """pair-v2, its -multi-turn for a second turn; pair-math-v1 for the categories that need references, where there are some."""
+def fastchat(prompts: Mapping[str, Mapping[str, str]], comparison: Comparison) -> JudgePrompt:
+    """FastChat's pair-v2, or pair-math-v1 where the category needs references and has them; -multi-turn for a second turn."""
     require(
-        len(game.turns) <= 2,
-        f"evaluate.judge.prompt: found fastchat and a question of {len(game.turns)} turns, expected at most 2, for which it has"
-        " prompts; set evaluate.judge.prompt=figure7",
+        len(comparison.turns) <= 2,
+        f"evaluate.judge.prompt: FastChat's prompts cover at most 2 turns, and a question has {len(comparison.turns)};"
+        " set evaluate.judge.prompt=figure7",
     )
-    several = len(game.turns) == 2
-    references = list(game.references or ())[: len(game.turns)]
-    by_reference = game.category in NEED_REFERENCES and len(references) == len(game.turns) and all(references)
+    several = len(comparison.turns) == 2
+    references = list(comparison.references or ())[: len(comparison.turns)]
+    by_reference = (
+        comparison.category in NEED_REFERENCES and len(references) == len(comparison.turns) and all(references)
+    )
     name = ("pair-math-v1" if by_reference else "pair-v2") + ("-multi-turn" if several else "")
     if several:
-        values = {f"{key}_{turn}": text for key, texts in (("question", game.turns), ("answer_a", game.a), ("answer_b", game.b))
+        values = {f"{key}_{turn}": text for key, texts in (("question", comparison.turns), ("answer_a", comparison.a), ("answer_b", comparison.b))
                   for turn, text in enumerate(texts, 1)}  # fmt: skip
     else:
-        values = {"question": game.turns[0], "answer_a": game.a[0], "answer_b": game.b[0]}
+        values = {"question": comparison.turns[0], "answer_a": comparison.a[0], "answer_b": comparison.b[0]}
     values |= {f"ref_answer_{turn}": text for turn, text in enumerate(references, 1)}
-    return Told(name, prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**values))
+    return JudgePrompt(name, prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**values))
 
 
-def renderer(section: Judge) -> Callable[[Game], Told]:
-    """How this judge is told of a game. Raises SalsaError where FastChat's file can't be read."""
+def renderer(section: Judge) -> Callable[[Comparison], JudgePrompt]:
+    """The function that turns a comparison into this judge's prompt. Raises SalsaError if FastChat's file cannot be read."""
     if section.prompt == "figure7":
-        return lambda game: figure7(_clean(game))
+        return lambda comparison: figure7(_clean(comparison))
     prompts = read_prompts(str(section.prompts))
-    return lambda game: fastchat(prompts, _clean(game))
+    return lambda comparison: fastchat(prompts, _clean(comparison))
 
 
-def _clean(game: Game) -> Game:
-    """The same without lone surrogates, which no endpoint and no hash takes."""
+def _clean(comparison: Comparison) -> Comparison:
+    """The same without lone surrogates, which neither an endpoint nor a hash accepts."""
 
     def clean(texts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(text.encode("utf-8", "replace").decode("utf-8") for text in texts)
 
-    references = None if game.references is None else clean(tuple(text or "" for text in game.references))
-    return game._replace(turns=clean(game.turns), a=clean(game.a), b=clean(game.b), references=references)
+    references = None if comparison.references is None else clean(tuple(text or "" for text in comparison.references))
+    return comparison._replace(
+        turns=clean(comparison.turns), a=clean(comparison.a), b=clean(comparison.b), references=references
+    )

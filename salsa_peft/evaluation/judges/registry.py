@@ -1,7 +1,7 @@
-"""Who says which of two answers is better: openai | local | reward | function.
+"""The judges of pairwise comparisons: openai | local | reward | function.
 
-A judge is a callable `(games, progress) → rulings`, in the games' order, with `calls`; progress is called with the number of games just
-done. Each sees one game at a time, in the order it is given; both orders of a pair are two games.
+A judge is a callable `(comparisons, progress) → verdicts`, in the same order, with `calls`; it calls progress with the number of
+comparisons just decided. It sees one comparison at a time; the two orders of a pair of answers are two comparisons.
 """
 
 from __future__ import annotations
@@ -15,117 +15,118 @@ from typing import Any, Protocol
 
 from salsa_peft.config.judge import Judge, check_ready
 from salsa_peft.evaluation.judges.chat import CALLS, ChatJudge
-from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
 
 WHERE = "evaluate.judge"
 Say = Callable[[str], None]
 VERDICTS = {"A": "A", "B": "B", "C": "tie", "tie": "tie", None: None}
-"""What a function may say."""
+"""What a judge function may return for a comparison → the winner."""
 
 
-class Judging(Protocol):
-    """What judges games."""
+class PairwiseJudge(Protocol):
+    """Decides comparisons."""
 
     @property
     def calls(self) -> dict[str, int]:
-        """asked, cached, retried, prompt_tokens, completion_tokens: since it was made."""
+        """asked, cached, retried, prompt_tokens, completion_tokens: counted since the judge was created."""
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
-        """A ruling for each game."""
+    def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
+        """A verdict for each comparison."""
 
 
 class RewardJudge:
-    """Compares `Game.scores`; up to `margin` apart they tie, and one that is no number is missing."""
+    """Compares `Comparison.scores`: a tie up to a difference of `margin`, missing where a score is not finite."""
 
     def __init__(self, margin: float) -> None:
         self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
-        rulings = [self._ruling(game) for game in games]
-        progress(len(games))
-        return rulings
+    def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
+        verdicts = [self._verdict(comparison) for comparison in comparisons]
+        progress(len(comparisons))
+        return verdicts
 
-    def _ruling(self, game: Game) -> Ruling:
-        if game.scores is None:
+    def _verdict(self, comparison: Comparison) -> Verdict:
+        if comparison.scores is None:
             raise SalsaError(
-                f"{WHERE}: found answers without the recipe's reward, expected a score for each; set {WHERE}.kind to another judge"
+                f"{WHERE}: the answers have no scores of the recipe's reward, which this judge compares; set {WHERE}.kind to another judge"
             )
-        a, b = game.scores
-        said = f"scores {a:.4f} and {b:.4f}"
+        a, b = comparison.scores
+        text = f"scores {a:.4f} and {b:.4f}"
         if not (math.isfinite(a) and math.isfinite(b)):
-            return Ruling(None, "", said, 0, "a score that is no number")
-        return Ruling("tie" if abs(a - b) <= self.margin else "A" if a > b else "B", "", said, 0)
+            return Verdict(None, "", text, 0, "a score that is not a finite number")
+        return Verdict("tie" if abs(a - b) <= self.margin else "A" if a > b else "B", "", text, 0)
 
 
 class FunctionJudge:
-    """`function(questions, first, second, **more) -> list["A" | "B" | "C" | "tie" | None]`, called by keyword with what it takes.
+    """`function(questions, first, second, **more) -> list["A" | "B" | "C" | "tie" | None]`, called with keyword arguments.
 
-    questions: for each game the user's turns up to the judged one as messages, [{role: user, content}, …]. first, second: the texts of
-    the two answers to the last of them. Also to be had: `conversations_first`, `conversations_second` (messages, the earlier answers
-    among them, the judged one last), `turns` (the judged one's number), `categories`, `references` (lists by turn, or None). A list of
-    one verdict for each game: A the first is better, B the second, C or tie neither; None: no verdict, the game counts as missing. Called
-    with at most `concurrency` games at once. An async function is awaited. Nothing is cached.
+    questions: for each comparison the user's turns up to the judged one as messages, [{role: user, content}, …]. first, second: the
+    texts of the two answers to the last turn. It may also take `conversations_first`, `conversations_second` (messages with the earlier
+    answers, the judged one last), `turns` (the number of the judged turn), `categories`, and `references` (lists by turn, or None).
+    It returns one verdict for each comparison: A if the first answer is better, B if the second is, C or tie if neither is, None for no
+    verdict (the comparison counts as missing). It is called with at most `concurrency` comparisons at once. An async function is
+    awaited. Nothing is cached.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], batch: int) -> None:
         self.name, self.function, self.batch, self.calls = name, function, batch, dict.fromkeys(CALLS, 0)
-        known = set(self._given([]))
+        known = set(self._arguments([]))
         parameters = inspect.signature(function).parameters.values()
         self.keywords = any(one.kind is one.VAR_KEYWORD for one in parameters)
         named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
-        by_place = [one.name for one in named if one.kind is one.POSITIONAL_ONLY]
+        positional = [one.name for one in named if one.kind is one.POSITIONAL_ONLY]
         unknown = [one.name for one in named if one.name not in known and one.default is one.empty]
         require(
-            not by_place and not unknown,
-            f"judge {name}: it takes {', '.join(by_place or unknown)}{' by position only' * bool(by_place)}, expected keywords among"
-            f" {', '.join(sorted(known))}",
+            not positional and not unknown,
+            f"judge {name}: its parameter {', '.join(positional or unknown)} {'is positional-only' if positional else 'is unknown'};"
+            f" it can take the keyword arguments {', '.join(sorted(known))}",
         )
         self.takes = {one.name for one in named}
 
-    def __call__(self, games: Sequence[Game], progress: Callable[[int], None]) -> list[Ruling]:
-        rulings: list[Ruling] = []
-        for start in range(0, len(games), self.batch):
-            part = games[start : start + self.batch]
-            given = {key: value for key, value in self._given(part).items() if self.keywords or key in self.takes}
+    def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        for start in range(0, len(comparisons), self.batch):
+            part = comparisons[start : start + self.batch]
+            given = {key: value for key, value in self._arguments(part).items() if self.keywords or key in self.takes}
             found = self.function(**given)
             found = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
             self.calls["asked"] += len(part)
-            rulings += [self._ruling(one) for one in self._checked(found, len(part))]
+            sized = not isinstance(found, str | bytes | Mapping | Set) and hasattr(found, "__len__")
+            require(
+                sized and len(found) == len(part),
+                f"judge {self.name}: returned {short(found)}, expected a list of {len(part)} verdicts, one for each comparison",
+            )
+            verdicts += [self._verdict(one) for one in found]
             progress(len(part))
-        return rulings
+        return verdicts
 
-    def _given(self, games: Sequence[Game]) -> dict[str, list[Any]]:
+    def _arguments(self, comparisons: Sequence[Comparison]) -> dict[str, list[Any]]:
         return {
-            "questions": [[_said("user", text) for text in game.turns] for game in games],
-            "first": [game.a[-1] for game in games],
-            "second": [game.b[-1] for game in games],
-            "conversations_first": [_conversation(game.turns, game.a) for game in games],
-            "conversations_second": [_conversation(game.turns, game.b) for game in games],
-            "turns": [game.turn for game in games],
-            "categories": [game.category for game in games],
-            "references": [None if game.references is None else list(game.references) for game in games],
+            "questions": [[_message("user", text) for text in one.turns] for one in comparisons],
+            "first": [one.a[-1] for one in comparisons],
+            "second": [one.b[-1] for one in comparisons],
+            "conversations_first": [_conversation(one.turns, one.a) for one in comparisons],
+            "conversations_second": [_conversation(one.turns, one.b) for one in comparisons],
+            "turns": [one.turn for one in comparisons],
+            "categories": [one.category for one in comparisons],
+            "references": [None if one.references is None else list(one.references) for one in comparisons],
         }
 
-    def _checked(self, found: Any, count: int) -> list[Any]:
-        fits = not isinstance(found, str | bytes | Mapping | Set) and hasattr(found, "__len__") and len(found) == count
+    def _verdict(self, returned: Any) -> Verdict:
         require(
-            fits, f"judge {self.name}: found {short(found)}, expected a list of {count} verdicts, one for each game"
+            returned is None or (isinstance(returned, str) and returned in VERDICTS),
+            f"judge {self.name}: returned the verdict {short(returned)}, expected A, B, C, tie or None",
         )
-        return list(found)
-
-    def _ruling(self, said: Any) -> Ruling:
-        fits = said is None or (isinstance(said, str) and said in VERDICTS)
-        require(fits, f"judge {self.name}: found the verdict {short(said)}, expected A, B, C, tie or None")
-        return Ruling(VERDICTS[said], "", "" if said is None else said, 1, "no verdict" if said is None else "")
+        return Verdict(VERDICTS[returned], "", returned or "", 1, "no verdict" if returned is None else "")
 
 
 async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _said(role: str, text: str) -> dict[str, str]:
+def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
@@ -133,11 +134,11 @@ def _conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str
     return [
         message
         for turn, answer in zip(turns, answers, strict=True)
-        for message in (_said("user", turn), _said("assistant", answer))
+        for message in (_message("user", turn), _message("assistant", answer))
     ]
 
 
-def _openai(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _openai(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     check_ready(section, WHERE)
     from salsa_peft.evaluation.judges.openai_api import Endpoint
 
@@ -145,32 +146,32 @@ def _openai(section: Judge, cache: Path | None, say: Say) -> Judging:
     return ChatJudge(section, Endpoint(section, calls), calls, cache, say)
 
 
-def _local(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _local(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     from salsa_peft.evaluation.judges.local import LocalModel
 
     calls = dict.fromkeys(CALLS, 0)
     return ChatJudge(section, LocalModel(section, calls), calls, cache, say)
 
 
-def _reward(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _reward(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     return RewardJudge(section.margin)
 
 
-def _function(section: Judge, cache: Path | None, say: Say) -> Judging:
+def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     from salsa_peft.models.rewards.function import load_function
 
     return FunctionJudge(str(section.model), load_function(str(section.model)), section.concurrency)
 
 
-JUDGES: dict[str, Callable[[Judge, Path | None, Say], Judging]] = {
+JUDGES: dict[str, Callable[[Judge, Path | None, Say], PairwiseJudge]] = {
     "openai": _openai,
     "local": _local,
     "reward": _reward,
     "function": _function,
 }
-"""Kind → what makes it, of the recipe's section, the cache's file (None: none) and what says a line to the user."""
+"""Kind → its constructor: (section of the recipe, file of the cache or None, function that prints a line) → judge."""
 
 
-def judge_of(section: Judge, *, cache: Path | None, say: Say) -> Judging:
-    """The judge that a recipe names. Raises SalsaError where it lacks what it needs, before anything is asked."""
+def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
+    """The judge that a recipe names. Raises SalsaError, before any request, if it lacks something it needs."""
     return JUDGES[section.kind](section, cache, say)

@@ -1,7 +1,7 @@
-"""The judge stage: every pair's answers to every question, each turn apart, judged in both orders → judgments, rates, FastChat's files.
+"""The judge stage: judges the answers of every pair of models to every question, turn by turn, in both orders.
 
-A win needs both games (FastChat's rule). Replies are kept in <run>/judge_cache.sqlite the moment they come: a run that is killed asks
-nothing twice, and a judge stage with another pair, or made again, asks only what is new.
+A model wins a turn only if it wins in both orders (FastChat's rule). Replies are kept in <run>/judge_cache.sqlite as soon as they arrive: a
+run that was killed repeats no request, and a judge stage with another pair sends only what is new.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Job
-from salsa_peft.config.schema import Recipe
 from salsa_peft.evaluation import comparisons, fastchat
-from salsa_peft.evaluation.judge_statistics import Judged, judged_pair
-from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judge_statistics import Judgment, pair_result
+from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import read_json_lines, write_atomic
@@ -26,12 +25,12 @@ from salsa_peft.utils.statistics import holm
 CACHE = "judge_cache.sqlite"
 Pairs = list[tuple[str, str]]
 BOTH = {"A": ("a", "b"), "B": ("b", "a"), "tie": ("tie", "tie"), None: ("missing", "missing")}
-"""Verdict → whom it means in the game a–b, and in the game b–a."""
+"""Winner of a comparison → the winning model if a's answer was shown first, and if b's was."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was asked and answered, as the evaluate stage left it."""
+    """One set of questions with all models' answers, read from the evaluate stage's files."""
 
     questions: list[dict[str, Any]]
     answers: dict[tuple[str, int], list[dict[str, Any]]]
@@ -48,8 +47,8 @@ class Match(NamedTuple):
     b: str
 
 
-def read(folder: Path) -> dict[str, Dataset]:
-    """Name of a set → its questions and answers, of the evaluate stage's folder."""
+def read_answers(folder: Path) -> dict[str, Dataset]:
+    """Name of a set → its questions and answers, from the folder of the evaluate stage."""
     found: dict[str, Dataset] = {}
     for row in read_json_lines(folder / "questions.jsonl"):
         found.setdefault(row["dataset"], Dataset([], {})).questions.append(row)
@@ -58,43 +57,45 @@ def read(folder: Path) -> dict[str, Dataset]:
     return found
 
 
-def matches(found: dict[str, Dataset], pairs: Pairs, sets: Iterable[str]) -> list[Match]:
-    """Everything that is judged of these pairs, in order."""
+def matches(datasets: dict[str, Dataset], pairs: Pairs, sets: Iterable[str]) -> list[Match]:
+    """All matches of these pairs on these sets of questions, in order."""
     return [
         Match(name, question, turn, a, b)
         for a, b in pairs
         for name in sets
-        for question in found[name].questions
+        for question in datasets[name].questions
         for turn in range(1, len(question["turns"]) + 1)
     ]
 
 
-def games(match: Match, found: dict[str, Dataset]) -> list[Game]:
-    """The two games of a match: a's answer first, then b's."""
+def both_orders(match: Match, datasets: dict[str, Dataset]) -> list[Comparison]:
+    """The two comparisons of a match: a's answer shown first, then b's."""
     question, turn = match.question, match.turn
-    rows = [found[match.dataset].answers[model, question["index"]][:turn] for model in (match.a, match.b)]
-    said = [tuple(row["response"] for row in of) for of in rows]
+    rows = [datasets[match.dataset].answers[model, question["index"]][:turn] for model in (match.a, match.b)]
+    answers = [tuple(row["response"] for row in of) for of in rows]
     scores = [of[-1]["scores"].get("reward") for of in rows]
     references = tuple(question["reference"][:turn]) if question["reference"] else None
     turns = (_opening(question["messages"]), *question["turns"][1:turn])
     return [
-        Game(turns=turns, a=said[x], b=said[y], turn=turn, category=question["category"], references=references,
-             scores=None if None in scores else (scores[x], scores[y]))
+        Comparison(turns=turns, a=answers[x], b=answers[y], turn=turn, category=question["category"], references=references,
+                   scores=None if None in scores else (scores[x], scores[y]))
         for x, y in ((0, 1), (1, 0))
     ]  # fmt: skip
 
 
 def _opening(messages: Sequence[dict[str, str]]) -> str:
-    """What the first answer answers: one turn of the user's, or what was said before it too."""
+    """What the first answer replies to: a single user message, or all messages before it."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
 
 
-def judged(match: Match, found: dict[str, Dataset], rulings: Sequence[Ruling]) -> dict[str, Any]:
-    """A row of judgments.jsonl: both games, mapped back to a and b, and what they come to."""
-    first, second = BOTH[rulings[0].verdict][0], BOTH[rulings[1].verdict][1]
-    rows = [found[match.dataset].answers[model, match.question["index"]] for model in (match.a, match.b)]
+def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """A row of judgments.jsonl: the verdicts of both orders in terms of a and b, and the winner."""
+    first, second = BOTH[verdicts[0].winner][0], BOTH[verdicts[1].winner][1]
+    rows = [datasets[match.dataset].answers[model, match.question["index"]] for model in (match.a, match.b)]
+    lengths = [of[match.turn - 1]["length"] for of in rows]
+    judgment = Judgment(match.question["index"], match.turn, first, second, *lengths)
     return {
         "dataset": match.dataset,
         "question_id": match.question["question_id"],
@@ -105,89 +106,80 @@ def judged(match: Match, found: dict[str, Dataset], rulings: Sequence[Ruling]) -
         "b": match.b,
         "first": first,
         "second": second,
-        "winner": "missing" if "missing" in (first, second) else first if first == second else "tie",
-        "tie_kind": _tie_kind(first, second),
-        "lengths": [of[match.turn - 1]["length"] for of in rows],
-        "told": [ruling.text for ruling in rulings],
+        "winner": judgment.winner,
+        "tie_kind": judgment.tie_kind,
+        "lengths": lengths,
+        "told": [verdict.text for verdict in verdicts],
     }
 
 
-def _tie_kind(first: str, second: str) -> str | None:
-    if "missing" in (first, second) or (first == second != "tie"):
-        return None
-    return "agreed" if first == second else "half" if "tie" in (first, second) else "flipped"
-
-
 def statistics(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Rates, intervals and tests of one pair's rows, of one set of questions or several."""
+    """Rates, intervals and tests of one pair's rows, from one set of questions or several."""
     return asdict(
-        judged_pair(
+        pair_result(
             [
-                Judged((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
+                Judgment((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
                 for row in rows
             ]
         )
     )
 
 
-def verdicts(rows: Sequence[dict[str, Any]], found: dict[str, Dataset]) -> dict[str, Any]:
-    """Set of questions → its pairs, p-values corrected (Holm) over the cells of the set."""
-    datasets = {}
-    for name, one in found.items():
+def results(rows: Sequence[dict[str, Any]], datasets: dict[str, Dataset]) -> dict[str, Any]:
+    """Set of questions → the results of its pairs, p-values corrected (Holm) over the pairs of the set."""
+    found = {}
+    for name, dataset in datasets.items():
         of = [row for row in rows if row["dataset"] == name]
         if not of:
             continue
         named = list(dict.fromkeys((row["a"], row["b"]) for row in of))
         pairs = [{"a": a, "b": b} | statistics(row for row in of if (row["a"], row["b"]) == (a, b)) for a, b in named]
         corrected = holm([pair["p_value"] for pair in pairs])
-        datasets[name] = {
-            "questions": len(one.questions),
-            "turns": max(len(question["turns"]) for question in one.questions),
+        found[name] = {
+            "questions": len(dataset.questions),
+            "turns": max(len(question["turns"]) for question in dataset.questions),
             "pairs": [pair | {"p_holm": p} for pair, p in zip(pairs, corrected, strict=True)],
         }
-    return datasets
+    return found
 
 
 def run(job: Job) -> dict[str, Any]:
     """Write judgments.jsonl, verdicts.json and the files that FastChat and arena-hard-auto read."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
-    found = read(job.inputs["evaluate"])
-    known = comparisons.searched(recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl")))
+    datasets = read_answers(job.inputs["evaluate"])
+    searched = comparisons.searched(
+        recipe, comparisons.by_set(read_json_lines(job.inputs["evaluate"] / "answers.jsonl"))
+    )
     judge = judge_of(section, cache=job.folder.parents[1] / CACHE, say=lambda line: print(f"{job.unit.id}  {line}"))
     rows: list[dict[str, Any]] = []
     prompts: list[tuple[str, str]] = []
 
-    def play(todo: Sequence[Match]) -> None:
-        asked = [game for match in todo for game in games(match, found)]
+    def judge_matches(todo: Sequence[Match]) -> None:
+        asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
         with progress_bar(len(asked), job.unit.id) as bar:
-            rulings = judge(asked, bar.update)
-        two = [rulings[at : at + 2] for at in range(0, len(rulings), 2)]
-        prompts.extend((first.prompt, second.prompt) for first, second in two)
-        rows.extend(judged(match, found, both) for match, both in zip(todo, two, strict=True))
+            verdicts = judge(asked, bar.update)
+        for match, both in zip(todo, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True):
+            prompts.append((both[0].prompt, both[1].prompt))
+            rows.append(judgment_row(match, datasets, both))
 
-    # 1. a search by the judge: the candidates first
+    # 1. for a search by the judge: the candidates
     if recipe.search is not None and recipe.search.by == "judge":
-        play(matches(found, sweeps.candidate_pairs(recipe), recipe.search.questions or list(found)))
-        known = _search_by_judge(recipe, rows, list(found))
-    # 2. the pairs, a searched policy by the candidate that was picked
+        trials = sweeps.candidate_pairs(recipe)
+        judge_matches(matches(datasets, trials, recipe.search.questions or list(datasets)))
+        rates = {a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in trials}
+        searched = sweeps.pick_candidates(recipe, rates, list(datasets))
+    # 2. the pairs; a searched policy is represented by the candidate that was picked
     there = {(row["a"], row["b"], row["dataset"]) for row in rows}
-    todo = matches(found, sweeps.with_picked(sweeps.compared_pairs(recipe), known), list(found))
-    play([match for match in todo if (match.a, match.b, match.dataset) not in there])
-    # 3. rates, and everything on the disk
+    todo = matches(datasets, sweeps.with_picked(sweeps.compared_pairs(recipe), searched), list(datasets))
+    judge_matches([match for match in todo if (match.a, match.b, match.dataset) not in there])
+    # 3. rates, and all files
     fastchat.write_judgments(job.folder, section, rows, prompts)
     result = {
         "judge": {"kind": section.kind, "model": section.model, "prompt": section.prompt},
         "calls": dict(judge.calls),
-        "datasets": verdicts(rows, found),
-        "search": known,
+        "datasets": results(rows, datasets),
+        "search": searched,
     }
     write_atomic(job.folder / "verdicts.json", json.dumps(result, indent=2))
     return {**judge.calls, "judgments": len(rows), "missing": sum(row["winner"] == "missing" for row in rows)}
-
-
-def _search_by_judge(recipe: Recipe, rows: Sequence[dict[str, Any]], sets: list[str]) -> dict[str, Any] | None:
-    rates = {
-        a: statistics(row for row in rows if (row["a"], row["b"]) == (a, b)) for a, b in sweeps.candidate_pairs(recipe)
-    }
-    return sweeps.pick_candidates(recipe, rates, sets)

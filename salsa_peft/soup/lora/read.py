@@ -1,38 +1,35 @@
-"""PEFT adapter folders on disk: configuration, manifest and base, read or refused with the reason; written atomically.
+"""PEFT adapter folders on disk: their files, adapter_config.json and manifest.
 
-What a soup has no rule for is refused with the file and the reason, never dropped in silence. The configuration is read as plain
-data and peft is not imported: that takes longer, and more memory, than averaging a 7B model's adapters.
-Left out: full checkpoints, Hub ids. What the tensors of a folder are is in soup/lora/tensors.py.
+An adapter that cannot be averaged is rejected with the file and the reason. The configuration is read as plain JSON: importing peft
+takes more time and memory than averaging a 7B model's adapters. The tensors of a folder are read in soup/lora/tensors.py.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.soup.checkpoints.read import read_mapping
+from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import FINGERPRINT, sha256
 from salsa_peft.utils.manifests import MANIFEST, read_manifest
+from salsa_peft.utils.safetensors_io import SafetensorsFile
 
 logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SUMMARY = "soup.json"
 MORE_TEMPLATES = "additional_chat_templates"
-"""Transformers' folder of a tokenizer's chat templates beside the default one: for tools, for documents."""
+"""Folder in which Transformers saves the named chat templates of a tokenizer (for tools, for documents)."""
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+EMPTY_IS_NONE = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+"""Fields in which an empty list means the same as null."""
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(TARGETS),
-    **dict.fromkeys(("task_type", "auto_mapping", "base_model_name_or_path", "revision")),
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")),
+    **dict.fromkeys((*TARGETS, "task_type", "auto_mapping", "base_model_name_or_path", "revision", *EMPTY_IS_NONE)),
     "r": 8,
     "lora_alpha": 8,
     "use_rslora": False,
@@ -44,41 +41,29 @@ DEFAULTS: dict[str, Any] = {
     "ensure_weight_tying": False,
     "init_lora_weights": True,
 }
-"""LoraConfig's fields that a soup reads, and what PEFT takes where a file has none."""
-EMPTY_IS_NONE = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
-"""Fields of which an empty list says what null says."""
+"""The fields of LoraConfig that a soup reads, with PEFT's defaults."""
 IGNORED = (
-    "peft_type",
-    "peft_version",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "loftq_config",
-    "velora_config",
-    "monteclora_config",
-    "merge_weights",
-)
-"""Fields that do not change what a trained adapter computes: how it was started (init_lora_weights says whether that changed the base),
-how it was trained (VeLoRA's gradients, MonteCLoRA's samples), and run-time settings."""
+    "peft_type", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
+    "corda_config", "lora_ga_config", "loftq_config", "velora_config", "monteclora_config", "merge_weights",
+)  # fmt: skip
+"""Fields that do not change what a trained adapter computes: initialization (init_lora_weights says whether that changed the base),
+training (VeLoRA, MonteCLoRA) and run-time settings."""
 MERGES = "--merge adds such adapters to their base exactly"
 WHY = {
-    "use_dora": f"DoRA's delta is not linear in its factors, so that no adapter is the mean; {MERGES}",
-    "layer_replication": "it repeats layers of the base, which a soup does not read; merge each adapter with PEFT and average the checkpoints",
-    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which today's PEFT reads otherwise; train it again with a newer PEFT",
-    "use_qalora": "QA-LoRA pools the layer's input, so that its delta is not B·A; train the adapters without it",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal and sharded; train the adapters without it",
-    "arrow_config": "Arrow routes between adapters for every token, so that there is no one delta; average the task adapters instead",
-    "kasa_config": "KaSA truncates the base's weights; merge each adapter with PEFT and average the checkpoints",
-    "megatron_config": "Megatron's layers are sharded; save the adapter from an unsharded model",
+    "use_dora": f"a DoRA delta is not linear in its factors, so no single adapter is the mean; {MERGES}",
+    "layer_replication": "this option repeats layers of the base, which a soup does not read; merge each adapter with PEFT and average the"
+    " checkpoints",
+    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which current PEFT versions read differently; train the adapter again",
+    "use_qalora": "QA-LoRA pools the input of a layer, so its delta is not B·A; train the adapters without it",
+    "use_bdlora": "the factors of BD-LoRA are block-diagonal and sharded; train the adapters without it",
+    "arrow_config": "Arrow chooses between adapters for every token, so there is no single delta; average the task adapters instead",
+    "kasa_config": "KaSA truncates the weights of the base; merge each adapter with PEFT and average the checkpoints",
+    "megatron_config": "the layers of Megatron are sharded; save the adapter from an unsharded model",
 }
-MERGED = ("use_dora",)
-"""Options that need the base's values: a soup that is merged into the base has them, an adapter has not."""
-KINDS: dict[str, tuple[type, ...]] = {
+"""Options that a soup of adapters does not support → the reason, and what to do instead."""
+MERGE_ONLY = ("use_dora",)
+"""Options that need the values of the base: supported by a soup that is merged into the base, not by a soup that is an adapter."""
+TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), (list, str)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"), (bool,)),
@@ -87,126 +72,93 @@ KINDS: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict),
 }
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change its weights."""
+"""Values of init_lora_weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change its weights."""
 CONVERT_PICKLE = (
     'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
     "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise SalsaError(f"{path} is missing: a member is a PEFT adapter folder with {CONFIG} and {WEIGHTS}") from None
-    except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{path} is not JSON ({error}): save it again") from None
-    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a mapping: save it again")
-    return content  # type: ignore[no-any-return]
-
-
 def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
-    """DEFAULTS' fields; refused: other tuners, and options that make the delta something else than scaling · B · A.
+    """The fields of DEFAULTS from an adapter's configuration.
 
-    merging: the members are merged into their base, so that options in MERGED are allowed.
+    Raises SalsaError for other PEFT methods than LoRA, and for options with which the delta is not scaling · B · A. merging: the adapters
+    are merged into their base, so the options of MERGE_ONLY are allowed.
     """
     path = folder / CONFIG
-    raw = read_json(path)
-    tuner = raw.get("peft_type")
-    require(tuner == "LORA", f"{path}: peft_type is {tuner!r}, expected 'LORA': only LoRA adapters can be averaged")
+    require(path.is_file(), f"{path} is missing: a PEFT adapter folder holds {CONFIG} and {WEIGHTS}")
+    raw = read_mapping(path)
+    method = raw.get("peft_type")
+    require(method == "LORA", f"{path}: peft_type is {method!r}; only LoRA adapters (peft_type 'LORA') can be averaged")
     for field, value in raw.items():
-        if field not in DEFAULTS and field not in IGNORED and not (merging and field in MERGED):
-            check_unread(path, field, value)
-        expected = KINDS.get(field)
-        fits = expected is None or value is None or isinstance(value, expected)
-        names = " or ".join(kind.__name__ for kind in expected or ())
-        require(fits, f"{path}: {field} is {value!r}, expected {names}: save the adapter again")
-    given = {
-        field: value
-        for field, value in raw.items()
-        if value is not None and not (value in ([], {}) and field in EMPTY_IS_NONE)
-    }
-    config = DEFAULTS | {field: given[field] for field in DEFAULTS if field in given}
+        if field not in DEFAULTS and field not in IGNORED and not (merging and field in MERGE_ONLY):
+            check_unsupported(path, field, value)
+        types = TYPES.get(field)
+        names = " or ".join(kind.__name__ for kind in types or ())
+        require(
+            types is None or value is None or isinstance(value, types),
+            f"{path}: {field} is {value!r}, which is not a {names}; save the adapter again",
+        )
+    unset = {field for field, value in raw.items() if value is None or (value in ([], {}) and field in EMPTY_IS_NONE)}
+    config = {field: raw[field] if field in raw and field not in unset else DEFAULTS[field] for field in DEFAULTS}
     biases = ("none", "all", "lora_only")
-    require(config["bias"] in biases, f"{path}: bias is {config['bias']!r}, expected one of {', '.join(biases)}")
+    require(config["bias"] in biases, f"{path}: bias is {config['bias']!r}; use one of {', '.join(biases)}")
     initial = config["init_lora_weights"]
     require(
         initial in KEEPS_BASE,
-        f"{path}: init_lora_weights is {initial!r}, which changes the base's own weights: save the adapter with "
-        "path_initial_model_for_weight_conversion (PEFT's save_pretrained), which makes it an ordinary LoRA of the unchanged base",
+        f"{path}: init_lora_weights is {initial!r}, which changes the weights of the base. Save the adapter with PEFT's save_pretrained and"
+        " path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter of the unchanged base",
     )
     return config
 
 
-def check_unread(path: Path, field: str, value: Any) -> None:
-    """Refuse an option that changes what the adapter computes; say that an unknown one is ignored.
+def check_unsupported(path: Path, field: str, value: Any) -> None:
+    """Reject an option that changes what the adapter computes; warn about an unknown option that is ignored.
 
-    Of a field that is unknown here, an empty value is off, and a number or a string sets what another option would switch on: PEFT too
-    drops fields that it does not know. True, a list or a mapping switches something on, which a soup must not lose in silence.
+    An unknown option that is empty is off. A number or a string only configures what another option switches on, and PEFT ignores
+    unknown fields too. True, a list or a mapping may switch something on, so they are rejected.
     """
     if value in (None, False, "", [], {}):
         return
     require(field not in WHY, f"{path}: {field} is {value!r}: {WHY.get(field)}")
     require(
         isinstance(value, int | float | str) and not isinstance(value, bool),
-        f"{path}: {field} is {value!r:.80}, an option that this version does not know and that may change what the adapter computes: if it "
-        f"does not, take it out of {CONFIG}",
+        f"{path}: {field} is {value!r:.80}. This version does not know the option, and it may change what the adapter computes; if it does"
+        f" not, remove it from {CONFIG}",
     )
     logger.warning(
-        "warning: %s: %s is %r, which this version does not know: it is ignored, as PEFT does", path, field, value
+        "warning: %s: %s is %r; this version does not know the option and ignores it, as PEFT does", path, field, value
     )
+
+
+def open_weights(folder: Path) -> SafetensorsFile:
+    """The header of an adapter's weights. Raises SalsaError for pickled, missing or empty files, and where the manifest does not match."""
+    path = folder / WEIGHTS
+    require(
+        path.is_file() or not (folder / PICKLED).exists(),
+        f"{folder} holds {PICKLED}, a pickle, which is never read because it can run code. If you trust it, convert it in that folder with "
+        + CONVERT_PICKLE,
+    )
+    require(path.is_file(), f"{path} is missing: a PEFT adapter folder holds {CONFIG} and {WEIGHTS}")
+    file = SafetensorsFile(path)
+    check_manifest(folder)
+    require(bool(file.entries), f"{path} holds no tensors; save the adapter again")
+    return file
 
 
 def check_manifest(folder: Path) -> None:
-    """Sizes and SHA-256 of the files that a soup reads, where a run wrote a manifest. Raises SalsaError that names the file."""
+    """Check sizes and SHA-256 of the files that a soup reads against the folder's manifest, if it has one."""
     manifest = read_manifest(folder)
     if manifest is None:
         if (folder / MANIFEST).exists():
-            logger.warning("warning: %s cannot be read: the files beside it are not checked", folder / MANIFEST)
+            logger.warning("warning: %s cannot be read, so the files beside it are not checked", folder / MANIFEST)
         return
     for name in (CONFIG, WEIGHTS, FINGERPRINT, *TOKENIZER):
         if (entry := manifest["files"].get(name)) is None:
             continue
         path = folder / name
-        require(path.is_file(), f"{path} is missing, {MANIFEST} lists it: copy the folder again")
-        same = path.stat().st_size == entry.get("size") and sha256(path) == entry.get("sha256")
+        require(path.is_file(), f"{path} is missing, but {MANIFEST} lists it; copy the folder again")
         require(
-            same,
-            f"{path} is not what {MANIFEST} says (size or SHA-256): it is damaged or changed; copy or make it again",
+            path.stat().st_size == entry.get("size") and sha256(path) == entry.get("sha256"),
+            f"{path} does not have the size or SHA-256 that {MANIFEST} lists: it is damaged or was changed; copy or make it again",
         )
-
-
-def make_room(folder: Path) -> None:
-    """Take an earlier soup's other files away, its configuration first: from here on the folder opens nowhere.
-
-    Its summary goes last: where there is none, a tokenizer in the folder is not a soup's, and stays.
-    """
-    (folder / CONFIG).unlink(missing_ok=True)
-    if (folder / SUMMARY).exists():
-        shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
-        for name in (FINGERPRINT, *TOKENIZER, SUMMARY):
-            (folder / name).unlink(missing_ok=True)
-
-
-def remove_remains(folder: Path) -> None:
-    """The temporary files of a write that was killed."""
-    for name in (CONFIG, SUMMARY, FINGERPRINT, WEIGHTS, *TOKENIZER):
-        for path in folder.glob(f".{name}.*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary name in the same folder; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

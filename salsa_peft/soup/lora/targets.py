@@ -1,7 +1,7 @@
-"""PEFT's rules from names alone: which modules and parameters an adapter is on, with which rank and scaling, what it saves in full.
+"""PEFT's rules for an adapter's modules: which are targeted, with which rank, scaling and shape, and which are saved whole.
 
-A parameter that is targeted itself (target_parameters: a stack of experts, mostly) has its factors at the module that holds it. Where a
-module holds several, PEFT nests one wrapper in the other, in the order in which the module registers its parameters:
+A parameter that is targeted itself (target_parameters, mostly a stack of experts) has its factors at the module that holds it. If a
+module holds several such parameters, PEFT nests their wrappers in the order in which the module registers the parameters:
 
     mlp.experts.base_layer.lora_A.weight     the first, gate_up_proj
     mlp.experts.lora_A.weight                the last, down_proj
@@ -13,34 +13,86 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from salsa_peft.soup.lora.read import CONFIG, TARGETS
 from salsa_peft.utils.errors import SalsaError, require
 
 WRAPPED = ".base_layer"
 EMBEDDINGS = ("embed_tokens", "lm_head")
-"""PEFT's EMBEDDING_LAYER_NAMES: what ensure_weight_tying ties."""
+"""PEFT's EMBEDDING_LAYER_NAMES: the layers that ensure_weight_tying ties."""
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-"""In which Transformers' experts register their parameters."""
+"""The order in which the experts of Transformers register their parameters."""
+
+
+class Shape(NamedTuple):
+    """The shape of LoRA factors, and the module or parameter that they belong to.
+
+    A stack of experts (target_parameters) has one delta per expert, a grouped convolution one per group. These are its `blocks`.
+    """
+
+    rank: int
+    inner: tuple[int, ...]
+    """(in,); of an embedding (tokens,), of a convolution (in, *kernel)."""
+    out: int
+    embedding: bool
+    experts: int
+    groups: int
+    holder: str
+    """The module whose PEFT wrapper holds the factors."""
+    parameter: str | None
+    """With target_parameters, the parameter's name in `holder`; "" if the tensor names do not tell which. None: the factors of a layer."""
+    owner: str
+    """The targeted module: for the out_proj of an attention, the attention."""
+
+    @property
+    def blocks(self) -> int:
+        return self.experts * self.groups
+
+    @property
+    def limit(self) -> int:
+        """The highest rank that a delta of this shape can have."""
+        return min(math.prod(self.inner), self.out // self.groups) * self.groups
+
+    def saved(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes in which PEFT saves A and B of that rank."""
+        rows = rank * self.experts
+        return (rows, *self.inner), (self.out, rows // self.groups, *(1 for _ in self.inner[1:]))
+
+    def blocks_A(self, A: Any) -> Any:
+        """A as PEFT saves it, an array or a tensor → (R, in), or with several blocks (blocks, R / groups, in)."""
+        return A.reshape(len(A), -1) if self.blocks == 1 else A.reshape(self.blocks, len(A) // self.blocks, -1)
+
+    def blocks_B(self, B: Any) -> Any:
+        """B as PEFT saves it, an array or a tensor → (out, R), or with several blocks (blocks, out / groups, R / groups)."""
+        if self.blocks == 1:
+            return B.reshape(len(B), -1)
+        if self.groups > 1:
+            return B.reshape(self.groups, self.out // self.groups, -1)
+        return B.reshape(self.out, -1, self.experts).swapaxes(0, 1).swapaxes(0, 2)
+
+    def whole_B(self, B: Any) -> Any:
+        """The inverse of blocks_B, as a matrix (out, columns)."""
+        if self.experts > 1:
+            B = B.swapaxes(0, 2).swapaxes(0, 1)
+        return B.reshape(self.out, -1)
 
 
 def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT puts LoRA on a module of that name. 'all-linear' and None are resolved on the base, which a soup does not read."""
+    """Whether PEFT puts LoRA on a module of that name. With 'all-linear' and None, which depend on the base, any module counts."""
     path = folder / CONFIG
     targets = config["target_modules"]
     if any(
         config[field] not in (None, [], "") for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
-    ):  # rules of PEFT's own, at the price of its import
+    ):  # the rules for these are PEFT's own, which costs its import
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
+        fields = [field for field in (*TARGETS, "modules_to_save") if field != "target_parameters"]
         try:
-            given = LoraConfig(
-                **{field: config[field] for field in (*TARGETS, "modules_to_save") if field != "target_parameters"}
-            )
+            given = LoraConfig(**{field: config[field] for field in fields})
         except (TypeError, ValueError) as error:
-            raise SalsaError(f"{path} is not a LoRA configuration ({error}): save the adapter again") from None
+            raise SalsaError(f"{path} is not a LoRA configuration ({error}); save the adapter again") from None
         if isinstance(targets, list) or (isinstance(targets, str) and targets.lower() != "all-linear"):
             return lambda module: bool(check_target_module_exists(given, module))
     if isinstance(targets, list):
@@ -51,61 +103,98 @@ def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
         pattern = re.compile(targets)
     except re.error as error:
         raise SalsaError(
-            f"{path}: target_modules is not a regular expression ({error}): save the adapter again"
+            f"{path}: target_modules is not a regular expression ({error}); save the adapter again"
         ) from None
     return lambda module: pattern.fullmatch(module) is not None
 
 
 def is_saved(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor belongs to modules_to_save, as PEFT wraps modules: any whose name ends so, with all that is in it."""
+    """Whether a tensor belongs to modules_to_save: PEFT takes every module whose name ends with one of them, and all inside it."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(module) for path in paths for module in config["modules_to_save"] or ())
 
 
 def rank_and_scaling(folder: Path, config: dict[str, Any], module: str) -> tuple[int, float]:
-    """r and scaling of a module as PEFT's LoraModel resolves them: the first pattern in the file that matches wins."""
+    """r and scaling of a module as in PEFT's LoraModel: the first pattern in the file that matches is used."""
     path = folder / CONFIG
     r = by_pattern(config["rank_pattern"], module, config["r"], path)
     alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
-    right = isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha)
-    require(right, f"{path}: {module} has rank {r!r} and alpha {alpha!r}, expected a whole number and a number")
+    require(
+        isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha),
+        f"{path}: {module} has rank {r!r} and alpha {alpha!r}; the rank must be a whole number of at least 1, alpha a finite number",
+    )
     return r, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r
 
 
-def by_pattern(patterns: dict[str, Any], module: str, otherwise: Any, path: Path) -> Any:
-    """peft.utils.other.get_pattern_key's rule."""
+def by_pattern(patterns: dict[str, Any], module: str, default: Any, path: Path) -> Any:
+    """The value of the first pattern that matches a module, by the rule of peft.utils.other.get_pattern_key."""
     try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
     except re.error as error:
-        raise SalsaError(f"{path}: a pattern is not a regular expression ({error}): save the adapter again") from None
+        raise SalsaError(
+            f"{path}: rank_pattern or alpha_pattern holds an invalid regular expression ({error}); save the adapter again"
+        ) from None
 
 
 def parameters_of(module: str, config: dict[str, Any], named: bool = False) -> list[str]:
-    """The names in a module that target_parameters may mean, in the order in which it is taken to register them.
+    """The parameters of a module that target_parameters may mean, in the order of registration.
 
-    named: only those that name the module too (gate.weight, and not gate_up_proj, which may be in any).
+    named: only targets that name the module too (`gate.weight`), not those that may be in any module (`gate_up_proj`).
     """
     leaves = set()
     for target in config["target_parameters"] or ():
         holder, _, leaf = target.rpartition(".")
         if (not holder and not named) or (holder and (module == holder or module.endswith(f".{holder}"))):
             leaves.add(leaf)
-    return sorted(leaves, key=registered)
+    return sorted(leaves, key=registration_order)
 
 
-def registered(parameter: str) -> tuple[int, str]:
-    """Sorts the parameters of one module in the order in which it registers them."""
+def registration_order(parameter: str) -> tuple[int, str]:
+    """Sort key: the parameters of one module in the order in which it registers them."""
     return (ORDER.index(parameter) if parameter in ORDER else len(ORDER), parameter)
 
 
 def parameter_at(module: str, depth: int, levels: int, config: dict[str, Any]) -> str | None:
-    """Which parameter of a module the wrapper `depth` levels inside is on; None: the names do not say.
+    """The parameter of a module whose wrapper lies `depth` of `levels` wrappers inside; None if the names do not tell.
 
-    levels: how many wrappers the module has. The outermost (depth 0) is on the parameter that the module registers last.
+    The outermost wrapper (depth 0) is on the parameter that the module registers last.
     """
     for named in (True, False):
         leaves = parameters_of(module, config, named)
         if len(leaves) == levels and (levels == 1 or set(leaves) <= set(ORDER)):
             return leaves[levels - 1 - depth]
     return None
+
+
+def read_shape(
+    path: Path,
+    module: str,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    config: dict[str, Any],
+    place: tuple[str, str | None, str],
+    embedding: bool,
+) -> Shape:
+    """The shape of two factors that have the rank of the configuration."""
+    A, B = shapes
+    shown = f"lora_A {list(A)} and lora_B {list(B)}"
+    require(
+        0 not in (*A, *B) and len(A) > 1 < len(B),
+        f"{path}: {module} has {shown}: the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered when it was saved; save it"
+        " again from the gathered model",
+    )
+    require(
+        len(A) == len(B) and set(B[2:]) <= {1} and (not embedding or len(A) == 2),
+        f"{path}: {module} has {shown}, which are neither two matrices nor the factors of a convolution (lora_B with kernel 1); save the"
+        " adapter again",
+    )
+    holder, parameter, owner = place
+    r, _ = rank_and_scaling(path.parent, config, owner if parameter is None else module)
+    experts = A[0] // r if parameter is not None and A[0] % r == 0 else 1
+    groups = A[0] // B[1] if len(A) > 2 and 0 < B[1] < A[0] and A[0] % B[1] == 0 and B[0] % (A[0] // B[1]) == 0 else 1
+    require(
+        A[0] == B[1] * groups == r * experts,
+        f"{path}: {module} has {shown}, but r and rank_pattern of {CONFIG} say rank {r}, so PEFT would not load the file; correct them there,"
+        " or save the adapter again",
+    )
+    return Shape(r, A[1:], B[0], embedding, experts, groups, holder, parameter, owner)

@@ -29,14 +29,14 @@ from salsa_peft.soup.checkpoints.read import (
 )
 from salsa_peft.soup.checkpoints.vocabularies import vocabulary
 from salsa_peft.soup.checkpoints.write import Output, Progress, byte_counter, open_output
-from salsa_peft.soup.lora.members import TEMPLATE, Tokenizer, template_of, tokenizer_of
+from salsa_peft.soup.lora.members import TEMPLATE, TokenizerSource, template_of, tokenizer_of
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.merge.layout import Layout
 from salsa_peft.soup.merge.members import LoadedMembers, load_members, read_members
 from salsa_peft.soup.merge.plan import Plan
 from salsa_peft.soup.merge.quantised_bases import Dequantised, open_base
 from salsa_peft.soup.merge.sums import Figures
-from salsa_peft.soup.summary import figures_of, relative
+from salsa_peft.soup.summary import delta_statistics, relative_norm
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import EMBEDDINGS, FINGERPRINT, base_fingerprints
 from salsa_peft.utils.safetensors_io import as_bytes
@@ -93,8 +93,8 @@ def merge(
         summary: dict[str, Any] = {"kind": "merged", "strategy": strategy, "base": str(checkpoint.folder)}
         summary |= _summary(read, loaded, numbers, figures) | source.summary()
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
-        summary |= {"tokenizer": None if tokenizer is None else tokenizer.said(), "parameters": layout.parameters}
-        summary |= {"rounding": relative(figures.lost, figures.delta), "bytes": layout.size}
+        summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary(), "parameters": layout.parameters}
+        summary |= {"rounding": relative_norm(figures.lost, figures.delta), "bytes": layout.size}
         summary |= {"shards": len(checkpoint.files), "seconds": round(time.perf_counter() - begun, 3), **(more or {})}
         output.finish(layout.config(), summary)
     return summary
@@ -111,7 +111,7 @@ def _summary(
         {"ranks": sorted(set(found.values())), "modules": len(found), "rslora": member.config["use_rslora"]}
         for member, found in zip(members, ranks, strict=True)
     ]
-    found = figures_of([member.name for member in members], weights, figures.gram.numpy(), listed)
+    found = delta_statistics([member.name for member in members], weights, figures.gram.numpy(), listed)
     return found | {"modules": len(modules), "ranks": sorted(stacked)}
 
 
@@ -155,7 +155,7 @@ def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
     )
 
 
-def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> None:
+def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: TokenizerSource | None) -> None:
     """Write the member's tokenizer and chat template, else the base's; the settings of generation are the base's."""
     found = companion_files(checkpoint.folder)
     given = {} if tokenizer is None else companion_files(tokenizer.folder)

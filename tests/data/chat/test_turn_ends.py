@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import made_tokenizers
 import pytest
+import tiny_tokenizers
 import torch
-from made_tokenizers import make
 from paths import TEMPLATES
+from tiny_tokenizers import make
 
 from salsa_peft.config import paths
 from salsa_peft.config.options.ppo import Sampling
@@ -31,10 +31,10 @@ from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import PromptEncoder
-from salsa_peft.training.sft import labelled
+from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
-KINDS = list(made_tokenizers.KINDS)
+KINDS = list(tiny_tokenizers.KINDS)
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -115,7 +115,7 @@ class TestEnds:
         plain = make("llama2")
         check_tokenizer(_padded(plain), Tiny(plain).lm)
         assert "its chat template writes none, so that chats go without" in capsys.readouterr().err
-        dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + made_tokenizers.LLAMA3)
+        dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + tiny_tokenizers.LLAMA3)
         assert "others tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
         assert "writes no token that ends" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
 
@@ -154,7 +154,7 @@ class TestBOS:
     @pytest.mark.parametrize("kind", KINDS)
     def test_ours_yield_it_once_where_the_tokenizer_adds_one(self, kind: str, name: str) -> None:
         tokenizer = make(kind, template=(TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-        adds = made_tokenizers.KINDS[kind].get("adds_bos", False)
+        adds = tiny_tokenizers.KINDS[kind].get("adds_bos", False)
         before = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
         lines = chat_templates.prepare_template(tokenizer)
         line = f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
@@ -188,7 +188,7 @@ class TestBOS:
 
     def test_templates_that_start_with_a_block(self) -> None:
         """Jinja strips blanks before a block tag at a line's start, which the BOS must not hinder."""
-        tokenizer = make("llama2", template="  " + made_tokenizers.PLAIN)
+        tokenizer = make("llama2", template="  " + tiny_tokenizers.PLAIN)
         before = tokenizer.apply_chat_template(CHATS[0], tokenize=False)
         chat_templates.prepare_template(tokenizer)
         assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == "<s>" + before
@@ -252,7 +252,7 @@ class TestLossMask:
         """Reasoning that is left out of earlier turns: one answer can be told, two cannot, but for templates that TRL knows."""
         from trl.chat_template_utils import qwen3_chat_template
 
-        tokenizer = make("qwen", template=made_tokenizers.FORGETFUL)
+        tokenizer = make("qwen", template=tiny_tokenizers.FORGETFUL)
         assert loss(tokenizer, CHATS[0]) == ["sat<|im_end|>"]
         with pytest.raises(
             SalsaError, match=r"^model.chat_template: the template has no {% generation %} marks and renders earlier"
@@ -267,7 +267,7 @@ class TestLossMask:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         tokenizer = make("gpt2")
-        rows = labelled([{"messages": chat} for chat in CHATS], tokenizer)
+        rows = tokenize([{"messages": chat} for chat in CHATS], tokenizer)
         batch = DataCollatorForLanguageModeling(pad_token_id=0)(list(rows))
         for ids, mask, labels, chat in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], CHATS, strict=True
@@ -485,7 +485,7 @@ class TestRewards:
 
         tokenizer = make("llama2")
         tokenizer.add_tokens([AddedToken("<|im_end|>", special=False)])
-        tokenizer.chat_template = made_tokenizers.CHATML
+        tokenizer.chat_template = tiny_tokenizers.CHATML
         ends = turn_ends.stop_token_ids(tokenizer)
         answer = [*tokenizer("sat", add_special_tokens=False)["input_ids"], ends[0]]
         responses = rollout.pad_responses([[9]], [answer], 0, ends, torch.device("cpu"))
@@ -500,7 +500,7 @@ class TestLoading:
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
+        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", report_as="BASE")
         assert (found.pad_token, found.padding_side, found.truncation_side) == ("<|fim_pad|>", "right", "right")
         assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["BASE", "BASE"]
         check_tokenizer(found, Tiny(tokenizer).lm)

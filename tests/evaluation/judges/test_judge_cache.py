@@ -55,14 +55,18 @@ def test_a_file_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with sqlite3.connect(tmp_path / "newer") as newer:
         newer.execute("PRAGMA user_version = 7")
-    for name, expected in (("garbage", "expected a cache"), ("folder", "expected a cache"), ("newer", "version 7")):
+    for name, expected in (
+        ("garbage", "cannot use this file as the judge's cache"),
+        ("folder", "cannot use this file as the judge's cache"),
+        ("newer", "version 7"),
+    ):
         with pytest.raises(SalsaError) as found:
             Cache(tmp_path / name)
         assert expected in str(found.value) and name in str(found.value) and "\n" not in str(found.value)
     good = Cache(tmp_path / "good")
     good.file.execute("DROP TABLE replies")
     for call in (lambda: good.get("k"), lambda: good.put({"k": REPLY})):
-        with pytest.raises(SalsaError, match="expected a cache"):
+        with pytest.raises(SalsaError, match="cannot use this file as the judge's cache"):
             call()
     assert not good.file.in_transaction
 

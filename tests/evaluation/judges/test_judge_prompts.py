@@ -13,11 +13,11 @@ import pytest
 
 from salsa_peft.config.judge import PROMPT_FIELDS, Judge, check, read_prompts, read_references
 from salsa_peft.evaluation.judges.parsing import read_verdict
-from salsa_peft.evaluation.judges.prompts import REMINDER, Game, figure7, renderer
+from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, figure7, renderer
 from salsa_peft.utils.errors import SalsaError
 
-ONE = Game(("Why is it blue?",), ("Rayleigh.",), ("Paint.",), 1)
-TWO = Game(("Why?", "Really?"), ("Rayleigh.", "Yes."), ("Paint.", "No."), 2)
+ONE = Comparison(("Why is it blue?",), ("Rayleigh.",), ("Paint.",), 1)
+TWO = Comparison(("Why?", "Really?"), ("Rayleigh.", "Yes."), ("Paint.", "No."), 2)
 INSTRUCTION = 'output your final verdict: "[[A]]" if assistant A is better, "[[B]]" if assistant B is better, and "[[C]]" for a tie.'
 FASTCHAT = {
     name: {
@@ -78,7 +78,7 @@ class TestFigure7:
         assert [text for _, text in blocks(told.user)] == ["Why?", "Rayleigh.", "Really?", "Yes.", "Why?", "Paint.", "Really?", "No."]  # fmt: skip
         names = [name for name, _ in blocks(told.user)]
         assert all("assistant A" in name for name in names[:4]) and all("assistant B" in name for name in names[4:])
-        three = Game(("1", "2", "3"), ("a", "b", "c"), ("d", "e", "f"), 3)
+        three = Comparison(("1", "2", "3"), ("a", "b", "c"), ("d", "e", "f"), 3)
         assert len(blocks(figure7(three).user)) == 12
 
     def test_an_answer_cannot_close_its_block(self) -> None:
@@ -129,7 +129,7 @@ class TestFastChat:
             (ONE._replace(category="writing", references=("R1",)), "pair-v2"),  # a category that needs none
         ],
     )
-    def test_picks_by_turn_and_category(self, prompts: Path, game: Game, name: str) -> None:
+    def test_picks_by_turn_and_category(self, prompts: Path, game: Comparison, name: str) -> None:
         """And puts every text in its place."""
         told = renderer(of_fastchat(prompts))(game)
         assert (told.name, told.system) == (name, f"{name} judges")
@@ -145,8 +145,8 @@ class TestFastChat:
         assert "answer_a={question} {ref_answer_1} { |" in told.user
 
     def test_a_third_turn_has_no_prompt(self, prompts: Path) -> None:
-        with pytest.raises(SalsaError, match=r"3 turns, expected at most 2.*figure7"):
-            renderer(of_fastchat(prompts))(Game(("1", "2", "3"), ("a",) * 3, ("b",) * 3, 3))
+        with pytest.raises(SalsaError, match=r"cover at most 2 turns, and a question has 3.*figure7"):
+            renderer(of_fastchat(prompts))(Comparison(("1", "2", "3"), ("a",) * 3, ("b",) * 3, 3))
 
     @pytest.mark.parametrize(
         ("change", "expected"),
@@ -217,7 +217,7 @@ class TestVerdict:
             ("I answer with [[A]], [[B]] or [[C]].", None),
             ("The options are:\n- [[A]]\n- [[B]]\n- [[C]]", None),
             ("1. [[A]]: assistant A is better\n2. [[B]]: assistant B is better\n3. [[C]]: a tie", None),
-            ("Verdicts:\n1. [[A]] says A is better.\n2. [[B]] says B is better.\n3. [[C]] says neither.", None),
+            ("WinRates:\n1. [[A]] says A is better.\n2. [[B]] says B is better.\n3. [[C]] says neither.", None),
             ("A: nothing new.\nB is right.\n[[B]]", "B"),
             ("[[A]]\nOn reflection B is right.\n[[B]]", "B"),
             ("The options are [[A]], [[B]] and [[C]].\n\n[[C]]", "tie"),
@@ -235,7 +235,7 @@ class TestVerdict:
         assert read_verdict(text) == verdict
 
     @pytest.mark.parametrize("game", [ONE, TWO])
-    def test_our_own_instruction_quoted_is_none(self, game: Game) -> None:
+    def test_our_own_instruction_quoted_is_none(self, game: Comparison) -> None:
         """Nor the reminder."""
         told = figure7(game)
         assert read_verdict(told.system) is None and read_verdict(told.system + REMINDER) is None

@@ -11,23 +11,23 @@ from typing import Any
 import pytest
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.evaluation.judges.prompts import Game, Ruling
+from salsa_peft.evaluation.judges.prompts import Comparison, Verdict
 from salsa_peft.evaluation.judges.registry import JUDGES, FunctionJudge, judge_of
 from salsa_peft.utils.errors import SalsaError
 
-ONE = Game(("Why?",), ("first",), ("second",), 1, "writing")
-TWO = Game(("Why?", "Really?"), ("a1", "a2"), ("b1", "b2"), 2, "math", ("r1", "r2"))
+ONE = Comparison(("Why?",), ("first",), ("second",), 1, "writing")
+TWO = Comparison(("Why?", "Really?"), ("a1", "a2"), ("b1", "b2"), 2, "math", ("r1", "r2"))
 
 
 def quiet(line: str) -> None:
     raise AssertionError(line)
 
 
-def ruled(judge: Any, games: list[Game]) -> list[Ruling]:
+def ruled(judge: Any, games: list[Comparison]) -> list[Verdict]:
     done: list[int] = []
-    rulings: list[Ruling] = judge(games, done.append)
+    verdicts: list[Verdict] = judge(games, done.append)
     assert sum(done) == len(games)
-    return rulings
+    return verdicts
 
 
 def test_the_table_is_what_a_recipe_may_say() -> None:
@@ -39,7 +39,7 @@ class TestReward:
     """Scores compared."""
 
     @pytest.mark.parametrize(
-        ("scores", "margin", "verdict"),
+        ("scores", "margin", "winner"),
         [
             ((2.0, 1.0), 0.0, "A"),
             ((1.0, 2.0), 0.0, "B"),
@@ -52,15 +52,15 @@ class TestReward:
             ((1.0, math.inf), 0.0, None),
         ],
     )
-    def test_by_the_margin(self, scores: tuple[float, float], margin: float, verdict: str | None) -> None:
+    def test_by_the_margin(self, scores: tuple[float, float], margin: float, winner: str | None) -> None:
         judge = judge_of(Judge(kind="reward", margin=margin), cache=None, say=quiet)
-        (ruling,) = ruled(judge, [ONE._replace(scores=scores)])
-        assert ruling.verdict == verdict and (ruling.why == "") == (verdict is not None)
+        (verdict,) = ruled(judge, [ONE._replace(scores=scores)])
+        assert verdict.winner == winner and (verdict.why == "") == (winner is not None)
         assert set(judge.calls) == {"asked", "cached", "retried", "prompt_tokens", "completion_tokens"}
         assert not any(judge.calls.values())
 
     def test_without_scores_is_refused(self) -> None:
-        with pytest.raises(SalsaError, match=r"without the recipe's reward.*evaluate\.judge\.kind"):
+        with pytest.raises(SalsaError, match=r"no scores of the recipe's reward.*evaluate\.judge\.kind"):
             ruled(judge_of(Judge(kind="reward"), cache=None, say=quiet), [ONE])
 
 
@@ -78,9 +78,9 @@ class TestFunction:
         section = Judge(kind="function", model=f"{tmp_path}/judge_of_lengths:longer", concurrency=2)
         judge = judge_of(section, cache=None, say=quiet)
         games = [ONE, ONE._replace(a=("longer one",)), TWO, ONE._replace(b=("fir",)), ONE]
-        rulings = ruled(judge, games)
-        assert [ruling.verdict for ruling in rulings] == ["B", "A", "tie", "A", "B"]
-        assert [(ruling.text, ruling.asked) for ruling in rulings] == [
+        verdicts = ruled(judge, games)
+        assert [verdict.winner for verdict in verdicts] == ["B", "A", "tie", "A", "B"]
+        assert [(verdict.text, verdict.asked) for verdict in verdicts] == [
             ("B", 1),
             ("A", 1),
             ("tie", 1),
@@ -101,7 +101,7 @@ class TestFunction:
             seen.update(given)
             return ["C", "B"]
 
-        assert [ruling.verdict for ruling in ruled(FunctionJudge("j", judge, 8), [TWO, ONE])] == ["tie", "B"]
+        assert [verdict.winner for verdict in ruled(FunctionJudge("j", judge, 8), [TWO, ONE])] == ["tie", "B"]
         assert seen["first"] == ["a2", "first"] and seen["second"] == ["b2", "second"]
         said = [("user", "Why?"), ("assistant", "a1"), ("user", "Really?"), ("assistant", "a2")]
         assert seen["conversations_first"][0] == [message(*one) for one in said]
@@ -111,26 +111,29 @@ class TestFunction:
         assert seen["references"] == [["r1", "r2"], None]
 
     def test_none_is_missing(self) -> None:
-        (ruling,) = ruled(FunctionJudge("j", lambda first, second: [None], 8), [ONE])
-        assert ruling == (None, "", "", 1, "no verdict")
+        (verdict,) = ruled(FunctionJudge("j", lambda first, second: [None], 8), [ONE])
+        assert verdict == (None, "", "", 1, "no verdict")
 
     def test_an_async_one_is_awaited(self) -> None:
         async def judge(first: list[str], second: list[str]) -> list[str]:
             return ["A"] * len(first)
 
-        assert [ruling.verdict for ruling in ruled(FunctionJudge("j", judge, 8), [ONE, TWO])] == ["A", "A"]
+        assert [verdict.winner for verdict in ruled(FunctionJudge("j", judge, 8), [ONE, TWO])] == ["A", "A"]
 
     @pytest.mark.parametrize("said", ["A", ["A"], ["A", "B", "C"], {"A": 1, "B": 2}, None, 3, ["A", "a"], ["A", "[[B]]"], ["A", 1], ["A", ["B"]], ["A", ""]])  # fmt: skip
     def test_what_is_no_list_of_verdicts_is_refused(self, said: Any) -> None:
         """In one line that names the function."""
-        with pytest.raises(SalsaError, match=r"^judge j: found .*expected"):
+        with pytest.raises(SalsaError, match=r"^judge j: returned .*expected"):
             ruled(FunctionJudge("j", lambda first: said, 8), [ONE, TWO])
 
     @pytest.mark.parametrize(
         ("function", "expected"),
         [
-            (lambda questions, frist: None, r"it takes frist, expected keywords among categories, conversations_first"),
-            (lambda first, /: None, "it takes first by position only"),
+            (
+                lambda questions, frist: None,
+                r"parameter frist is unknown; it can take the keyword arguments categories, conversations_first",
+            ),
+            (lambda first, /: None, "parameter first is positional-only"),
         ],
     )
     def test_what_it_takes_is_seen_before_it_is_called(self, function: Callable[..., Any], expected: str) -> None:

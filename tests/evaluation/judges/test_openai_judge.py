@@ -16,8 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,11 @@ import pytest
 from openai_server import Fault, Seen, Server, completion, games, refusal, serving
 from paths import SUPPORT
 
-pytest.importorskip("openai", reason="the package that the judge openai asks through")
+pytest.importorskip("openai", reason="the package that the judge openai sends requests with")
 
 from salsa_peft.config.judge import Judge
-from salsa_peft.evaluation.judges import openai_api as endpoint_errors
 from salsa_peft.evaluation.judges import openai_api as openai_judge
-from salsa_peft.evaluation.judges.prompts import REMINDER, Game, Ruling
+from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, Verdict
 from salsa_peft.evaluation.judges.registry import judge_of
 from salsa_peft.utils.errors import SalsaError
 
@@ -41,7 +38,7 @@ CANARY = "sk-canary-7f3e9a2b51d84c60"
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key, no endpoint, short pauses; certificates, which a client spends its start on, are of no use on the loopback."""
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
-    monkeypatch.setattr(openai_judge, "PAUSE", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
@@ -56,18 +53,18 @@ def honest(request: Seen, times: int) -> str | Fault:
     return "First is better: [[A]]" if text.index("good") < text.index("bad") else "It is [[B]]"
 
 
-def right(rulings: list[Ruling]) -> list[bool]:
-    return [ruling.verdict == ("A" if number % 2 == 0 else "B") for number, ruling in enumerate(rulings)]
+def right(verdicts: list[Verdict]) -> list[bool]:
+    return [verdict.winner == ("A" if number % 2 == 0 else "B") for number, verdict in enumerate(verdicts)]
 
 
-Judging = tuple[list[Ruling], dict[str, int], list[str]]
+Judging = tuple[list[Verdict], dict[str, int], list[str]]
 
 
 @pytest.fixture
 def judging(tmp_path: Path) -> Callable[..., Judging]:
-    """judging(server, games, **section) → rulings, calls, what was said; always the same cache."""
+    """judging(server, games, **section) → verdicts, calls, what was said; always the same cache."""
 
-    def run(server: Server | str, asked: list[Game], **options: Any) -> Judging:
+    def run(server: Server | str, asked: list[Comparison], **options: Any) -> Judging:
         url = server if isinstance(server, str) else server.url
         said: list[str] = []
         section = Judge(
@@ -75,9 +72,9 @@ def judging(tmp_path: Path) -> Callable[..., Judging]:
         )
         judge = judge_of(section, cache=tmp_path / "cache.sqlite", say=said.append)
         done: list[int] = []
-        rulings = judge(asked, done.append)
+        verdicts = judge(asked, done.append)
         assert sum(done) == len(asked)
-        return rulings, judge.calls, said
+        return verdicts, judge.calls, said
 
     return run
 
@@ -97,18 +94,19 @@ class TestAsking:
 
     def test_what_is_asked_and_what_comes_of_it(self, judging: Any) -> None:
         with serving(honest) as server:
-            rulings, calls, said = judging(server, games(6), temperature=0.5, max_tokens=77)
-            assert right(rulings) == [True] * 6 and not said
+            verdicts, calls, said = judging(server, games(6), temperature=0.5, max_tokens=77)
+            assert right(verdicts) == [True] * 6 and not said
             assert calls == {"asked": 6, "cached": 0, "retried": 0, "prompt_tokens": 60, "completion_tokens": 30}
             body = server.seen[0].body
             assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 77)
             assert [message["role"] for message in body["messages"]] == ["system", "user"]
             assert {one.path for one in server.seen} == {"/v1/chat/completions"}
             assert (
-                rulings[0].prompt in {user(one) for one in server.seen} and rulings[0].text == "First is better: [[A]]"
+                verdicts[0].prompt in {user(one) for one in server.seen}
+                and verdicts[0].text == "First is better: [[A]]"
             )
             again, calls, _ = judging(server, games(7), temperature=0.5, max_tokens=77)
-            assert again[:6] == rulings and (calls["asked"], calls["cached"]) == (1, 6)
+            assert again[:6] == verdicts and (calls["asked"], calls["cached"]) == (1, 6)
             assert len(server.seen) == 7
 
     @pytest.mark.parametrize("other", [{"model": "n"}, {"temperature": 0.1}, {"max_tokens": 9}])
@@ -133,20 +131,24 @@ class TestAsking:
 
     def test_equal_games_are_one_request(self, judging: Any) -> None:
         with serving(honest) as server:
-            rulings, calls, _ = judging(server, games(2) * 3)
-            assert right(rulings) == [True] * 6 and calls["asked"] == len(server.seen) == 2
+            verdicts, calls, _ = judging(server, games(2) * 3)
+            assert right(verdicts) == [True] * 6 and calls["asked"] == len(server.seen) == 2
 
     def test_a_budget_leaves_the_rest_to_the_next_run(self, judging: Any) -> None:
         def stumbling(request: Seen, times: int) -> str | Fault:
             return refusal(500) if "question 0." in user(request) and times == 0 else honest(request, times)
 
         with serving(stumbling) as server:
-            rulings, calls, said = judging(server, games(8), budget=5, concurrency=1)
+            verdicts, calls, said = judging(server, games(8), budget=5, concurrency=1)
             assert len(server.seen) == 5 and (calls["asked"], calls["retried"]) == (4, 1)  # a retry is a request too
-            assert [ruling.verdict is not None for ruling in rulings] == [True] * 4 + [False] * 4
-            assert "the budget of 5 requests" in rulings[7].why and "4 of 8 games" in said[0] and rulings[7].asked == 0
-            rulings, calls, said = judging(server, games(8), budget=5)
-            assert right(rulings) == [True] * 8 and not said and (calls["asked"], calls["cached"]) == (4, 4)
+            assert [verdict.winner is not None for verdict in verdicts] == [True] * 4 + [False] * 4
+            assert (
+                "the budget of 5 requests" in verdicts[7].why
+                and "4 of 8 comparisons" in said[0]
+                and verdicts[7].asked == 0
+            )
+            verdicts, calls, said = judging(server, games(8), budget=5)
+            assert right(verdicts) == [True] * 8 and not said and (calls["asked"], calls["cached"]) == (4, 4)
             assert not server.asked_after_an_answer()
 
 
@@ -183,9 +185,9 @@ class TestFaults:
             return (fault_of(request) if times == 0 else None) or honest(request, times)
 
         with serving(script) as server:
-            rulings, calls, said = judging(server, games(2 * len(FAULTS)), timeout=1.5)
-            assert dict(zip(FAULTS, right(rulings)[::2], strict=True)) == dict.fromkeys(FAULTS, True)
-            assert all(right(rulings)) and not said
+            verdicts, calls, said = judging(server, games(2 * len(FAULTS)), timeout=1.5)
+            assert dict(zip(FAULTS, right(verdicts)[::2], strict=True)) == dict.fromkeys(FAULTS, True)
+            assert all(right(verdicts)) and not said
             assert (calls["asked"], calls["retried"]) == (2 * len(FAULTS), len(FAULTS))
             assert sorted(server.asked.values()) == [1] * len(FAULTS) + [2] * len(FAULTS)
             assert calls["completion_tokens"] == 5 * 2 * len(FAULTS)
@@ -193,7 +195,7 @@ class TestFaults:
     def test_that_stays_is_missing_and_asked_by_the_next_run(
         self, judging: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """So many retries, then the game has no verdict, and why is said."""
+        """So many retries, then the comparison has no verdict, and the reason is reported."""
         monkeypatch.setattr(openai_judge, "PATIENCE", 100)
         mended = False
 
@@ -201,52 +203,29 @@ class TestFaults:
             return (None if mended else fault_of(request)) or honest(request, times)
 
         with serving(script) as server:
-            rulings, calls, said = judging(server, games(2 * len(FAULTS)), timeout=1.5, retries=2, concurrency=8)
-            assert {ruling.verdict for ruling in rulings[::2]} == {None} and right(rulings)[1::2] == [True] * len(
+            verdicts, calls, said = judging(server, games(2 * len(FAULTS)), timeout=1.5, retries=2, concurrency=8)
+            assert {verdict.winner for verdict in verdicts[::2]} == {None} and right(verdicts)[1::2] == [True] * len(
                 FAULTS
             )
-            assert all(ruling.why.startswith("no answer: ") and not ruling.asked for ruling in rulings[::2])
-            assert f"{len(FAULTS)} of {2 * len(FAULTS)} games" in said[0] and calls["retried"] == 2 * len(FAULTS)
+            assert all(verdict.why.startswith("no answer: ") and not verdict.asked for verdict in verdicts[::2])
+            assert f"{len(FAULTS)} of {2 * len(FAULTS)} comparisons" in said[0] and calls["retried"] == 2 * len(FAULTS)
             mended = True
-            rulings, calls, said = judging(server, games(2 * len(FAULTS)))
-            assert all(right(rulings)) and (calls["asked"], calls["cached"]) == (len(FAULTS), len(FAULTS)) and not said
+            verdicts, calls, said = judging(server, games(2 * len(FAULTS)))
+            assert all(right(verdicts)) and (calls["asked"], calls["cached"]) == (len(FAULTS), len(FAULTS)) and not said
             assert not server.asked_after_an_answer()
 
-    def test_retry_after_is_waited_for_by_all(self, judging: Any) -> None:
-        """No request is sent in the time that the endpoint asked for, also not another's."""
+    def test_retry_after_is_waited_for(self, judging: Any) -> None:
+        """The refused request is not sent again before the time that the endpoint asked for."""
 
         def script(request: Seen, times: int) -> str | Fault:
-            if "question 0." in user(request) and times == 0:
-                return refusal(429, retry_after="0.5")
-            return Fault(body=completion(str(honest(request, times))), hang=0.1)
+            refused = "question 0." in user(request) and times == 0
+            return refusal(429, retry_after="0.5") if refused else honest(request, times)
 
         with serving(script) as server:
-            rulings, _, _ = judging(server, games(6), concurrency=2)
-            assert right(rulings) == [True] * 6
-            told = next(one.at for one in server.seen if "question 0." in user(one))
-            later = [one.at - told for one in server.seen if one.at - told > 0.05]
-            assert len(later) == 5 and min(later) >= 0.5
-
-    def test_a_date_and_milliseconds_too(self) -> None:
-        """As HTTP writes them."""
-        date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-        assert 28 < (endpoint_errors._wait({"retry-after": date}) or 0) <= 30
-        assert endpoint_errors._wait({"retry-after": "2", "retry-after-ms": "1500"}) == 1.5
-        assert endpoint_errors._wait({"retry-after": "soon"}) is None and endpoint_errors._wait({}) is None
-
-    def test_pauses_grow(self, judging: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Doubled each time, at least half of it waited."""
-        monkeypatch.setattr(openai_judge, "PAUSE", 0.05)
-
-        def script(request: Seen, times: int) -> str | Fault:
-            return refusal(500) if times < 3 else honest(request, times)
-
-        with serving(script) as server:
-            judging(server, games(1))
-            at = [one.at for one in server.seen]
-            assert [
-                later - before >= pause for before, later, pause in zip(at, at[1:], (0.025, 0.05, 0.1), strict=False)
-            ] == [True] * 3
+            verdicts, calls, _ = judging(server, games(6), concurrency=2)
+            assert right(verdicts) == [True] * 6 and calls["retried"] == 1
+            first, second = [one.at for one in server.seen if "question 0." in user(one)]
+            assert second - first >= 0.5
 
 
 class TestVerdicts:
@@ -259,18 +238,18 @@ class TestVerdicts:
             return "I like both." if not user(request).endswith(REMINDER) else "Fine. [[C]]"
 
         with serving(script) as server:
-            rulings, calls, said = judging(server, games(3))
-            assert [(ruling.verdict, ruling.asked) for ruling in rulings] == [("tie", 2)] * 3 and not said
-            assert calls["asked"] == 6 and rulings[0].prompt.endswith(REMINDER) and rulings[0].text == "Fine. [[C]]"
-            assert judging(server, games(3))[0] == rulings and len(server.seen) == 6
+            verdicts, calls, said = judging(server, games(3))
+            assert [(verdict.winner, verdict.asked) for verdict in verdicts] == [("tie", 2)] * 3 and not said
+            assert calls["asked"] == 6 and verdicts[0].prompt.endswith(REMINDER) and verdicts[0].text == "Fine. [[C]]"
+            assert judging(server, games(3))[0] == verdicts and len(server.seen) == 6
 
     def test_at_a_temperature_the_same_is_asked(self, judging: Any) -> None:
         """Sampled anew, and its second answer has a place of its own in the cache."""
         with serving(lambda request, times: "Hm." if times == 0 else "[[A]]") as server:
-            rulings, calls, _ = judging(server, games(3), temperature=1.0)
-            assert {ruling.verdict for ruling in rulings} == {"A"} and set(server.asked.values()) == {2}
-            rulings, calls, _ = judging(server, games(3), temperature=1.0)
-            assert {ruling.verdict for ruling in rulings} == {"A"} and (calls["asked"], calls["cached"]) == (0, 6)
+            verdicts, calls, _ = judging(server, games(3), temperature=1.0)
+            assert {verdict.winner for verdict in verdicts} == {"A"} and set(server.asked.values()) == {2}
+            verdicts, calls, _ = judging(server, games(3), temperature=1.0)
+            assert {verdict.winner for verdict in verdicts} == {"A"} and (calls["asked"], calls["cached"]) == (0, 6)
 
     @pytest.mark.parametrize(("ask_again", "asked"), [(0, 1), (2, 3)])
     def test_is_missing_in_the_end_and_said(self, judging: Any, ask_again: int, asked: int) -> None:
@@ -278,16 +257,16 @@ class TestVerdicts:
         with serving(
             lambda request, times: "Neither" if "question 1." in user(request) else str(honest(request, times))
         ) as server:
-            rulings, _calls, said = judging(server, games(3), temperature=0.3, ask_again=ask_again)
-            assert right(rulings) == [True, False, True] and rulings[1][:1] + rulings[1][2:4] == (
+            verdicts, _calls, said = judging(server, games(3), temperature=0.3, ask_again=ask_again)
+            assert right(verdicts) == [True, False, True] and verdicts[1][:1] + verdicts[1][2:4] == (
                 None,
                 "Neither",
                 asked,
             )
-            assert said == ["1 of 3 games have no verdict and count as missing (1: no verdict in its answer)"]
+            assert said == ["1 of 3 comparisons have no verdict and count as missing (1: no verdict in its answer)"]
             before = len(server.seen)
             assert (
-                judging(server, games(3), temperature=0.3, ask_again=ask_again)[0] == rulings
+                judging(server, games(3), temperature=0.3, ask_again=ask_again)[0] == verdicts
                 and len(server.seen) == before
             )
 
@@ -295,14 +274,14 @@ class TestVerdicts:
     def test_an_empty_answer_is_one_without_a_verdict(self, judging: Any, text: str | None) -> None:
         """Models that think until max_tokens are used up say nothing."""
         with serving(lambda request, times: Fault(body=completion(text, "length"))) as server:
-            rulings, _, _ = judging(server, games(1))
-            assert len(server.seen) == 2 and rulings[0].why == "no verdict in its answer, which max_tokens cut"
+            verdicts, _, _ = judging(server, games(1))
+            assert len(server.seen) == 2 and verdicts[0].why == "no verdict in its answer, which max_tokens cut"
 
     def test_lone_surrogates_are_no_trouble(self, judging: Any) -> None:
         """In what is asked or in what is said."""
         with serving(lambda request, times: "\ud83d [[B]]") as server:
-            rulings, _, _ = judging(server, [Game(("q\ud800",), ("a",), ("b",), 1)])
-            assert rulings[0].verdict == "B" and json.dumps(rulings[0].text, ensure_ascii=False).encode()
+            verdicts, _, _ = judging(server, [Comparison(("q\ud800",), ("a",), ("b",), 1)])
+            assert verdicts[0].winner == "B" and json.dumps(verdicts[0].text, ensure_ascii=False).encode()
             assert len(server.seen) == 1
 
 
@@ -355,8 +334,10 @@ class TestRefusals:
         with serving(
             lambda request, times: fault if "question 2." in user(request) else honest(request, times)
         ) as server:
-            rulings, calls, said = judging(server, games(6))
-            assert right(rulings) == [True, True, False, True, True, True] and why in rulings[2].why and why in said[0]
+            verdicts, calls, said = judging(server, games(6))
+            assert (
+                right(verdicts) == [True, True, False, True, True, True] and why in verdicts[2].why and why in said[0]
+            )
             assert calls["retried"] == 0 and len(server.seen) == 6
 
     def test_of_every_game_stops(self, judging: Any) -> None:
@@ -371,8 +352,8 @@ class TestRefusals:
     def test_too_long_for_all_is_missing_for_all(self, judging: Any) -> None:
         """That is an answer about each of them."""
         with serving(lambda request, times: refusal(400, "prompt is too long: 9 tokens > 8 maximum")) as server:
-            rulings, _, _ = judging(server, games(12))
-            assert {ruling.verdict for ruling in rulings} == {None} and len(server.seen) == 12
+            verdicts, _, _ = judging(server, games(12))
+            assert {verdict.winner for verdict in verdicts} == {None} and len(server.seen) == 12
 
     def test_nobody_there(self, judging: Any) -> None:
         """A port that nothing listens on."""
@@ -395,8 +376,8 @@ class TestRefusals:
             return honest(request, times) if request.body["max_completion_tokens"] == 50 else refusal(400)
 
         with serving(newer) as server:
-            rulings, calls, _ = judging(server, games(9), max_tokens=50, retries=0, concurrency=2)
-            assert right(rulings) == [True] * 9 and calls["retried"] <= 2
+            verdicts, calls, _ = judging(server, games(9), max_tokens=50, retries=0, concurrency=2)
+            assert right(verdicts) == [True] * 9 and calls["retried"] <= 2
             assert judging(server, games(9), max_tokens=50)[1]["cached"] == 9
 
     def test_the_package_is_an_extra(self, judging: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,13 +425,13 @@ class TestKey:
         monkeypatch.setattr(logging.getLogger("openai"), "level", logging.DEBUG)
         try:
             with serving(parrot) as server:
-                rulings, _, said = judging(server, games(3), retries=1)
+                verdicts, _, said = judging(server, games(3), retries=1)
                 assert {one.authorization for one in server.seen} == {f"Bearer {CANARY}"}
         finally:
             root.removeHandler(handler)
             root.setLevel(level)
-        assert rulings[0].verdict == "A" and "[key]" in rulings[0].text and rulings[1].verdict is None
-        everything = repr((rulings, said, capfd.readouterr())) + logged.getvalue()
+        assert verdicts[0].winner == "A" and "[key]" in verdicts[0].text and verdicts[1].winner is None
+        everything = repr((verdicts, said, capfd.readouterr())) + logged.getvalue()
         assert len(logged.getvalue()) > 100 and CANARY not in everything
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert files and all(CANARY.encode() not in path.read_bytes() for path in files)
@@ -465,7 +446,7 @@ from salsa_peft.evaluation.judges.registry import judge_of
 from openai_server import games
 section = Judge(kind="openai", model="m", base_url=sys.argv[1], concurrency=3)
 judge = judge_of(section, cache=Path(sys.argv[2]), say=print)
-print([ruling.verdict for ruling in judge(games(20), lambda n: None)], judge.calls["cached"], "torch" in sys.modules)
+print([verdict.winner for verdict in judge(games(20), lambda n: None)], judge.calls["cached"], "torch" in sys.modules)
 """
 
 

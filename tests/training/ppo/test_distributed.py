@@ -20,7 +20,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from paths import SUPPORT
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -30,7 +30,7 @@ from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.checks import check_sharding
 from salsa_peft.utils.errors import SalsaError
 
-CONFIGS = SUPPORT.parent / "recipes" / "accelerate"
+CONFIGS = ROOT / "recipes" / "accelerate"
 
 
 @contextlib.contextmanager

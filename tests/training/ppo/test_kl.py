@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked import LENGTHS, POISON, PROPERTY, draw, mask_of, poisoned
+from random_masks import LENGTHS, POISON, PROPERTY, draw, mask_of, poisoned
 
 from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards.reward import RunningScale

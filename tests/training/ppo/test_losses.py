@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from masked import LENGTHS, POISON, PROPERTY, draw, mask_of, poisoned
+from random_masks import LENGTHS, POISON, PROPERTY, draw, mask_of, poisoned
 from torch import Tensor
 
 from salsa_peft.training.ppo import losses

@@ -1,6 +1,6 @@
-"""A whole small run on a made-up folder of a real model family, and what its numbers are held against.
+"""A whole small run on a tiny model of a real family, compared with plain Transformers and PEFT.
 
-    python tests/support/hub_runs.py [FAMILY …]      the table of model × mode (needs ../shared/hub beside the checkout)
+    python tests/support/family_runs.py [FAMILY …]      the table of model × mode (needs ../shared/hub beside the checkout)
 
 The expected numbers come from plain Transformers and PEFT: the folders that the run saved, opened anew.
 """

@@ -1,4 +1,4 @@
-"""Adapters, checkpoints and reward models in folders as PEFT, unsloth, axolotl, LLaMA-Factory and TRL write them, made on the spot."""
+"""Adapter, checkpoint and reward model folders as PEFT, unsloth, axolotl, LLaMA-Factory and TRL write them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that never was, in the quickstart's shape: what tests of the report draw and print."""
+"""Numbers of an invented run in the shape of the quickstart's, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def with_judge(
     verdicts = {
         "judge": {"kind": "local", "model": "/home/somebody/judges/tiny-judge", "prompt": "figure7"},
         "calls": {"asked": 400, "cached": 8, "retried": 0, "prompt_tokens": 61000, "completion_tokens": 4200},
-        "datasets": judging.verdicts(judgments, questions),
+        "datasets": judging.results(judgments, questions),
         "search": None,
     }
     return replace(run, answers=answers, judgments=judgments, verdicts=verdicts, limit=4)

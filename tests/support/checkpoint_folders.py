@@ -1,4 +1,4 @@
-"""Tiny checkpoints that tests make on the spot, and what their soups are held against."""
+"""Tiny checkpoint folders, and the sums that their soups are compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished run's folder, made on the spot in a second: tiny adapters or checkpoints, a report of made-up numbers, manifests."""
+"""The folder of a finished run, made in a second: tiny adapters or checkpoints, a report of invented numbers, manifests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import made_up_run
+import synthetic_run
 import torch
 from hub_server import Hub, Repo
 from paths import ROOT
@@ -66,7 +66,7 @@ def make_run(
         steps[unit.id] = step
         step.folder.mkdir(parents=True)
         if unit.stage == "report":
-            write_report(step.folder, made_up_run.synthetic())
+            write_report(step.folder, synthetic_run.synthetic())
             (step.folder / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
         elif unit.stage == "soup":
             averaging.soup(

@@ -1,0 +1,81 @@
+"""The members of a soup as they are given: folders or Hub ids → local folders, their kind, and their names in summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.hub import HUB_ID, local_folder
+from salsa_peft.utils.manifests import read_manifest
+
+ADAPTERS, CHECKPOINTS = "adapters", "checkpoints"
+SINGULAR = {ADAPTERS: "an adapter", CHECKPOINTS: "a full checkpoint"}
+CONFIGS = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
+
+
+def member_names(members: Sequence[Path | str]) -> list[str]:
+    """Names for summaries: a folder of a run gets the name of its unit (sft/seed-0), others the last part of their path or id.
+
+    If these are not unique, the full paths or ids.
+    """
+    ends = [_unit(Path(member)) or str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
+    return ends if len(set(ends)) == len(ends) else [str(member) for member in members]
+
+
+def _unit(folder: Path) -> str | None:
+    """The unit of a run that wrote a folder."""
+    return (read_manifest(folder) or {}).get("unit")
+
+
+def kind_of(folders: Sequence[Path]) -> str:
+    """adapters or checkpoints. Raises SalsaError for a folder that is neither, and for members of both kinds."""
+    kinds = []
+    for folder in folders:
+        found = next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), None)
+        if found is None:
+            patterns = [f"{depth}/{file}" for file in CONFIGS.values() for depth in ("*", "*/*")]
+            inside = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
+            hint = f"; did you mean {inside[-1]}?" if inside else ""
+            raise SalsaError(
+                f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint (config.json){hint}"
+            )
+        kinds.append(found)
+    odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0)
+    require(
+        odd == 0,
+        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; members of a soup must be of one kind, so"
+        " merge the adapters into their base first (--merge)",
+    )
+    return kinds[0]
+
+
+def local_members(members: Sequence[Path | str]) -> list[Path]:
+    """The folders of all members. Raises SalsaError that lists every member that is not there."""
+    unknown = [str(m) for m in members if not Path(m).is_dir() and not ("/" in str(m) and HUB_ID.match(str(m)))]
+    files = [str(member) for member in members if Path(member).is_file()]
+    require(
+        not files,
+        f"not a folder: {', '.join(files)}; a member is the folder that holds the file, or a Hub id (namespace/name)",
+    )
+    require(
+        not unknown,
+        f"no such folder: {', '.join(unknown)}; a member is a folder of an adapter or a checkpoint, or a Hub id (namespace/name)",
+    )
+    return [local(member) for member in members]
+
+
+def local(name: Path | str, revision: str | None = None, why: str = "") -> Path:
+    """The folder of a member or a base: an existing folder, or the snapshot of a Hub id. why: for the error, who names it."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    require(
+        HUB_ID.match(str(name)) is not None and not path.exists(),
+        f"no such folder: {name}{why or '; name a folder, or a Hub id (namespace/name)'}",
+    )
+    try:
+        return local_folder(name, revision=revision)
+    except SalsaError as error:
+        raise SalsaError(f"no such folder: {name}{why}; as a Hub id: {error}") from error
