@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json
-from salsa_peft.utils.safetensors_io import BITS, NO_SAFETENSORS
+from salsa_peft.utils.safetensors_io import NO_SAFETENSORS, SafetensorsFile
 from salsa_peft.utils.tensor_names import without_wrappers
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
@@ -117,7 +116,7 @@ def base_fingerprints(folder: str | Path) -> list[str]:
 
 class _Tensor(NamedTuple):
     dtype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     first: bytes
     """The SHA-256 of its first 64 KiB."""
 
@@ -125,10 +124,12 @@ class _Tensor(NamedTuple):
 def _tensors(folder: Path) -> dict[str, _Tensor]:
     found = {}
     for file in _weight_files(folder):
-        for name, (dtype, shape, begin, size) in _header(file).items():
-            with open(file, "rb") as raw:
-                raw.seek(begin)
-                found[name] = _Tensor(dtype, shape, hashlib.sha256(raw.read(min(size, 65536))).digest())
+        entries = SafetensorsFile(file, any_dtype=True).entries
+        with open(file, "rb") as raw:
+            for name, entry in entries.items():
+                raw.seek(entry.begin)
+                first = hashlib.sha256(raw.read(min(entry.size, 65536))).digest()
+                found[name] = _Tensor(entry.dtype, entry.shape, first)
     return found
 
 
@@ -175,34 +176,3 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     require(bool(files), f"{folder}: {NO_SAFETENSORS}")
     return files
-
-
-def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Tensor → dtype, shape, first byte in the file and number of bytes.
-
-    Raises SalsaError if the file is not complete.
-    """
-    try:
-        with open(file, "rb") as raw:
-            start, size = 8 + int.from_bytes(raw.read(8), "little"), file.stat().st_size
-            entries: Any = json.loads(raw.read(start - 8)) if start <= size else None
-        entries.pop("__metadata__", None)
-        found = {name: (entry["dtype"], entry["shape"], start + entry["data_offsets"][0],
-                        entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries.items()}  # fmt: skip
-        odd = [
-            name
-            for name, (dtype, shape, _, length) in found.items()
-            if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * length
-        ]
-        end = max((begin + length for _, _, begin, length in found.values()), default=start)
-    except FileNotFoundError as error:
-        raise SalsaError(
-            f"{file}: no such file, although the index names it; copy it, or save the model again"
-        ) from error
-    except IsADirectoryError as error:
-        raise SalsaError(f"{file}: this is a folder, not a safetensors file; copy or save the file again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise SalsaError(f"{file}: truncated or damaged; copy or save the file again") from error
-    why = f"the bytes of {odd[0]} do not fit its dtype and shape" if odd else f"found {size} bytes, expected {end}"
-    require(not odd and end == size, f"{file}: truncated or damaged ({why}); copy or save the file again")
-    return found

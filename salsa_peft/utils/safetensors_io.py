@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import operator
 import os
 import sys
 import threading
@@ -52,49 +53,42 @@ class SafetensorsFile:
     """The tensors of a file, in the order of their bytes.
 
     Raises SalsaError for a file that is missing or damaged.
+
+    any_dtype: accept dtypes that cannot be read here (not in BITS).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, any_dtype: bool = False) -> None:
         self.path = Path(path)
         try:
             with self.path.open("rb") as raw:
                 self.begin = 8 + int.from_bytes(raw.read(8), "little")
-                size = os.fstat(raw.fileno()).st_size
-                require(8 < self.begin <= size, f"{path}: truncated or damaged: {size} bytes hold no header; {_AGAIN}")
-                self.header = raw.read(self.begin - 8)
-        except (FileNotFoundError, NotADirectoryError):
-            raise SalsaError(f"{path}: no such file; copy or download the weights again") from None
-        try:
+                self.size = os.fstat(raw.fileno()).st_size
+                self.header = raw.read(self.begin - 8) if self.begin <= self.size else b""
             entries = json.loads(self.header)
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})
-            found = {name: self._entry(given) for name, given in entries.items()}
+            found = [(name, self._entry(given)) for name, given in entries.items()]
+        except OSError as error:
+            raise SalsaError(
+                f"{path}: cannot be read ({error.strerror}); copy or download the weights again"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise SalsaError(f"{path}: its header is damaged; {_AGAIN}") from None
-        self.entries = dict(sorted(found.items(), key=lambda item: item[1].begin))
-        self.size = size
-        self._check()
-
-    def _entry(self, given: dict[str, Any]) -> Entry:
-        first, last = given["data_offsets"]
-        return Entry(given["dtype"], tuple(given["shape"]), self.begin + first, last - first)
-
-    def _check(self) -> None:
-        """Check that the tensors' bytes follow one another, fit the shapes, and end where the file ends."""
+            raise SalsaError(f"{path}: not a safetensors file, or damaged; {_AGAIN}") from None
+        self.entries = dict(sorted(found, key=lambda item: item[1].begin))
         place = self.begin
         for name, entry in self.entries.items():
             require(
-                entry.dtype in BITS,
-                f"{self.path}: {name} has the dtype {entry.dtype}, which is not supported; use one of"
-                f" {', '.join(BITS)}",
+                any_dtype or entry.dtype in BITS,
+                f"{path}: {name} has the unsupported dtype {entry.dtype}; use one of {', '.join(BITS)}",
             )
-            bits = math.prod(entry.shape) * BITS[entry.dtype]
+            bits = math.prod(entry.shape) * BITS[entry.dtype] if entry.dtype in BITS else 8 * entry.size
             fits = entry.begin == place and entry.size * 8 == bits
-            require(fits, f"{self.path}: damaged: the bytes of {name} do not fit its shape; {_AGAIN}")
+            require(fits, f"{path}: damaged: the bytes of {name} do not fit its dtype and shape; {_AGAIN}")
             place += entry.size
-        require(
-            place == self.size,
-            f"{self.path}: truncated or damaged (found {self.size} bytes, expected {place}); {_AGAIN}",
-        )
+        require(place == self.size, f"{path}: truncated or damaged: {self.size} bytes, expected {place}; {_AGAIN}")
+
+    def _entry(self, given: dict[str, Any]) -> Entry:
+        first, last = map(operator.index, given["data_offsets"])
+        return Entry(given["dtype"], tuple(map(operator.index, given["shape"])), self.begin + first, last - first)
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of the tensor, on the CPU."""
