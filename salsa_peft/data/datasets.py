@@ -23,8 +23,7 @@ from salsa_peft.data.chat.template_fields import (
 )
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.files import check_characters, load_rows
-from salsa_peft.data.message_formats import Messages
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import Messages, parse_messages
 from salsa_peft.data.row_formats import Prompt
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
@@ -85,7 +84,7 @@ class RowWarnings:
     def print(self, rows: int) -> None:
         """Print the warnings; `rows` is the number of all rows."""
         for what, numbers in self.rows.items():
-            say(f"{self.path}: {len(numbers)} of {rows} rows (first: row {min(numbers)}) {what}")
+            say(f"{self.path}: {len(numbers)} of {rows} rows (the first: row {min(numbers)}) {what}")
 
 
 def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
@@ -210,7 +209,7 @@ def check_no_template_options(rows: Sequence[dict[str, Any]], stage: str) -> Non
     own = [number for number, row in enumerate(rows, 1) if template_options(row)]
     require(
         not own,
-        f"data.prompts: {len(own)} rows (first: row {min(own, default=0)}) have `tools` or `chat_template_kwargs`, which TRL's {stage} ignores;"
+        f"data.prompts: {len(own)} rows (the first: row {min(own, default=0)}) have `tools` or `chat_template_kwargs`, which TRL's {stage} ignores;"
         " remove the columns, or use algorithm ppo",
     )
 
@@ -240,7 +239,7 @@ def prompt_tokens(
     if isinstance(prompt, str):
         ids = text_ids(prompt, tokenizer)
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    messages = messages_for_template(check_messages(prompt, f"{where}, prompt"), tokenizer)
+    messages = messages_for_template(parse_messages(prompt, f"{where}, prompt"), tokenizer)
     options = template_options(row) | {"add_generation_prompt": True, "return_dict": True}
     encoded = apply_template(messages, tokenizer, f"{where}, prompt", **options)
     return list(encoded["input_ids"])

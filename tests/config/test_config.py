@@ -243,10 +243,19 @@ REFUSED = [
             "ppo.max_prompt_length: must be at most 896, not 1000: model.max_length 1024 less generation.max_new_tokens 128"
         ],
     ),
-    ("data.demonstrations=x.jsonl", ["data.demonstrations: found '/", "x.jsonl', which is no file or folder"]),
+    (
+        "data.demonstrations=x.jsonl",
+        [
+            "data.demonstrations: there is no file or folder '",
+            "x.jsonl'; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id",
+            "x.jsonl'; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id",
+        ],
+    ),
     (
         "data.demonstrations=/etc/hostname",
-        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json, .parquet, .csv or .tsv file"],
+        [
+            "data.demonstrations: '/etc/hostname' is no data file; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+        ],
     ),
     (
         "evaluate.prompts.x=not an id",
@@ -308,7 +317,7 @@ def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
                 (tmp_path / "mine" / "seed" / name).write_text("{}")
         for found in (load(f"sft.from={taken}"), load(text=RECIPE + f"sft: {{from: {taken}}}\n")):
             assert (found.recipe.sft.from_, found.recipe.sft.seeds, found.recipe.soup.members) == ([path], [0], [0])
-    assert said(load, "sft.from=3") == "--set: sft.from: found 3, expected a list; write [3]"
+    assert said(load, "sft.from=3") == "--set: sft.from: must be a list, not 3; write [3]"
 
 
 def test_the_layer_that_said_it_is_named(load):
@@ -360,21 +369,27 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "found nothing, expected `key: value` lines"),
-        ("- a", "found a list"),
-        ("name: [", "not YAML (line"),
-        ("name: a\nname: b", "line 2: found the key 'name' twice"),
+        ("", "must contain `key: value` lines, but is empty"),
+        ("- a", "must contain `key: value` lines, but is a list"),
+        ("name: [", "line 2 is not valid YAML: while parsing a flow node, did not find expected node content"),
+        ("name: a\nname: b", "line 2: the key 'name' is there twice"),
         ("a: &x 1", "anchors (&) are not allowed"),
         ("a: *x", "aliases (*) are not allowed"),
         ("a: !!python/object:os.system x", "tags (!) are not allowed"),
         ("a: !!timestamp 2001-01-01", "tags (!) are not allowed"),
-        ("1: a", "found the key 1, expected text"),
-        ("? [a]\n: b", "found the key ['a'], expected text"),
-        ("a: 1\n---\nb: 2", "found a second document"),
+        ("1: a", "line 1: the key 1 is not text; quote it"),
+        ("? [a]\n: b", "line 1: the key ['a'] is not text; quote it"),
+        (
+            "a: 1\n---\nb: 2",
+            "line 2 is not valid YAML: expected a single document in the stream, but found another document",
+        ),
         ("a: " + "[" * 100_000, "nested deeper than 20"),
         ("a: " + "{a: " * 100, "nested deeper than 20"),
         ("\n".join(" " * depth + "a:" for depth in range(1000)), "nested deeper than 20"),
-        ("name: a\x07", "not YAML"),
+        (
+            "name: a\x07",
+            'is not valid YAML: unacceptable character #x0007: control characters are not allowed in "<unicode string>", position 7',
+        ),
         ("#" * (MAX_BYTES + 1), "more than 1000000 bytes"),
         ("a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]", "anchors"),
     ],
@@ -453,7 +468,7 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
     assert recipe.data.demonstrations.split == "train[:80%]"
     assert recipe.model.base == "org/model"
     os.remove(tmp_path / "there" / "base" / "config.json")
-    with pytest.raises(SalsaError, match=r"r.yaml: model.base: found no config.json in"):
+    with pytest.raises(SalsaError, match=r"there/base' has no config\.json; give the folder or Hub id of a model"):
         load_recipe("../there/r.yaml", lora="lora", overrides=[])
 
 
@@ -641,7 +656,10 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
 def test_text_pairs_need_a_prompt(load, tmp_path):
     """Chosen and rejected as text don't hold it: seen here, not after the seeds are trained."""
     rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
-    with pytest.raises(SalsaError, match=r"data.preferences: found text in chosen and no `prompt`"):
+    with pytest.raises(
+        SalsaError,
+        match=r"data\.preferences: 'p\.jsonl' has text in chosen, which needs a column `prompt` beside it; add the column",
+    ):
         load("data.preferences=p.jsonl")
 
 
@@ -663,19 +681,28 @@ def test_adapters_among_the_answering_models(load, tmp_path, monkeypatch):
 def test_max_steps_of_ppo_are_whole_updates(load):
     """A cut update would be in no log."""
     assert load("ppo.max_steps=8").recipe.ppo.max_steps == 8
-    with pytest.raises(SalsaError, match=r"ppo.max_steps: found 6, expected a multiple of 4, .*set ppo.max_steps=8"):
+    with pytest.raises(
+        SalsaError,
+        match=r"ppo\.max_steps: 6 is not a multiple of 4, the optimizer steps of one update \(num_ppo_epochs × num_mini_batches\); set ppo\.max_steps=8",
+    ):
         load("ppo.max_steps=6")
 
 
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("toy.prompts=100", "toy.prompts: found 100, 100 of them to train on, expected at least ppo.batch_size = 128"),
+        (
+            "toy.prompts=100",
+            "toy.prompts: 100 rows, 100 of them for training, which is less than ppo.batch_size = 128; add rows or lower ppo.batch_size",
+        ),
         (
             "toy.demonstrations=40",
-            "toy.demonstrations: found 40, 20 of them to train on (sft.subset 0.5), expected at least sft.batch_size = 32",
+            "toy.demonstrations: 40 rows, 20 of them for training (sft.subset 0.5), which is less than sft.batch_size = 32; add rows or lower sft.batch_size",
         ),
-        ("policies.a25={reference: soups}", "policies.a25.reference: found 'soups', expected seed-N, base, soup"),
+        (
+            "policies.a25={reference: soups}",
+            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
+        ),
     ],
 )
 def test_what_would_fail_after_minutes_fails_at_once(setting: str, line: str) -> None:

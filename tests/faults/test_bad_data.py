@@ -188,9 +188,9 @@ class TestFiles:
 
     def test_a_folder_that_datasets_reads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its own error names no row; ours says what it found."""
-        import datasets
+        import datasets as hf_datasets
 
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
         assert "set/train.jsonl, row 2: found" in refusal(datasets.prompts, Source(path=str(tmp_path / "set")))

@@ -19,7 +19,7 @@ from salsa_peft.config.rewards import WRITE_A_FUNCTION
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
 from salsa_peft.models.responses import append_tokens, ends_turn
 from salsa_peft.models.rewards.base import Reward, Rows, Tally
@@ -130,7 +130,7 @@ class ClassifierReward(Reward):
         )
         try:
             encoded: Any = self.tokenizer.apply_chat_template(
-                messages_for_template(check_messages(messages, f"reward {self.name}"), self.tokenizer),
+                messages_for_template(parse_messages(messages, f"reward {self.name}"), self.tokenizer),
                 return_dict=True,
                 **options,
             )

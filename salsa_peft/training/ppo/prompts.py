@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_template, template_options
 from salsa_peft.data.chat.templates import adds_bos
 from salsa_peft.data.datasets import RowWarnings, prompt_tokens
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import max_positions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
@@ -137,7 +137,7 @@ class PromptEncoder(NamedTuple):
             return []
         where = f"{name}, row {number}, prompt"
         return dropped_fields(
-            messages_for_template(check_messages(messages, where), self.tokenizer),
+            messages_for_template(parse_messages(messages, where), self.tokenizer),
             self.tokenizer,
             where,
             template_options(row),

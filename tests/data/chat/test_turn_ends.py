@@ -196,7 +196,10 @@ class TestBOS:
     def test_a_date_is_fixed(self) -> None:
         dated = "{% set day = strftime_now('%d %b %Y') %}{{ bos_token + strftime_now(\"%Y\") + day }}"
         tokenizer = make("llama3", template=dated)
-        assert "writes today's date: it is 26 Jul 2024" in chat_templates.prepare_template(tokenizer)[0]
+        assert (
+            "its chat template writes today's date; this run uses 26 Jul 2024, so that prompts stay the same"
+            in chat_templates.prepare_template(tokenizer)[0]
+        )
         assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == "<|begin_of_text|>202426 Jul 2024"
 
     @pytest.mark.parametrize(
@@ -255,7 +258,8 @@ class TestLossMask:
         tokenizer = make("qwen", template=tiny_tokenizers.FORGETFUL)
         assert loss(tokenizer, CHATS[0]) == ["sat<|im_end|>"]
         with pytest.raises(
-            SalsaError, match=r"^model.chat_template: the template has no {% generation %} marks and renders earlier"
+            SalsaError,
+            match=r"model\.chat_template: has no \{% generation %\} marks and renders earlier turns differently once later ones follow, so the assistant's tokens cannot be found\. Use chatml, zephyr, or a Jinja file with \{% generation %\} marks\.",
         ):
             assistant_tokens(CHATS[1], tokenizer)
         tokenizer.chat_template = qwen3_chat_template
