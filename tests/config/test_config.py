@@ -248,7 +248,6 @@ REFUSED = [
         [
             "data.demonstrations: there is no file or folder '",
             "x.jsonl'; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id",
-            "x.jsonl'; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id",
         ],
     ),
     (
@@ -322,15 +321,15 @@ def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
 
 def test_the_layer_that_said_it_is_named(load):
     assert said(load, text=RECIPE + "ppo: {learning_rate: fast}\n", lora=None).startswith(
-        "tiny.yaml: ppo.learning_rate: found 'fast'"
+        "tiny.yaml: ppo.learning_rate: must be a number, not 'fast'"
     )
     assert said(load, text=RECIPE + "lora: {ppo: {learning_rate: fast}}\n").startswith(
-        "tiny.yaml: lora: ppo.learning_rate: found"
+        "tiny.yaml: lora: ppo.learning_rate: must be a number, not 'fast'"
     )
     assert said(load, text=RECIPE + "lora: {ppo: {lr: 1}}\n", lora=None).startswith(
         "tiny.yaml: lora: ppo.lr: unknown key"
     )
-    assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: found 3, expected departures")
+    assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: must be a mapping of settings, not 3")
     assert "(and 1 more)" in said(load, "ppo.learning_rate=fast", "sft.learning_rate=fast")
 
 
@@ -338,15 +337,16 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
     assert load(lora=None).recipe.mode == "full"
     for key, value in (("model.quantization", "nf4"), ("soup.rank", "4"), ("ppo.value", "adapter")):
         line = said(load, f"{key}={value}", lora=None)
-        assert f"{key}: found {value} with full weights, expected" in line and "add --lora" in line
+        assert f"{key}: {value} needs adapters; add --lora, or set {key}=" in line
         preset = "qlora" if key == "model.quantization" else "lora"
         assert load(f"{key}={value}", lora=preset).recipe.mode == preset
     line = said(load, "model.quantization=nf4")
-    assert "--lora lora: found model.quantization nf4, expected none; take --lora qlora" in line
-    assert "expected 4 bits; take --lora lora" in said(load, "model.quantization=null", lora="qlora")
-    assert "--set adapter.r=8: found full weights" in said(load, "adapter.r=8", lora=None)
-    assert "offload: found frozen with adapters" in said(load, "offload=frozen")
-    assert "precision: found master with adapters, expected auto" in said(load, "precision=master")
+    assert "--lora lora: model.quantization is nf4, which is qlora; use --lora qlora, or remove the key" in line
+    line = said(load, "model.quantization=null", lora="qlora")
+    assert "--lora qlora: model.quantization is null, which is lora; use --lora lora, or remove the key" in line
+    assert "--set adapter.r=8: this run uses full weights, without an adapter; add --lora" in said(load, "adapter.r=8", lora=None)
+    assert "offload: frozen has no effect with adapters: references share the base, so there is nothing to offload. Set offload=none" in said(load, "offload=frozen")
+    assert "precision: master has no effect with adapters: adapters are always trained in float32. Set precision=auto" in said(load, "precision=master")
     assert load("offload=frozen", lora=None).recipe.offload == "frozen"
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
 
@@ -422,11 +422,11 @@ def test_columns(load, tmp_path):
     ):
         line = said(load, f"data.{key}={wrong}")
         assert line.startswith(
-            f"--set: data.{key}: found the columns text, label in 'wrong.jsonl', expected {expected}"
+            f"--set: data.{key}: 'wrong.jsonl' has the columns text, label; it needs {expected}"
         )
     for content, words in (
-        ("", "no rows"),
-        ("[1]\n", "found [1]"),
+        ("", "'wrong.jsonl' has no rows"),
+        ("[1]\n", "the first row of 'wrong.jsonl' must be a JSON object, not [1]"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("\xff", "not JSON"),
@@ -609,7 +609,7 @@ def test_columns_of_other_files(load, tmp_path):
     for file in ("good.json", "good.parquet"):
         assert load(f"data.prompts={file}").recipe.data.prompts.path == str(tmp_path / file)
     for file, expected in (
-        ("wrong.json", "found the columns text in"), ("wrong.parquet", "found the columns text in"),
+        ("wrong.json", "has the columns text; it needs"), ("wrong.parquet", "has the columns text; it needs"),
         ("cut.json", "not JSON"), ("cut.parquet", "not parquet"), ("none.json", "no rows"),
     ):  # fmt: skip
         with pytest.raises(SalsaError, match=f"data.prompts: .*{expected}"):
@@ -630,23 +630,21 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
         for more, line in (
             (
                 "sft.batch_size=10",
-                f"data.demonstrations: found 9 in {file}, 9 of them to train on, expected at least sft.batch_size = 10",
+                f"data.demonstrations: {file} has 9 rows, 9 of them for training, which is less than sft.batch_size = 10",
             ),
             (
                 "sft.subset=0.5",
-                f"9 in {file}, 4 of them to train on (sft.subset 0.5), expected at least sft.batch_size = 8; add some or lower",
+                f"{file} has 9 rows, 4 of them for training (sft.subset 0.5), which is less than sft.batch_size = 8; add rows or lower",
             ),
             (
                 "reward.batch_size=9",
-                "9 in "
-                + file
-                + ", 8 of them to train on (reward.held_out 0.05), expected at least reward.batch_size = 9",
+                f"{file} has 9 rows, 8 of them for training (reward.held_out 0.05), which is less than reward.batch_size = 9",
             ),
             (
                 "ppo.batch_size=16",
-                f"data.prompts: found 9 in {file}, 9 of them to train on, expected at least ppo.batch_size = 16",
+                f"data.prompts: {file} has 9 rows, 9 of them for training, which is less than ppo.batch_size = 16",
             ),
-            ("data.preferences.limit=8", "data.preferences: found 8 in"),
+            ("data.preferences.limit=8", f"data.preferences: {file} has 8 rows"),
         ):
             assert line in said(load, *given, more), (file, more)
     assert load("data.prompts=9.jsonl", "ppo.batch_size=16", "policies.ppo=null", "policies.salsa=null")
@@ -668,7 +666,7 @@ def test_adapters_among_the_answering_models(load, tmp_path, monkeypatch):
     for name in ("sub/a", "salsa"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        with pytest.raises(SalsaError, match=rf"evaluate.models\[0\]: found no {name}"):
+        with pytest.raises(SalsaError, match=rf"evaluate.models\[0\]: .* has no {name}; give the folder or Hub id of a LoRA adapter"):
             load("evaluate.models=[sub/a]")
         (tmp_path / "sub" / "a" / name).write_text("{}")
     evaluate = load(

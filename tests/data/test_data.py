@@ -119,7 +119,7 @@ class TestForms:
         for split, line in (
             ("train[5:2]", r"split 'train\[5:2\]' contains none of the 10 rows; use a slice such as train\[:80%\]"),
             ("train[a:]", r"split 'train\[a:\]' is not a slice of 10 rows \(Unrecognized instruction format: train\[a:\]\); use one such as train\[:80%\]"),
-            ("validation", "split 'validation' cannot be found in a single file"),
+            ("validation", "a single file has no split 'validation'"),
         ):
             with pytest.raises(SalsaError, match=line):
                 take(split)

@@ -500,7 +500,7 @@ class TestBeforeAStageBegins:
                 if absent is None:
                     check.check_every_row(recipe, {stage})
                     continue
-                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(other .*: level\)"
+                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(columns besides the prompt: level\)"
                 with pytest.raises(SalsaError, match=line):
                     check.check_every_row(recipe, {stage})
 
@@ -617,7 +617,7 @@ class TestFolders:
         assert datasets.demonstrations(Source(path=str(folder))) and capsys.readouterr().err == ""
         (folder / "b.csv").write_text("prompt,completion\nc,d\n")
         assert len(datasets.demonstrations(Source(path=str(folder)))) == 1
-        assert f"{folder}/b.csv: not read, since the folder's other files are .jsonl\n" in capsys.readouterr().err
+        assert f"{folder}/b.csv: ignored, because the folder's other files are .jsonl\n" in capsys.readouterr().err
 
 
 class TestWrapped:
@@ -725,11 +725,11 @@ class TestFiles:
         ("name", "raw", "said"),
         [
             ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read: Not a gzipped file"),
-            ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99, mtime=0)[:-20], "a.jsonl.gz: cannot be unpacked: "),
-            ("a.csv", b"prompt\nq,r\n", "a.csv, row 1: found more fields than the header's, expected as many"),
-            ("a.csv", b"prompt\n\xff\n", "a.csv: found no table ('utf-8' codec can't decode"),
-            ("a.csv", b'prompt\n"q" r\n', "a.csv: found no table ("),
-            ("folder", None, "folder: cannot be read as a data set (split 'train'): "),
+            ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99, mtime=0)[:-20], "a.jsonl.gz: cannot be decompressed: "),
+            ("a.csv", b"prompt\nq,r\n", "a.csv, row 1: has more fields than the header; put text with commas in quotes"),
+            ("a.csv", b"prompt\n\xff\n", "a.csv: is not a table ('utf-8' codec can't decode"),
+            ("a.csv", b'prompt\n"q" r\n', "a.csv: is not a table ("),
+            ("folder", None, "folder: cannot be read as a dataset (split 'train'): "),
         ],
     )  # fmt: skip
     def test_what_cannot_be_read_is_one_line(self, tmp_path: Path, name: str, raw: bytes | None, said: str) -> None:
@@ -758,7 +758,7 @@ class TestFiles:
     def test_other_paths_of_the_hub_are_refused(self, path: str) -> None:
         with pytest.raises(
             SalsaError,
-            match=r"data\.prompts: 'hf://datasets/x' must have the form hf://datasets/NAMESPACE/NAME\[/FOLDER or FILE\]",
+            match=r"data\.prompts: 'hf://.*' must have the form hf://datasets/NAMESPACE/NAME\[/FOLDER or FILE\]",
         ):
             load_recipe("quickstart", lora="lora", overrides=[f"data.prompts={path}"])
 

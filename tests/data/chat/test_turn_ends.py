@@ -109,7 +109,7 @@ class TestEnds:
         check_tokenizer(tokenizer, lm)
         line = "processing_class: its chat template puts a text before every conversation that brings no system turn: "
         assert capsys.readouterr().err.splitlines() == [
-            "processing_class: a response ends with any of <|im_end|> (2), <|endoftext|> (0)",
+            "processing_class: a response ends at any of <|im_end|> (2), <|endoftext|> (0)",
             line + "'<|im_start|>system Be helpful.'",
         ]
         plain = make("llama2")
@@ -157,7 +157,7 @@ class TestBOS:
         adds = tiny_tokenizers.KINDS[kind].get("adds_bos", False)
         before = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
         lines = chat_templates.prepare_template(tokenizer)
-        line = f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
+        line = f"its chat template did not write the {tokenizer.bos_token} that its tokenizer adds to texts; now it does"
         assert lines == [line] * adds
         assert not chat_templates.prepare_template(tokenizer)
         whole = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
@@ -533,13 +533,13 @@ class TestLoading:
         tokenizer = make("qwen", template=None)
         tokenizer.save_pretrained(tmp_path)
         recipe: Any = SimpleNamespace(model=SimpleNamespace(base=str(tmp_path), chat_template="tokenizer"))
-        line = rf"^model.chat_template: '{tmp_path}' has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.$"
+        line = rf"^model.chat_template: '{tmp_path}' has no chat template. Use chatml, zephyr, or the path of a Jinja file.$"
         with pytest.raises(SalsaError, match=line):
             paths.check_template(recipe)
         make("qwen").save_pretrained(tmp_path)
         paths.check_template(recipe)
         recipe.model.chat_template = "tokeniser"
         with pytest.raises(
-            SalsaError, match=r"expected tokenizer \(the base's own\), a Jinja file, or one of ours: chatml, zephyr$"
+            SalsaError, match=r"Use tokenizer \(the base's own\), the path of a Jinja file, or a bundled template: chatml, zephyr$"
         ):
             paths.check_template(recipe)
