@@ -193,7 +193,7 @@ class TestFiles:
         monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
-        assert "set/train.jsonl, row 2: found" in refusal(datasets.prompts, Source(path=str(tmp_path / "set")))
+        assert "set/train.jsonl, row 2: b'{\"prompt\":' is not valid JSON (Expecting value: line 1 column 11 (char 10)); write one object per line" in refusal(datasets.prompts, Source(path=str(tmp_path / "set")))
 
     @kinds
     def test_a_limited_source_names_the_files_row(self, put: Any, kind: str) -> None:
@@ -267,7 +267,7 @@ class TestContent:
     def test_half_a_character_in_the_trainers_rows(self, tokenizer: Any) -> None:
         for prompt in ("\ud800", [user("copy \ud800")]):
             with pytest.raises(
-                SalsaError, match=r"^train_dataset, row 2, prompt: found '\\ud800', half of a character"
+                SalsaError, match=r"train_dataset, row 2, prompt: contains '\\ud800', half of a character \(a lone surrogate\); correct the text"
             ):
                 PromptEncoder(tokenizer, None, len(tokenizer))(
                     [{"prompt": "copy owl"}, {"prompt": prompt}], "train_dataset"

@@ -107,17 +107,17 @@ class TestEnds:
         tokenizer, lm = make("qwen"), Tiny(make("qwen")).lm
         lm.generation_config.eos_token_id = [2, 0]
         check_tokenizer(tokenizer, lm)
-        line = "processing_class: its chat template puts a text before every conversation that brings no system turn: "
+        line = "processing_class: its chat template starts conversations without a system turn with this text: "
         assert capsys.readouterr().err.splitlines() == [
             "processing_class: a response ends at any of <|im_end|> (2), <|endoftext|> (0)",
             line + "'<|im_start|>system Be helpful.'",
         ]
         plain = make("llama2")
         check_tokenizer(_padded(plain), Tiny(plain).lm)
-        assert "its chat template writes none, so that chats go without" in capsys.readouterr().err
+        assert "but its chat template writes none; if the model was trained with it in chats, put {{ bos_token }}" in capsys.readouterr().err
         dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + tiny_tokenizers.LLAMA3)
-        assert "others tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
-        assert "writes no token that ends" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
+        assert "so prompts change every day and the run cannot be resumed tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
+        assert "writes no end-of-turn token, so SFT teaches none" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
 
 
 def _padded(tokenizer: Any) -> Any:
