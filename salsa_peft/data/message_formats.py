@@ -90,7 +90,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         more |= {"reasoning_content": thoughts} if thoughts else {}
     if content is None and calls:
         content = ""
-    require(isinstance(content, str), f"{where}: the content of a {role} message must be text, not {describe(content)}")
+    require(isinstance(content, str), f"{where}: the content of role {role} must be text, not {describe(content)}")
     return {"role": role, "content": content, **more, **({"tool_calls": calls} if calls else {})}
 
 

@@ -344,9 +344,17 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
     assert "--lora lora: model.quantization is nf4, which is qlora; use --lora qlora, or remove the key" in line
     line = said(load, "model.quantization=null", lora="qlora")
     assert "--lora qlora: model.quantization is null, which is lora; use --lora lora, or remove the key" in line
-    assert "--set adapter.r=8: this run uses full weights, without an adapter; add --lora" in said(load, "adapter.r=8", lora=None)
-    assert "offload: frozen has no effect with adapters: references share the base, so there is nothing to offload. Set offload=none" in said(load, "offload=frozen")
-    assert "precision: master has no effect with adapters: adapters are always trained in float32. Set precision=auto" in said(load, "precision=master")
+    assert "--set adapter.r=8: this run uses full weights, without an adapter; add --lora" in said(
+        load, "adapter.r=8", lora=None
+    )
+    assert (
+        "offload: frozen has no effect with adapters: references share the base, so there is nothing to offload. Set offload=none"
+        in said(load, "offload=frozen")
+    )
+    assert (
+        "precision: master has no effect with adapters: adapters are always trained in float32. Set precision=auto"
+        in said(load, "precision=master")
+    )
     assert load("offload=frozen", lora=None).recipe.offload == "frozen"
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
 
@@ -421,9 +429,7 @@ def test_columns(load, tmp_path):
         ("prompts", "prompt, messages, conversations, instruction, question or turns"),
     ):
         line = said(load, f"data.{key}={wrong}")
-        assert line.startswith(
-            f"--set: data.{key}: 'wrong.jsonl' has the columns text, label; it needs {expected}"
-        )
+        assert line.startswith(f"--set: data.{key}: 'wrong.jsonl' has the columns text, label; it needs {expected}")
     for content, words in (
         ("", "'wrong.jsonl' has no rows"),
         ("[1]\n", "the first row of 'wrong.jsonl' must be a JSON object, not [1]"),
@@ -666,7 +672,9 @@ def test_adapters_among_the_answering_models(load, tmp_path, monkeypatch):
     for name in ("sub/a", "salsa"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        with pytest.raises(SalsaError, match=rf"evaluate.models\[0\]: .* has no {name}; give the folder or Hub id of a LoRA adapter"):
+        with pytest.raises(
+            SalsaError, match=rf"evaluate.models\[0\]: .* has no {name}; give the folder or Hub id of a LoRA adapter"
+        ):
             load("evaluate.models=[sub/a]")
         (tmp_path / "sub" / "a" / name).write_text("{}")
     evaluate = load(

@@ -118,7 +118,10 @@ class TestForms:
         assert set(take("train[5:]", limit=3)) < {6, 7, 8, 9, 10}
         for split, line in (
             ("train[5:2]", r"split 'train\[5:2\]' contains none of the 10 rows; use a slice such as train\[:80%\]"),
-            ("train[a:]", r"split 'train\[a:\]' is not a slice of 10 rows \(Unrecognized instruction format: train\[a:\]\); use one such as train\[:80%\]"),
+            (
+                "train[a:]",
+                r"split 'train\[a:\]' is not a slice of 10 rows \(Unrecognized instruction format: train\[a:\]\); use one such as train\[:80%\]",
+            ),
             ("validation", "a single file has no split 'validation'"),
         ):
             with pytest.raises(SalsaError, match=line):
@@ -163,7 +166,7 @@ class TestRefusals:
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": None, "content": "a"}]},
              r", messages: role must be text, not null"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": "user", "content": None}]},
-             r", messages: the content of a user message must be text, not null"),
+             r", messages: the content of role user must be text, not null"),
             (datasets.preferences, FINE, FINE | {"chosen": None}, r": has the columns chosen, prompt, rejected; it needs chosen; chosen is null"),
             (datasets.preferences, FINE, FINE | {"rejected": None}, r": has the columns chosen, prompt, rejected; it needs rejected; rejected is null"),
             (datasets.preferences, FINE, FINE | {"prompt": None}, r": has the columns chosen, prompt, rejected; it needs prompt \(or question, instruction or conversations\), because the answers do not contain the prompt; prompt is null"),

@@ -114,10 +114,17 @@ class TestEnds:
         ]
         plain = make("llama2")
         check_tokenizer(_padded(plain), Tiny(plain).lm)
-        assert "but its chat template writes none; if the model was trained with it in chats, put {{ bos_token }}" in capsys.readouterr().err
+        assert (
+            "but its chat template writes none; if the model was trained with it in chats, put {{ bos_token }}"
+            in capsys.readouterr().err
+        )
         dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + tiny_tokenizers.LLAMA3)
-        assert "so prompts change every day and the run cannot be resumed tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
-        assert "writes no end-of-turn token, so SFT teaches none" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
+        assert "so prompts change every day and the run cannot be resumed tomorrow" in "".join(
+            turn_ends.tokenizer_notes(dated, (2,))
+        )
+        assert "writes no end-of-turn token, so SFT teaches none" in "".join(
+            turn_ends.tokenizer_notes(make("llava"), (2,))
+        )
 
 
 def _padded(tokenizer: Any) -> Any:
@@ -157,7 +164,9 @@ class TestBOS:
         adds = tiny_tokenizers.KINDS[kind].get("adds_bos", False)
         before = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
         lines = chat_templates.prepare_template(tokenizer)
-        line = f"its chat template did not write the {tokenizer.bos_token} that its tokenizer adds to texts; now it does"
+        line = (
+            f"its chat template did not write the {tokenizer.bos_token} that its tokenizer adds to texts; now it does"
+        )
         assert lines == [line] * adds
         assert not chat_templates.prepare_template(tokenizer)
         whole = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
@@ -540,6 +549,7 @@ class TestLoading:
         paths.check_template(recipe)
         recipe.model.chat_template = "tokeniser"
         with pytest.raises(
-            SalsaError, match=r"Use tokenizer \(the base's own\), the path of a Jinja file, or a bundled template: chatml, zephyr$"
+            SalsaError,
+            match=r"Use tokenizer \(the base's own\), the path of a Jinja file, or a bundled template: chatml, zephyr$",
         ):
             paths.check_template(recipe)

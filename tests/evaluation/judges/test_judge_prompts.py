@@ -151,16 +151,34 @@ class TestFastChat:
     @pytest.mark.parametrize(
         ("change", "expected"),
         [
-            ({"pair-math-v1": None}, "judge_prompts.jsonl': has no prompt pair-math-v1; give FastChat's judge_prompts.jsonl"),
-            ({"pair-v2": {"prompt_template": "{question} {answer_a}"}}, "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'question']; it must have answer_a, answer_b, question"),
+            (
+                {"pair-math-v1": None},
+                "judge_prompts.jsonl': has no prompt pair-math-v1; give FastChat's judge_prompts.jsonl",
+            ),
+            (
+                {"pair-v2": {"prompt_template": "{question} {answer_a}"}},
+                "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'question']; it must have answer_a, answer_b, question",
+            ),
             (
                 {"pair-v2": {"prompt_template": "{question.__class__} {answer_a} {answer_b}"}},
                 "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'answer_b', 'question.__class__']; it must have answer_a, answer_b, question",
             ),
-            ({"pair-v2": {"prompt_template": "{question!r} {answer_a} {answer_b}"}}, "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'answer_b', 'question!r']; it must have answer_a, answer_b, question"),
-            ({"pair-v2": {"prompt_template": "{question"}}, "judge_prompts.jsonl': the template of pair-v2 has the fields []; it must have answer_a, answer_b, question"),
-            ({"pair-v2": {"output_format": "[[rating]]"}}, "judge_prompts.jsonl': the prompt pair-v2 must have system_prompt, prompt_template and the output_format [[A]], as in FastChat"),
-            ({"pair-v2": {"system_prompt": None}}, "judge_prompts.jsonl': the prompt pair-v2 must have system_prompt, prompt_template and the output_format [[A]], as in FastChat"),
+            (
+                {"pair-v2": {"prompt_template": "{question!r} {answer_a} {answer_b}"}},
+                "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'answer_b', 'question!r']; it must have answer_a, answer_b, question",
+            ),
+            (
+                {"pair-v2": {"prompt_template": "{question"}},
+                "judge_prompts.jsonl': the template of pair-v2 has the fields []; it must have answer_a, answer_b, question",
+            ),
+            (
+                {"pair-v2": {"output_format": "[[rating]]"}},
+                "judge_prompts.jsonl': the prompt pair-v2 must have system_prompt, prompt_template and the output_format [[A]], as in FastChat",
+            ),
+            (
+                {"pair-v2": {"system_prompt": None}},
+                "judge_prompts.jsonl': the prompt pair-v2 must have system_prompt, prompt_template and the output_format [[A]], as in FastChat",
+            ),
         ],
     )
     def test_another_file_is_refused(self, prompts: Path, change: dict[str, Any], expected: str) -> None:
@@ -177,7 +195,8 @@ class TestFastChat:
         if text is not None:
             path.write_text(text)
         for read in (read_prompts, read_references):
-            with pytest.raises(SalsaError, match=r"p\.jsonl': no such file; give the path of FastChat's judge_prompts\.jsonl"):
+            reasons = "no such file; give the path|every line must be a JSON object|cannot be read as JSON lines"
+            with pytest.raises(SalsaError, match=rf"p\.jsonl': ({reasons})"):
                 read(path)
 
     def test_reference_answers(self, tmp_path: Path) -> None:
@@ -187,7 +206,9 @@ class TestFastChat:
         path.write_text("\n".join(map(json.dumps, rows)))
         assert read_references(path) == {"101": ("one", "two"), "x": ("three",)}
         path.write_text('{"question_id": 1, "choices": []}')
-        with pytest.raises(SalsaError, match=r"gpt-4\.jsonl': a row lacks question_id or choices; give FastChat's reference answers"):
+        with pytest.raises(
+            SalsaError, match=r"gpt-4\.jsonl': a row lacks question_id or choices; give FastChat's reference answers"
+        ):
             read_references(path)
 
 

@@ -659,27 +659,69 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("text", "line"),
         [
-            ("reward: own_score:g:h", r"reward\.model: 'own_score:g:h' is not a function; write module:name, such as my_rewards:score"),
-            ("reward: own_score.py:f", r"reward\.model: 'own_score\.py:f' is not a function; write module:name without \.py, such as my_rewards:score"),
+            (
+                "reward: own_score:g:h",
+                r"reward\.model: 'own_score:g:h' is not a function; write module:name, such as my_rewards:score",
+            ),
+            (
+                "reward: own_score.py:f",
+                r"reward\.model: 'own_score\.py:f' is not a function; write module:name without \.py, such as my_rewards:score",
+            ),
             ("reward: ':f'", r"reward\.model: ':f' is not a function; write module:name, such as my_rewards:score"),
             (
                 "reward: own_score:h",
                 r"reward\.model: the module own_score in",
             ),
-            ("reward: other_score:f", r"reward\.model: there is no module other_score in the recipe's folder or on Python's path"),
+            (
+                "reward: other_score:f",
+                r"reward\.model: there is no module other_score in the recipe's folder or on Python's path",
+            ),
             ("reward: ./away/own_score:f", r"reward\.model: there is no module own_score in"),
-            ("reward: adaptor", r"reward\.model: must be adapter, module:name \(a function\), or the folder or Hub id \(namespace/name\) of a reward adapter or sequence classifier, not 'adaptor'; did you mean adapter\?"),
+            (
+                "reward: adaptor",
+                r"reward\.model: must be adapter, module:name \(a function\), or the folder or Hub id \(namespace/name\) of a reward adapter or sequence classifier, not 'adaptor'; did you mean adapter\?",
+            ),
             ("reward: ./gone", "recipes/gone'; give the folder or Hub id of a sequence classifier"),
-            ("reward: []", r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, but this list is empty"),
-            ("reward: 3", r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3"),
-            ("reward: {model: {model: adapter}}", r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not \{'model': 'adapter'\}"),
-            ("reward: [adapter, 3]", r"reward\.model\[1\]: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3"),
-            ("reward: [{weight: 2}]", r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found weight"),
-            ("reward: [{model: adapter, weigth: 2}]", r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found model, weigth"),
-            ("reward: [{model: adapter, weight: x}]", r"reward\.model\[0\]\.weight: must be a number \(0: logged, but not part of the sum\), not 'x'"),
-            ("reward: [{model: adapter, weight: true}]", r"weight: must be a number \(0: logged, but not part of the sum\), not True"),
-            ("reward: [{model: adapter, name: a b}]", "name: must consist of letters, digits, dots, - and _, at most 64, not 'a b'"),
-            ("reward: [org/rm, other/rm]", r"reward\.model: 2 parts have the name rm; give each its own name: \{model: …, name: …\}"),
+            (
+                "reward: []",
+                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, but this list is empty",
+            ),
+            (
+                "reward: 3",
+                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+            ),
+            (
+                "reward: {model: {model: adapter}}",
+                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not \{'model': 'adapter'\}",
+            ),
+            (
+                "reward: [adapter, 3]",
+                r"reward\.model\[1\]: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+            ),
+            (
+                "reward: [{weight: 2}]",
+                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found weight",
+            ),
+            (
+                "reward: [{model: adapter, weigth: 2}]",
+                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found model, weigth",
+            ),
+            (
+                "reward: [{model: adapter, weight: x}]",
+                r"reward\.model\[0\]\.weight: must be a number \(0: logged, but not part of the sum\), not 'x'",
+            ),
+            (
+                "reward: [{model: adapter, weight: true}]",
+                r"weight: must be a number \(0: logged, but not part of the sum\), not True",
+            ),
+            (
+                "reward: [{model: adapter, name: a b}]",
+                "name: must consist of letters, digits, dots, - and _, at most 64, not 'a b'",
+            ),
+            (
+                "reward: [org/rm, other/rm]",
+                r"reward\.model: 2 parts have the name rm; give each its own name: \{model: …, name: …\}",
+            ),
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
             (
                 "reward: own_score:f\nppo: {value: adapter}",
@@ -734,7 +776,10 @@ class TestRecipe:
         saved(tmp_path / "recipes" / "three", labels=3)
         saved(tmp_path / "recipes" / "mute", template=None)
         for name, line in (
-            ("three", r"recipes/three' is a classifier with 3 labels, but a reward is one number \(num_labels 1\)\. Write a Python function that loads the model and returns one score per response \(reward: module:name\), or use a classifier with num_labels 1, such as TRL's RewardTrainer saves"),
+            (
+                "three",
+                r"recipes/three' is a classifier with 3 labels, but a reward is one number \(num_labels 1\)\. Write a Python function that loads the model and returns one score per response \(reward: module:name\), or use a classifier with num_labels 1, such as TRL's RewardTrainer saves",
+            ),
             ("mute", "no chat template"),
         ):
             with pytest.raises(SalsaError, match=line):
@@ -752,7 +797,10 @@ class TestRecipe:
                 assert ("reward" in found[unit].inputs) is trained
         few = RECIPE.replace("toy: {}", "toy: {preferences: 4}")
         Path("few.yaml").write_text(few)
-        with pytest.raises(SalsaError, match=r"toy\.preferences: 4 rows, 3 of them for training \(reward\.held_out 0\.05\), which is less than reward\.batch_size = 8; add rows or lower reward\.batch_size"):
+        with pytest.raises(
+            SalsaError,
+            match=r"toy\.preferences: 4 rows, 3 of them for training \(reward\.held_out 0\.05\), which is less than reward\.batch_size = 8; add rows or lower reward\.batch_size",
+        ):
             load_recipe("few.yaml", lora="lora", overrides=[])
         Path("few.yaml").write_text(f"{few}reward: org/rm\n")
         assert not load_recipe("few.yaml", lora="lora", overrides=[]).recipe.reward.trained

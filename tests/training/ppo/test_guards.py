@@ -166,9 +166,12 @@ def test_off_is_silent():
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"lenght": "warn"}, r"^guards: found 'lenght', expected a guard; did you mean length\?$"),
+        ({"lenght": "warn"}, r"^guards: unknown guard 'lenght'; did you mean length\?$"),
         ({"x": "warn"}, "guards: empty, length, repetition"),
-        ({1: "warn"}, "guards: unknown guard 1; guards: empty, length, repetition, entropy_low, entropy_high, kl_coef, negative_kl, kl"),
+        (
+            {1: "warn"},
+            "guards: unknown guard 1; guards: empty, length, repetition, entropy_low, entropy_high, kl_coef, negative_kl, kl",
+        ),
         ({"length": "halt"}, r"guards\.length: must be off, warn or stop, not 'halt'"),
         ({"length": True}, r"guards\.length: must be off, warn or stop, not True"),
         ({"length": 0.3}, r"guards\.length: must be off, warn or stop, not 0\.3"),

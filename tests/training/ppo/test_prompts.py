@@ -80,5 +80,7 @@ def test_the_trainer_tells_of_both_sets(make_trainer: Any, capsys: Any) -> None:
     assert (trainer.left_out, len(trainer.eval_dataset)) == (1, 2)
     said = capsys.readouterr().err
     assert "train_dataset: 1 of 17 prompts left out" in said and "eval_dataset: 1 of 3 prompts left out" in said
-    with pytest.raises(SalsaError, match=r"eval_dataset: there are no prompts to evaluate on\. Pass rows with `prompt`"):
+    with pytest.raises(
+        SalsaError, match=r"eval_dataset: there are no prompts to evaluate on\. Pass rows with `prompt`"
+    ):
         trainer.evaluate(long)
