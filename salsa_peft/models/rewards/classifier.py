@@ -19,7 +19,7 @@ from salsa_peft.config.rewards import WRITE_A_FUNCTION
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
 from salsa_peft.models.responses import append_tokens, ends_turn, pad_right
 from salsa_peft.models.rewards.base import Reward, Rows
@@ -124,7 +124,7 @@ class ClassifierReward(Reward):
             self.tokenizer.chat_template is not None,
             f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a classifier with a template",
         )
-        chat = messages_for_template(check_messages(messages, where), self.tokenizer)
+        chat = messages_for_template(parse_messages(messages, where), self.tokenizer)
         try:
             encoded: Any = self.tokenizer.apply_chat_template(chat, return_dict=True, **options)
         except TemplateError as error:
