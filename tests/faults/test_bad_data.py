@@ -24,7 +24,7 @@ from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import pad_prompts
 from salsa_peft.models.stage_context import prompts_that_fit
 from salsa_peft.models.tokenizers import load_tokenizer
-from salsa_peft.recipe import run as recipe_command
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.units import reward_units, sft_units
 from salsa_peft.training import reward_model, sft
 from salsa_peft.training.ppo.checks import check_tokenizer
@@ -847,7 +847,7 @@ class TestBeforeAStageBegins:
                 "evaluate": {"prompts": {"mine": "evaluation.jsonl"}},
             }  # fmt: skip
             (tmp_path / "x.yaml").write_text(json.dumps(recipe_file))
-            code = recipe_command.main(["x.yaml", "--lora", *words])
+            code = salsa_run(["x.yaml", "--lora", *words])
             return code, capsys.readouterr().err
 
         return run

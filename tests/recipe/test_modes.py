@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from small_recipe import SMALL, read, unit
 
 from salsa_peft.data.toy import make_tokenizer
-from salsa_peft.models import loader as workbench
+from salsa_peft.models import stage_context
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 
 LESS = {"toy.pretrain_steps": 1, "toy.pretrain_examples": 64, "landscape.plane": None}
 
@@ -30,7 +30,7 @@ def whole(inline: None, tmp_path: Path) -> Callable[..., Path]:
         base, folder = make_base(kind, tmp_path / "base"), tmp_path / "run"
         given = SMALL | LESS | {"model.base": str(base)}
         sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        assert recipe.main(["quickstart", *sets, "--output-dir", str(folder), *words]) == 0
+        assert salsa_run(["quickstart", *sets, "--output-dir", str(folder), *words]) == 0
         return folder
 
     return make
@@ -53,7 +53,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
 
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
-    from salsa_peft.evaluation.landscape import moving
+    from salsa_peft.evaluation.landscape import adjustable_model
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.training.references import checkpoint_sum, load_checkpoint_sum
 
@@ -84,7 +84,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_checkpoint_sum(model, *checkpoint_sum(context, parse_reference("reference", said)[0], inputs))
         check(weights)
-    model, adapter, move = moving(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+    model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
@@ -199,8 +199,8 @@ def test_local_fetches_a_checkpoint_with_full_weights_and_an_adapter_else(monkey
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda path, allow_patterns, **_: asked.append(allow_patterns) or "/x"
     )
-    workbench.local(Recipe(name="a"), "someone/model")
-    workbench.local(Recipe(name="a", adapter=Adapter()), "someone/adapter")
+    stage_context.reference_folder(Recipe(name="a"), "someone/model")
+    stage_context.reference_folder(Recipe(name="a", adapter=Adapter()), "someone/adapter")
     assert "*.safetensors" in asked[0] and "adapter_model.safetensors" in asked[1]
 
 

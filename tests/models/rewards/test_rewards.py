@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_recipe import load_checked as load_recipe
 from tiny_classifiers import CHAT, own_classifier, single
 from torch import Tensor, nn
 
@@ -26,8 +27,8 @@ from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
 from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.cache import plan
-from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.report import gather as report_input
 from salsa_peft.utils.errors import SalsaError
 
@@ -887,7 +888,7 @@ class TestRecipe:
     def test_the_plan_names_the_reward_model_where_it_is_trained(self, load: Any, capsys: Any) -> None:
         for text, trained in (("", True), ("reward: org/rm\n", False)):
             load(text)
-            assert recipe.main(["recipes/tiny.yaml", "--lora", "--dry-run"]) == 0
+            assert salsa_run(["recipes/tiny.yaml", "--lora", "--dry-run"]) == 0
             found = re.findall(r"^reward ", capsys.readouterr().out, re.MULTILINE)
             assert bool(found) is trained
 
