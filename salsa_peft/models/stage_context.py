@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ class StageContext:
 
     def load_base(self) -> PreTrainedModel:
         """Load the base as a frozen causal language model."""
-        return self._named(load_base(str(self.folder), self.recipe.model, self.tokenizer))
+        return self._load(load_base, None, None)
 
     def empty_model(self) -> PreTrainedModel:
         """The base's modules and the shapes of its weights, without their values, on the meta device."""
@@ -81,15 +81,16 @@ class StageContext:
 
     def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Load full weights to train: the base's, or those of the checkpoint `start`."""
-        dtype = precision.weights_dtype(self.precision())
-        return self._named(load_base(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+        return self._load(load_base, start, precision.weights_dtype(self.precision()))
 
     def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
         """Load the base with a score head, frozen; with `start`, that checkpoint's full weights with a score head, to train."""
-        dtype = None if start is None else precision.weights_dtype(self.precision())
-        return self._named(load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+        return self._load(load_classifier, start, None if start is None else precision.weights_dtype(self.precision()))
 
-    def _named(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _load(
+        self, load: Callable[..., PreTrainedModel], start: Path | None, trained: torch.dtype | None
+    ) -> PreTrainedModel:
+        model = load(str(start or self.folder), self.recipe.model, self.tokenizer, trained)
         model.name_or_path = self.base_name
         return model
 

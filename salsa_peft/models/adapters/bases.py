@@ -12,7 +12,7 @@ from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from salsa_peft.utils.hub import HUB_ID
+from salsa_peft.utils.hub import HUB_ID, cached_folder
 
 SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "intermediate_size",
@@ -76,24 +76,14 @@ def local_base(config: dict[str, Any], adapter: Path) -> Path | None:
 
 def base_folder(config: dict[str, Any], adapter: Path) -> Path | None:
     """The base that an adapter names, if it is on this machine: a folder, or a Hub id in the cache. Nothing is downloaded."""
-    return local_base(config, adapter) or _cached(config["base_model_name_or_path"] or "", config["revision"])
-
-
-def _cached(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a Hub id's files in the Hub's cache; None if they are not there, or if `name` is not a Hub id."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(name.rstrip("/"), "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    return local_base(config, adapter) or cached_folder(
+        (config["base_model_name_or_path"] or "").rstrip("/"), config["revision"]
+    )
 
 
 def _folder(name: str) -> Path | None:
     """The folder of a model that is named by a path or a Hub id, if it is on this machine."""
-    return Path(name) if name and Path(name).is_dir() else _cached(name)
+    return Path(name) if name and Path(name).is_dir() else cached_folder(name)
 
 
 def fingerprints_of(name: str) -> list[str] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,15 +44,7 @@ KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
 def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
     """PEFT's LoraConfig of a recipe's `adapter` section."""
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.lora_dropout,
-        target_modules=adapter.target_modules,
-        use_rslora=adapter.use_rslora,
-        task_type=task_type,
-        **options,
-    )
+    return LoraConfig(**dataclasses.asdict(adapter), task_type=task_type, **options)
 
 
 def unused_name(model: nn.Module, name: str) -> str:

@@ -6,12 +6,14 @@ their fields meant the same. Not covered: mixtures of experts, state-space model
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.config.schema import Recipe
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import read_json
+from salsa_peft.utils.hub import cached_folder
 
 KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": {
@@ -146,16 +148,11 @@ def architecture_of_base(base: str, revision: str | None = None) -> Architecture
 
 def config_of_base(base: str, revision: str | None) -> dict[str, Any] | None:
     """The content of config.json of a folder, or of a Hub id in the cache or in KNOWN. Nothing is downloaded."""
-    path = Path(base) / "config.json"
-    if not Path(base).is_absolute():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(base, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return KNOWN.get(base)
-        path = Path(cached)
+    folder = Path(base) if Path(base).is_absolute() else cached_folder(base, revision)
+    if folder is None:
+        return KNOWN.get(base)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(folder / "config.json")
+    except SalsaError:
         return None
     return content if isinstance(content, dict) else None

@@ -50,7 +50,8 @@ class ClassifierReward(Reward):
         embeddings: Any = classifier.get_input_embeddings().weight
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(
-            labels == 1, f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)"
+            labels == 1,
+            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
         )
         require(
             len(tokenizer) <= rows,
@@ -167,11 +168,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    labels, missing = loaded.config.num_labels, sorted(report["missing_keys"])
-    require(
-        labels == 1,
-        f"{path}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
-    )
+    missing = sorted(report["missing_keys"])
     require(not missing, f"{path}: it has no weights for {', '.join(missing[:2])}; use a trained sequence classifier")
     loaded.config.get_text_config().use_cache = False
     name = name or path.rstrip("/").rsplit("/", 1)[-1]

@@ -153,7 +153,7 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         require(bool(reward), f"reward: the list is empty; {EXPECTED}")
         return WeightedReward([_as_part(entry, model, tokenizer, micro_batch_size) for entry in reward])
     if isinstance(reward, str | Path):
-        return _from_name(str(reward), model, tokenizer, micro_batch_size)
+        return _load(str(reward), model, tokenizer, micro_batch_size)
     if isinstance(reward, PreTrainedModel | PeftModel):
         name = str(causal_lm(reward).name_or_path or "")
         require(
@@ -185,15 +185,18 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
     return Part(reward, float(weight), reward.name if name is None else name)
 
 
-def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
-    if not os.path.isdir(name) and FUNCTION.match(name):
-        return FunctionReward(load_function(name), tokenizer)
-    folder = lora.adapter_folder(name)
+def _load(
+    path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, **options: Any
+) -> Reward:
+    """The function, reward adapter or classifier (with load_classifier_reward's `options`) of a module:name, folder or Hub id."""
+    if not os.path.isdir(path) and FUNCTION.match(path):
+        return FunctionReward(load_function(path), tokenizer)
+    folder = lora.adapter_folder(path)
     if not (folder / lora.CONFIG).is_file():
-        return load_classifier_reward(name, tokenizer, micro_batch_size)
+        return load_classifier_reward(path, tokenizer, micro_batch_size, **options)
     if not isinstance(model, PeftModel):
         raise SalsaError(
-            f"{name}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a sequence classifier"
+            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a sequence classifier"
         )
     base = str(causal_lm(model).name_or_path)
     bases.require_same_base(folder, bases.fingerprints_of(base), base)
@@ -206,15 +209,8 @@ def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], 
     """The reward of a recipe's `reward:` section; `inputs["reward"]` is the reward stage's folder, if that stage trains one."""
     parts = []
     for part in recipe.reward.parts:
-        if part.kind == ADAPTER and recipe.adapter is not None:
-            reward = as_reward(inputs["reward"], model, tokenizer, micro_batch_size)
-        elif part.kind == "function":
-            reward = FunctionReward(load_function(part.value), tokenizer)
-        elif part.kind == "classifier" and (lora.adapter_folder(part.value) / lora.CONFIG).is_file():
-            reward = _from_name(part.value, model, tokenizer, micro_batch_size)
-        else:  # in a recipe of full weights the reward stage trains a classifier
-            path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
-            reward = load_classifier_reward(path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)
+        path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
+        reward = _load(path, model, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)
         parts.append(Part(reward, part.weight, part.name))
     return parts[0].reward if len(parts) == 1 and parts[0].weight == 1 else WeightedReward(parts)
 
