@@ -1,7 +1,8 @@
-"""Checks of a recipe against its base's config.json, made before any weights are loaded. Imports no torch.
+"""Checks of a recipe against its base's config.json, before weights are loaded. Imports no torch.
 
-They run when the recipe is read or, for a base on the Hub that is not in the cache, when the first stage has downloaded its config.json.
-Which architectures Transformers has is read from its source, because importing its tables imports torch.
+They run when the recipe is read or, for a base on the Hub that is not in the cache, when the first stage has downloaded
+its config.json. Which architectures Transformers has is read from its source, because importing its tables imports
+torch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ HEADS = {
     "modernbert-decoder": "a layer between trunk and head",
     "xlstm": "a soft cap in evaluation mode alone",
 }
-"""Architectures whose logits are not the product of their output embeddings alone → what else they depend on (see logprobs.check_head)."""
+"""Architectures whose logits are not the product of their output embeddings alone → what else they depend on (see
+logprobs.check_head)."""
 UNMASKED = {
     "cpmant": "it takes no attention mask",
     "deepseek_v4": "it compresses its keys in blocks that are counted from the first token",
@@ -47,7 +49,8 @@ MAMBA = {
         ("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"), "in_proj,q_proj,k_proj,v_proj,o_proj"
     ),
 }
-"""Architectures whose fused kernel reads `out_proj`'s weight without its LoRA (PEFT rejects some) → modules that LoRA can adapt."""
+"""Architectures whose fused kernel reads `out_proj`'s weight without its LoRA (PEFT rejects some) → modules that LoRA
+can adapt."""
 PAST_LORA = ("out_proj", "conv1d", "dt_proj", "x_proj")
 """Modules of Mamba layers whose weights are read without calling the module."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -83,7 +86,7 @@ def check_config(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 
 def needs_logprobs(recipe: Recipe) -> bool:
-    """Whether the recipe computes log-probs from the output embeddings, as PPO and soups with a measure do."""
+    """Whether log-probs are computed from the output embeddings, as in PPO and in soups with a measure."""
     return recipe.soup.uses_measure or any(policy.algorithm == "ppo" for policy in recipe.policies.values())
 
 
@@ -95,7 +98,7 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @functools.cache
 def architectures() -> dict[str, frozenset[str]]:
-    """The model types in each of TABLES of the installed Transformers; empty if its source has another form."""
+    """The model types in each of TABLES of the installed Transformers; empty if it has no such table."""
     found = importlib.util.find_spec("transformers")
     origin = None if found is None else found.origin
     file = Path(str(origin)).parent / "models" / "auto" / "modeling_auto.py"
@@ -221,9 +224,10 @@ def _adapted(target_modules: str | list[str], names: Iterable[str]) -> list[str]
 
 
 def require_targets(modules: str | list[str], modules_of_base: Iterable[str]) -> None:
-    """Raise SalsaError for a name in `adapter.target_modules` that no module has; PEFT ignores it if another name matches.
+    """Raise SalsaError for a target module that the base does not have; PEFT may ignore such a name.
 
-    modules_of_base: the full names of the base's modules. A regular expression is not checked, since names in files can lack a prefix.
+    modules_of_base: the full names of the base's modules. A regular expression is not checked, since names in files can
+    lack a prefix.
     """
     names = list(modules_of_base)
     missing = [
@@ -265,7 +269,7 @@ def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
 
 
 def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
-    """PEFT's LoRA on parameters of experts has no dropout, and vLLM does not accept the names of its merged weights."""
+    """PEFT's LoRA on experts has no dropout, and vLLM does not accept the names of merged experts."""
     adapter = recipe.adapter
     if adapter is None or not any(text.get(key) for key in EXPERTS) or adapter.target_modules != "all-linear":
         return

@@ -1,10 +1,10 @@
-"""Estimate of the GPU memory that each stage of a recipe needs, computed from config.json before anything is loaded.
+"""Estimate of the GPU memory that each stage of a recipe needs, computed from config.json.
 
-    memory = weights + optimizer + max over phases (gradients + activations + KV cache + logits + temporaries)
+memory = weights + optimizer + max over phases (gradients + activations + KV cache + logits + temporaries)
 
-The phases of ppo are generate, score, train and step. On CUDA the base is bf16 (`dtype: auto`), adapters and heads are float32. Not
-counted: other programs on the GPU, and what `uncounted` lists. tests/models/architectures/test_memory_measured.py compares the estimate
-with PPO on a CPU. Imports no torch.
+The phases of ppo are generate, score, train and step. On CUDA the base is bf16 (`dtype: auto`), adapters and heads are
+float32. Not counted: other programs on the GPU, and what `uncounted` lists.
+tests/models/architectures/test_memory_measured.py compares the estimate with PPO on a CPU. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ CHUNK = 256
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes per quantised weight, with its share of the scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}
-"""Bytes per trained weight, of its gradient and of its AdamW states (torchao's 8-bit states have a scale per block of 256)."""
+"""Bytes per trained weight, of its gradient and of its AdamW states (torchao's 8-bit states have a scale per block of
+256)."""
 STATES = {"paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes per weight of the states of optimizers with other states than two float32 (bitsandbytes: a scale per block of 256)."""
+"""Bytes per weight of the states of optimizers with other states than two float32 (bitsandbytes: a scale per block of
+256)."""
 FOREACH = 4
-"""Bytes per weight of the square roots that adamw_torch computes for all weights at once on CUDA; the fused one does not."""
+"""Bytes per weight of the square roots that adamw_torch computes for all weights at once on CUDA; the fused one does
+not."""
 SAMPLED = 8
-"""Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, and these and their sums in float64."""
+"""Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, and these and their sums in float64.
+"""
 SCORED = 4.25
 """Memory for log-probs and entropies of a chunk, in float32 logits: both, a mask, the masked copy, their product."""
 LEARNED = 3.25
@@ -79,7 +83,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Architecture | None = None) -> Precision:
-    """The precision of full weights that a stage trains: for `auto`, master if that fits on the card (bytes), else stochastic.
+    """The precision of full weights: for `auto`, master if that fits on the card (bytes), else stochastic.
 
     Always master for `auto` without a card, and for weights sharded over several.
     """
@@ -181,7 +185,7 @@ class _Stage:
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()
 
     def classifier(self, path: str) -> float:
-        """A user's sequence classifier in the recipe's dtype, without output embeddings; 0 if `uncounted` lists it."""
+        """A sequence classifier in the recipe's dtype; 0 if `uncounted` lists it."""
         found = architecture_of_base(path)
         return 0.0 if found is None else float(self.width * (found.parameters - found.head))
 
@@ -216,7 +220,7 @@ class _Stage:
     # activations, KV cache, logits
 
     def layer(self) -> float:
-        """Numbers per token that one layer saves for its backward: norms, queries, keys, values, attention, the MLP's four.
+        """Numbers per token that one layer saves for its backward.
 
         With adapters also a copy of every adapted module's input, in the adapter's precision.
         """
@@ -226,7 +230,7 @@ class _Stage:
         return numbers if self.full else numbers + 5 * size.hidden + heads + size.inner
 
     def activations(self, tokens: int, checkpointing: bool) -> float:
-        """Memory that a forward over `tokens` tokens saves for its backward; with checkpointing each layer's input."""
+        """Memory that a forward saves for its backward; with checkpointing only each layer's input."""
         size, width, forwards = self.size, self.width, 1 + self.own_values
         end = 6 * size.hidden  # bytes per token of the last norm, which is in float32
         if not checkpointing:
@@ -235,7 +239,7 @@ class _Stage:
         return tokens * forwards * (size.layers * size.hidden * residual + end)
 
     def forward(self, tokens: int) -> float:
-        """Memory of a forward without backward: one layer at a time, with adapters its widest input in float32, dequantised weights."""
+        """Memory of a forward without backward: activations and dequantised weights of one layer."""
         size, largest = self.size, max(one.inputs * one.outputs for one in self.size.linears)
         per_token = self.width * (4 * size.hidden + 3 * size.inner) + 4 * size.inner * (not self.full)
         return tokens * per_token + (2 * largest if self.recipe.model.quantization else 0)

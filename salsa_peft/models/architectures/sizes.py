@@ -1,7 +1,7 @@
-"""Sizes of a decoder, computed from its config.json: parameters, linear layers, KV cache. Imports no torch.
+"""Parameters, linear layers and KV cache of a decoder, from its config.json. Imports no torch.
 
-Exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and similar architectures, as tests against Transformers show. Others are read as if
-their fields meant the same. Not covered: mixtures of experts, state-space models, encoders.
+Exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and similar architectures, as tests against Transformers show. Others are
+read as if their fields meant the same. Not covered: mixtures of experts, state-space models, encoders.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Architecture:
 
 
 def architecture_of_recipe(recipe: Recipe) -> Architecture | None:
-    """The architecture of a recipe's base; None if its config.json is not on this machine or is not that of such a decoder."""
+    """The architecture of a recipe's base; None if its config.json is not local or not of such a decoder."""
     if recipe.model.base is None:
         toy = recipe.toy
         assert toy is not None
@@ -147,7 +147,7 @@ def architecture_of_base(base: str, revision: str | None = None) -> Architecture
 
 
 def config_of_base(base: str, revision: str | None) -> dict[str, Any] | None:
-    """The content of config.json of a folder, or of a Hub id in the cache or in KNOWN. Nothing is downloaded."""
+    """config.json of a folder, or of a Hub id in the cache or in KNOWN; None without one."""
     folder = Path(base) if Path(base).is_absolute() else cached_folder(base, revision)
     if folder is None:
         return KNOWN.get(base)
