@@ -105,7 +105,7 @@ class StageContext:
         return memory.choose_precision(self.recipe, self.stage, gpu)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
-        """training_arguments of a section, with those of the precision of full weights, which is printed."""
+        """The TrainingArguments of a section and, for full weights, of their precision, which is printed."""
         found = training_arguments(section, folder, seed, self.recipe.num_processes)
         if self.recipe.mode == "full":
             chosen = self.precision()

@@ -303,7 +303,7 @@ class TestFiles:
         return folders
 
     def test_a_soups_member(self, seeds: list[Path], tmp_path: Path, value: float) -> None:
-        with pytest.raises(SalsaError, match=r"seed-1.*contains NaN or infinite values|seed-1.*not finite") as caught:
+        with pytest.raises(SalsaError, match=r"seed-1.*not finite") as caught:
             averaging.soup(tmp_path / "soup", seeds)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "soup" / WEIGHTS).exists()

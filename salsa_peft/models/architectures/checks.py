@@ -51,7 +51,7 @@ MAMBA = {
 }
 """Architectures whose fused kernel reads `out_proj`'s weight without its LoRA (PEFT rejects some) → modules that LoRA
 can adapt."""
-PAST_LORA = ("out_proj", "conv1d", "dt_proj", "x_proj")
+NEVER_CALLED = ("out_proj", "conv1d", "dt_proj", "x_proj")
 """Modules of Mamba layers whose weights are read without calling the module."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names of a model's maximum length in configurations."""
@@ -118,20 +118,20 @@ def _name(recipe: Recipe) -> str:
 
 def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
     kind, known, name = config.get("model_type"), architectures(), _name(recipe)
-    wanted = "Use a decoder-only language model such as Llama, Mistral, Gemma or Qwen"
+    remedy = "Use a decoder-only language model such as Llama, Mistral, Gemma or Qwen"
     require(
         not config.get("is_encoder_decoder") and kind not in known["translating"] - known["multimodal"],
-        f"model.base: {name} is a {kind} model, which turns one sequence into another. {wanted}",
+        f"model.base: {name} is a {kind} model, which turns one sequence into another. {remedy}",
     )
     require(
         kind not in known["causal"] & known["masked"],
-        f"model.base: {name} is a {kind} model, which fills in masked tokens and does not write from left to right. {wanted}",
+        f"model.base: {name} is a {kind} model, which fills in masked tokens and does not write from left to right. {remedy}",
     )
-    there = known["causal"] | known["multimodal"]
+    supported = known["causal"] | known["multimodal"]
     theirs = ", and the code in its repository is not run" if "auto_map" in config else ""
     require(
-        not there or kind in there,
-        f"model.base: {name} is a {kind} model, which the installed Transformers does not have as a language model{theirs}. {wanted}, or"
+        not supported or kind in supported,
+        f"model.base: {name} is a {kind} model, which the installed Transformers does not have as a language model{theirs}. {remedy}, or"
         " upgrade Transformers if it is a new one",
     )
 
@@ -204,7 +204,7 @@ def _check_mamba(recipe: Recipe, text: Mapping[str, Any]) -> None:
     if adapter is None or kind not in MAMBA or without:
         return
     modules = adapter.target_modules
-    hit = PAST_LORA[:1] if "all-linear" in (modules, *modules) else _adapted(modules, PAST_LORA)
+    hit = NEVER_CALLED[:1] if "all-linear" in (modules, *modules) else _adapted(modules, NEVER_CALLED)
     require(
         not hit,
         f"adapter.target_modules: LoRA on {', '.join(hit[:1])} has no effect, because {_name(recipe)} is a {kind} model, whose Mamba layers"

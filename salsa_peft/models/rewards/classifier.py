@@ -135,7 +135,7 @@ class ClassifierReward(Reward):
 
     def _truncate(self, sequences: list[list[int]]) -> list[list[int]]:
         over = sum(len(ids) > self.longest for ids in sequences)
-        self.tally.add(f"rewards/{self.name}/truncated", over, len(sequences))
+        self.add_metric(f"rewards/{self.name}/truncated", over, len(sequences))
         if over and not self.truncation_reported:
             self.truncation_reported = True
             say(

@@ -146,7 +146,7 @@ class FunctionReward(Reward):
         require(isinstance(name, str), f"{where}: the name {name!r:.60} is not text")
         require(not RESERVED.fullmatch(name), f"{where}: {name!r} is the name of a metric of training; use another")
         try:
-            self.tally.add(name, float(value), 1)
+            self.add_metric(name, float(value), 1)
         except (TypeError, ValueError) as error:
             raise SalsaError(f"{where}: the value {value!r:.60} of {name!r} is not a number") from error
 

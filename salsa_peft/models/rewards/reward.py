@@ -111,7 +111,7 @@ class WeightedReward(Reward):
         any_applies = torch.zeros_like(total, dtype=torch.bool)
         for reward, weight, name in self.parts:
             scores, applies = reward.scores_and_mask(responses, rows)
-            self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
+            self.add_metric(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
                 any_applies |= applies
@@ -126,12 +126,12 @@ class WeightedReward(Reward):
         """The rewards in the sum; those of a sum within it are listed one by one."""
         return [one for part in self.parts for one in part.reward.components()]
 
-    def take_figures(self) -> dict[str, tuple[float, int]]:
+    def take_metrics(self) -> dict[str, tuple[float, int]]:
         """`rewards/<name>/mean` of each part where it applied, and the parts' own metrics."""
-        figures = super().take_figures()
+        metrics = super().take_metrics()
         for part in self.parts:
-            figures |= part.reward.take_figures()
-        return figures
+            metrics |= part.reward.take_metrics()
+        return metrics
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
