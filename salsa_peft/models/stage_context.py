@@ -65,7 +65,8 @@ class StageContext:
         tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, report_as=report_as)
         require(
             tokenizer.chat_template is not None,
-            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
+            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja"
+            " file.",
         )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 

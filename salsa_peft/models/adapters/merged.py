@@ -68,13 +68,13 @@ def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> No
     unmergeable = [*wrapped, *nested, *quantised]
     require(
         not unmergeable,
-        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights. rollout_backend vllm needs weights that an"
-        " adapter can be merged into; use rollout_backend hf",
+        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights."
+        " rollout_backend vllm needs weights that an adapter can be merged into; use rollout_backend hf",
     )
     embeddings = base.get_input_embeddings()
     tied = embeddings.weight is base.get_output_embeddings().weight
     require(
         not (tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters()),
-        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it would change both; use"
-        " rollout_backend hf",
+        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it"
+        " would change both; use rollout_backend hf",
     )

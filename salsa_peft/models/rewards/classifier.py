@@ -52,11 +52,13 @@ class ClassifierReward(Reward):
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(
             labels == 1,
-            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
+            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)."
+            f" {WRITE_A_FUNCTION}",
         )
         require(
             len(tokenizer) <= rows,
-            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its own tokenizer",
+            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its"
+            " own tokenizer",
         )
         self.classifier, self.tokenizer, self.policy_tokenizer = classifier.eval(), tokenizer, policy_tokenizer
         self.classifier.requires_grad_(False)
@@ -107,8 +109,8 @@ class ClassifierReward(Reward):
         for row, prompt, both, answer in zip(rows, prompts, whole, answers, strict=True):
             require(
                 "prompt" in row,
-                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its tokenizer is not the"
-                " policy's; add `prompt`",
+                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its"
+                " tokenizer is not the policy's; add `prompt`",
             )
             if isinstance(
                 row["prompt"], str
@@ -124,7 +126,8 @@ class ClassifierReward(Reward):
         where = f"reward {self.name}"
         require(
             self.tokenizer.chat_template is not None,
-            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a classifier with a template",
+            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a"
+            " classifier with a template",
         )
         chat = messages_for_template(check_messages(messages, where), self.tokenizer)
         try:
@@ -139,8 +142,8 @@ class ClassifierReward(Reward):
         if over and not self.truncation_reported:
             self.truncation_reported = True
             say(
-                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the {self.longest} tokens"
-                " that it reads; the beginnings of these prompts are cut off"
+                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the"
+                f" {self.longest} tokens that it reads; the beginnings of these prompts are cut off"
             )
         return [ids if len(ids) <= self.longest else [*ids[:1], *ids[1 - self.longest :]] for ids in sequences]
 

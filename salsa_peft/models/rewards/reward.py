@@ -118,7 +118,8 @@ class WeightedReward(Reward):
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
             bool(any_applies.all()),
-            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response needs a score",
+            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response"
+            " needs a score",
         )
         return total
 
@@ -198,7 +199,8 @@ def _load(
         return load_classifier_reward(path, tokenizer, micro_batch_size, **options)
     if not isinstance(model, PeftModel):
         raise SalsaError(
-            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a sequence classifier"
+            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a"
+            " sequence classifier"
         )
     base = str(causal_lm(model).name_or_path)
     bases.require_same_base(folder, bases.fingerprints_of(base), base)
