@@ -61,7 +61,7 @@ def attach_reference(
         require(soup is not None, "reference soup: this needs the result of the soup stage")
         lora.attach(model, Path(str(soup)), name)
     elif reference.path is not None:
-        lora.attach(model, lora.local_folder(reference.path), name)
+        lora.attach(model, lora.adapter_folder(reference.path), name)
     elif not reference.members:
         return FrozenReference(reference.label, None)
     elif reference.weights == [1.0]:
@@ -135,8 +135,7 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
             name = lora.unused_name(model, new_name)
-            with readable_hub_errors(str(reference)):
-                attached = lora.local_folder(str(reference))
+            attached = lora.adapter_folder(str(reference))
             base = str(causal_lm(model).name_or_path)
             bases.require_same_base(attached, bases.fingerprints_of(base), base)
             lora.attach(model, attached, name)

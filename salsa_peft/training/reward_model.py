@@ -19,7 +19,7 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import is_quantised
+from salsa_peft.models.base import cast_trainable_to_float32, is_quantised
 from salsa_peft.models.stage_context import ProgressBar, StageContext, mean_loss, remove_printer, report_left_out
 from salsa_peft.models.weights import load_weights
 from salsa_peft.utils.console import say
@@ -99,7 +99,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
     if is_quantised(model):
-        lora.cast_trainable_to_float32(model)
+        cast_trainable_to_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
     set_padding_token(trainer)
     # 4. hold out a share of the pairs that are short enough

@@ -22,9 +22,9 @@ from salsa_peft.config.schema import Adapter
 from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import trained_tokens
 from salsa_peft.models.adapters import bases, lora
-from salsa_peft.models.adapters.lora import cast_trainable_to_float32, lora_config
+from salsa_peft.models.adapters.lora import lora_config
 from salsa_peft.models.architectures import checks
-from salsa_peft.models.base import is_quantised, language_model_only
+from salsa_peft.models.base import cast_trainable_to_float32, is_quantised, language_model_only
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.stage_context import (
     ProgressBar,

@@ -19,7 +19,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, device, is_quantised
+from salsa_peft.models.base import cast_trainable_to_float32, causal_lm, device, is_quantised
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import (
@@ -56,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     # 2. TRL's trainer, with the recipe's references
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL casts adapters to bfloat16
-        lora.cast_trainable_to_float32(model)
+        cast_trainable_to_float32(model)
         lora.load(model, "default", seed_folders(job.inputs)[0])
     use_reference(trainer, references)
     remove_printer(trainer)

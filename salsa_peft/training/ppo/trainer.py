@@ -26,8 +26,8 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.models import sharding
-from salsa_peft.models.adapters import forward, lora
-from salsa_peft.models.base import causal_lm
+from salsa_peft.models.adapters import forward
+from salsa_peft.models.base import causal_lm, remove_dropout
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
@@ -94,7 +94,7 @@ class SalsaPPOTrainer(Trainer):
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = saving.with_value_head(model, args, self.reward)
-        lora.remove_dropout(model)  # also that of adapters attached here
+        remove_dropout(model)  # also that of adapters attached here
         saving.train_only(model, self.policy_name, policy.value_adapter)
         check_trained(model, processing_class, args)
         forward.install(model)
