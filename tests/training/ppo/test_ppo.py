@@ -199,9 +199,9 @@ def test_text_prompts_are_used_as_they_are(make_trainer: Any, tokenizer: Any) ->
 
 def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
     """One line each: what was found, what was expected."""
-    with pytest.raises(SalsaError, match="batch_size: found 8, expected a multiple of num_mini_batches 3"):
+    with pytest.raises(SalsaError, match="batch_size: 8 is not a multiple of num_mini_batches 3"):
         make_trainer(num_mini_batches=3)
-    with pytest.raises(SalsaError, match="micro_batch_size: found 3, expected a divisor of the minibatch"):
+    with pytest.raises(SalsaError, match="micro_batch_size: 3 does not divide the minibatch of 8 / 1"):
         make_trainer(micro_batch_size=3)
     with pytest.raises(SalsaError, match=r"found 16 prompts .* expected at least batch_size = 64"):
         make_trainer(batch_size=64)
@@ -250,6 +250,6 @@ def test_more_refusals(make_trainer: Any) -> None:
         make_trainer(["no/such/folder"])
     with pytest.raises(SalsaError, match="min_new_tokens: 9 is more than max_new_tokens = 7"):
         make_trainer(min_new_tokens=9)
-    for scores, line in ((None, "found None, expected a list"), ([None] * 8, "expected a number for each")):
+    for scores, line in ((None, "it returned None; return a list of one score for each response"), ([None] * 8, "expected a number for each")):
         with pytest.raises(SalsaError, match=line):
             make_trainer(reward=lambda scores=scores, **_: scores).train()

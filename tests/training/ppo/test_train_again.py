@@ -160,7 +160,7 @@ class TestSameTrainer:
         assert steps(tmp_path / "run") == [2] and updates(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
         again = make(save_total_limit=1)
         assert again.train(resume_from_checkpoint=True).global_step == 4
-        assert again.update == 8 and updates(tmp_path / "run") == list(range(1, 9)) and steps(tmp_path / "run") == [4]
+        assert again.ppo.update == 8 and updates(tmp_path / "run") == list(range(1, 9)) and steps(tmp_path / "run") == [4]
 
     def test_broken_off_between_micro_batches(self, make: Any, tmp_path: Path) -> None:
         """Resumed, to the bit; or begun anew: the update that was cut has no number."""
