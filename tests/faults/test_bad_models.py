@@ -389,7 +389,7 @@ class World:
         out = self.folder / "taken"
         out.mkdir()
         unit = Unit(stage="sft", name="seed-0", run="salsa_peft.training.sft:run")
-        sft.take(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""), str(path))
+        sft.import_seed(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""), str(path))
         return out
 
 
