@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile, read_exactly
+from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile
 
 Array = NDArray[Any]
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -26,8 +26,7 @@ def read(file: SafetensorsFile, name: str) -> Array:
     """A tensor's values as float32 (float64 if the file has that). Raises SalsaError if one is not finite."""
     entry = file.entries[name]
     raw = np.empty(entry.size, np.uint8)
-    with file.path.open("rb", buffering=0) as source:
-        read_exactly(source.fileno(), raw.data, entry.begin, file.path)
+    file.read_into(raw.data, entry.begin)
     values = widen(raw.view(DTYPES[entry.dtype]), entry.dtype).reshape(entry.shape)
     require(all_finite(values), f"{file.path}: {name} has values that are not finite; train or save this adapter again")
     return values

@@ -43,17 +43,13 @@ class Alignment(NamedTuple):
 
     checkpoint: Checkpoint
     """The checkpoint whose files, names and dtypes the soup has."""
-    member: int
-    """Its position among the checkpoints."""
     files: dict[str, OutputFile]
     rows: list[dict[str, Place]]
     """For each checkpoint: piece (a tensor or a part of one) → where it is."""
+    layout: dict[str, Place]
+    """The row of the checkpoint whose layout is written."""
     untied: bool
     """Whether the soup has output embeddings of its own, though config.json says that they are tied."""
-
-    def layout(self) -> dict[str, Place]:
-        """Piece → where it is in the checkpoint whose layout and dtypes are written."""
-        return self.rows[self.member]
 
 
 def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
@@ -72,7 +68,7 @@ def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
             name: OutputFile(file.header, list(file.entries), file.size - file.begin)
             for name, file in head.files.items()
         }
-        return Alignment(head, 0, files, rows, untied=False)
+        return Alignment(head, files, rows, rows[0], untied=False)
     return _align_by_model([ModelTensors.of(checkpoint) for checkpoint in checkpoints])
 
 
@@ -158,7 +154,7 @@ def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
                     row[piece] = place
         files[file_name] = OutputFile(_header(file), pieces, file.size - file.begin)
     untied = own is not None and bool(chosen.names.tied)
-    return Alignment(chosen.checkpoint, views.index(chosen), files, rows, untied)
+    return Alignment(chosen.checkpoint, files, rows, rows[views.index(chosen)], untied)
 
 
 def _check_same_tensors(chosen: ModelTensors, view: ModelTensors) -> None:

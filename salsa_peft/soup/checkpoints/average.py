@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salsa_peft.soup.checkpoints.alignment import Alignment, align
-from salsa_peft.soup.checkpoints.companions import Source, copy_companions
+from salsa_peft.soup.checkpoints.companions import copy_companions
 from salsa_peft.soup.checkpoints.read import (
     CONFIG,
     INDEX,
@@ -63,7 +63,8 @@ def average(
     folders = [Path(member) for member in members]
     called = default_names(folders, names)
     read = [read_checkpoint(folder, name) for folder, name in zip(folders, called, strict=True)]
-    everything = [*read, *([] if base is None else [read_checkpoint(Path(base))])]
+    origin = None if base is None else read_checkpoint(Path(base), "base")
+    everything = read if origin is None else [*read, origin]
     for checkpoint in everything:
         check_plain(checkpoint)
     aligned = align(everything)
@@ -72,8 +73,8 @@ def average(
             check_manifest(checkpoint)
         products = _write_shards(output, aligned, numbers, progress)
         _write_index(output, aligned)
-        used = [Source(row.name, row.folder) for row, weight in zip(read, numbers, strict=True) if weight != 0]
-        taken = copy_companions(output, used, None if base is None else Path(base))
+        used = [row for row, weight in zip(read, numbers, strict=True) if weight != 0]
+        taken = copy_companions(output, used, origin)
         summary = {"kind": "checkpoints", "strategy": strategy} | _figures(read, numbers, products, base is not None)
         summary |= _sizes(aligned.checkpoint) | {"shards": len(aligned.files)} | taken | dict(more or {})
         summary["seconds"] = round(time.perf_counter() - begun, 3)
@@ -104,12 +105,13 @@ def _write_shards(
     rows, weights = [aligned.rows[i] for i in used], [weight for weight in numbers if weight != 0]
     weights += [0.0] * (len(rows) - len(weights))
     pivot = max(range(len(rows)), key=lambda i: abs(weights[i]))
-    layout = aligned.layout()
     total = [[0.0] * len(rows) for _ in rows]
     count = byte_counter(progress, _size_of(aligned))
     for name, file in aligned.files.items():
         with output.shard(name, file.header) as write:
-            products = stream(file.pieces, rows, weights, pivot=pivot, layout=layout, write=write, progress=count)
+            products = stream(
+                file.pieces, rows, weights, pivot=pivot, layout=aligned.layout, write=write, progress=count
+            )
         total = [[a + b for a, b in zip(mine, yours, strict=True)] for mine, yours in zip(total, products, strict=True)]
     return total
 

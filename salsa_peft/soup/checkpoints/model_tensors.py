@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from salsa_peft.soup.checkpoints.read import CONFIG, Checkpoint, Place
 from salsa_peft.utils import tensor_names
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.safetensors_io import BITS, Entry, read_exactly
+from salsa_peft.utils.safetensors_io import BITS, Entry
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +112,8 @@ def same_bits(one: Place, other: Place) -> bool:
     return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
 
 
-def _chunks(place: Place) -> Iterator[bytes]:
-    descriptor = os.open(place.file.path, os.O_RDONLY)
-    try:
-        for start in range(0, place.entry.size, 2**21):
-            piece = bytearray(min(2**21, place.entry.size - start))
-            read_exactly(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
-            yield bytes(piece)
-    finally:
-        os.close(descriptor)
+def _chunks(place: Place) -> Iterator[bytearray]:
+    for start in range(0, place.entry.size, 2**21):
+        chunk = bytearray(min(2**21, place.entry.size - start))
+        place.file.read_into(memoryview(chunk), place.entry.begin + start)
+        yield chunk

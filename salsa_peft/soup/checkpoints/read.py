@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import sha256
+from salsa_peft.utils.manifests import MANIFEST, read_manifest
 from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, INDEX, SINGLE, MANIFEST = "config.json", "model.safetensors.index.json", "model.safetensors", "manifest.json"
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -35,7 +36,7 @@ class Place(NamedTuple):
     entry: Entry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model folder that Transformers opens, read by its headers."""
 
@@ -170,32 +171,23 @@ def check_manifest(checkpoint: Checkpoint) -> None:
 
     Raises SalsaError naming the file that changed. A manifest.json of another tool is ignored.
     """
-    path = checkpoint.folder / MANIFEST
-    if not path.is_file():
+    folder = checkpoint.folder
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if (folder / MANIFEST).is_file():
+            read_mapping(folder / MANIFEST)  # refuses a damaged one
         return
-    listed = read_mapping(path).get("files")
-    if not isinstance(listed, dict) or not all(
-        isinstance(entry, dict) and "sha256" in entry for entry in listed.values()
-    ):
-        return
-    names = [name for name in (CONFIG, INDEX, *checkpoint.files) if (checkpoint.folder / name).is_file()]
-    for name in names:
-        require(
-            name in listed,
-            f"{checkpoint.folder / name}: the file is not listed in {MANIFEST}; make the checkpoint again",
-        )
-        size = (checkpoint.folder / name).stat().st_size
-        expected = listed[name].get("size")
-        require(
-            size == expected,
-            f"{checkpoint.folder / name}: the file has {size} bytes, but {expected} in {MANIFEST}; copy or make it again",
-        )
+    names = [name for name in (CONFIG, INDEX, *checkpoint.files) if (folder / name).is_file()]
     with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
-        for name, found in zip(names, pool.map(sha256, [checkpoint.folder / name for name in names]), strict=True):
+        for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
+            entry, size = manifest["files"].get(name), (folder / name).stat().st_size
             require(
-                found == listed[name]["sha256"],
-                f"{checkpoint.folder / name}: the file changed: its SHA-256 is {found[:12]}…, but {str(listed[name]['sha256'])[:12]}… in"
-                f" {MANIFEST}; copy or make it again",
+                entry is not None, f"{folder / name}: the file is not listed in {MANIFEST}; make the checkpoint again"
+            )
+            require(
+                entry == {"size": size, "sha256": digest},
+                f"{folder / name}: the file changed: it has {size} bytes and SHA-256 {digest[:12]}…, but in {MANIFEST} it has"
+                f" {entry['size']} and {entry['sha256'][:12]}…; copy or make it again",
             )
 
 

@@ -12,6 +12,9 @@ from salsa_peft.utils.errors import SalsaError, require
 
 logger = logging.getLogger(__name__)
 
+TOKENS, PIECES = ("tokenizer.json", "vocab.json"), ("tokenizer.model",)
+"""The files that list the tokens of a vocabulary: Transformers' in JSON, and SentencePiece's in protobuf."""
+
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """The bos_token and eos_token that a folder's tokenizer_config.json names."""
@@ -36,19 +39,15 @@ def check_vocabulary(head: Path, other: Path) -> None:
 
     Rows of embeddings are averaged by id.
     """
-    if _vocabulary_file(head, PIECES) is None or _vocabulary_file(other, PIECES) is None:
+    pairs = [(_vocabulary_file(head, names), _vocabulary_file(other, names)) for names in (TOKENS, PIECES)]
+    mine, yours = next((pair for pair in pairs if all(pair)), (None, None))
+    if mine is None or yours is None:
+        if all(any(found) for found in zip(*pairs, strict=True)):
+            logger.warning(
+                "the tokenizers of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
+                head, other,
+            )  # fmt: skip
         return
-    kinds = next(
-        (one for one in (TOKENS, PIECES[-1:]) if _vocabulary_file(head, one) and _vocabulary_file(other, one)), None
-    )
-    if kinds is None:
-        logger.warning(
-            "the tokenizers of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
-            head,
-            other,
-        )
-        return
-    mine, yours = Path(str(_vocabulary_file(head, kinds))), Path(str(_vocabulary_file(other, kinds)))
     if mine.read_bytes() == yours.read_bytes():
         return
     known, found = vocabulary(mine), vocabulary(yours)
@@ -69,11 +68,6 @@ def check_vocabulary(head: Path, other: Path) -> None:
         require(
             there == "", f"{yours}: the token of id {number} is {token!r:.40}, but {there!r:.40} in {mine}: {remedy}"
         )
-
-
-TOKENS = ("tokenizer.json", "vocab.json")
-PIECES = (*TOKENS, "tokenizer.model")
-"""Files that list the tokens of a vocabulary; the last is SentencePiece's, in protobuf."""
 
 
 def _vocabulary_file(folder: Path, names: Sequence[str] = TOKENS) -> Path | None:

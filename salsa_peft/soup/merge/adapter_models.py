@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -48,16 +47,15 @@ def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -
     return model
 
 
-@dataclass
-class WrappedModule:
+class WrappedModule(NamedTuple):
     """A module of the base that PEFT wrapped."""
 
     module: torch.nn.Module
     parameters: list[str]
     """The base's parameters in it, by their first names in the model."""
-    rank: int = 0
+    rank: int
     """The rank of its LoRA; 0: it has none."""
-    saved: bool = False
+    saved: bool
     """Whether it is one of modules_to_save, so that its values replace the base's."""
 
 
@@ -108,18 +106,15 @@ class AdapterModel:
             f"{self.path}: has no values for {empty}, which adapter_config.json names: the file is incomplete, or {ANOTHER}",
         )
         inner: torch.nn.Module = loaded.get_base_model()
+        self._take_replaced(inner, places, now)
         found: dict[str, WrappedModule] = {}
         kinds: tuple[type[torch.nn.Module], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # type: ignore[assignment]
         for name, module in inner.named_modules():
             if isinstance(module, kinds) and not _inside(name, found):
-                found[name] = WrappedModule(module, [])
-        self._take_replaced(inner, places, now)
-        for wrapped in found.values():
-            inside = {self._firsts[_address(p)] for p in wrapped.module.parameters() if _address(p) in self._firsts}
-            wrapped.parameters = sorted(inside)
-            layers = [module for module in wrapped.module.modules() if isinstance(module, LoraLayer)]
-            wrapped.saved = isinstance(wrapped.module, ModulesToSaveWrapper)
-            wrapped.rank = max((layer.r[ADAPTER] for layer in layers), default=0)
+                inside = {self._firsts[_address(p)] for p in module.parameters() if _address(p) in self._firsts}
+                ranks = (layer.r[ADAPTER] for layer in module.modules() if isinstance(layer, LoraLayer))
+                saved = isinstance(module, ModulesToSaveWrapper)
+                found[name] = WrappedModule(module, sorted(inside), max(ranks, default=0), saved)
         return found
 
     def _take_replaced(self, inner: torch.nn.Module, places: Iterable[str], now: Mapping[str, torch.Tensor]) -> None:

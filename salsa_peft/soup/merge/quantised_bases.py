@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from salsa_peft.soup.checkpoints.read import CONFIG, Checkpoint
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.safetensors_io import BITS, NAMES, read_exactly, safetensors_dtype
+from salsa_peft.utils.safetensors_io import BITS, NAMES, safetensors_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +64,11 @@ class PlainBase:
         shape = entry.shape or (1,)
         columns = math.prod(shape[1:])
         step, width = max(1, elements // max(1, columns)), columns * BITS[entry.dtype] // 8
-        descriptor = os.open(file.path, os.O_RDONLY)
-        try:
-            for start in range(0, shape[0], step):
-                rows = min(step, shape[0] - start)
-                raw = torch.empty(rows * width, dtype=torch.uint8)
-                read_exactly(descriptor, raw.numpy().data, entry.begin + start * width, file.path)
-                yield start, raw.view(getattr(torch, NAMES[entry.dtype])).reshape(rows, *shape[1:])
-        finally:
-            os.close(descriptor)
+        for start in range(0, shape[0], step):
+            rows = min(step, shape[0] - start)
+            raw = torch.empty(rows * width, dtype=torch.uint8)
+            file.read_into(raw.numpy().data, entry.begin + start * width)
+            yield start, raw.view(getattr(torch, NAMES[entry.dtype])).reshape(rows, *shape[1:])
 
 
 class Requantised(PlainBase):
