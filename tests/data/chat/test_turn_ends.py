@@ -500,7 +500,7 @@ class TestLoading:
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
+        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", report_as="BASE")
         assert (found.pad_token, found.padding_side, found.truncation_side) == ("<|fim_pad|>", "right", "right")
         assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["BASE", "BASE"]
         check_tokenizer(found, Tiny(tokenizer).lm)
