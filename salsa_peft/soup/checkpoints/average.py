@@ -1,4 +1,4 @@
-"""The weighted sum of full checkpoints, streamed: memory is bounded by pieces of a few MB, whatever the size of the models.
+"""The weighted sum of full checkpoints, streamed in pieces of a few MB that bound the memory.
 
 The soup has the shards, headers, dtypes and configuration of the first member. If another member has output embeddings of its own and
 the first has them tied to the input embeddings, the soup has that member's layout. Members may differ in shards, in float dtypes and in
@@ -51,9 +51,9 @@ def average(
     progress: Progress | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write Σ w_i θ_i, for weights of any sum, into the folder `out`; return the summary, which is also in out/soup.json.
+    """Write Σ w_i θ_i into the folder `out` and return the summary, which is also in out/soup.json.
 
-    A member of weight 0 is checked by its headers, but its values are not read. With `base` the summary has the norms and cosines of
+    Weights may have any sum. A member of weight 0 is checked by its headers, but its values are not read. With `base` the summary has the norms and cosines of
     what each member adds to it, without it only distances. `more` is added to the summary. Raises SalsaError naming file and tensor;
     then nothing is written.
     """
@@ -83,7 +83,7 @@ def average(
 
 
 def gram(members: Sequence[Path | str], base: Path | str) -> torch.Tensor:
-    """⟨θ_i − θ_base, θ_j − θ_base⟩, with all tensors as one vector: (members, members), float64. Streamed; writes nothing."""
+    """⟨θ_i − θ_base, θ_j − θ_base⟩ with all tensors as one vector: (members, members), float64."""
     import torch
 
     read = [read_checkpoint(Path(folder)) for folder in (base, *members)]
@@ -97,7 +97,7 @@ def gram(members: Sequence[Path | str], base: Path | str) -> torch.Tensor:
 def _write_shards(
     output: Output, aligned: Alignment, numbers: Sequence[float], progress: Progress | None
 ) -> list[list[float]]:
-    """Write all shards → the products of the differences from the member of the largest weight, summed over shards.
+    """Write all shards → the products of the differences from the member of the largest weight.
 
     Their rows are the members whose weight is not 0, then the base, whose weight in the sum is 0.
     """
@@ -112,7 +112,7 @@ def _write_shards(
             products = stream(
                 file.pieces, rows, weights, pivot=pivot, layout=aligned.layout, write=write, progress=count
             )
-        total = [[a + b for a, b in zip(mine, yours, strict=True)] for mine, yours in zip(total, products, strict=True)]
+        total = [[a + b for a, b in zip(old, new, strict=True)] for old, new in zip(total, products, strict=True)]
     return total
 
 
@@ -134,7 +134,7 @@ def _write_index(output: Output, aligned: Alignment) -> None:
 
 
 def _config(aligned: Alignment) -> bytes | str:
-    """The content of config.json: unchanged, unless output embeddings that it calls tied have values of their own."""
+    """The content of config.json: unchanged, unless it ties output embeddings that have their own values."""
     if not aligned.untied:
         return (aligned.checkpoint.folder / CONFIG).read_bytes()
     config = dict(aligned.checkpoint.config) | {"tie_word_embeddings": False}
@@ -145,7 +145,7 @@ def _config(aligned: Alignment) -> bytes | str:
 
 def _size_of(aligned: Alignment) -> int:
     """The size of the soup's tensors in bytes."""
-    return sum(file.size for file in aligned.files.values())
+    return sum(file.size - file.begin for file in aligned.checkpoint.files.values())
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
 def _figures(
     read: Sequence[Checkpoint], weights: Sequence[float], products: list[list[float]], with_base: bool
 ) -> dict[str, Any]:
-    """The summary's members and pairs and, with a base (the last row of `products`), the norms of what they add to it.
+    """The summary's members, pairs and norms; the base, if there is one, is the last row of `products`.
 
     The products ⟨a, b⟩ are of differences from one of the members. Of differences from the base o they are
     ⟨a, b⟩ − ⟨a, o⟩ − ⟨b, o⟩ + ⟨o, o⟩.
@@ -189,5 +189,5 @@ def _figures(
 
 
 def _root(square: float) -> float | None:
-    """The square root: 0 where rounding left a sum of squares below zero, None where it overflowed float64."""
+    """The square root of a sum of squares: 0 if rounding left it below zero, None if it overflowed."""
     return math.sqrt(max(square, 0.0)) if math.isfinite(square) else None

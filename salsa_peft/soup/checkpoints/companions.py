@@ -1,4 +1,4 @@
-"""The files that go with the weights of a soup of checkpoints: tokenizer, chat template and settings. Imports no torch.
+"""The files that go with a soup's weights: tokenizer, chat template and settings. Imports no torch.
 
 Members may have no tokenizer, a tokenizer with fewer added tokens, or no chat template. The soup gets the tokenizer with the most
 tokens (the first of equal ones), that tokenizer's chat template or else the first there is, and the settings of generation and of a
@@ -40,9 +40,9 @@ def has_vocabulary(names: Iterable[str]) -> bool:
 
 
 def copy_companions(output: Output, members: Sequence[Checkpoint], base: Checkpoint | None) -> dict[str, str | None]:
-    """Copy the files that go with the weights; the base's if no member has a tokenizer. Warns where members differ.
+    """Copy the files that go with the weights, and warn where the members differ in them.
 
-    Returns the names of the members whose tokenizer and chat template were taken.
+    The base's count too if no member has a tokenizer. Returns the names of the members whose tokenizer and chat template were taken.
     """
     found = {member: companion_files(member.folder) for member in members}
     if base is not None and not any(map(has_vocabulary, found.values())):
@@ -94,7 +94,7 @@ def _has_template_file(given: Mapping[str, Path]) -> bool:
 
 
 def _templates(given: Mapping[str, Path]) -> dict[str, bytes]:
-    """File name → content of a folder's chat templates; those inside tokenizer_config.json as files of their own."""
+    """File name → content of the chat templates; one in tokenizer_config.json becomes a file of its own."""
     if _has_template_file(given) or SETTINGS not in given:
         return {name: path.read_bytes() for name, path in given.items() if _part(name) == "template"}
     inside: Any = read_mapping(given[SETTINGS]).get("chat_template")

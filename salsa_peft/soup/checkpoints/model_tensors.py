@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Elements of a tensor in a file, from `first` on: they are the elements `start` to `stop` of the model's tensor `name`."""
+    """Elements `start` to `stop` of the model's tensor `name`; in the file's tensor they begin at `first`."""
 
     first: int
     name: str
@@ -49,7 +49,9 @@ class ModelTensors:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, names: tensor_names.ModelNames | None = None) -> ModelTensors:
-        """The tensors by the names of config.json's model, or by `names`. Raises SalsaError for a tensor that the model does not have."""
+        """Resolve the tensors by the names of config.json's model, or by `names`.
+
+        Raises SalsaError for a tensor that the model does not have."""
         where = str(checkpoint.folder)
         names = names or tensor_names.of_config(checkpoint.config, str(checkpoint.folder / CONFIG))
         found = names.resolve({name: place.entry.shape for name, place in checkpoint.tensors.items()}, where)
@@ -98,7 +100,7 @@ class ModelTensors:
 
 
 def _slice(place: Place, start: int, stop: int) -> Place:
-    """The elements `start` to `stop` of a tensor as a tensor of one dimension; the tensor itself if these are all."""
+    """The elements `start` to `stop` of a tensor, in one dimension; the tensor itself if these are all."""
     entry, width = place.entry, BITS[place.entry.dtype] // 8
     if (start, stop) == (0, math.prod(entry.shape)):
         return place

@@ -71,7 +71,9 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
-    """Read configuration and headers. Raises SalsaError for files that are missing, cut, pickled or do not belong together."""
+    """Read a checkpoint's configuration and headers.
+
+    Raises SalsaError for files that are missing, cut, pickled or do not belong together."""
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of a checkpoint")
     if not (folder / CONFIG).is_file() and (folder / "adapter_config.json").is_file():
         raise SalsaError(
@@ -131,18 +133,18 @@ def _unlisted(folder: Path) -> list[str]:
     """The weight files of a folder without an index: a single one, or a complete set of numbered ones."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    there = sorted(path.name for path in folder.glob("*.safetensors"))
-    numbered = [found for name in there if (found := NUMBERED.fullmatch(name))]
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    numbered = [found for name in present if (found := NUMBERED.fullmatch(name))]
     if numbered and len({found[2] for found in numbered}) == 1:
         total = numbered[0][2]
         wanted = [f"model-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-        missing = next((name for name in wanted if name not in there), None)
+        missing = next((name for name in wanted if name not in present), None)
         require(missing is None, f"{folder}: {missing} of {int(total)} weight files is missing; copy it again")
         return wanted
     pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
     held = ""
-    if there:
-        held = f"; it holds {', '.join(there)[:200]}, which Transformers does not read"
+    if present:
+        held = f"; it holds {', '.join(present)[:200]}, which Transformers does not read"
     elif pickled is not None:
         held = f"; it holds {pickled}, which is a pickle and never read"
     raise SalsaError(
@@ -167,9 +169,9 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 
 def check_manifest(checkpoint: Checkpoint) -> None:
-    """Compare weights and configuration with the manifest that a run wrote beside them, if there is one; this reads every byte.
+    """Compare weights and configuration with the manifest of a run, if there is one.
 
-    Raises SalsaError naming the file that changed. A manifest.json of another tool is ignored.
+    This reads every byte. Raises SalsaError naming the file that changed. A manifest.json of another tool is ignored.
     """
     folder = checkpoint.folder
     manifest = read_manifest(folder)
@@ -192,7 +194,7 @@ def check_manifest(checkpoint: Checkpoint) -> None:
 
 
 def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """The members' names in the summary: as given, else the folders' names, or their paths if those are not distinct."""
+    """The members' names: as given, else the folders' names, or their paths if those are not distinct."""
     if names is None:
         short = [folder.resolve().name for folder in folders]
         return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
@@ -201,7 +203,7 @@ def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[
 
 
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
-    """The weights as floats. Raises SalsaError unless there is one finite number for each member; negative ones extrapolate."""
+    """The weights as floats. Raises SalsaError unless there is one finite number for each member."""
     shown = ", ".join(map(str, weights))
     require(
         len(weights) == members,

@@ -1,4 +1,4 @@
-"""The base that adapters are merged into: plain, dequantised from bitsandbytes' 4 bits, or quantised to 4 bits and back.
+"""The base of a merge: plain, dequantised from bitsandbytes' 4 bits, or quantised to 4 bits and back.
 
 A merge is never written in 4 bits, since quantising again would lose the delta. A checkpoint in bitsandbytes' 4 bits is dequantised to its
 compute dtype. `nf4` (`nf4-double`: with quantised scales, as in QLoRA) quantises and dequantises the linear layers of a plain base, since
@@ -72,7 +72,7 @@ class PlainBase:
 
 
 class Requantised(PlainBase):
-    """A plain base whose linear layers are quantised to 4 bits and dequantised again, each held whole in memory meanwhile."""
+    """A plain base whose linear layers are quantised to 4 bits and dequantised again, one at a time."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
         super().__init__(checkpoint)
@@ -97,7 +97,7 @@ class Requantised(PlainBase):
 
 
 class Dequantised(PlainBase):
-    """A checkpoint in bitsandbytes' 4 bits, dequantised to its compute dtype, each weight held whole in memory meanwhile."""
+    """A checkpoint in bitsandbytes' 4 bits, dequantised to its compute dtype one weight at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -155,7 +155,7 @@ class Dequantised(PlainBase):
 
 
 def open_base(checkpoint: Checkpoint, quantized_base: str | None) -> PlainBase:
-    """The base as `quantized_base` asks for it. Raises SalsaError if it does not fit the base, or bitsandbytes is missing."""
+    """Open a base. Raises SalsaError if `quantized_base` does not fit it, or bitsandbytes is missing."""
     require(
         quantized_base is None or quantized_base in DOUBLE,
         f"quantized_base: {quantized_base!r:.40} is not one of {', '.join(DOUBLE)}",
