@@ -26,7 +26,7 @@ from salsa_peft.data.check import count_rows
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
 from salsa_peft.recipe.__main__ import main as salsa_run
-from salsa_peft.training.sft import labelled
+from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 Row = dict[str, Any]
@@ -427,7 +427,7 @@ class TestBesideTRL:
             {"prompt": turns("q", system="s"), "completion": turns("", "b")[1:], "tools": json.dumps([TOOL])},
         ]
         ours = by_sft(
-            tokenizer, tiny_model, labelled(datasets.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path
+            tokenizer, tiny_model, tokenize(datasets.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path
         )
         for row, found in zip(rows, ours, strict=True):
             features = Features({name: Json() for name in row})

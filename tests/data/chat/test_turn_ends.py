@@ -31,7 +31,7 @@ from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import PromptEncoder
-from salsa_peft.training.sft import labelled
+from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 KINDS = list(tiny_tokenizers.KINDS)
@@ -267,7 +267,7 @@ class TestLossMask:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         tokenizer = make("gpt2")
-        rows = labelled([{"messages": chat} for chat in CHATS], tokenizer)
+        rows = tokenize([{"messages": chat} for chat in CHATS], tokenizer)
         batch = DataCollatorForLanguageModeling(pad_token_id=0)(list(rows))
         for ids, mask, labels, chat in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], CHATS, strict=True
