@@ -79,7 +79,7 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
         return key, f"must be {TYPES[kind]}, not {found}"
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
-        return key, f"must be {words} {context[name]}, not {found}"
+        return key, f"must be {words} {context[name]:g}, not {found}"
     if kind == "too_short":
         return key, f"must have at least {context['min_length']} entry, not {found}"
     if kind == "literal_error":

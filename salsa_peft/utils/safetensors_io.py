@@ -99,9 +99,13 @@ class SafetensorsFile:
         import torch
 
         raw = torch.empty(entry.size, dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), raw.numpy().data, entry.begin, self.path)
+        self.read_into(raw.numpy().data, entry.begin)
         return raw.view(getattr(torch, NAMES[entry.dtype])).reshape(entry.shape)
+
+    def read_into(self, buffer: memoryview, begin: int) -> None:
+        """Fill a buffer with the bytes of the file from `begin` on."""
+        with self.path.open("rb", buffering=0) as file:
+            read_exactly(file.fileno(), buffer, begin, self.path)
 
 
 _AGAIN = "copy or save the file again"

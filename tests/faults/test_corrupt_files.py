@@ -489,7 +489,7 @@ def test_a_state_that_does_not_say_when_it_was_saved(stopped: Any, tmp_path: Pat
     found, passed = checkpoints.last_complete(copy)
     assert (
         found == copy / "checkpoint-2"
-        and "changed: salsa_state.json" in passed[0]
+        and "salsa_state.json has changed" in passed[0]
         and checkpoints.next_number(copy) == 3
     )
 

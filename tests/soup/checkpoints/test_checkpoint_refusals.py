@@ -170,13 +170,14 @@ def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
     (b / SINGLE).write_bytes(raw)
     with pytest.raises(
         SalsaError,
-        match=r"b/model.safetensors: the file changed: its SHA-256 is .* in manifest.json; copy or make it again",
+        match=r"b/model.safetensors: the file changed: it has \d+ bytes and SHA-256 .*; copy or make it again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     listed[CONFIG]["size"] = 1
     (b / "manifest.json").write_text(json.dumps({"files": listed}))
     with pytest.raises(
-        SalsaError, match=r"b/config.json: the file has \d+ bytes, but 1 in manifest.json; copy or make it again"
+        SalsaError,
+        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but in manifest.json it has 1 and .*; copy or make it again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     assert not (tmp_path / "none").exists()
