@@ -1,7 +1,7 @@
 """The cache of a run's results: each unit's key and folder, and whether its result is up to date.
 
-A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. Its manifest is written last, so a folder without one is unfinished.
-torch is not imported.
+A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. Its manifest is written last, so a folder
+without one is unfinished. torch is not imported.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def why_outdated(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | 
 
 
 def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, Step]:
-    """Unit id → step, in the order of the stages. A unit whose inputs have to run has to run too. Writes nothing.
+    """Unit id → step, in the order of the stages.
+
+    A unit whose inputs have to run has to run too. Writes nothing.
 
     forced: units or stages that run even if their results are up to date.
     """

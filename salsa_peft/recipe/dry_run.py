@@ -49,7 +49,10 @@ ORDER = (
 
 
 def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], card: Gpu | None) -> None:
-    """Print the plan on standard output; writes nothing else. card: what the stages' needs are held against."""
+    """Print the plan on standard output; writes nothing else.
+
+    card: what the stages' needs are held against.
+    """
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"results: {run}"))
     console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
@@ -57,7 +60,7 @@ def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: se
     _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
     _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
     _print_memory(console, loaded, card)
-    console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
+    console.print(Text(disk.plan_line(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
     answered = steps["evaluate"]
     asked_of_judge = costs.plan_line(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
     if asked_of_judge is not None:
@@ -206,8 +209,11 @@ def _updates(ppo: PPO, rows: int | None) -> str:
 def advice(
     recipe: Recipe, stages: Sequence[str], size: Architecture, card: float, reset_by_lora: Collection[str] = ()
 ) -> str | None:
-    """What would make stages fit a card (bytes), all of them: the first single change that does, else several, each as small as will do;
-    None where they fit, NOTHING where nothing does. reset_by_lora: keys that adding an adapter sets by itself."""
+    """What would make stages fit a card (bytes), all of them: the first single change that does, else several, each as
+    small as will do; None where they fit, NOTHING where nothing does.
+
+    reset_by_lora: keys that adding an adapter sets by itself.
+    """
 
     def fits(preset: str, settings: dict[str, str]) -> bool:
         other = changed(recipe, preset, settings)
@@ -249,7 +255,9 @@ def _kind(preset: str, setting: dict[str, str]) -> str:
 
 
 def changed(recipe: Recipe, preset: str, settings: dict[str, str]) -> Recipe:
-    """The recipe with a preset's adapter ("": as it is; r 16 on all linears where it has none) and some of its settings."""
+    """The recipe with a preset's adapter ("": as it is; r 16 on all linears where it has none) and some of its
+    settings.
+    """
     if preset:
         model = dataclasses.replace(recipe.model, quantization=PRESETS[preset])
         recipe = dataclasses.replace(
@@ -265,7 +273,9 @@ def changed(recipe: Recipe, preset: str, settings: dict[str, str]) -> Recipe:
 
 
 def _changes(recipe: Recipe, stage: str) -> list[tuple[str, dict[str, str]]]:
-    """(preset, setting), one of the two, from what costs least to what costs most; sizes that divide what they are parts of."""
+    """(preset, setting), one of the two, from what costs least to what costs most; sizes that divide what they are
+    parts of.
+    """
     found: list[tuple[str, dict[str, str]]] = []
     if stage in TRAINING:
         section: Training = getattr(recipe, stage)

@@ -1,8 +1,9 @@
 """Runs each stage in processes of its own, so that its memory is freed when it ends.
 
-One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by `accelerate launch`.
-In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job and sends back one report. The
-processes end with the command, even if that is ended by kill -9. torch is not imported here.
+One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by
+`accelerate launch`. In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job
+and sends back one report. The processes end with the command, even if that is ended by kill -9. torch is not imported
+here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ GRACE = 120.0
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
 """A failed process in the log of torch's launcher: its rank and exit code."""
 AFTER_OTHERS = (-signal.SIGTERM, -signal.SIGABRT, 128 + signal.SIGTERM)
-"""Exit codes of processes that were ended because another one had failed: by the launcher, by NCCL, by saving on SIGTERM."""
+"""Exit codes of processes that were ended because another one had failed: by the launcher, by NCCL, by saving on
+SIGTERM.
+"""
 
 
 class StageError(Exception):
@@ -65,8 +68,8 @@ class Result:
 def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Result:
     """Run a job in `count` new processes and wait for them.
 
-    log: where the traceback of an error is written, or what the launcher printed. Raises StageError with the first error of any process.
-    On any exception the processes are ended first.
+    log: where the traceback of an error is written, or what the launcher printed. Raises StageError with the first
+    error of any process. On any exception the processes are ended first.
     """
     with tempfile.TemporaryDirectory(prefix="salsa-") as folder, socket.socket(socket.AF_UNIX) as server:
         address = os.path.join(folder, "socket")
@@ -156,7 +159,9 @@ class _Workers:
             connection.close()
 
     def end(self) -> None:
-        """Send SIGTERM to the processes themselves (the launcher would wait 30 s only), and SIGKILL after GRACE or a second signal."""
+        """Send SIGTERM to the processes themselves (the launcher would wait 30 s only), and SIGKILL after GRACE or a
+        second signal.
+        """
         if self.process.pid is None:
             return
         try:
@@ -201,7 +206,10 @@ def _launched(job: Job, address: str, log: Path) -> Any:
 
 
 def _set_environment(recipe: Recipe) -> None:
-    """The environment variables of the processes. Python 3.11's fork server finds modules to preload on PYTHONPATH alone."""
+    """The environment variables of the processes.
+
+    Python 3.11's fork server finds modules to preload on PYTHONPATH alone.
+    """
     package = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package not in paths:
@@ -225,7 +233,8 @@ def launch_command(recipe: Recipe, address: str) -> list[str]:
 def _exec_launcher(command: list[str], log: str) -> None:
     """Replace this process by the launcher, in a session of its own so that Ctrl-C reaches the command alone.
 
-    Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes of failed processes.
+    Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes
+    of failed processes.
     """
     os.setsid()
     os.dup2(2, 1)

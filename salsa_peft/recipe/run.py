@@ -71,9 +71,12 @@ def run(
     gpu: hardware.Gpu | None = None,
     debug: bool = False,
 ) -> None:
-    """Run a recipe in a folder, or print its plan (`dry_run`). Raises SalsaError, and StageError for a stage that failed.
+    """Run a recipe in a folder, or print its plan (`dry_run`).
 
-    only, force: stages or units that run at all, and that run again. gpu: what a dry run plans for, instead of this machine's GPU.
+    Raises SalsaError, and StageError for a stage that failed.
+
+    only, force: stages or units that run at all, and that run again. gpu: what a dry run plans for, instead of this
+    machine's GPU.
     """
     recipe = loaded.recipe
     work = [unit for stage in stages.values() for unit in stage.units(recipe, stage.run)]
@@ -161,7 +164,9 @@ def _run_unit(
 def _run_job(
     job: Job, step: cache.Step, steps: dict[str, cache.Step], resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
-    """Run a job, with half the micro-batch size after each out-of-memory error → the result, the last job, and what was halved."""
+    """Run a job, with half the micro-batch size after each out-of-memory error → the result, the last job, and what
+    was halved.
+    """
     halved: dict[str, int] = {}
     while True:
         if not resumed:
@@ -177,7 +182,8 @@ def _run_job(
             say(one_line(error))
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
             say(
-                f"{job.unit.id} … {'resuming' if resumed else 'running again'} with {changes}; the global batch stays the same"
+                f"{job.unit.id} … {'resuming' if resumed else 'running again'} with {changes}; the global batch"
+                " stays the same"
             )
             job = dataclasses.replace(job, recipe=smaller.recipe)
             halved |= {key: after for key, (_, after) in smaller.changed.items()}
@@ -201,7 +207,10 @@ def _empty(folder: Path) -> None:
 
 
 def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
-    """The ids of the units that `words` name, by stage or by unit. Raises SalsaError, which names the nearest, for any other word."""
+    """The ids of the units that `words` name, by stage or by unit.
+
+    Raises SalsaError, which names the nearest, for any other word.
+    """
     found: set[str] = set()
     for word in words:
         ids = {unit.id for unit in work if word in (unit.id, unit.stage)}
@@ -244,7 +253,9 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
 
 
 def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
-    """Raise SalsaError if a unit that will run lacks a GPU, processes, disk space or an API key here; return warnings, one line each."""
+    """Raise SalsaError if a unit that will run lacks a GPU, processes, disk space or an API key here; return warnings,
+    one line each.
+    """
     stages = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in stages):
         hardware.check_processes(recipe)

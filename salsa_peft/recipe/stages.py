@@ -1,6 +1,6 @@
-"""The thin stages: what a job's folders hold → the function of data/toy.py, soup/__main__.py or cli/report.py that does the work.
+"""The stages toy, soup and report, which call functions that know nothing of jobs.
 
-Those three stand on their own and know nothing of jobs; the stages with loops are functions `run` of their own modules.
+The other stages are functions `run` of their own modules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 
 def toy(job: Job) -> dict[str, Any]:
-    """The embedded world: base, tokenizer, data."""
+    """Build the embedded world: base, tokenizer and data."""
     from salsa_peft.data.toy import build
 
     assert job.recipe.toy is not None
@@ -31,7 +31,10 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
+    """Average the seeds: an ordinary PEFT adapter or checkpoint, with given weights or weights that a measure selects.
+
+    The average is exact unless the recipe sets a rank.
+    """
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.soup.average import soup as cook
 
@@ -60,7 +63,7 @@ def soup(job: Job) -> dict[str, Any]:
 
 
 def report(job: Job) -> dict[str, Any]:
-    """report.html, report.md, summary.json, and the recipe as it ran, of everything that the run's folders hold."""
+    """Write report.html, report.md, summary.json and the resolved recipe."""
     from salsa_peft.report.gather import gather
     from salsa_peft.report.page import write_report
 
