@@ -1,4 +1,4 @@
-"""An estimate of the disk space that a run needs, from the base's config.json, before anything is written.
+"""An estimate of the disk space that a run needs, from the base's config.json.
 
     peak = finished results + max(checkpoints of the policy in training, its last checkpoints + the finished policy)
 
@@ -28,11 +28,11 @@ from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 
 AT_ONCE = 3
-"""Checkpoints of a policy at one time: two are kept, and a third is written before the oldest is removed."""
+"""Checkpoints of a policy at one time: a third is written before the oldest of two is removed."""
 MANY = 100_000
 """Assumed optimizer steps of a policy if the number of prompts is not known (the paper has 61,000)."""
 ZERO3 = 6
-"""Bytes per weight that a ZeRO-3 checkpoint has besides the optimizer's states: float32 and bf16 weights."""
+"""Bytes per weight of a ZeRO-3 checkpoint besides optimizer states: float32 and bf16 weights."""
 
 
 class Need(NamedTuple):
@@ -101,7 +101,7 @@ def written(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -
 
 
 def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float) -> tuple[float, float]:
-    """Bytes of a policy, and with its checkpoints: trained weights and optimizer states (training/ppo/saving.py)."""
+    """Bytes of a policy, and of a policy with its checkpoints (training/ppo/saving.py)."""
     ppo, lora = recipe.ppo, recipe.adapter
     precision = memory.choose_precision(recipe, "ppo", gpu, size) if lora is None else "master"
     weight, _, states = memory.TRAINED[precision]

@@ -1,7 +1,6 @@
-"""The GPUs of this machine (by nvidia-smi), whether a recipe's stages fit them, and what to halve after an
-out-of-memory error.
+"""This machine's GPUs, whether a recipe fits them, and smaller batches after out-of-memory errors.
 
-torch is not imported.
+The GPUs are those that nvidia-smi lists; torch is not imported.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing, fails or takes more than five seconds."""
+    """The GPUs that CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
@@ -54,8 +53,7 @@ def gpus() -> list[Gpu]:
 
 
 def _visible(found: dict[str, Gpu], variable: str | None) -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or by the beginning of a UUID, in its order; all if it is
-    not set.
+    """The GPUs that CUDA_VISIBLE_DEVICES names by number or beginning of a UUID; all if it is not set.
 
     A MIG instance is counted as the first whole GPU, since nvidia-smi's list does not tell its size.
     """
@@ -79,9 +77,7 @@ def smallest_gpu(size: float) -> int:
 
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
-    """The estimated GPU memory of a stage on this machine, without CUDA's context, in MB; None for a stage without a
-    model.
-    """
+    """The estimated GPU memory of a stage here, in MB, without CUDA's context; None without a model."""
     size, there = architecture_of_recipe(recipe), gpus()
     if size is None or stage not in stages_of(recipe):
         return None
@@ -145,7 +141,7 @@ class Halved(NamedTuple):
 
 
 def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
-    """The recipe with half the micro-batch size in a stage and the same global batch; None if nothing can be halved."""
+    """The recipe with half the micro-batch size in a stage; None if nothing can be halved."""
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _halve_training(recipe, stage)
     rows = recipe.generation.batch_size

@@ -31,12 +31,11 @@ from salsa_peft.utils.files import write_atomic
 
 PRELOAD = ["salsa_peft.recipe.preload"]
 GRACE = 120.0
-"""Seconds between SIGTERM and SIGKILL, in which a stage may save a checkpoint; a second signal cuts them short."""
+"""Seconds between SIGTERM and SIGKILL, in which a stage may save a checkpoint."""
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
 """A failed process in the log of torch's launcher: its rank and exit code."""
 AFTER_OTHERS = (-signal.SIGTERM, -signal.SIGABRT, 128 + signal.SIGTERM)
-"""Exit codes of processes that were ended because another one had failed: by the launcher, by NCCL, by saving on
-SIGTERM.
+"""Exit codes of processes that ended because another had failed: by the launcher, NCCL, SIGTERM.
 """
 
 
@@ -125,7 +124,7 @@ def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug
 
 
 class _Workers:
-    """The processes of a job, seen from the command: `process` is the only one, or the launcher of several."""
+    """The processes of a job, seen from the command; `process` is the only one or the launcher."""
 
     def __init__(self, job: Job, server: socket.socket, process: Any) -> None:
         self.job, self.server, self.process = job, server, process
@@ -159,8 +158,9 @@ class _Workers:
             connection.close()
 
     def end(self) -> None:
-        """Send SIGTERM to the processes themselves (the launcher would wait 30 s only), and SIGKILL after GRACE or a
-        second signal.
+        """Send SIGTERM to the processes, and SIGKILL after GRACE seconds or a second signal.
+
+        SIGTERM does not go to the launcher, which would wait for 30 seconds only.
         """
         if self.process.pid is None:
             return
@@ -231,7 +231,7 @@ def launch_command(recipe: Recipe, address: str) -> list[str]:
 
 
 def _exec_launcher(command: list[str], log: str) -> None:
-    """Replace this process by the launcher, in a session of its own so that Ctrl-C reaches the command alone.
+    """Replace this process by the launcher, in a session that Ctrl-C does not reach.
 
     Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes
     of failed processes.

@@ -1,4 +1,4 @@
-"""Runs a recipe: the stages in order, each in a process of its own; a stage whose result is up to date is skipped.
+"""Runs a recipe: its stages in order, each in a process of its own. Cached results are not made again.
 
 The command is recipe/__main__.py. torch is not imported.
 """
@@ -164,8 +164,9 @@ def _run_unit(
 def _run_job(
     job: Job, step: cache.Step, steps: dict[str, cache.Step], resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
-    """Run a job, with half the micro-batch size after each out-of-memory error → the result, the last job, and what
-    was halved.
+    """Run a job, with half the micro-batch size after each out-of-memory error.
+
+    Returns the result, the job with its last recipe, and the halved keys with their values.
     """
     halved: dict[str, int] = {}
     while True:
@@ -195,7 +196,7 @@ def _processes(job: Job) -> int:
 
 
 def _empty(folder: Path) -> None:
-    """Empty a result's folder, the manifest first: after a kill the result counts as unfinished, not as damaged."""
+    """Empty a result's folder, the manifest first, so that after a kill the result is unfinished."""
     if folder.is_dir() and not folder.is_symlink():
         manifest = folder / MANIFEST
         if not manifest.is_dir():
@@ -253,8 +254,9 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
 
 
 def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
-    """Raise SalsaError if a unit that will run lacks a GPU, processes, disk space or an API key here; return warnings,
-    one line each.
+    """Raise SalsaError if this machine lacks what a unit that will run needs; return warnings.
+
+    It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
     """
     stages = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in stages):

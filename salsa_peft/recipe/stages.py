@@ -31,9 +31,9 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """Average the seeds: an ordinary PEFT adapter or checkpoint, with given weights or weights that a measure selects.
+    """Average the seeds to an ordinary PEFT adapter, or to a checkpoint.
 
-    The average is exact unless the recipe sets a rank.
+    The weights are given, or selected by a measure. The average is exact unless the recipe sets a rank.
     """
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.soup.average import soup as cook

@@ -1,5 +1,4 @@
-"""A stage's process: it receives its job from the command, runs the stage function, and reports the result or the
-error.
+"""A stage's process: receives a job from the command, runs it, and reports the result or the error.
 
 `python -m salsa_peft.recipe.worker ADDRESS` does the same in each process of `accelerate launch`. ADDRESS is a Unix
 socket of the command. The connection closes when the command ends, even by kill -9, and the process then kills itself.
@@ -87,9 +86,7 @@ def _redirect_output(launched: bool) -> None:
 
 
 def run_stage(job: Job) -> dict[str, Any]:
-    """Call the job's stage function → a report: its facts, time and memory, or the error as one line and as a
-    traceback.
-    """
+    """Call a job's stage function and return a report: facts and costs, or the error."""
     start = time.perf_counter()
     try:
         module, name = job.unit.run.split(":")

@@ -114,23 +114,23 @@ def test_a_run_that_cannot_fit_is_refused(
     assert salsa_run(words) == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and line.startswith(
-        f"results: found 120.0 GiB free on the disk of {tmp_path}, expected 163.5 GiB, of which 100.2 GiB stay"
+        f"results: need 163.5 GiB during the run (100.2 GiB when it is finished), but only 120.0 GiB are free on the disk of {tmp_path}"
     )
-    assert line.endswith("take --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
+    assert line.endswith("use --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
     free.free = 145 * GIB
     assert salsa_run(words) == 2
     assert "or --set ppo.save_steps=100000 (one checkpoint a policy, at its end), or --lora" in capsys.readouterr().err
     assert salsa_run([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert (
-        "disk: 100.2 GiB more when all is done, at most 163.5 GiB at one time; 145.0 GiB free" in said
-        and ": too little; take" in said
+        "disk: 100.2 GiB more when the run is finished, at most 163.5 GiB during the run; 145.0 GiB free" in said
+        and ": too little; use" in said
     )
     assert salsa_run([*words, "--lora", "--dry-run"]) == 0
     assert "too little" not in capsys.readouterr().out
     assert salsa_run(["smollm2", "--dry-run"]) == 0
     assert (
-        "disk: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand" in capsys.readouterr().out
+        "disk: not known before the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is downloaded" in capsys.readouterr().out
     )
 
 

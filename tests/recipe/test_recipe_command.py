@@ -150,7 +150,7 @@ def test_the_plan(here, capsys):
     for line in (
         f"results: {here}/runs/tiny-lora",
         "sft, each of 3 seeds          8 rows = 4 micro-batches of 2  about 6 steps (20 rows × 2 epochs)",
-        "16 responses = 2 minibatches × 2 micro-batches of 4  about 800 updates (6400 rows × 2 epochs), 4 × 2 optimizer steps an update",
+        "16 responses = 2 minibatches × 2 micro-batches of 4  about 800 updates (6400 rows × 2 epochs), 4 × 2 optimizer steps per update",
         "ppo.learning_rate             2e-06                         2e-05",
         "adapter.r                     –                             16",
     ):
