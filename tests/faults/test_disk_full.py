@@ -269,7 +269,11 @@ class TestACommand:
         free(monkeypatch, 1_000_000)
         assert salsa_run(["quickstart", "--lora"]) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "but only 1.0 MiB are free on the disk of" in said and not list(tmp_path.iterdir())
+        assert (
+            said.count("\n") == 1
+            and "but only 1.0 MiB are free on the disk of" in said
+            and not list(tmp_path.iterdir())
+        )
 
     def test_a_stage_that_finds_none_says_so_in_a_line(self, tmp_path: Path) -> None:
         """No trace to look for; the trace is in the log all the same."""

@@ -118,7 +118,7 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         in capsys.readouterr().out
     )
     for words, line in (
-        (["--gpu", "24"], "found --gpu without --dry-run"),
+        (["--gpu", "24"], "--gpu needs --dry-run"),
         (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
     ):
         with pytest.raises(SystemExit) as caught:

@@ -225,7 +225,7 @@ def test_output_dir(here, capsys):
     assert salsa_run(["tiny.yaml", "--lora", "--dry-run", "--output-dir", "elsewhere"]) == 0
     assert f"results: {here}/elsewhere\n" in capsys.readouterr().out
     assert salsa_run(["tiny.yaml", "--lora", "--output-dir", "tiny.yaml/x"]) == 2
-    assert "which is a file, expected a folder" in capsys.readouterr().err
+    assert "tiny.yaml is a file; choose a folder" in capsys.readouterr().err
 
 
 def test_no_stage_is_imported_by_the_table():
