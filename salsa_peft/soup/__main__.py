@@ -32,7 +32,7 @@ EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of f
 
 
 def join_weights(argv: Sequence[str], options: Collection[str] = ("--weights",)) -> list[str]:
-    """Join `--weights 1.5 -0.5` into one argument, because argparse takes -0.5,1.5 for an option and folders for numbers."""
+    """Join `--weights 1.5 -0.5` into one argument, because argparse takes -0.5 for an option."""
     rest, joined = list(argv), []
     while rest:
         token = rest.pop(0)
@@ -128,7 +128,7 @@ Work = Callable[[argparse.Namespace, Callable[[], None]], None]
 
 
 def run_command(prog: str, args: argparse.Namespace, work: Work) -> int:
-    """Run `work`. Returns 0; 2 after an error that a user can fix, printed in one line; 130 after an interruption.
+    """Run `work`. Returns 0, or 2 after an error (printed in one line), or 130 after an interruption.
 
     Warnings are held back until `work` accepts its arguments, so that an earlier error is the only line.
     """

@@ -38,13 +38,13 @@ class Options:
     strategy: str = "linear"
     """linear, slerp, greedy or learned."""
     measure: Measure | None = None
-    """The measure that greedy and learned maximize: weights → a number, higher is better (soup/measures.py)."""
+    """The measure that greedy and learned maximize (soup/measures.py)."""
     steps: int = 20
     """learned: number of Adam steps."""
     step_size: float = 0.1
     """learned: Adam's learning rate for the logits of the weights."""
     normalize: bool = False
-    """Divide the weights by their sum. Without it, weights that do not sum to 1 give a scaled delta, or are rejected for checkpoints."""
+    """Divide the weights by their sum."""
     rank: int | None = None
     """Adapters: reduce to this rank by SVD; the summary's `error` is the loss. None: exact, rank Σ r_i."""
     dtype: str | None = None
@@ -52,13 +52,13 @@ class Options:
     merge: bool = False
     """Adapters: add the soup to `base` and save a checkpoint."""
     base: str | Path | None = None
-    """Folder or Hub id of the base. Checkpoints: the origin of the deltas for slerp and cosines. merge: None is the base that the members name."""
+    """The base. Checkpoints need it for slerp and cosines; merge takes what the members name by default."""
     quantized_base: str | None = None
-    """merge: nf4 or nf4-double puts the base through that quantization first, as it was when the members were trained (QLoRA)."""
+    """merge: quantize the base first to nf4 or nf4-double, as in QLoRA training."""
     same_base: bool = False
     """Adapters: assert that they share a base, even if its name or fingerprint differs."""
     untie: bool = False
-    """merge: give the model separate input and output embeddings if LoRA is on tied ones. Otherwise they stay one tensor, as in PEFT."""
+    """merge: if LoRA is on tied embeddings, untie them. By default they stay one tensor, as in PEFT."""
 
 
 def soup(
@@ -81,7 +81,7 @@ def soup(
     untie: bool = False,
     progress: Progress | None = None,
 ) -> SoupSummary:
-    """Average adapters or checkpoints into the folder `out`. Returns the summary, which is also written to out/soup.json.
+    """Average adapters or checkpoints into the folder `out`. Returns the summary, which is its soup.json.
 
     Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum, unless parameters
     are averaged directly. names: what the summary calls the members. progress: called with (done, total), modules or bytes. The other
@@ -122,7 +122,7 @@ class _Request(NamedTuple):
     progress: Progress | None
 
     def choose(self, gram: Callable[[], Any]) -> tuple[list[float], list[int]]:
-        """The weights that the strategy chooses, and the members whose weight is not 0: a block of zeros would only add rank."""
+        """The weights that the strategy chooses, and the positions of members with another weight than 0."""
         options = self.options
         given = StrategyInput(self.weights, gram, options.measure, options.steps, options.step_size)
         choice: Choice = STRATEGIES[options.strategy](given)
@@ -136,7 +136,7 @@ class _Request(NamedTuple):
 
 
 def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
-    """One weight per member. Raises SalsaError for other lists, and for a sum that this kind of member cannot have."""
+    """One weight per member. Raises SalsaError for other lists, and for a sum that is not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
     require(any(given), "weights: all are 0, so no member is left; give at least one member another weight")
@@ -152,7 +152,7 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
 
 
 def check(out: Path, folders: Sequence[Path], options: Options, stacked: StackedAdapter | None = None) -> Path | None:
-    """Check options, output folder and members before any weight is read. Returns the base's folder if a base is used.
+    """Check options, output folder and members before any weight is read. Returns the folder of the base.
 
     stacked: the members, if they are adapters that were read before. Raises SalsaError.
     """
@@ -203,7 +203,7 @@ def _merge_base(folders: Sequence[Path], options: Options) -> Path:
 
 
 def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
-    """Raise SalsaError if an adapter names a base of another architecture or size, unless the caller asserts that the base is the same."""
+    """Raise SalsaError if an adapter names a base of another architecture or size, unless `same_base`."""
     config = None if same_base else config_of_base(str(base.absolute()), None)
     if config is not None:
         for folder in folders:
@@ -211,7 +211,7 @@ def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
 
 
 def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:
-    """The base's folder or Hub id, and its revision: as given, or as the adapter's configuration names it. Raises SalsaError for none."""
+    """Folder or Hub id of the base and its revision: as given, or as the adapter's configuration names it."""
     if given is not None:
         return given, None
     named = config["base_model_name_or_path"]

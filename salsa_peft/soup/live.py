@@ -1,4 +1,4 @@
-"""Models whose weights move between the members of a soup, with the derivative of a loss by each member's weight.
+"""Models that can be set to any point between members, with the derivatives of a loss by the weights.
 
 With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every weight is read again
 from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured on such models.
@@ -76,7 +76,7 @@ class LiveAdapters:
                 weight.grad = None
 
     def slopes(self) -> list[float]:
-        """Member i's columns of B are w_i · scaling_i · B_i, so ∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over these columns."""
+        """∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns of B, which are w_i · scaling_i · B_i."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks
         for name, B, bias in self._live():

@@ -1,4 +1,4 @@
-"""Measures on held-out data that greedy and learned soups maximize: SFT loss, reward score, or a Python function. Higher is better.
+"""Measures that greedy and learned soups maximize: SFT loss, reward score, or a Python function.
 
 A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a gradient, which the
 strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and `command_measure`.
@@ -204,7 +204,7 @@ def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpo
 
 
 def command_measure(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
-    """The measure of `salsa soup --measure`. Raises SalsaError, before a model is loaded, for data or a function that is missing."""
+    """The measure of `salsa soup --measure`. Raises SalsaError for missing data before a model is loaded."""
     disable_progress_bar()  # that of loading weights; the command has its own
     function = load_function(args.measure) if ":" in args.measure else None
     rows = _rows(args) if function is None else []

@@ -1,4 +1,4 @@
-"""The members of a soup as they are given: folders or Hub ids → local folders, their kind, and their names in summaries."""
+"""Members of a soup, given as folders or Hub ids: their local folders, kind, and names in summaries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIGS = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
 
 
 def member_names(members: Sequence[Path | str]) -> list[str]:
-    """Names for summaries: a folder of a run gets the name of its unit (sft/seed-0), others the last part of their path or id.
+    """Names for summaries: the unit of a run's folder (sft/seed-0), else the last part of the path or id.
 
     If these are not unique, the full paths or ids.
     """
@@ -30,7 +30,7 @@ def _unit(folder: Path) -> str | None:
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """adapters or checkpoints. Raises SalsaError for a folder that is neither, and for members of both kinds."""
+    """adapters or checkpoints. Raises SalsaError for a folder that is neither, and for mixed members."""
     kinds = []
     for folder in folders:
         found = next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), None)
@@ -67,7 +67,7 @@ def local_members(members: Sequence[Path | str]) -> list[Path]:
 
 
 def local(name: Path | str, revision: str | None = None, why: str = "") -> Path:
-    """The folder of a member or a base: an existing folder, or the snapshot of a Hub id. why: for the error, who names it."""
+    """An existing folder, or the snapshot of a Hub id. why: for the error, what names the folder."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

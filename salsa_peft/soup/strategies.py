@@ -53,7 +53,7 @@ def linear(given: StrategyInput) -> Choice:
 
 
 def slerp(given: StrategyInput) -> Choice:
-    """Spherical interpolation of two task vectors: sin((1−t)ω)/sin ω · δ_0 + sin(tω)/sin ω · δ_1 with their angle ω.
+    """Spherical interpolation of two task vectors: (sin((1−t)ω) δ_0 + sin(tω) δ_1) / sin ω, ω their angle.
 
     All tensors count as one vector, and t is the second weight. Unlike the mean of two different members, the result keeps their norm; the
     weights sum to more than 1. Vectors of the same direction are averaged linearly. Raises SalsaError unless there are two members, and for
@@ -77,7 +77,7 @@ def slerp(given: StrategyInput) -> Choice:
 
 
 def greedy(given: StrategyInput) -> Choice:
-    """Add members to a uniform mean, best first, and keep each that does not lower the measure (Wortsman et al., Recipe 1)."""
+    """Add members to a uniform mean, best first, if the measure does not fall (Wortsman et al., Recipe 1)."""
     measure, n = _measure(given, "greedy"), len(given.weights)
     tried: list[dict[str, Any]] = []
 
@@ -97,7 +97,7 @@ def greedy(given: StrategyInput) -> Choice:
 
 
 def learned(given: StrategyInput) -> Choice:
-    """Maximize the measure with Adam over n logits, whose softmax gives the weights. The best point of all steps is the soup.
+    """Maximize the measure with Adam over logits of the weights. The best point of all steps is the soup.
 
     It starts from the requested weights, which must be positive. The tensors of the members are not trained.
     """

@@ -1,4 +1,4 @@
-"""Convert an adapter's module names to those of the current Transformers version, with PEFT's own conversion.
+"""Convert an adapter's module names to those of the current Transformers, with PEFT's own conversion.
 
     language_model.model.layers.0.…                     →  model.language_model.layers.0.…            multimodal models before 4.52
     block_sparse_moe.experts.3.w1.lora_A, .w3.lora_A    →  mlp.experts.base_layer.lora_A (stacked)    experts before 5.0
@@ -50,7 +50,7 @@ class ConvertedFile(SafetensorsFile):
 def to_current_layout(
     names: Names, config: dict[str, Any], file: SafetensorsFile, folder: Path
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """Names, configuration and tensors as PEFT converts them when it loads the adapter. Most adapters need no conversion."""
+    """Names, configuration and tensors as PEFT converts them on loading. Most adapters stay unchanged."""
     modules = sorted(set(lora_modules(names)))
     old_experts = any(EXPERT.match(module) for module in modules)
     base = base_folder(config, folder)
@@ -85,14 +85,14 @@ def lora_modules(names: Iterable[str]) -> Iterator[str]:
 
 
 def in_base(module: str, places: frozenset[str], first: frozenset[str]) -> bool:
-    """Whether a base's files name a module. Files of a model without head lack the first part; tied output embeddings are in no file."""
+    """Whether a base's files name a module, also without its first part, as in files of a headless model."""
     head, _, rest = module.partition(".")
     return module in places or module == "lm_head" or (head not in first and rest in places)
 
 
 @functools.lru_cache(maxsize=8)
 def base_modules(base: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The modules that a base's safetensors files name, and the first parts of these names. Empty if there are no such files."""
+    """The modules that a base's safetensors files name, and the first parts of these names."""
     index = Path(base) / "model.safetensors.index.json"
     try:
         if index.is_file():
@@ -122,14 +122,14 @@ HEADS = {
     "FEATURE_EXTRACTION": [],
     "CAUSAL_LM": ["ForImageTextToText", "ForCausalLM"],
 }
-"""PEFT's task_type → suffixes of the auto classes of Transformers that may open the base, besides AutoModel."""
+"""PEFT's task_type → suffixes of Transformers' auto classes that may open the base, besides AutoModel."""
 ANY_HEAD = [
     "ForImageTextToText", "ForCausalLM", "ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForMaskedLM", "ForSequenceClassification",
 ]  # fmt: skip
 
 
 def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
-    """The base's model under each class that may be meant, and of a multimodal model its language model. Code of the base is not run."""
+    """The base's model, and its language model, under each auto class that may be meant."""
     for text in (False, True):
         for head in (*HEADS.get(task or "", ANY_HEAD), ""):
             model = without_weights(base, f"AutoModel{head}", text)
@@ -139,7 +139,7 @@ def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
 
 @functools.lru_cache(maxsize=4)
 def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
-    """A base's model, or its language model, on the meta device; None if the auto class does not support this configuration."""
+    """The base's model or its language model on the meta device; None if the auto class does not support it."""
     import torch
     import transformers
 
@@ -154,7 +154,7 @@ def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
 
 @functools.lru_cache(maxsize=2)
 def mixtral(layers: int) -> nn.Module:
-    """The modules of a Mixtral, for adapters with block_sparse_moe in their names whose base is not on this machine."""
+    """The modules of a Mixtral, for adapters with block_sparse_moe names whose base is not available."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -169,7 +169,7 @@ def mixtral(layers: int) -> nn.Module:
 def convert(
     model: nn.Module, names: Names, config: dict[str, Any], file: SafetensorsFile
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """PEFT's conversion of names, configuration and tensors for the model. Values are read only if PEFT joins tensors."""
+    """PEFT's conversion of names, configuration and tensors. Values are read only if it joins tensors."""
     import torch
     from peft import LoraConfig
     from peft.utils import transformers_weight_conversion as peft_conversion

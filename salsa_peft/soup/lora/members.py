@@ -1,4 +1,4 @@
-"""Checks across the members of a soup of adapters: one base, one vocabulary, one layout; and which tokenizer the soup gets."""
+"""Checks that members share a base, vocabulary and layout, and the choice of the soup's tokenizer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def base_label(member: Member) -> str:
 
 
 def same_names(member: Member, other: Member) -> bool:
-    """Whether two members name the same base: the same Hub id or folder, or two local folders with the same weights.
+    """Whether two members name the same base: one Hub id or folder, or two folders with the same weights.
 
     Upper and lower case of Hub ids, trailing slashes, the spelling of paths, and the Hub's cache as a path make no difference. Neither does
     unsloth's suffix of quantized bases, which gives a warning.
@@ -159,7 +159,7 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
 
 
 def vocabularies_of(members: Sequence[Member]) -> dict[str, dict[str, int]]:
-    """Member's name → token → id, for members with a tokenizer.json. Equal files are read once; if all are equal, none is read."""
+    """Member's name → token → id, for members with a tokenizer.json. If all files are equal, none is read."""
     paths = {m.name: m.folder / VOCABULARY for m in members if (m.folder / VOCABULARY).is_file()}
     digests = {name: sha256(path) for name, path in paths.items()}
     all_equal = len(set(digests.values())) == 1
@@ -229,7 +229,7 @@ TOWER = ("model", "language_model")
 
 
 def unify_layouts(members: Sequence[Member]) -> list[Member]:
-    """Rename modules that members name by different layouts of a multimodal model: all get the name in the newest layout."""
+    """Rename modules that members name by different layouts of a multimodal model to the newest layout."""
     variants: dict[tuple[str, ...], set[str]] = {}
     apart: set[tuple[str, ...]] = set()  # one member has two of these names, so they are two modules
     for member in members:

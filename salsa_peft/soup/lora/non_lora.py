@@ -1,4 +1,4 @@
-"""The parameters of an adapter that are not LoRA factors: modules_to_save, biases, saved embeddings, rows of trained tokens.
+"""Parameters besides LoRA factors: modules_to_save, biases, saved embeddings, rows of trained tokens.
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1
 
@@ -31,7 +31,7 @@ def holders(members: Sequence[Member], name: str) -> list[Member]:
 
 
 def check_same(members: Sequence[Member]) -> None:
-    """Raise SalsaError if only some members hold a trained parameter: the others have the base's value, which a soup does not read.
+    """Raise SalsaError if only some members hold a trained parameter, or if its shapes differ.
 
     Untrained weights that PEFT saves with a layer that has LoRA may be missing in some files.
     """
@@ -90,7 +90,7 @@ def dtype_of(members: Sequence[Member], name: str) -> str:
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:
-    """Σ w_i x_i with Σ w_i = 1, in float32, as x_p + Σ w_i (x_i − x_p): the mean of equal values is that value to the bit."""
+    """Σ w_i x_i in float32, as x_p + Σ w_i (x_i − x_p), so that the mean of equal values is exact."""
     have = [i for i, member in enumerate(members) if name in member.direct]
     pivot = max(have, key=lambda i: abs(weights[i]))
     start = values(members, pivot, name)
@@ -123,7 +123,7 @@ def saved_as(name: str, wrappers: Mapping[str, int]) -> str:
 
 
 def wrapped(name: str, wrappers: Mapping[str, int]) -> str:
-    """The name of a parameter or module inside a model with PEFT wrappers around some of the modules above it."""
+    """The name of a parameter or module in a model where PEFT has wrapped some of the modules above it."""
     parts = name.split(".")
     found: list[str] = []
     for i, part in enumerate(parts):

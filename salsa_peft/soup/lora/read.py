@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SUMMARY = "soup.json"
 MORE_TEMPLATES = "additional_chat_templates"
-"""Folder in which Transformers saves the named chat templates of a tokenizer (for tools, for documents)."""
+"""Folder in which Transformers saves a tokenizer's named chat templates (for tools, for documents)."""
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "chat_template.jinja",
@@ -62,7 +62,7 @@ WHY = {
 }
 """Options that a soup of adapters does not support → the reason, and what to do instead."""
 MERGE_ONLY = ("use_dora",)
-"""Options that need the values of the base: supported by a soup that is merged into the base, not by a soup that is an adapter."""
+"""Options that only a soup merged into the base supports, because they need the base's values."""
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), (list, str)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
@@ -72,7 +72,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict),
 }
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change its weights."""
+"""Values of init_lora_weights that leave the base unchanged, unlike PiSSA, OLoRA, LoftQ and others."""
 CONVERT_PICKLE = (
     'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
     "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
@@ -113,7 +113,7 @@ def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
 
 
 def check_unsupported(path: Path, field: str, value: Any) -> None:
-    """Reject an option that changes what the adapter computes; warn about an unknown option that is ignored.
+    """Raise SalsaError for an option that changes what the adapter computes; warn about an ignored one.
 
     An unknown option that is empty is off. A number or a string only configures what another option switches on, and PEFT ignores
     unknown fields too. True, a list or a mapping may switch something on, so they are rejected.
@@ -132,7 +132,7 @@ def check_unsupported(path: Path, field: str, value: Any) -> None:
 
 
 def open_weights(folder: Path) -> SafetensorsFile:
-    """The header of an adapter's weights. Raises SalsaError for pickled, missing or empty files, and where the manifest does not match."""
+    """The header of an adapter's weights. Raises SalsaError for a pickled, missing, empty or changed file."""
     path = folder / WEIGHTS
     require(
         path.is_file() or not (folder / PICKLED).exists(),

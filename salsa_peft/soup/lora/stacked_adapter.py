@@ -1,4 +1,4 @@
-"""Several LoRA adapters of one base as one adapter of rank Σ r_i, whose members can be re-weighted in place.
+"""Several LoRA adapters of one base as one adapter of rank Σ r_i that can be re-weighted in place.
 
     delta = Σ_i w_i · scaling_i · B_i · A_i        scaling_i = alpha_i / r_i, with rsLoRA alpha_i / √r_i
 
@@ -47,7 +47,7 @@ class StackedAdapter:
     def load(
         cls, members: Sequence[Path | str], names: Sequence[str] | None = None, *, same_base: bool = False
     ) -> StackedAdapter:
-        """Read the headers of local PEFT adapter folders. Values are read on use. Raises SalsaError for adapters that cannot be averaged.
+        """Read the headers of local PEFT folders. Raises SalsaError for adapters that cannot be averaged.
 
         names: what summaries call the members (default: the folders' names). same_base: the members share a base, even if fingerprints or
         names differ.
@@ -61,7 +61,7 @@ class StackedAdapter:
         return cls(read, Stacks(read))
 
     def check(self, weights: Sequence[float]) -> list[float]:
-        """One weight per member, of any sum; of sum 1 if parameters are averaged directly. Raises SalsaError for others."""
+        """The weights as floats. Raises SalsaError unless there is one per member, with an allowed sum."""
         checked = check_weights(weights, len(self.members))
         non_lora.check_sum(self.members, checked)
         return checked
@@ -84,7 +84,7 @@ class StackedAdapter:
         )  # fmt: skip
 
     def gram(self) -> torch.Tensor:
-        """⟨delta_i, delta_j⟩ summed over modules: (members, members), float64, without parameters that are averaged directly."""
+        """⟨delta_i, delta_j⟩ summed over the modules with LoRA: (members, members), float64."""
         import torch
 
         total = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
@@ -95,7 +95,7 @@ class StackedAdapter:
         return total
 
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
-        """Add the soup to a live model as a frozen float32 adapter that is not active. Its factors stay in memory.
+        """Add the soup to a live model as a frozen, inactive float32 adapter. Its factors stay in memory.
 
         The active adapter and all requires_grad flags stay as they are. A score head is left to models/adapters/lora.py. Raises SalsaError
         for other parameters that are averaged directly, because they cannot be on a shared base.
@@ -208,7 +208,7 @@ def find_layer(model: PeftModel, stacks: Stacks, module: str) -> Any:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """A submodule by its name in the base. The children of a layer that PEFT has wrapped are those of the layer inside."""
+    """A submodule by its name in the base, looked up inside PEFT's wrappers."""
     found: Any = model
     for part in path.split("."):
         while part not in found._modules and "base_layer" in found._modules:
@@ -232,7 +232,7 @@ def has_module(model: PeftModel, stacks: Stacks, module: str) -> bool:
 
 
 def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str] | None) -> list[str] | None:
-    """target_parameters of a further adapter on a model. PEFT requires all adapters of a model to have the same.
+    """target_parameters of a further adapter: those of the model's adapters, since PEFT allows no others.
 
     Raises SalsaError if those of the model lack a parameter that the soup has factors for.
     """

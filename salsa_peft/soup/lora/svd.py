@@ -1,4 +1,4 @@
-"""The best adapter of a smaller rank: an SVD of the small core between two orthonormal bases of the stacked thin factors.
+"""The best adapter of a smaller rank, by an SVD of the small core between two orthonormal bases.
 
     B·diag(c)·A = Q_b · core · Q_aᵀ,  core = R_b·diag(c)·R_aᵀ = U·S·Vᵀ      (Core Space merging)
     B̂ = Q_b·U·√S,  Â = √S·Vᵀ·Q_aᵀ                                          the first `rank` singular values
@@ -18,11 +18,11 @@ import numpy as np
 from salsa_peft.soup.arrays import Array
 
 WELL_CONDITIONED = 1e5
-"""Up to this condition number (in Frobenius norm) the error of Cholesky's basis, condition² · 1e-16, stays below 1e-6."""
+"""Highest condition number for the Cholesky basis, whose error is condition² · 1e-16 ≤ 1e-6."""
 
 
 class Moments(NamedTuple):
-    """Thin factors in float64 and what is made of them once. Shapes: A (R, in), B (out, R), AA = A·Aᵀ and BB = Bᵀ·B (R, R)."""
+    """Factors and their Gram matrices in float64: A (R, in), B (out, R), AA = A·Aᵀ and BB = Bᵀ·B (R, R)."""
 
     A: Array
     B: Array
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
 
 
 class Recompressed(NamedTuple):
-    """Shapes: A (rank, in), B (out, rank), float64; `lost` and `norm` are squared Frobenius norms, of what is cut off and of the whole."""
+    """A (rank, in), B (out, rank) in float64, and the squared norms of the part cut off and of the whole."""
 
     A: Array
     B: Array
@@ -62,7 +62,7 @@ def recompress(given: Moments, coefficients: Array, rank: int) -> Recompressed:
 
 
 def basis(X: Array, gram: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """X = Q·R with orthonormal Q: R, and the function Y → Q·Y. Shapes: X (n, k), gram = XᵀX (k, k), float64."""
+    """R of X = Q·R with orthonormal Q, and the function Y → Q·Y. X: (n, k), gram = XᵀX: (k, k), float64."""
     try:
         L = np.linalg.cholesky(gram)
         inverse = np.linalg.inv(L)

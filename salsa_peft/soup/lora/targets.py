@@ -1,4 +1,4 @@
-"""PEFT's rules for an adapter's modules: which are targeted, with which rank, scaling and shape, and which are saved whole.
+"""PEFT's rules for an adapter's modules: targets, ranks, scaling, shapes of factors, modules_to_save.
 
 A parameter that is targeted itself (target_parameters, mostly a stack of experts) has its factors at the module that holds it. If a
 module holds several such parameters, PEFT nests their wrappers in the order in which the module registers the parameters:
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
     holder: str
     """The module whose PEFT wrapper holds the factors."""
     parameter: str | None
-    """With target_parameters, the parameter's name in `holder`; "" if the tensor names do not tell which. None: the factors of a layer."""
+    """Name of the targeted parameter in `holder`, "" if the tensor names do not tell it; None: a layer."""
     owner: str
     """The targeted module: for the out_proj of an attention, the attention."""
 
@@ -64,7 +64,7 @@ class Shape(NamedTuple):
         return A.reshape(len(A), -1) if self.blocks == 1 else A.reshape(self.blocks, len(A) // self.blocks, -1)
 
     def blocks_B(self, B: Any) -> Any:
-        """B as PEFT saves it, an array or a tensor → (out, R), or with several blocks (blocks, out / groups, R / groups)."""
+        """B as PEFT saves it → (out, R), or with several blocks (blocks, out / groups, R / groups)."""
         if self.blocks == 1:
             return B.reshape(len(B), -1)
         if self.groups > 1:
@@ -79,7 +79,7 @@ class Shape(NamedTuple):
 
 
 def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT puts LoRA on a module of that name. With 'all-linear' and None, which depend on the base, any module counts."""
+    """A function that tells whether PEFT puts LoRA on a module of that name; with 'all-linear', on any."""
     path = folder / CONFIG
     targets = config["target_modules"]
     if any(
@@ -109,14 +109,14 @@ def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def is_saved(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor belongs to modules_to_save: PEFT takes every module whose name ends with one of them, and all inside it."""
+    """Whether a tensor lies in a module of modules_to_save, that is, whose name ends with one of them."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(module) for path in paths for module in config["modules_to_save"] or ())
 
 
 def rank_and_scaling(folder: Path, config: dict[str, Any], module: str) -> tuple[int, float]:
-    """r and scaling of a module as in PEFT's LoraModel: the first pattern in the file that matches is used."""
+    """r and scaling of a module as in PEFT's LoraModel: the first matching pattern is used."""
     path = folder / CONFIG
     r = by_pattern(config["rank_pattern"], module, config["r"], path)
     alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
@@ -128,7 +128,7 @@ def rank_and_scaling(folder: Path, config: dict[str, Any], module: str) -> tuple
 
 
 def by_pattern(patterns: dict[str, Any], module: str, default: Any, path: Path) -> Any:
-    """The value of the first pattern that matches a module, by the rule of peft.utils.other.get_pattern_key."""
+    """The value of the first pattern that matches a module, as in peft.utils.other.get_pattern_key."""
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
     except re.error as error:
@@ -156,7 +156,7 @@ def registration_order(parameter: str) -> tuple[int, str]:
 
 
 def parameter_at(module: str, depth: int, levels: int, config: dict[str, Any]) -> str | None:
-    """The parameter of a module whose wrapper lies `depth` of `levels` wrappers inside; None if the names do not tell.
+    """The parameter whose wrapper lies `depth` of `levels` wrappers inside; None if the names do not tell.
 
     The outermost wrapper (depth 0) is on the parameter that the module registers last.
     """

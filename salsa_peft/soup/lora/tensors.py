@@ -1,4 +1,4 @@
-"""The tensors of a PEFT adapter folder, identified by name and header: LoRA factors, or values that are averaged directly.
+"""The tensors of a PEFT adapter folder: LoRA factors, and parameters that are averaged directly.
 
     lora_A, lora_B               a delta scaling · B · A of a linear layer, or of a convolution as a matrix (in · kernel columns)
     … of a stack of experts      one delta per expert: A (r · experts, in), B (out, r · experts), the expert last in B's columns
@@ -69,16 +69,16 @@ class Member:
     factors: dict[str, Factors]
     """By module, or by parameter with target_parameters, sorted by name."""
     direct: dict[str, str]
-    """Parameters that are averaged directly: name in the base (for trained tokens, the embedding's name + TOKENS) → tensor name."""
+    """Parameters that are averaged directly: name in the base (+ TOKENS for trained tokens) → tensor name."""
     frozen: frozenset[str] = frozenset()
-    """Those of `direct` that are untrained weights of the base, which PEFT saves with layers that have LoRA."""
+    """Those of `direct` that are untrained weights of the base, which PEFT saves with LoRA layers."""
 
     @property
     def ranks(self) -> dict[str, int]:
         return {module: factors.shape.rank for module, factors in self.factors.items()}
 
     def read(self, key: str) -> Array:
-        """The values of a tensor as float32 (float64 if it is saved so). Raises SalsaError for a value that is not finite."""
+        """A tensor in float32 (float64 if it is saved so). Raises SalsaError for values that are not finite."""
         return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
@@ -91,7 +91,7 @@ class Member:
 
 
 def read_member(folder: Path, name: str) -> Member:
-    """Read configuration, fingerprint and header of an adapter, and check them against one another. No values are read."""
+    """Read and check configuration, fingerprint and header of an adapter. No values are read."""
     config = read_config(folder)
     file = open_weights(folder)
     names = plain_names(file.entries, config, file.path)
@@ -133,7 +133,7 @@ def sort_tensors(
 
 
 def is_frozen(name: str, factors: dict[str, Factors]) -> bool:
-    """Whether a parameter is the weight of a layer that has LoRA itself: PEFT saves targeted embeddings so."""
+    """Whether a parameter is the weight of a layer with LoRA: PEFT saves targeted embeddings with it."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and module in factors
 
@@ -198,7 +198,7 @@ def read_factors(
     config: dict[str, Any],
     place: tuple[str, str | None, str],
 ) -> Factors:
-    """The factors of one module, checked against the configuration. place: Shape's holder, parameter and owner."""
+    """One module's factors, checked against the configuration. place: holder, parameter, owner of Shape."""
     parts = {part.removesuffix(".weight"): key for part, key in found.items()}
     kind = "embedding_" if any(part.startswith("embedding") for part in parts) else ""
     halves = [f"{kind}A", f"{kind}B"]

@@ -1,4 +1,4 @@
-"""Write a soup of adapters as a PEFT adapter folder, module by module, so that only one module's factors are in memory at a time."""
+"""Write a soup of adapters as a PEFT adapter folder, with one module's factors in memory at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Section(NamedTuple):
-    """Consecutive tensors of the file: name, dtype and shape of each, and the function that computes them in this order."""
+    """Consecutive tensors of the file: names, dtypes and shapes, and the function that computes them."""
 
     layout: list[tuple[str, str, tuple[int, ...]]]
     make: Callable[[], Iterator[Array]]
@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 def save(members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str, rank: int | None,
          dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """Write the folder and return the summary, which is also its soup.json. The arguments are those of StackedAdapter.save.
+    """Write the folder and return the summary. The arguments are those of StackedAdapter.save.
 
     Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder that another process
     is writing. An earlier soup in the folder stays until the new weights are complete.
@@ -75,7 +75,7 @@ def save(members: Sequence[Member], stacks: Stacks, folder: Path, weights: Seque
 
 @contextlib.contextmanager
 def locked_output(folder: Path, members: Sequence[Member]) -> Iterator[None]:
-    """Hold the folder's lock. Temporary files of a killed write are removed, and at the end a new folder that stayed empty."""
+    """Lock the output folder, remove temporary files of a killed write, and sync the folder at the end."""
     made = not folder.exists()
     with locked(folder):
         try:
@@ -124,7 +124,7 @@ def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
 
 
 def write_weights(folder: Path, parts: list[Section]) -> None:
-    """Write the weights. When they are complete, the files of an earlier soup are removed, its configuration first.
+    """Write the weights. When they are complete, remove the files of an earlier soup.
 
     From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed last, because a
     tokenizer in a folder without one is not a soup's and stays.
@@ -196,7 +196,7 @@ def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str
 
 
 def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
-    """A and B in the file's dtype. The change of their product is added to `totals`: B̂Â − BA = (B̂ − B)Â + B(Â − A)."""
+    """A and B in the file's dtype. Adds the change B̂Â − BA = (B̂ − B)Â + B(Â − A) to `totals`."""
     narrowed = [arrays.narrow(values, code) for values in (A, B)]
     if code not in ("F32", "F64"):
         A_hat, B_hat = (arrays.widen(values, code) for values in narrowed)
@@ -209,7 +209,7 @@ def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
 
 
 def check_out(folder: Path, members: Sequence[Member]) -> None:
-    """Raise SalsaError if the soup's folder is a member, a file, or holds anything but an earlier soup of adapters."""
+    """Raise SalsaError if the output folder is a member or holds anything but an earlier adapter soup."""
     require(
         all(folder.resolve() != member.folder.resolve() for member in members),
         f"{folder} is a member of the soup and is never overwritten; name another folder",
