@@ -64,8 +64,8 @@ def positive_integer(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     made = Parser(
-        prog="salsa soup", description="Average LoRA adapters of one base, or full checkpoints of one architecture, exactly.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="salsa soup", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Average LoRA adapters of one base, or full checkpoints of one architecture, exactly.",
     )  # fmt: skip
     add = made.add_argument
     add("out", metavar="OUT", type=Path, help="folder of the soup")
@@ -186,7 +186,8 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     )
     require(
         measured or (args.measure is None and args.data is None and args.reward is None),
-        f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use greedy or learned",
+        f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use greedy or"
+        " learned",
     )
     require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; leave them out")
     options: dict[str, Any] = {field.name: vars(args).get(field.name) for field in dataclasses.fields(Options)} | {

@@ -1,9 +1,9 @@
 """`soup()`: the weighted mean of adapters or of full checkpoints. The command is in soup/__main__.py.
 
-    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; of adapters the exact weighted mean of their deltas (soup/lora/stacked_adapter.py)
+    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; for adapters the exact mean of their deltas (soup/lora/stacked_adapter.py)
 
-It is independent of PPO: a soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers. The strategies that
-choose the weights are in soup/strategies.py.
+It is independent of PPO: a soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers. The
+strategies that choose the weights are in soup/strategies.py.
 """
 
 from __future__ import annotations
@@ -83,13 +83,14 @@ def soup(
 ) -> SoupSummary:
     """Average adapters or checkpoints into the folder `out`. Returns the summary, which is its soup.json.
 
-    Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum, unless parameters
-    are averaged directly. names: what the summary calls the members. progress: called with (done, total), modules or bytes. The other
-    arguments are the fields of Options. Raises SalsaError, and writes nothing, for members that cannot be averaged.
+    Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum,
+    unless parameters are averaged directly. names: what the summary calls the members. progress: called with (done,
+    total), modules or bytes. The other arguments are the fields of Options. Raises SalsaError, and writes nothing, for
+    members that cannot be averaged.
     """
     options = Options(
-        strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge,
-        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
+        strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank,
+        dtype=dtype, merge=merge, base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
     require(bool(members), "members: none given; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
@@ -145,8 +146,8 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
         given = [weight / total for weight in given]
     require(
         kind == ADAPTERS or normalize or abs(total - 1) <= 1e-6,
-        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, but the weights of checkpoints must sum to 1; change"
-        " one of them, or divide them by their sum with normalize=True (--normalize)",
+        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, but the weights of checkpoints"
+        " must sum to 1; change one of them, or divide them by their sum with normalize=True (--normalize)",
     )
     return given
 
@@ -167,7 +168,8 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
             require(not value, f"{name}: {value} has no effect on checkpoints, only on adapters; leave it out")
         require(
             options.strategy != "slerp" or options.base is not None,
-            "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between their changes from the base",
+            "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between"
+            " their changes from the base",
         )
         check_free(out, folders)
         return None if options.base is None else local(options.base)
@@ -228,8 +230,8 @@ def _adapters(request: _Request, stacked: StackedAdapter) -> dict[str, Any]:
     if len(folders) < len(request.folders):
         stacked = StackedAdapter.load(folders, names, same_base=options.same_base)
     return stacked.save(
-        request.out, weights, strategy=options.strategy, rank=options.rank, dtype=options.dtype, progress=request.progress,
-        more=request.more,
+        request.out, weights, strategy=options.strategy, rank=options.rank, dtype=options.dtype,
+        progress=request.progress, more=request.more,
     )  # fmt: skip
 
 
@@ -254,8 +256,9 @@ def _merged(request: _Request) -> dict[str, Any]:
 
     folders, names, weights = _members_used(request, *request.choose(gram))
     return merge(
-        request.out, request.base, folders, weights, names=names, strategy=options.strategy, quantized_base=options.quantized_base,
-        same_base=options.same_base, untie=options.untie, progress=request.progress, more=request.more,
+        request.out, request.base, folders, weights, names=names, strategy=options.strategy,
+        quantized_base=options.quantized_base, same_base=options.same_base, untie=options.untie,
+        progress=request.progress, more=request.more,
     )  # fmt: skip
 
 

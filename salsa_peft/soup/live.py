@@ -1,7 +1,8 @@
 """Models that can be set to any point between members, with the derivatives of a loss by the weights.
 
-With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every weight is read again
-from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured on such models.
+With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every
+weight is read again from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured
+on such models.
 """
 
 from __future__ import annotations
@@ -105,13 +106,14 @@ class LiveCheckpoints:
             missing = next((name for name in self.parameters if name not in member.parts), None)
             require(
                 missing is None,
-                f"{folder} has no tensor {missing}, which the model ({names}) needs; use a checkpoint of the model's architecture",
+                f"{folder} has no tensor {missing}, which the model ({names}) needs; use a checkpoint of the model's"
+                " architecture",
             )
             own = next(iter(member.untied), None)
             require(
                 own is None,
-                f"{folder}: {own} has values of its own, but the model's output embeddings are tied to its input embeddings; load the"
-                " model with tie_word_embeddings false",
+                f"{folder}: {own} has values of its own, but the model's output embeddings are tied to its input"
+                " embeddings; load the model with tie_word_embeddings false",
             )
 
     @torch.no_grad()

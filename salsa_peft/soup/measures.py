@@ -1,7 +1,8 @@
 """Measures that greedy and learned soups maximize: SFT loss, reward score, or a Python function.
 
-A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a gradient, which the
-strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and `command_measure`.
+A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a
+gradient, which the strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and
+`command_measure`.
 """
 
 from __future__ import annotations
@@ -49,20 +50,22 @@ if TYPE_CHECKING:
 class SFTLoss:
     """Mean log-likelihood in nats, minus the SFT loss, of the assistant tokens in held-out demonstrations.
 
-    Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row has one within
-    max_length.
+    Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row
+    has one within max_length.
     """
 
-    def __init__(self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
-                 batch_size: int) -> None:  # fmt: skip
+    def __init__(
+        self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
+        batch_size: int,
+    ) -> None:  # fmt: skip
         self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
         encoded = [_encode(row, tokenizer, max_length) for row in rows]
         self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
-            f"held-out demonstrations: none of the {len(rows)} rows has an assistant token among its first {max_length} tokens; raise"
-            " model.max_length (--max-length)",
+            f"held-out demonstrations: none of the {len(rows)} rows has an assistant token among its first {max_length}"
+            " tokens; raise model.max_length (--max-length)",
         )
         self.tokens = sum(sum(mask) for _, mask in self.chats)
         self.head = head_of(causal_lm(live.model), 1.0, model_stop_token_ids(tokenizer, causal_lm(live.model)))
@@ -115,8 +118,10 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length:
 class RewardScore:
     """Mean score of one sampled response per prompt. Every call samples with the same seeds."""
 
-    def __init__(self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
-                 tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
+        tokenizer: PreTrainedTokenizerBase, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.live, self.rows, self.prompts, self.reward = live, rows, prompts, reward
         self.generation, self.tokenizer, self.seed = generation, tokenizer, seed
 

@@ -45,8 +45,8 @@ def kind_of(folders: Sequence[Path]) -> str:
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0)
     require(
         odd == 0,
-        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; members of a soup must be of one kind, so"
-        " merge the adapters into their base first (--merge)",
+        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; members of a soup must be"
+        " of one kind, so merge the adapters into their base first (--merge)",
     )
     return kinds[0]
 
@@ -61,7 +61,8 @@ def local_members(members: Sequence[Path | str]) -> list[Path]:
     )
     require(
         not unknown,
-        f"no such folder: {', '.join(unknown)}; a member is a folder of an adapter or a checkpoint, or a Hub id (namespace/name)",
+        f"no such folder: {', '.join(unknown)}; a member is a folder of an adapter or a checkpoint, or a Hub id"
+        " (namespace/name)",
     )
     return [local(member) for member in members]
 

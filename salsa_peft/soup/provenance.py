@@ -1,8 +1,8 @@
 """The origin of a soup's members, for soup.json: paths or Hub ids, revisions, hashes, and bases.
 
-The files of an adapter are hashed whole. The weights of a checkpoint are not, because SHA-256 takes longer than averaging them: their hash
-is given if it is known (from a run's manifest or the Hub's cache), and the fingerprint covers the name, shape, dtype and first 64 KiB of
-every tensor. Nothing here depends on the time.
+The files of an adapter are hashed whole. The weights of a checkpoint are not, because SHA-256 takes longer than
+averaging them: their hash is given if it is known (from a run's manifest or the Hub's cache), and the fingerprint
+covers the name, shape, dtype and first 64 KiB of every tensor. Nothing here depends on the time.
 """
 
 from __future__ import annotations

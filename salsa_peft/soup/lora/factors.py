@@ -2,7 +2,8 @@
 
     delta = Σ_i w_i · scaling_i · B_i · A_i = (B · diag(w · scaling)) · A        A = [A_0; A_1; …], B = [B_0, B_1, …]
 
-A convolution is viewed as a matrix with in · kernel columns. A member without LoRA on a module has no rows there: its delta is zero.
+A convolution is viewed as a matrix with in · kernel columns. A member without LoRA on a module has no rows there: its
+delta is zero.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from salsa_peft.utils.errors import require
 class Stack(NamedTuple):
     """The stacked factors of one module, with R = Σ r_i: A (R, in), B (out, R), bias (n, out).
 
-    With several blocks (experts, groups): A (blocks, R, in) and B (blocks, out, R), where R and out are those of one block.
+    With several blocks (experts, groups): A (blocks, R, in) and B (blocks, out, R), where R and out are those of one
+    block.
     """
 
     A: Array
@@ -113,8 +115,8 @@ class Stacks(Mapping[str, Stack]):
         odd = [module for module, shape in self.shapes.items() if shape.embedding or shape.parameter is not None]
         require(
             not self.with_bias or not odd,
-            f"{self.members[0].folder}: PEFT has no adapter with lora_bias and LoRA on {odd[0] if odd else ''}, which this soup would"
-            f" need; {MERGES}",
+            f"{self.members[0].folder}: PEFT has no adapter with lora_bias and LoRA on {odd[0] if odd else ''}, which"
+            f" this soup would need; {MERGES}",
         )
 
     def check_not_alora(self) -> None:
@@ -122,8 +124,9 @@ class Stacks(Mapping[str, Stack]):
         tokens = self.members[0].config["alora_invocation_tokens"]
         require(
             not tokens,
-            f"{self.members[0].folder}: alora_invocation_tokens are {tokens}. aLoRA is active only after these tokens, so it can be neither"
-            " merged nor used as a reference; save the soup as an adapter, or train the members as plain LoRA",
+            f"{self.members[0].folder}: alora_invocation_tokens are {tokens}. aLoRA is active only after these tokens,"
+            " so it can be neither merged nor used as a reference; save the soup as an adapter, or train the members"
+            " as plain LoRA",
         )
 
     def wrapper_path(self, module: str) -> str:
@@ -155,7 +158,8 @@ def stacked_shape(module: str, members: Sequence[Member]) -> Shape:
         found, expected = describe_layer(shape), describe_layer(first)
         require(
             found == expected and shape.embedding == first.embedding,
-            f"{member.file.path}: {module} {found}, but in {head.file.path} it {expected}; a soup needs members of one base",
+            f"{member.file.path}: {module} {found}, but in {head.file.path} it {expected}; a soup needs members of one"
+            " base",
         )
     return first._replace(rank=sum(shape.rank for _, shape in owners))
 
@@ -174,8 +178,8 @@ def check_invocation_tokens(members: Sequence[Member]) -> None:
         tokens = [m.config["alora_invocation_tokens"] for m in (member, head)]
         require(
             tokens[0] == tokens[1],
-            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {head.folder}. aLoRA is active only after its"
-            " tokens, so no adapter is the mean of these; train the members with the same tokens",
+            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {head.folder}. aLoRA is"
+            " active only after its tokens, so no adapter is the mean of these; train the members with the same tokens",
         )
 
 
@@ -187,6 +191,7 @@ def check_parameters(members: Sequence[Member]) -> None:
             same = sorted(other.config["target_parameters"] or ()) == sorted(member.config["target_parameters"] or ())
             require(
                 same and not (member.config["rank_pattern"] or member.config["alpha_pattern"]),
-                f"{member.file.path}: the name {module} does not tell which of target_parameters it belongs to, and {other.folder} has other"
-                " target_parameters, or there are rank or alpha patterns; train the members with the same target_parameters and one rank",
+                f"{member.file.path}: the name {module} does not tell which of target_parameters it belongs to, and"
+                f" {other.folder} has other target_parameters, or there are rank or alpha patterns; train the members"
+                " with the same target_parameters and one rank",
             )

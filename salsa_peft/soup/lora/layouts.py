@@ -1,10 +1,11 @@
 """Convert an adapter's module names to those of the current Transformers, with PEFT's own conversion.
 
-    language_model.model.layers.0.…                     →  model.language_model.layers.0.…            multimodal models before 4.52
-    block_sparse_moe.experts.3.w1.lora_A, .w3.lora_A    →  mlp.experts.base_layer.lora_A (stacked)    experts before 5.0
+    language_model.model.layers.0.…            →  model.language_model.layers.0.…    multimodal models before 4.52
+    block_sparse_moe.experts.3.w1, .w3.lora_A  →  mlp.experts.base_layer.lora_A      experts before 5.0, now stacked
 
-If the base is on this machine and its files name every module of the adapter, nothing is converted. Otherwise the model is built without
-weights, and modules that it does not have after the conversion are rejected; PEFT would ignore them with a warning.
+If the base is on this machine and its files name every module of the adapter, nothing is converted. Otherwise the model
+is built without weights, and modules that it does not have after the conversion are rejected; PEFT would ignore them
+with a warning.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def to_current_layout(
         first = first or (odd, type(model).__name__)
     if first is not None and base is not None:
         raise SalsaError(
-            f"{folder / WEIGHTS}: {first[1]}, the model of {base}, has no module {first[0]}, so PEFT would ignore its tensors; correct"
-            " base_model_name_or_path, or save the adapter again from the model that it was trained on"
+            f"{folder / WEIGHTS}: {first[1]}, the model of {base}, has no module {first[0]}, so PEFT would ignore its"
+            " tensors; correct base_model_name_or_path, or save the adapter again from the model that it was trained on"
         )
     return names, config, file
 
@@ -159,8 +160,8 @@ def mixtral(layers: int) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1, num_local_experts=1,
-        vocab_size=8,
+        hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1,
+        num_local_experts=1, vocab_size=8,
     )  # fmt: skip
     with torch.device("meta"):
         return MixtralForCausalLM(config)

@@ -2,8 +2,9 @@
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1
 
-They are averaged directly, with one tensor per member in memory at a time. If the weights have another sum (a shrunk delta, a point of
-a landscape), this mean does not exist, because the members do not hold the base's own values; such weights are rejected.
+They are averaged directly, with one tensor per member in memory at a time. If the weights have another sum (a shrunk
+delta, a point of a landscape), this mean does not exist, because the members do not hold the base's own values; such
+weights are rejected.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ def check_same(members: Sequence[Member]) -> None:
             shapes = [list(m.file.entries[m.direct[name]].shape) for m in (member, have[0])]
             require(
                 shapes[0] == shapes[1],
-                f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the bases differ, at least in their"
-                " vocabulary; a soup needs members of one base",
+                f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the bases"
+                " differ, at least in their vocabulary; a soup needs members of one base",
             )
         lacks = next((member for member in members if name not in member.direct), None)
         if lacks is not None and not frozen(members, name):
             raise SalsaError(
-                f"{lacks.file.path} has no {name}, but {have[0].folder} has it. It is averaged directly, so every member must have it; train"
-                f" them with the same modules_to_save, bias and trained tokens, or use the base: {MERGES}"
+                f"{lacks.file.path} has no {name}, but {have[0].folder} has it. It is averaged directly, so every"
+                " member must have it; train them with the same modules_to_save, bias and trained tokens, or use the"
+                f" base: {MERGES}"
             )
 
 
@@ -58,8 +60,9 @@ def check_tokens(head: Member, member: Member, name: str) -> None:
     if is_tokens(name):
         require(
             sorted(member.token_indices(name)) == sorted(head.token_indices(name)),
-            f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of {head.folder}, and a soup does"
-            f" not read the other rows from the base; train the same tokens, or use the base: {MERGES}",
+            f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of"
+            f" {head.folder}, and a soup does not read the other rows from the base; train the same tokens, or use the"
+            f" base: {MERGES}",
         )
 
 
@@ -79,8 +82,8 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
     for name in parameter_names(members):
         require(
             frozen(members, name),
-            f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to 1:"
-            f" {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
+            f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to"
+            f" 1: {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
         )
 
 

@@ -2,9 +2,10 @@
 
     delta = Σ_i w_i · scaling_i · B_i · A_i        scaling_i = alpha_i / r_i, with rsLoRA alpha_i / √r_i
 
-The mean of products is not the product of means, so the factors are stacked, not averaged: A = [A_0; A_1; …] and
-B = [w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding. Members may differ in rank, alpha,
-rsLoRA, patterns and modules. Parameters without LoRA factors are averaged directly (soup/lora/non_lora.py).
+The mean of products is not the product of means, so the factors are stacked, not averaged: A = [A_0; A_1; …] and B =
+[w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding. Members may differ in
+rank, alpha, rsLoRA, patterns and modules. Parameters without LoRA factors are averaged directly
+(soup/lora/non_lora.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SCORE_HEAD = "score.weight"
 class StackedAdapter:
     """Several LoRA adapters of one base as one adapter of rank Σ r_i.
 
-    Each member is a block of columns of B. Another point on the line or plane between members only rescales these blocks.
+    Each member is a block of columns of B. Another point on the line or plane between members only rescales these
+    blocks.
     """
 
     def __init__(self, members: Sequence[Member], stacks: Stacks) -> None:
@@ -49,8 +51,8 @@ class StackedAdapter:
     ) -> StackedAdapter:
         """Read the headers of local PEFT folders. Raises SalsaError for adapters that cannot be averaged.
 
-        names: what summaries call the members (default: the folders' names). same_base: the members share a base, even if fingerprints or
-        names differ.
+        names: what summaries call the members (default: the folders' names). same_base: the members share a base, even
+        if fingerprints or names differ.
         """
         require(bool(members), "members: none given; a soup needs at least one adapter folder")
         folders = [Path(member) for member in members]
@@ -75,8 +77,9 @@ class StackedAdapter:
              more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the soup as a PEFT adapter folder. Returns its summary, which is also written to soup.json.
 
-        rank: reduce modules of a higher rank to this one by SVD; the summary's `error` is the loss. dtype: of the factors (default: the
-        members' dtype). progress: called with (modules done, modules in all). more: further entries of the summary.
+        rank: reduce modules of a higher rank to this one by SVD; the summary's `error` is the loss. dtype: of the
+        factors (default: the members' dtype). progress: called with (modules done, modules in all). more: further
+        entries of the summary.
         """
         return save(
             self.members, self.stacks, Path(folder), self.check(weights), strategy=strategy, rank=rank,
@@ -97,8 +100,9 @@ class StackedAdapter:
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
         """Add the soup to a live model as a frozen, inactive float32 adapter. Its factors stay in memory.
 
-        The active adapter and all requires_grad flags stay as they are. A score head is left to models/adapters/lora.py. Raises SalsaError
-        for other parameters that are averaged directly, because they cannot be on a shared base.
+        The active adapter and all requires_grad flags stay as they are. A score head is left to
+        models/adapters/lora.py. Raises SalsaError for other parameters that are averaged directly, because they cannot
+        be on a shared base.
         """
         import torch
         from peft import LoraConfig
@@ -112,7 +116,8 @@ class StackedAdapter:
         missing = next((module for module in self.stacks if not has_module(model, self.stacks, module)), None)
         require(
             missing is None,
-            f"{self.members[0].folder} has LoRA on {missing}, which the model does not have; the soup belongs to another base",
+            f"{self.members[0].folder} has LoRA on {missing}, which the model does not have; the soup belongs to"
+            " another base",
         )
         self.stacks.load_in_memory()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -121,7 +126,7 @@ class StackedAdapter:
         model.add_adapter(adapter_name, LoraConfig(**{name: fields[name] for name in fields if name != "peft_type"}))
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-                # PEFT activates "default" in a layer that it has just wrapped, even if that is the name of the new adapter
+                # PEFT activates "default" in a layer that it has just wrapped, even if the new adapter has that name
                 layer.set_adapter(model.active_adapters, inference_mode=True)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
@@ -148,8 +153,9 @@ class StackedAdapter:
                 same = values.shape == parameter.shape and torch.equal(values.to(parameter), parameter)
             require(
                 same,
-                f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the base, which a base"
-                " that several adapters share cannot take; save the soup and open it with PEFT on a base of its own",
+                f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the"
+                " base, which a base that several adapters share cannot take; save the soup and open it with PEFT on a"
+                " base of its own",
             )
 
     def set_weights(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
@@ -169,7 +175,8 @@ class StackedAdapter:
 def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: str) -> tuple[Any, Any, Any]:
     """The live parameters A, B and, with lora_bias, B's bias (else None).
 
-    Raises SalsaError if the layer has no such adapter, if its shapes are not those of the soup, or if it is merged into the base.
+    Raises SalsaError if the layer has no such adapter, if its shapes are not those of the soup, or if it is merged into
+    the base.
     """
     layer = find_layer(model, stacks, module)
     if adapter_name not in model.peft_config or adapter_name not in layer.r:
@@ -184,8 +191,8 @@ def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: st
     shapes, expected = (tuple(A.shape), tuple(B.shape)), shape.saved(shape.rank)
     require(
         shapes == expected,
-        f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, those of this soup {expected}; the adapter is"
-        " another soup, or belongs to another base",
+        f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, those of this soup {expected};"
+        " the adapter is another soup, or belongs to another base",
     )
     require(
         adapter_name not in layer.merged_adapters,
@@ -246,7 +253,7 @@ def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str]
         known = any(name == target or name.endswith(f".{target}") for target in given)
         require(
             not shape.parameter or known,
-            f"{name} has LoRA in the soup, but the adapters of the model have target_parameters {sorted(given)}. PEFT requires all adapters"
-            " of a model to have the same; load the policy with those of the soup",
+            f"{name} has LoRA in the soup, but the adapters of the model have target_parameters {sorted(given)}. PEFT"
+            " requires all adapters of a model to have the same; load the policy with those of the soup",
         )
     return sorted(given)

@@ -3,9 +3,10 @@
     B·diag(c)·A = Q_b · core · Q_aᵀ,  core = R_b·diag(c)·R_aᵀ = U·S·Vᵀ      (Core Space merging)
     B̂ = Q_b·U·√S,  Â = √S·Vᵀ·Q_aᵀ                                          the first `rank` singular values
 
-Eckart and Young: nothing of that rank is nearer in Frobenius norm, and what is lost is the tail √Σ_{i>rank} S_i², known from the core.
-The bases come from the Cholesky factors of the float64 Gram matrices, which a soup's summary needs anyway (4096 × 32: a fifth of a
-Householder QR's time); where a factor is too near to rank deficiency for that, from QR in float64.
+By the Eckart–Young theorem no matrix of that rank is nearer in Frobenius norm. The error is the tail √Σ_{i>rank} S_i²,
+which the core gives too. The bases come from the Cholesky factors of the float64 Gram matrices, which a soup's summary
+needs anyway and which take a fifth of the time of a Householder QR (4096 × 32). Nearly rank-deficient factors take the
+QR in float64 instead.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Recompressed(NamedTuple):
 
 
 def moments(A: Array, B: Array) -> Moments:
-    """Shapes: A (R, in), B (out, R)."""
+    """The moments of factors A (R, in) and B (out, R)."""
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
     return Moments(A, B, A @ A.T, B.T @ B)
 
@@ -74,6 +75,6 @@ def basis(X: Array, gram: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def by_householder(X: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The same for any X."""
+    """The same by a QR decomposition, for any X."""
     Q, R = np.linalg.qr(X)
     return R, lambda Y: Q @ Y

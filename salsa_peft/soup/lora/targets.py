@@ -1,7 +1,8 @@
 """PEFT's rules for an adapter's modules: targets, ranks, scaling, shapes of factors, modules_to_save.
 
-A parameter that is targeted itself (target_parameters, mostly a stack of experts) has its factors at the module that holds it. If a
-module holds several such parameters, PEFT nests their wrappers in the order in which the module registers the parameters:
+A parameter that is targeted itself (target_parameters, mostly a stack of experts) has its factors at the module that
+holds it. If a module holds several such parameters, PEFT nests their wrappers in the order in which the module
+registers the parameters:
 
     mlp.experts.base_layer.lora_A.weight     the first, gate_up_proj
     mlp.experts.lora_A.weight                the last, down_proj
@@ -28,7 +29,8 @@ ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 class Shape(NamedTuple):
     """The shape of LoRA factors, and the module or parameter that they belong to.
 
-    A stack of experts (target_parameters) has one delta per expert, a grouped convolution one per group. These are its `blocks`.
+    A stack of experts (target_parameters) has one delta per expert, a grouped convolution one per group. These are its
+    `blocks`.
     """
 
     rank: int
@@ -122,7 +124,8 @@ def rank_and_scaling(folder: Path, config: dict[str, Any], module: str) -> tuple
     alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
     require(
         isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha),
-        f"{path}: {module} has rank {r!r} and alpha {alpha!r}; the rank must be a whole number of at least 1, alpha a finite number",
+        f"{path}: {module} has rank {r!r} and alpha {alpha!r}; the rank must be a whole number of at least 1, alpha a"
+        " finite number",
     )
     return r, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r
 
@@ -133,7 +136,8 @@ def by_pattern(patterns: dict[str, Any], module: str, default: Any, path: Path) 
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
     except re.error as error:
         raise SalsaError(
-            f"{path}: rank_pattern or alpha_pattern holds an invalid regular expression ({error}); save the adapter again"
+            f"{path}: rank_pattern or alpha_pattern holds an invalid regular expression ({error}); save the adapter"
+            " again"
         ) from None
 
 
@@ -180,13 +184,13 @@ def read_shape(
     shown = f"lora_A {list(A)} and lora_B {list(B)}"
     require(
         0 not in (*A, *B) and len(A) > 1 < len(B),
-        f"{path}: {module} has {shown}: the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered when it was saved; save it"
-        " again from the gathered model",
+        f"{path}: {module} has {shown}: the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered when it"
+        " was saved; save it again from the gathered model",
     )
     require(
         len(A) == len(B) and set(B[2:]) <= {1} and (not embedding or len(A) == 2),
-        f"{path}: {module} has {shown}, which are neither two matrices nor the factors of a convolution (lora_B with kernel 1); save the"
-        " adapter again",
+        f"{path}: {module} has {shown}, which are neither two matrices nor the factors of a convolution (lora_B with"
+        " kernel 1); save the adapter again",
     )
     holder, parameter, owner = place
     r, _ = rank_and_scaling(path.parent, config, owner if parameter is None else module)
@@ -194,7 +198,7 @@ def read_shape(
     groups = A[0] // B[1] if len(A) > 2 and 0 < B[1] < A[0] and A[0] % B[1] == 0 and B[0] % (A[0] // B[1]) == 0 else 1
     require(
         A[0] == B[1] * groups == r * experts,
-        f"{path}: {module} has {shown}, but r and rank_pattern of {CONFIG} say rank {r}, so PEFT would not load the file; correct them there,"
-        " or save the adapter again",
+        f"{path}: {module} has {shown}, but r and rank_pattern of {CONFIG} say rank {r}, so PEFT would not load the"
+        " file; correct them there, or save the adapter again",
     )
     return Shape(r, A[1:], B[0], embedding, experts, groups, holder, parameter, owner)

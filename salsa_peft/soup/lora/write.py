@@ -41,12 +41,14 @@ class Section(NamedTuple):
     make: Callable[[], Iterator[Array]]
 
 
-def save(members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str, rank: int | None,
-         dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+def save(
+    members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str,
+    rank: int | None, dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Write the folder and return the summary. The arguments are those of StackedAdapter.save.
 
-    Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder that another process
-    is writing. An earlier soup in the folder stays until the new weights are complete.
+    Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder
+    that another process is writing. An earlier soup in the folder stays until the new weights are complete.
     """
     code, ranks = dtype_code(dtype, stacks.dtype), output_ranks(stacks.shapes, rank)
     stacks.check_saveable()
@@ -126,8 +128,8 @@ def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
 def write_weights(folder: Path, parts: list[Section]) -> None:
     """Write the weights. When they are complete, remove the files of an earlier soup.
 
-    From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed last, because a
-    tokenizer in a folder without one is not a soup's and stays.
+    From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed
+    last, because a tokenizer in a folder without one is not a soup's and stays.
     """
     header = make_header(entry for part in parts for entry in part.layout)
     with safetensors_writer(folder / WEIGHTS, header) as write:
@@ -145,8 +147,10 @@ def write_weights(folder: Path, parts: list[Section]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def sections(members: Sequence[Member], stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int], totals: Totals,
-             progress: Callable[[int, int], None] | None) -> list[Section]:  # fmt: skip
+def sections(
+    members: Sequence[Member], stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int],
+    totals: Totals, progress: Callable[[int, int], None] | None,
+) -> list[Section]:  # fmt: skip
     """The parts of the file. Wide dtypes come first, so that every tensor is aligned to its element size."""
     layout = [(name, code, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])]
     found = [Section(layout, partial(factors, stacks, weights, code, ranks, totals, progress))]
