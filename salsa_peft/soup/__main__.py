@@ -74,20 +74,12 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="adapters: dtype of the factors (default: the members')",
-    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: their dtype (default: the members')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="folder or Hub id of the base (default: the one that the adapters name)")
     add("--quantized-base", choices=["nf4", "nf4-double"], help="--merge: quantize the base as in QLoRA training first")
     add("--same-base", action="store_true", help="adapters: assert that they share a base, even if its name differs")
-    add(
-        "--untie",
-        action="store_true",
-        help="--merge: LoRA on tied embeddings gives separate input and output embeddings",
-    )
+    add("--untie", action="store_true", help="--merge: separate tied embeddings if they have LoRA")
     add_measure(made)
     add("--steps", type=positive_integer, default=20, help="strategy learned: number of Adam steps (default: 20)")
     add("--step-size", type=float, default=0.1, help="strategy learned: Adam's learning rate (default: 0.1)")
@@ -99,22 +91,11 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     """Add the options that measures.command_measure reads."""
     add = parser.add_argument
     add("--measure", metavar="M", help="sft_loss, reward, or module:name (a function of the model)")
-    add(
-        "--data", metavar="FILE", help="held-out chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id"
-    )
-    add(
-        "--reward",
-        metavar="REWARD",
-        help="measure reward: folder or Hub id of a reward adapter or a sequence classifier",
-    )
+    add("--data", metavar="FILE", help="chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id")
+    add("--reward", metavar="REWARD", help="measure reward: folder or Hub id of a reward adapter or classifier")
     add("--limit", type=positive_integer, default=128, help="number of rows of --data, from the first (default: 128)")
     add("--max-length", type=positive_integer, default=1024, help="maximum tokens of a chat (default: 1024)")
-    add(
-        "--max-new-tokens",
-        type=positive_integer,
-        default=128,
-        help="measure reward: tokens per response (default: 128)",
-    )
+    add("--max-new-tokens", type=positive_integer, default=128, help="reward: tokens per response (default: 128)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,14 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("salsa soup", args, make_soup)
 
 
-Work = Callable[[argparse.Namespace, Callable[[], None]], None]
-"""Work of a command: takes the arguments, and a function to call when the arguments are accepted."""
-
-
-def run_command(prog: str, args: argparse.Namespace, work: Work) -> int:
+def run_command(
+    prog: str, args: argparse.Namespace, work: Callable[[argparse.Namespace, Callable[[], None]], None]
+) -> int:
     """Run `work`. Returns 0, or 2 after an error (printed in one line), or 130 after an interruption.
 
-    Warnings are held back until `work` accepts its arguments, so that an earlier error is the only line.
+    `work` gets the arguments, and a function to call when it has accepted them. Warnings are held back until then, so
+    that an earlier error is the only line.
     """
     silence_import_warnings()
     warnings, package = DeferredWarnings(logging.WARNING), logging.getLogger("salsa_peft")

@@ -24,7 +24,7 @@ from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.provenance import provenance
-from salsa_peft.soup.strategies import STRATEGIES, Choice, Measure, StrategyInput
+from salsa_peft.soup.strategies import STRATEGIES, Measure, StrategyInput
 from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.errors import require
 
@@ -122,18 +122,22 @@ class _Request(NamedTuple):
     """Entries of the summary besides statistics."""
     progress: Progress | None
 
-    def choose(self, gram: Callable[[], Any]) -> tuple[list[float], list[int]]:
-        """The weights that the strategy chooses, and the positions of members with another weight than 0."""
+    def choose(self, gram: Callable[[], Any], keep_zeros: bool = False) -> tuple[list[Path], list[str], list[float]]:
+        """Folders, names and weights of the soup's members, with the weights that the strategy chooses.
+
+        Members of weight 0 are left out, unless keep_zeros: in a stacked adapter they would only add rank.
+        """
         options = self.options
         given = StrategyInput(self.weights, gram, options.measure, options.steps, options.step_size)
-        choice: Choice = STRATEGIES[options.strategy](given)
+        weights, tried = STRATEGIES[options.strategy](given)
         base = None if self.base is None else (options.base or self.base, self.base)
-        self.more.update({"tried": choice.tried} if choice.tried else {})
-        self.more["provenance"] = provenance(
-            list(zip(self.names, self.given, self.folders, strict=True)), choice.weights, base
-        )
-        used = [i for i, weight in enumerate(choice.weights) if weight] or list(range(len(choice.weights)))
-        return choice.weights, used
+        self.more.update({"tried": tried} if tried else {})
+        origins = list(zip(self.names, self.given, self.folders, strict=True))
+        self.more["provenance"] = provenance(origins, weights, base)
+        used = [i for i, weight in enumerate(weights) if weight or keep_zeros] or list(range(len(weights)))
+        if len(used) < len(weights):
+            self.more["left_out"] = [name for i, name in enumerate(self.names) if i not in used]
+        return [self.folders[i] for i in used], [self.names[i] for i in used], [weights[i] for i in used]
 
 
 def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
@@ -226,22 +230,13 @@ def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -
 
 def _adapters(request: _Request, stacked: StackedAdapter) -> dict[str, Any]:
     options = request.options
-    folders, names, weights = _members_used(request, *request.choose(stacked.gram))
+    folders, names, weights = request.choose(stacked.gram)
     if len(folders) < len(request.folders):
         stacked = StackedAdapter.load(folders, names, same_base=options.same_base)
     return stacked.save(
         request.out, weights, strategy=options.strategy, rank=options.rank, dtype=options.dtype,
         progress=request.progress, more=request.more,
     )  # fmt: skip
-
-
-def _members_used(
-    request: _Request, weights: Sequence[float], used: Sequence[int]
-) -> tuple[list[Path], list[str], list[float]]:
-    """Folders, names and weights of the members that are used; the summary lists the others."""
-    if len(used) < len(weights):
-        request.more["left_out"] = [name for i, name in enumerate(request.names) if i not in used]
-    return [request.folders[i] for i in used], [request.names[i] for i in used], [weights[i] for i in used]
 
 
 def _merged(request: _Request) -> dict[str, Any]:
@@ -254,7 +249,7 @@ def _merged(request: _Request) -> dict[str, Any]:
     def gram() -> Any:
         return StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
 
-    folders, names, weights = _members_used(request, *request.choose(gram))
+    folders, names, weights = request.choose(gram)
     return merge(
         request.out, request.base, folders, weights, names=names, strategy=options.strategy,
         quantized_base=options.quantized_base, same_base=options.same_base, untie=options.untie,
@@ -273,8 +268,7 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
         assert base is not None
         return checkpoint_soup.gram(request.folders, base)
 
-    chosen, _ = request.choose(gram)
-    members, weights, names = list(request.folders), list(chosen), list(request.names)
+    members, names, weights = request.choose(gram, keep_zeros=True)
     rest = 1 - sum(weights)  # the base's weight: base + Σ w_i δ_i = Σ w_i θ_i + (1 − Σ w_i) θ_base
     if base is not None and abs(rest) > 1e-9:
         members, weights, names = [*members, base], [*weights, rest], [*names, "base"]

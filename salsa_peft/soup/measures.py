@@ -115,8 +115,20 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length:
     return ids[:max_length], mask[:max_length]
 
 
-class RewardScore:
+class _WithoutGradient:
+    """A measure that the strategy learned cannot use."""
+
+    name: str
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """Raises SalsaError, because the measure has no gradient."""
+        raise SalsaError(f"strategy learned: the measure {self.name} has no gradient; use sft_loss, or strategy greedy")
+
+
+class RewardScore(_WithoutGradient):
     """Mean score of one sampled response per prompt. Every call samples with the same seeds."""
+
+    name = "reward"
 
     def __init__(
         self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
@@ -137,12 +149,8 @@ class RewardScore:
                 scores += self.reward(responses, [self.rows[row] for row in indices]).tolist()
         return sum(scores) / len(scores)
 
-    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError: sampled responses have no gradient."""
-        raise SalsaError(_NO_GRADIENT.format("reward"))
 
-
-class FunctionMeasure:
+class FunctionMeasure(_WithoutGradient):
     """A Python function `function(model) -> float` of the model in evaluation mode, with the soup active."""
 
     def __init__(self, live: LiveSoup, function: Callable[[Any], float], name: str) -> None:
@@ -159,13 +167,6 @@ class FunctionMeasure:
             raise SalsaError(
                 f"measure {self.name}: it returned {found!r:.60}; the function must return a number (higher is better)"
             ) from error
-
-    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError: the function gives no gradient."""
-        raise SalsaError(_NO_GRADIENT.format(self.name))
-
-
-_NO_GRADIENT = "strategy learned: the measure {} has no gradient; use sft_loss, or strategy greedy"
 
 
 def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:

@@ -20,13 +20,10 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
     If these are not unique, the full paths or ids.
     """
-    ends = [_unit(Path(member)) or str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
-    return ends if len(set(ends)) == len(ends) else [str(member) for member in members]
-
-
-def _unit(folder: Path) -> str | None:
-    """The unit of a run that wrote a folder."""
-    return (read_manifest(folder) or {}).get("unit")
+    units = [(read_manifest(Path(member)) or {}).get("unit") for member in members]
+    paths = [str(member) for member in members]
+    ends = [unit or path.rstrip("/.").rsplit("/", 1)[-1] or path for unit, path in zip(units, paths, strict=True)]
+    return ends if len(set(ends)) == len(ends) else paths
 
 
 def kind_of(folders: Sequence[Path]) -> str:

@@ -20,8 +20,8 @@ from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.lora.non_lora import wrapped
 from salsa_peft.soup.lora.read import MERGES
 from salsa_peft.soup.lora.svd import Moments
-from salsa_peft.soup.lora.targets import WRAPPED, Shape, registration_order
-from salsa_peft.soup.lora.tensors import Member, strip_wrappers
+from salsa_peft.soup.lora.targets import WRAPPED, Shape, registration_order, strip_wrappers
+from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.utils.errors import require
 
 

@@ -22,6 +22,7 @@ from salsa_peft.models.adapters.bases import base_folder
 from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays as float_arrays
 from salsa_peft.soup.lora.read import DEFAULTS, WEIGHTS
+from salsa_peft.soup.lora.targets import WRAPPED, strip_wrappers
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 
 EXPERT = re.compile(r"(?P<holder>.*\.experts)\.\d+\.")
-WRAPPED = ".base_layer"
 Names = dict[str, str]
 """PEFT's name of a tensor → its name in the file."""
 
@@ -58,7 +58,11 @@ def to_current_layout(
     if base is not None and not old_experts and all(in_base(module, *base_modules(str(base))) for module in modules):
         return names, config, file
     first = None
-    for model in candidate_models(base, config, modules):
+    if base is not None:
+        models = models_of(str(base), config["task_type"])
+    else:
+        models = iter([mixtral(modules)] if any("block_sparse_moe.experts." in module for module in modules) else [])
+    for model in models:
         places = {name for name, _ in model.named_modules()}
         if set(modules) <= places:
             return names, config, file
@@ -80,9 +84,7 @@ def lora_modules(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         module, lora, _ = name.removeprefix(PREFIX).rpartition(".lora_")
         if lora:
-            while module.endswith(WRAPPED):
-                module = module.removesuffix(WRAPPED)
-            yield module.replace(f"{WRAPPED}.", ".")
+            yield strip_wrappers(module)[0].replace(f"{WRAPPED}.", ".")
 
 
 def in_base(module: str, places: frozenset[str], first: frozenset[str]) -> bool:
@@ -105,14 +107,6 @@ def base_modules(base: str) -> tuple[frozenset[str], frozenset[str]]:
     parts = [key.split(".") for key in keys]
     places = {".".join(part[:i]) for part in parts for i in range(1, len(part))}
     return frozenset(places), frozenset(part[0] for part in parts)
-
-
-def candidate_models(base: Path | None, config: dict[str, Any], modules: list[str]) -> Iterator[nn.Module]:
-    """Models without weights that the adapter may belong to, the likeliest first."""
-    if base is not None:
-        yield from models_of(str(base), config["task_type"])
-    elif any("block_sparse_moe.experts." in module for module in modules):
-        yield mixtral(1 + max(int(number) for module in modules for number in re.findall(r"\.layers\.(\d+)\.", module)))
 
 
 HEADS = {
@@ -153,12 +147,12 @@ def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
         return None
 
 
-@functools.lru_cache(maxsize=2)
-def mixtral(layers: int) -> nn.Module:
+def mixtral(modules: Iterable[str]) -> nn.Module:
     """The modules of a Mixtral, for adapters with block_sparse_moe names whose base is not available."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    layers = 1 + max(int(number) for module in modules for number in re.findall(r"\.layers\.(\d+)\.", module))
     config = MixtralConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1,
         num_local_experts=1, vocab_size=8,

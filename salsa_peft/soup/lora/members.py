@@ -239,18 +239,13 @@ def unify_layouts(members: Sequence[Member]) -> list[Member]:
     for member in members:
         mine: set[tuple[str, ...]] = set()
         for name in (*member.factors, *member.direct):
-            key = without_tower(name)
+            key = tuple(part for part in name.split(".") if part not in TOWER)
             variants.setdefault(key, set()).add(name)
             apart |= {key} & mine
             mine.add(key)
     moved = {key: names for key, names in variants.items() if len(names) > 1 and key not in apart}
     renamed = {name: newest_name(names) for names in moved.values() for name in names}
     return [rename_modules(member, renamed) for member in members] if renamed else list(members)
-
-
-def without_tower(name: str) -> tuple[str, ...]:
-    """The parts of a module's name that are the same in every layout."""
-    return tuple(part for part in name.split(".") if part not in TOWER)
 
 
 def newest_name(names: set[str]) -> str:

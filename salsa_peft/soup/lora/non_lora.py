@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.lora.read import CONFIG, MERGES
@@ -57,7 +56,7 @@ def check_same(members: Sequence[Member]) -> None:
 
 def check_tokens(head: Member, member: Member, name: str) -> None:
     """Raise SalsaError if two members trained different tokens. The order may differ."""
-    if is_tokens(name):
+    if name.endswith(TOKENS):
         require(
             sorted(member.token_indices(name)) == sorted(head.token_indices(name)),
             f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of"
@@ -109,20 +108,10 @@ def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Arra
 def values(members: Sequence[Member], i: int, name: str) -> Array:
     """The values of member i; rows of trained tokens in the first member's order."""
     found = members[i].read(members[i].direct[name])
-    if not is_tokens(name) or i == 0:
+    if not name.endswith(TOKENS) or i == 0:
         return found
     mine = members[i].token_indices(name)
     return found[[mine.index(token) for token in members[0].token_indices(name)]]
-
-
-def is_tokens(name: str) -> bool:
-    """Whether a parameter is rows of trained tokens, not a whole tensor."""
-    return name.endswith(TOKENS)
-
-
-def saved_as(name: str, wrappers: Mapping[str, int]) -> str:
-    """PEFT's name of the saved parameter. wrappers: module with LoRA → number of PEFT wrappers around it."""
-    return PREFIX + wrapped(name, wrappers)
 
 
 def wrapped(name: str, wrappers: Mapping[str, int]) -> str:

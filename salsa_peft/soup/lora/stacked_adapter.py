@@ -68,10 +68,6 @@ class StackedAdapter:
         non_lora.check_sum(self.members, checked)
         return checked
 
-    def _config(self) -> dict[str, Any]:
-        self.stacks.check_saveable()
-        return config_fields(self.members, self.stacks, {m: shape.rank for m, shape in self.stacks.shapes.items()})
-
     def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear", rank: int | None = None,
              dtype: str | torch.dtype | None = None, progress: Callable[[int, int], None] | None = None,
              more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
@@ -109,6 +105,7 @@ class StackedAdapter:
         from peft.tuners.lora import LoraLayer
 
         self.check(weights)
+        self.stacks.check_saveable()
         self.stacks.check_not_alora()
         self._check_shared(model)
         if adapter_name in model.peft_config:
@@ -121,7 +118,8 @@ class StackedAdapter:
         )
         self.stacks.load_in_memory()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        fields = self._config() | {"modules_to_save": None, "bias": "none"}
+        ranks = {module: shape.rank for module, shape in self.stacks.shapes.items()}
+        fields = config_fields(self.members, self.stacks, ranks) | {"modules_to_save": None, "bias": "none"}
         fields["target_parameters"] = shared_target_parameters(model, self.stacks, fields["target_parameters"])
         model.add_adapter(adapter_name, LoraConfig(**{name: fields[name] for name in fields if name != "peft_type"}))
         for layer in model.modules():

@@ -110,6 +110,14 @@ def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
     return lambda module: pattern.fullmatch(module) is not None
 
 
+def strip_wrappers(path: str) -> tuple[str, int]:
+    """A module's name without the wrappers around its parameters, and the number of these wrappers."""
+    module = path
+    while module.endswith(WRAPPED):
+        module = module.removesuffix(WRAPPED)
+    return module, (len(path) - len(module)) // len(WRAPPED)
+
+
 def is_saved(name: str, config: dict[str, Any]) -> bool:
     """Whether a tensor lies in a module of modules_to_save, that is, whose name ends with one of them."""
     parts = name.split(".")[:-1]

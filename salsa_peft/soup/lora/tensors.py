@@ -33,6 +33,7 @@ from salsa_peft.soup.lora.targets import (
     parameters_of,
     rank_and_scaling,
     read_shape,
+    strip_wrappers,
     target_rule,
 )
 from salsa_peft.utils.errors import require
@@ -99,7 +100,8 @@ def read_member(folder: Path, name: str) -> Member:
     parts, direct = sort_tensors(file, names, config)
     require(bool(parts), f"{file.path} holds no LoRA tensors (lora_A and lora_B); save the adapter again")
     factors = dict(sorted(read_all_factors(file, parts, config)))
-    frozen = frozenset(name for name in direct if is_frozen(name, factors))
+    weights = {f"{module}.weight" for module in factors}  # PEFT saves the weight of a targeted embedding too
+    frozen = frozenset(weights & direct.keys())
     member = Member(name, folder, config, read_fingerprint(folder), file, factors, dict(sorted(direct.items())), frozen)
     check_direct(member)
     return member
@@ -131,12 +133,6 @@ def sort_tensors(
             f" {', '.join(DTYPES)}",
         )
     return parts, direct
-
-
-def is_frozen(name: str, factors: dict[str, Factors]) -> bool:
-    """Whether a parameter is the weight of a layer with LoRA: PEFT saves targeted embeddings with it."""
-    module, _, leaf = name.rpartition(".")
-    return leaf == "weight" and module in factors
 
 
 def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
@@ -186,14 +182,6 @@ def read_all_factors(
         )
         found.append((module, read_factors(file, module, given, config, (module, None, owner))))
     return found
-
-
-def strip_wrappers(path: str) -> tuple[str, int]:
-    """A module's name without the wrappers around its parameters, and the number of these wrappers."""
-    module = path
-    while module.endswith(WRAPPED):
-        module = module.removesuffix(WRAPPED)
-    return module, (len(path) - len(module)) // len(WRAPPED)
 
 
 def read_factors(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.write import LOCK
@@ -156,13 +157,14 @@ def sections(
     found = [Section(layout, partial(factors, stacks, weights, code, ranks, totals, progress))]
     for name in non_lora.parameter_names(members):
         kept, holder = non_lora.dtype_of(members, name), non_lora.holders(members, name)[0]
-        entry = (non_lora.saved_as(name, stacks.wrappers), kept, holder.file.entries[holder.direct[name]].shape)
-        found.append(Section([entry], partial(averaged, members, name, weights, kept)))
+        path = PREFIX + non_lora.wrapped(name, stacks.wrappers)
+        layout = [(path, kept, holder.file.entries[holder.direct[name]].shape)]
+        found.append(Section(layout, partial(averaged, members, name, weights, kept)))
     return sorted(found, key=lambda part: -BITS[part.layout[0][1]])
 
 
 def averaged(members: Sequence[Member], name: str, weights: Sequence[float], code: str) -> Iterator[Array]:
-    """A parameter that is averaged directly, when its turn comes."""
+    """A parameter that is averaged directly, computed when it is written."""
     yield arrays.narrow(non_lora.mean(members, name, weights), code)
 
 

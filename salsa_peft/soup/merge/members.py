@@ -18,12 +18,11 @@ import torch
 
 from salsa_peft.models.adapters.names import own_module, plain_names, unwrap
 from salsa_peft.soup.checkpoints.read import Checkpoint, default_names
-from salsa_peft.soup.lora.read import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config
+from salsa_peft.soup.lora.read import CONFIG, open_weights, read_config
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.merge.adapter_models import AdapterModel, blank_model
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import read_fingerprint
-from salsa_peft.utils.safetensors_io import SafetensorsFile
 from salsa_peft.utils.tensor_names import ModelNames, model_class
 from salsa_peft.utils.tensor_names import read_config as read_model_config
 
@@ -55,21 +54,13 @@ def read_members(folders: Sequence[Path], names: Sequence[str] | None) -> list[M
 
 
 def _read(folder: Path, name: str) -> Member:
-    config, path = read_config(folder, merging=True), folder / WEIGHTS
-    require(
-        path.is_file() or not (folder / PICKLED).exists(),
-        f"{folder} holds {PICKLED}, which is a pickle and never read: save the adapter as {WEIGHTS}",
-    )
-    require(path.is_file(), f"{path} is missing: a member is a PEFT adapter folder with {CONFIG} and {WEIGHTS}")
+    config, file = read_config(folder, merging=True), open_weights(folder)
     task = config["task_type"]
     require(
         task not in HEADS,
         f"{folder} is an adapter of a classifier (task_type {task}), whose head a language model does not have; average the adapters"
         " without --merge, and open the result with PEFT",
     )
-    file = SafetensorsFile(path)
-    require(bool(file.entries), f"{path} holds no tensors: save the adapter again")
-    check_manifest(folder)
     return Member(name, folder, config, read_fingerprint(folder), file, {}, {})
 
 
