@@ -128,7 +128,7 @@ def devices() -> Iterator[Finding]:
     """GPUs as PyTorch sees them, and whether one computes; those that it can't see although the driver does."""
     import torch
 
-    there = hardware.cards()
+    there = hardware.gpus()
     if not torch.cuda.is_available():
         names = ", ".join(card.name for card in there)
         wrong = (
@@ -195,11 +195,11 @@ def disk() -> Iterator[Finding]:
 def attention() -> Iterator[Finding]:
     """What `model.attention: auto` takes here."""
     from salsa_peft.config.schema import Model
-    from salsa_peft.models.base import attention as chosen
+    from salsa_peft.models.base import attention_implementation
 
     there = importlib.util.find_spec("flash_attn") is not None
     version = f"flash-attn {importlib.metadata.version('flash_attn')}" if there else "flash-attn not installed"
-    yield Finding("attention", f"auto is {chosen(Model(attn_implementation='auto'))}; {version}")
+    yield Finding("attention", f"auto is {attention_implementation(Model(attn_implementation='auto'))}; {version}")
 
 
 def four_bits() -> Iterator[Finding]:

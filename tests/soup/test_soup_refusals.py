@@ -322,7 +322,7 @@ def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
             "--data: no such file: none.jsonl; use a jsonl, json or parquet file",
         ),
         (["--measure", "reward", "--data", "none.jsonl"], "--reward: measure reward needs one; add --reward REWARD"),
-        (["--measure", "no_such_module:f"], "found no module no_such_module"),
+        (["--measure", "no_such_module:f"], "there is no module no_such_module"),
         (["--measure", "loss"], "--measure: loss is unknown; use sft_loss, reward"),
     ],
 )

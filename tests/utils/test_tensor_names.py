@@ -310,7 +310,8 @@ def test_shards_without_an_index_get_one_and_a_wrong_size_is_counted_anew(tmp_pa
         average(tmp_path / "out", [a, b], [0.5, 0.5])
     (a / SINGLE).rename(a / "consolidated.safetensors")
     with pytest.raises(
-        SalsaError, match=r"/a has neither .*; it holds consolidated.safetensors, which Transformers does not read"
+        SalsaError,
+        match=r"/a: this folder has neither .*; it holds consolidated.safetensors, which Transformers does not read",
     ):
         average(tmp_path / "out", [a, a], [0.5, 0.5])
 

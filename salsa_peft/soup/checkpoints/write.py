@@ -105,17 +105,17 @@ def check_free(folder: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         require(
             folder.resolve() != source.resolve(),
-            f"{folder} is a member of the soup, so the soup cannot be written there; choose another folder",
+            f"{folder}: this folder is a member of the soup; choose another one for the result",
         )
-    require(not folder.exists() or folder.is_dir(), f"{folder} is a file; choose a folder for the soup")
+    require(not folder.exists() or folder.is_dir(), f"{folder}: this is a file; choose a folder for the soup")
     require(
         not (folder / "adapter_config.json").exists(),
-        f"{folder} holds an adapter, which Transformers would add to the soup; choose another folder",
+        f"{folder}: this folder holds an adapter, which Transformers would add to the soup; choose another one",
     )
     held = other_files(folder) if folder.exists() and not (folder / SUMMARY).is_file() else ""
     require(
         not held,
-        f"{folder} holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty folder or that of an earlier soup",
+        f"{folder}: this folder holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty one or an earlier soup",
     )
 
 

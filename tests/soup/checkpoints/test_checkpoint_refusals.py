@@ -108,13 +108,13 @@ REFUSED = {
     "truncated": (truncate, r"b/model.safetensors: found \d+ bytes, expected \d+: it is cut"),
     "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: found no such file, .*; copy or download it again"),
     "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias is in none of the shards that the index names; save"),
-    "escape": (escape, r"b/model.safetensors.index.json has no weight_map of plain file names"),
-    "pickled": (pickled, r"b has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle and never read"),
-    "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b has neither model.safetensors nor model.safetensors.index.json; load"),
-    "two layouts": (lambda folder: (folder / INDEX).write_text("{}"), r"b holds both model.safetensors and model.safetensors.index.json"),
+    "escape": (escape, r"b/model.safetensors.index.json: there is no weight_map of plain file names"),
+    "pickled": (pickled, r"b: this folder has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle and never read"),
+    "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b: this folder has neither model.safetensors nor model.safetensors.index.json; load"),
+    "two layouts": (lambda folder: (folder / INDEX).write_text("{}"), r"b: this folder holds both model.safetensors and model.safetensors.index.json"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), r"b/config.json: no such file"),
-    "bad config": (lambda folder: (folder / CONFIG).write_text("[1]"), r"b/config.json: holds a list, not a mapping"),
-    "adapter": (lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"), r"b holds a PEFT adapter, not a full checkpoint"),
+    "bad config": (lambda folder: (folder / CONFIG).write_text("[1]"), r"b/config.json: this is a list, not a mapping"),
+    "adapter": (lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"), r"b: this is a PEFT adapter, not a full checkpoint"),
 }  # fmt: skip
 
 
@@ -169,12 +169,15 @@ def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
     raw[-100] ^= 1
     (b / SINGLE).write_bytes(raw)
     with pytest.raises(
-        SalsaError, match=r"b/model.safetensors changed: its SHA-256 is .* in manifest.json; copy or make it again"
+        SalsaError,
+        match=r"b/model.safetensors: the file changed: its SHA-256 is .* in manifest.json; copy or make it again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     listed[CONFIG]["size"] = 1
     (b / "manifest.json").write_text(json.dumps({"files": listed}))
-    with pytest.raises(SalsaError, match=r"b/config.json has \d+ bytes, but 1 in manifest.json; copy or make it again"):
+    with pytest.raises(
+        SalsaError, match=r"b/config.json: the file has \d+ bytes, but 1 in manifest.json; copy or make it again"
+    ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     assert not (tmp_path / "none").exists()
 
@@ -184,15 +187,16 @@ def test_only_a_soup_is_written_over(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1))
     os.symlink(a, tmp_path / "link")
     for out, line in (
-        (a, "is a member of the soup, so the soup cannot be written there"),
-        (tmp_path / "link", "is a member of the soup, so the soup cannot be written there"),
+        (a, "this folder is a member of the soup; choose another one"),
+        (tmp_path / "link", "this folder is a member of the soup; choose another one"),
     ):
         with pytest.raises(SalsaError, match=line):
             average(out, [a, b], [0.5, 0.5])
     foreign = write(tmp_path / "foreign", values(2))
     before = files(foreign)
     with pytest.raises(
-        SalsaError, match=r"foreign holds config.json, model.safetensors but no soup.json, so it is not overwritten"
+        SalsaError,
+        match=r"foreign: this folder holds config.json, model.safetensors but no soup.json, so it is not overwritten",
     ):
         average(foreign, [a, b], [0.5, 0.5])
     assert files(foreign) == before
@@ -200,8 +204,8 @@ def test_only_a_soup_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "file").write_text("x")
     for name, line in (
-        ("adapter", "adapter holds an adapter, which Transformers would add to the soup"),
-        ("file", "file is a file; choose a folder"),
+        ("adapter", "adapter: this folder holds an adapter, which Transformers would add to the soup"),
+        ("file", "file: this is a file; choose a folder"),
     ):
         with pytest.raises(SalsaError, match=line):
             average(tmp_path / name, [a, b], [0.5, 0.5])

@@ -194,7 +194,10 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
     biased = train(opened(base), tmp_path / "biased", 1, lora_bias=True)
     head = train(opened(base, "AutoModelForSequenceClassification"), tmp_path / "head", 1, task_type="SEQ_CLS")
     for member, line in (
-        (biased, r"PEFT cannot merge model.layers.0.self_attn.q_proj: .*no bias.*without --merge"),
+        (
+            biased,
+            r"PEFT cannot merge model.layers.0.self_attn.q_proj \(.*no bias.*\); average the adapters without --merge",
+        ),
         (head, r"head is an adapter of a classifier \(task_type SEQ_CLS\)"),
     ):
         with pytest.raises(SalsaError, match=line):

@@ -332,4 +332,4 @@ def test_the_members_tokenizer_goes_with_it_where_it_is_one_and_fits(tmp_path: P
     merge(tmp_path / "fits", folder, [member], [1.0])
     assert (tmp_path / "fits" / "tokenizer.json").read_text() == tokenizer(0, 31, 32)
     (member / "tokenizer.json").write_text(tokenizer(0, 40))
-    refused(tmp_path, r"a/tokenizer.json: token 't40' has the number 40, but .* has 32 rows", folder, member)
+    refused(tmp_path, r"a/tokenizer.json: token 't40' has the id 40, but .* has only 32 rows", folder, member)
