@@ -344,7 +344,9 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
         return
     with pytest.raises(SalsaError) as caught:
         all(Cache(path).get(f"{number}") for number in range(40))
-    assert "judge_cache.sqlite': cannot use this file as the judge's cache" in str(caught.value) and "\n" not in str(caught.value)
+    assert "judge_cache.sqlite': cannot use this file as the judge's cache" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
     path.rmdir() if damage == "folder" else path.unlink()
     assert Cache(path).put({"1": Reply("b", "stop", 1, 1)})["1"].text == "b"
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
