@@ -23,7 +23,7 @@ from salsa_peft.evaluation import evaluate
 from salsa_peft.evaluation.judges.cache import Cache, Reply
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe import processes
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -121,7 +121,7 @@ def go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_
     (tmp_path / "tiny.yaml").write_text(RECIPE)
 
     def run(*words: str) -> tuple[int, list[str], list[str], str]:
-        code = recipe.main(["tiny.yaml", "--lora", *words], stages=FAKE)
+        code = salsa_run(["tiny.yaml", "--lora", *words], stages=FAKE)
         lines = capsys.readouterr().err.splitlines()
         said = [line.split(" … ") for line in lines]
         made = [words[0] for words in said if len(words) > 1 and words[1].startswith("done")]
@@ -402,7 +402,7 @@ def test_tidying_up_spares_results(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").symlink_to(tmp_path / "elsewhere")
     entry = {"size": 6, "sha256": runs.sha256(tmp_path / "metrics.1.jsonl")}
     write_atomic(tmp_path / MANIFEST, json.dumps({"files": {"metrics.1.jsonl": entry}}))
-    runs.tidy(tmp_path)
+    runs.remove_temporary_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "manifest.json", "metrics.1.jsonl"]
 
 

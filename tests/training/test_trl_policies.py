@@ -13,13 +13,13 @@ import torch
 from paths import ROOT
 from peft import PeftModel
 from small_recipe import ENVIRONMENT, SMALL, read, unit
+from small_recipe import load_checked as load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.data import datasets
 from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.recipe import units
-from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.training import trl_stages as trl_policies
 from salsa_peft.training.reward_model import SPLIT_SEED
 from salsa_peft.utils import fingerprints as runs
