@@ -79,6 +79,16 @@ def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, rev
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
 
 
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a Hub id's files in the Hub's cache; None if config.json is not there, or if `name` is not a Hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if HUB_ID.match(name) is None:
+        return None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 @contextlib.contextmanager
 def readable_hub_errors(model: str) -> Iterator[None]:
     """Within the context the Hub's refusals of `model` become SalsaErrors of one line; other errors stay."""

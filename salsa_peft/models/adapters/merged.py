@@ -18,9 +18,10 @@ BASE = ".base_layer"
 
 
 def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's parameters by its own names, tied ones once, with `adapter` merged as by PEFT's merge_and_unload.
+    """Yield the base's parameters with `adapter` merged as by merge_and_unload, by the base's names.
 
-    Each layer is copied and merged on its own, one at a time. Raises SalsaError for adapters that cannot be merged into the base.
+    Each layer is copied and merged on its own, one at a time. Raises SalsaError for adapters that cannot be merged into
+    the base.
     """
     base = model.get_base_model()
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -43,7 +44,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _wrappers(layer: Any) -> list[Any]:
-    """The layer and the LoRA layers that it wraps: PEFT nests one for each parameter of a stack of experts."""
+    """The layer and those it wraps: PEFT nests one LoRA layer for each parameter of a stack of experts."""
     found = [layer]
     while isinstance(found[-1].base_layer, BaseTunerLayer):
         found.append(found[-1].base_layer)

@@ -1,4 +1,4 @@
-"""Names of the tensors in an adapter's files, as PEFT, TRL and LLaMA-Factory save them. Imports no torch."""
+"""Names of the tensors in adapter files of PEFT, TRL and LLaMA-Factory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from salsa_peft.utils.tensor_names import WRAPPERS
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PARALLEL = "module"
-"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can also have this name itself."""
+"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can also have this name
+itself."""
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")
 SAVED, ORIGINAL, TOKENS = ".modules_to_save.", ".original_module.", ".token_adapter."
 DELTA = "trainable_tokens_delta"
@@ -23,10 +24,10 @@ TRAINING = (".lora_velora_", ".lora_monteclora_")
 
 
 def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict[str, str]:
-    """PEFT's name of each tensor → its name in the file, without tensors that PEFT never reads from a file.
+    """Map PEFT's name of each tensor to its name in the file, without tensors that PEFT does not read.
 
-    Logs one warning if the file's names contain parts that PEFT's do not. Raises SalsaError for a file with the tensors of two adapters,
-    or with one tensor under two names.
+    Logs one warning if the file's names contain parts that PEFT's do not. Raises SalsaError for a file with the tensors
+    of two adapters, or with one tensor under two names.
     """
     own = own_module(config)
     unwrapped = {key: unwrap(key, own) for key in keys}
@@ -64,13 +65,13 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
 
 
 def own_module(config: dict[str, Any]) -> bool:
-    """Whether the model may have a module called `module`: auto_mapping names a class of neither Transformers nor a wrapper's library."""
+    """Whether the model itself may have a module named `module`, since its class is not Transformers'."""
     library = str((config["auto_mapping"] or {}).get("parent_library") or "transformers")
     return not library.startswith(("transformers", "torch.nn.parallel", "deepspeed", "accelerate"))
 
 
 def unwrap(key: str, own: bool = False) -> str:
-    """A name without the parts that wrappers add, at its start or within; with `own`, `module` is removed at the start only."""
+    """A name without parts that wrappers add; with `own`, `module` is removed at the start only."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     if not own:
         return ".".join(part for part in parts if part != PARALLEL)
@@ -80,7 +81,7 @@ def unwrap(key: str, own: bool = False) -> str:
 
 
 def without_adapter(key: str, name: str | None) -> str | None:
-    """PEFT's name of a saved tensor; None for tensors that the adapter does not compute with, such as the original of a saved module."""
+    """PEFT's name of a saved tensor; None if the adapter does not compute with it."""
     if ORIGINAL in key or any(part in key for part in TRAINING):
         return None
     if TOKENS in key and DELTA not in key:
@@ -97,7 +98,8 @@ SCORE_HEAD = f"{PREFIX}score.weight"
 SCORE = re.compile(re.escape(PREFIX) + r"(score|classifier)(\.modules_to_save(\.\w+)?)?\.weight")
 """All names of a score head: also those of older versions, and of state dicts saved without PEFT."""
 VALUE_HEAD = "value_head.safetensors"
-"""The file in which LLaMA-Factory saves the head of a reward model, TRL's value head; also that of the value head of PPO here."""
+"""The file in which LLaMA-Factory saves the head of a reward model, TRL's value head; also that of the value head of
+PPO here."""
 VALUE_WEIGHT, VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 """Tensors of LLaMA-Factory's file. The value head of PPO here has other names."""
 MERGE = (

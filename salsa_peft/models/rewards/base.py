@@ -1,4 +1,4 @@
-"""The base class of all rewards: scores, the figures to log beside them, and what training needs to know of the models inside."""
+"""The base class of rewards: scores, metrics to log with them, models to identify and to offload."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Reward(ABC):
-    """Scores responses. A subclass needs `__call__` alone; the other methods have defaults for a reward without a model."""
+    """Scores responses. A subclass must define `__call__`; the other defaults fit rewards without a model."""
 
     on_device: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    """Context in which `frozen_model` is on the device. training/offload.py replaces it where the model is offloaded to the CPU."""
+    """Context in which `frozen_model` is on the device. training/offload.py replaces it where the model is offloaded to
+    the CPU."""
 
     @cached_property
     def name(self) -> str:
@@ -33,7 +34,7 @@ class Reward(ABC):
 
     @property
     def code(self) -> str:
-        """The name of the class or function that scores. Checkpoints keep it, since code itself cannot be compared."""
+        """The name of the class or function that scores, for checkpoints: code itself cannot be compared."""
         return type(self).__name__
 
     @abstractmethod
@@ -41,7 +42,7 @@ class Reward(ABC):
         """Score each response → (B,), float32; rows[i] is the data's row of response i."""
 
     def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Scores (B,), float32, and a mask (B,) of the responses that the reward applies to; the score of others is 0."""
+        """Scores (B,), float32, and a mask (B,) of the responses it applies to; other scores are 0."""
         scores = self(responses, rows).float()
         return scores, torch.ones_like(scores, dtype=torch.bool)
 
@@ -50,7 +51,7 @@ class Reward(ABC):
         return [self]
 
     def weights(self) -> Iterable[Tensor] | None:
-        """The weights that identify the reward's model, by which a resumed run recognises it; None without a model."""
+        """The weights by which a resumed run recognises the reward's model; None without a model."""
         return None
 
     def frozen_model(self) -> nn.Module | None:
@@ -63,7 +64,7 @@ class Reward(ABC):
         return Tally()
 
     def take_figures(self) -> dict[str, tuple[float, int]]:
-        """Metrics to log beside the scores: name → (sum, count) since the last call. Sums, so that processes can add theirs up."""
+        """Metrics to log: name → (sum, count) since the last call; processes add theirs up."""
         return self.tally.take()
 
 

@@ -1,7 +1,7 @@
-"""A sequence classifier as reward: any architecture with one label, its own tokenizer and its own chat template.
+"""A sequence classifier of any architecture as reward, with its own tokenizer and chat template.
 
-Responses are decoded and tokenized again, unless the classifier has the policy's tokenizer and chat template: then it scores the policy's
-token ids.
+Responses are decoded and tokenized again, unless the classifier has the policy's tokenizer and chat template: then it
+scores the policy's token ids.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 class ClassifierReward(Reward):
     """The classifier's one logit for prompt and response.
 
-    Messages: prompt and response, as an assistant's turn, go through the classifier's chat template, which closes the turn even if the
-    response was cut by the length limit. Text: prompt and response go through the classifier's tokenizer, which adds its special tokens.
-    If policy and classifier share tokenizer and template, the sampled ids are scored, with what the template writes after a token that
-    ends a turn. A sequence longer than the classifier can read loses tokens after its first one, and is counted in
-    `rewards/<name>/truncated`. Raises SalsaError for more than one label, and for messages without a chat template.
+    Messages: prompt and response, as an assistant's turn, go through the classifier's chat template, which closes the
+    turn even if the response was cut by the length limit. Text: prompt and response go through the classifier's
+    tokenizer, which adds its special tokens. If policy and classifier share tokenizer and template, the sampled ids are
+    scored, with what the template writes after a token that ends a turn. A sequence longer than the classifier can read
+    loses tokens after its first one, and is counted in `rewards/<name>/truncated`. Raises SalsaError for more than one
+    label, and for messages without a chat template.
     """
 
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase,
@@ -50,7 +51,8 @@ class ClassifierReward(Reward):
         embeddings: Any = classifier.get_input_embeddings().weight
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(
-            labels == 1, f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)"
+            labels == 1,
+            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
         )
         require(
             len(tokenizer) <= rows,
@@ -154,7 +156,7 @@ class ClassifierReward(Reward):
 
 def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, *, name: str | None = None,
                            dtype: str = "auto") -> ClassifierReward:  # fmt: skip
-    """Load a sequence classifier, a folder or Hub id, in safetensors format. Raises SalsaError for a model without a trained head."""
+    """Load the sequence classifier of a folder or Hub id. Raises SalsaError without a trained head."""
     folder = local_folder(path)
     require((folder / "config.json").is_file(), f"{path}: no config.json in this folder; use a sequence classifier")
     with readable_hub_errors(str(folder)):
@@ -167,11 +169,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    labels, missing = loaded.config.num_labels, sorted(report["missing_keys"])
-    require(
-        labels == 1,
-        f"{path}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
-    )
+    missing = sorted(report["missing_keys"])
     require(not missing, f"{path}: it has no weights for {', '.join(missing[:2])}; use a trained sequence classifier")
     loaded.config.get_text_config().use_cache = False
     name = name or path.rstrip("/").rsplit("/", 1)[-1]
