@@ -128,7 +128,7 @@ def devices() -> Iterator[Finding]:
     """GPUs as PyTorch sees them, and whether one computes; those that it can't see although the driver does."""
     import torch
 
-    there = hardware.cards()
+    there = hardware.gpus()
     if not torch.cuda.is_available():
         names = ", ".join(card.name for card in there)
         wrong = (
@@ -195,11 +195,11 @@ def disk() -> Iterator[Finding]:
 def attention() -> Iterator[Finding]:
     """What `model.attention: auto` takes here."""
     from salsa_peft.config.schema import Model
-    from salsa_peft.models.base import attention as chosen
+    from salsa_peft.models.base import attention_implementation
 
     there = importlib.util.find_spec("flash_attn") is not None
     version = f"flash-attn {importlib.metadata.version('flash_attn')}" if there else "flash-attn not installed"
-    yield Finding("attention", f"auto is {chosen(Model(attn_implementation='auto'))}; {version}")
+    yield Finding("attention", f"auto is {attention_implementation(Model(attn_implementation='auto'))}; {version}")
 
 
 def four_bits() -> Iterator[Finding]:
@@ -335,7 +335,7 @@ def looked_at(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Fin
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0; 1 where something is wrong; 2 for a folder that is no run."""
     parser = Parser(prog="salsa doctor", description="What this machine has for a run, and what is wrong with it.",
-                    epilog="Code 0: nothing is wrong; 1: something is.", allow_abbrev=False)  # fmt: skip
+                    epilog="Code 0: nothing is wrong; 1: something is.")  # fmt: skip
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="a run's folder, to hold its results against their hashes too"
     )

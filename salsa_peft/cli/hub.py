@@ -33,9 +33,9 @@ def parser() -> Parser:
     import argparse
 
     made = Parser(prog="salsa hub", description="Push results of a run to the Hub, or pull one.", epilog=EPILOG,
-                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="push | pull")
-    push = commands.add_parser("push", help="results of a run, a repository and a commit each", allow_abbrev=False)
+    push = commands.add_parser("push", help="results of a run, a repository and a commit each")
     push.add_argument("run", metavar="RUN", help="a run's folder")
     push.add_argument(
         "items", nargs="*", metavar="ITEM", help="soup, reward, seed-N, a policy's name; none: what is pending"
@@ -45,7 +45,7 @@ def parser() -> Parser:
     push.add_argument("--base-model", metavar="ID", help="the base's id on the Hub, where the run's is a local folder")
     push.add_argument("--dry-run", action="store_true", help="show card and files, send nothing")
     push.add_argument("--debug", action="store_true", help="show traces")
-    pull = commands.add_parser("pull", help="a repository's files, safetensors only", allow_abbrev=False)
+    pull = commands.add_parser("pull", help="a repository's files, safetensors only")
     pull.add_argument("repo", metavar="ID", help="namespace/name")
     pull.add_argument(
         "folder", nargs="?", metavar="FOLDER", help="where to (default: the Hub's cache, whose folder is printed)"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import salsa_peft
-from salsa_peft.recipe import run as recipe
 from salsa_peft.utils.console import say
 from salsa_peft.utils.messages import did_you_mean, one_line
 
@@ -23,39 +22,15 @@ HELP = """usage: salsa COMMAND …
 `salsa COMMAND --help` says more; `salsa --version`."""
 
 
-def report(argv: list[str]) -> int:
-    """salsa_peft.cli.report."""
-    return importlib.import_module("salsa_peft.cli.report").main(argv) or 0
-
-
-def soup(argv: list[str]) -> int:
-    """salsa_peft.soup's own command."""
-    return importlib.import_module("salsa_peft.soup.__main__").main(argv) or 0
-
-
-def landscape(argv: list[str]) -> int:
-    """salsa_peft.cli.landscape."""
-    return importlib.import_module("salsa_peft.cli.landscape").main(argv) or 0
-
-
-def hub(argv: list[str]) -> int:
-    """salsa_peft.cli.hub."""
-    return importlib.import_module("salsa_peft.cli.hub").main(argv) or 0
-
-
-def doctor(argv: list[str]) -> int:
-    """salsa_peft.cli.doctor."""
-    return importlib.import_module("salsa_peft.cli.doctor").main(argv)
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "run": recipe.main,
-    "soup": soup,
-    "landscape": landscape,
-    "report": report,
-    "hub": hub,
-    "doctor": doctor,
+COMMANDS = {
+    "run": "salsa_peft.recipe.__main__",
+    "soup": "salsa_peft.soup.__main__",
+    "landscape": "salsa_peft.cli.landscape",
+    "report": "salsa_peft.cli.report",
+    "hub": "salsa_peft.cli.hub",
+    "doctor": "salsa_peft.cli.doctor",
 }
+"""Command → the module whose `main` runs it; imported only when it is called."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         say(f"salsa {one_line(words[0])}: no such command; {did_you_mean(words[0], list(COMMANDS), 'commands')}")
         return 2
-    return COMMANDS[words[0]](words[1:])
+    code: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+    return code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from salsa_peft.config.load import bundled_names, saved_recipe
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as run_recipe
 from salsa_peft.utils import manifests
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = next((place for place, word in enumerate(words) if _is_run(word)), None)
     if at is not None and "--output-dir" not in words:
         words = [*words[:at], os.path.join(words[at], "recipe.yaml"), *words[at + 1 :], "--output-dir", words[at]]
-    return recipe.main([*words, "--stages", "report", "--force", "report"], prog="salsa report")
+    return run_recipe([*words, "--stages", "report", "--force", "report"], prog="salsa report")
 
 
 def _names(words: Sequence[str]) -> list[str] | None:

@@ -1,1 +1,1 @@
-"""The recipe's schema, how it is read, and what is checked in it. Imports no torch."""
+"""The recipe: its schema, reading it, and checking it. Imports no torch."""

@@ -1,1 +1,1 @@
-"""Rows of any source as demonstrations, preferences, prompts and questions; and the embedded world."""
+"""Demonstrations, preferences, prompts and questions from data of many formats; and the embedded world."""

@@ -1,4 +1,4 @@
-"""Local data against the recipe before a stage begins: columns, numbers of rows, and then every row. Imports no torch."""
+"""Checks of the data that a recipe names, before a stage starts: columns, numbers of rows, then every row. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data import datasets, row_formats
 from salsa_peft.data.files import (
     ACCEPTED_SOURCES,
-    HF_PATH,
-    HF_PREFIX,
+    check_hub_path,
     check_split,
     data_suffix,
     load_rows,
@@ -43,15 +42,13 @@ ROW_KINDS = {
     "prompts": "prompts",
     "held_out": "demonstrations",
 }
-"""Key of `data` → the kind of its rows."""
+"""Key of `data` → kind of its rows."""
 MAX_COUNTED_BYTES = 500_000_000
-"""Bytes of a file that is read to count its rows; of one JSON list a tenth."""
-EXPECTED_ROWS = "expected one JSON object a line"
-EXPECTED_DATA = ACCEPTED_SOURCES
+"""Largest .jsonl file that is read to count its rows; for .json a tenth of it."""
 
 
 def check_local(recipe: Recipe) -> None:
-    """Raise SalsaError for local data that can't be read, lacks a column, or has fewer rows than a batch."""
+    """Raise SalsaError for local data that cannot be read, lacks a column, or has fewer rows than a batch."""
     check_sources(recipe)
     check_rows(recipe)
 
@@ -67,66 +64,58 @@ def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise SalsaError for a source that is no data file, folder or Hub id, and for a local file whose first row is not of its kind."""
+    """Raise SalsaError for a source that is no data file, folder or Hub id, and for a local file whose first row is of another kind."""
     for key, kind, source in sources(recipe):
         if is_local(source.path) and not os.path.isdir(source.path):
-            require(
-                os.path.isfile(source.path),
-                f"{key}: found {short_path(source.path)}, which is no file or folder, expected {EXPECTED_DATA}",
-            )
-            require(
-                data_suffix(source.path) is not None,
-                f"{key}: found {short_path(source.path)}, expected {EXPECTED_DATA}",
-            )
+            path = short_path(source.path)
+            require(os.path.isfile(source.path), f"{key}: there is no file or folder {path}; give {ACCEPTED_SOURCES}")
+            require(data_suffix(source.path) is not None, f"{key}: {path} is no data file; give {ACCEPTED_SOURCES}")
             check_split(source)
             _check_columns(key, kind, source.path)
         elif source.path.startswith("hf://"):
-            require(
-                HF_PATH.match(source.path) is not None,
-                f"{key}: found {short_path(source.path)}, expected {HF_PREFIX}NAMESPACE/NAME, with or without a file or folder in it",
-            )
+            check_hub_path(source.path, key)
         elif not is_local(source.path):
-            check_hub_id(key, source.path, EXPECTED_DATA)
+            check_hub_id(key, source.path, ACCEPTED_SOURCES)
 
 
 def check_rows(recipe: Recipe) -> None:
-    """The embedded world's sizes, and rows of local files, against the batches that are cut from them. How many are too long is seen by
-    the stage."""
-    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
-    wanted = {"demonstrations": ("sft", sft), "preferences": ("reward", reward), "prompts": ("ppo", ppo)}
+    """Raise SalsaError if a local file, or the embedded world, has fewer rows than a batch. Stages check lengths in tokens."""
+    sft, reward = recipe.sft, recipe.reward
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
-    if None not in (recipe.sft.from_ or [None]):
-        del wanted["demonstrations"]
-    for key, (stage, section) in wanted.items():
-        source, toy = getattr(recipe.data, key), recipe.toy
-        rows = count_rows(source) if source is not None else None if toy is None else getattr(toy, key)
-        used = {"preferences": reward.trained, "prompts": "ppo" in algorithms}.get(key, True)
+    for key, stage, used in (
+        ("demonstrations", "sft", None in (sft.from_ or [None])),
+        ("preferences", "reward", reward.trained),
+        ("prompts", "ppo", "ppo" in algorithms),
+    ):
+        source, batch = getattr(recipe.data, key), getattr(recipe, stage).batch_size
+        rows = _number_of_rows(recipe, key)
         if rows is None or not used:
             continue
-        share, why = rows, ""
+        usable, why = rows, ""
         if key == "demonstrations" and sft.subset < 1:
-            share, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
+            usable, why = max(1, round(rows * sft.subset)), f" (sft.subset {sft.subset:g})"
         elif key == "preferences":
-            share, why = rows - reward.held_out_rows(rows), f" (reward.held_out {reward.held_out:g})"
-        found = (
-            f"toy.{key}: found {rows}" if source is None else f"data.{key}: found {rows} in {Path(source.path).name}"
-        )
+            usable, why = rows - reward.held_out_rows(rows), f" (reward.held_out {reward.held_out:g})"
+        found = f"toy.{key}: {rows} rows" if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
         require(
-            share >= section.batch_size,
-            f"{found}, {share} of them to train on{why}, expected at least {stage}.batch_size = {section.batch_size}; add some or lower"
+            usable >= batch,
+            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows or lower"
             f" {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
-        key = "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts"
-        source, section = getattr(recipe.data, key), getattr(recipe, algorithm)
-        rows = count_rows(source) if source is not None else None if recipe.toy is None else getattr(recipe.toy, key)
+        rows = _number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")
         if rows is not None:
-            section.check_rows(rows, algorithm)
+            getattr(recipe, algorithm).check_rows(rows, algorithm)
+
+
+def _number_of_rows(recipe: Recipe, key: str) -> int | None:
+    """Rows of the recipe's own data or of the embedded world's, or None if unknown."""
+    source = getattr(recipe.data, key)
+    return count_rows(source) if source is not None else getattr(recipe.toy, key) if recipe.toy is not None else None
 
 
 def count_rows(source: Source | None) -> int | None:
-    """Rows of a local file (at most its limit); None where they are not known before the stage starts, would take long to count (also of a slice), or there
-    is no source."""
+    """Rows of a local file, at most its limit; None if they are unknown: no source, a folder, the Hub, a slice, a large file."""
     if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
         return None
     status = os.stat(source.path)
@@ -136,7 +125,7 @@ def count_rows(source: Source | None) -> int | None:
 
 @functools.cache
 def _count(path: str, size: int, _: int) -> int | None:
-    """Of a file as it is: its size, and when it was changed."""
+    """Rows of a file; size and modification time are arguments for the cache."""
     try:
         if path.lower().endswith(".parquet"):
             return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
@@ -147,11 +136,11 @@ def _count(path: str, size: int, _: int) -> int | None:
         with open(path, "rb") as file:
             return sum(1 for line in file if line.strip())
     except (OSError, ValueError, RecursionError):
-        return None  # the check of its columns, or the stage, says what is wrong with it
+        return None  # _check_columns or the stage reports it
 
 
 def _first_row(path: str) -> Any:
-    """Of a .jsonl, .json, .csv or .tsv file, also packed; of a .parquet file its columns alone."""
+    """The first row of a data file, also compressed; of a .parquet file its columns."""
     kind = data_suffix(path)
     if kind == ".parquet":
         return dict.fromkeys(importlib.import_module("pyarrow.parquet").read_schema(path).names)
@@ -169,44 +158,46 @@ def _first_row(path: str) -> Any:
 
 
 def _first_of_object(path: str, text: str) -> Any:
-    """Of a .json file that begins with an object: the row that it is, or the first of those in it."""
+    """The first row of a .json file that starts with an object: this object, or the first in its list."""
     try:
         found = json.JSONDecoder().raw_decode(text)[0]
-    except ValueError:  # it may be longer than what was read
+    except ValueError:  # the object may be longer than the text
         first = read_file(path)[0]
         return json.loads(first) if isinstance(first, bytes) else first
     return next(iter(rows_in(found, path)), None)
 
 
 def _check_columns(where: str, kind: str, path: str) -> None:
-    """The first row of a local file is one of its kind; of a .parquet file the columns are."""
-    name, form = short(Path(path).name), "JSON" if "json" in str(data_suffix(path)) else str(data_suffix(path))[1:]
+    """Raise SalsaError unless the first row of a local file (of .parquet the columns) is of its kind."""
+    name, suffix = short(Path(path).name), str(data_suffix(path))
     try:
         row = _first_row(path)
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, lzma.LZMAError) as error:
+        form = "JSON" if "json" in suffix else suffix[1:]
         why = error.strerror if isinstance(error, OSError) and error.strerror else f"its first row is not {form}"
-        raise SalsaError(f"{where}: {name} cannot be read: {why}; {EXPECTED_ROWS}") from error
-    if not isinstance(row, dict):
-        raise SalsaError(f"{where}: found {'no rows' if row is None else short(row)} in {name}, {EXPECTED_ROWS}")
-    columns = ", ".join(map(str, list(row)[:12])) or "none"
+        raise SalsaError(f"{where}: {name} cannot be read: {why}") from error
+    require(row is not None, f"{where}: {name} has no rows")
+    require(isinstance(row, dict), f"{where}: the first row of {name} must be a JSON object, not {short(row)}")
+    columns = ", ".join(map(str, list(row)[:12])) or "no columns"
     expected = row_formats.EXPECTED_COLUMNS[kind]
     require(
-        row_formats.has_columns_of(kind, set(row)),
-        f"{where}: found the columns {columns} in {name}, expected {expected}",
+        row_formats.has_columns_of(kind, set(row)), f"{where}: {name} has the columns {columns}; it needs {expected}"
     )
-    alone = kind == "preferences" and row_formats.lacks_prompt(row)
-    require(not alone, f"{where}: found text in chosen and no `prompt` in {name}, expected one beside it")
+    require(
+        kind != "preferences" or not row_formats.lacks_prompt(row),
+        f"{where}: {name} has text in chosen, which needs a column `prompt` beside it; add the column",
+    )
 
 
 MAX_CHECKED_BYTES = 300_000_000
-"""Bytes of a file, or of a folder's files, that are read for it: a few seconds."""
+"""Largest local file, or folder, whose every row is checked: it takes a few seconds."""
 STAGE_DATA = {
     "sft": ("demonstrations",), "soup": ("held_out",), "reward": ("preferences",), "dpo": ("preferences",), "kto": ("preferences",), "ppo": ("prompts",),
     "rloo": ("prompts",), "grpo": ("prompts",), "landscape": ("evaluation",), "evaluate": ("evaluation",),
 }  # fmt: skip
-"""Stage → the data that it reads."""
+"""Stage → kinds of data that it reads."""
 MAX_HUB_ROWS = 1000
-"""Rows of a data set of the Hub that are read, after the fixed shuffle that `limit` has."""
+"""Rows of a Hub dataset that are checked: the first ones after the fixed shuffle of `limit`."""
 READERS: dict[str, Callable[[Source], Any]] = {
     "demonstrations": datasets.demonstrations,
     "held_out": datasets.demonstrations,
@@ -217,29 +208,30 @@ READERS: dict[str, Callable[[Source], Any]] = {
 
 
 def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
-    """Raise SalsaError for the first row, by file, number and column, that one of these stages could not use; with `hub` also for a data
-    set of the Hub that cannot be fetched, or has such a row."""
+    """Raise SalsaError for the first row, with file, number and column, that one of these stages could not use.
+
+    hub=False checks local data; hub=True Hub datasets, and raises SalsaError for one that cannot be downloaded.
+    """
     kinds = {kind for stage in stages for kind in STAGE_DATA.get(stage, ())}
     own = {name: getattr(recipe.data, name) for name in READERS if name != "evaluation"}
     for kind, reader in READERS.items():
-        sources = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
-        for source in sources if kind in kinds else ():
-            if source is not None and (not is_local(source.path) if hub else _is_small(source.path)):
-                with contextlib.redirect_stderr(io.StringIO()):  # what is odd the stage says
-                    part = source if is_local(source.path) else _part(source)
-                    rows = reader(part)
-                _check_functions(recipe, kind, part)
-                for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
-                    datasets.check_no_template_options(rows, stage)
-
-
-def _part(source: Source) -> Source:
-    """At most HUB_ROWS of the rows that a stage would read."""
-    return dataclasses.replace(source, limit=min(source.limit or MAX_HUB_ROWS, MAX_HUB_ROWS))
+        named = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
+        for source in named if kind in kinds else ():
+            if source is None or not (not is_local(source.path) if hub else _is_small(source.path)):
+                continue
+            limit = source.limit
+            if not is_local(source.path):
+                limit = min(limit or MAX_HUB_ROWS, MAX_HUB_ROWS)
+            part = dataclasses.replace(source, limit=limit)
+            with contextlib.redirect_stderr(io.StringIO()):  # the stage prints the warnings
+                rows = reader(part)
+            _check_functions(recipe, kind, part)
+            for stage in sorted({"rloo", "grpo"} & set(stages)) if kind == "prompts" else ():
+                datasets.check_no_template_options(rows, stage)
 
 
 def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
-    """Raise SalsaError for a reward function that takes a column which no row of the prompts that it scores has."""
+    """Raise SalsaError for a reward function with an argument that is a column of no row of its prompts."""
     functions = [part for part in recipe.reward.parts if part.kind == "function"]
     if functions and kind in ("prompts", "evaluation"):
         columns = {name for _, row in load_rows(source) for name in row}
@@ -248,7 +240,7 @@ def _check_functions(recipe: Recipe, kind: str, source: Source) -> None:
 
 
 def _is_small(path: str) -> bool:
-    """Whether a path is a local file, or a folder of data, of at most LARGEST bytes."""
+    """Whether a path is a local data file or folder of at most MAX_CHECKED_BYTES."""
     if os.path.isdir(path):
         return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()) <= MAX_CHECKED_BYTES
     return data_suffix(path) is not None and os.path.isfile(path) and os.path.getsize(path) <= MAX_CHECKED_BYTES

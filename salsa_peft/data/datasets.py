@@ -1,12 +1,11 @@
-"""Datasets → demonstrations, preferences, prompts, in one form each: lists of messages (or text, for prompts).
+"""Demonstrations, preferences and prompts of a source, each in one form: lists of messages.
 
-Which columns are read: data/row_formats.py. A row that does not fit is refused by its number and column, never dropped in silence; what is odd
-and may be meant is said once.
+data/row_formats.py lists the accepted columns. An unusable row raises an error with its number and column, and no row is dropped without a
+message. Suspicious but usable rows are counted and reported once.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from salsa_peft.data.files import check_characters, load_rows
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.message_formats import parse_messages as check_messages
 from salsa_peft.data.row_formats import Prompt
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -38,70 +38,61 @@ TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 
 
 def training_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """The training sets and the held-out demonstrations: the recipe's own, else the embedded world's in folder `toy`."""
+    """The recipe's training data and held-out demonstrations, or the embedded world's in the folder `toy`."""
     given = {name: getattr(recipe.data, name) for name in TOY_FILES}
     return {name: source or Source(path=str(toy / TOY_FILES[name])) for name, source in given.items() if source or toy}  # type: ignore[operator]
 
 
 def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
-    """Name → held-out prompts: the recipe's, else the embedded world's, in and out of distribution."""
+    """Name → evaluation prompts: the recipe's, or the embedded world's, in and out of distribution."""
     if recipe.evaluate.prompts or toy is None:
         return dict(recipe.evaluate.prompts)
     return {name: Source(path=str(toy / file)) for name, file in TOY_PROMPTS.items()}
 
 
-def warn_about_rows(path: str, numbers: Sequence[int], rows: int, what: str) -> None:
-    """Say once what holds for the rows with these numbers."""
-    if numbers:
-        told = f"{path}: {len(numbers)} of {rows} rows (the first: row {min(numbers)}) {what}"
-        print(told, file=sys.stderr, flush=True)
-
-
-DROPPED_FIELD = "have {} that the tokenizer's chat template drops: the model does not see it"
+DROPPED_FIELD = "have {} that the tokenizer's chat template drops, so the model does not see it"
 DROPPED_SYSTEM_TURN = DROPPED_FIELD.format("a system turn")
-EMPTY_ANSWER = "have an empty answer: a model learns from it to say nothing"
+EMPTY_ANSWER = "have an empty answer, from which a model learns to say nothing"
 EMPTY_PROMPT = "have an empty prompt"
-IDENTICAL_PAIR = "left out: chosen and rejected are the same, which says nothing"
-UNDESIRABLE = "left out: their label is false, an answer that nobody wants (KTO's)"
-REPEATED_PROMPT = (
-    "have a chosen and a rejected text that begin with the prompt: it is taken off them, and stands before them once"
-)
+IDENTICAL_PAIR = "are left out, because chosen and rejected are the same"
+UNDESIRABLE = "are left out, because their label is false: an undesirable answer of KTO's data"
+REPEATED_PROMPT = "repeat the prompt at the start of chosen and rejected; it is removed there"
 UNRELATED_PROMPT = (
-    "have a prompt column that chosen does not begin with: it is not read, chosen and rejected hold their own"
+    "have a prompt column that is no part of chosen; it is ignored, because chosen and rejected are whole chats"
 )
-PLACEHOLDER_INPUT = "have an input that says there is none: it is in the prompt as it stands"
-PROMPT_WITHOUT_SYSTEM = "have a system turn in their chats that `prompt` has not: the prompt is asked without it"
+PLACEHOLDER_INPUT = "have a placeholder such as 'n/a' in input, which stays in the prompt"
+PROMPT_WITHOUT_SYSTEM = "have a system turn in their chats but not in `prompt`; it is not used"
 EMPTY_INPUTS = ("no input", "noinput", "<noinput>", "n/a", "none")
-"""What some Alpaca rows have in `input` for none."""
+"""Placeholders for an empty `input` in Alpaca data."""
 
 
 class RowWarnings:
-    """What is odd in a source's rows, said once for each kind with the number of rows."""
+    """Warnings about a source's rows, each printed once with the number of rows and the first of them."""
 
     def __init__(self, path: str) -> None:
         self.path, self.rows = path, defaultdict[str, list[int]](list)
 
     def add(self, number: int, what: str, holds: object = True) -> None:
-        """Row `number`, where it holds."""
+        """Count row `number` if the warning holds for it."""
         if holds:
             self.rows[what].append(number)
 
     def add_dropped(self, number: int, fields: Sequence[str]) -> None:
-        """What the template leaves out of a row."""
+        """Count row `number` for each field that the chat template drops."""
         for field in fields:
             self.add(number, DROPPED_FIELD.format(field))
 
     def print(self, rows: int) -> None:
-        """Says it; `rows` is the number of all."""
+        """Print the warnings; `rows` is the number of all rows."""
         for what, numbers in self.rows.items():
-            warn_about_rows(self.path, numbers, rows, what)
+            say(f"{self.path}: {len(numbers)} of {rows} rows (first: row {min(numbers)}) {what}")
 
 
 def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
-    """→ rows {messages}, each with an assistant's turn; a chat's turns after the last such turn are cut off.
+    """Rows {messages}, which end with an assistant turn: turns after the last one are cut off.
 
-    With `tools` and `chat_template_kwargs` where the data has them, and `skipped`: the positions of the assistant's turns that the loss
-    leaves out. tokenizer: whose chat template each row is tried on, and in whose form messages come.
+    Rows also have `tools` and `chat_template_kwargs` if the data has them, and `skipped`: positions of the assistant turns without loss.
+    tokenizer: renders each row with its chat template as a check, and determines the form of the messages.
     """
     rows, odd = [], RowWarnings(source.path)
     loaded = load_rows(source)
@@ -114,12 +105,12 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
         messages = list(found.messages)
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
-        require(bool(messages), f"{where}, {found.name}: found no assistant turn, expected at least one")
+        require(bool(messages), f"{where}, {found.column}: has no assistant turn; add one")
         skipped = [place for place in found.skipped if place < len(messages)]
         spoken = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         require(
             len(skipped) < len(spoken),
-            f"{where}, {found.name}: found no assistant turn with a weight, expected at least one",
+            f"{where}, {found.column}: every assistant turn has weight 0, so there is nothing to learn; leave out the row",
         )
         odd.add(
             number,
@@ -127,26 +118,26 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
             str(row.get("input")).strip().lower() in EMPTY_INPUTS and row.get("input") is not None,
         )
         messages = messages_for_template(messages, tokenizer)
-        fields = dropped_fields(messages, tokenizer, f"{where}, {found.name}", template_options(more))
+        fields = dropped_fields(messages, tokenizer, f"{where}, {found.column}", template_options(more))
         odd.add_dropped(number, fields)
         calls = TOOL_CALLS_FIELD not in fields
         odd.add(number, EMPTY_ANSWER, any(is_empty(messages[place], calls) for place in spoken if place not in skipped))
         rows.append({"messages": messages, **more, **({"skipped": skipped} if skipped else {})})
     odd.print(len(loaded))
-    require(bool(rows), f"{source.path}: found a label of false in every row, expected demonstrations to learn from")
+    require(bool(rows), f"{source.path}: every row has the label false; give demonstrations to learn from")
     return rows
 
 
 def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
-    """Whether a turn says nothing and calls nothing; calls: whether the template shows a call."""
+    """Whether a turn has neither text nor tool calls. calls: whether the template shows tool calls."""
     return not message_text(message).strip() and not (calls and message.get("tool_calls"))
 
 
 def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
-    """→ rows {chosen, rejected}, whole chats that start with the prompt (TRL's implicit-prompt form); pairs of equals are left out, and told.
+    """Rows {chosen, rejected}: whole chats that start with the prompt (TRL's implicit-prompt form). Identical pairs are left out.
 
-    The prompt, where it has a column, is put before answers that don't hold it already. With `tools` and `chat_template_kwargs` where the
-    data has them. tokenizer: whose chat template each row is tried on, and in whose form messages come.
+    A prompt column is put before answers that do not contain the prompt. Rows also have `tools` and `chat_template_kwargs` if the data has
+    them. tokenizer: renders each row with its chat template as a check, and determines the form of the messages.
     """
     rows, odd = [], RowWarnings(source.path)
     loaded = load_rows(source)
@@ -156,8 +147,8 @@ def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
         sides = dict(zip(("chosen", "rejected"), pair[:2], strict=True))
         for name, chat in zip(pair.names, sides.values(), strict=True):
             last = chat[-1]["role"]
-            require(last == "assistant", f"{where}, {name}: found a last turn of {last}, expected assistant")
-        odd.add(number, REPEATED_PROMPT, pair.taken_off)
+            require(last == "assistant", f"{where}, {name}: must end with an assistant turn, not with a {last} turn")
+        odd.add(number, REPEATED_PROMPT, pair.prompt_removed)
         if pair.chosen == pair.rejected:
             odd.add(number, IDENTICAL_PAIR)
             continue
@@ -165,87 +156,79 @@ def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
         odd.add(number, EMPTY_ANSWER, is_empty(pair.chosen[-1]))
         odd.add(number, UNRELATED_PROMPT, row_formats.has_unrelated_prompt(pair))
         sides = {name: messages_for_template(chat, tokenizer) for name, chat in sides.items()}
-        told = [
+        fields = [
             dropped_fields(chat, tokenizer, f"{where}, {name}", template_options(more))
             for name, chat in zip(pair.names, sides.values(), strict=True)
         ]
-        odd.add_dropped(number, sorted({field for fields in told for field in fields}))
+        odd.add_dropped(number, sorted(set().union(*fields)))
         rows.append({**sides, **more})
     odd.print(len(loaded))
-    require(bool(rows), f"{source.path}: found chosen and rejected the same in every row, expected pairs that differ")
+    require(bool(rows), f"{source.path}: chosen and rejected are the same in every row; give pairs that differ")
     return rows
 
 
-def check_prompt_end(prompt: Messages, where: str) -> None:
-    """Raise SalsaError for a prompt that ends with an answer."""
-    spoken = prompt[-1]["role"] == "assistant"
-    require(not spoken, f"{where}: found a last turn of assistant, expected user: the policy answers next")
-
-
 def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
-    """Raise SalsaError unless two chats part where the assistant speaks: else they answer different prompts."""
+    """Raise SalsaError unless two chats first differ in an assistant turn; otherwise they answer different prompts."""
     place = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     answers = place is not None and chosen[place]["role"] == rejected[place]["role"] == "assistant"
     turn = 1 + (min(len(chosen), len(rejected)) if place is None else place)
     require(
         answers,
-        f"{where}: found another prompt than chosen's (turn {turn}), expected the same up to an assistant's turn",
+        f"{where}: answers another prompt than chosen does (they differ in turn {turn}); both must have the same prompt",
     )
 
 
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """→ rows {prompt}, messages that end before the assistant speaks; with `columns`, the row's others too, for a reward function.
+    """Rows {prompt}: messages up to the first answer. columns: keep the data's other columns, for reward functions.
 
-    Of several turns the first. With `tools` and `chat_template_kwargs` where the data has them. tokenizer: whose chat template each row
-    is tried on.
+    Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a check.
     """
     rows, odd = [], RowWarnings(source.path)
     for number, row in load_rows(source):
         where = f"{source.path}, row {number}"
-        asked, more = read_prompt(row, where), row_parts.template_inputs(row, where)
-        odd.add(number, EMPTY_PROMPT, not (asked.turns or (asked.messages[-1]["content"],))[0].strip())
-        odd.add(number, PROMPT_WITHOUT_SYSTEM, row_formats.prompt_lacks_system_turn(row, asked))
+        prompt, more = read_prompt(row, where), row_parts.template_inputs(row, where)
+        odd.add(number, EMPTY_PROMPT, not prompt.texts[0].strip())
+        odd.add(number, PROMPT_WITHOUT_SYSTEM, row_formats.prompt_lacks_system_turn(row, prompt))
         odd.add_dropped(
             number,
             dropped_fields(
-                messages_for_template(asked.messages, tokenizer),
+                messages_for_template(prompt.messages, tokenizer),
                 tokenizer,
-                f"{where}, {asked.name}",
+                f"{where}, {prompt.column}",
                 template_options(more),
             ),
         )
-        rows.append({**(row if columns else {}), "prompt": asked.messages, **more})
+        rows.append({**(row if columns else {}), "prompt": prompt.messages, **more})
     odd.print(len(rows))
     return rows
 
 
 def check_no_template_options(rows: Sequence[dict[str, Any]], stage: str) -> None:
-    """Raise SalsaError for prompts with options of their own, which TRL's RLOO and GRPO leave out of what they render."""
+    """Raise SalsaError for prompts with tools or template options, which TRL's RLOO and GRPO ignore."""
     own = [number for number, row in enumerate(rows, 1) if template_options(row)]
     require(
         not own,
-        f"data.prompts: found `tools` or `chat_template_kwargs` in {len(own)} rows (the first: row {min(own, default=0)}), which TRL's {stage}"
-        " leaves out of its prompts; take the columns out, or use algorithm ppo",
+        f"data.prompts: {len(own)} rows (first: row {min(own, default=0)}) have `tools` or `chat_template_kwargs`, which TRL's {stage} ignores;"
+        " remove the columns, or use algorithm ppo",
     )
 
 
 def read_prompt(row: dict[str, Any], where: str) -> Prompt:
-    """What a row asks: messages before the answer, and the texts of several user's turns where the row has them (`turns`, or `prompt` as
-    a list of texts). Raises SalsaError that names `where`."""
-    asked = row_formats.prompt(row, where)
-    check_prompt_end(asked.messages, f"{where}, {asked.name}")
-    return asked
+    """The prompt of a row, which must not end with an answer. Raises SalsaError that names `where` and the column."""
+    prompt = row_formats.prompt(row, where)
+    require(prompt.messages[-1]["role"] != "assistant", f"{where}, {prompt.column}: {row_formats.ENDS_WITH_ANSWER}")
+    return prompt
 
 
 def prompt_tokens(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, number: int | None = None, name: str = "prompts"
 ) -> list[int]:
-    """Token ids of a row's prompt: `input_ids` as they are; messages through the chat template, with the row's `tools` and
-    `chat_template_kwargs`; text as it is, with one BOS.
+    """Token ids of a row's prompt.
 
-    number, name: the row's and its data set's, for messages.
+    `input_ids` are used as they are, messages rendered with the chat template and the row's `tools` and `chat_template_kwargs`, text
+    tokenized with one BOS. number, name: of the row and its dataset, for error messages.
     """
     if "input_ids" in row:
         return list(row["input_ids"])
@@ -264,8 +247,11 @@ def prompt_tokens(
 
 
 def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
-    """Rows as TRL's trainers take them. Chats, tools and options are JSON in Arrow: as structs every object would get the keys of all, and
-    arguments that differ in type would be refused."""
+    """Rows as a Dataset for TRL's trainers.
+
+    Chats, tools and options are Arrow's JSON type: as structs, every object would get the keys of all, and arguments of different types
+    would be rejected.
+    """
     from datasets import Dataset, Features, Json, concatenate_datasets
 
     nested = [name for name in JSON_COLUMNS if any(name in row for row in rows)]
@@ -279,9 +265,9 @@ def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 JSON_COLUMNS = ("messages", "chosen", "rejected", "prompt", "tools", "chat_template_kwargs", "skipped")
-"""Columns of ours whose values are lists and objects."""
+"""Columns that hold lists and objects."""
 
 
 def prompt_text(prompt: Messages) -> str:
-    """A prompt for people: the content of one turn, or its turns with their roles."""
+    """A prompt as readable text: the content of a single turn, or all turns with their roles."""
     return prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -1,4 +1,4 @@
-"""A source's rows with their numbers: files, folders, the Hub; what can't be read is named in a line."""
+"""Reading the rows of a data source with their numbers: files, folders, the Hub. Errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import json
 import lzma
 import random
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,26 +18,31 @@ from typing import Any
 
 from salsa_peft.config.schema import Source
 from salsa_peft.data.row_formats import EXPECTED_COLUMNS, has_columns_of
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import describe, one_line, short
 
 SHUFFLE_SEED = 20_241
 HF_PREFIX = "hf://datasets/"
-"""Begins the Hub's own paths: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
+"""Start of a path on the Hub: hf://datasets/NAMESPACE/NAME[@REVISION][/FOLDER or FILE]."""
 HF_PATH = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?\Z")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Suffix of packed files → what opens them."""
+"""Suffix of compressed files → function that opens them."""
+ACCEPTED_SOURCES = (
+    "a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+)
+"""Forms of a source, for messages."""
 
 
 def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a source with their numbers, from 1, blank lines not counted; with `limit`, the first after a fixed shuffle. Raises
-    SalsaError for none.
+    """The rows of a source with their numbers, from 1 and without blank lines; with `limit`, the first ones after a fixed shuffle.
 
-    Local files are read here: datasets' cache goes by path and time, and its errors name no row.
+    Local files are read here and not by datasets, whose cache goes by path and time and whose errors name no row. Raises SalsaError,
+    also for a source without rows.
     """
     check_split(source)
-    rows: Any = _rows(source)
-    require(len(rows) > 0, f"{source.path}: found no rows, expected at least one")
+    rows = _rows(source)
+    require(len(rows) > 0, f"{source.path}: has no rows")
     places = _sliced(source, len(rows)) if is_single_file(source) else list(range(len(rows)))
     if source.limit is not None and source.limit < len(places):
         random.Random(SHUFFLE_SEED).shuffle(places)
@@ -47,21 +51,21 @@ def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
 
 
 def is_single_file(source: Source) -> bool:
-    """Whether a source is one file, read here and not by datasets."""
+    """Whether a source is one file, which is read here and not by datasets."""
     return data_suffix(source.path) is not None and not Path(source.path).is_dir()
 
 
 def check_split(source: Source) -> None:
-    """Raise SalsaError for a split of a single file that is neither train nor a slice: it would have no effect."""
+    """Raise SalsaError for a split of a single file other than train or a slice, since it would have no effect."""
     require(
         not is_single_file(source) or source.split == "train" or "[" in source.split,
-        f"{source.path}: split {source.split!r} cannot be found in a single file, whose rows are all read. Take `split` out (train), cut a slice"
-        " such as train[:80%], or name the file that holds this split",
+        f"{source.path}: a single file has no split {source.split!r}. Remove `split`, use a slice such as train[:80%], or name the file with this"
+        " split",
     )
 
 
 def _sliced(source: Source, rows: int) -> list[int]:
-    """The places of a file's rows that a slice names, as datasets reads `train[:80%]`; a file is its own split, whatever the name.
+    """Indices of a file's rows in a slice such as `train[:80%]`, as datasets reads it; the split's name does not matter.
 
     Raises SalsaError for a slice that datasets cannot read, and for one without rows.
     """
@@ -75,23 +79,22 @@ def _sliced(source: Source, rows: int) -> list[int]:
         names = {part.partition("[")[0].strip() for part in source.split.split("+")}
         parts = spec.to_absolute(dict.fromkeys(names, rows))
     except (ValueError, AssertionError) as error:
-        raise SalsaError(
-            f"{where} is no slice of {rows} rows ({one_line(error)}); write one such as train[:80%]"
-        ) from error
+        problem = f"is not a slice of {rows} rows ({one_line(error)}); use one such as train[:80%]"
+        raise SalsaError(f"{where} {problem}") from error
     places = [place for part in parts for place in range(rows)[part.from_ : part.to]]
-    require(bool(places), f"{where} names none of the {rows} rows; write one such as train[:80%]")
+    require(bool(places), f"{where} contains none of the {rows} rows; use a slice such as train[:80%]")
     return places
 
 
 def _rows(source: Source) -> Any:
-    """The rows of a file, or of what datasets reads."""
+    """The rows of a file, or a view of the rows that datasets reads."""
     if not is_single_file(source):
         return _LazyRows(_dataset(source))
-    return read_file(_fetched(source) if source.path.startswith(HF_PREFIX) else source.path)
+    return read_file(_download(source) if source.path.startswith(HF_PREFIX) else source.path)
 
 
 class _LazyRows:
-    """Rows of a datasets.Dataset, each read when it is asked for."""
+    """Rows of a datasets.Dataset, each read on access."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -104,7 +107,7 @@ class _LazyRows:
 
 
 def data_suffix(path: str) -> str | None:
-    """The suffix by which a file is read, .jsonl of X.JSONL.gz; None for what is no data file by its name. A pattern (*) is none."""
+    """The suffix of a data file in lower case without compression (X.JSONL.gz: .jsonl); None for other names and for patterns (*)."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in OPENERS:
         suffixes.pop()
@@ -113,7 +116,7 @@ def data_suffix(path: str) -> str | None:
 
 
 def read_file(path: str) -> list[Any]:
-    """The rows of a file, those of jsonl as its lines. Raises SalsaError for what can't be read."""
+    """The rows of a file; of jsonl its lines, not parsed yet. Raises SalsaError for a file that cannot be read."""
     kind = data_suffix(path)
     assert kind is not None, path
     try:
@@ -123,60 +126,61 @@ def read_file(path: str) -> list[Any]:
 
 
 def parse_row(row: Any, where: str) -> dict[str, Any]:
-    """A line of jsonl, or a row as it is. Raises SalsaError unless it is an object of columns, its text whole characters."""
+    """A row, parsed if it is a line of jsonl. Raises SalsaError unless it is an object without lone surrogates."""
     try:
         value = json.loads(row) if isinstance(row, str | bytes) else row
     except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: found {row[:60]!r} ({one_line(error)}), expected one JSON object a line") from error
-    require(isinstance(value, dict), f"{where}: found {str(value)[:60]!r}, expected one JSON object a line")
+        raise SalsaError(
+            f"{where}: {row[:60]!r} is not valid JSON ({one_line(error)}); write one object per line"
+        ) from error
+    require(
+        isinstance(value, dict), f"{where}: must be a JSON object, not {str(value)[:60]!r}; write one object per line"
+    )
     for name, entry in value.items():
         check_characters(entry, f"{where}, {one_line(name)}")
     return value
 
 
 def check_characters(value: Any, where: str) -> None:
-    """Raise SalsaError for half of a surrogate pair, as JSON cut inside an emoji holds: tokenizers, Arrow and files take none."""
+    """Raise SalsaError for a lone surrogate (half an emoji in truncated JSON): tokenizers, Arrow and files reject it."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise SalsaError(
-            f"{where}: found {half!r}, half of a character (a lone surrogate), expected whole ones; mend the text"
-        ) from error
+        problem = f"contains {error.object[error.start]!r}, half of a character (a lone surrogate); correct the text"
+        raise SalsaError(f"{where}: {problem}") from error
 
 
 def without_null_keys(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose objects lack their null keys: Arrow gives each object of a column the keys of all, and templates ask whether one is there.
+    """A row without null keys in its objects. The columns themselves stay.
 
-    As TRL's remove_none_values, which imports torch. The columns themselves stay.
+    Arrow gives every object of a column the keys of all, and templates test whether a key exists. TRL's remove_none_values does the same,
+    but TRL imports torch.
     """
 
     def clean(value: Any) -> Any:
         if isinstance(value, list):
-            return [clean(one) for one in value]
+            return [clean(entry) for entry in value]
         if isinstance(value, dict):
-            return {key: clean(one) for key, one in value.items() if one is not None}
+            return {key: clean(entry) for key, entry in value.items() if entry is not None}
         return value
 
     return {name: clean(value) for name, value in row.items()}
 
 
 def open_bytes(path: Path) -> Any:
-    """A file to read, unpacked."""
+    """A file opened for reading, decompressed."""
     return OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
 def _text(path: Path) -> bytes:
-    """Unpacked, without a byte order mark. Raises SalsaError for UTF-16, whose lines are none of UTF-8's."""
+    """A file's bytes, decompressed and without byte order mark. Raises SalsaError for UTF-16."""
     try:
         with open_bytes(path) as file:
             text = bytes(file.read())
     except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise SalsaError(
-            f"{path}: cannot be unpacked: {one_line(error)}; copy it again, or unpack it yourself"
-        ) from error
+        raise SalsaError(f"{path}: cannot be decompressed: {one_line(error)}; copy it again") from error
     wide = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    require(not wide, f"{path}: found UTF-16, expected UTF-8; save it as that")
+    require(not wide, f"{path}: is UTF-16; save it as UTF-8")
     return text.removeprefix(codecs.BOM_UTF8)
 
 
@@ -185,7 +189,7 @@ def _lines(path: Path) -> list[Any]:
 
 
 def _json(path: Path) -> list[Any]:
-    """A list of objects, one object over several lines, an object that holds such a list alone ({"data": […]}), or an object a line."""
+    """Rows of a .json file: a list of objects, one object, an object with one list of objects ({"data": […]}), or one object per line."""
     text = _text(path)
     if not text.lstrip().startswith((b"[", b"{")):
         return _lines(path)
@@ -194,30 +198,30 @@ def _json(path: Path) -> list[Any]:
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith(b"{"):
             return _lines(path)
-        raise SalsaError(f"{path}: found no JSON ({one_line(error)}), expected a list of objects") from error
+        raise SalsaError(f"{path}: is not valid JSON ({one_line(error)}); it must be a list of objects") from error
     return rows_in(found, path)
 
 
 def rows_in(found: Any, path: Path | str) -> list[Any]:
-    """The rows of a JSON file by what it holds: a list's, those of the one list of objects in an object that is no row, or the object."""
+    """The rows of parsed JSON: the entries of a list, or of the one list of objects in an object that is not a row, or the object."""
     if not isinstance(found, dict) or any(has_columns_of(kind, set(found)) for kind in EXPECTED_COLUMNS):
         return [found] if isinstance(found, dict) else list(found)
     lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     require(
         len(lists) < 2,
-        f"{path}: found one object with the lists {one_line(', '.join(lists))}, expected a list of rows; put the one to read into a file of its own",
+        f"{path}: is an object with the lists {one_line(', '.join(lists))}; put the one to read into its own file",
     )
     return list(found[lists[0]]) if lists else [found]
 
 
 def read_table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
-    """The rows of csv, or of tsv, whose columns are all text. Raises csv.Error, and SalsaError for a row of more fields than the header has."""
+    """The rows of csv or tsv, all columns as text. Raises csv.Error, and SalsaError for a row with more fields than the header."""
     csv.field_size_limit(2**31 - 1)
     tab = "\t" if data_suffix(str(path)) == ".tsv" else ","
     for number, row in enumerate(csv.DictReader(text, delimiter=tab, strict=True), 1):
         require(
             None not in row,
-            f"{path}, row {number}: found more fields than the header's, expected as many; put text with commas in quotes",
+            f"{path}, row {number}: has more fields than the header; put text with commas in quotes",
         )
         yield row
 
@@ -226,7 +230,9 @@ def _table(path: Path) -> list[Any]:
     try:
         return list(read_table(path, io.StringIO(_text(path).decode(), newline="")))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise SalsaError(f"{path}: found no table ({one_line(error)}), expected a header and rows, in UTF-8") from error
+        raise SalsaError(
+            f"{path}: is not a table ({one_line(error)}); it must have a header and rows, in UTF-8"
+        ) from error
 
 
 def _parquet(path: Path) -> list[Any]:
@@ -235,22 +241,25 @@ def _parquet(path: Path) -> list[Any]:
     try:
         return [without_null_keys(row) for row in parquet.read_table(path).to_pylist()]
     except ArrowInvalid as error:
-        raise SalsaError(f"{path}: found no Parquet ({one_line(error)}), expected a table") from error
+        raise SalsaError(f"{path}: is not a Parquet file ({one_line(error)})") from error
+
+
+def check_hub_path(path: str, where: str) -> re.Match[str]:
+    """The parts of an hf:// path. Raises SalsaError, starting with `where`, for another form."""
+    match = HF_PATH.match(path)
+    if match is None:
+        raise SalsaError(f"{where}: {short(path)} must have the form {HF_PREFIX}NAMESPACE/NAME[/FOLDER or FILE]")
+    return match
 
 
 def _hub_path(source: Source) -> tuple[str, str | None, str]:
-    """An hf:// path → repository, revision, what is in it. Raises SalsaError for another form."""
-    match = HF_PATH.match(source.path)
-    require(
-        match is not None,
-        f"{source.path}: found {short(source.path)}, expected {HF_PREFIX}NAMESPACE/NAME, with or without a file or folder in it",
-    )
-    assert match is not None
+    """Repository, revision and inner path of an hf:// path."""
+    match = check_hub_path(source.path, source.path)
     return match[1], match[2] or source.revision, match[3] or ""
 
 
-def _fetched(source: Source) -> str:
-    """The local copy of one file of the Hub."""
+def _download(source: Source) -> str:
+    """The local copy of a single file on the Hub."""
     from huggingface_hub import hf_hub_download
 
     from salsa_peft.utils.hub import readable_hub_errors
@@ -261,7 +270,7 @@ def _fetched(source: Source) -> str:
 
 
 def _dataset(source: Source) -> Any:
-    """A folder's or the Hub's, read by datasets. Raises SalsaError with what it says."""
+    """The Dataset of a folder or Hub repository, read by datasets, whose errors become SalsaErrors."""
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
@@ -281,38 +290,41 @@ def _dataset(source: Source) -> Any:
     except DatasetGenerationError as error:
         check_same_columns(folder)
         why = one_line(error.__cause__ or error)
-        raise SalsaError(f"{source.path}: found a file that does not parse ({why}), expected rows alike") from error
+        raise SalsaError(f"{source.path}: a file cannot be parsed like the others ({why})") from error
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         for path in _files(folder):
-            read_file(str(path))  # which names the file that can't be read
+            read_file(str(path))  # names the file that cannot be read
         line = explain_hub_error(error, f"datasets/{source.path.removeprefix(HF_PREFIX)}")
-        raise SalsaError(line or f"{source.path}: cannot be read as {_wanted(source)}: {one_line(error)}") from error
+        name = "" if source.name is None else f", name {short(source.name)}"
+        problem = f"cannot be read as a dataset (split {short(source.split)}{name}): {one_line(error)}"
+        raise SalsaError(line or f"{source.path}: {problem}") from error
     if isinstance(found, DatasetDict):
-        splits = ", ".join(found)
-        require(source.split in found, f"{source.path}: found the splits {splits}, expected `split` to be one of them")
+        require(
+            source.split in found, f"{source.path}: has no split {short(source.split)}; use one of {', '.join(found)}"
+        )
         found = found[source.split]
     assert isinstance(found, Dataset)
     read = BUILDER_SUFFIXES.get(str(found.info.builder_name), tuple(READERS))
     for path in _files(folder):
         if data_suffix(str(path)) not in read and path.name != "dataset_infos.json":
-            print(f"{path}: not read, since the folder's other files are {read[0]}", file=sys.stderr, flush=True)
+            say(f"{path}: ignored, because the folder's other files are {read[0]}")
     return found
 
 
 def _files(folder: Path) -> list[Path]:
-    """A local folder's data files, those of save_to_disk's none."""
+    """A local folder's data files; none for a folder of save_to_disk."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and data_suffix(str(path)) is not None]
 
 
 def check_table_widths(folder: Path) -> None:
-    """Raise SalsaError for a row of a folder's csv or tsv that has more fields than the header: pandas takes the first for its name, in silence."""
-    for path in _files(folder) if not (folder / "README.md").is_file() else ():  # which may say how its tables are read
+    """Raise SalsaError for a csv or tsv row with more fields than the header, of which pandas would make an index without an error."""
+    for path in _files(folder) if not (folder / "README.md").is_file() else ():  # README.md may define how to read them
         if data_suffix(str(path)) in (".csv", ".tsv"):
             read_file(str(path))
 
 
 def check_same_columns(folder: Path) -> None:
-    """Raise SalsaError that names the file of a local folder which can't be read, or whose first row has other columns or kinds of values."""
+    """Raise SalsaError that names the first file of a folder that cannot be read, or whose columns or types differ from the others'."""
     first: Path | None = None
     known: dict[str, Any] = {}
     for path in _files(folder):
@@ -320,23 +332,19 @@ def check_same_columns(folder: Path) -> None:
         if not rows:
             continue
         first, known = first or path, known or rows[0]
+        columns, others = one_line(", ".join(rows[0])), one_line(", ".join(known))
         require(
             known.keys() == rows[0].keys(),
-            f"{path}: found the columns {one_line(', '.join(rows[0]))}, and {one_line(', '.join(known))} in {first.name}, expected the same in"
-            " every file of a folder; name one file, or give each kind of rows a folder",
+            f"{path}: has the columns {columns}, but {first.name} has {others}. All files of a folder must have the same columns: name one file,"
+            " or use a folder for each kind of rows",
         )
         for name, value in rows[0].items():
-            alike = None in (value, known[name]) or TYPE_NAMES.get(type(value)) == TYPE_NAMES.get(type(known[name]))
+            expected = TYPE_NAMES.get(type(known[name]))
             require(
-                alike,
-                f"{path}, row 1, {one_line(name)}: found {describe(value)}, and {TYPE_NAMES.get(type(known[name]))} in {first.name}, expected values"
-                " of one kind in every file of a folder",
+                None in (value, known[name]) or TYPE_NAMES.get(type(value)) == expected,
+                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of a folder must have the"
+                " same types",
             )
-
-
-def _wanted(source: Source) -> str:
-    name = "" if source.name is None else f", name {short(source.name)}"
-    return f"a data set (split {short(source.split)}{name})"
 
 
 READERS: dict[str, Callable[[Path], list[Any]]] = {
@@ -347,11 +355,7 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
     ".csv": _table,
     ".tsv": _table,
 }
+"""Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
-"""What JSON holds, in words."""
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""What reads a folder in datasets → the files that it takes, leaving the others out in silence."""
-ACCEPTED_SOURCES = (
-    "a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
-)
-"""What a source may be, for messages."""
+"""Builder that datasets uses for a folder → suffixes of the files that it reads; it ignores the others without a message."""

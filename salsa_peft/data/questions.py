@@ -1,6 +1,6 @@
-"""Questions for evaluation: MT-Bench, Arena-Hard and any prompts, in the forms that FastChat, arena-hard-auto and the Hub have them.
+"""Questions for evaluation: MT-Bench, Arena-Hard and other prompts, in the formats of FastChat, arena-hard-auto and the Hub.
 
-Of a conversation with several user's turns (`turns`, or `prompt` as a list of texts) all are asked, one after the other.
+In a conversation with several user turns (`turns`, or `prompt` as a list of texts) the model answers one after the other.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ TEMPERATURES: Mapping[str, float] = {
     "humanities": 0.1,
     "arena-hard-200": 0.0,
 }
-"""Category → temperature of its answers, as in FastChat's llm_judge."""
+"""Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
-"""Columns that name a question: FastChat's, arena-hard-auto's, the Hub's; the last is of a text, which may come twice."""
+"""Columns with a question's id, in FastChat, arena-hard-auto and Hub datasets. A prompt_id may repeat, as it belongs to a text."""
 
 
 class Question(NamedTuple):
-    """What is asked, turn by turn."""
+    """A question, or a conversation of several."""
 
     id: int | str
-    """As the data has it; else its row's number."""
+    """Id in the data, or the row's number."""
     category: str | None
+    """Category in the data, such as MT-Bench's."""
     messages: Messages
-    """Before the first answer; the user's turn last."""
+    """Messages up to the first answer; the last one is a user turn."""
     turns: tuple[str, ...]
-    """The user's texts that are answered; the first is the last of `messages`."""
+    """Texts of the user turns to answer; the first one is the last of `messages`."""
     reference: list[Any] | None
-    """Reference answers by turn, for judges."""
+    """Reference answers by turn, for the judge."""
     row: dict[str, Any]
-    """The data's other columns, where a reward function asks for them; its tools and the template's options in any case."""
+    """Tools and template options, and the data's other columns if a reward function needs them."""
 
     def conversation(self, answers: list[str]) -> Messages:
-        """What stands before the next answer, given those so far."""
+        """The messages before the next answer, given the answers so far."""
         found = list(self.messages)
         for answer, turn in zip(answers, self.turns[1:], strict=False):
             found += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
@@ -62,27 +63,27 @@ class Question(NamedTuple):
 def questions(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Question]:
-    """The questions of a source; `columns`: with the data's others. Raises SalsaError with row and column, also where an id comes twice.
+    """The questions of a source. Raises SalsaError with row and column, also for an id that repeats.
 
-    tokenizer: whose chat template each row is tried on.
+    columns: keep the data's other columns. tokenizer: renders each row with its chat template as a check.
     """
     found, numbers, seen, by_row = [], [], dict[str, int](), False
     odd = RowWarnings(source.path)
     for number, row in load_rows(source):
         where = f"{source.path}, row {number}"
-        asked, more = read_prompt(row, where), template_inputs(row, where)
-        messages, turns = asked.messages, asked.turns or (asked.messages[-1]["content"],)
+        prompt, more = read_prompt(row, where), template_inputs(row, where)
+        messages, turns = prompt.messages, prompt.texts
         name = next((key for key in ID_COLUMNS if isinstance(row.get(key), int | str)), None)
         identity = number if name is None else row[name]
-        twice = str(identity) in seen  # references go by an id's text: 7 and "7" are one
+        twice = str(identity) in seen  # reference answers are found by the id's text: 7 and "7" are the same
         other = seen.get(str(identity))
         require(
             not twice or name is not None,
-            f"{where}: found no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number}; give every row one, or none",
+            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number} as id; give every row an id, or none",
         )
         require(
             not twice or name == ID_COLUMNS[-1],
-            f"{where}, {name}: found {short(identity)}, which row {other} has too, expected each question once",
+            f"{where}, {name}: {short(identity)} is also the id of row {other}; give each question its own id",
         )
         by_row |= twice
         seen[str(identity)] = number
@@ -90,7 +91,10 @@ def questions(
         odd.add_dropped(
             number,
             dropped_fields(
-                messages_for_template(messages, tokenizer), tokenizer, f"{where}, {asked.name}", template_options(more)
+                messages_for_template(messages, tokenizer),
+                tokenizer,
+                f"{where}, {prompt.column}",
+                template_options(more),
             ),
         )
         numbers.append(number)
@@ -107,11 +111,11 @@ def questions(
             )
         )
     odd.print(len(found))
-    return [one._replace(id=number) for one, number in zip(found, numbers, strict=True)] if by_row else found
+    return [question._replace(id=number) for question, number in zip(found, numbers, strict=True)] if by_row else found
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:
-    """Of its answers. chosen: evaluate.temperature, a number or "category"; otherwise: generation.temperature."""
+    """Sampling temperature of a question's answers. chosen: evaluate.temperature; otherwise: generation.temperature."""
     if not isinstance(chosen, str):
         return float(chosen)
     return TEMPERATURES.get(question.category or "", otherwise)

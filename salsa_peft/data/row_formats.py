@@ -1,14 +1,14 @@
-"""Rows as people have them → ours: a table of the shapes for each kind of data. A new shape is one function and one line.
+"""Row formats: for each kind of data a table from columns to the function that reads them.
 
-Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's own types, as TRL, alignment-handbook and LLaMA-Factory read them. What is read:
-README, "Data". Which words a row's parts have is data/message_formats.py's. Imports no torch.
+Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types, read as TRL, alignment-handbook and LLaMA-Factory do. To add a
+format, add a function and a row of its table. README, "Data", lists the formats for users. Imports no torch.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from salsa_peft.data.message_formats import Messages, is_hh, parse_messages, untrained_turns
 from salsa_peft.data.row_parts import (
@@ -32,32 +32,39 @@ PAIR_COLUMNS = (
     ("chosen_messages", "rejected_messages"),
     ("chosen_response", "rejected_response"),
 )
+ENDS_WITH_ANSWER = "must not end with an assistant turn, because the policy answers next; remove that turn"
 
 
 class Prompt(NamedTuple):
-    """What a row asks."""
+    """A prompt: the messages up to an answer."""
 
     messages: Messages
-    name: str
-    """The column that it is from."""
+    column: str
+    """Column that it is read from."""
     turns: tuple[str, ...] = ()
-    """The user's texts, where the column has several turns without their answers."""
+    """Texts of all user turns, if the column has several turns without answers between them."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts of the user turns to answer; the first one is the last of `messages`."""
+        return self.turns or (self.messages[-1]["content"],)
 
 
 class Demonstration(NamedTuple):
-    """A row as a chat."""
+    """A chat to learn from."""
 
     messages: Messages
-    name: str
+    column: str
+    """Column with the answers."""
     skipped: tuple[int, ...] = ()
-    """Positions of the assistant's turns that are not trained on."""
+    """Positions of the assistant turns without loss."""
 
 
 # Demonstrations
 
 
-def _whole(row: Row, names: Sequence[str], where: str) -> Demonstration:
-    """A column that holds the whole chat."""
+def _whole_chat(row: Row, names: Sequence[str], where: str) -> Demonstration:
+    """A demonstration in one column that holds the whole chat."""
     name = names[0]
     raw = raw_chat(row, name, where)
     messages = parse_messages(raw, f"{where}, {name}")
@@ -67,22 +74,26 @@ def _whole(row: Row, names: Sequence[str], where: str) -> Demonstration:
 
 
 def _question_and_answer(row: Row, names: Sequence[str], where: str) -> Demonstration:
-    """A question and its answer in columns of their own. Answers inside `prompt` are not trained on (TRL), those of `history` are."""
+    """A demonstration in two columns. Answers within `prompt` have no loss (as in TRL), those in `history` do."""
     question, name = names
-    asked = with_system(row, read_question(row, question, where), where)
-    given_answer = read_answer(row, name, where)
+    prompt = with_system(row, read_question(row, question, where), where)
+    reply = read_answer(row, name, where)
     if is_hh(row[question]) and isinstance(row[name], str):
-        given_answer = [{**turn, "content": turn["content"].strip()} for turn in given_answer]
-    messages = append_answer(asked, given_answer)
-    before = len(asked) if question == "prompt" and messages[: len(asked)] == asked else 0
+        reply = _stripped(reply)
+    messages = append_answer(prompt, reply)
+    before = len(prompt) if question == "prompt" and messages[: len(prompt)] == prompt else 0
     earlier = [position for position in range(before) if messages[position]["role"] == "assistant"]
     return Demonstration(messages, name, tuple(earlier))
 
 
+def _stripped(messages: Messages) -> Messages:
+    return [{**turn, "content": turn["content"].strip()} for turn in messages]
+
+
 DEMONSTRATIONS: dict[tuple[str, ...], Callable[[Row, Sequence[str], str], Demonstration]] = {
-    ("messages",): _whole,
-    ("conversations",): _whole,
-    ("conversation",): _whole,
+    ("messages",): _whole_chat,
+    ("conversations",): _whole_chat,
+    ("conversation",): _whole_chat,
     ("prompt", "completion"): _question_and_answer,
     ("prompt", "response"): _question_and_answer,
     ("instruction", "output"): _question_and_answer,
@@ -91,25 +102,25 @@ DEMONSTRATIONS: dict[tuple[str, ...], Callable[[Row, Sequence[str], str], Demons
     ("question", "response"): _question_and_answer,
     ("query", "response"): _question_and_answer,
 }
-"""Columns → what reads them; the first that fits."""
+"""Columns → function that reads them. The first row whose columns exist is used."""
 
 
 def demonstration(row: Row, where: str) -> Demonstration:
-    """A row as a chat. Raises SalsaError that names `where` and the column."""
+    """The chat of a row. Raises SalsaError that names `where` and the column."""
     for names, read in DEMONSTRATIONS.items():
         if has_columns(row, *names):
             return read(row, names, where)
     hint = ""
     if has_columns(row, "text"):
-        hint = "; `text` alone does not say which of it is the assistant's, whom the loss is on"
+        hint = "; `text` alone does not show which part is the assistant's, which the loss needs"
     elif has_columns(row, "chosen", "rejected"):
-        hint = "; rows of chosen and rejected are for data.preferences"
+        hint = "; rows with chosen and rejected belong to data.preferences"
     missed = dict.fromkeys(name for names in DEMONSTRATIONS for name in names)
     raise missing_columns(row, EXPECTED_COLUMNS["demonstrations"] + hint, where, list(missed))
 
 
 def is_undesirable(row: Row) -> bool:
-    """Whether a row is an answer that KTO's `label` calls undesirable, which is nothing to learn by heart."""
+    """Whether a row is an undesirable answer by KTO's `label`, and so no demonstration."""
     return row.get("label") is False or row.get("label") in ("False", "false")
 
 
@@ -122,17 +133,17 @@ def pair_columns(row: Row) -> tuple[str, str]:
 
 
 PROMPT_COLUMNS = ("prompt", "conversations", "conversation", "instruction", "question", "query")
-"""Columns of what a pair's answers answer."""
+"""Columns with the prompt of a pair."""
 
 
 def lacks_prompt(row: Row) -> bool:
-    """Whether chosen is text without a prompt in it or beside it."""
+    """Whether chosen is text that contains no prompt, in a row without a prompt column."""
     chosen = parse_json_messages(row.get(pair_columns(row)[0]))
     return isinstance(chosen, str) and not is_hh(chosen) and not set(PROMPT_COLUMNS) & set(row)
 
 
 def _prompt_of_pair(row: Row, where: str) -> Prompt | None:
-    """The prompt column of a pair, where it has one."""
+    """The prompt column of a pair, or None."""
     name = first_column(row, PROMPT_COLUMNS)
     if name is None:
         return None
@@ -141,161 +152,144 @@ def _prompt_of_pair(row: Row, where: str) -> Prompt | None:
 
 
 class Pair(NamedTuple):
-    """A row as two chats."""
+    """A preference: two whole chats with the same prompt."""
 
     chosen: Messages
     rejected: Messages
     names: tuple[str, str]
+    """Columns of chosen and rejected."""
     prompt: Prompt | None
-    taken_off: bool = False
-    """Whether both texts began with the prompt's text, which was taken off them."""
+    """The row's prompt column, if it has one."""
+    prompt_removed: bool = False
+    """Whether both texts started with the prompt's text, which was removed from them."""
 
 
 def preference(row: Row, where: str) -> Pair:
-    """A row as two chats that each hold the prompt. Raises SalsaError that names `where` and the column."""
+    """A row as two chats that each contain the prompt. Raises SalsaError that names `where` and the column."""
     names = pair_columns(row)
     missing = [name for name in names if row.get(name) is None]
     if missing:
-        label = "; rows with a `label` are unpaired (KTO's)" if isinstance(row.get("label"), bool) else ""
+        label = "; rows with a `label` are unpaired data for KTO" if isinstance(row.get("label"), bool) else ""
         raise missing_columns(row, " and ".join(missing) + label, where, missing)
-    asked = _prompt_of_pair(row, where)
-    texts = [row[name] for name in names]
-    taken_off = False
-    if asked is not None and isinstance(row[asked.name], str) and not any(map(is_hh, texts)):
-        before = row[asked.name]
-        taken_off = bool(before) and all(isinstance(one, str) and one.startswith(before) for one in texts)
-        if taken_off:
-            row = {**row, **{name: row[name][len(before) :].lstrip() for name in names}}
-    found = []
+    prompt = _prompt_of_pair(row, where)
+    texts, text = [row[name] for name in names], None if prompt is None else row[prompt.column]
+    removed = isinstance(text, str) and bool(text) and not any(map(is_hh, texts))
+    removed = removed and all(isinstance(answer, str) and answer.startswith(str(text)) for answer in texts)
+    if removed:
+        row = {**row, **{name: row[name][len(str(text)) :].lstrip() for name in names}}
+    chats = []
     for name in names:
-        said = read_answer(row, name, where)
-        if asked is not None and is_hh(row[asked.name]) and isinstance(row[name], str):
-            said = [{**turn, "content": turn["content"].strip()} for turn in said]
-        alone = said[0]["role"] not in ("user", "system") and not any(turn["role"] == "user" for turn in said)
-        if alone and asked is None:
-            raise missing_columns(row, "prompt" + NO_PROMPT, where, ["prompt"])
-        if alone and asked is not None:
-            require(
-                asked.messages[-1]["role"] != "assistant",
-                f"{where}, {asked.name}: found a last turn of assistant, expected user: the policy answers next",
-            )
-        found.append(with_system(row, said if asked is None else append_answer(asked.messages, said), where))
-    return Pair(found[0], found[1], names, asked, taken_off)
+        answer = read_answer(row, name, where)
+        if is_hh(text) and isinstance(row[name], str):
+            answer = _stripped(answer)
+        if answer[0]["role"] not in ("user", "system") and not any(turn["role"] == "user" for turn in answer):
+            if prompt is None:
+                raise missing_columns(row, "prompt" + NO_PROMPT, where, ["prompt"])
+            ends = prompt.messages[-1]["role"] == "assistant"
+            require(not ends, f"{where}, {prompt.column}: {ENDS_WITH_ANSWER}")
+        chats.append(with_system(row, answer if prompt is None else append_answer(prompt.messages, answer), where))
+    return Pair(chats[0], chats[1], names, prompt, removed)
 
 
-NO_PROMPT = " (or question, instruction or conversations) beside answers that don't hold it"
+NO_PROMPT = " (or question, instruction or conversations), because the answers do not contain the prompt"
 
 
 def has_unrelated_prompt(pair: Pair) -> bool:
-    """Whether the `prompt` of a pair of whole chats is no part of them, so that it is not read."""
+    """Whether the `prompt` of a pair of whole chats is no part of them, so that it is not used."""
     if pair.prompt is None:
         return False
-    words = [turn["content"].strip() for turn in pair.chosen]
-    asked = [turn["content"].strip() for turn in pair.prompt.messages if turn["role"] in ("user", "system")]
-    return any(turn not in words for turn in asked)
+    contents = [turn["content"].strip() for turn in pair.chosen]
+    prompt = [turn["content"].strip() for turn in pair.prompt.messages if turn["role"] in ("user", "system")]
+    return any(content not in contents for content in prompt)
 
 
 # Prompts
 
 
-def _asked(row: Row, name: str, where: str) -> Prompt:
-    """Messages or text that end before the assistant speaks."""
+def _one_prompt(row: Row, name: str, where: str) -> Prompt:
+    """A prompt as messages or text; the last answer of a whole chat is cut off."""
     messages = read_question(row, name, where) if name not in CHAT_COLUMNS else read_chat(row, name, where)
     messages = with_system(row, messages, where)
-    behind = list(itertools.takewhile(lambda turn: turn["role"] not in ("user", "tool"), reversed(messages)))
-    if name in CHAT_COLUMNS and any(
-        turn["role"] == "assistant" for turn in behind
-    ):  # a system turn that nobody has answered stays
-        messages = messages[: -len(behind)]
-    require(any(turn["role"] == "user" for turn in messages), f"{where}, {name}: found no user turn, expected one")
+    last = list(itertools.takewhile(lambda turn: turn["role"] not in ("user", "tool"), reversed(messages)))
+    if name in CHAT_COLUMNS and any(turn["role"] == "assistant" for turn in last):  # a last system turn alone stays
+        messages = messages[: -len(last)]
+    require(any(turn["role"] == "user" for turn in messages), f"{where}, {name}: has no user turn; add one")
     return Prompt(messages, name)
 
 
-def _several(row: Row, name: str, where: str) -> Prompt:
-    """The user's turns without answers: MT-Bench's texts, arena-hard-auto's {content}."""
+def _several_turns(row: Row, name: str, where: str) -> Prompt:
+    """User turns without answers: MT-Bench's texts, arena-hard-auto's {content}."""
     value = row[name]
     require(
         isinstance(value, list) and bool(value),
-        f"{where}, {name}: found {describe(value)}, expected a list of user's turns",
+        f"{where}, {name}: must be a list of user turns, not {describe(value)}",
     )
     turns = []
     for turn in value:
-        said = turn.get("content") if isinstance(turn, dict) else turn
-        require(isinstance(said, str), f"{where}, {name}: found {describe(said)}, expected text")
-        turns.append(str(said))
+        text = turn.get("content") if isinstance(turn, dict) else turn
+        require(isinstance(text, str), f"{where}, {name}: a turn must be text, not {describe(text)}")
+        turns.append(str(text))
     return Prompt(with_system(row, [{"role": "user", "content": turns[0]}], where), name, tuple(turns))
 
 
-def _shared(row: Row, name: str, where: str) -> Prompt:
-    """What chosen and rejected hold both, up to the turn where they part."""
+def _common_prompt(row: Row, name: str, where: str) -> Prompt:
+    """The turns that chosen and rejected share, up to the last user or tool turn among them."""
     pair = preference(row, where)
-    messages = [a for a, _ in _while_equal(pair.chosen, pair.rejected)]
+    equal = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(pair.chosen, pair.rejected, strict=False))
+    messages = [turn for turn, _ in equal]
     while messages and messages[-1]["role"] not in ("user", "tool"):
         messages.pop()
-    require(bool(messages), f"{where}, {name}: found no user turn that chosen and rejected share, expected one")
+    require(bool(messages), f"{where}, {name}: chosen and rejected have no user turn in common")
     return Prompt(messages, name)
 
 
-def _while_equal(one: Messages, other: Messages) -> list[tuple[Any, Any]]:
-    found = []
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        found.append((a, b))
-    return found
-
-
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-"""Columns of whole chats, whose last answer is cut off."""
+"""Columns with whole chats, whose last answer is cut off for a prompt."""
 PROMPTS: dict[str, Callable[[Row, str, str], Prompt]] = {
-    "prompt": _asked,
-    "messages": _asked,
-    "turns": _several,
-    "conversations": _asked,
-    "conversation": _asked,
-    "instruction": _asked,
-    "question": _asked,
-    "query": _asked,
-    "chosen": _shared,
-    "chosen_messages": _shared,
+    "prompt": _one_prompt,
+    "messages": _one_prompt,
+    "turns": _several_turns,
+    "conversations": _one_prompt,
+    "conversation": _one_prompt,
+    "instruction": _one_prompt,
+    "question": _one_prompt,
+    "query": _one_prompt,
+    "chosen": _common_prompt,
+    "chosen_messages": _common_prompt,
 }
-"""Column → what reads it; the first that the row has."""
+"""Column → function that reads it. The first column that the row has is used."""
 
 
 def prompt(row: Row, where: str) -> Prompt:
-    """What a row asks. Raises SalsaError that names `where` and the column."""
+    """The prompt of a row. Raises SalsaError that names `where` and the column."""
     name = first_column(row, list(PROMPTS))
     if name is None:
         raise missing_columns(row, EXPECTED_COLUMNS["prompts"], where, list(PROMPTS))
     value = row[name]
     if name == "prompt" and isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
-        return _several(row, name, where)
+        return _several_turns(row, name, where)
     return PROMPTS[name](row, name, where)
 
 
-def prompt_lacks_system_turn(row: Row, asked: Prompt) -> bool:
-    """Whether the row's chats begin with a system turn that its `prompt` column lacks."""
-    if asked.name != "prompt" or asked.messages[0]["role"] == "system":
+def prompt_lacks_system_turn(row: Row, prompt: Prompt) -> bool:
+    """Whether the row's chats start with a system turn that its `prompt` column lacks."""
+    if prompt.column != "prompt" or prompt.messages[0]["role"] == "system":
         return False
     name = first_column(row, ("messages", "chosen"))
     first = row[name][0] if name is not None and isinstance(row[name], list) and row[name] else None
     return isinstance(first, dict) and first.get("role", first.get("from")) == "system"
 
 
-def _listed(shapes: Sequence[Sequence[str]]) -> str:
-    return ", ".join(" and ".join(names) for names in shapes[:-1]) + " or " + " and ".join(shapes[-1])
-
-
 EXPECTED_COLUMNS = {
-    "demonstrations": _listed([("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output")]),
+    "demonstrations": "messages, conversations, prompt and completion or instruction and output",
     "preferences": "chosen and rejected",
-    "prompts": _listed([("prompt",), ("messages",), ("conversations",), ("instruction",), ("question",), ("turns",)]),
+    "prompts": "prompt, messages, conversations, instruction, question or turns",
 }
-"""Kind → the columns that a refusal names; the tables have more."""
+"""Kind → the most common columns, for messages; the tables have more."""
 
 
 def has_columns_of(kind: str, columns: set[str]) -> bool:
-    """Whether rows with these columns are read as data of a kind."""
+    """Whether rows with these columns can be read as data of a kind."""
     if kind == "preferences":
         return any(set(pair) <= columns for pair in PAIR_COLUMNS)
     if kind == "prompts":

@@ -1,9 +1,9 @@
-"""The embedded world: a tiny Llama that half knows a small language of instructions, and data in that language. No download.
+"""The embedded world: a tiny Llama pre-trained on a small language of instructions, and datasets in it. No download.
 
-data/toy_language.py has the language and its gold reward. The base is pre-trained on noisy text of all lengths, part of it followed by a
-word that grades the answer; demonstrations, preferences and PPO's prompts hold the short lengths only (in distribution); eval prompts
-are in none of them. Preferences exist before any seed, as UltraFeedback's do: they compare the base's samples and damaged right
-answers, ranked by `gold`.
+data/toy_language.py defines the language and its gold reward. The base is pre-trained on noisy text of all lengths, some of it followed by
+a word that grades the answer. Demonstrations, preferences and PPO's prompts have short answers only (in distribution). Evaluation prompts
+occur in none of them. Preferences do not depend on the seeds, as in UltraFeedback: they compare samples of the base, or right answers with
+errors added, ranked by `gold`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; `<pad>` and `<eos>` are different tokens; `chat_template` marks the answer and its <eos> for the loss."""
+    """A tokenizer with one token per word. Its chat template marks the answer and its <eos> for the loss."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -68,9 +68,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> tuple[LlamaForCausalLM, float]:
-    """→ the base and its mean loss over the last 50 steps, nats a token of answer and <eos>.
+    """The pre-trained base, and its mean loss over the last 50 steps in nats per token of answer and <eos>.
 
-    The loss leaves the instructions out: they are drawn uniformly, so there is nothing to learn in them but noise.
+    The loss excludes the instructions: they are drawn uniformly, so there is nothing to learn in them.
     """
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(_llama_config(config, tokenizer))
@@ -85,7 +85,7 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
         texts.append(_render(prompt, answer) + (grade_word if rng.random() < config.pretrain_graded else ""))
     rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids, mask = rows["input_ids"], rows["attention_mask"]
-    opened = (ids == tokenizer.convert_tokens_to_ids("<assistant>")).cumsum(1) > 0  # from <assistant> on
+    opened = (ids == tokenizer.convert_tokens_to_ids("<assistant>")).cumsum(1) > 0  # the tokens from <assistant> on
     labels = torch.full_like(ids, -100)
     labels[:, 1:] = ids[:, 1:].masked_fill(~(opened[:, :-1] & (mask[:, 1:] == 1)), -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretrain_learning_rate, weight_decay=0.01)
@@ -122,12 +122,12 @@ def _llama_config(config: Toy, tokenizer: PreTrainedTokenizerFast) -> LlamaConfi
 
 
 def _render(prompt: str, answer: list[str] | None = None) -> str:
-    """CHAT_TEMPLATE for one turn, without Jinja's seconds; None leaves the answer open."""
+    """CHAT_TEMPLATE for one turn, faster than Jinja. With answer None, the text ends after <assistant>."""
     return f"<bos><user>{prompt}<assistant>" + ("" if answer is None else " ".join(answer) + "<eos>")
 
 
 def _noisy(rng: random.Random, prompt: str, share: float, most: int | None = None) -> list[str]:
-    """A right answer, or (a `share` of them) one with 1 … `most` errors; None: with as many as it has words."""
+    """A right answer, or with probability `share` one with 1 to `most` errors (None: as many as it has words)."""
     answer = draw_answer(rng, prompt)
     return add_errors(rng, answer, rng.randint(1, most or len(answer))) if rng.random() < share else answer
 
@@ -136,7 +136,7 @@ def _noisy(rng: random.Random, prompt: str, share: float, most: int | None = Non
 def sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], progress: Progress
 ) -> list[str]:
-    """One answer a prompt at temperature 1, as text without special tokens."""
+    """One answer per prompt, sampled at temperature 1, as text without special tokens."""
     answers: list[str] = []
     for start in range(0, len(prompts), 512):
         batch = tokenizer([_render(p) for p in prompts[start : start + 512]], padding=True, return_tensors="pt")
@@ -152,11 +152,10 @@ def sample(
     return answers
 
 
-# --- the data ----------------------------------------------------------------------------------------------------------
 def draw_preferences(
     config: Toy, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Pairs ranked by `gold`: two samples of the base, or two right answers of zero to two errors each; ties are drawn again."""
+    """Pairs ranked by `gold`: two samples of the base, or two right answers with zero to two errors each; ties are redrawn."""
     rng = random.Random(f"{config.seed} preferences")
     sampled = round(config.preferences * config.preference_sampled)
     wanted = {"sampled": sampled, "damaged": config.preferences - sampled}
@@ -192,10 +191,10 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Writes base/ and the six jsonl files of the world to `folder`: the same bytes for one config on one machine.
+    """Write base/ and the six jsonl files of the world to `folder`, and return facts for the manifest.
 
-    → plain facts for the manifest. Runs on one thread (a model this small is slowed by a second one) and leaves torch's random
-    state as it found it. Files are written in place: the caller gives a folder that nobody reads yet.
+    The same config gives the same bytes on one machine. Runs on one thread (a second one slows a model this small) and restores torch's
+    random state. Files are written directly, so `folder` must not be in use.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -207,17 +206,17 @@ def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
-    # 1. the language's tokenizer and a base that half knows it
+    # 1. the tokenizer and the pre-trained base
     tokenizer = make_tokenizer()
     model, loss = pretrain(config, tokenizer, progress)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    # 2. demonstrations: right answers, some with an error
-    shown, held_out = (
+    # 2. demonstrations, for training and held out: right answers, some with an error
+    demonstrations, held_out = (
         draw_demonstrations(config, name, n)
         for name, n in (("demonstrations", config.demonstrations), ("held_out", config.eval_prompts))
     )
-    # 3. preferences, then the prompts of PPO and of evaluation
+    # 3. preferences, then prompts of PPO and of evaluation
     preferences, facts = draw_preferences(config, model, tokenizer, progress)
     draws: dict[str, tuple[int, tuple[int, ...], bool]] = {
         "prompts": (config.prompts, LENGTHS_IN, False),
@@ -225,30 +224,30 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
         "eval_out": (config.eval_prompts, LENGTHS_OUT, True),
     }
     files: dict[str, list[dict[str, Any]]] = {"preferences": preferences}
-    for name, pairs in (("demonstrations", shown), ("held_out", held_out)):
+    for name, pairs in (("demonstrations", demonstrations), ("held_out", held_out)):
         files[name] = [{"messages": [_turn("user", p), _turn("assistant", " ".join(answer))]} for p, answer in pairs]
     for name, (n, lengths, evaluation) in draws.items():
         drawn = draw_prompts(random.Random(f"{config.seed} {name}"), n, lengths, config.seed, evaluation)
         files[name] = [{"prompt": [_turn("user", p)]} for p in drawn]
     for name, rows in files.items():
         _write(folder / f"{name}.jsonl", rows)
-    # 4. facts
-    shown_gold = [grade(p, " ".join(answer)) for p, answer in shown]
+    # 4. facts for the manifest
+    golds = [grade(p, " ".join(answer)) for p, answer in demonstrations]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "pretrain_loss": loss,
-        "demonstrations_gold": sum(shown_gold) / len(shown_gold),
+        "demonstrations_gold": sum(golds) / len(golds),
         **facts,
         **{name: len(rows) for name, rows in files.items()},
     }
 
 
 def draw_demonstrations(config: Toy, name: str, n: int) -> list[tuple[str, list[str]]]:
-    """Prompts and their answers, some with an error; `name` sets the random numbers."""
+    """n prompts with answers, some with an error. `name` is part of the random seed."""
     rng = random.Random(f"{config.seed} {name}")
-    asked = draw_prompts(rng, n, LENGTHS_IN, config.seed)
-    return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in asked]
+    prompts = draw_prompts(rng, n, LENGTHS_IN, config.seed)
+    return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in prompts]
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The language of the embedded world: instructions whose answers a program can check. Pure Python.
+"""The language of the embedded world: instructions whose answers a program can grade. Pure Python.
 
 Five operations over 36 words of 6 categories:
     list three birds               three different birds; also `list one birds and two tools`
@@ -6,9 +6,9 @@ Five operations over 36 words of 6 categories:
     repeat two owl                 owl owl
     name owl saw                   birds tools
     kin owl saw                    another bird, another tool
-In distribution an answer has 2–4 words, out of distribution 5–6.
+Answers have 2–4 words in distribution and 5–6 out of distribution.
 
-Left out: a task of free length (so that no policy can hide from the KL in short answers), several turns, system messages.
+Left out: tasks with answers of free length (a policy could lower the KL by short answers), conversations of several turns, system turns.
 """
 
 from __future__ import annotations
@@ -43,19 +43,22 @@ ERROR_WEIGHTS = (
     1,
     2,
     2,
-)  # odds of the kinds of error in `damage`, about as seeds make them: mostly a wrong word
+)  # weights of the errors in `add_errors`, about as frequent as in the seeds' answers
 UNFINISHED_PENALTY = 0.5
+"""Subtracted from the gold reward of a response without EOS."""
 
 
 class Task(NamedTuple):
-    """What an instruction asks for: the words allowed at each position of the answer, and whether they must all differ."""
+    """A parsed instruction."""
 
     allowed: tuple[tuple[str, ...], ...]
+    """Words allowed at each position of the answer."""
     distinct: bool
+    """Whether all words of the answer must differ."""
 
 
 def parse(prompt: str) -> Task:
-    """Reads one instruction. Raises SalsaError where it is none of this world."""
+    """The task of an instruction. Raises SalsaError for text that is no instruction."""
     words = [word for word in _split(prompt) if word not in SPECIALS]
     operation, rest = (words[0], words[1:]) if words else ("", [])
     try:
@@ -71,9 +74,7 @@ def parse(prompt: str) -> Task:
             return Task(tuple(_allowed(operation, word) for word in rest), False)
     except (ValueError, KeyError):
         pass
-    raise SalsaError(
-        f"prompt {prompt!r}: not an instruction of the embedded world; expected one such as 'copy owl saw'"
-    )
+    raise SalsaError(f"prompt {prompt!r}: is not an instruction of the embedded world, such as 'copy owl saw'")
 
 
 def _allowed(operation: str, word: str) -> tuple[str, ...]:
@@ -83,13 +84,12 @@ def _allowed(operation: str, word: str) -> tuple[str, ...]:
 
 
 def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None = None, **kwargs: Any) -> list[float]:
-    """TRL's reward-function signature: the share of right words, (right positions) / max(words asked for, words given) in [0, 1].
+    """The gold reward, a function with TRL's signature: right positions / max(words asked for, words given), in [0, 1].
 
-    A position is right if its word is allowed there (and, in `list`, has not been given before). A response that no EOS ended
-    (`finished` False) loses 0.5, so its score lies in [−0.5, 0.5]; without `finished` all count as finished, since a decoded text
-    does not show it. Prompts and completions are texts or lists of messages, of which the last user's and the last count. Special
-    tokens in a completion are words, and wrong ones; only one final <eos> is taken off. An empty answer scores 0.
-    Further columns and `completion_ids` are ignored.
+    A position is right if its word is allowed there and, in `list`, has not occurred before. A response without EOS (`finished` is False)
+    loses 0.5; without the argument `finished` all count as finished. Prompts and completions are texts or lists of messages, whose last
+    user or assistant message counts. Special tokens in a completion are wrong words, except one final <eos>. An empty answer scores 0.
+    Other columns and `completion_ids` are ignored.
     """
     ended = finished if finished is not None else [True] * len(completions)
     scores = []
@@ -101,7 +101,7 @@ def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None
 
 
 def grade(prompt: str, answer: str) -> float:
-    """`gold` of one finished answer."""
+    """The gold reward of one finished answer."""
     task, words = parse(prompt), _split(answer)
     words = words[:-1] if words[-1:] == ["<eos>"] else words
     right = 0
@@ -122,9 +122,8 @@ def _text(turns: Any, role: str) -> str:
     return next((message["content"] for message in reversed(turns) if message["role"] == role), "")
 
 
-# --- drawing instructions and answers ---
 def draw_prompt(rng: random.Random, lengths: tuple[int, ...]) -> str:
-    """One instruction whose answer has one of `lengths` words; the operation and the length are uniform."""
+    """A random instruction whose answer has one of `lengths` words, uniform in operation and length."""
     operation, n = rng.choice(OPERATIONS), rng.choice(lengths)
     if operation == "list":
         first = rng.choice(range(1, n + 1))
@@ -136,7 +135,7 @@ def draw_prompt(rng: random.Random, lengths: tuple[int, ...]) -> str:
 
 
 def draw_answer(rng: random.Random, prompt: str) -> list[str]:
-    """A right answer, all of them equally likely."""
+    """A right answer, drawn uniformly."""
     task, answer = parse(prompt), []
     for allowed in task.allowed:
         answer.append(rng.choice([word for word in allowed if not (task.distinct and word in answer)]))
@@ -144,7 +143,7 @@ def draw_answer(rng: random.Random, prompt: str) -> list[str]:
 
 
 def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
-    """The kinds of errors that models make here: wrong word, wrong category, missing, extra, repeated word, wrong order."""
+    """An answer with errors as models make them: wrong word, wrong category, missing, extra or repeated word, wrong order."""
     words = list(answer)
     for _ in range(errors):
         kind, i = rng.choices(range(6), ERROR_WEIGHTS)[0], rng.randrange(len(words) or 1)
@@ -166,14 +165,14 @@ def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
 
 
 def is_held_out(prompt: str, seed: int) -> bool:
-    """A quarter of all instructions, by hash: they serve evaluation alone, and no other text of the world holds them."""
+    """Whether an instruction is reserved for evaluation: a quarter of all, chosen by hash."""
     return hashlib.sha256(f"{seed}:{prompt}".encode()).digest()[0] < 64
 
 
 def draw_prompts(
     rng: random.Random, n: int, lengths: tuple[int, ...], seed: int, evaluation: bool = False
 ) -> list[str]:
-    """n instructions of the training side (repeats happen), or n different ones of the held-out side."""
+    """n instructions for training, possibly repeated, or with evaluation=True n different ones reserved for evaluation."""
     prompts: list[str] = []
     seen: set[str] = set()
     while len(prompts) < n:

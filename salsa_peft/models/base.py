@@ -1,10 +1,9 @@
-"""Base models: loading them and their tokenizers, their trunk and head, saving full weights, and whether weights are of the same base."""
+"""Base models: loading them as language model or classifier, their trunk and head, hidden states, and which parts are trained."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,48 +26,40 @@ from transformers.utils import ModelOutput
 
 from salsa_peft.config.schema import Model
 from salsa_peft.data.chat import turn_ends
+from salsa_peft.models.architectures.checks import POSITIONS
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import readable_hub_errors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-logger = logging.getLogger(__name__)
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""What configurations call the length that a model reads."""
+    from transformers import PreTrainedTokenizerBase
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """`auto` → bfloat16 on CUDA, float32 on a CPU."""
+    """The torch dtype of a recipe's `dtype`; `auto` is bfloat16 on CUDA and float32 on a CPU."""
     if dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
 def device() -> torch.device:
-    """Where a stage runs: with several processes each has the GPU of its number on this machine."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    """The device of this process: with several processes on a machine, process i uses GPU i."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def attention(model: Model) -> str | None:
-    """Transformers' name of the attention: `auto` → flash_attention_2 on CUDA where flash-attn is installed, else sdpa."""
+def attention_implementation(model: Model) -> str | None:
+    """Transformers' name of the attention; `auto` is flash_attention_2 on CUDA if flash-attn is installed, else sdpa."""
     if model.attn_implementation != "auto":
         return model.attn_implementation
-    there = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if there else "sdpa"
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
 
 
-def quantisation(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """nf4 of the linear layers, computed in `dtype`; output embeddings and score heads stay as they are. Raises SalsaError without
-    bitsandbytes."""
-    if model.quantization is None:
-        return None
+def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """nf4 for the linear layers, computing in `dtype`; output embeddings and score heads are not quantised."""
     require(
         importlib.util.find_spec("bitsandbytes") is not None,
-        f"model.quantization: found {model.quantization} and no bitsandbytes, which it runs on; pip install 'salsa-peft[qlora]'",
+        f"model.quantization: {model.quantization} needs bitsandbytes; pip install 'salsa-peft[qlora]'",
     )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -79,20 +70,20 @@ def quantisation(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     )
 
 
-def _pretrained(
+def _load(
     auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
 ) -> Any:
-    """Frozen in the recipe's dtype or 4 bits; `trained`: all weights require a gradient, in that dtype."""
+    """Load a model frozen, in the recipe's dtype or 4 bits; with `trained` in that dtype, and every weight requires a gradient."""
     dtype = trained or resolve_dtype(model.dtype)
     if (
-        quantised := quantisation(model, dtype)
-    ) is not None:  # None would load a base in 8 bits as if its integers were weights
-        options["quantization_config"] = quantised
+        model.quantization is not None
+    ):  # never quantization_config=None: it would override that of a base stored in 8 bits
+        options["quantization_config"] = _quantization_config(model, dtype)
     with readable_hub_errors(base):
         loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
             base,
             dtype=dtype,
-            attn_implementation=attention(model),
+            attn_implementation=attention_implementation(model),
             device_map={"": device()},
             trust_remote_code=False,
             use_safetensors=True,
@@ -104,8 +95,11 @@ def _pretrained(
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
-    """bitsandbytes (0.50) packs a layer's 4 bits anew for AVX-512 at its first forward in eval mode, and has no backward for that layout:
-    adapters trained after a rollout would get wrong gradients in silence."""
+    """Keep 4-bit layers on a CPU in the layout that has a backward.
+
+    bitsandbytes 0.50 repacks a layer for AVX-512 at its first forward in eval mode and has no backward for that layout; adapters trained
+    after a rollout would get wrong gradients without an error.
+    """
     module: Any
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -115,9 +109,11 @@ def keep_4bit_layout(model: nn.Module) -> None:
 def load_base(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The causal language model of a folder, frozen (`trained`: in that dtype to be trained), without the generation settings (top-p,
-    penalties) that it came with; all tokens that end a response are named as EOS."""
-    loaded = _pretrained(causal_lm_class, base, model, trained)
+    """Load the causal language model in the folder `base`: frozen or, with `trained`, in that dtype to be trained.
+
+    Its own generation settings (top-p, penalties) are dropped, and its EOS tokens are all tokens that end a response.
+    """
+    loaded = _load(causal_lm_class, base, model, trained)
     if trained is not None:
         train_language_model_only(loaded, loaded.get_output_embeddings())
     ends = turn_ends.model_stop_token_ids(tokenizer, loaded)
@@ -127,17 +123,17 @@ def load_base(
         pad_token_id=tokenizer.pad_token_id,
     )
     loaded.config.pad_token_id = tokenizer.pad_token_id
-    without_router_logits(loaded)
+    disable_router_logits(loaded)
     rows = loaded.get_input_embeddings().weight.shape[0]
     require(
         len(tokenizer) <= rows,
-        f"{base}: found a tokenizer of {len(tokenizer)} tokens over {rows} embeddings, expected no more tokens than rows",
+        f"{base}: the tokenizer has {len(tokenizer)} tokens, and the model only {rows} embeddings; use the model's own tokenizer",
     )
     return loaded
 
 
-def without_router_logits(model: PreTrainedModel) -> None:
-    """TRL's SFT switches them on in a mixture's configuration; with them, Transformers' generate fails on padded prompts."""
+def disable_router_logits(model: PreTrainedModel) -> None:
+    """Switch off `output_router_logits`, which TRL's SFT sets for mixtures of experts: generate would fail on padded prompts."""
     text = model.config.get_text_config(decoder=True)
     if "output_router_logits" in text.to_dict():
         text.output_router_logits = False
@@ -146,13 +142,16 @@ def without_router_logits(model: PreTrainedModel) -> None:
 def load_classifier(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A causal model's folder with a linear head on the last token, no bias, drawn from N(0, 1/(H+1)) as Stiennon et al. (2020)."""
-    loaded = _pretrained(classifier_class, base, model, trained, num_labels=1)
+    """Load a causal model's folder with a linear score head on the last token.
+
+    The head has no bias, and its weights are drawn from N(0, 1/(H+1)) as in Stiennon et al. (2020).
+    """
+    loaded = _load(classifier_class, base, model, trained, num_labels=1)
     if trained is not None:
         train_language_model_only(loaded, loaded.score)
     loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     nn.init.normal_(loaded.score.weight, std=(loaded.score.in_features + 1) ** -0.5)
-    if is_quantised(loaded):  # whose states have the quantisation's dtype, not the head's
+    if is_quantised(loaded):  # its hidden states have the quantisation's compute dtype, not the head's dtype
         loaded.score.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(head.weight.dtype),))
     return loaded
 
@@ -163,10 +162,10 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The trunk's last hidden states (B, L, H), under the adapter that is active.
+    """The trunk's last hidden states (B, L, H) under the active adapter.
 
-    input_ids (B, L), attention_mask (B, L), True or 1 = a real token; padding may stand on either side, since positions
-    are counted over real tokens.
+    input_ids (B, L); attention_mask (B, L), True or 1 for a real token. Padding may be on either side, since positions count real
+    tokens only.
     """
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return trunk(causal_lm(model))(
@@ -175,79 +174,92 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
 
 
 def max_positions(config: Any) -> int | None:
-    """Tokens that a model reads at most, as its configuration says; None where it says nothing (ALiBi, state spaces)."""
-    said = config.get_text_config(decoder=True).to_dict()
-    return next((int(said[name]) for name in POSITIONS if said.get(name)), None)
+    """The most tokens that a model reads, by its configuration; None if that sets no limit (ALiBi, state-space models)."""
+    values = config.get_text_config(decoder=True).to_dict()
+    return next((int(values[name]) for name in POSITIONS if values.get(name)), None)
 
 
 def apply_scalar_head(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    """States (…, H) → (…,) by a head of one number, in the head's own precision also under autocast."""
+    """Apply a linear head with one output: states (…, H) → (…,), in the head's own precision also under autocast."""
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(head.weight.dtype)).squeeze(-1)
 
 
 def causal_lm_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that opens a base of this configuration with its output embeddings."""
+    """The Auto class that loads a model of this configuration with its output embeddings."""
     causal = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """The class that opens a base of this configuration under a score head."""
+    """The class that loads a model of this configuration with a score head; made here where Transformers has none."""
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
         return auto
     causal = causal_lm_class(config)._model_mapping[type(config)]
     family = next(one for one in causal.__mro__ if PreTrainedModel in one.__bases__)
     name = causal.__name__.partition("For")[0] + "ForSequenceClassification"
-    named = {
-        "__module__": causal.__module__,
-        "base_model_prefix": family.base_model_prefix,
-    }  # its tensors' names are the base's
+    # with the base's prefix its tensors have the names that they have in the base
+    named = {"__module__": causal.__module__, "base_model_prefix": family.base_model_prefix}
     return type(name, (_Classifier, family), named)
 
 
 class _Classifier(GenericForSequenceClassification):
-    """Transformers' generic one, which passes on its trunk's `attentions`: Mamba's output has none."""
+    """Transformers' generic classifier; it reads `attentions` from the trunk's output, which Mamba's output lacks."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         getattr(self, self.base_model_prefix).register_forward_hook(_with_attentions)
 
 
-def _with_attentions(trunk: nn.Module, inputs: Any, output: Any) -> None:
+def _with_attentions(_: nn.Module, inputs: Any, output: Any) -> None:
     if isinstance(output, ModelOutput) and "attentions" not in {field.name for field in dataclasses.fields(output)}:  # type: ignore[arg-type]
         output.attentions = None
 
 
 def trunk(lm: Any) -> Any:
-    """The decoder whose last states the output embeddings read. Llama 4 and Mllama name the language model itself as its decoder."""
-    decoder = lm.get_decoder()
+    """The decoder whose last states the output embeddings read."""
+    decoder = lm.get_decoder()  # of Llama 4 and Mllama this is the language model with its head
     return decoder if decoder.get_output_embeddings() is None else decoder.model
 
 
-def layers_outside_language_model(lm: Any) -> list[str]:
-    """The linear layers of a language model that its trunk and head do not hold: towers for images, projectors."""
-    own = {id(module) for module in trunk(lm).modules()} | {id(lm.get_output_embeddings())}
-    return [name for name, module in lm.named_modules() if isinstance(module, nn.Linear) and id(module) not in own]
-
-
 def train_language_model_only(model: Any, head: nn.Module) -> None:
-    """Freeze what lies outside the trunk and its head: text gives it no gradient."""
-    own = {id(parameter) for part in (trunk(model), head) for parameter in part.parameters()}
+    """Freeze everything but the trunk and its head, such as a vision tower: text gives it no gradient."""
+    trained = {id(parameter) for part in (trunk(model), head) for parameter in part.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in own)
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def language_model_only(lm: Any) -> dict[str, str]:
-    """LoraConfig's `exclude_modules` that keeps LoRA to the language model of a multimodal one; nothing for others."""
-    if not layers_outside_language_model(lm):
-        return {}
+    """LoraConfig's `exclude_modules` for a model with linear layers outside its language model, such as a vision tower; else {}."""
     decoder = trunk(lm)
+    own = {id(module) for module in decoder.modules()} | {id(lm.get_output_embeddings())}
+    if all(id(module) in own for module in lm.modules() if isinstance(module, nn.Linear)):
+        return {}
     path = next(name for name, module in lm.named_modules() if module is decoder)
     return {"exclude_modules": rf"(?!{path.replace('.', chr(92) + '.')}\.).*"}
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether the base's weights are packed in 8 or 4 bits, by the recipe or as they came."""
+    """Whether the model has weights in 8 or 4 bits, quantised by the recipe or before."""
     return any(not parameter.is_floating_point() for parameter in model.parameters())
+
+
+def cast_trainable_to_float32(model: nn.Module) -> None:
+    """Cast trained weights to float32. TRL 1.16 casts the adapters of a quantised base to bfloat16, which loses small updates."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0 in place, since PPO's ratio compares two forwards of one network.
+
+    This covers nn.Dropout and the rates that Transformers' modules hold as numbers, such as attention_dropout.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                vars(module)[name] = 0.0

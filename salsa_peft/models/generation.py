@@ -1,8 +1,8 @@
-"""Sampling responses: row i of a batch by the inverse CDF at uniform numbers of its own seed.
+"""Sampling of responses, with a seed for each row.
 
-What is sampled for a prompt depends on its seed and the weights alone, not on the batch it stands in, the number of processes
-or the device. Transformers' generate does the decoding; its own sampling draws for a batch as a whole, which is why the choice
-of the token is ours.
+A response depends on its prompt, its seed and the weights only, not on its batch, the number of processes or the device. Transformers'
+generate decodes; tokens are drawn here, by the inverse CDF at the row's own uniform random numbers, because generate draws for a whole
+batch from one generator.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-"""What Transformers' generate calls the cache that it is given."""
+"""The argument of Transformers' generate for a cache."""
 WITHOUT_FLOAT64 = ("mps",)
-"""Kinds of devices on which tokens can't be chosen: they are on the CPU."""
+"""Device types on which tokens cannot be drawn, since that takes float64; there they are drawn on the CPU."""
 
 
 def row_seeds(rows: Sequence[int], *parts: int) -> list[int]:
-    """One seed for each row, of the row's number and `parts` (a run's seed, an update); 63 bits of a hash, so that none collide."""
+    """A seed for each row: 63 bits of a hash of the row's number and `parts`, such as the run's seed and the update."""
     texts = (" ".join(map(str, (*parts, row))) for row in rows)
     return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1 for text in texts]
 
 
 def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
-    """(B, length), float64, in [0, 1): row i from a CPU generator seeded with seeds[i]."""
+    """Uniform numbers in [0, 1), (B, length), float64; row i is drawn on the CPU with seeds[i]."""
     rows = (torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds)
     return torch.stack(list(rows))
 
 
 class Recording(NamedTuple):
-    """What falls out of generation, a list of (B,) float32 a decoding step: for `old_logprobs: rollout`."""
+    """Log-probs, entropies and values recorded during generation, a (B,) float32 for each step; for `old_logprobs: rollout`."""
 
     value_head: nn.Linear
     """(B, H) → (B, 1)"""
@@ -58,23 +58,23 @@ class Recording(NamedTuple):
 
     @classmethod
     def of(cls, value_head: nn.Linear) -> Recording:
-        """An empty one."""
+        """An empty recording."""
         return cls(value_head, [], [], [])
 
     def stacked(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropies and values, (B, T) each, 0 where the mask is False."""
+        """Log-probs, entropies and values, each (B, T), 0 where the mask is False."""
         columns = (torch.stack(steps, dim=1) for steps in (self.logprobs, self.entropy, self.values))
         logprobs, entropy, values = (column.masked_fill(~mask, 0.0) for column in columns)
         return logprobs, entropy, values
 
     @contextlib.contextmanager
     def recording_values(self, lm: Any) -> Iterator[None]:
-        """Within the context each call of the output embeddings leaves the value of the last position's state."""
+        """Context in which each call of the output embeddings records the value of the last position's state."""
 
-        def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.values.append(apply_scalar_head(self.value_head, inputs[0][:, -1]).float())
 
-        hook = lm.get_output_embeddings().register_forward_pre_hook(hear)
+        hook = lm.get_output_embeddings().register_forward_pre_hook(record)
         try:
             yield
         finally:
@@ -82,26 +82,22 @@ class Recording(NamedTuple):
 
 
 class Sampler(LogitsProcessor):
-    """Chooses the tokens: leaves each row's choice as its one finite logit, which greedy decoding then takes.
-
-    Token = the first whose cumulative probability passes the row's uniform number; the sums are float64, so that a token of
-    probability 1e-12 is still drawn as often as it should.
-    """
+    """Draws each row's next token and leaves it as the row's only finite logit, for generate's greedy decoding."""
 
     def __init__(self, uniforms: Tensor, sampling: Sampling, eos: tuple[int, ...], recording: Recording | None,
                  check: Callable[[], None] | None) -> None:  # fmt: skip
         self.uniforms, self.sampling, self.eos, self.recording, self.check = uniforms, sampling, eos, recording, check
         self.step = 0
         self.broken = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)
-        """Rows that had logits without a distribution: NaN or +∞ in one makes all of the row's log-probs NaN."""
+        """Rows that had a NaN or +∞ logit, which makes all of the row's log-probs NaN."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) of the next token → −∞ but for one 0 a row."""
+        """Logits (B, V) of the next token → −∞, except for a 0 at the drawn token of each row."""
         if self.check is not None:
             self.check()
         early = self.step < self.sampling.min_new_tokens
         forbidden = torch.full((len(scores),), early, device=scores.device)
-        greedy = self.sampling.temperature == 0  # of an evaluation; PPO has none such
+        greedy = self.sampling.temperature == 0  # in evaluation only
         logp = sampled_distribution(scores, forbidden, 1.0 if greedy else self.sampling.temperature, self.eos)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
@@ -114,27 +110,28 @@ class Sampler(LogitsProcessor):
 
 
 def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF: (B, V) and (B,) in [0, 1) → token ids (B, 1); one of probability 0 is never chosen.
+    """Token ids (B, 1) by the inverse CDF: the first token whose cumulative probability exceeds the row's number in `uniforms` (B,).
 
-    On the device of `uniforms`, which is the CPU where probabilities lie on a device without float64 (MPS).
+    probabilities (B, V). The sums are float64, so that tokens of probability 1e-12 are drawn as often as they should be and tokens of
+    probability 0 never are. Computed on the device of `uniforms`.
     """
     here, probabilities = probabilities.device, probabilities.to(uniforms.device)
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[:, -1:]
-    wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # below the sum, also after rounding
+    wanted = torch.minimum(uniforms[:, None] * total, total * (1 - 2**-52))  # less than the sum, also after rounding
     found = torch.searchsorted(cumulative, wanted, right=True)
-    return found.clamp(max=cumulative.shape[-1] - 1).to(here)  # past the end: NaN, which the Sampler notes
+    return found.clamp(max=cumulative.shape[-1] - 1).to(here)  # past the end for NaN, which Sampler.broken has
 
 
 @torch.no_grad()
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
              seeds: Sequence[int], *, recording: Recording | None = None, check: Callable[[], None] | None = None,
              cache: Any = None, **options: Any) -> Responses:  # fmt: skip
-    """Sample a response to each prompt from the adapter that is active: the whole distribution, at the temperature.
+    """Sample a response to each prompt with the active adapter, from the whole distribution at the sampling temperature.
 
-    seeds: one for each prompt. recording: filled with log-probs, entropies and values on the way. check: called before each
-    token, and may raise. cache: one of Transformers', empty; None: a dynamic one. options: more of Transformers' GenerationConfig.
-    A response ends with any of `turn_ends.ends_of`. The random state of the process is not touched. Raises SalsaError where the model's logits are no distribution (NaN).
+    seeds: one for each prompt. recording: gets log-probs, entropies and values. check: called before each token; it may raise. cache:
+    an empty cache of Transformers'; None: a DynamicCache. options: further fields of GenerationConfig. The process's random state does
+    not change. Raises SalsaError if logits are NaN or infinite.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
@@ -152,14 +149,14 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
             attention_mask=mask.long(),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=False,  # a process whose rows have ended waits for no other: sharded weights are gathered
+            synced_gpus=False,  # no process waits for another, since sharded weights are gathered
             **({} if cache is None else {CACHE_ARGUMENT: cache}),
         )
     broken = int(sampler.broken.sum())
     require(
         not broken,
-        f"model: found logits of NaN or infinity for {broken} of {len(prompts)} prompts, expected finite ones to sample from; look for NaN in"
-        " its weights, or for a dtype that overflows",
+        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts; look for NaN in its weights, or for a dtype that"
+        " overflows",
     )
     response_ids = tokens[:, ids.shape[1] :]
     ended = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device)).long()
@@ -169,8 +166,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
 @contextlib.contextmanager
 def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Within the context the model is in eval mode and its own generation settings are these, or Transformers would fill in the
-    base's top-p and penalties; the state found comes back, on exceptions too."""
+    """Context in which the model is in eval mode, with these generation settings instead of its own top-p and penalties."""
     training, inherited = lm.training, lm.generation_config
     lm.eval()
     lm.generation_config = settings
@@ -184,11 +180,11 @@ def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
 def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
             batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
             skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
-    """Responses of the active adapter to many prompts, those of like length together → (indices into prompts, responses).
+    """Generate responses of the active adapter in batches of similar length, yielding (indices into prompts, responses).
 
-    What is drawn for a prompt depends on its place, the turn and the seed alone, so that two models differ by their weights only. places: the
-    prompts' own numbers, by default their indices. skip: of the indices of a batch, whether it may be passed over; the others are
-    the same then as without.
+    A response depends on the prompt's place, the turn and the seed, so that models compared on the same prompts differ by their weights
+    only. places: the prompts' numbers, by default their indices. skip: whether to skip the batch of these indices; the others stay the
+    same.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = (seed,) if turn == 1 else (seed, turn)

@@ -1,13 +1,13 @@
-"""Responses, and how probable policy and references find them.
+"""Prompts and responses as padded tensors, and their log-probabilities under a model.
 
 Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the mask.
-The token that ends a response (data/chat/turn_ends.py) counts, nothing after it; a response that is this token alone has length 1.
+A response includes the token that ends it (data/chat/turn_ends.py) and nothing after; one that is this token alone has length 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,9 @@ from salsa_peft.data.chat.turn_ends import AssistantTurn
 from salsa_peft.models.base import hidden_states
 from salsa_peft.models.logprobs import Head, token_logprobs
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    pass
-
 
 class Responses(NamedTuple):
-    """What was generated: tokens and masks only."""
+    """A batch of prompts and responses: token ids and masks."""
 
     prompt_ids: Tensor
     """(B, P)"""
@@ -34,7 +29,7 @@ class Responses(NamedTuple):
     response_mask: Tensor
     """(B, T) bool"""
     finished: Tensor
-    """(B,) bool: a token that ends responses ended it, rather than the limit."""
+    """(B,) bool: a token that ends responses ended it, not the length limit."""
 
     @property
     def input_ids(self) -> Tensor:
@@ -48,22 +43,22 @@ class Responses(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """(B,): tokens of each response, the one that ends it included."""
+        """(B,): the number of tokens of each response, with the one that ends it."""
         return self.response_mask.sum(-1)
 
     @property
     def content_mask(self) -> Tensor:
-        """(B, T) bool: the response without the token that ends it. Such a token need not be a special one, which decoding leaves out."""
+        """(B, T) bool: the response without the token that ends it, which decoding would keep if it is no special token."""
         places = torch.arange(self.response_mask.shape[1], device=self.response_mask.device)
         return self.response_mask & (places < (self.lengths - self.finished.long())[:, None])
 
     @property
     def empty(self) -> Tensor:
-        """(B,) bool: the response is the token that ends it, alone."""
+        """(B,) bool: the response is only the token that ends it."""
         return self.finished & (self.lengths == 1)
 
     def rows(self, index: Tensor) -> Responses:
-        """Some rows, without the columns that are padding in all of them."""
+        """The rows of an index, without columns that are padding in all of them."""
         picked = Responses(*(field[index] for field in self))
         left = int((~picked.prompt_mask).long().cumprod(-1).sum(-1).min())
         right = int(picked.lengths.max())
@@ -72,7 +67,7 @@ class Responses(NamedTuple):
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids → ids and mask, (B, P), padded on the left."""
+    """Token ids of prompts → ids and mask, (B, P), padded on the left."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -80,13 +75,13 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 
 
 def response_states(hidden: Tensor, responses: Responses) -> Tensor:
-    """(B, P + T, H) → (N, H): the states from which the response's counted tokens were sampled."""
+    """(B, P + T, H) → (N, H): the states from which the tokens of the responses were sampled."""
     start = responses.prompt_ids.shape[1] - 1
     return hidden[:, start : start + responses.response_ids.shape[1]][responses.response_mask]
 
 
 def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
-    """(N,) bool: no token that ends a response could be sampled here."""
+    """(N,) bool: the positions before `min_new_tokens`, where no token that ends a response may be sampled."""
     early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
     return early.expand_as(responses.response_mask)[responses.response_mask]
 
@@ -99,7 +94,7 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 def response_logprobs(
     hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states (B, P + T, H) → log-probs of the response and, where asked for, entropies there, both (B, T), 0 elsewhere."""
+    """Log-probs of the responses from hidden states (B, P + T, H), and entropies if `with_entropy`; both (B, T), 0 in the padding."""
     labels = responses.response_ids[responses.response_mask]
     states = response_states(hidden, responses)
     result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
@@ -108,7 +103,7 @@ def response_logprobs(
 
 @torch.no_grad()
 def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, H): the trunk's state at the last token that counts, what a reward model's head reads."""
+    """(B, H): the trunk's state at the last token that is not padding, which a reward model's head reads."""
     hidden = hidden_states(model, input_ids, attention_mask)
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.long() * places).argmax(-1)
@@ -116,30 +111,34 @@ def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def response_values(values: Tensor, responses: Responses) -> Tensor:
-    """(B, P + T) → (B, T): V of the state before each response token."""
+    """(B, P + T) → (B, T): the value of the state before each response token."""
     start = responses.prompt_ids.shape[1] - 1
     return values[:, start : start + responses.response_ids.shape[1]]
 
 
+def pad_right(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids → ids and mask, (B, L), padded on the right."""
+    width = max(len(ids) for ids in sequences)
+    padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in sequences], device=device)
+    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
+    return padded, torch.arange(width, device=device) < lengths[:, None]
+
+
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],
                   device: torch.device) -> Responses:  # fmt: skip
-    """Token ids of prompts and of what was answered, with the one of `ends` that ended it, if any → Responses."""
-    prompt_ids, prompt_mask = pad_prompts(prompts, pad, device)
-    width = max(len(answer) for answer in answers)
-    ids = torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers], device=device)
-    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    """Responses from token ids of prompts and answers; a finished answer ends with one of the tokens `ends`."""
     finished = torch.tensor([bool(answer) and answer[-1] in ends for answer in answers], device=device)
-    return Responses(prompt_ids, prompt_mask, ids, torch.arange(width, device=device) < lengths[:, None], finished)
+    return Responses(*pad_prompts(prompts, pad, device), *pad_right(answers, pad, device), finished)
 
 
 def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
-    """(B, L) → (B, width), filled up with `value` on the right, or on the left."""
+    """(B, L) → (B, width), padded with `value` on the right, or on the left."""
     missing = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
 
 
 def append_tokens(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> Responses:
-    """`tokens` behind the responses of `rows` (B,), bool, for what scores more than was sampled; the others stay."""
+    """Append `tokens` to the responses of `rows` (B,), bool; for a reward that scores more than was sampled."""
     if not tokens or not rows.any():
         return responses
     device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(tokens)
@@ -151,7 +150,7 @@ def append_tokens(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> 
 
 
 def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
-    """Parts of a rollout batch with other widths → one."""
+    """Join parts of a rollout batch, which may differ in width."""
     prompt, response = (max(part[i].shape[1] for part in parts) for i in (0, 2))
     return Responses(
         torch.cat([pad_to_width(part.prompt_ids, prompt, pad, left=True) for part in parts]),
@@ -163,11 +162,11 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
 
 
 def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Tensor:
-    """(B,) bool: responses that the template's own end of a turn ends_turn, after a prompt that asks for a turn; a text need not."""
+    """(B,) bool: whether the response ends an assistant's turn, which its prompt opened, with the chat template's own end token."""
     asked = [
         not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
         for row in rows
     ]
     last = responses.response_ids.gather(-1, (responses.lengths - 1).clamp(min=0)[:, None]).squeeze(-1)
-    # a token that no vocabulary has, where the template has no end of a turn
-    return (last == (-1 if turn.end is None else turn.end)) & last.new_tensor(list(map(bool, asked))).bool()
+    end = -1 if turn.end is None else turn.end  # no token has the id -1
+    return (last == end) & last.new_tensor(list(map(bool, asked))).bool()

@@ -1,7 +1,7 @@
-"""Weights sharded over processes by FSDP2 or DeepSpeed's ZeRO-3: whole while a rollout is made, cut again where a checkpoint is loaded.
+"""Weights sharded by FSDP2 or DeepSpeed ZeRO-3: gathered for a rollout, sharded again when a checkpoint is loaded.
 
-Elsewhere the engine does not know of it: Trainer and accelerate shard the policy with its value head, the optimizer follows. Left
-out: models of their own (references and classifiers of full weights), which stay whole in every process; ZeRO 1 and 2, and offloading.
+Trainer and accelerate shard the policy with its value head, and the optimizer. Not sharded: references and classifiers of full weights,
+which every process holds whole. Not supported: ZeRO 1 and 2, and offloading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def engine_of(accelerator: Accelerator) -> Any:
-    """DeepSpeed's engine, which holds the policy while it is trained; None where there is none."""
+    """DeepSpeed's engine, which holds the policy during training; None without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED or accelerator.deepspeed_engine_wrapped is None:
         return None
     return accelerator.deepspeed_engine_wrapped.engine
@@ -31,8 +31,10 @@ def engine_of(accelerator: Accelerator) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Within the context every process holds the whole model, and no forward waits for another process: each may make as many as
-    its rows need. One gathering instead of one for each layer and token, at the price of the weights' memory; nothing where nothing is sharded.
+    """Gather the weights, so that within the context each process can run any number of forwards without waiting for others.
+
+    They are gathered once, instead of for each layer and token, which needs memory for all of them. No effect on a model that is not
+    sharded.
     """
     engine = engine_of(accelerator)
     if engine is not None:
@@ -46,7 +48,7 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     root, layers = parts[0], parts[1:]
-    root._get_fsdp_state()._lazy_init()  # the module that runs first becomes the root, and here that may be a layer
+    root._get_fsdp_state()._lazy_init()  # or the first module that runs becomes the root, and here that may be a layer
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -60,27 +62,31 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def gather_weights(module: nn.Module, accelerator: Accelerator) -> None:
-    """Under ZeRO-3: weights that are read outside of their module's forward are whole from now to the next optimizer step (tied ones to
-    the next forward). Called in all processes alike."""
+    """Gather a module's ZeRO-3 weights, which are read outside of its forward, until the next optimizer step (tied ones: the next forward).
+
+    All processes must call it.
+    """
     if engine_of(accelerator) is None:
         return
     from deepspeed.runtime.zero.utils import is_zero_param
 
-    for parameter in filter(is_zero_param, module.parameters()):  # a reference's own model has none
+    for parameter in filter(is_zero_param, module.parameters()):  # a reference's own model is not sharded
         parameter.all_gather()
 
 
 class DeferredStep(DeepSpeedEngineWrapper):
-    """accelerate's takes the optimizer's step at the end of a backward, before anyone has looked at gradients and ratios; under this one
-    `before_step` does."""
+    """accelerate's wrapper of the engine, without the optimizer step that it takes in backward; `before_step` takes it.
+
+    Between the two, gradients and ratios are checked.
+    """
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **options: Any) -> None:
-        """Only adds up gradients."""
+        """Accumulate gradients only."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **options)
 
     def get_global_grad_norm(self) -> float:
-        """Of the gradients at hand. (DeepSpeed's is the last step's, and -1 where it is not finite.)"""
+        """The norm of the present gradients; DeepSpeed returns that of the last step, and -1 if it is not finite."""
         from deepspeed.utils import safe_get_local_grad
 
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
@@ -90,8 +96,11 @@ class DeferredStep(DeepSpeedEngineWrapper):
 
 
 def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> None:
-    """Called before Trainer calls the optimizer's step, which leaves out parameters without a gradient, and is an empty one under
-    DeepSpeed: there it is taken here. drop: forget the gradients."""
+    """To be called before Trainer's optimizer step; with `drop` that step changes nothing.
+
+    The gradients are then removed, and the optimizer skips parameters without one. Under DeepSpeed, where Trainer's step does nothing,
+    the step is taken here.
+    """
     engine = engine_of(accelerator)
     if engine is not None and not drop:
         engine.step()
@@ -100,22 +109,21 @@ def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> No
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as `like` is held: this process's piece of it where that is sharded."""
+    """A whole tensor, or this process's shard of it if `like` is sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
-    """All weights of what a Trainer trains, in the first process, where they are sharded; None where each process holds them whole.
-    Called in all processes alike."""
+    """The whole weights of a Trainer's sharded model, in the first process; None if the model is not sharded. All processes must call it."""
     if trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
 
 def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Any:
-    """Module.load_state_dict of whole tensors, each cut as the module holds it."""
+    """Module.load_state_dict with whole tensors, each sharded as the module's own."""
     held = module.state_dict()
     cut = {name: sharded_like(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
     return module.load_state_dict(cut, strict=strict)

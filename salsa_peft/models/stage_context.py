@@ -1,13 +1,12 @@
-"""What every stage needs before its own work: the base's folder, its tokenizer, the base itself, its fingerprint, precision, a bar.
+"""What every stage shares: the base model and its tokenizer, the arguments and progress bar of a Trainer, saving, fingerprints.
 
-A Hub repository is fetched here, at the stage's start, into the Hub's own cache; from then on a base is a local folder.
+A base on the Hub is downloaded to the Hub's cache when the stage starts; from then on it is a local folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoConfig,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback
 
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.training import Training
@@ -33,46 +27,42 @@ from salsa_peft.models.architectures import checks, memory
 from salsa_peft.models.base import causal_lm_class, device, load_base, load_classifier, resolve_dtype
 from salsa_peft.models.tokenizers import compare_tokenizer, load_tokenizer
 from salsa_peft.models.weights import cast_weights, save_checkpoint
-from salsa_peft.utils.console import progress_bar
+from salsa_peft.utils.console import progress_bar, say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, base_fingerprints, read_fingerprint
+from salsa_peft.utils.hub import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-
 
 @dataclass(frozen=True)
 class StageContext:
-    """A stage's base: where it lies, what it is called, its tokenizer."""
+    """The recipe of a stage, its base model and tokenizer."""
 
     recipe: Recipe
     folder: Path
+    """The base's local folder."""
     name: str
+    """The base's name in messages: the path or Hub id that the recipe gives."""
     tokenizer: PreTrainedTokenizerBase
     stage: str = ""
 
     @classmethod
     def of_job(cls, job: Job) -> StageContext:
-        """The base of a job: the recipe's, else the embedded world's. Raises what huggingface_hub raises for a Hub id."""
+        """Find or download the base of a job, which is the recipe's or the embedded world's, and load its tokenizer."""
         model = job.recipe.model
         if model.base is None:
             folder, name = job.inputs["toy"] / "base", "embedded world"
         elif Path(model.base).is_absolute():
             folder, name = Path(model.base), model.base
         else:
-            from huggingface_hub import hf_hub_download, snapshot_download
-
-            hf_hub_download(model.base, "config.json", revision=model.revision)
-            checks.check(job.recipe)  # before the weights are fetched
-            folder, name = (
-                Path(snapshot_download(model.base, revision=model.revision, allow_patterns=MODEL_FILES)),
-                model.base,
-            )
-        say = name if job.unit.id == "sft/seed-0" else None  # once a run
-        tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, say=say)
+            local_folder(model.base, patterns=["config.json"], revision=model.revision)
+            checks.check(job.recipe)  # before the weights are downloaded
+            folder, name = local_folder(model.base, revision=model.revision), model.base
+        report_as = name if job.unit.id == "sft/seed-0" else None  # once a run
+        tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, report_as=report_as)
         require(
             tokenizer.chat_template is not None,
             f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
@@ -80,22 +70,22 @@ class StageContext:
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
     def load_base(self) -> PreTrainedModel:
-        """The causal language model, frozen."""
+        """Load the base as a frozen causal language model."""
         return self._named(load_base(str(self.folder), self.recipe.model, self.tokenizer))
 
     def empty_model(self) -> PreTrainedModel:
-        """The causal language model without values, on the meta device: which modules it has, and of what shape."""
+        """The base's modules and the shapes of its weights, without their values, on the meta device."""
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
             return causal_lm_class(config).from_config(config).requires_grad_(False)
 
     def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
-        """Full weights to train: the base's, or those of a checkpoint."""
+        """Load full weights to train: the base's, or those of the checkpoint `start`."""
         dtype = precision.weights_dtype(self.precision())
         return self._named(load_base(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
     def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
-        """The base with a score head, frozen; `start`: a checkpoint's full weights with a score head, to train."""
+        """Load the base with a score head, frozen; with `start`, that checkpoint's full weights with a score head, to train."""
         dtype = None if start is None else precision.weights_dtype(self.precision())
         return self._named(load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
 
@@ -105,31 +95,30 @@ class StageContext:
 
     @property
     def base_name(self) -> str:
-        """What adapters of this run name as their base."""
+        """The base_model_name_or_path of this run's adapters."""
         return str(self.folder) if self.recipe.model.base is None else self.name
 
     def precision(self) -> str:
-        """master | stochastic, of the full weights that this stage trains: as the recipe says, or what this card has room for."""
-        card = torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
-        return memory.choose_precision(self.recipe, self.stage, card)
+        """`master` or `stochastic`, for trained full weights: the recipe's choice or, for `auto`, what fits on this GPU."""
+        gpu = torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
+        return memory.choose_precision(self.recipe, self.stage, gpu)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
-        """What transformers.TrainingArguments and its heirs take from a recipe's section, precision included, which is said."""
+        """The TrainingArguments of a recipe's section as a dict, with those of the precision, which is printed for full weights."""
         found = training_arguments(section, folder, seed, self.recipe.num_processes)
         if self.recipe.mode == "full":
             chosen = self.precision()
             found |= precision.arguments(chosen)
             held = str(precision.weights_dtype(chosen)).removeprefix("torch.")
-            print(
-                f"{self.stage}  precision {chosen}: weights in {held}, optimizer {found['optim']}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{self.stage}  precision {chosen}: weights in {held}, optimizer {found['optim']}")
         return found
 
     def save(self, trainer: Trainer, folder: Path) -> None:
-        """What was trained, with tokenizer and the base's fingerprint: an adapter, or full weights in the recipe's dtype (which the model
-        then has too, unless it is sharded). The first process writes, the others wait for it."""
+        """Save the trained adapter or full weights, the tokenizer and the base's fingerprint.
+
+        Full weights are saved in the recipe's dtype; unless they are sharded, the model is cast to it as well. The first process writes
+        and the others wait.
+        """
         model: Any = trainer.model
         weights, dtype = sharding.full_state_dict(trainer), resolve_dtype(self.recipe.model.dtype)
         if weights is None and not isinstance(model, PeftModel):
@@ -143,9 +132,9 @@ class StageContext:
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError for an adapter or checkpoint of another base, by the fingerprint beside it; a reference without is noted.
+        """Raise SalsaError if an input or a reference of the recipe was trained on another base, by its fingerprint.
 
-        Every input but the embedded world is such a folder. One that has no fingerprint was noted when the stage before took it.
+        For a reference without a fingerprint a line is printed. Inputs without one are skipped: the stage that imported them printed it.
         """
         base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
@@ -158,19 +147,21 @@ class StageContext:
             compare_tokenizer(folder, self.tokenizer, self.name)
 
     def write_fingerprint(self, folder: Path, checked: bool = True) -> None:
-        """fingerprint.json beside an adapter or checkpoint: the base it belongs to; `checked`: false where that is the recipe's word alone."""
-        told = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
-        write_atomic(folder / FINGERPRINT, json.dumps(told))
+        """Write fingerprint.json, which identifies the base of the weights in `folder`; `checked`: False if only the recipe names it."""
+        content = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
+        write_atomic(folder / FINGERPRINT, json.dumps(content))
 
 
 def seed_folders(inputs: Mapping[str, Path]) -> dict[int, Path]:
-    """Position in sft.seeds → its folder, of a job's inputs."""
+    """The folders of the SFT seeds among a job's inputs, by their position in `sft.seeds`."""
     return {int(unit.rsplit("-", 1)[1]): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
 
 
 def training_arguments(section: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
-    """What transformers.TrainingArguments and its heirs take from a recipe's section: no checkpoints, no reports, quiet. The section's
-    batch is that of all processes together."""
+    """The transformers.TrainingArguments of a recipe's section, as a dict: without checkpoints, reports and tqdm bars.
+
+    The section's batch size counts the rows of all processes together.
+    """
     micro = section.micro_batch_size or section.batch_size // processes
     return {
         "output_dir": str(folder),
@@ -202,51 +193,43 @@ def training_arguments(section: Training, folder: Path, seed: int, processes: in
 def _optimizer(name: str) -> str:
     if not name.startswith("paged") or torch.cuda.is_available():
         return name
-    print(
-        f"optim: found {name} and no CUDA device, whose memory it pages; adamw_torch_fused is taken",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"optim: {name} needs a CUDA device, and there is none; adamw_torch_fused is used instead")
     return "adamw_torch_fused"
 
 
 def reference_folder(recipe: Recipe, path: str) -> Path:
-    """The folder of a reference, a Hub id fetched: an adapter's files, or with full weights a checkpoint's."""
-    if recipe.adapter is not None or Path(path).is_dir():
-        return lora.local_folder(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=MODEL_FILES))
+    """The local folder of a reference, downloaded if it is on the Hub: an adapter or, with full weights, a checkpoint."""
+    return local_folder(path) if recipe.adapter is None else lora.adapter_folder(path)
 
 
 def report_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
-    """Say that some of the data is not used; the number is in the stage's metrics too."""
+    """Print how many rows of the data are not used, and why; the stage's metrics have the number too."""
     if left_out:
-        print(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}", file=sys.stderr, flush=True)
+        say(f"{job.unit.id}  {left_out} of {rows} rows left out: {why}")
 
 
 def prompts_that_fit(
     job: Job, context: StageContext, rows: list[dict[str, Any]], where: str = "evaluate.prompts"
 ) -> list[dict[str, Any]]:
-    """The prompts that leave room for a response within model.max_length; the others are noted. Raises SalsaError for none."""
+    """The prompts that leave room for a response within model.max_length; how many do not is printed.
+
+    where: the recipe's key for the error. Raises SalsaError if none fits.
+    """
     longest = context.recipe.model.max_length - context.recipe.generation.max_new_tokens
     kept = [row for row in rows if len(prompt_tokens(row, context.tokenizer)) <= longest]
     why = f"prompts longer than {longest} tokens, model.max_length less generation.max_new_tokens"
     report_left_out(job, len(rows) - len(kept), len(rows), why)
-    require(
-        bool(kept),
-        f"{where}: found no prompt of at most {longest} tokens, expected some; raise model.max_length",
-    )
+    require(bool(kept), f"{where}: no prompt has at most {longest} tokens; raise model.max_length")
     return kept
 
 
 def remove_printer(trainer: Trainer) -> None:
-    """Take away the callback that prints the Trainer's logs: they are in log.jsonl."""
+    """Remove the callback that prints the Trainer's logs, which log.jsonl has."""
     trainer.remove_callback(PrinterCallback)
 
 
 def mean_loss(trainer: Trainer, loss: float) -> float:
-    """Trainer's loss of the whole training, of all processes: of the steps since its last log it counts this one's alone."""
+    """The mean training loss over all processes; a Trainer counts the steps since its last log in its own process only."""
     if trainer.accelerator.num_processes == 1:
         return loss
     own = torch.tensor(loss, dtype=torch.float64, device=trainer.accelerator.device)
@@ -268,22 +251,22 @@ class ProgressBar(TrainerCallback):
         self.context = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Opens the bar."""
+        """Open the bar."""
         self.bar = self.context.enter_context(progress_bar(state.max_steps, self.description))
         self.bar.n = self.bar.initial = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Advances the bar by one optimizer step."""
+        """Advance the bar by one optimizer step."""
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Shows the figures from the next step on."""
+        """Show the figures beside the bar from the next step on."""
         found = {FIGURES[key]: value for key, value in (logs or {}).items() if key in FIGURES}
         if found:
             self.bar.set_postfix(found, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Closes the bar and writes the log."""
+        """Close the bar and write the log."""
         self.context.close()
         if self.folder is not None and state.is_world_process_zero:
             write_atomic(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log_history))

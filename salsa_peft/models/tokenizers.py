@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -13,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from salsa_peft.config.schema import OWN_TEMPLATE
 from salsa_peft.data.chat import templates, turn_ends
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.hub import readable_hub_errors
 
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREPARED_TOKENIZERS: WeakSet[Any] = WeakSet()
-"""Tokenizers of a recipe: what is odd in them is said when its run begins, not by every trainer."""
+"""Tokenizers that load_tokenizer has returned. SalsaPPOTrainer does not repeat what was printed about them at the start of a run."""
 
 
 def load_tokenizer(
-    base: str, revision: str | None = None, chat_template: str | None = None, say: str | None = None
+    base: str, revision: str | None = None, chat_template: str | None = None, report_as: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with its own chat template, or that of the file `chat_template`, made ready for training (data/chat/templates.py),
-    and with a padding token that no template writes and that ends no response.
+    """Load a base's tokenizer and prepare it and its chat template for training (data/chat/templates.py).
 
-    say: the base's name; what is odd in its tokenizer and template is printed under it. Raises SalsaError for a tokenizer without EOS.
+    Its padding token becomes one that no template writes and that does not end a response. chat_template: a Jinja file to use instead
+    of the tokenizer's own template. report_as: the base's name; if given, changes and unusual properties are printed under it.
+    Raises SalsaError for a tokenizer without an EOS token.
     """
     with readable_hub_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
     require(
-        tokenizer.eos_token is not None, f"{base}: its tokenizer has no eos_token, expected one to end a response with"
+        tokenizer.eos_token is not None,
+        f"{base}: its tokenizer has no eos_token, which ends a response; set one in tokenizer_config.json",
     )
     if chat_template not in (None, OWN_TEMPLATE):
         tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
@@ -43,13 +45,13 @@ def load_tokenizer(
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     PREPARED_TOKENIZERS.add(tokenizer)
-    for line in [*changes, *turn_ends.tokenizer_notes(tokenizer, ends)] if say is not None else []:
-        print(f"{say}: {line}", file=sys.stderr, flush=True)
+    for line in [*changes, *turn_ends.tokenizer_notes(tokenizer, ends)] if report_as is not None else []:
+        say(f"{report_as}: {line}")
     return tokenizer
 
 
 def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
-    """What a folder's generation_config.json says, or without one its config.json; None where there is neither (an adapter's folder)."""
+    """The generation settings of generation_config.json, else of config.json; None if there is neither, as in an adapter's folder."""
     for name in ("generation_config.json", "config.json"):
         with readable_hub_errors(base):
             file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -59,34 +61,35 @@ def _generation_config(base: str, revision: str | None) -> GenerationConfig | No
 
 
 def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> bool:
-    """Say where the tokenizer beside weights has another chat template than `tokenizer`, the one that is used; → whether it was said.
+    """Compare the tokenizer saved beside weights with `tokenizer`, which is used with them; `base` is the name of its model.
 
-    Raises SalsaError where a token has another id there. base: what people call the model that `tokenizer` belongs to.
+    Prints a line and returns True if the chat templates differ. Raises SalsaError if a token has another id in the saved tokenizer.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return False
     with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    templates.prepare_template(own)  # as the run's own, or its mended BOS and date would be another template
-    known, found = tokenizer.get_vocab(), own.get_vocab()
-    odd = next((token for token, number in found.items() if known.get(token, number) != number), None)
+    templates.prepare_template(
+        own
+    )  # the same changes of BOS and date as in `tokenizer`, or the templates would differ by them
+    used, saved = tokenizer.get_vocab(), own.get_vocab()
+    moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)
     require(
-        odd is None,
-        f"{folder}: its tokenizer has {odd!r} at {found.get(str(odd))}, the one of {base} at {known.get(str(odd))}: the ids that these weights"
-        " were trained on mean other text here; use the base and tokenizer that they were trained with",
+        moved is None,
+        f"{folder}: its tokenizer gives {moved!r} the id {saved.get(str(moved))}, and that of {base} gives it {used.get(str(moved))}, so that"
+        " the ids these weights were trained on mean other text here; use the base and tokenizer that they were trained with",
     )
     differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
     if differs:
-        told = (
+        say(
             f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
             " (model.chat_template)"
         )
-        print(told, file=sys.stderr, flush=True)
     return differs
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short chat through a tokenizer's template, or the template where it refuses that chat: two templates are one if these are equal."""
+    """A short chat rendered by a tokenizer's template, or the template itself if it rejects that chat; for comparing templates."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from salsa_peft.models import sharding
-from salsa_peft.models.base import without_router_logits
+from salsa_peft.models.base import disable_router_logits
 from salsa_peft.utils import files
 from salsa_peft.utils.errors import SalsaError, require
 
@@ -22,62 +22,62 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file's. Raises SalsaError for a file that is none: damaged, or pickled under that name."""
+    """The tensors of a safetensors file. Raises SalsaError for a file that is damaged or of another format."""
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise SalsaError(
-            f"{path}: found no safetensors file ({error}), expected one: it is damaged, or of another format; copy or save it again"
-        ) from error
+        raise SalsaError(f"{path}: not a valid safetensors file ({error}); copy or save the file again") from error
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise SalsaError, beginning with `where`, for a tensor with NaN or infinite values."""
+    """Raise SalsaError, which begins with `where`, for a tensor with NaN or infinite values."""
     for name, tensor in tensors.items():
-        plain = tensor.is_floating_point() and tensor.element_size() > 1  # torch has no isfinite for fp8
+        testable = tensor.is_floating_point() and tensor.element_size() > 1  # torch has no isfinite for fp8
         require(
-            not plain or bool(tensor.isfinite().all()),
-            f"{where}: {name}: found a value that is not finite, expected finite weights; the training that made them went wrong",
+            not testable or bool(tensor.isfinite().all()),
+            f"{where}: {name} contains NaN or infinite values; the training that produced these weights diverged",
         )
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """In place. Not .to(): buffers (rotary frequencies) stay exact."""
+    """Cast all parameters in place. Unlike Module.to this keeps the precision of buffers such as rotary frequencies."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase,
                     weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
-    """An ordinary Transformers checkpoint with its tokenizer, in shards of 5 GB.
+    """Save a Transformers checkpoint with its tokenizer, in shards of 5 GB.
 
-    weights: the model's, where it does not hold them whole itself; saved in `dtype`, where one is given. A checkpoint that was there gives
-    way when this one is whole beside it. Raises SalsaError, before it writes, for weights that are not finite, or a disk without room.
+    weights: the gathered weights of a sharded model, saved in `dtype` if one is given. The checkpoint is written in a subfolder and
+    replaces an earlier one when it is complete. Raises SalsaError before writing if a weight is not finite or the disk has no space.
     """
     if weights is not None:
-        tied = model.all_tied_weights_keys or {}  # copies of what they are tied to
+        tied = model.all_tied_weights_keys or {}  # duplicates of other weights
         weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items() if name not in tied}
     held = model.state_dict() if weights is None else weights
     check_finite(held, f"{folder} is not saved")
-    stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied ones once
-    without_router_logits(model)
+    stored = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held.values()}  # tied weights once
+    disable_router_logits(model)
     beside = folder / ".saving"
-    shutil.rmtree(beside, ignore_errors=True)  # of a kill before
+    shutil.rmtree(beside, ignore_errors=True)  # left by a process that was killed
     files.require_disk_space(folder, sum(stored.values()), str(folder))
     try:
         model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
-        if weights is not None and dtype is not None:  # save_pretrained writes the dtype that the model has
+        if (
+            weights is not None and dtype is not None
+        ):  # save_pretrained writes the model's own dtype into the configuration
             model.config.dtype = dtype
             model.config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    _take_place(beside, folder)
+    _replace_checkpoint(folder, beside)
 
 
-def _take_place(beside: Path, folder: Path) -> None:
-    """The files of `beside` into `folder`, where shards of an earlier checkpoint go."""
+def _replace_checkpoint(folder: Path, beside: Path) -> None:
+    """Move the files of `beside` into `folder`, and delete the shards of an earlier checkpoint there."""
     new = {path.name for path in beside.iterdir()}
     for path in sorted(beside.iterdir()):
         if (folder / path.name).is_dir():
@@ -90,15 +90,17 @@ def _take_place(beside: Path, folder: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model the weights of the checkpoint in `folder`, in place. Raises SalsaError where a tensor has no place in it."""
+    """Load the weights of the checkpoint in `folder` into a model. Raises SalsaError for unknown and for missing tensors."""
     found: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
         tensors = read_tensors(file)
         missing = sharding.load(model, tensors, strict=False)
+        unknown = missing.unexpected_keys[:1]
         require(
-            not missing.unexpected_keys, f"{file}: found {missing.unexpected_keys[:1]}, expected weights of this model"
+            not unknown,
+            f"{file}: {', '.join(unknown)} is not a weight of this model; use a checkpoint of the same model",
         )
         found |= set(tensors)
     shared = set(model.all_tied_weights_keys or {})
     lost = sorted(set(model.state_dict()) - found - shared)
-    require(not lost, f"{folder}: found no {', '.join(lost[:2])}, expected all weights of the model")
+    require(not lost, f"{folder}: the checkpoint has no {', '.join(lost[:2])}; use one with all weights of the model")

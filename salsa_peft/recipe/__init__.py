@@ -1,1 +1,1 @@
-"""Running a recipe: its units, their cache, and the processes that make them."""
+"""Running a recipe: its units of work, the cache of their results, and the processes that run them."""

@@ -1,8 +1,116 @@
-"""`python -m salsa_peft.recipe` is `salsa run`."""
+"""`salsa run`: a recipe from its SFT seeds to the report.
 
+    python -m salsa_peft.recipe quickstart --lora
+    python -m salsa_peft.recipe my.yaml --lora --set ppo.learning_rate=1e-5 --dry-run
+
+The work is in recipe/run.py; here are the command line, and the exit codes of errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
 import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
 
-from salsa_peft.recipe.run import main
+from salsa_peft.config.load import bundled_names, load_recipe
+from salsa_peft.data.check import check_local
+from salsa_peft.models.architectures.checks import check
+from salsa_peft.recipe.hardware import Gpu
+from salsa_peft.recipe.processes import StageError, Terminated, raise_on_sigterm
+from salsa_peft.recipe.run import STAGES, Stage, run, run_folder
+from salsa_peft.utils.console import Parser, say
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import disk_full_message
+from salsa_peft.utils.messages import one_line
+
+
+def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
+    """The command. Returns 0; 2 for an error in the recipe or options; 1 if a stage failed; 130 and 143 after SIGINT and SIGTERM."""
+    args = parse_args(sys.argv[1:] if argv is None else argv, prog)
+    folder = Path()
+    try:
+        with raise_on_sigterm():
+            loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set, more=(check_local, check))
+            folder = run_folder(loaded, args.output_dir)
+            run(
+                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune, dry_run=args.dry_run, gpu=args.gpu,
+                debug=args.debug,
+            )  # fmt: skip
+            return 0
+    except SalsaError as error:
+        code, line = 2, one_line(error)
+    except StageError as error:
+        code, line = 1, one_line(error)
+    except OSError as error:
+        line = (
+            f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept; run the same command"
+            " again"
+        )
+        code, line = 1, one_line(disk_full_message(error, folder) or line)
+    except KeyboardInterrupt:
+        code, line, args.debug = 130, "stopped; run the same command again to continue", False
+    except Terminated:
+        code, line, args.debug = 143, "terminated; run the same command again to continue", False
+    if args.debug:
+        traceback.print_exc()
+    say(line)
+    return code
+
+
+def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
+    """The command line. `--lora` may be followed by a preset's name; a word after it that is none is the recipe if no other is given."""
+    presets, recipes = bundled_names("adapters"), bundled_names("recipes")
+    parser = Parser(
+        prog=prog,
+        description="Run a recipe: SFT seeds, reward model, soup, PPO, landscape, evaluation, report.",
+        epilog=f"Bundled recipes: {', '.join(recipes) or 'none'}.",
+    )
+    add = parser.add_argument
+    add("recipe", nargs="*", metavar="RECIPE", help="a YAML file, or the name of a bundled recipe")
+    add(
+        "--lora",
+        nargs="?",
+        const="lora",
+        metavar="PRESET",
+        help=f"train adapters: {', '.join(presets)} (default: lora)",
+    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6")
+    add("--dry-run", action="store_true", help="print the plan and write nothing")
+    add("--gpu", type=_gpu, metavar="GIB", help="with --dry-run: GPU memory to plan for (default: this machine's GPU)")
+    add("--stages", type=_words, metavar="A,B", help="run only these stages or units, such as sft,ppo/salsa")
+    add("--force", action="append", default=[], metavar="STAGE", help="run a stage or unit again, and its dependents")
+    add("--output-dir", metavar="DIR", help="folder of the results (default: runs/<name>-<preset>)")
+    add("--prune", action="store_true", help="at the end, remove results that this recipe no longer has")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_intermixed_args(argv)
+    if not args.recipe and args.lora is not None and args.lora not in presets:
+        args.recipe, args.lora = [args.lora], "lora"
+    if len(args.recipe) != 1:
+        parser.error(
+            f"found {len(args.recipe)} recipes ({' '.join(args.recipe) or 'none'}), expected one YAML file or bundled name"
+        )
+    if args.gpu is not None and not args.dry_run:
+        parser.error("--gpu needs --dry-run: it is the GPU to plan for, and does not choose the GPU of a run")
+    args.recipe = args.recipe[0]
+    return args
+
+
+def _gpu(text: str) -> Gpu:
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < 10_000:
+        raise argparse.ArgumentTypeError(f"found {text}, expected GiB such as 24")
+    return Gpu("--gpu", int(size * 2**30))
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
 
 if __name__ == "__main__":
     sys.exit(main())

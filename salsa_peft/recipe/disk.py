@@ -149,7 +149,7 @@ def told(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], card: f
 
 def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> None:
     """Raise SalsaError where what will be written can't fit. steps: the plan; an empty one writes nothing."""
-    card = next((float(one.bytes) for one in hardware.cards()), None)
+    card = next((float(one.bytes) for one in hardware.gpus()), None)
     found = need(recipe, steps, asked, card)
     if found is not None and found.most > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(

@@ -24,7 +24,7 @@ from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import disk
 from salsa_peft.recipe.cache import Step
-from salsa_peft.recipe.hardware import Card
+from salsa_peft.recipe.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
@@ -48,7 +48,7 @@ ORDER = (
 """Changes by what they cost, the least first."""
 
 
-def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], card: Card | None) -> None:
+def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], card: Gpu | None) -> None:
     """Print the plan on standard output; writes nothing else. card: what the stages' needs are held against."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"results: {run}"))
@@ -85,7 +85,7 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
     console.print()
 
 
-def _print_memory(console: Console, loaded: LoadedRecipe, card: Card | None) -> None:
+def _print_memory(console: Console, loaded: LoadedRecipe, card: Gpu | None) -> None:
     """What each stage needs of a GPU at its peak, what would make it fit, and what all of them."""
     recipe = loaded.recipe
     size = architecture_of_recipe(recipe)

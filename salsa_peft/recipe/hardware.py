@@ -1,35 +1,41 @@
-"""The GPUs that a process here can use, as nvidia-smi names them, and whether a recipe can do without one. Imports no torch."""
+"""The GPUs of this machine (by nvidia-smi), whether a recipe's stages fit them, and what to halve after an out-of-memory error.
+
+torch is not imported.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
 import subprocess
 from collections.abc import Collection
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.memory import CONTEXT, GIB, STAGES, estimate, stages_of
 from salsa_peft.models.architectures.sizes import architecture_of_recipe
-from salsa_peft.utils.errors import require
+from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.oom import largest_proper_divisor
 
 LARGE = 2_000_000_000
-"""Parameters of a base that no CPU trains in a lifetime."""
+"""Parameters from which on a base needs a GPU: a CPU would take years."""
+SIZES = (16, 24, 40, 48, 80, 141, 192)
+"""Memory of the GPUs that are sold, in GiB."""
 
-SOLD = (16, 24, 40, 48, 80, 141, 192)
-"""GiB of cards that there are."""
 
-
-class Card(NamedTuple):
-    """A GPU."""
+class Gpu(NamedTuple):
+    """A GPU: its name and its memory in bytes."""
 
     name: str
     bytes: int
 
 
-def cards() -> list[Card]:
-    """Those that CUDA_VISIBLE_DEVICES leaves; none where nvidia-smi is missing, fails or takes more than five seconds."""
+def gpus() -> list[Gpu]:
+    """The GPUs that CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing, fails or takes more than five seconds."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
@@ -37,65 +43,132 @@ def cards() -> list[Card]:
         done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    found: dict[str, Card] = {}
+    found: dict[str, Gpu] = {}
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        identity, _, rest = line.partition(",")
+        uuid, _, rest = line.partition(",")
         name, _, size = rest.rpartition(",")
         if size.strip().isdigit():
-            found[identity.strip()] = Card(name.strip(), int(size) * 2**20)
+            found[uuid.strip()] = Gpu(name.strip(), int(size) * 2**20)
     return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _sold(size: float) -> int:
-    """GiB of the smallest card that holds so many bytes."""
-    return next((card for card in SOLD if card * GIB >= size), math.ceil(size / GIB))
+def _visible(found: dict[str, Gpu], variable: str | None) -> list[Gpu]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or by the beginning of a UUID, in its order; all if it is not set.
 
-
-def _visible(found: dict[str, Card], words: str | None) -> list[Card]:
-    """Of cards by UUID those that CUDA_VISIBLE_DEVICES names, by number or by the start of a UUID, in its order. A part of a card (MIG)
-    is taken for the first whole one: how large it is nvidia-smi's list does not say."""
-    there = list(found.values())
-    if words is None or not there:
-        return there
-    chosen: list[Card] = []
-    for word in filter(None, map(str.strip, words.split(","))):
+    A MIG instance is counted as the first whole GPU, since nvidia-smi's list does not tell its size.
+    """
+    every = list(found.values())
+    if variable is None or not every:
+        return every
+    chosen: list[Gpu] = []
+    for word in filter(None, map(str.strip, variable.split(","))):
         if word.startswith("MIG"):
-            chosen.append(there[0])
+            chosen.append(every[0])
         elif word.isdigit():
-            chosen += there[int(word) : int(word) + 1]
+            chosen += every[int(word) : int(word) + 1]
         else:
-            chosen += [card for identity, card in found.items() if identity.startswith(word)][:1]
+            chosen += [gpu for uuid, gpu in found.items() if uuid.startswith(word)][:1]
     return chosen
 
 
+def smallest_gpu(size: float) -> int:
+    """The memory in GiB of the smallest GPU on sale that holds `size` bytes."""
+    return next((gib for gib in SIZES if gib * GIB >= size), math.ceil(size / GIB))
+
+
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
-    """What models/architectures/memory.py says a stage holds of the GPU that is here, without CUDA's own; None for one that holds no base."""
-    size, there = architecture_of_recipe(recipe), cards()
+    """The estimated GPU memory of a stage on this machine, without CUDA's context, in MB; None for a stage without a model."""
+    size, there = architecture_of_recipe(recipe), gpus()
     if size is None or stage not in stages_of(recipe):
         return None
     found = estimate(recipe, stage, size, there[0].bytes if there else None)
     return round((found.total - CONTEXT) / 1e6, 1)
 
 
-def check_device(recipe: Recipe, there: list[Card], stages: Collection[str] = STAGES) -> list[str]:
-    """Raise SalsaError for a large base without a GPU; → warnings of stages that won't fit, a line each. stages: those that will run."""
+def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES) -> list[str]:
+    """Raise SalsaError if a large base has no GPU; return a warning for each stage that may not fit. stages: those that will run."""
     size = architecture_of_recipe(recipe)
     asked = [stage for stage in stages_of(recipe) if stage in stages]
     if size is None or not asked:
         return []
-    card = (
+    memory = (
         float(there[0].bytes) if there else 0.0
-    )  # no card: the least is asked for, which is bf16 weights where `auto` may choose
-    needs = {stage: estimate(recipe, stage, size, card) for stage in asked}
+    )  # without a GPU: the smallest need, bf16 weights where `auto` may choose
+    needs = {stage: estimate(recipe, stage, size, memory) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,
-        f"model.base: found a model of {size.parameters / 1e9:.1f} B parameters and no CUDA GPU (nvidia-smi names none), expected one of"
-        f" at least about {most.total / GIB:.0f} GiB for {most.stage}; --dry-run --gpu {_sold(most.total)} shows what each stage needs",
+        f"model.base: a model of {size.parameters / 1e9:.1f} B parameters needs a CUDA GPU, and nvidia-smi lists none. Use a machine with"
+        f" a GPU of at least about {most.total / GIB:.0f} GiB (for {most.stage}); --dry-run --gpu {smallest_gpu(most.total)} shows what each stage needs",
     )
     return [
-        f"{stage} may not fit: about {found.total / GIB:.1f} GiB in {found.phase}, {there[0].name} has {there[0].bytes / GIB:.0f};"
-        " --dry-run says what would help"
+        f"{stage} may not fit: it needs about {found.total / GIB:.1f} GiB in {found.phase}, and {there[0].name} has"
+        f" {there[0].bytes / GIB:.0f}; --dry-run shows what would help"
         for stage, found in needs.items()
         if there and found.total > there[0].bytes
     ]
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raise SalsaError if this machine cannot run the recipe's number of processes."""
+    there, count, backend = len(gpus()), recipe.num_processes, recipe.accelerate
+    require(
+        there > 0 or backend == "ddp",
+        f"accelerate: {backend} needs GPUs, and nvidia-smi lists none; use ddp, which also runs on CPUs",
+    )
+    require(
+        there == 0 or count <= there,
+        f"num_processes: found {count}, but this machine has {there} GPU{'s' * (there > 1)} and each process needs one; lower it to {there}",
+    )
+    require(
+        backend != "zero3" or importlib.util.find_spec("deepspeed") is not None,
+        "accelerate: zero3 needs DeepSpeed; pip install 'salsa-peft[deepspeed]'",
+    )
+
+
+class Halved(NamedTuple):
+    """A recipe with smaller micro-batches in one stage."""
+
+    recipe: Recipe
+    changed: dict[str, tuple[int, int]]
+    """Key of the recipe → its value before and after."""
+
+
+def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
+    """The recipe with half the micro-batch size in a stage and the same global batch; None if nothing can be halved."""
+    if stage in ("sft", "reward", "ppo", *ALGORITHMS):
+        return _halve_training(recipe, stage)
+    rows = recipe.generation.batch_size
+    if stage in ("landscape", "evaluate") and (half := largest_proper_divisor(rows)):
+        generation = replace(recipe.generation, batch_size=half)
+        return Halved(replace(recipe, generation=generation), {"generation.batch_size": (rows, half)})
+    judge = recipe.evaluate.judge
+    if (
+        stage == "judge"
+        and judge is not None
+        and judge.kind == "local"
+        and (half := largest_proper_divisor(judge.concurrency))
+    ):
+        evaluate = replace(recipe.evaluate, judge=replace(judge, concurrency=half))
+        return Halved(replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, half)})
+    return None
+
+
+def _halve_training(recipe: Recipe, stage: str) -> Halved | None:
+    section: Any = getattr(recipe, stage)
+    processes = 1 if stage in ALGORITHMS else recipe.num_processes
+    share = section.batch_size // processes
+    before = {"micro_batch_size": section.micro_batch_size or share}
+    if stage == "ppo":
+        ppo = recipe.ppo
+        before["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
+        before["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
+    after = {key: largest_proper_divisor(rows) or rows for key, rows in before.items()}
+    smaller = replace(section, **after)
+    try:
+        smaller.check(stage, processes)
+    except SalsaError:  # KTO needs at least two rows
+        return None
+    changed = {f"{stage}.{key}": (before[key], after[key]) for key in before if after[key] != before[key]}
+    sections: dict[str, Any] = {stage: smaller}
+    return Halved(replace(recipe, **sections), changed) if changed else None

@@ -1,7 +1,8 @@
-"""What every stage imports, loaded once by the fork server: the first stage starts in seconds, each later one at once.
+"""The imports of all stages, loaded once by the fork server, so that each stage starts at once.
 
-Nothing here may start a thread (pyarrow brings one idle one, of its allocator) or touch a device: the stages' processes are forks of this one. The libraries' own bars and
-notes are switched off: a stage has one bar, and its figures are in its folder.
+Nothing here may start a thread or use a device, since the stages' processes are forks of the fork server. (pyarrow starts one idle thread, of
+its memory allocator.) The libraries' own progress bars and messages are switched off: a stage has one progress bar, and its metrics are
+in its folder.
 """
 
 # ruff: noqa: E402
@@ -19,7 +20,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: F401
 from salsa_peft.config import load  # noqa: F401
 from salsa_peft.data import toy  # noqa: F401
 from salsa_peft.evaluation import evaluate, landscape  # noqa: F401
-from salsa_peft.recipe import processes, stages, units  # noqa: F401
+from salsa_peft.recipe import stages, worker  # noqa: F401
 from salsa_peft.training import ppo_stage, reward_model, sft  # noqa: F401
 
 datasets.disable_progress_bars()

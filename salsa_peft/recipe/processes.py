@@ -1,22 +1,21 @@
-"""A stage in a process of its own, forked from a server that has the imports: its memory is gone when it ends.
+"""Runs each stage in processes of its own, so that its memory is freed when it ends.
 
-The parent imports no torch. The child ends with the parent, also after kill -9 of it.
+One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by `accelerate launch`.
+In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job and sends back one report. The
+processes end with the command, even if that is ended by kill -9. torch is not imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import json
 import multiprocessing
 import os
-import resource
+import re
 import signal
+import socket
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -24,114 +23,218 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.utils import files
-from salsa_peft.utils import hub as hub_errors
-from salsa_peft.utils.errors import SalsaError
+from salsa_peft.config.paths import bundled_folder
+from salsa_peft.config.schema import Recipe
+from salsa_peft.recipe import worker
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.oom import is_out_of_memory
 
 PRELOAD = ["salsa_peft.recipe.preload"]
-GRACE = 120.0  # seconds between SIGTERM and kill, in which a stage may save; a second signal cuts them short
+GRACE = 120.0
+"""Seconds between SIGTERM and SIGKILL, in which a stage may save a checkpoint; a second signal cuts them short."""
+FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
+"""A failed process in the log of torch's launcher: its rank and exit code."""
+AFTER_OTHERS = (-signal.SIGTERM, -signal.SIGABRT, 128 + signal.SIGTERM)
+"""Exit codes of processes that were ended because another one had failed: by the launcher, by NCCL, by saving on SIGTERM."""
 
 
 class StageError(Exception):
-    """A stage failed; one line."""
+    """A stage failed; the message is one line."""
 
 
 class OutOfMemory(StageError):
-    """A stage failed for want of memory."""
+    """A stage failed because it ran out of memory."""
 
 
 class Terminated(BaseException):
-    """The command got SIGTERM."""
+    """The command received SIGTERM."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage's process reports."""
+    """What a finished stage reports."""
 
     facts: dict[str, Any]
+    """What the stage function returned."""
     seconds: float
     peak_mb: float
-    """Largest resident memory of the process."""
+    """Peak resident memory of all processes together."""
     gpu_peak_mb: float | None = None
-    """What PyTorch's allocator held of its GPU at most; None without one."""
+    """Peak memory that PyTorch's allocator reserved on one GPU; None without a GPU."""
 
 
-def run_in_process(job: Job, log: Path, *, debug: bool = False) -> Result:
-    """Run the job's function in a process of its own. Raises StageError; on any exception the process is ended first."""
-    context = _context(job.recipe.threads)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, job), name=job.unit.id, daemon=False)
-    try:
-        process.start()
-        sender.close()
-        report = _receive(receiver, process.sentinel)
-        process.join()
-    except BaseException:
-        _end(process)
-        raise
-    if report is None:
-        raise StageError(f"{job.unit.id} failed: {death(process.exitcode)}")
-    return settled(report, job.unit.id, log, debug=debug)
+def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Result:
+    """Run a job in `count` new processes and wait for them.
 
-
-def settled(report: dict[str, Any], unit: str, log: Path, *, debug: bool) -> Result:
-    """What a stage's process reported. Raises StageError for an error, whose trace is then in `log`."""
-    if "line" in report:
-        sys.stderr.write(report["trace"] if debug else "")
-        where = f"trace in {log}"
+    log: where the traceback of an error is written, or what the launcher printed. Raises StageError with the first error of any process.
+    On any exception the processes are ended first.
+    """
+    with tempfile.TemporaryDirectory(prefix="salsa-") as folder, socket.socket(socket.AF_UNIX) as server:
+        address = os.path.join(folder, "socket")
+        server.bind(address)
+        server.listen()
+        process = _forked(job, address) if count == 1 else _launched(job, address, log)
+        workers = _Workers(job, server, process)
         try:
-            write_atomic(log, report["trace"])
-        except OSError as error:  # the disk is full: what the stage has to say goes first
-            where = f"no trace: {log} cannot be written, {error.strerror}"
-        hint = "" if report["known"] else f" ({'' if debug else 'add --debug for the trace; '}{where})"
-        failure = OutOfMemory if report.get("out_of_memory") else StageError
-        raise failure(f"{unit} failed: {report['line']}{hint}")
-    return Result(**report)
+            process.start()
+            workers.serve()
+            process.join()
+        except BaseException:
+            workers.end()
+            if count > 1:
+                log.unlink(missing_ok=True)
+            raise
+        finally:
+            workers.close()
+    failed = any("line" in report for report in workers.reports.values())
+    printed = log.read_text("utf-8", "replace") if count > 1 else ""
+    codes = {int(rank): int(code) for rank, code in FAILURE.findall(printed) if int(rank) not in workers.reports}
+    crashed = [code for code in codes.values() if code not in AFTER_OTHERS]
+    if crashed or not (failed or len(workers.reports) == count):
+        code = next(iter([*crashed, *codes.values(), process.exitcode]))
+        hint = f" ({log} has what was printed)" if count > 1 else ""
+        raise StageError(f"{job.unit.id} failed: {exit_reason(code)}{hint}")
+    if count > 1:
+        log.unlink()
+    return to_result(workers.reports, job.unit.id, log, debug=debug)
 
 
-def _context(threads: int | None) -> Any:
+def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug: bool) -> Result:
+    """The reports of a job's processes, by rank, as one: facts and seconds of the first process.
+
+    Raises StageError for the first error; the tracebacks are then in `log`.
+    """
+    failed = sorted((rank for rank in reports if "line" in reports[rank]), key=lambda rank: reports[rank]["time"])
+    if not failed:
+        gpu = [report["gpu_peak_mb"] for report in reports.values() if report["gpu_peak_mb"] is not None]
+        memory = round(sum(report["peak_mb"] for report in reports.values()), 1)
+        return Result(**{**reports[0], "peak_mb": memory, "gpu_peak_mb": max(gpu, default=None)})
+    first = reports[failed[0]]
+    traces = [f"process {rank}:\n{reports[rank]['trace']}" for rank in failed]
+    trace = first["trace"] if failed == [0] else "\n".join(traces)
+    sys.stderr.write(trace if debug else "")
+    where = f"trace in {log}"
+    try:
+        write_atomic(log, trace)
+    except OSError as error:  # the disk is full; the stage's own message is more important
+        where = f"no trace: {log} cannot be written, {error.strerror}"
+    hint = "" if first["known"] else f" ({'' if debug else 'add --debug for the trace; '}{where})"
+    raise (OutOfMemory if first["out_of_memory"] else StageError)(f"{unit} failed: {first['line']}{hint}")
+
+
+class _Workers:
+    """The processes of a job, seen from the command: `process` is the only one, or the launcher of several."""
+
+    def __init__(self, job: Job, server: socket.socket, process: Any) -> None:
+        self.job, self.server, self.process = job, server, process
+        self.connections: dict[Connection, int] = {}
+        self.pids: list[int] = []
+        self.reports: dict[int, dict[str, Any]] = {}
+        """Rank → the report of that process."""
+
+    def serve(self) -> None:
+        """Give the job to each process that connects and receive its report, until `process` has ended."""
+        while (ready := wait([self.server, *self.connections, self.process.sentinel])) != [self.process.sentinel]:
+            for one in ready:
+                if one is self.server:
+                    self._accept()
+                elif isinstance(one, Connection):
+                    self._receive(one)
+
+    def _accept(self) -> None:
+        connection = Connection(self.server.accept()[0].detach())
+        with contextlib.suppress(OSError, EOFError):  # a process that ended in the meantime is known by its exit code
+            rank, pid = connection.recv()
+            connection.send((self.job, PRELOAD))
+            self.connections[connection] = rank
+            self.pids.append(pid)
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            self.reports[self.connections[connection]] = connection.recv()
+        except (OSError, EOFError):
+            del self.connections[connection]
+            connection.close()
+
+    def end(self) -> None:
+        """Send SIGTERM to the processes themselves (the launcher would wait 30 s only), and SIGKILL after GRACE or a second signal."""
+        if self.process.pid is None:
+            return
+        try:
+            _send(signal.SIGTERM, self.pids or [self.process.pid])
+            self.process.join(GRACE)
+        finally:
+            if self.process.exitcode is None:
+                _send(signal.SIGKILL, [self.process.pid, *self.pids])
+                self.process.join()
+
+    def close(self) -> None:
+        """Close the connections."""
+        for connection in self.connections:
+            connection.close()
+
+
+def _send(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _forked(job: Job, address: str) -> Any:
+    """A process forked from the fork server, which is started here if it does not run yet."""
+    _set_environment(job.recipe)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    package = str(Path(__file__).resolve().parents[2])
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if package not in paths:  # the server of Python 3.11 looks for the modules to preload on its own path only
-        os.environ["PYTHONPATH"] = os.pathsep.join([path for path in paths if path] + [package])
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server is not the one to answer Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork server ignores Ctrl-C
     try:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, before)
-    return context
+    return context.Process(target=worker.main, args=(address,), name=job.unit.id)
 
 
-def _receive(receiver: Connection, sentinel: int) -> dict[str, Any] | None:
-    """The child's report, or None where it ended without one."""
-    wait([receiver, sentinel])
-    if not receiver.poll():
-        return None
-    try:
-        return receiver.recv()
-    except EOFError:
-        return None
+def _launched(job: Job, address: str, log: Path) -> Any:
+    """A process that becomes `accelerate launch`, which starts the recipe's number of processes."""
+    _set_environment(job.recipe)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = (launch_command(job.recipe, address), str(log))
+    return multiprocessing.get_context("spawn").Process(target=_exec_launcher, args=arguments, name=job.unit.id)
 
 
-def _end(process: Any) -> None:
-    if process.pid is None:
-        return
-    process.terminate()
-    process.join(GRACE)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
+def _set_environment(recipe: Recipe) -> None:
+    """The environment variables of the processes. Python 3.11's fork server finds modules to preload on PYTHONPATH alone."""
+    package = str(Path(__file__).resolve().parents[2])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if package not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, paths), package])
+    if recipe.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(recipe.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def death(code: int | None) -> str:
-    """How a process ended that left no report."""
+def launch_command(recipe: Recipe, address: str) -> list[str]:
+    """The command line of `accelerate launch`."""
+    config = bundled_folder("recipes") / "accelerate" / f"{recipe.accelerate}.yaml"
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.num_processes)))
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
+        *("--num_processes", str(recipe.num_processes), "--num_cpu_threads_per_process", threads),
+        *("--main_process_port", "0", "-m", "salsa_peft.recipe.worker", address),
+    ]
+
+
+def _exec_launcher(command: list[str], log: str) -> None:
+    """Replace this process by the launcher, in a session of its own so that Ctrl-C reaches the command alone.
+
+    Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes of failed processes.
+    """
+    os.setsid()
+    os.dup2(2, 1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    os.execv(command[0], command)
+
+
+def exit_reason(code: int | None) -> str:
+    """How a process ended that sent no report."""
     if code is None or code >= 0:
         return f"its process ended with code {code} and without a result"
     name = signal.Signals(-code).name
@@ -139,78 +242,9 @@ def death(code: int | None) -> str:
     return f"its process was killed by {name}{hint}"
 
 
-def _child(sender: Connection, job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with_parent()
-    os.dup2(2, 1)  # standard output is the command's own
-    if job.recipe.threads is not None and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(job.recipe.threads)
-    report = worked(job)
-    with contextlib.suppress(BrokenPipeError):
-        sender.send(report)
-    sender.close()
-
-
-def worked(job: Job) -> dict[str, Any]:
-    """Run the job's function in this process → what to report: facts and costs, or the error."""
-    start = time.perf_counter()
-    try:
-        module, name = job.unit.run.split(":")
-        facts = getattr(importlib.import_module(module), name)(job)
-        json.dumps(facts, allow_nan=False)
-        seconds = time.perf_counter() - start
-        return {
-            "facts": facts,
-            "seconds": round(seconds, 3),
-            "peak_mb": round(peak_mb(), 1),
-            "gpu_peak_mb": gpu_peak_mb(),
-        }
-    except Exception as error:
-        known = str(error) if isinstance(error, SalsaError) else None
-        known = (
-            known
-            or hub_errors.explain_hub_error(error, job.recipe.model.base)
-            or files.disk_full_message(error, job.folder)
-        )
-        line = known or f"{type(error).__name__}: {error}"
-        return {
-            "line": " ".join(line.split())[:1000],
-            "known": known is not None,
-            "trace": traceback.format_exc(),
-            "out_of_memory": is_out_of_memory(error),
-        }
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="ends with the parent").start()
-
-
-def peak_mb() -> float:
-    """Largest resident memory of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def gpu_peak_mb() -> float | None:
-    """What this process's allocator held of its GPU at most, in MB; None where it used none."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return None
-    return round(torch.cuda.max_memory_reserved() / 1e6, 1)
-
-
 @contextlib.contextmanager
-def signals() -> Iterator[None]:
-    """SIGTERM raises Terminated, so that what is open closes."""
+def raise_on_sigterm() -> Iterator[None]:
+    """Within the context SIGTERM raises Terminated, so that files are closed and processes are ended."""
 
     def stop(*_: Any) -> None:
         raise Terminated

@@ -1,8 +1,8 @@
-"""Numbers → plain sentences: what the run found, computed from its evaluation and its landscape, however it came out.
+"""Numbers → sentences: what the run found, computed from its evaluation and its landscape, whatever the outcome.
 
-The words follow the intervals: a difference whose interval holds 0 is called not distinguishable, never "slightly
-better". The controls (a `shrunk` reference, the untuned base) are named in the same breath as the soup, since they
-can do as well. Left out: any claim over training seeds, for one run is one replicate.
+The wording follows the intervals: a difference whose interval includes 0 is "not distinguishable", never "slightly better". The controls (a
+`shrunk` reference, the untuned base) are named in the same sentence as the soup, since they can do as well. Left out: claims about other
+training seeds, because one run is one replicate.
 """
 
 from __future__ import annotations
@@ -16,31 +16,34 @@ from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 FEW = 30
-"""Fewer prompts than this are warned of: the t-interval leans on the mean being near normal."""
+"""Fewer prompts than this cause a warning: the t-interval assumes a mean that is nearly normal."""
 REPLICATE = (
     "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what "
     "the same recipe would give with other seeds."
 )
 
 
-def verdict(difference: Mapping[str, Any], a: str, b: str) -> str:
-    """What the interval of a − b allows one to say."""
+def undecided(difference: Mapping[str, Any]) -> bool:
+    """Whether the difference is of a single prompt or its interval includes 0."""
+    return bool(difference["n"] < 2 or difference["low"] <= 0 <= difference["high"])
+
+
+def conclusion(difference: Mapping[str, Any], a: str, b: str) -> str:
+    """What the interval of a − b allows to conclude."""
     if difference["n"] < 2:
         return "a single prompt, nothing to conclude"
-    if difference["low"] <= 0 <= difference["high"]:
+    if undecided(difference):
         return "not distinguishable from 0 on these prompts"
     return f"{a if difference['mean'] > 0 else b} is higher on these prompts"
 
 
-def brief(difference: Mapping[str, Any], a: str, b: str) -> str:
-    """The same for a table's cell."""
-    if difference["n"] < 2 or difference["low"] <= 0 <= difference["high"]:
-        return "undecided"
-    return f"{a if difference['mean'] > 0 else b} higher"
+def short_conclusion(difference: Mapping[str, Any], a: str, b: str) -> str:
+    """The conclusion for a table's cell."""
+    return "undecided" if undecided(difference) else f"{a if difference['mean'] > 0 else b} higher"
 
 
 def order(evaluation: Mapping[str, Any], policies: Mapping[str, Any]) -> list[str]:
-    """Every evaluated model: seeds, the untuned base, soup, PPO, SALSA and the controls beside it, the others."""
+    """Every evaluated model: seeds, the untuned base, soup, PPO, SALSA, the controls, then all others."""
     names = list(dict.fromkeys([*evaluation.get("models", []), *policies]))
     rank = {"base": 1, "soup": 2, "ppo": 4, "salsa": 5, "shrunk": 6}
 
@@ -53,41 +56,33 @@ def order(evaluation: Mapping[str, Any], policies: Mapping[str, Any]) -> list[st
 
 
 def is_control(name: str, policies: Mapping[str, Any]) -> bool:
-    """Named so, or a policy whose reference is the untuned base or one seed shrunk towards it."""
+    """Whether it is `base`, `shrunk`, or a policy whose reference is the untuned base or one seed shrunk towards it."""
     return name in ("base", "shrunk") or (name in policies and policies[name].reference.startswith(("shrunk", "base")))
+
+
+def is_untuned_control(one: Mapping[str, Any], policies: Mapping[str, Any]) -> bool:
+    """Whether b of a comparison is a control without PPO (the base, one shrunk seed): far away, and reported separately."""
+    return one["b"] not in policies and is_control(one["b"], policies)
 
 
 def difference(
     evaluation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], dataset: str, measure: str, a: str, b: str
 ) -> dict[str, Any] | None:
-    """a − b as evaluated (either way round), else paired from the answers; None where neither knows both."""
+    """a − b from the evaluation (in either order), else paired from the answers; None if neither has both models."""
+    names = {"dataset": dataset, "measure": measure, "a": a, "b": b}
     for pair in evaluation["datasets"][dataset].get("pairs", []):
         if pair["measure"] == measure and (pair["a"], pair["b"]) == (a, b):
-            return {
-                "dataset": dataset,
-                "measure": measure,
-                "a": a,
-                "b": b,
-                **pair["difference"],
-                "rate": {key: pair[key] for key in ("adjusted_win_rate", "low", "high")},
-            }
+            rate = {key: pair[key] for key in ("adjusted_win_rate", "low", "high")}
+            return {**names, **pair["difference"], "rate": rate}
         if pair["measure"] == measure and (pair["b"], pair["a"]) == (a, b):
             d = pair["difference"]
-            return {
-                "dataset": dataset,
-                "measure": measure,
-                "a": a,
-                "b": b,
-                "mean": -d["mean"],
-                "low": -d["high"],
-                "high": -d["low"],
-                "n": d["n"],
-                "rate": {
-                    "adjusted_win_rate": 1 - pair["adjusted_win_rate"],
-                    "low": 1 - pair["high"],
-                    "high": 1 - pair["low"],
-                },
+            swapped = {"mean": -d["mean"], "low": -d["high"], "high": -d["low"], "n": d["n"]}
+            rate = {
+                "adjusted_win_rate": 1 - pair["adjusted_win_rate"],
+                "low": 1 - pair["high"],
+                "high": 1 - pair["low"],
             }
+            return {**names, **swapped, "rate": rate}
     found: dict[str, dict[tuple[int, int], float]] = {a: {}, b: {}}
     for row in answers:
         if row["dataset"] == dataset and row["model"] in found and row["scores"].get(measure) is not None:
@@ -96,33 +91,25 @@ def difference(
     if not both:
         return None
     first, second = [found[a][i] for i in both], [found[b][i] for i in both]
-    of = [index for index, _ in both] if any(turn > 1 for _, turn in both) else None
-    verdicts = compare_scores(first, second, clusters=of)
-    return {
-        "dataset": dataset,
-        "measure": measure,
-        "a": a,
-        "b": b,
-        **asdict(paired_difference(first, second, of)),
-        "rate": {key: getattr(verdicts, key) for key in ("adjusted_win_rate", "low", "high")},
-    }
+    clusters = [index for index, _ in both] if any(turn > 1 for _, turn in both) else None
+    rates = compare_scores(first, second, clusters=clusters)
+    rate = {key: getattr(rates, key) for key in ("adjusted_win_rate", "low", "high")}
+    return {**names, **asdict(paired_difference(first, second, clusters)), "rate": rate}
 
 
 def comparisons(
     evaluation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], policies: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The questions this project is about, each asked on every dataset: soup or seed, SALSA or PPO, and each control
-    in the soup's place.
-    """
+    """The main comparisons on every dataset: soup with seed, SALSA with PPO, and each control in the soup's place."""
     if not evaluation.get("datasets"):
         return []
     names = order(evaluation, policies)
     pairs = [("soup", "seed-0")]
     for algorithm in dict.fromkeys(policy.algorithm for policy in policies.values()):
-        of = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
-        salsa = _role("salsa", "soup", of)
-        pairs.append((salsa, _role("ppo", "seed-0", of)))
-        pairs += [(salsa, control) for control in of if is_control(control, of) and control != salsa]
+        same = {name: policy for name, policy in policies.items() if policy.algorithm == algorithm}
+        salsa = _policy_with("soup", "salsa", same)
+        pairs.append((salsa, _policy_with("seed-0", "ppo", same)))
+        pairs += [(salsa, control) for control in same if is_control(control, same) and control != salsa]
     pairs += [("soup", control) for control in ("base", "shrunk") if control in names and control not in policies]
     measure = headline(evaluation)
     wanted = [(a, b) for a, b in pairs if a in names and b in names and a != b]
@@ -132,8 +119,15 @@ def comparisons(
     return [one for one in found if one]
 
 
+def _policy_with(reference: str, name: str, policies: Mapping[str, Any]) -> str:
+    """The policy called `name`, else the first one with this reference, else "" (which is no model)."""
+    if name in policies:
+        return name
+    return next((other for other, policy in policies.items() if policy.reference == reference), "")
+
+
 def headline(evaluation: Mapping[str, Any]) -> str:
-    """The gold reward where there is one: a policy is trained on the reward model, so that score flatters it."""
+    """The main measure: the gold reward if there is one, because policies are trained on the reward model's scores."""
     return "gold" if "gold" in evaluation["measures"] else evaluation["measures"][0]
 
 
@@ -143,44 +137,81 @@ def finding(
     compared: Sequence[Mapping[str, Any]],
     policies: Mapping[str, Any],
 ) -> tuple[list[str], list[str]]:
-    """Sentences: the first paragraph (the first dataset, trained models), and what else there is, a point each."""
+    """Sentences of the first paragraph (the first dataset, trained models), and further points."""
+    if not compared:
+        nothing = "This run compared no two models on the same prompts, so there is nothing to conclude about them."
+        return [nothing, REPLICATE], _along(landscape) if landscape else []
+    first = compared[0]["dataset"]
     lead: list[str] = []
     others: dict[str, list[str]] = {}
     for one in compared:
-        if one["dataset"] != compared[0]["dataset"] or untuned(one, policies):
-            short = f"{one['a']} − {one['b']} {signed(one)}, {verdict(one, one['a'], one['b'])}"
-            others.setdefault(one["dataset"], []).append(short)
+        a, b, dataset, measure = one["a"], one["b"], one["dataset"], one["measure"]
+        if dataset != first or is_untuned_control(one, policies):
+            others.setdefault(dataset, []).append(f"{a} − {b} {signed(one)}, {conclusion(one, a, b)}")
             continue
-        models = evaluation["datasets"][one["dataset"]]["models"]
-        a, b = (models.get(one[side], {}).get("scores", {}).get(one["measure"]) for side in "ab")
-        means = (
-            f"{one['a']} scored {estimate(a)} against {one['b']}’s {estimate(b)}"
-            if a and b
-            else f"{one['a']} against {one['b']}"
+        models = evaluation["datasets"][dataset]["models"]
+        means = [models.get(name, {}).get("scores", {}).get(measure) for name in (a, b)]
+        text = (
+            f"{a} scored {estimate(means[0])} against {b}’s {estimate(means[1])}" if all(means) else f"{a} against {b}"
         )
-        where = (
-            ""
-            if lead
-            else f"On {one['n']} prompts of “{one['dataset']}”, by {MEASURES.get(one['measure'], one['measure'])}, "
-        )
-        lead.append(f"{where}{means}: {signed(one)}, {verdict(one, one['a'], one['b'])}{_aside(one, policies)}.")
-    if not compared:
-        lead.append("This run compared no two models on the same prompts, so there is nothing to conclude about them.")
+        where = "" if lead else f"On {one['n']} prompts of “{dataset}”, by {MEASURES.get(measure, measure)}, "
+        lead.append(f"{where}{text}: {signed(one)}, {conclusion(one, a, b)}{_aside(one, policies)}.")
     more = [
-        f"On “{dataset}”{' also' if dataset == compared[0]['dataset'] and lead else ''}: {'; '.join(told)}."
-        for dataset, told in others.items()
+        f"On “{dataset}”{' also' if dataset == first and lead else ''}: {'; '.join(points)}."
+        for dataset, points in others.items()
     ]
     return [*lead, REPLICATE], more + (_along(landscape) if landscape else [])
 
 
-def of_judge(told: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The judge's verdicts as sentences: the first set of questions, and a point for each other one. told: judge_tables.judged."""
+def _aside(one: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
+    """The win rate in parentheses, and what follows if b is a control."""
+    rate, b = one["rate"], one["b"]
+    text = (
+        f" (adjusted win rate {percent(rate['adjusted_win_rate'])}% [{percent(rate['low'])}, {percent(rate['high'])}])"
+    )
+    if not is_control(b, policies):
+        return text
+    text += f"; “{b}” is the control without averaging"
+    if undecided(one):
+        return f"{text} and cannot be told apart from it here, so this run is no evidence that averaging helps"
+    return f"{text} and scored higher, so this run is no evidence that averaging helps" if one["high"] < 0 else text
+
+
+def _along(landscape: Mapping[str, Any]) -> list[str]:
+    """What the first line and the first control line show: midpoint, ends, and the best of the shrunk points."""
+    measure = headline(landscape)
+    text = []
+    for kind in ("line", "shrunk"):
+        one = next((line for line in landscape["lines"] if line["kind"] == kind), None)
+        if one is None:
+            continue
+        ends = one["ends"]
+        at = {round(point["at"], 6): point["scores"][measure] for point in one["points"]}
+        if kind == "line" and {0.0, 0.5, 1.0} <= at.keys():
+            text.append(
+                f"Along the line {ends[0]} to {ends[1]}, before PPO, by {MEASURES.get(measure, measure)}: "
+                f"midpoint {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
+            )
+        if kind == "shrunk":
+            best = max(at, key=lambda x: float(at[x]["mean"]))
+            several = len(at) > 1
+            text.append(
+                f"The control line without averaging, {ends[0]} + λ · (what {ends[1]} learned): "
+                + (f"the best of its {len(at)} points is " if several else "its only point is ")
+                + f"λ = {best:g} with {estimate(at[best])}"
+                + (" (chosen as the best of several, so this estimate is optimistic)." if several else ".")
+            )
+    return text
+
+
+def of_judge(judged: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The judge's results as sentences: the first set of questions, and the other sets. judged: judge_tables.judged."""
     sentences = []
-    for dataset, data in told["datasets"].items():
+    for dataset, data in judged["datasets"].items():
         turns = f", {data['turns']} turns each" if data["turns"] > 1 else ""
         pairs = "; ".join(f"{pair['a']} over {pair['b']} {_rate(pair, policies)}" for pair in data["pairs"])
         sentences.append(f"On {data['questions']} questions of “{dataset}”{turns}, by adjusted win rate: {pairs}.")
-    lead = [f"Judged by {told['judge']} in both orders. {sentences[0]}"] if sentences else []
+    lead = [f"Judged by {judged['judge']} in both orders. {sentences[0]}"] if sentences else []
     return lead, sentences[1:]
 
 
@@ -192,89 +223,38 @@ def _rate(pair: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
     if pair["low"] <= 0.5 <= pair["high"]:
         return f"{text}, not distinguishable from 50%" + (": no evidence here that averaging helps" if control else "")
     better = pair["a"] if pair["adjusted_win_rate"] > 0.5 else pair["b"]
-    text += f", {better} preferred" + (
-        "" if pair["p_holm"] < 0.05 else f" (p {p_value(pair['p_holm'])} over the pairs of this set, Holm: not shown)"
-    )
+    text += f", {better} preferred"
+    if pair["p_holm"] >= 0.05:
+        text += f" (not significant after Holm’s correction over the pairs of this set: p {p_value(pair['p_holm'])})"
     return text + (", the control without averaging" if control and better == pair["b"] else "")
-
-
-def untuned(one: Mapping[str, Any], policies: Mapping[str, Any]) -> bool:
-    """Whether b is a control that PPO never touched (the base, one seed shrunk): far off, so told apart."""
-    return one["b"] not in policies and is_control(one["b"], policies)
 
 
 def warnings(
     evaluation: Mapping[str, Any], landscape: Mapping[str, Any] | None, reward: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """A reward model no better than chance, few prompts, intervals that hold 0, many comparisons: what to know before quoting."""
+    """Cautions: a reward model no better than chance, few prompts, intervals that include 0, many comparisons."""
     accuracy = (reward or {}).get("accuracy", {}).get("held_out")
     found = []
     if accuracy and accuracy["low"] <= 0.5:
         found.append(
             f"The reward model ranks {percent(accuracy['mean'])}% [{percent(accuracy['low'])}, {percent(accuracy['high'])}] of"
-            f" {accuracy['n']} held-out pairs as the data does: not told apart from chance, so its scores may be noise."
+            f" {accuracy['n']} held-out pairs as the data does: not distinguishable from chance, so its scores may be noise."
         )
+    datasets = evaluation.get("datasets", {})
     found += [
         f"Only {data['n']} prompts in “{name}”: intervals from fewer than {FEW} are rough."
-        for name, data in evaluation.get("datasets", {}).items()
+        for name, data in datasets.items()
         if data["n"] < FEW
     ]
     if landscape and landscape["n"] < FEW:
         found.append(f"The landscape has {landscape['n']} prompts a point: intervals from fewer than {FEW} are rough.")
-    pairs = [pair for data in evaluation.get("datasets", {}).values() for pair in data.get("pairs", [])]
-    open_ones = sum(pair["difference"]["low"] <= 0 <= pair["difference"]["high"] for pair in pairs)
-    if open_ones:
+    pairs = [pair for data in datasets.values() for pair in data.get("pairs", [])]
+    inconclusive = sum(pair["difference"]["low"] <= 0 <= pair["difference"]["high"] for pair in pairs)
+    if inconclusive:
         found.append(
-            f"By scores, in {open_ones} of the {len(pairs)} comparisons under “Wins and losses” the interval of the difference includes 0: "
+            f"By scores, in {inconclusive} of the {len(pairs)} comparisons under “Wins and losses” the interval of the difference includes 0: "
             "no difference was shown there."
         )
     if len(pairs) > 1:
         found.append(f"By scores, p-values and intervals are not corrected for the {len(pairs)} comparisons made.")
     return found
-
-
-def _aside(one: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
-    rate = one["rate"]
-    text = (
-        f" (adjusted win rate {percent(rate['adjusted_win_rate'])}% [{percent(rate['low'])}, {percent(rate['high'])}])"
-    )
-    if not is_control(one["b"], policies):
-        return text
-    if one["n"] < 2 or one["high"] < 0 or one["low"] <= 0 <= one["high"]:
-        did = "scored higher" if one["n"] > 1 and one["high"] < 0 else "cannot be told apart from it here"
-        text += f"; “{one['b']}” is the control without averaging and {did}"
-        return f"{text}, so this run is no evidence that averaging helps"
-    return f"{text}; “{one['b']}” is the control without averaging"
-
-
-def _along(landscape: Mapping[str, Any]) -> list[str]:
-    """What the first line and the first control line say: midpoint, ends, and the best of the shrunk points."""
-    measure = headline(landscape)
-    text = []
-    for kind in ("line", "shrunk"):
-        one = next((line for line in landscape["lines"] if line["kind"] == kind), None)
-        if one is None:
-            continue
-        at = {round(point["at"], 6): point["scores"][measure] for point in one["points"]}
-        if kind == "line" and {0.0, 0.5, 1.0} <= at.keys():
-            text.append(
-                f"Along the line {one['ends'][0]} to {one['ends'][1]}, before PPO, "
-                f"by {MEASURES.get(measure, measure)}: "
-                f"midpoint {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
-            )
-        if kind == "shrunk":
-            best = max(at, key=lambda x: float(at[x]["mean"]))
-            text.append(
-                f"The control line, {one['ends'][0]} + λ · (what {one['ends'][1]} learned), no averaging in it: "
-                + (f"its best of {len(at)} points is " if len(at) > 1 else "its one point is ")
-                + f"λ = {best:g} with {estimate(at[best])}"
-                + (" (the best of several, so its height is flattered)." if len(at) > 1 else ".")
-            )
-    return text
-
-
-def _role(name: str, reference: str, policies: Mapping[str, Any]) -> str:
-    """The policy called `name`, else the first whose reference is `reference`, else "" (which is no model)."""
-    if name in policies:
-        return name
-    return next((policy for policy, told in policies.items() if told.reference == reference), "")

@@ -1,4 +1,4 @@
-"""A finished run's folders → what the report is told; which runs are one recipe with other training seeds."""
+"""The folders of a finished run → the input of its report, and the identity by which runs with other training seeds are grouped."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from salsa_peft.config.job import policy_id
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
-from salsa_peft.utils import manifests as runs
-from salsa_peft.utils.files import read_json_lines
+from salsa_peft.utils import manifests
+from salsa_peft.utils.files import read_json, read_json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT
 
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
-"""What the report calls them."""
 NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
-"""Sections that two replicates may differ in: they change no policy and no answer."""
+"""Sections in which two replicates may differ, because they affect neither policies nor answers."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class PolicyReport:
     """Rows of completions.jsonl; the first and the last are shown."""
     algorithm: str = "ppo"
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the stage of one of TRL's algorithms measured; {} of ppo."""
+    """Measurements of a stage that uses one of TRL's algorithms; {} for ppo."""
 
 
 @dataclass(frozen=True)
 class ReportInput:
-    """All that the report knows; {} , [] or None where the run has no such stage."""
+    """Everything that the report shows; {}, [] or None for a stage that the run does not have."""
 
     name: str
     recipe_yaml: str
@@ -59,7 +58,7 @@ class ReportInput:
     policies: dict[str, PolicyReport]
     landscape: dict[str, Any] | None
     evaluation: dict[str, Any]
-    """evaluation.json, each set's `pairs` (comparisons.pairs) and what a `search` picked in it."""
+    """evaluation.json with the `pairs` of each set (comparisons.pairs), and the result of a `search`."""
     answers: list[dict[str, Any]]
     """The rows of answers.jsonl."""
     verdicts: dict[str, Any] | None = None
@@ -67,67 +66,72 @@ class ReportInput:
     judgments: list[dict[str, Any]] = field(default_factory=list)
     """The rows of judgments.jsonl."""
     fingerprint: str | None = None
-    """Of the base's files."""
+    """Fingerprint of the base's files."""
     replicate_of: str = ""
-    """The same for runs that differ in their training seeds alone."""
+    """Identity of the recipe without training seeds, equal for replicates."""
     training_seeds: str = ""
-    """What they differ in, in words."""
+    """The training seeds in words."""
     temperature: str = "1"
-    """Of the answers, in words."""
+    """Sampling temperature of the answers, in words."""
     samples: int = 20
-    """Questions of each set that are shown: its first ones, whatever came of them."""
+    """How many questions of each set are shown: the first ones, whatever their outcome."""
     limit: int | None = None
-    """Tokens of an answer at most: one as long was cut. None: not known."""
+    """generation.max_new_tokens: an answer of this length was truncated. None: unknown."""
 
 
 def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> ReportInput:
-    """Everything that a run's finished folders hold. inputs: unit id → its folder."""
+    """Read everything that a run's finished folders contain. inputs: unit id → its folder."""
 
     def in_stage(stage: str) -> dict[str, Path]:
         return {unit.rsplit("/", 1)[-1]: folder for unit, folder in inputs.items() if unit.split("/")[0] == stage}
 
-    manifests = {unit: _json(folder / runs.MANIFEST) for unit, folder in inputs.items()}
-    landscape, evaluation, judge = inputs.get("landscape"), inputs["evaluate"], inputs.get("judge")
+    found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
+    landscape, evaluation, judge, soup = (
+        inputs.get("landscape"),
+        inputs["evaluate"],
+        inputs.get("judge"),
+        inputs["soup"],
+    )
     base = recipe.model.base or "the embedded world's"
-    same, seeds = identity(recipe)
+    replicate_of, training_seeds = identity(recipe)
     answers = read_json_lines(evaluation / "answers.jsonl")
-    verdicts = _json(judge / "verdicts.json") if judge else None
+    verdicts = read_json(judge / "verdicts.json") if judge else None
     return ReportInput(
         name=recipe.name,
         recipe_yaml=recipe_yaml,
         mode=MODES[recipe.mode],
         base=Path(base).name if Path(base).is_dir() else base,
-        versions=runs.versions(),
+        versions=manifests.versions(),
         units=[
-            {"unit": unit, "inputs": list(m.get("inputs", {})), **{name: m.get(name) for name in COSTS}}
-            for unit, m in manifests.items()
+            {"unit": unit, "inputs": list(manifest.get("inputs", {})), **{name: manifest.get(name) for name in COSTS}}
+            for unit, manifest in found.items()
         ],
-        seeds={name: _json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
+        seeds={name: read_json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
         reward=_reward(recipe, inputs),
-        soup=soup_rows(_json(inputs["soup"] / "soup.json")),
+        soup=soup_rows(read_json(soup / "soup.json")),
         policies={
             name: _policy(inputs[policy_id(recipe, name)])
             for name in recipe.policies
             if policy_id(recipe, name) in inputs
         },
-        landscape=_json(landscape / "landscape.json") if landscape else None,
-        evaluation=_compared(recipe, _json(evaluation / "evaluation.json"), answers, verdicts),
+        landscape=read_json(landscape / "landscape.json") if landscape else None,
+        evaluation=_with_pairs(recipe, read_json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
         verdicts=verdicts,
         judgments=read_json_lines(judge / "judgments.jsonl") if judge else [],
-        fingerprint=_fingerprint(inputs["soup"]),
-        replicate_of=same,
-        training_seeds=seeds,
+        fingerprint=read_json(soup / FINGERPRINT).get("base") if (soup / FINGERPRINT).exists() else None,
+        replicate_of=replicate_of,
+        training_seeds=training_seeds,
         temperature=_temperature(recipe, answers),
         samples=recipe.evaluate.samples,
         limit=recipe.generation.max_new_tokens,
     )
 
 
-def _compared(
+def _with_pairs(
     recipe: Recipe, evaluation: dict[str, Any], answers: list[dict[str, Any]], verdicts: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The recipe's pairs by every measure, from the answers."""
+    """evaluation.json with the recipe's pairs by every measure, computed from the answers."""
     given = comparisons.by_set(answers)
     found = comparisons.searched(recipe, given) or (verdicts or {}).get("search")
     pairs, measures = comparisons.wanted(recipe, found), evaluation["measures"]
@@ -139,7 +143,7 @@ def _compared(
 
 
 def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
-    """evaluate.temperature, as it was met."""
+    """evaluate.temperature, or the temperatures that `category` led to."""
     chosen, otherwise = recipe.evaluate.temperature, recipe.generation.temperature
     if chosen != "category":
         return f"{chosen:g}"
@@ -148,7 +152,7 @@ def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
 
 
 def identity(recipe: Recipe) -> tuple[str, str]:
-    """A recipe → its id without training seeds, and those seeds in words. Runs of one id are replicates of one another."""
+    """The recipe's id without training seeds, which replicates share, and those seeds in words."""
     parts = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in NOT_THE_RECIPE}
     seeds = {
         "sft": parts["sft"].pop("seeds"),
@@ -158,23 +162,22 @@ def identity(recipe: Recipe) -> tuple[str, str]:
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12], "; ".join(
-        f"{name} {', '.join(map(str, of))}" for name, of in seeds.items()
-    )
+    in_words = "; ".join(f"{name} {', '.join(map(str, of))}" for name, of in seeds.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:12], in_words
 
 
 def _policy(folder: Path) -> PolicyReport:
-    facts = _json(folder / "policy.json")
-    reference, beta, algorithm = facts["reference"], facts["kl_coef"]["start"], facts.get("algorithm", "ppo")
+    facts = read_json(folder / "policy.json")
+    reference, beta, algorithm = facts.pop("reference"), facts.pop("kl_coef")["start"], facts.pop("algorithm", "ppo")
     if algorithm != "ppo":
-        told = {name: value for name, value in facts.items() if name not in ("algorithm", "reference", "kl_coef")}
-        return PolicyReport(reference, beta, [], [], algorithm, told)
-    rows, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
-    return PolicyReport(reference, beta, rows, completions)
+        return PolicyReport(reference, beta, [], [], algorithm, facts)
+    return PolicyReport(
+        reference, beta, *(read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
+    )
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
-    """soup.json → what the report's table says of it."""
+    """soup.json → rows of the report's table: members, distances between them, and the soup."""
 
     def norm(row: dict[str, Any]) -> str:
         return "" if row["norm"] is None else f", norm of delta {row['norm']:.4g}"
@@ -194,24 +197,13 @@ def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """What the reward is made of, unless it is the adapter alone, and what the reward stage measured, where there was one."""
+    """The parts of the reward, unless it is the trained adapter alone, and the measurements of the reward stage, if there was one."""
     parts = recipe.reward.parts
     alone = recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
-    told = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {place(part.value)}" for part in parts}
-    return {**told, **(_json(inputs["reward"] / "metrics.json") if "reward" in inputs else {})}
+    rows = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {last_part(part.value)}" for part in parts}
+    return {**rows, **(read_json(inputs["reward"] / "metrics.json") if "reward" in inputs else {})}
 
 
-def place(value: str) -> str:
-    """A path's last part: the report may be shown to others."""
+def last_part(value: str) -> str:
+    """The last part of an absolute path, because the report may be shown to others; other text as it is."""
     return Path(value).name if Path(value).is_absolute() else value
-
-
-def _fingerprint(soup: Path) -> str | None:
-    """Of the base that the seeds were trained on, where the soup's folder says it."""
-    path = soup / FINGERPRINT
-    found: dict[str, str] = _json(path) if path.exists() else {}
-    return found.get("base")
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

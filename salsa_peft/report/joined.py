@@ -1,13 +1,15 @@
-"""Several runs on one page: models × questions (paper, Table 1), runs that differ in their training seeds alone taken together.
+"""Several runs in one report: models × questions (paper, Table 1). Runs that differ only in their training seeds form one group.
 
-A run is judged by its judge, else by its headline measure; what several judged stands in several rows. A group of replicates has one rate, over runs and questions
-(`statistics.over_seeds`); p-values are over questions, corrected over the column's cells. Left out: what one run's own report shows.
+A run is compared by its judge, or without one by its headline measure; a model with several judges has several rows. A group of replicates
+has one rate over runs and questions (`judge_statistics.over_seeds`). p-values are over questions, corrected over the cells of a column.
+Left out: what the report of a single run shows.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from salsa_peft.evaluation.judge_statistics import NET, Judgment, over_seeds, seeds_warning
 from salsa_peft.report import findings, judge_tables, paper, plots, style
-from salsa_peft.report import format as text
+from salsa_peft.report.format import finite
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import write_pages
 from salsa_peft.report.style import MEASURES, Panel
@@ -24,49 +26,58 @@ from salsa_peft.utils.statistics import holm, sign_flip_test
 
 
 class Run(NamedTuple):
-    """A finished run and where it is."""
+    """A finished run and its folder."""
 
-    told: ReportInput
+    report: ReportInput
     folder: Path
 
 
 def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
-    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns what summary.json holds. Raises SalsaError."""
+    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns the summary. Raises SalsaError."""
     groups = replicates(runs)
     rows = table(groups)
-    require(bool(rows), f"{len(runs)} runs: found no pair of models compared in any of them, expected at least one")
+    require(
+        bool(rows), f"{len(runs)} runs: none of them compares a pair of models; join runs whose recipes evaluate pairs"
+    )
     pairs = list(dict.fromkeys(pair for row in rows for pair in row["cells"]))
-    told = {
-        "title": " · ".join(name for name, _ in groups),
+    summary: dict[str, Any] = {
         "finding": finding(rows, pairs),
-        "rows": rows,
-        "pairs": pairs,
-        "paper": any(cell["paper"] for row in rows for cell in row["cells"].values()),
         "warnings": _warnings(groups, rows),
         "runs": [_run(run, name, folder) for name, of in groups for run in of],
         "scores": [one for _, of in groups for run in of for one in _scores(run)],
-        "measures": MEASURES,
     }
-    cells = [{"model": row["model"], "dataset": row["dataset"], "by": row["by"], **cell} for row in rows for cell in row["cells"].values()]  # fmt: skip
-    summary = {name: told[name] for name in ("finding", "warnings", "runs", "scores")} | {"cells": cells}
-    return write_pages(folder, "joined", told, {"pairs": _draw(rows, pairs)}, text.finite(summary))
+    cells = [
+        {"model": row["model"], "dataset": row["dataset"], "by": row["by"], **cell}
+        for row in rows
+        for cell in row["cells"].values()
+    ]
+    context = {
+        **summary,
+        "title": " · ".join(name for name, _ in groups),
+        "rows": rows,
+        "pairs": pairs,
+        "paper": any(cell["paper"] for cell in cells),
+    }
+    return write_pages(folder, "joined", context, {"pairs": _draw(rows, pairs)}, finite({**summary, "cells": cells}))
 
 
 def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """(name, its runs): runs of one recipe and base that differ in training seeds alone together, in the order given. Raises SalsaError where one
-    run is given twice; names that are alike get a number."""
+    """(name, its runs): runs of one recipe and base grouped, in the order given; equal names get a number.
+
+    Raises SalsaError if a run is given twice.
+    """
     found: dict[tuple[str, str | None], list[Run]] = {}
     for run in runs:
-        same = found.setdefault((run.told.replicate_of, run.told.fingerprint), [])
-        twin = next((other for other in same if other.told.training_seeds == run.told.training_seeds), None)
-        require(
-            twin is None,
-            f"{run.folder}: found the recipe and training seeds of {twin and twin.folder} again ({run.told.training_seeds}), expected each run once",
-        )
+        same = found.setdefault((run.report.replicate_of, run.report.fingerprint), [])
+        for other in same:
+            require(
+                other.report.training_seeds != run.report.training_seeds,
+                f"{run.folder}: has the same recipe and training seeds as {other.folder} ({run.report.training_seeds}); give each run once",
+            )
         same.append(run)
     names: list[str] = []
     for of in found.values():
-        name = of[0].told.name
+        name = of[0].report.name
         alike = sum(other == name or other.startswith(f"{name} (") for other in names)
         names.append(name if not alike else f"{name} ({alike + 1})")
     return list(zip(names, found.values(), strict=True))
@@ -76,30 +87,34 @@ def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
     """Rows {"model", "base", "dataset", "by", "runs", "cells": (a, b) → cell}, p-values corrected (Holm) over a pair's cells."""
     rows: list[dict[str, Any]] = []
     for name, of in groups:
-        for by, same in _by(of).items():
-            for dataset in dict.fromkeys(dataset for run in same for dataset in _datasets(run.told)):
+        for by, same in _by_judge(of).items():
+            for dataset in dict.fromkeys(dataset for run in same for dataset in _datasets(run.report)):
                 cells = {
                     pair: cell for pair in _pairs(same, dataset) if (cell := _cell(same, dataset, *pair)) is not None
                 }
                 if cells:
-                    rows.append({"model": name, "base": same[0].told.base, "dataset": dataset, "by": by, "runs": len(same), "cells": cells})  # fmt: skip
+                    rows.append({"model": name, "base": same[0].report.base, "dataset": dataset, "by": by, "runs": len(same), "cells": cells})  # fmt: skip
     for pair in dict.fromkeys(pair for row in rows for pair in row["cells"]):
-        there = [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
+        there = _cells_with_verdicts(rows, pair)
         for cell, p in zip(there, holm([cell["p_value"] for cell in there]), strict=True):
             cell["p_holm"] = p
     return rows
 
 
-def _by(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Who judged → the runs; judges whose names are alike and who are not (another folder, another prompt) get a number."""
+def _cells_with_verdicts(rows: Sequence[Mapping[str, Any]], pair: tuple[str, str]) -> list[dict[str, Any]]:
+    return [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
+
+
+def _by_judge(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Name of the judge or measure → its runs; different judges of the same name (another folder or prompt) get a number."""
     found: dict[str, list[Run]] = {}
-    who: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for run in runs:
-        measure = findings.headline(run.told.evaluation)
-        judge: Any = measure if run.told.verdicts is None else run.told.verdicts["judge"]
-        name = MEASURES.get(measure, measure) if run.told.verdicts is None else judge_tables.by_whom(judge)
+        measure = findings.headline(run.report.evaluation)
+        judge: Any = measure if run.report.verdicts is None else run.report.verdicts["judge"]
+        name = MEASURES.get(measure, measure) if run.report.verdicts is None else judge_tables.judge_name(judge)
         names = (name, *(f"{name} ({number})" for number in range(2, len(runs) + 2)))
-        by = next(one for one in names if who.setdefault(one, judge) == judge)
+        by = next(one for one in names if known.setdefault(one, judge) == judge)
         found.setdefault(by, []).append(run)
     return found
 
@@ -110,107 +125,84 @@ def _datasets(run: ReportInput) -> dict[str, Any]:
 
 
 def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
-    """Of methods: a searched policy by its own name, whichever β was picked in a run; candidates that were passed over are left out."""
-    found = []
+    """Pairs of methods: a searched policy has one name, whichever β was picked; candidates that were not picked are left out."""
+    found: list[tuple[str, str]] = []
     for run in runs:
-        passed = judge_tables.passed_over(run.told)
-        for pair in _datasets(run.told).get(dataset, {"pairs": []})["pairs"]:
+        passed = judge_tables.passed_over(run.report)
+        for pair in _datasets(run.report).get(dataset, {"pairs": []})["pairs"]:
             if not passed.isdisjoint((pair["a"], pair["b"])):
                 continue
-            named = (judge_tables.method(run.told, pair["a"]), judge_tables.method(run.told, pair["b"]))
-            found += [named] if named[0] != named[1] and named not in found and named[::-1] not in found else []
+            a, b = (judge_tables.method(run.report, pair[side]) for side in "ab")
+            found += [(a, b)] if a != b and (a, b) not in found and (b, a) not in found else []
     return found
 
 
 def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] | None:
-    """The rate over all runs of a group and their questions; None where no run compared the pair, rates None where none has a verdict."""
-    given = [rows for run in runs if (rows := _rows(run.told, dataset, a, b))]
-    judged = [rows for rows in given if any(row.winner != "missing" for row in rows)]
-    missing = sum(row.winner == "missing" for rows in given for row in rows)
+    """The rate over all runs of a group and their questions; None if no run compared the pair, rates None if none has a verdict."""
+    given = [rows for run in runs if (rows := _judgments(run.report, dataset, a, b))]
     if not given:
         return None
-    if not judged:
-        nothing = dict.fromkeys(("adjusted_win_rate", "low", "high", "spread", "paper"))
-        return {
-            "a": a,
-            "b": b,
-            "runs": 0,
-            "wins": 0,
-            "losses": 0,
-            "ties": 0,
-            "missing": missing,
-            "rates": [],
-            "p_value": 1.0,
-            **nothing,
-        }
-    found, kept = over_seeds(judged), [row for rows in judged for row in rows if row.winner != "missing"]
-    nets: dict[Any, int] = {}
-    for row in kept:
-        nets[row.question] = nets.get(row.question, 0) + NET[row.winner]
-    winners = [row.winner for row in kept]
-    beside = paper.beside(runs[0].told.base, dataset, a, b)
-    told = None
-    if beside is not None:
-        told = {
-            "adjusted_win_rate": beside.verdicts.adjusted_win_rate,
-            "low": beside.verdicts.low,
-            "high": beside.verdicts.high,
-        }
-    return {
+    judged = [rows for rows in given if any(row.winner != "missing" for row in rows)]
+    winners = [row.winner for rows in given for row in rows]
+    cell = {
         "a": a,
         "b": b,
         "runs": len(judged),
         "wins": winners.count("a"),
         "losses": winners.count("b"),
         "ties": winners.count("tie"),
-        "missing": missing,
-        "adjusted_win_rate": found.adjusted_win_rate,
-        "low": found.low,
-        "high": found.high,
-        "rates": found.rates,
-        "spread": found.spread,
+        "missing": winners.count("missing"),
+    }
+    if not judged:
+        nothing = dict.fromkeys(("adjusted_win_rate", "low", "high", "spread", "paper"))
+        return {**cell, "rates": [], "p_value": 1.0, **nothing}
+    nets: dict[Any, int] = {}
+    for row in (row for rows in judged for row in rows if row.winner != "missing"):
+        nets[row.question] = nets.get(row.question, 0) + NET[row.winner]
+    beside = paper.beside(runs[0].report.base, dataset, a, b)
+    return {
+        **cell,
+        **asdict(over_seeds(judged)),
         "p_value": sign_flip_test(np.array(list(nets.values()))),
-        "paper": told,
+        "paper": None if beside is None else beside.adjusted_rate(),
     }
 
 
-def _rows(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]:
-    """A pair's judgments in one run, of the candidates that stand for a and b there."""
-    tried = (judge_tables.searched(run) or {"methods": {}})["methods"]
-    picked = [tried[name]["best"] if name in tried else name for name in (a, b)]
-    return judge_tables.rows_of(run, dataset, picked[0], picked[1], findings.headline(run.evaluation))
+def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]:
+    """A pair's judgments in one run; a and b stand for the candidates that were picked there."""
+    methods = (judge_tables.searched(run) or {"methods": {}})["methods"]
+    first, second = (methods[name]["best"] if name in methods else name for name in (a, b))
+    return judge_tables.judgments_of(run, dataset, first, second, findings.headline(run.evaluation))
 
 
 def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """For each pair in how many cells it is above 50%, and in how many after Holm's correction."""
-    told = []
+    """For each pair the number of cells above 50%, and of those that remain significant after Holm's correction."""
+    sentences = []
     for pair in pairs:
-        cells = [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
+        cells = _cells_with_verdicts(rows, pair)
         above, below = sum(cell["low"] > 0.5 for cell in cells), sum(cell["high"] < 0.5 for cell in cells)
-        held = sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells)
+        significant = sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells)
         of = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
-        told.append(
+        sentences.append(
             f"{pair[0]} over {pair[1]}: the interval of the adjusted win rate lies above 50% in {above} of {of}, below in {below};"
-            f" above with p < 0.05 after Holm’s correction over them in {held}."
+            f" above with p < 0.05 after Holm’s correction over them in {significant}."
         )
-    return told
+    return sentences
 
 
 def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = []
-    for name, of in groups:
-        few = seeds_warning(len(of))
-        found += [f"{name}: {few}."] if few else []
+    found = [f"{name}: {few}." for name, of in groups if (few := seeds_warning(len(of)))]
     for row in rows:
         least = min(cell["runs"] for cell in row["cells"].values())
         if least < row["runs"]:
             found.append(
-                f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have no verdict on a pair and are in no rate of it."
+                f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have no verdict on a pair and"
+                " are not part of its rate."
             )
     judges = list(dict.fromkeys(row["by"] for row in rows))
     if len(judges) > 1:
         found.append(
-            f"Rows are judged by {len(judges)} judges ({', '.join(judges)}): their rates are not to be compared with one another."
+            f"Rows are judged by {len(judges)} judges ({', '.join(judges)}), whose rates cannot be compared with one another."
         )
     return found
 
@@ -220,27 +212,27 @@ def _run(run: Run, group: str, folder: Path) -> dict[str, Any]:
     if (run.folder / "report.html").exists():
         page = run.folder / "report.html"
     return {
-        "name": run.told.name,
+        "name": run.report.name,
         "group": group,
-        "base": run.told.base,
-        "mode": run.told.mode,
-        "training_seeds": run.told.training_seeds,
+        "base": run.report.base,
+        "mode": run.report.mode,
+        "training_seeds": run.report.training_seeds,
         "report": None if page is None else Path(os.path.relpath(page, folder)).as_posix(),
         "folder": run.folder.name,
     }
 
 
 def _scores(run: Run) -> list[dict[str, Any]]:
-    measure = findings.headline(run.told.evaluation)
+    measure = findings.headline(run.report.evaluation)
     return [
-        {"run": run.told.name, "dataset": dataset, "measure": measure,
-         "models": {name: told["scores"][measure] for name, told in data["models"].items() if measure in told["scores"]}}
-        for dataset, data in run.told.evaluation["datasets"].items()
+        {"run": run.report.name, "dataset": dataset, "measure": measure,
+         "models": {name: model["scores"][measure] for name, model in data["models"].items() if measure in model["scores"]}}
+        for dataset, data in run.report.evaluation["datasets"].items()
     ]  # fmt: skip
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
-    """Figure 1: for each pair its cells."""
+    """Figure 1: one panel for each pair with its cells."""
     styles, drawn = style.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):
         cells = [

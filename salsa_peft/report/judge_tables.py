@@ -1,7 +1,7 @@
-"""A judge's verdicts → the report's tables and the points of its ablation figures (paper: Tables 1 to 5, Figures 1, 4, 5).
+"""A judge's results → the report's tables and the points of its ablation figures (paper: Tables 1 to 5, Figures 1, 4, 5).
 
-Where a run has no judge, the pairs of its headline measure are what ablations and a joined report go by. The paper's cell stands beside a
-run's where base, questions and models are the paper's.
+Without a judge, ablations and joined reports use the pairs of the headline measure. If base, questions and models are those of the paper, its
+cell is shown beside the run's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from salsa_peft.evaluation.judge_statistics import Judgment
 from salsa_peft.report import paper
 from salsa_peft.report.format import is_number
-from salsa_peft.report.gather import ReportInput, place
+from salsa_peft.report.gather import ReportInput, last_part
 
-ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → what its number is, of the figures' x axis
+ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → label of the figures' x axis
     "alpha": "α: 0 is the first seed, 1 the second (Figure 4a)",
     "members": "members of the soup (Figure 5)",
     "scale": "λ: how much of the seed is left in the reference (the control)",
@@ -25,7 +25,10 @@ SWEPT = re.compile(r"(alpha|members|scale)-([\d.e-]+?)(?:-kl-[\d.e-]+)?\Z")
 
 
 def judged(run: ReportInput) -> dict[str, Any] | None:
-    """Who judged, and each set's pairs with the paper's cells, candidates that a search passed over left to its own table; None without a judge."""
+    """The judge, and the pairs of each set with the paper's cells; None without a judge.
+
+    Candidates that a search did not pick are left out; they have a table of their own.
+    """
     if run.verdicts is None:
         return None
     judge, calls = run.verdicts["judge"], run.verdicts["calls"]
@@ -33,14 +36,19 @@ def judged(run: ReportInput) -> dict[str, Any] | None:
     datasets = {
         name: {
             **data,
-            "pairs": [_beside(run, name, pair) for pair in data["pairs"] if passed.isdisjoint((pair["a"], pair["b"]))],
+            "pairs": [
+                {**pair, "paper": _paper_cell(run, name, pair)}
+                for pair in data["pairs"]
+                if passed.isdisjoint((pair["a"], pair["b"]))
+            ],
         }
         for name, data in run.verdicts["datasets"].items()
     }
-    pairs = list(dict.fromkeys((pair["a"], pair["b"]) for data in datasets.values() for pair in data["pairs"]))
+    everything = [pair for data in datasets.values() for pair in data["pairs"]]
+    pairs = list(dict.fromkeys((pair["a"], pair["b"]) for pair in everything))
     return {
-        "judge": by_whom(judge),
-        "told": judge["prompt"] if judge["kind"] in ("openai", "local") else None,
+        "judge": judge_name(judge),
+        "prompt": judge["prompt"] if judge["kind"] in ("openai", "local") else None,
         "calls": {name.replace("_", " "): value for name, value in calls.items() if value},
         "datasets": datasets,
         "pairs": pairs,
@@ -48,58 +56,52 @@ def judged(run: ReportInput) -> dict[str, Any] | None:
             name: [next((pair for pair in data["pairs"] if (pair["a"], pair["b"]) == of), None) for of in pairs]
             for name, data in datasets.items()
         },
-        "paper": any(pair["paper"] for data in datasets.values() for pair in data["pairs"]),
+        "paper": any(pair["paper"] for pair in everything),
         "several": any(data["turns"] > 1 for data in datasets.values()),
-        "missing": any(pair["missing"] for data in datasets.values() for pair in data["pairs"]),
+        "missing": any(pair["missing"] for pair in everything),
     }
 
 
-def by_whom(judge: Mapping[str, Any]) -> str:
-    """A judge's name; of a path the last part."""
-    return " ".join(filter(None, (judge["kind"], place(judge["model"]) if judge["model"] else None)))
+def judge_name(judge: Mapping[str, Any]) -> str:
+    """Kind and model of a judge."""
+    return " ".join(filter(None, (judge["kind"], last_part(judge["model"]) if judge["model"] else None)))
 
 
-def _beside(run: ReportInput, dataset: str, pair: Mapping[str, Any]) -> dict[str, Any]:
+def _paper_cell(run: ReportInput, dataset: str, pair: Mapping[str, Any]) -> dict[str, Any] | None:
     cell = paper.beside(run.base, dataset, method(run, pair["a"]), method(run, pair["b"]))
-    told = None
-    if cell is not None:
-        found = cell.verdicts
-        told = {"adjusted_win_rate": found.adjusted_win_rate, "low": found.low, "high": found.high, "table": cell.table}
-    return {**pair, "paper": told}
+    return None if cell is None else {**cell.adjusted_rate(), "table": cell.table}
 
 
 def searched(run: ReportInput) -> dict[str, Any] | None:
-    """What a search over β tried, and picked (paper, Section 4: for each method the β of highest win rate)."""
+    """What a search over β tried and picked (paper, Section 4: for each method the β of highest win rate)."""
     found: dict[str, Any] | None = (run.verdicts or {}).get("search") or run.evaluation.get("search")
     return found
 
 
 def passed_over(run: ReportInput) -> set[str]:
     """Candidates of a search that were not picked."""
-    tried = (searched(run) or {"methods": {}})["methods"].values()
-    return {one["policy"] for told in tried for one in told["tried"] if one["policy"] != told["best"]}
+    methods = (searched(run) or {"methods": {}})["methods"].values()
+    return {one["policy"] for found in methods for one in found["tried"] if one["policy"] != found["best"]}
 
 
 def method(run: ReportInput, name: str) -> str:
-    """The searched policy that a candidate stands for, else the name itself."""
-    tried = (searched(run) or {"methods": {}})["methods"]
-    return next((of for of, told in tried.items() if name == told["best"]), name)
+    """The searched policy for which a candidate was picked, else the name itself."""
+    methods = (searched(run) or {"methods": {}})["methods"]
+    return next((of for of, found in methods.items() if name == found["best"]), name)
 
 
-def rows_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
-    """Every turn's judgment of a pair, whichever way round it was judged; without a judge by the measure's scores."""
+def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
+    """Judgments of a pair turn by turn, in whichever order it was judged; without a judge from the scores of `measure`."""
     if run.verdicts is not None:
-        turned = {"a": "b", "b": "a"}
-        return [
-            Judgment((dataset, row["index"]), row["turn"], *games, *lengths)
-            for row in run.judgments
-            if row["dataset"] == dataset and {row["a"], row["b"]} == {a, b}
-            for games, lengths in [
-                ((row["first"], row["second"]), row["lengths"])
-                if row["a"] == a
-                else (tuple(turned.get(who, who) for who in (row["second"], row["first"])), row["lengths"][::-1])
-            ]
-        ]
+        swap = {"a": "b", "b": "a", "tie": "tie", "missing": "missing"}
+        rows = []
+        for row in run.judgments:
+            if row["dataset"] == dataset and {row["a"], row["b"]} == {a, b}:
+                winners, lengths = (row["first"], row["second"]), row["lengths"]
+                if row["a"] != a:
+                    winners, lengths = (swap[row["second"]], swap[row["first"]]), lengths[::-1]
+                rows.append(Judgment((dataset, row["index"]), row["turn"], *winners, *lengths))
+        return rows
     found: dict[str, dict[tuple[int, int], Mapping[str, Any]]] = {a: {}, b: {}}
     for row in run.answers:
         if row["dataset"] == dataset and row["model"] in found and is_number(row["scores"].get(measure)):
@@ -114,9 +116,10 @@ def rows_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> lis
 
 
 def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
-    """Figures 4a, 5 and A.4: {"kind", "dataset", "against", "xlabel", "points"}, a figure each; a point is a policy's rate over one opponent.
+    """Figures 4a, 5 and A.4, each {"kind", "dataset", "against", "xlabel", "points", "log"}.
 
-    From the judge's pairs, else the measure's; what a search tried is a figure of its own.
+    A point is one policy's win rate over one opponent, by the judge, or without one by the measure. What a search tried is a figure of
+    its own.
     """
     source = (run.verdicts or run.evaluation).get("datasets", {})
     found = []
@@ -131,15 +134,15 @@ def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
                 ]
                 if len({point["x"] for point in points}) > 1:
                     found.append({"kind": kind, "dataset": dataset, "against": against, "xlabel": xlabel, "points": points, "log": False})  # fmt: skip
-    tried = searched(run)
-    if tried is not None:
+    search = searched(run)
+    if search is not None:
         points = [
             {**_point(one["kl_coef"], one), "name": name}
-            for name, told in tried["methods"].items()
-            for one in told["tried"]
+            for name, tried in search["methods"].items()
+            for one in tried["tried"]
         ]
         log = all(point["x"] > 0 for point in points)
-        found.append({"kind": "kl", "dataset": ", ".join(tried["datasets"]), "against": tried["against"], "xlabel": BETA, "points": points, "log": log})  # fmt: skip
+        found.append({"kind": "kl", "dataset": ", ".join(search["datasets"]), "against": search["against"], "xlabel": BETA, "points": points, "log": log})  # fmt: skip
     return found
 
 
@@ -148,7 +151,7 @@ def _point(x: float, pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def swept(run: ReportInput, name: str, kind: str) -> float | None:
-    """A policy's place on the axis of a sweep; PPO against one seed is a soup of one."""
+    """A policy's value on the axis of a sweep; PPO with one seed as reference is a soup of one member."""
     found = SWEPT.match(name)
     if found and found[1] == kind:
         return float(found[2])
@@ -157,52 +160,52 @@ def swept(run: ReportInput, name: str, kind: str) -> float | None:
 
 
 def warnings(run: ReportInput) -> list[str]:
-    """What to know of the judge before quoting it."""
+    """Cautions about the judge's results."""
     if run.verdicts is None:
         return []
     found = []
     if run.verdicts["judge"]["kind"] == "reward":
-        found.append("The judge is the recipe's reward, which the policies were trained on: it flatters them.")
+        found.append("The judge is the recipe's reward, on which the policies were trained, so it favours them.")
     for name, data in run.verdicts["datasets"].items():
-        same = [line for pair in data["pairs"] for line in _alike(run, name, pair["a"], pair["b"])]
-        found += [f"“{name}”: {line}" for line in [*_spoken(data["pairs"]), *same]]
-    tried = searched(run)
-    if tried is not None and set(tried["datasets"]) & set((run.verdicts or run.evaluation)["datasets"]):
+        same = [line for pair in data["pairs"] for line in _equal_answers(run, name, pair["a"], pair["b"])]
+        found += [f"“{name}”: {line}" for line in [*_reliability(data["pairs"]), *same]]
+    search = searched(run)
+    if search is not None and set(search["datasets"]) & set(run.verdicts["datasets"]):
         found.append(
-            f"β was picked by win rate on {', '.join(f'“{name}”' for name in tried['datasets'])} and is reported on the same questions,"
-            " which flatters what was picked; search.questions can name a set of its own."
+            f"β was picked by win rate on {', '.join(f'“{name}”' for name in search['datasets'])} and is reported on the same questions,"
+            " which favours the picked value; search.questions can name a set of its own."
         )
     return found
 
 
-def _spoken(pairs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _reliability(pairs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     missing, n = sum(pair["missing"] for pair in pairs), sum(pair["n"] for pair in pairs)
     if missing:
         yield (
-            f"{missing} of {missing + n} judgments have no verdict and are in no rate; the tables give the rates' bounds if all of them"
-            " had been lost or won."
+            f"{missing} of {missing + n} judgments have no verdict and are not part of the rates; the tables give the adjusted rate"
+            " if all of them had been lost or won."
         )
     flips = _mean(pairs, "flip_rate")
     if flips is not None and flips > 0.3:
-        yield f"in {100 * flips:.0f}% of judgments the judge's two orders disagree: much of what counts as a tie is that."
+        yield f"in {100 * flips:.0f}% of judgments the two orders disagree; many of the ties are such disagreements."
     first = _mean(pairs, "first_position_rate")
     if first is not None and abs(first - 0.5) > 0.1:
-        yield f"{100 * first:.0f}% of the games that somebody won went to the answer shown first (50% without position bias)."
+        yield f"{100 * first:.0f}% of the verdicts that are no ties went to the answer shown first (50% without position bias)."
 
 
-def _alike(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[str]:
-    """Answers that are the same to the letter, which can only tie."""
-    said: dict[str, dict[tuple[int, int], str]] = {a: {}, b: {}}
+def _equal_answers(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[str]:
+    """A warning if many answers of two models are identical, since they can only tie."""
+    texts: dict[str, dict[tuple[int, int], str]] = {a: {}, b: {}}
     for row in run.answers:
-        if row["dataset"] == dataset and row["model"] in said:
-            said[row["model"]][row["index"], row["turn"]] = row["response"]
-    both = said[a].keys() & said[b].keys()
-    same = sum(said[a][place] == said[b][place] for place in both)
+        if row["dataset"] == dataset and row["model"] in texts:
+            texts[row["model"]][row["index"], row["turn"]] = row["response"]
+    both = texts[a].keys() & texts[b].keys()
+    same = sum(texts[a][turn] == texts[b][turn] for turn in both)
     if same > 0.2 * len(both):
-        yield f"{same} of {len(both)} answers of {a} and {b} are the same to the letter: whom the judge prefers there says nothing of them."
+        yield f"{same} of {len(both)} answers of {a} and {b} are identical; a preference between them says nothing about the models."
 
 
 def _mean(pairs: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Over judgments."""
-    told = [(pair[key], pair["n"]) for pair in pairs if pair[key] is not None and pair["n"]]
-    return sum(value * n for value, n in told) / sum(n for _, n in told) if told else None
+    """Mean over judgments."""
+    known = [(pair[key], pair["n"]) for pair in pairs if pair[key] is not None and pair["n"]]
+    return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None

@@ -21,7 +21,7 @@ from salsa_peft.config.options.trl import PREFERENCE_ALGORITHMS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import dump_yaml
 from salsa_peft.report import format as text
-from salsa_peft.report.gather import place, soup_rows
+from salsa_peft.report.gather import last_part, soup_rows
 from salsa_peft.soup.lora.read import CONFIG, SUMMARY, TOKENIZER, WEIGHTS
 from salsa_peft.utils import manifests
 from salsa_peft.utils.errors import SalsaError, require
@@ -134,7 +134,7 @@ def lineage(item: Item) -> list[tuple[str, str]]:
         rows.append(("base's fingerprint", f"{fingerprint[:16]}… (SHA-256, in fingerprint.json)"))
     for name, source in used(item).items():
         limit = "" if source.limit is None else f", {source.limit} rows"
-        rows.append((f"data: {name}", f"{place(source.path)}, split {source.split}{limit}"))
+        rows.append((f"data: {name}", f"{last_part(source.path)}, split {source.split}{limit}"))
     if recipe.toy is not None:
         rows.append(("data", "salsa_peft's embedded world"))
     members = (
@@ -182,7 +182,8 @@ def members(item: Item) -> list[dict[str, str]]:
                 "name": member["name"],
                 "version": found["salsa_peft"],
                 "weight": f"{member['weight']:g}",
-                "source": place(member["source"]) + (f", revision {member['revision']}" if member["revision"] else ""),
+                "source": last_part(member["source"])
+                + (f", revision {member['revision']}" if member["revision"] else ""),
                 "weights": ", ".join(hashes) or ("" if own is None else f"fingerprint {own[:16]}…"),
                 "base": f"{member['base_fingerprint'][:16]}…" if member["base_fingerprint"] else "not known",
             }
@@ -193,7 +194,7 @@ def members(item: Item) -> list[dict[str, str]]:
 def seed(recipe: Recipe, position: int) -> str:
     """One SFT run in words, or where it was taken from."""
     if (taken := recipe.sft.existing_seed(position)) is not None:
-        return f"taken from {place(taken)}"
+        return f"taken from {last_part(taken)}"
     return f"SFT, random seed {recipe.sft.seeds[position]}, {hyperparameters(recipe.sft)}"
 
 

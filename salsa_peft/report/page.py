@@ -1,4 +1,4 @@
-"""report.html, report.md and summary.json of a run, with answers side by side."""
+"""report.html, report.md and summary.json of a run, with sample answers side by side."""
 
 from __future__ import annotations
 
@@ -7,56 +7,48 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from salsa_peft.report import findings, judge_tables, style
-from salsa_peft.report import format as text
-from salsa_peft.report.format import is_number
+from salsa_peft.report.format import finite, flatten, is_number, percent, render
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.plots import CURVES, draw, scores_of
 from salsa_peft.report.style import Panel
 
 
 def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
-    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns what summary.json holds."""
-    told, drawn = context(run), draw(run)
-    return write_pages(folder, "report", told | {"run": run}, drawn, summarise(run, told))
+    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns the content of summary.json."""
+    found, drawn = context(run), draw(run)
+    return write_pages(folder, "report", {**found, "run": run}, drawn, summarise(run, found))
 
 
 def write_pages(
-    folder: Path, template: str, told: Mapping[str, Any], drawn: Mapping[str, Sequence[Panel]], summary: dict[str, Any]
+    folder: Path,
+    template: str,
+    context: Mapping[str, Any],
+    drawn: Mapping[str, Sequence[Panel]],
+    summary: dict[str, Any],
 ) -> dict[str, Any]:
-    """One context through a template for HTML and one for Markdown, the figures as PNG beside them, every number as JSON."""
-    environment = Environment(
-        loader=PackageLoader("salsa_peft.report"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=lambda name: bool(name and "html" in name),
-    )
-    environment.filters |= text.FILTERS
+    """Render one context as HTML and as Markdown; write the figures as PNG and all numbers as JSON beside them."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for panel in (one for section in drawn.values() for one in section):
         (folder / "figures" / f"{panel.name}.png").write_bytes(panel.png)
-    looks = {"colors": style.variables(), "dark": style.darks(), "outcomes": OUTCOMES}
-    more = {"panels": drawn, **looks}
+    looks = {"colors": style.variables(), "dark": style.darks(), "outcomes": OUTCOMES, "measures": style.MEASURES}
     for kind in ("html", "md"):
-        page = environment.get_template(f"{template}.{kind}.jinja").render({**told, **more})
-        (folder / f"report.{kind}").write_text(page.rstrip() + "\n", encoding="utf-8")
-    (folder / "summary.json").write_text(
-        json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8"
-    )
+        page = render(f"{template}.{kind}.jinja", **context, panels=drawn, **looks)
+        (folder / f"report.{kind}").write_text(page + "\n", encoding="utf-8")
+    text = json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=1)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
     return summary
 
 
 def context(run: ReportInput) -> dict[str, Any]:
     """What both templates print, beside the input itself."""
     compared = findings.comparisons(run.evaluation, run.answers, run.policies)
-    told = [one for one in compared if not findings.untuned(one, run.policies)]
-    reach = max((abs(one[key]) for one in told for key in ("low", "high")), default=0.0) or 1.0
     lead, more = findings.finding(run.evaluation, run.landscape, compared, run.policies)
     judged = judge_tables.judged(run)
     by_judge, also = findings.of_judge(judged, run.policies) if judged else ([], [])
+    facts = {name: flatten(metrics) for name, metrics in run.seeds.items()}
+    facts |= {"reward": flatten(run.reward), "soup": flatten(run.soup)}
+    facts |= {name: flatten(policy.facts) for name, policy in run.policies.items()}
     return {
         "lead": [" ".join(part) for part in (by_judge, lead) if part],
         "more": [*also, *more],
@@ -67,63 +59,60 @@ def context(run: ReportInput) -> dict[str, Any]:
             *judge_tables.warnings(run),
             *findings.warnings(run.evaluation, run.landscape, run.reward),
             *(
-                f"{text.percent(share)}% of the answers to “{dataset}” are as long as generation.max_new_tokens ({run.limit}) lets them be: cut."
-                for dataset, share in cut(run).items()
+                f"{percent(share)}% of the answers to “{dataset}” were truncated at generation.max_new_tokens ({run.limit})."
+                for dataset, share in truncated(run).items()
             ),
         ],
-        "tiles": [
-            {
-                **one,
-                "verdict": findings.verdict(one, one["a"], one["b"]),
-                "control": findings.is_control(one["b"], run.policies),
-                "open": one["n"] < 2 or one["low"] <= 0 <= one["high"],
-                "at": {key: 50 + 46 * one[key] / reach for key in ("mean", "low", "high")},
-            }
-            for one in told
-        ],
+        "tiles": _tiles(run, [one for one in compared if not findings.is_untuned_control(one, run.policies)]),
         "names": {
-            name: {"what": what(name, run), "control": findings.is_control(name, run.policies)}
+            name: {"what": description(name, run), "control": findings.is_control(name, run.policies)}
             for name in findings.order(run.evaluation, run.policies)
         },
-        "measures": style.MEASURES,
         "training": {name: training(policy) for name, policy in run.policies.items() if policy.metrics},
-        "samples": samples(run),
-        "facts": {
-            title: rows
-            for title, rows in (
-                *((name, text.flatten(metrics)) for name, metrics in run.seeds.items()),
-                ("reward", text.flatten(run.reward)),
-                ("soup", text.flatten(run.soup)),
-                *((name, text.flatten(policy.facts)) for name, policy in run.policies.items()),
-            )
-            if rows
-        },
+        "samples": sample_answers(run),
+        "facts": {title: rows for title, rows in facts.items() if rows},
         "total": {
             "seconds": sum(unit["seconds"] or 0.0 for unit in run.units),
             "peak_mb": max((unit["peak_mb"] or 0.0 for unit in run.units), default=0.0),
         },
-        "brief": findings.brief,
+        "short_conclusion": findings.short_conclusion,
     }
 
 
-def summarise(run: ReportInput, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Every number of the report, floats or null, never NaN."""
+def _tiles(run: ReportInput, compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons as tiles; `at`: where mean and interval lie on a scale from 0 to 100, the same for all."""
+    reach = max((abs(one[key]) for one in compared for key in ("low", "high")), default=0.0) or 1.0
+    return [
+        {
+            **one,
+            "conclusion": findings.conclusion(one, one["a"], one["b"]),
+            "control": findings.is_control(one["b"], run.policies),
+            "open": findings.undecided(one),
+            "at": {key: 50 + 46 * one[key] / reach for key in ("mean", "low", "high")},
+        }
+        for one in compared
+    ]
+
+
+def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Every number of the report: finite floats or null. found: the templates' context."""
     datasets = run.evaluation.get("datasets", {})
-    return text.finite(
+    judged = found["judged"] or {"datasets": {}}
+    return finite(
         {
             "name": run.name,
             "mode": run.mode,
             "base": run.base,
             "versions": run.versions,
-            "finding": [*told["lead"], *told["more"]],
-            "warnings": told["warnings"],
-            "comparisons": told["compared"],
+            "finding": [*found["lead"], *found["more"]],
+            "warnings": found["warnings"],
+            "comparisons": found["compared"],
             "verdicts": run.verdicts,
             "paper": {
                 dataset: [{"a": pair["a"], "b": pair["b"], **pair["paper"]} for pair in data["pairs"] if pair["paper"]]
-                for dataset, data in (told["judged"] or {"datasets": {}})["datasets"].items()
+                for dataset, data in judged["datasets"].items()
             },
-            "search": told["search"],
+            "search": found["search"],
             "ablations": judge_tables.ablations(run, findings.headline(run.evaluation)) if datasets else [],
             "training_seeds": run.training_seeds,
             "fingerprint": run.fingerprint,
@@ -134,27 +123,30 @@ def summarise(run: ReportInput, told: Mapping[str, Any]) -> dict[str, Any]:
                 for dataset in datasets
             },
             "policies": {
-                name: {
-                    "algorithm": policy.algorithm,
-                    "reference": policy.reference,
-                    "facts": policy.facts,
-                    "kl_coef": policy.kl_coef,
-                    "training": told["training"].get(name),
-                    "curves": {"episode": [row["episode"] for row in policy.metrics]}
-                    | {short: [row.get(key) for row in policy.metrics] for key, (short, _) in CURVES.items()},
-                    "completions": [
-                        {key: row[key] for key in ("update", "score", "kl")} for row in ends(policy.completions)
-                    ],
-                }
-                for name, policy in run.policies.items()
+                name: _policy_summary(policy, found["training"].get(name)) for name, policy in run.policies.items()
             },
             "seeds": run.seeds,
             "reward": run.reward,
             "soup": run.soup,
             "units": run.units,
-            "total": told["total"],
+            "total": found["total"],
         }
     )
+
+
+def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[str, Any]:
+    rows, completions = policy.metrics, policy.completions
+    ends = [completions[0], completions[-1]] if len(completions) > 1 else completions
+    return {
+        "algorithm": policy.algorithm,
+        "reference": policy.reference,
+        "facts": policy.facts,
+        "kl_coef": policy.kl_coef,
+        "training": table,
+        "curves": {"episode": [row["episode"] for row in rows]}
+        | {short: [row.get(key) for row in rows] for key, (short, _) in CURVES.items()},
+        "completions": [{key: row[key] for key in ("update", "score", "kl")} for row in ends],
+    }
 
 
 def training(policy: PolicyReport) -> dict[str, Any]:
@@ -170,52 +162,60 @@ def training(policy: PolicyReport) -> dict[str, Any]:
     return table | {"kl_coef": {"start": policy.kl_coef, "end": rows[-1].get("objective/kl_coef")}}
 
 
-def what(name: str, run: ReportInput) -> str:
+def description(name: str, run: ReportInput) -> str:
+    """A model in a few words."""
     if name in run.policies:
         policy = run.policies[name]
         return f"{policy.algorithm.upper()} from seed-0, reference {policy.reference}, β {policy.kl_coef:g}"
-    if name.startswith("seed-"):
-        return "one SFT run"
-    return {
-        "base": "the untuned base",
-        "soup": "weight average of the seeds",
-        "shrunk": "one seed, shrunk towards the base",
-    }.get(name, "")
-
-
-def ends(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [rows[0], rows[-1]] if len(rows) > 1 else list(rows)
+    known = {"base": "the untuned base", "soup": "weight average of the seeds", "shrunk": "one seed, shrunk towards the base"}  # fmt: skip
+    return "one SFT run" if name.startswith("seed-") else known.get(name, "")
 
 
 OUTCOMES = ("win", "loss", "tie", "missing")
-"""Of the pair that the page is filtered by; a question whose turns end differently has several."""
+"""Outcomes of the page's main pair, by which questions are filtered; a question whose turns differ has several."""
 SHORT = 140
 """Characters of a question in its heading."""
 
 
-def samples(run: ReportInput) -> dict[str, Any]:
-    """{"pair": (a, b) of the filter | None, "datasets": dataset → its first questions in order, so that nobody chose them}."""
-    names = findings.order(run.evaluation, run.policies)
-    pair = main_pair(run)
+def sample_answers(run: ReportInput) -> dict[str, Any]:
+    """{"pair": the main pair or None, "datasets": dataset → its first questions in order, not chosen by their outcome}."""
+    names, pair = findings.order(run.evaluation, run.policies), main_pair(run)
     rows: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
     for row in run.answers:
         rows.setdefault(row["dataset"], {}).setdefault(row["index"], {}).setdefault(row["turn"], {})[row["model"]] = row
-    rulings: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
+    judgments: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
     for row in run.judgments:
-        rulings.setdefault((row["dataset"], row["index"], row["turn"]), []).append(row)
+        judgments.setdefault((row["dataset"], row["index"], row["turn"]), []).append(row)
+
+    def question(dataset: str, index: int) -> dict[str, Any]:
+        turns = []
+        for turn, answers in sorted(rows[dataset][index].items()):
+            judged = judgments.get((dataset, index, turn), [])
+            turns.append(
+                {
+                    "prompt": next(iter(answers.values()))["prompt"],
+                    "answers": {name: answers[name] for name in names if name in answers},
+                    "judgments": judged,
+                    "outcome": None if pair is None else _outcome(run, pair, answers, judged),
+                }
+            )
+        first = " ".join(str(turns[0]["prompt"]).split())
+        return {
+            "heading": first if len(first) <= SHORT else f"{first[:SHORT]}…",
+            "turns": turns,
+            "outcomes": [name for name in OUTCOMES if any(one["outcome"] == name for one in turns)],
+        }
+
     return {
         "pair": pair,
         "datasets": {
-            dataset: [
-                _question(run, dataset, index, of[index], rulings, names, pair) for index in sorted(of)[: run.samples]
-            ]
-            for dataset, of in rows.items()
+            dataset: [question(dataset, index) for index in sorted(of)[: run.samples]] for dataset, of in rows.items()
         },
     }
 
 
 def main_pair(run: ReportInput) -> tuple[str, str] | None:
-    """What the answers are filtered by: the judge's first pair, else the first of the evaluation."""
+    """The pair by which answers are filtered: the judge's first pair, else the first one of the evaluation."""
     for source in (run.verdicts, run.evaluation):
         for data in (source or {}).get("datasets", {}).values():
             for pair in data.get("pairs", []):
@@ -223,48 +223,16 @@ def main_pair(run: ReportInput) -> tuple[str, str] | None:
     return None
 
 
-def _question(
-    run: ReportInput,
-    dataset: str,
-    index: int,
-    turns: Mapping[int, Mapping[str, Mapping[str, Any]]],
-    rulings: Mapping[tuple[str, int, int], Sequence[Mapping[str, Any]]],
-    names: Sequence[str],
-    pair: tuple[str, str] | None,
-) -> dict[str, Any]:
-    told = []
-    for turn, answers in sorted(turns.items()):
-        judged = rulings.get((dataset, index, turn), [])
-        told.append(
-            {
-                "turn": turn,
-                "prompt": next(iter(answers.values()))["prompt"],
-                "answers": {name: answers[name] for name in names if name in answers},
-                "rulings": judged,
-                "outcome": None if pair is None else _outcome(run, pair, answers, judged),
-            }
-        )
-    first = " ".join(str(told[0]["prompt"]).split())
-    return {
-        "index": index,
-        "id": next(iter(turns[min(turns)].values())).get("question_id", index),
-        "category": next(iter(turns[min(turns)].values())).get("category"),
-        "heading": first if len(first) <= SHORT else f"{first[:SHORT]}…",
-        "turns": told,
-        "outcomes": [name for name in OUTCOMES if any(one["outcome"] == name for one in told)],
-    }
-
-
 def _outcome(
     run: ReportInput,
     pair: tuple[str, str],
     answers: Mapping[str, Mapping[str, Any]],
-    rulings: Sequence[Mapping[str, Any]],
+    judgments: Sequence[Mapping[str, Any]],
 ) -> str | None:
-    """win: of the pair's first model."""
-    words = {"a": "win", "b": "loss", "tie": "tie", "missing": "missing"}
+    """One turn's outcome for the first model of the pair."""
     if run.verdicts is not None:
-        return next((words[row["winner"]] for row in rulings if (row["a"], row["b"]) == pair), None)
+        words = {"a": "win", "b": "loss", "tie": "tie", "missing": "missing"}
+        return next((words[row["winner"]] for row in judgments if (row["a"], row["b"]) == pair), None)
     measure = findings.headline(run.evaluation)
     scores = [answers.get(name, {"scores": {}})["scores"].get(measure) for name in pair]
     if not all(is_number(score) for score in scores):
@@ -272,8 +240,8 @@ def _outcome(
     return "win" if scores[0] > scores[1] else "loss" if scores[1] > scores[0] else "tie"
 
 
-def cut(run: ReportInput) -> dict[str, float]:
-    """Dataset → the share of its answers that are as long as they could be, where that is more than a tenth: they were cut."""
+def truncated(run: ReportInput) -> dict[str, float]:
+    """Dataset → share of its answers that reached the length limit, if more than a tenth of them did."""
     found: dict[str, float] = {}
     if run.limit is None:
         return found

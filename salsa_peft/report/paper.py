@@ -1,7 +1,7 @@
-"""The paper's Tables 1 to 5 (Chegini et al. 2024, arXiv 2411.01798) from its own counts: rates, the intervals it leaves out, what does not agree.
+"""The paper's Tables 1 to 5 (Chegini et al. 2024, arXiv 2411.01798) recomputed from its counts, with intervals and inconsistencies.
 
-paper_tables.json holds what the paper counted and printed, nothing that is computed. Intervals are over judgments, each taken as
-independent, from one training seed.
+paper_tables.json contains what the paper counted and printed, nothing computed. Intervals are over judgments, which are treated as
+independent, and are from one training seed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rich.text import Text
 from salsa_peft.report.format import p_value, percent
 from salsa_peft.utils.statistics import WinRates, holm, win_rates
 
-CUT = 0.01 + 1e-9
-"""Points between a printed rate and its counts' that rounding, or cutting at the last digit, explains."""
+ROUNDING = 0.01 + 1e-9
+"""Percentage points between a printed rate and the rate of its counts that rounding, or cutting the last digit, explains."""
 BASES = {"llama27b": "Llama2-7B", "mistral7b": "Mistral-7B", "gemma2b": "Gemma-2B"}
-"""A base's name, letters and digits alone → what the paper calls it."""
+"""Start of a base's name, letters and digits only → the paper's name."""
 SETS = {"mtbench": "MT-Bench", "arenahard": "Arena-Hard", "ultrafeedback": "UltraFeedback"}
 MODELS = {"salsa": "SALSA", "ppo": "PPO", "seed-0": "SFT", "mkl": "MKL"}
-"""Of a recipe's models, what the paper calls them."""
+"""A recipe's name of a model → the paper's name."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,31 @@ class Cell:
     table: int
     model: str
     dataset: str
-    """What the counts can be of."""
+    """The set that the counts can be of."""
     labelled: str
-    """What the paper prints; another one where two labels are swapped."""
+    """The set that the paper prints; a different one where two labels are swapped."""
     a: str
     b: str
-    verdicts: WinRates
+    rates: WinRates
     missing: int
-    """Judgments that the set has and the table does not (FastChat drops those without a verdict)."""
+    """Judgments of the set that the table lacks (FastChat drops those without a verdict)."""
     p_holm: float
-    """Corrected over the cells of the same pair in the tables of the same kind: nine, of Table 5 two."""
+    """Corrected over the cells of the same pair in the tables of the same kind: nine, in Table 5 two."""
     printed: tuple[str, str]
     """Win rate and adjusted win rate, %."""
     flags: tuple[str, ...]
-    """What does not agree with the counts."""
+    """Inconsistencies with the counts."""
 
-    def turned(self) -> Cell:
-        """b over a. What is printed of that is in the flags alone where it is wrong."""
-        counts = self.verdicts
+    def swapped(self) -> Cell:
+        """b over a, without printed rates; an error in them is in the flags."""
+        counts = self.rates
         return replace(
-            self, a=self.b, b=self.a, verdicts=win_rates(counts.losses, counts.wins, counts.ties), printed=("", "")
+            self, a=self.b, b=self.a, rates=win_rates(counts.losses, counts.wins, counts.ties), printed=("", "")
         )
+
+    def adjusted_rate(self) -> dict[str, Any]:
+        """The adjusted win rate and its interval, as in summary.json."""
+        return {key: getattr(self.rates, key) for key in ("adjusted_win_rate", "low", "high")}
 
 
 @cache
@@ -66,45 +70,44 @@ def _facts() -> Any:
 
 @cache
 def cells() -> tuple[Cell, ...]:
-    """Tables 2 to 5 in the paper's order, a pair once."""
+    """Tables 2 to 5 in the paper's order, each pair once."""
     facts = _facts()
     rows, possible = facts["tables"], facts["judgments"]
     found = []
     for row in rows:
-        verdicts = win_rates(row["wins"], row["losses"], row["ties"])
-        total = row["wins"] + row["losses"] + row["ties"]
+        rates = win_rates(row["wins"], row["losses"], row["ties"])
         dataset = _dataset(row, rows, possible)
-        flags = [_swapped(row, total, possible)] * (dataset != row["dataset"])
-        flags += [words for words in (_wrong(row, turn, rows) for turn in (0, 1)) if words]
+        flags = [_swapped_label(row, possible)] * (dataset != row["dataset"])
+        flags += [flag for flag in (_wrong_rate(row, turn, rows) for turn in (0, 1)) if flag]
         printed = row["printed"]
         found.append(
-            Cell(row["table"], row["model"], dataset, row["dataset"], row["a"], row["b"], verdicts, possible[dataset] - total, 1.0,
+            Cell(row["table"], row["model"], dataset, row["dataset"], row["a"], row["b"], rates, possible[dataset] - rates.n, 1.0,
                  (printed["win_rate"][0], printed["adjusted_win_rate"][0]), tuple(flags))
         )  # fmt: skip
     groups: dict[tuple[str, str, bool], list[int]] = {}
     for at, cell in enumerate(found):
         groups.setdefault((cell.a, cell.b, cell.table == 5), []).append(at)
     for places in groups.values():
-        for at, p in zip(places, holm([found[at].verdicts.p_value for at in places]), strict=True):
+        for at, p in zip(places, holm([found[at].rates.p_value for at in places]), strict=True):
             found[at] = replace(found[at], p_holm=p)
     return tuple(found)
 
 
+def _count(row: dict[str, Any]) -> int:
+    return int(row["wins"] + row["losses"] + row["ties"])
+
+
 def _dataset(row: dict[str, Any], rows: list[dict[str, Any]], possible: dict[str, int]) -> str:
-    """The set that a row can be of: its own, or, where it has more judgments than that has, the one that it was swapped with."""
-
-    def count(one: dict[str, Any]) -> int:
-        return int(one["wins"] + one["losses"] + one["ties"])
-
+    """The set that a row's counts can be of: its own, or, if it has too many judgments for that, the one it was swapped with."""
     same = [one for one in rows if all(one[key] == row[key] for key in ("table", "model", "a", "b"))]
-    if all(count(one) <= possible[one["dataset"]] for one in same):
+    if all(_count(one) <= possible[one["dataset"]] for one in same):
         return str(row["dataset"])
     order = sorted((one["dataset"] for one in same), key=lambda name: possible[name])
-    return str(dict(zip((count(one) for one in sorted(same, key=count)), order, strict=True))[count(row)])
+    return str(dict(zip(sorted(map(_count, same)), order, strict=True))[_count(row)])
 
 
-def _swapped(row: dict[str, Any], total: int, possible: dict[str, int]) -> str:
-    most = possible[row["dataset"]]
+def _swapped_label(row: dict[str, Any], possible: dict[str, int]) -> str:
+    total, most = _count(row), possible[row["dataset"]]
     why = (
         f"{total} judgments can't be {row['dataset']}'s {most}"
         if total > most
@@ -113,31 +116,26 @@ def _swapped(row: dict[str, Any], total: int, possible: dict[str, int]) -> str:
     return f"labelled {row['dataset']}: {why}; the labels of Table {row['table']} are swapped"
 
 
-def _computed(row: dict[str, Any], turn: int) -> dict[str, float]:
-    wins, losses = (row["wins"], row["losses"])[:: -1 if turn else 1]
-    verdicts = win_rates(wins, losses, row["ties"])
-    return {"win_rate": 100 * verdicts.win_rate, "adjusted_win_rate": 100 * verdicts.adjusted_win_rate}
-
-
-def _wrong(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> str:
-    """What is printed of a over b (turn 0) or b over a (turn 1) and is not what the counts give, and whose it may be."""
-    computed = _computed(row, turn)
-    off = [key for key in computed if abs(float(row["printed"][key][turn]) - computed[key]) > CUT]
+def _wrong_rate(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> str:
+    """Printed rates of a over b (turn 0) or b over a (turn 1) that differ from the counts', and the cell they may be copied from."""
+    step = -1 if turn else 1
+    a, b = (row["a"], row["b"])[::step]
+    wins, losses = (row["wins"], row["losses"])[::step]
+    rates = win_rates(wins, losses, row["ties"])
+    computed = {"win_rate": 100 * rates.win_rate, "adjusted_win_rate": 100 * rates.adjusted_win_rate}
+    printed = {key: row["printed"][key][turn] for key in computed}
+    off = [key for key in computed if abs(float(printed[key]) - computed[key]) > ROUNDING]
     if not off:
         return ""
     twin = next((other for other in rows if other is not row and (other["a"], other["b"]) == (row["a"], row["b"])
-                 and all(other["printed"][key][turn] == row["printed"][key][turn] for key in off)), None)  # fmt: skip
-    a, b = (row["a"], row["b"])[:: -1 if turn else 1]
-    told = [
-        f"{key.replace('_', ' ')} printed {row['printed'][key][turn]}, the counts give {computed[key]:.2f}"
-        for key in off
-    ]
+                 and all(other["printed"][key][turn] == printed[key] for key in off)), None)  # fmt: skip
+    wrong = [f"{key.replace('_', ' ')} printed {printed[key]}, the counts give {computed[key]:.2f}" for key in off]
     same = f" (the same as {twin['model']}'s in Table {twin['table']})" if twin else ""
-    return f"{a} over {b}: {'; '.join(told)}{same}"
+    return f"{a} over {b}: {'; '.join(wrong)}{same}"
 
 
 def table1() -> list[tuple[Cell, str]]:
-    """Table 1's cells with what it prints of their adjusted win rate."""
+    """Table 1's cells with the adjusted win rates printed there."""
     return [
         (next(cell for cell in cells() if cell.table < 5 and (cell.model, cell.dataset, cell.a, cell.b)
               == (row["model"], row["dataset"], row["a"], row["b"])), row["printed"])
@@ -146,11 +144,11 @@ def table1() -> list[tuple[Cell, str]]:
 
 
 def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
-    """The paper's cell of a run's pair, a over b; None where it has none. base: a Hub id or a folder's name; the others as a recipe names them."""
+    """The paper's cell for a run's pair, a over b, or None. base: a Hub id or a folder's name; a, b: names in the recipe."""
 
     def known(names: dict[str, str], name: str) -> str | None:
         letters = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
-        return next((told for start, told in names.items() if letters.startswith(start)), None)
+        return next((of for start, of in names.items() if letters.startswith(start)), None)
 
     wanted = (known(BASES, base), known(SETS, dataset))
     pair = (MODELS.get(a), MODELS.get(b))
@@ -159,25 +157,25 @@ def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
             if (cell.a, cell.b) == pair:
                 return cell
             if (cell.b, cell.a) == pair:
-                return cell.turned()
+                return cell.swapped()
     return None
 
 
 def flags() -> list[str]:
-    """Everything in the tables that does not agree with their counts."""
+    """All inconsistencies between the tables and their counts."""
     found = [f"Table {cell.table}, {cell.model}, {flag}" if flag.startswith("labelled") else f"Table {cell.table}, {cell.model}, {cell.labelled}, {flag}"
              for cell in cells() for flag in cell.flags]  # fmt: skip
     return found + [
-        f"Table 1, {cell.model}, {cell.dataset}, {cell.a} over {cell.b}: printed {printed}, the counts give {percent(cell.verdicts.adjusted_win_rate)}"
+        f"Table 1, {cell.model}, {cell.dataset}, {cell.a} over {cell.b}: printed {printed}, the counts give {percent(cell.rates.adjusted_win_rate)}"
         for cell, printed in table1()
-        if abs(float(printed) - 100 * cell.verdicts.adjusted_win_rate) > CUT
+        if abs(float(printed) - 100 * cell.rates.adjusted_win_rate) > ROUNDING
     ]
 
 
 def show(console: Console) -> None:
-    """`salsa report --paper`: every table from its counts."""
-    console.print(Text(f"{_facts()['source']}.\nIntervals: Tango's (1998) score interval of W − L over N, as a win rate; p: exact sign test, ties left out;"
-                       " Holm over a pair's cells. Over judgments of one training seed, each taken as independent."))  # fmt: skip
+    """`salsa report --paper`: every table recomputed from its counts."""
+    console.print(Text(f"{_facts()['source']}.\nIntervals: Tango's (1998) score interval of W − L over N, as a win rate; p: exact sign test without ties;"
+                       " Holm over a pair's cells. Judgments are of one training seed and are treated as independent."))  # fmt: skip
     one = _table("Table 1, adjusted win rate, %", "model", "questions", "pair", "printed", "counts [95%]", "p, Holm")
     for cell, printed in table1():
         one.add_row(cell.model, cell.dataset, f"{cell.a} – {cell.b}", printed, _interval(cell), p_value(cell.p_holm))
@@ -187,21 +185,21 @@ def show(console: Console) -> None:
         title = f"Table {number}, {of[0].model}"
         table = _table(title, "questions", "pair", "win", "loss", "tie", "missing", "win rate, printed", "counts", "adjusted, printed", "counts [95%]", "p", "p, Holm")  # fmt: skip
         for cell in of:
-            v = cell.verdicts
+            v = cell.rates
             table.add_row(cell.dataset + ("*" if cell.flags else ""), f"{cell.a} – {cell.b}", str(v.wins), str(v.losses), str(v.ties), str(cell.missing), cell.printed[0],
                           f"{100 * v.win_rate:.2f}", cell.printed[1], _interval(cell), p_value(v.p_value), p_value(cell.p_holm))  # fmt: skip
         console.print(table)
-    console.print(Text("* Does not agree:" if flags() else "Everything printed agrees with its counts."))
+    console.print(
+        Text("* Inconsistent with its counts:" if flags() else "All printed numbers agree with their counts.")
+    )
     for flag in flags():
         console.print(Text(f"  {flag}"))
     for a, b in (("SALSA", "PPO"), ("SALSA", "SFT")):
         of = [cell for cell, _ in table1() if (cell.a, cell.b) == (a, b)]
-        above, held = sum(cell.verdicts.low > 0.5 for cell in of), sum(cell.p_holm < 0.05 and cell.verdicts.adjusted_win_rate > 0.5 for cell in of)  # fmt: skip
-        console.print(
-            Text(
-                f"{a} over {b}: {above} of {len(of)} intervals lie above 50%, {held} of {len(of)} with p < 0.05 after Holm."
-            )
-        )
+        above = sum(cell.rates.low > 0.5 for cell in of)
+        significant = sum(cell.p_holm < 0.05 and cell.rates.adjusted_win_rate > 0.5 for cell in of)
+        summary = f"{a} over {b}: {above} of {len(of)} intervals lie above 50%, {significant} of {len(of)} with p < 0.05 after Holm's correction."
+        console.print(Text(summary))
 
 
 def _table(title: str, *header: str) -> Table:
@@ -213,5 +211,5 @@ def _table(title: str, *header: str) -> Table:
 
 
 def _interval(cell: Cell) -> str:
-    v = cell.verdicts
+    v = cell.rates
     return f"{100 * v.adjusted_win_rate:.2f} [{percent(v.low)}, {percent(v.high)}]"

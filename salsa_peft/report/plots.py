@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator
 from matplotlib.tri import Triangulation
 
 from salsa_peft.report import findings, judge_tables, style
-from salsa_peft.report import format as text
-from salsa_peft.report.format import fixed, is_number
+from salsa_peft.report.format import file_name, fixed, is_number
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.style import INK, KNOWN, MEASURES, MUTED, PAPER, SPARE, Look, Panel, panel
 
 
 def scores(name: str, title: str, models: Mapping[str, Any], measure: str, styles: Mapping[str, Look]) -> Panel:
-    """One row a model: mean and interval. `models`: name → EST."""
+    """Mean and interval of each model, one row each. models: name → Estimate as a mapping."""
 
     def draw(axes: Axes) -> None:
         for row, (model, score) in enumerate(models.items()):
-            _interval(axes, row, score["mean"], score["low"], score["high"], styles[model], styles[model].control)
-            axes.annotate(fixed(score["mean"]), (1.01, row), xycoords=("axes fraction", "data"), va="center", size=9)
+            look = styles[model]
+            _interval(axes, row, score["mean"], score["low"], score["high"], look, look.control, fixed(score["mean"]))
         _rows(axes, list(models))
         axes.set(title=title, xlabel=f"mean {MEASURES.get(measure, measure)}, 95% interval over prompts")
 
@@ -31,14 +31,13 @@ def scores(name: str, title: str, models: Mapping[str, Any], measure: str, style
 
 
 def win_rates(name: str, title: str, pairs: Sequence[Mapping[str, Any]], styles: Mapping[str, Look]) -> Panel:
-    """One row a pair: adjusted win rate of a over b, hollow where the interval holds 50%."""
+    """Adjusted win rate of a over b, one row for each pair; hollow if the interval includes 50%."""
 
     def draw(axes: Axes) -> None:
         axes.axvline(50, color=MUTED, lw=1.1)
         for row, pair in enumerate(pairs):
             rate, low, high = (100 * pair[key] for key in ("adjusted_win_rate", "low", "high"))
-            _interval(axes, row, rate, low, high, styles[pair["a"]], low <= 50 <= high)
-            axes.annotate(f"{rate:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", size=9)
+            _interval(axes, row, rate, low, high, styles[pair["a"]], low <= 50 <= high, f"{rate:.1f}")
         _rows(axes, [pair.get("label") or f"{pair['a']} over {pair['b']}" for pair in pairs])
         axes.set(title=title, xlabel="adjusted win rate of the first model, %")
 
@@ -54,12 +53,10 @@ def line(
     limits: tuple[float, float],
     soup: float | None,
 ) -> Panel:
-    """Score along lines of weights (paper's Fig. 2a, b). `soup`: the midpoint's score of the first line, drawn across
-    every panel.
-    """
+    """Score along lines of weights (paper's Fig. 2a, b). soup: the midpoint's score on the first line, drawn in every panel."""
+    shrunk, ends = lines[0]["kind"] == "shrunk", lines[0]["ends"]
 
     def draw(axes: Axes) -> None:
-        shrunk = lines[0]["kind"] == "shrunk"
         cycle = [KNOWN["shrunk" if shrunk else "soup"], *SPARE]
         if soup is not None:
             axes.axhline(soup, color=KNOWN["soup"].color, ls=":", lw=1.2)
@@ -69,23 +66,16 @@ def line(
             mean, low, high = (
                 [point["scores"][measure][key] for point in one["points"]] for key in ("mean", "low", "high")
             )
+            label, dash = one["name"] if len(lines) > 1 else None, "-" if index == 0 else look.dash
             axes.fill_between(at, low, high, color=look.color, alpha=0.18, lw=0)
-            axes.plot(
-                at,
-                mean,
-                color=look.color,
-                ls="-" if index == 0 else look.dash,
-                label=one["name"] if len(lines) > 1 else None,
-            )
+            axes.plot(at, mean, color=look.color, ls=dash, label=label)
             axes.plot(at, mean, ls="", marker=".", ms=4, color=look.color)
-            marks = {0.0: one["ends"][0], 1.0: one["ends"][1]} | ({} if shrunk else {0.5: "soup"})
+            marks = {0.0: ends[0], 1.0: ends[1]} | ({} if shrunk else {0.5: "soup"})
             for x, mark in marks.items() if index == 0 else ():
-                _mark(axes, [(a, y) for a, y in zip(at, mean, strict=True) if abs(a - x) < 1e-9], mark, styles)
-        ends = lines[0]["ends"]
+                _mark(axes, [(a, y) for a, y in zip(at, mean, strict=True) if abs(a - x) < 1e-9], mark, styles[mark])
         label = f"λ: {ends[0]} + λ · (what {ends[1]} learned)" if shrunk else f"α: 0 is {ends[0]}, 1 is {ends[1]}"
-        axes.set(
-            title=title, xlabel=label if len(lines) == 1 or shrunk else "α, from one end to the other", ylim=limits
-        )
+        label = label if len(lines) == 1 or shrunk else "α, from one end to the other"
+        axes.set(title=title, xlabel=label, ylim=limits)
         axes.set_ylabel(MEASURES.get(measure, measure))
         if len(lines) > 1:
             axes.legend(loc="best")
@@ -94,38 +84,24 @@ def line(
 
 
 def plane(name: str, title: str, given: Mapping[str, Any], measure: str) -> Panel:
-    """Score on the plane of three seeds, barycentric, the triangle dotted (paper's Fig. 2c)."""
+    """Score on the plane of three seeds in barycentric coordinates, with their triangle dotted (paper's Fig. 2c)."""
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
     spots = np.array([point["weights"] for point in given["points"]]) @ corners
     values = np.array([point["scores"][measure]["mean"] for point in given["points"]])
+    box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    text: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "size": 8.5, "color": "black"}
 
     def draw(axes: Axes) -> None:
         if len(spots) >= 4 and np.linalg.matrix_rank(spots - spots[0], tol=1e-6) == 2 and np.ptp(values) > 0:
             shading = axes.tricontourf(Triangulation(*spots.T), values, levels=14, cmap="cividis")
-            bar = axes.figure.colorbar(
-                shading,
-                ax=axes,
-                shrink=0.85,
-                format=lambda value, _: fixed(value),
-                ticks=np.linspace(values.min(), values.max(), 5),
-            )
+            ticks = np.linspace(values.min(), values.max(), 5)
+            bar = axes.figure.colorbar(shading, ax=axes, shrink=0.85, format=lambda value, _: fixed(value), ticks=ticks)
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.set_label(MEASURES.get(measure, measure), color=MUTED)
         axes.scatter(spots[:, 0], spots[:, 1], s=9, color="white", edgecolor="black", lw=0.5)
         axes.plot(*corners[[0, 1, 2, 0]].T, ls=":", color="white", lw=2.2)
-        box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
         for (x, y), member, sign in zip(corners, given["members"], (-1, -1, 1), strict=True):
-            axes.annotate(
-                member,
-                (x, y),
-                xytext=(0, 11 * sign),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                size=8.5,
-                color="black",
-                bbox=box,
-            )
+            axes.annotate(member, (x, y), xytext=(0, 11 * sign), bbox=box, **text)
         axes.plot(*corners.mean(axis=0), marker="*", ms=13, color="white", mec="black", mew=0.7)
         axes.margins(0.03)
         axes.set(title=title, aspect="equal")
@@ -142,7 +118,7 @@ def curve(
     styles: Mapping[str, Look],
     log: bool = False,
 ) -> Panel:
-    """One quantity over PPO's episodes: each update thin, a rolling mean over a twentieth of them strong."""
+    """A metric over PPO's episodes: each update as a thin line, a rolling mean over a tenth of the updates as a thick one."""
 
     def draw(axes: Axes) -> None:
         for policy, rows in policies.items():
@@ -155,21 +131,11 @@ def curve(
             smooth = np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
             if window.size > 1:
                 axes.plot(episodes, values, color=look.color, lw=0.7, alpha=0.35)
-            axes.plot(
-                episodes,
-                smooth,
-                color=look.color,
-                ls=look.dash,
-                label=policy,
-                marker=look.marker,
-                markevery=(0.08, 0.23) if len(values) > 3 else 1,
-                ms=5,
-            )
+            marks: Any = {"marker": look.marker, "markevery": (0.08, 0.23) if len(values) > 3 else 1, "ms": 5}
+            axes.plot(episodes, smooth, color=look.color, ls=look.dash, label=policy, **marks)
         if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            _log_ticks(axes.yaxis)
         axes.set(title=title, xlabel="episodes")
         axes.legend(loc="best", ncols=2, handlelength=2.8, columnspacing=1.2)
 
@@ -184,7 +150,7 @@ def ablation(
     log: bool,
     styles: Mapping[str, Look],
 ) -> Panel:
-    """Adjusted win rate against one number that policies differ in (the paper's Fig. 4a, 5): a line through the best at each, for each name."""
+    """Adjusted win rate against a setting of the policies (paper's Fig. 4a, 5); for each name a line through its best policies."""
     names = list(dict.fromkeys(point["name"] for point in points))
     looks = {**dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False)), **styles}
 
@@ -193,27 +159,18 @@ def ablation(
         for one in names:
             look = looks.get(one, KNOWN["salsa"])
             mine = sorted((point for point in points if point["name"] == one), key=lambda point: point["x"])
-            best = {
-                point["x"]: max(other["adjusted_win_rate"] for other in mine if other["x"] == point["x"])
-                for point in mine
-            }
+            best: dict[float, float] = {}
+            for point in mine:
+                best[point["x"]] = max(best.get(point["x"], 0.0), point["adjusted_win_rate"])
             axes.plot(list(best), [100 * rate for rate in best.values()], color=look.color, ls=look.dash, label=one)
             for point in mine:
                 low, high, rate = (100 * point[key] for key in ("low", "high", "adjusted_win_rate"))
                 axes.plot([point["x"]] * 2, [low, high], color=look.color, lw=1.6, alpha=0.6)
-                axes.plot(
-                    point["x"],
-                    rate,
-                    marker=look.marker,
-                    ms=7,
-                    color=look.color,
-                    mfc=PAPER if low <= 50 <= high else look.color,
-                )
+                fill = PAPER if low <= 50 <= high else look.color
+                axes.plot(point["x"], rate, marker=look.marker, ms=7, color=look.color, mfc=fill)
         if log:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("")
+            _log_ticks(axes.xaxis)
         axes.set(title=title, xlabel=xlabel, ylabel="adjusted win rate, %")
         if len(names) > 1:
             axes.legend(loc="best", ncols=2)
@@ -224,7 +181,7 @@ def ablation(
 def distributions(
     name: str, title: str, models: Mapping[str, Sequence[float]], measure: str, styles: Mapping[str, Look]
 ) -> Panel:
-    """Scores of single responses, a ridge a model, its mean marked (the paper's Fig. 3)."""
+    """Scores of single responses, one ridge for each model with its mean marked (paper's Fig. 3)."""
     together = np.concatenate([np.asarray(values, dtype=float) for values in models.values()])
     edges = np.linspace(together.min() - 1e-9, together.max() + 1e-9, 33)
     counts = {model: np.histogram(values, edges)[0] / len(values) for model, values in models.items()}
@@ -236,24 +193,22 @@ def distributions(
             axes.stairs(row - counts[model] / top, edges, baseline=row, fill=True, color=look.color, alpha=0.55)
             axes.stairs(row - counts[model] / top, edges, baseline=row, color=look.color, lw=0.8)
             axes.plot([mean, mean], [row, row - 0.9], color=INK, lw=1.5)
-            axes.annotate(fixed(mean), (1.01, row), xycoords=("axes fraction", "data"), va="bottom", size=9)
+            _value(axes, row, fixed(mean), "bottom")
         _rows(axes, list(models), above=0.95, below=0.1)
         axes.set(title=title, xlabel=f"{MEASURES.get(measure, measure)} of a response; bar and number: the mean")
 
     return panel(name, f"{title}: distribution of scores by model", draw, 0.42 * len(models) + 0.9)
 
 
-def _interval(axes: Axes, row: int, mean: float, low: float, high: float, look: Look, hollow: bool) -> None:
+def _interval(axes: Axes, row: int, mean: float, low: float, high: float, look: Look, hollow: bool, value: str) -> None:
+    size, fill = 9 if look.marker == "*" else 7, PAPER if hollow else look.color
     axes.plot([low, high], [row, row], color=look.color, lw=2.4, solid_capstyle="round")
-    axes.plot(
-        [mean],
-        [row],
-        marker=look.marker,
-        ms=9 if look.marker == "*" else 7,
-        color=look.color,
-        mfc=PAPER if hollow else look.color,
-        mew=1.6,
-    )
+    axes.plot([mean], [row], marker=look.marker, ms=size, color=look.color, mfc=fill, mew=1.6)
+    _value(axes, row, value, "center")
+
+
+def _value(axes: Axes, row: int, text: str, align: str) -> None:
+    axes.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va=align, size=9)
 
 
 def _rows(axes: Axes, names: Sequence[str], above: float = 0.6, below: float = 0.6) -> None:
@@ -264,20 +219,17 @@ def _rows(axes: Axes, names: Sequence[str], above: float = 0.6, below: float = 0
     axes.spines["left"].set_visible(False)
 
 
-def _mark(axes: Axes, spots: Sequence[tuple[float, float]], name: str, styles: Mapping[str, Look]) -> None:
-    look = styles[name]
+def _mark(axes: Axes, spots: Sequence[tuple[float, float]], name: str, look: Look) -> None:
+    size = 12 if look.marker == "*" else 7
     for x, y in spots:
-        axes.plot(
-            [x],
-            [y],
-            marker=look.marker,
-            ms=12 if look.marker == "*" else 7,
-            color=look.color,
-            mec=INK,
-            mew=0.8,
-            zorder=4,
-        )
+        axes.plot([x], [y], marker=look.marker, ms=size, color=look.color, mec=INK, mew=0.8, zorder=4)
         axes.annotate(name, (x, y), xytext=(0, 9), textcoords="offset points", ha="center", size=8.5, weight="bold")
+
+
+def _log_ticks(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 CURVES = {  # key of metrics.jsonl → name in summary.json, title
@@ -289,7 +241,7 @@ CURVES = {  # key of metrics.jsonl → name in summary.json, title
 
 
 def draw(run: ReportInput) -> dict[str, list[Panel]]:
-    """Section → its panels; none where the run has nothing to draw."""
+    """Section → its panels; an empty list if the run has nothing to draw there."""
     names = findings.order(run.evaluation, run.policies)
     others = [end for line in (run.landscape or {}).get("lines", []) for end in line["ends"]]
     controls = [name for name in names if findings.is_control(name, run.policies)]
@@ -298,21 +250,17 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
         name: [] for name in ("judged", "ablations", "scores", "pairs", "landscape", "training", "distributions")
     }
     for dataset, data in (run.verdicts or {"datasets": {}})["datasets"].items():
-        tag, title = text.file_name(dataset), f"Win rates by the judge, “{dataset}”"
-        told = [pair for pair in data["pairs"] if pair["n"]]
-        drawn["judged"] += [win_rates(f"judged-{tag}", title, told, styles)] if told else []
+        title = f"Win rates by the judge, “{dataset}”"
+        if pairs := [pair for pair in data["pairs"] if pair["n"]]:
+            drawn["judged"].append(win_rates(f"judged-{file_name(dataset)}", title, pairs, styles))
     if run.evaluation.get("datasets"):
         drawn["ablations"] = _ablations(run, styles)
     for dataset, data in run.evaluation.get("datasets", {}).items():
         for measure in run.evaluation["measures"]:
-            tag = text.file_name(f"{dataset}-{measure}")
-            title = f"{style.MEASURES.get(measure, measure).capitalize()}, “{dataset}”"
-            models = {
-                name: data["models"][name]["scores"][measure]
-                for name in names
-                if measure in data["models"].get(name, {}).get("scores", {})
-            }
-            if models:
+            tag = file_name(f"{dataset}-{measure}")
+            title = f"{MEASURES.get(measure, measure).capitalize()}, “{dataset}”"
+            found = {name: data["models"].get(name, {}).get("scores", {}).get(measure) for name in names}
+            if models := {name: score for name, score in found.items() if score is not None}:
                 drawn["scores"].append(scores(f"scores-{tag}", title, models, measure, styles))
             if pairs := [pair for pair in data.get("pairs", []) if pair["measure"] == measure]:
                 drawn["pairs"].append(win_rates(f"pairs-{tag}", title, pairs, styles))
@@ -331,7 +279,7 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
 
 def _ablations(run: ReportInput, styles: Mapping[str, Look]) -> list[Panel]:
     measure, drawn = findings.headline(run.evaluation), []
-    by = "the judge" if run.verdicts else style.MEASURES.get(measure, measure)
+    by = "the judge" if run.verdicts else MEASURES.get(measure, measure)
     for number, one in enumerate(judge_tables.ablations(run, measure)):
         title = f"Over {one['against']}, “{one['dataset']}”, by {by}"
         drawn.append(ablation(f"ablation-{number}-{one['kind']}", title, one["points"], one["xlabel"], one["log"], styles))  # fmt: skip
@@ -339,41 +287,34 @@ def _ablations(run: ReportInput, styles: Mapping[str, Look]) -> list[Panel]:
 
 
 def draw_landscape(landscape: Mapping[str, Any], styles: Mapping[str, Look]) -> list[Panel]:
-    """For each measure: lines between seeds and the control lines beside them, on one scale; then the planes."""
+    """For each measure the lines between seeds and the control lines, on the same scale; then the planes."""
     drawn, planes = [], []
+    lines = [one for one in landscape["lines"] if one["kind"] != "shrunk"]
+    shrunk = [one for one in landscape["lines"] if one["kind"] == "shrunk"]
     for measure in landscape["measures"]:
-        title = style.MEASURES.get(measure, measure).capitalize()
-        edges = [
-            point["scores"][measure][key]
-            for line in landscape["lines"]
-            for point in line["points"]
-            for key in ("low", "high")
+        title = MEASURES.get(measure, measure).capitalize()
+        found = [point["scores"][measure] for one in landscape["lines"] for point in one["points"]]
+        low = min((score["low"] for score in found), default=0)
+        high = max((score["high"] for score in found), default=0)
+        margin = 0.09 * (high - low) or 0.1
+        limits = (low - margin, high + margin)
+        middles = [
+            p["scores"][measure]["mean"] for one in lines[:1] for p in one["points"] if abs(p["at"] - 0.5) < 1e-9
         ]
-        margin = 0.09 * (max(edges, default=0) - min(edges, default=0)) or 0.1
-        limits = (min(edges, default=0) - margin, max(edges, default=0) + margin)
-        lines, shrunk = (
-            [line for line in landscape["lines"] if (line["kind"] == "shrunk") == control] for control in (False, True)
-        )
-        middle = next(
-            (p["scores"][measure]["mean"] for line in lines[:1] for p in line["points"] if abs(p["at"] - 0.5) < 1e-9),
-            None,
-        )
+        soup = middles[0] if middles else None
         if lines:
-            drawn.append(line(f"line-{measure}", f"{title} between seeds", lines, measure, styles, limits, middle))
+            drawn.append(line(f"line-{measure}", f"{title} between seeds", lines, measure, styles, limits, soup))
         if shrunk:
-            drawn.append(line(f"shrunk-{measure}", f"{title}, the control", shrunk, measure, styles, limits, middle))
+            drawn.append(line(f"shrunk-{measure}", f"{title}, the control", shrunk, measure, styles, limits, soup))
         if landscape["plane"] and landscape["plane"]["points"]:
             planes.append(plane(f"plane-{measure}", f"{title}, three seeds", landscape["plane"], measure))
     return drawn + planes
 
 
 def scores_of(run: ReportInput, dataset: str, measure: str) -> dict[str, list[float]]:
-    """model → the scores of its answers to one dataset."""
-    return {
-        name: [
-            row["scores"][measure]
-            for row in run.answers
-            if (row["dataset"], row["model"]) == (dataset, name) and is_number(row["scores"].get(measure))
-        ]
-        for name in findings.order(run.evaluation, run.policies)
-    }
+    """Model → the scores of its answers to one dataset."""
+    found: dict[str, list[float]] = {name: [] for name in findings.order(run.evaluation, run.policies)}
+    for row in run.answers:
+        if row["dataset"] == dataset and row["model"] in found and is_number(row["scores"].get(measure)):
+            found[row["model"]].append(row["scores"][measure])
+    return found

@@ -1,7 +1,7 @@
-"""How a panel of the report looks: one palette for all figures, one type size, and matplotlib's drawing as inline SVG.
+"""Appearance of the report's figures: palette, type sizes, and matplotlib's drawing as inline SVG.
 
-A model has one colour, dash and marker everywhere (Okabe and Ito's palette, safe for colour-blind readers). The object
-interface only: nothing here touches pyplot's state.
+A model has the same colour, dash and marker in every figure (Okabe and Ito's palette, safe for colour-blind readers). Uses matplotlib's
+object interface, not pyplot's global state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, MUTED, GRID, PAPER = "#1c2128", "#59636f", "#d5dae1", "#fffffe"
 WIDTH = 5.0
-"""Inches; at 72 points each a panel is 360 wide, so type of 9.5 points is read at its size on a phone."""
+"""Inches: a panel is 360 points wide, so that type of 9.5 points keeps its size on a phone."""
 RC: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
@@ -51,11 +51,11 @@ MEASURES = {"reward": "training reward", "gold": "gold reward"}
 
 @dataclass(frozen=True)
 class Look:
-    """How one model is drawn, everywhere."""
+    """Colours, dash and marker of one model."""
 
     color: str
     dark: str
-    """The same colour on a dark page."""
+    """The colour on a dark page."""
     dash: str
     marker: str
     control: bool = False
@@ -82,7 +82,7 @@ SPARE = (
 
 
 def looks(names: Sequence[str], controls: Collection[str] = ()) -> dict[str, Look]:
-    """A model's look depends on its name, for unknown names on the order in which they first come; controls are hollow."""
+    """Name → look: a fixed one for known names, else by order of appearance; controls are hollow."""
     unknown = [name for name in dict.fromkeys(names) if name not in KNOWN]
     found = {name: KNOWN[name] for name in names if name in KNOWN}
     found |= {name: SPARE[index % len(SPARE)] for index, name in enumerate(unknown)}
@@ -91,6 +91,8 @@ def looks(names: Sequence[str], controls: Collection[str] = ()) -> dict[str, Loo
 
 @dataclass(frozen=True)
 class Panel:
+    """One figure as inline SVG and as PNG."""
+
     name: str
     """The PNG's file name, without its suffix."""
     alt: str
@@ -99,6 +101,7 @@ class Panel:
 
 
 def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float) -> Panel:
+    """Draw one figure of WIDTH × height inches."""
     svg, png = io.StringIO(), io.BytesIO()
     with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         layout = ConstrainedLayoutEngine()
@@ -114,16 +117,10 @@ def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float) -> P
 
 
 def _inline(svg: str) -> str:
-    """matplotlib's file → an element of our page: no namespaces or ids that nothing refers to, colours by the page's
-    variables.
-    """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(
-        r'(<svg)([^>]*?) (?:width|height)="[^"]*pt"',
-        r"\1\2",
-        re.sub(r'(<svg)([^>]*?) (?:width|height)="[^"]*pt"', r"\1\2", svg),
-    )
+    """matplotlib's SVG file as an element of the page: unused ids and namespaces removed, colours as the page's variables."""
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace("xlink:href", "href")
+    tag, _, content = svg.partition(">")
+    svg = re.sub(r' (?:width|height)="[^"]*pt"', "", tag) + ">" + content
     used = set(re.findall(r"(?:url\(|href=\")#([\w.-]+)", svg))
     svg = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL))
@@ -133,11 +130,11 @@ def _inline(svg: str) -> str:
 
 
 def variables() -> dict[str, str]:
-    """Colour in the drawing → the page's variable that stands for it, so that a dark page turns the figures too."""
+    """Colour of a drawing → the CSS variable that replaces it, so that figures follow the page's dark mode."""
     palette = {look.color: f"--series-{index}" for index, look in enumerate((*KNOWN.values(), *SPARE))}
     return {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | palette
 
 
 def darks() -> dict[str, str]:
-    """The page's variable of a model's colour → that colour on a dark page."""
+    """CSS variable of a model's colour → its value on a dark page."""
     return {f"--series-{index}": look.dark for index, look in enumerate((*KNOWN.values(), *SPARE))}

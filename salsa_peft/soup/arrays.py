@@ -1,7 +1,7 @@
-"""Safetensors' floats as NumPy arrays: read and widened, computed on one thread, rounded once and given back as bytes.
+"""Floats of safetensors files as NumPy arrays: reading, widening, rounding.
 
 NumPy and not torch, since importing torch takes longer than averaging a 7B model's adapters. NumPy has no bfloat16: it is the upper half
-of a float32, and rounding to it is to nearest, ties to even, as torch does.
+of a float32, and values are rounded to it to nearest, ties to even, as torch does.
 """
 
 from __future__ import annotations
@@ -19,37 +19,35 @@ from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile, read_exactl
 
 Array = NDArray[Any]
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""Safetensors' name of a float dtype → NumPy's; bfloat16 as the bits it has."""
+"""Safetensors' name of a float dtype → NumPy's; bfloat16 is kept as its bits."""
 
 
 def read(file: SafetensorsFile, name: str) -> Array:
-    """A tensor's values as float32 (float64 where the file has that). Raises SalsaError where one is not finite."""
+    """A tensor's values as float32 (float64 if the file has that). Raises SalsaError if one is not finite."""
     entry = file.entries[name]
     raw = np.empty(entry.size, np.uint8)
     with file.path.open("rb", buffering=0) as source:
         read_exactly(source.fileno(), raw.data, entry.begin, file.path)
     values = widen(raw.view(DTYPES[entry.dtype]), entry.dtype).reshape(entry.shape)
-    require(
-        all_finite(values), f"{file.path}: {name} holds values that are not finite: train or save this adapter again"
-    )
+    require(all_finite(values), f"{file.path}: {name} has values that are not finite; train or save this adapter again")
     return values
 
 
 def all_finite(values: Array) -> bool:
-    """A sum is NaN or infinite where a value is, at a tenth of isfinite's cost; that of finite values may overflow."""
+    """Whether all values are finite. A finite sum shows it at a tenth of isfinite's cost; the sum of finite values may overflow."""
     with np.errstate(all="ignore"):
         return math.isfinite(values.sum()) or bool(np.isfinite(values).all())
 
 
 def widen(values: Array, dtype: str) -> Array:
-    """DTYPES' array → float32 (float64 of F64), exactly."""
+    """Convert an array of DTYPES to float32 (F64 stays float64), exactly."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32) if dtype == "F16" else values
 
 
 def narrow(values: Array, dtype: str) -> Array:
-    """float32 or float64 → DTYPES' array, rounded to nearest, ties to even; too large a value becomes infinite."""
+    """Round float32 or float64 to an array of DTYPES, to nearest, ties to even; a value that is too large becomes infinite."""
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(DTYPES[dtype], copy=False)
@@ -60,7 +58,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
 
 def round_to_odd(values: Array) -> Array:
-    """float64 → float32, towards zero and the last bit set where it is not exact: rounded again, to 16 bits, it is as if rounded once."""
+    """float64 → float32, towards zero and with the last bit set if inexact, so that rounding again to 16 bits is as rounding once."""
     found = values.astype(np.float32)
     back, bits = found.astype(np.float64), found.view(np.uint32)
     bits -= np.abs(back) > np.abs(values)
@@ -69,18 +67,18 @@ def round_to_odd(values: Array) -> Array:
 
 
 def as_bytes(values: Array) -> Buffer:
-    """An array's bytes in C order, not copied where they lie so."""
+    """An array's bytes in C order, without a copy if it is contiguous."""
     return np.ascontiguousarray(values).reshape(-1).data.cast("B")
 
 
 def promote(dtypes: Iterable[str]) -> str:
-    """The dtype that holds all of them exactly, as torch.promote_types: of float16 and bfloat16 float32."""
+    """The dtype that holds all of `dtypes` exactly, as torch.promote_types; for float16 and bfloat16 it is float32."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
 
 
 def one_thread() -> contextlib.AbstractContextManager[Any]:
-    """BLAS on one thread: thin matrices gain nothing by more, and waiting threads burn processor time (measured: 20 times as much)."""
+    """Limit BLAS to one thread: thin matrices gain nothing from more, and waiting threads cost 20 times the CPU time."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(limits=1, user_api="blas")  # type: ignore[no-any-return]

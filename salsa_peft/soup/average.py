@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from salsa_peft.models.adapters.bases import local_folder, require_same_family
+from salsa_peft.models.adapters.bases import local_base, require_same_family
 from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import check_weights, read_checkpoint
 from salsa_peft.soup.checkpoints.write import check_free
@@ -196,7 +196,7 @@ def _merge_base(folders: Sequence[Path], options: Options) -> Path:
     why = ""
     if options.base is None:
         check_one_base(members, options.same_base, merging=True)
-        if (found := local_folder(members[0].config, folders[0])) is not None:
+        if (found := local_base(members[0].config, folders[0])) is not None:
             return found
         why = f", which {folders[0] / ADAPTER_CONFIG} names as the base; name it with --base"
     return local(*base_of(members[0].config, folders[0], options.base), why=why)

@@ -20,7 +20,7 @@ from salsa_peft.data.chat.template_fields import messages_for_template, trained_
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.data.files import READERS
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, hidden_states, load_base
+from salsa_peft.models.base import causal_lm, hidden_states, load_base, remove_dropout
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.logprobs import head_of, token_logprobs
 from salsa_peft.models.rewards.function import load_function
@@ -191,7 +191,7 @@ def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = F
     """A live soup of adapters on their base, without dropout."""
     model = lora.attach(base, folders[0], "start")
     live = LiveAdapters(model, StackedAdapter.load(folders, same_base=same_base))
-    lora.remove_dropout(model)
+    remove_dropout(model)
     model.eval()
     return live
 

@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there: written under another name, listed with their hashes, renamed; and found again.
+"""Checkpoint folders that are complete or absent: write, verify, find, rotate.
 
-A folder is a checkpoint if its manifest names every file with its SHA-256 and they agree. A kill inside a save leaves the one
-before. Imports no torch.
+A checkpoint is written under another name, listed in a manifest with the SHA-256 of each file, and renamed. A folder
+whose files differ from its manifest is no checkpoint. A process killed while saving leaves the previous one. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MANIFEST, STATE = "checkpoint.json", "salsa_state.json"
 
 
 def commit(partial: Path, folder: Path) -> None:
-    """Turn the files in `partial` into the checkpoint `folder`: flush them, list them, rename; one of that name gives way."""
+    """Make the files in `partial` the checkpoint `folder`, replacing one of that name."""
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file.name != MANIFEST)
     listed = {}
     for file in files:
@@ -37,44 +38,45 @@ def commit(partial: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path, aside: Path) -> None:
-    """Under another name first: a kill leaves no half of a checkpoint."""
+    """Remove a checkpoint, renamed first, so that a killed process leaves no part of it."""
     old = aside / f"{folder.name}.old"
     aside.mkdir(exist_ok=True)
-    shutil.rmtree(old, ignore_errors=True)  # of a kill before
+    shutil.rmtree(old, ignore_errors=True)  # left by a killed process
     folder.rename(old)
     shutil.rmtree(old)
 
 
 def fault(folder: Path) -> str | None:
-    """Why a folder is no whole checkpoint, or None."""
+    """Why a folder is not a complete checkpoint, or None if it is one."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return f"no {MANIFEST} that can be read"
+        return f"no readable {MANIFEST}"
     if not isinstance(listed, dict) or STATE not in listed:
-        return f"{MANIFEST} names no {STATE}"
+        return f"{MANIFEST} does not list {STATE}"
     for name, entry in listed.items():
         file = folder / name
         if not isinstance(entry, dict):
-            return f"{MANIFEST} says nothing of {name}"
+            return f"{MANIFEST} has no size and hash of {name}"
         if not file.is_file():
-            return f"missing: {name}"
+            return f"{name} is missing"
         if file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
-            return f"changed: {name}"
+            return f"{name} has changed"
     return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders checkpoint-N, the one saved last first, whole or not; those that don't say when they were saved before all others.
+    """The folders checkpoint-N, complete or not, sorted by when they were saved, newest first.
 
-    Not by N alone: a trainer that trains a second time begins at step 1 again, a run can go on from an earlier checkpoint.
+    Not sorted by N: a second train() starts at step 1 again, and a run can resume from an earlier checkpoint. Folders
+    without a save number come first.
     """
     found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda path: (save_number(path), int(path.name.removeprefix(PREFIX))), reverse=True)
 
 
 def save_number(folder: Path) -> float:
-    """How many checkpoints of its folder were saved up to this one; infinity where that can't be read."""
+    """A checkpoint's save number: 1 for the first saved in its output folder; infinity if unreadable."""
     try:
         state = json.loads((folder / STATE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -84,30 +86,33 @@ def save_number(folder: Path) -> float:
 
 
 def saved_after(checkpoint: Path) -> list[Path]:
-    """Those in its folder that were saved after it."""
+    """The checkpoints of the same folder that were saved after this one."""
     return [folder for folder in checkpoints(checkpoint.parent) if save_number(folder) > save_number(checkpoint)]
 
 
 def next_number(output_dir: Path) -> int:
-    """`saved` of the next one."""
+    """The save number of the next checkpoint."""
     numbers = [save_number(folder) for folder in checkpoints(output_dir)]
     return 1 + max((int(number) for number in numbers if number < math.inf), default=0)
 
 
 def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None; and a line for each newer one that was passed over."""
-    passed: list[str] = []
+    """The newest complete checkpoint, or None; and a line for each newer one that is incomplete."""
+    skipped: list[str] = []
     for folder in checkpoints(output_dir):
         why = fault(folder)
         if why is None:
-            return folder, passed
-        passed.append(f"{folder}: not whole ({why}), passed over")
-    return None, passed
+            return folder, skipped
+        skipped.append(f"{folder}: skipped, because it is incomplete ({why})")
+    return None, skipped
 
 
 def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints (None, 0 or less, as in Transformers: remove none), and what saves that were
-    killed left behind. The one saved last stays and so does `best`, which counts among them; so does what is not ours."""
+    """Remove all but the newest `keep` checkpoints, and what killed processes left.
+
+    None, 0 or less removes none, as in Transformers. The newest checkpoint and `best`, which counts among them, stay.
+    Folders without a save number are not this library's and stay too.
+    """
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
     ours = [folder for folder in checkpoints(output_dir) if save_number(folder) < math.inf]
     first = [folder for folder in ours if folder == ours[0] or folder == best]
@@ -119,23 +124,23 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None
 
 
 def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """The engine's own state in a checkpoint. Raises SalsaError where it was made by another setting than `expected`."""
+    """Read PPO's state from a checkpoint. Raises SalsaError if its settings differ from `expected`."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     made = state["setting"]
     for key, value in expected.items():
         require(
             made.get(key) == value,
-            f"{folder}: made with {key} {made.get(key)}, found {value} now, expected the same; start anew in another folder, where"
-            " this one's policy can be the model",
+            f"{folder}: {key} was {made.get(key)} and is {value} now, so this run cannot be resumed. Start a new run in"
+            " another output_dir; the checkpoint's policy can be its model",
         )
     return state
 
 
 def cut(file: Path, size: int) -> str | None:
-    """Take off what was appended to a log after the checkpoint → a line where the log is shorter than it was: it stays as it is."""
+    """Truncate a log to its size at the checkpoint. Returns a line if it is shorter already."""
     found = file.stat().st_size if file.exists() else 0
     if found < size:
-        return f"{file}: found {found} bytes, {size} at the checkpoint: lines from before it are missing"
+        return f"{file}: lines from before the checkpoint are missing ({found} bytes; {size} at the checkpoint)"
     if file.exists():
         os.truncate(file, size)
     return None

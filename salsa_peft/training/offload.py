@@ -1,6 +1,6 @@
-"""Where frozen models wait: on the device, or in the CPU's memory and on the device one at a time, while they score.
+"""Offloading frozen models: in CPU memory, and on the device one at a time while they score.
 
-Left out: the policy, its gradients and its optimizer, which stay; what shares the policy's base (adapters), of which there is no second copy.
+Left out: the policy with its gradients and optimizer states, and adapters, which share the policy's base.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,38 +22,38 @@ if TYPE_CHECKING:
     from salsa_peft.training.ppo.config import SalsaPPOConfig
 
 DeviceContext = Callable[[], AbstractContextManager[None]]
-"""→ a context within which a model is on the device."""
+"""Gives a context in which a model is on the device."""
 
 
 class OffloadedModel:
-    """A frozen model whose weights lie in the CPU's memory, pinned where there is CUDA, and on the device within `on`.
+    """A frozen model in CPU memory (pinned, if there is CUDA), which is copied to the device within `on`.
 
-    The one copy is the CPU's: frozen weights need no way back, and what was on the device is let go. Raises SalsaError for a model with
-    weights that train, and for one whose weights are no floating-point numbers (quantised ones carry a state that would stay behind).
+    Frozen weights do not change, so the copy on the device is simply dropped. Raises SalsaError for weights that train
+    and for quantised weights, which have a state that would not be moved.
     """
 
     def __init__(self, model: nn.Module) -> None:
         weights = list(model.parameters())
         require(
             all(weight.is_floating_point() and not weight.requires_grad for weight in weights),
-            f"offload: found frozen with a {type(model).__name__} that trains or is quantised, expected frozen float weights; set none",
+            f"offload: the {type(model).__name__} is trained or quantised and cannot be offloaded; set offload: none",
         )
-        self.held: list[Tensor] = [*weights, *model.buffers()]
-        self.home: list[Tensor] = []
-        for tensor in self.held:  # one by one: two copies of one tensor at most
+        self.tensors: list[Tensor] = [*weights, *model.buffers()]
+        self.cpu_data: list[Tensor] = []
+        for tensor in self.tensors:  # one by one, so that at most one tensor is in memory twice
             tensor.data = _pinned(tensor.data)
-            self.home.append(tensor.data)
+            self.cpu_data.append(tensor.data)
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Within the context the model is on the device; afterwards it is back, on exceptions too."""
+        """Context in which the model is on the device; afterwards it is on the CPU again, also after an error."""
         try:
-            for tensor, home in zip(self.held, self.home, strict=True):
-                tensor.data = copied(home, device)
+            for tensor, data in zip(self.tensors, self.cpu_data, strict=True):
+                tensor.data = copy_to(data, device)
             yield
         finally:
-            for tensor, home in zip(self.held, self.home, strict=True):
-                tensor.data = home
+            for tensor, data in zip(self.tensors, self.cpu_data, strict=True):
+                tensor.data = data
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -60,34 +61,29 @@ def _pinned(tensor: Tensor) -> Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() and not tensor.is_pinned() else tensor
 
 
-def copied(home: Tensor, device: torch.device) -> Tensor:
-    """Onto the device, behind what it is doing; on a CPU it is the tensor itself."""
-    return home.to(device, non_blocking=True)
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting for what the device computes."""
+    return tensor.to(device, non_blocking=True)
 
 
 def place_models(references: Sequence[FrozenReference], reward: Reward, args: SalsaPPOConfig) -> list[DeviceContext]:
-    """Put the references' own models, and classifiers in the reward, where `offload` says → one DeviceContext for each reference.
+    """Place the models of references and rewards as `offload` says → a DeviceContext for each reference.
 
-    Raises SalsaError for `offload: frozen` where all of them share the policy's base.
+    Raises SalsaError for `offload: frozen` if there is no such model.
     """
     device: torch.device = args.device  # type: ignore[assignment]
-    own = [reference.model for reference in references]
+    models = [reference.model for reference in references]
     if args.offload == "none":
-        for model in own:
+        for model in models:
             if model is not None:
                 model.to(device)  # type: ignore[arg-type]
-        return [contextlib.nullcontext for _ in own]
+        return [contextlib.nullcontext for _ in models]
     scoring = [(one, frozen) for one in reward.components() if (frozen := one.frozen_model()) is not None]
     require(
-        bool(scoring) or any(model is not None for model in own),
-        "offload: found frozen where references and reward are adapters on the policy's base, or functions, expected none: they hold no"
-        " weights of their own to offload",
+        bool(scoring) or any(model is not None for model in models),
+        "offload: frozen has nothing to offload: references and reward are functions, or adapters on the policy's base."
+        " Set offload: none",
     )
     for one, frozen in scoring:
-        one.on_device = _presence(frozen, device)
-    return [contextlib.nullcontext if model is None else _presence(model, device) for model in own]
-
-
-def _presence(model: nn.Module, device: torch.device) -> DeviceContext:
-    parked = OffloadedModel(model)
-    return lambda: parked.on(device)
+        one.on_device = partial(OffloadedModel(frozen).on, device)
+    return [contextlib.nullcontext if model is None else partial(OffloadedModel(model).on, device) for model in models]

@@ -1,11 +1,10 @@
-"""The ppo stage: one policy of the recipe, trained by SalsaPPOTrainer against its references, all on one base."""
+"""The ppo stage: one policy of the recipe, trained by SalsaPPOTrainer against its references."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from salsa_peft.models.base import resolve_dtype
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import ProgressBar, StageContext, remove_printer, seed_folders
 from salsa_peft.models.weights import cast_weights
-from salsa_peft.soup import average as averaging
+from salsa_peft.soup.average import soup
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
@@ -30,33 +29,41 @@ from salsa_peft.training.references import (
     freeze,
     load_checkpoint_sum,
 )
+from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
 
 
 def ppo_config(context: StageContext, policy: str, folder: Path) -> SalsaPPOConfig:
-    """A policy's SalsaPPOConfig: the `ppo` and `generation` sections and the policy's own β."""
+    """The SalsaPPOConfig of a policy, from the recipe's `ppo` and `generation` sections and its own β."""
     recipe = context.recipe
     section, own = recipe.ppo, recipe.policies[policy].kl_coef
     arguments = context.arguments(section, folder, section.seed)
     for derived in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         del arguments[derived]
-    engine = {field.name: getattr(section, field.name) for field in dataclasses.fields(PPOOptions)}
-    sampling = {field.name: getattr(recipe.generation, field.name) for field in dataclasses.fields(Sampling)}
-    batches = {"batch_size": section.batch_size, "micro_batch_size": section.micro_batch_size}
-    engine["kl_coef"] = section.kl_coef if own is None else own
-    engine["max_prompt_length"] = (
-        section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens
-    )
-    saving = {"save_strategy": "steps", "save_steps": section.save_steps, "save_total_limit": 2}
-    asked = section.eval_prompts is not None
-    logs = {"logging_strategy": "no", "report_to": recipe.report_to or "none", "eval_steps": section.eval_steps}
-    logs["eval_strategy"] = "steps" if asked else "no"
-    logs["offload"] = recipe.offload
-    return SalsaPPOConfig(**(arguments | engine | sampling | batches | saving | logs))
+    arguments |= {field.name: getattr(section, field.name) for field in dataclasses.fields(PPOOptions)}
+    arguments |= {field.name: getattr(recipe.generation, field.name) for field in dataclasses.fields(Sampling)}
+    arguments |= {
+        "batch_size": section.batch_size,
+        "micro_batch_size": section.micro_batch_size,
+        "kl_coef": section.kl_coef if own is None else own,
+        "max_prompt_length": section.max_prompt_length or recipe.model.max_length - recipe.generation.max_new_tokens,
+        "save_strategy": "steps",
+        "save_steps": section.save_steps,
+        "save_total_limit": 2,
+        "logging_strategy": "no",
+        "report_to": recipe.report_to or "none",
+        "eval_strategy": "no" if section.eval_prompts is None else "steps",
+        "eval_steps": section.eval_steps,
+        "offload": recipe.offload,
+    }
+    return SalsaPPOConfig(**arguments)
 
 
 def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple[Any, list[FrozenReference]]:
-    """The policy, a copy of seed-0 to train, and its frozen references: adapters on one base, the policy's called `name`, or a model each."""
+    """The policy, a trainable copy of seed-0, and its frozen references.
+
+    With adapters all are on one base, the policy's called `name`; with full weights each is a model of its own.
+    """
     seeds = seed_folders(job.inputs)
     wanted = context.recipe.policies[job.unit.name].references(f"policies.{job.unit.name}")
     context.check(job.inputs, wanted)
@@ -70,18 +77,18 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
     for reference in wanted:
         own = context.load_base() if reference.sync_every is None else context.load_base().float()
         load_checkpoint_sum(own, *checkpoint_sum(context, reference, job.inputs))
-        frozen.append(
-            freeze(model, own, reference.label)._replace(
-                sync_every=reference.sync_every, mixup_alpha=reference.mixup_alpha
-            )
-        )
+        sync = {"sync_every": reference.sync_every, "mixup_alpha": reference.mixup_alpha}
+        frozen.append(freeze(model, own, reference.label)._replace(**sync))  # type: ignore[arg-type]
     return model, frozen
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so) or checkpoint."""
+    """Train the policy that the unit names, and save it as an adapter or checkpoint.
+
+    With `export: merged` an adapter is saved merged into its base too.
+    """
     recipe, name = job.recipe, job.unit.name
-    # 1. the policy starts at seed-0; references and reward are frozen, with adapters all on one base
+    # 1. the policy starts at seed-0; references and reward are frozen
     context = StageContext.of_job(job)
     model, references = build_policy(context, job)
     micro = recipe.ppo.rollout_batch_size or recipe.ppo.batch_size
@@ -102,7 +109,7 @@ def run(job: Job) -> dict[str, Any]:
     remove_printer(trainer)
     (checkpoint,) = broadcast_object_list([checkpoint_of(job) if trainer.is_world_process_zero() else None])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # 3. the policy in the base's dtype, its value head, what was run
+    # 3. save the policy in the base's dtype, its value head, and facts about the run
     if recipe.adapter is None:
         trainer.saved_dtype = resolve_dtype(recipe.model.dtype)
         if not recipe.sharded:
@@ -116,9 +123,9 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.ppo.skipped,
     }
-    limits = (trainer.micro_batch, trainer.rollout_maker.micro_batch)
-    # halved after an out-of-memory error
-    facts |= {limit.option: limit.rows for limit in limits if limit.rows < limit.configured}
+    for limit in (trainer.micro_batch, trainer.rollout_maker.micro_batch):
+        if limit.rows < limit.configured:  # halved after an out-of-memory error
+            facts[limit.option] = limit.rows
     if not trainer.is_world_process_zero():
         return facts
     context.write_fingerprint(job.folder)
@@ -130,18 +137,20 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def checkpoint_of(job: Job) -> Path | None:
-    """The checkpoint to go on from, said; None where there is none: what is there is not whole and goes, it is the stage's own."""
-    checkpoint, passed = checkpoints.last_complete(job.folder)
-    for line in [*passed, *([f"{job.unit.id}  goes on from {checkpoint.name}"] if checkpoint else [])]:
-        print(line, file=sys.stderr, flush=True)
-    if checkpoint is None:
-        for folder in checkpoints.checkpoints(job.folder):
-            shutil.rmtree(folder)
-    return checkpoint
+    """The checkpoint from which the stage resumes; None, after removing incomplete ones, if there is none."""
+    checkpoint, skipped = checkpoints.last_complete(job.folder)
+    for line in skipped:
+        say(line)
+    if checkpoint is not None:
+        say(f"{job.unit.id}  resuming from {checkpoint.name}")
+        return checkpoint
+    for folder in checkpoints.checkpoints(job.folder):
+        shutil.rmtree(folder)
+    return None
 
 
 def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
-    """The rows of `ppo.eval_prompts`, or None."""
+    """The rows that `ppo.eval_prompts` names, or None."""
     section = job.recipe.ppo
     if section.eval_prompts is None:
         return None
@@ -150,13 +159,10 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
 
 
 def save_merged(context: StageContext, job: Job) -> None:
-    """The policy merged into the base, in its files' dtype, as a plain Transformers checkpoint: <folder>/merged. Never into 4 bits: of a
-    quantised base into what its 4 bits stand for."""
-    averaging.soup(
-        job.folder / "merged",
-        [job.folder],
-        merge=True,
-        base=context.folder,
-        quantized_base=job.recipe.model.quantization,
-    )
-    context.tokenizer.save_pretrained(job.folder / "merged")
+    """Save the policy merged into its base as a plain Transformers checkpoint, in the folder `merged`.
+
+    The dtype is that of the base's files; a quantised base is dequantised first.
+    """
+    folder, quantisation = job.folder / "merged", job.recipe.model.quantization
+    soup(folder, [job.folder], merge=True, base=context.folder, quantized_base=quantisation)
+    context.tokenizer.save_pretrained(folder)

@@ -1,10 +1,10 @@
-"""A soup reference that moves: every n updates an average of what it was and the policy, off unless it is asked for.
+"""Syncing references to the policy (EMA, TR-DPO), off by default: every n updates
 
-    θ_ref ← (1 − α) θ_ref + α θ_policy          (TRL's sync_ref_model with ref_model_mixup_alpha; TR-DPO, Gorbatovski et al., 2024)
+θ_ref ← (1 − α) θ_ref + α θ_policy          (TRL's sync_ref_model; TR-DPO, Gorbatovski et al., 2024)
 
-Of adapters the mean is that of deltas, as in a soup: exact while the reference's rank holds it, which is the soup's and the policy's
-together, so the first time; after that the best approximation of that rank, and what is lost is logged. A reference of full weights moves in
-float32, since bfloat16 would swallow small steps.
+For adapters it is the mean of the deltas, as in a soup. The first sync is exact, because the reference's rank is the
+sum of the soup's and the policy's; later ones are the best approximation of that rank, and the error is logged.
+References with full weights are float32, since bfloat16 would round small steps away.
 """
 
 from __future__ import annotations
@@ -25,42 +25,40 @@ from salsa_peft.utils.errors import require
 
 
 def check(references: Sequence[FrozenReference], policy: Any, name: str | None, *, sharded: bool = False) -> None:
-    """Raise SalsaError for numbers that can't be, for weights in pieces, and for adapters that `sync` has no rule for."""
+    """Raise SalsaError for options out of range, sharded weights, and adapters that cannot be synced."""
     for one in references:
         if one.sync_every is None:
             continue
-        require(one.sync_every > 0, f"reference {one.label}: found sync_every {one.sync_every}, expected at least 1")
+        where = f"reference {one.label}"
+        require(one.sync_every > 0, f"{where}: sync_every is {one.sync_every}, it must be at least 1")
         require(
-            0 < one.mixup_alpha <= 1,
-            f"reference {one.label}: found mixup_alpha {one.mixup_alpha:g}, expected more than 0, at most 1",
+            0 < one.mixup_alpha <= 1, f"{where}: mixup_alpha is {one.mixup_alpha:g}, it must be above 0 and at most 1"
         )
-        require(
-            one.adapter is not None or one.model is not None,
-            f"reference {one.label}: found sync_every for the base, which all roles share, expected none",
-        )
-        require(not sharded, f"reference {one.label}: found sync_every with weights cut in pieces, expected none")
+        own = one.adapter is not None or one.model is not None
+        require(own, f"{where}: the base cannot be synced, because the policy shares it; remove sync_every")
+        require(not sharded, f"{where}: sharded weights cannot be synced; remove sync_every")
         if one.adapter is not None:
             list(_layers(policy, str(name), one.adapter))
 
 
 def sync(policy: Any, name: str | None, references: Sequence[FrozenReference], step: int) -> float | None:
-    """Move the references whose turn it is after `step` updates towards the policy (its adapter `name`; None: its full weights).
+    """Sync the references that are due after `step` updates.
 
-    → the share of the new delta's norm that its rank could not hold, of the worst reference; None where none was moved.
+    name: the policy's adapter; None for full weights. Returns the largest relative error (the share of the new delta's
+    norm that is lost), or None if no reference was due.
     """
-    lost = [
-        _move_adapter(policy, str(name), str(one.adapter), one.mixup_alpha)
+    errors = [
+        _sync_adapter(policy, str(name), str(one.adapter), one.mixup_alpha)
         if one.model is None
-        else _move_model(causal_lm(policy), one.model, one.mixup_alpha)
+        else _sync_model(causal_lm(policy), one.model, one.mixup_alpha)
         for one in references
         if one.sync_every is not None and step % one.sync_every == 0
     ]
-    return max(lost, default=None)
+    return max(errors, default=None)
 
 
 @torch.no_grad()
-def _move_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
-    """In place, at the reference's own place and precision."""
+def _sync_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
     trained = dict(policy.named_parameters())
     for name, parameter in reference.named_parameters():
         parameter.lerp_(trained[name].detach().to(parameter), alpha)
@@ -68,39 +66,33 @@ def _move_model(policy: nn.Module, reference: nn.Module, alpha: float) -> float:
 
 
 def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
-    """The layers that a reference adapts, plain linear ones and stacks of experts, those of the policy's adapter among them. Raises
-    SalsaError for others."""
+    """The layers that the reference adapts. Raises SalsaError for layers that `sync` cannot handle."""
     for layer in lora.tuner_layers(model):
-        held = [name for name in (policy, reference) if name in (*layer.lora_A, *layer.lora_embedding_A)]
-        if not held:
+        adapters = [name for name in (policy, reference) if name in (*layer.lora_A, *layer.lora_embedding_A)]
+        if not adapters:
             continue
-        require(
-            reference in held,
-            f"reference {reference}: found a module that the policy alone adapts, expected one of its own",
-        )
+        where = f"reference {reference}: it cannot be synced, because"
+        require(reference in adapters, f"{where} the policy adapts a module that it does not adapt")
         plain = all(
             name in layer.lora_A and layer.lora_A[name].weight.ndim == 2 and layer.lora_B[name].bias is None
-            for name in held
+            for name in adapters
         )
-        require(
-            plain,
-            f"reference {reference}: found LoRA on a {type(layer).__name__}, expected plain linear layers or experts to move",
-        )
+        require(plain, f"{where} it has LoRA on a {type(layer).__name__}, not only on plain linear layers and experts")
         yield layer
 
 
 def _factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-    """An adapter's A (r, in) and B (out, r) of a layer, views of its own; of a stack of experts (PEFT's ParamWrapper) those of each."""
+    """An adapter's factors A (r, in) and B (out, r) in a layer, as views; a pair for each expert."""
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     if not isinstance(layer, ParamWrapper) or layer.num_experts == 1:
         return [(A, B)]
-    blocks = B.view(len(B), -1, layer.num_experts)  # as get_delta_weight has them: rank × experts
+    blocks = B.view(len(B), -1, layer.num_experts)  # rank × experts, as in get_delta_weight
     return [(own, blocks[:, :, expert]) for expert, own in enumerate(A.view(layer.num_experts, -1, A.shape[1]))]
 
 
 @torch.no_grad()
-def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
-    """Module by module, expert by expert: the factors of both side by side, and back to the reference's rank."""
+def _sync_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
+    """Stack both adapters' factors and reduce them to the reference's rank, module by module."""
     lost = norm = 0.0
     for layer in _layers(model, policy, reference):
         shares = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]
@@ -124,18 +116,16 @@ def _move_adapter(model: Any, policy: str, reference: str, alpha: float) -> floa
 
 
 def state_dict(model: Any, references: Sequence[FrozenReference]) -> dict[str, Tensor]:
-    """The weights of every reference that moves, for a checkpoint."""
+    """The weights of all references that are synced, for a checkpoint."""
     return {key: weight.detach().cpu().contiguous() for key, weight in _weights(model, references)}
 
 
 @torch.no_grad()
 def load_state_dict(model: Any, references: Sequence[FrozenReference], saved: dict[str, Tensor]) -> None:
-    """Put them back. Raises SalsaError where they are not these references'."""
-    there = dict(_weights(model, references))
-    require(
-        there.keys() == saved.keys(), "checkpoint: found weights of other moving references, expected those of this run"
-    )
-    for key, weight in there.items():
+    """Restore `state_dict`. Raises SalsaError if it belongs to other references."""
+    weights = dict(_weights(model, references))
+    require(weights.keys() == saved.keys(), "checkpoint: it holds other synced references than this run has")
+    for key, weight in weights.items():
         weight.copy_(saved[key])
 
 
@@ -143,4 +133,4 @@ def _weights(model: Any, references: Sequence[FrozenReference]) -> Iterator[tupl
     for number, one in enumerate(references):
         if one.sync_every is not None:
             found = one.model.parameters() if one.model is not None else lora.parameters(model, str(one.adapter))
-            yield from ((f"{number}.{place}", weight) for place, weight in enumerate(found))
+            yield from ((f"{number}.{index}", weight) for index, weight in enumerate(found))

@@ -1,8 +1,8 @@
-"""References: what the KL term looks at: an adapter on the shared base, none (the base itself), or frozen weights of their own.
+"""Reference models of the KL term: adapters on the shared base, the base itself, or frozen models.
 
-Every kind is the base plus a weighted sum of seeds' deltas: seed-N one member at 1, the soup its members at weights of sum 1,
-`shrunk` one member at a scale, `base` no member. So K references of adapters cost K thin adapters and no copy of the base; of full
-weights each is a frozen model, read from checkpoints.
+Every reference is the base plus a weighted sum of the seeds' deltas: one seed with weight 1, the soup with weights of
+sum 1, `shrunk` one seed with a smaller weight, `base` none. K references that are adapters need no copy of the base;
+with full weights each is a frozen model that is read from checkpoints.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
 
 EXPECTED = (
-    "expected 'base', an adapter's name, an adapter's or a checkpoint's folder or Hub id, or a PreTrainedModel; of a PeftModel pass the"
-    " adapter's folder, or merge_and_unload()"
+    "Pass 'base', an adapter's name, the folder or Hub id of an adapter or checkpoint, or a PreTrainedModel. Instead of"
+    " a PeftModel pass its adapter's folder, or merge_and_unload()"
 )
 
 
 class FrozenReference(NamedTuple):
-    """A reference: the name of a frozen adapter on the policy's model, None for the base, or a model of its own."""
+    """A frozen reference: an adapter on the policy's model, the base (adapter None), or a model."""
 
     label: str
     adapter: str | None
     model: PreTrainedModel | None = None
-    """Full weights, frozen; `adapter` is None then."""
+    """A model with full weights; `adapter` is None then."""
     sync_every: int | None = None
-    """Updates between two moves towards the policy (training/reference_sync.py). None: it stays."""
+    """Updates between two syncs to the policy (training/reference_sync.py). None: it is never synced."""
     mixup_alpha: float = 0.1
-    """How far: θ_ref ← (1 − α) θ_ref + α θ_policy."""
+    """α of a sync: θ_ref ← (1 − α) θ_ref + α θ_policy."""
 
 
 def attach_reference(
     model: PeftModel, reference: Reference, seeds: Mapping[int, Path], soup: Path | None, name: str
 ) -> FrozenReference:
-    """Put one of the recipe's references on the model as adapter `name`, frozen.
+    """Attach one of the recipe's references to the model as the frozen adapter `name`.
 
-    `seeds`: position in sft.seeds → adapter folder; `soup`: the soup stage's folder.
+    seeds: position in sft.seeds → adapter folder. soup: the soup stage's folder.
     """
-    if reference.sync_every is not None:  # room for the policy's rank, a block of seed-0's that counts nothing
+    if reference.sync_every is not None:  # seed-0 with weight 0 makes room for the policy's rank
         members = [Path(str(soup))] if reference.soup else [seeds[member] for member in reference.members]
         weights = [1.0] if reference.soup else reference.weights
         StackedAdapter.load([*members, seeds[0]]).attach(model, name, [*weights, 0.0])
         return FrozenReference(reference.label, name, None, reference.sync_every, reference.mixup_alpha)
     if reference.soup:
-        require(soup is not None, "reference soup: found no soup, expected the soup stage's result")
+        require(soup is not None, "reference soup: this needs the result of the soup stage")
         lora.attach(model, Path(str(soup)), name)
     elif reference.path is not None:
-        lora.attach(model, lora.local_folder(reference.path), name)
+        lora.attach(model, lora.adapter_folder(reference.path), name)
     elif not reference.members:
         return FrozenReference(reference.label, None)
     elif reference.weights == [1.0]:
@@ -74,7 +74,10 @@ def attach_reference(
 def checkpoint_sum(
     context: StageContext, reference: Reference, inputs: Mapping[str, Path]
 ) -> tuple[list[Path], list[float]]:
-    """A recipe's reference of full weights → the checkpoints it is the weighted sum of: base + Σ w δ = (1 − Σ w) θ_base + Σ w θ."""
+    """A reference with full weights as a weighted sum of checkpoints → folders, weights.
+
+    base + Σ w δ = (1 − Σ w) θ_base + Σ w θ.
+    """
     if reference.soup:
         return [inputs["soup"]], [1.0]
     if reference.path is not None:
@@ -88,7 +91,7 @@ def checkpoint_sum(
 
 
 def load_checkpoint_sum(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
-    """Give a model of full weights, in place, the weighted sum of checkpoints. Raises SalsaError for ones that don't fit it."""
+    """Load a weighted sum of checkpoints into a model, in place. Raises SalsaError if they do not fit."""
     LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders]).set(weights)
 
 
@@ -97,48 +100,42 @@ def as_references(
     references: Sequence[str | Path | FrozenReference | PreTrainedModel],
     names: Sequence[str] | None = None,
 ) -> list[FrozenReference]:
-    """What a library user passes → frozen references.
+    """Whatever a library user passes as references → frozen references.
 
-    On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. With either kind of policy: a model, or
-    a checkpoint's folder or Hub id. names: of adapters that are attached for it. Raises SalsaError for an empty list, for what can be no
-    reference of this policy, and for weights of another base (by their fingerprint; what has none is said).
+    On a PeftModel: "base", an attached adapter's name, or an adapter's folder or Hub id. For any policy: a model, or a
+    checkpoint's folder or Hub id. names: for adapters that are attached. Raises SalsaError for an empty list, for what
+    cannot be a reference of this policy, and for weights of another base (by fingerprint; a missing one is reported).
     """
-    one = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
-    require(
-        references is None or isinstance(references, list | tuple),
-        f"references: found {one}, expected a list of them",
-    )
-    require(bool(references), "references: found none, expected at least one ('base' is the model without its adapter)")
-    wishes = names or [f"reference-{index}" for index in range(len(references))]
-    return [_as_reference(model, reference, wish) for reference, wish in zip(references, wishes, strict=True)]
+    given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
+    require(references is None or isinstance(references, list | tuple), f"references: {given} is not a list")
+    require(bool(references), "references: the list is empty. 'base' is the model without its adapters")
+    names = names or [f"reference-{index}" for index in range(len(references))]
+    return [_as_reference(model, reference, name) for reference, name in zip(references, names, strict=True)]
 
 
-def _as_reference(model: Any, reference: Any, wish: str) -> FrozenReference:
+def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
+    """One reference; an adapter that is attached gets `new_name`, or a free name like it."""
     if isinstance(reference, FrozenReference):
         known = [None, *model.peft_config] if isinstance(model, PeftModel) else [None]
-        require(
-            reference.adapter in known,
-            f"references: found {reference.adapter!r} in a Frozen, expected an adapter on the model",
-        )
+        require(reference.adapter in known, f"references: the model has no adapter {reference.adapter!r}")
         return reference
     if isinstance(reference, PreTrainedModel):
-        return freeze(model, reference, reference.name_or_path or wish)
+        return freeze(model, reference, reference.name_or_path or new_name)
     if not isinstance(reference, str | Path):
-        raise SalsaError(f"references: found {type(reference).__name__}, {EXPECTED}")
+        raise SalsaError(f"references: a {type(reference).__name__} cannot be a reference. {EXPECTED}")
     name = str(reference)
     folder = Path(name)
     if isinstance(model, PeftModel) and name == "base":
         require(
             name not in model.peft_config,
-            "references: found 'base', which is the model without its adapters, and an adapter of that name, expected another name"
-            " for it; pass references.FrozenReference('base', 'base') for the adapter, or FrozenReference('base', None)",
+            "references: 'base' is the model without its adapters, and the model has an adapter of that name. Pass"
+            " references.FrozenReference('base', 'base') for the adapter, or FrozenReference('base', None)",
         )
         return FrozenReference("base", None)
     if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
         if name not in model.peft_config:
-            name = lora.unused_name(model, wish)
-            with readable_hub_errors(str(reference)):
-                attached = lora.local_folder(str(reference))
+            name = lora.unused_name(model, new_name)
+            attached = lora.adapter_folder(str(reference))
             base = str(causal_lm(model).name_or_path)
             bases.require_same_base(attached, bases.fingerprints_of(base), base)
             lora.attach(model, attached, name)
@@ -146,17 +143,14 @@ def _as_reference(model: Any, reference: Any, wish: str) -> FrozenReference:
         return FrozenReference(str(reference), name)
     require(
         not (folder / lora.CONFIG).is_file(),
-        f"references: {name} is an adapter and the policy has full weights: merge it into its base with"
-        f" `salsa soup OUT {name} --merge`, and pass that checkpoint OUT",
+        f"references: {name} is an adapter, and the policy has full weights. Merge the adapter into its base with"
+        f" `salsa soup OUT {name} --merge`, and pass OUT",
     )
     require(
         name != "base",
-        "references: found 'base' for a policy of full weights, expected a model, or a checkpoint's folder or Hub id",
+        "references: 'base' needs a policy with adapters. Pass a model, or a checkpoint's folder or Hub id",
     )
-    require(
-        folder.is_dir() or bool(HUB_ID.match(name)),
-        f"{name}: found no such folder, expected a checkpoint's folder or a Hub id",
-    )
+    require(folder.is_dir() or bool(HUB_ID.match(name)), f"references: {name} is neither a folder nor a Hub id")
     with readable_hub_errors(name):
         loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
@@ -169,17 +163,11 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> FrozenReference:
-    """A model as a reference: eval mode, no gradients. Raises SalsaError for the policy itself and for another vocabulary."""
+    """Freeze a model as a reference. Raises SalsaError for the policy itself and for another vocabulary."""
     lm = causal_lm(policy)
-    require(
-        reference is not lm,
-        "references: found the policy's own model, expected a frozen copy of it; its KL would be 0 always",
-    )
-    rows = [m.get_output_embeddings().weight.shape[0] for m in (reference, lm)]
-    require(
-        rows[0] == rows[1],
-        f"references: found a vocabulary of {rows[0]} tokens in {label}, expected the policy's, {rows[1]}",
-    )
+    require(reference is not lm, "references: this is the policy's own model, so the KL would always be 0. Pass a copy")
+    own, other = (model.get_output_embeddings().weight.shape[0] for model in (lm, reference))
+    require(own == other, f"references: the vocabulary of {label} has {other} tokens, the policy's has {own}")
     check_head(reference)
     reference.requires_grad_(False)
     return FrozenReference(label, None, reference.eval())

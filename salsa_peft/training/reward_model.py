@@ -1,12 +1,12 @@
-"""The reward stage: seed-0's adapter, or weights, copied, and a score head, trained by TRL's RewardTrainer; or a soup of such.
+"""The reward stage: a reward model trained by TRL's RewardTrainer, or a soup of several.
 
-Loss −log σ(R(x, y_w) − R(x, y_l)); the head is linear on the last token that counts, without bias (paper 3.1, A.2).
+It starts from seed-0 with a new score head, which is linear on the last token and has no bias (paper 3.1, A.2). The
+loss is −log σ(R(x, y_w) − R(x, y_l)).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,69 +19,73 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import is_quantised
+from salsa_peft.models.base import cast_trainable_to_float32, is_quantised
 from salsa_peft.models.stage_context import ProgressBar, StageContext, mean_loss, remove_printer, report_left_out
 from salsa_peft.models.weights import load_weights
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
 SPLIT_SEED = 0
-FEW = 30
-"""Held-out pairs of which fewer say little: of 30 Wilson's interval is up to 0.34 wide."""
+FEW_PAIRS = 30
+"""Held-out pairs below which a warning is printed: Wilson's interval of 30 is up to 0.34 wide."""
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train one reward model, or one for each of `reward.seeds` and average them; save it with its head as one ordinary PEFT adapter, or
-    as a sequence classifier's checkpoint."""
+    """Train a reward model, or one for each of `reward.seeds` and average them.
+
+    It is saved with its score head as a PEFT adapter, or as a sequence classifier's checkpoint.
+    """
     seeds = job.recipe.reward.seeds
-    trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else average(job, seeds)
+    trainer, metrics = train(job, seeds[0], job.folder) if len(seeds) == 1 else train_soup(job, seeds)
     if trainer.is_world_process_zero():
         write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
-        if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW:
-            count = f"{pairs} pair{'s' * (pairs > 1)}"
-            print(f"{job.unit.id}  warning: accuracy measured on {count} only", file=sys.stderr, flush=True)
+        if (pairs := metrics["accuracy"]["held_out"]["n"]) < FEW_PAIRS:
+            say(f"{job.unit.id}  warning: accuracy measured on {pairs} pair{'s' * (pairs > 1)} only")
     return metrics
 
 
-def average(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-    """The soup of a reward model for each seed: one start and one held-out set, other orders of the data (WARM, section 3)."""
+def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+    """The soup of reward models that differ in their seed (WARM, section 3).
+
+    All start alike and hold out the same pairs; the seed sets the order of the data.
+    """
     from salsa_peft.soup.average import soup
 
     members = []
     trainer: Any = None
     for seed in seeds:
-        trainer = None  # the one before gives its memory back first
+        trainer = None  # frees the memory of the previous one
         trainer, found = train(job, seed, job.folder / f"seed-{seed}")
         members.append({"seed": seed, **found})
     names = [f"seed-{seed}" for seed in seeds]
     if trainer.is_world_process_zero():
-        soup(job.folder / "cooked", [job.folder / name for name in names], names=names)
-        for file in (job.folder / "cooked").iterdir():
+        average = job.folder / "average"
+        soup(average, [job.folder / name for name in names], names=names)
+        for file in average.iterdir():
             file.rename(job.folder / file.name)
-        (job.folder / "cooked").rmdir()
+        average.rmdir()
     trainer.accelerator.wait_for_everyone()
     if isinstance(trainer.model, PeftModel):
-        trainer.model = PeftModel.from_pretrained(StageContext.of_job(job).load_classifier(), job.folder).to(
-            trainer.model.device
-        )
+        base, device = StageContext.of_job(job).load_classifier(), trainer.model.device
+        trainer.model = PeftModel.from_pretrained(base, job.folder).to(device)
     else:
         load_weights(trainer.model, job.folder)
     return trainer, {**members[-1], "seed": None, **held_out(trainer), "members": members}
 
 
 def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train on the pairs, measure accuracy on the held-out ones, save → the trainer and its figures."""
+    """Train on the pairs, save, and measure on held-out pairs → the trainer and the metrics."""
     from trl import RewardConfig, RewardTrainer
 
     recipe, section = job.recipe, job.recipe.reward
     # 1. pairs
     context = StageContext.of_job(job)
-    rows = datasets.preferences(
-        datasets.training_sources(recipe, job.inputs.get("toy"))["preferences"], context.tokenizer
-    )
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["preferences"]
+    rows = datasets.preferences(source, context.tokenizer)
     # 2. a score head on a copy of seed-0
-    model = start(context, job.inputs["sft/seed-0"])
+    model = start_from_seed(context, job.inputs["sft/seed-0"])
     # 3. the trainer
     trainer: Any = RewardTrainer(
         model=model,
@@ -95,10 +99,10 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
         callbacks=[ProgressBar(job.unit.id, folder)],
     )
     if is_quantised(model):
-        lora.cast_trainable_to_float32(model)
+        cast_trainable_to_float32(model)
         copy_adapter(model, job.inputs["sft/seed-0"])
-    pad_apart(trainer)
-    # 4. a share of the pairs that are short enough is held out
+    set_padding_token(trainer)
+    # 4. hold out a share of the pairs that are short enough
     fitting = len(trainer.train_dataset)
     kept_out = count_held_out(recipe, len(rows), fitting)
     limit = f"longer than model.max_length = {recipe.model.max_length} tokens"
@@ -118,31 +122,34 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def pad_apart(trainer: Any) -> None:
-    """Pad with a token that stands at no sequence's end, where the tokenizer's padding token might: Transformers' classifiers score the last
-    token that is not the padding token's id, and have no other way of finding a sequence's end."""
+def set_padding_token(trainer: Any) -> None:
+    """Choose a padding token that ends no sequence, if the tokenizer's does.
+
+    Transformers' classifiers score the last token that is not the padding token.
+    """
     pad = trainer.processing_class.pad_token_id
-    lasts = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
-    if pad in lasts:
-        pad = next(token for token in range(len(lasts) + 1) if token not in lasts)
+    last_tokens = {ids[-1] for side in ("chosen_ids", "rejected_ids") for ids in trainer.train_dataset[side]}
+    if pad in last_tokens:
+        pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
         trainer.data_collator.pad_token_id = trainer.model.config.get_text_config().pad_token_id = pad
 
 
 def count_held_out(recipe: Recipe, pairs: int, fitting: int) -> int:
-    """Pairs that are held out, of those that are short enough. Raises SalsaError where the others don't fill a batch."""
+    """How many pairs are held out. Raises SalsaError if the rest does not fill a batch."""
     section = recipe.reward
     kept_out = section.held_out_rows(fitting)
     require(
         fitting - kept_out >= section.batch_size,
-        f"data.preferences: found {pairs} pairs, {pairs - fitting} longer than model.max_length = {recipe.model.max_length} tokens and"
-        f" {kept_out} held out (reward.held_out {section.held_out:g}), which leaves {fitting - kept_out} to train on, expected at least"
-        f" reward.batch_size = {section.batch_size}; add pairs, raise model.max_length or lower reward.batch_size",
+        f"data.preferences: of {pairs} pairs {pairs - fitting} are longer than model.max_length ="
+        f" {recipe.model.max_length} tokens and {kept_out} are held out (reward.held_out {section.held_out:g}). The"
+        f" {fitting - kept_out} that are left are fewer than reward.batch_size = {section.batch_size}. Add pairs, raise"
+        " model.max_length or lower reward.batch_size",
     )
     return kept_out
 
 
-def start(context: StageContext, seed: Path) -> Any:
-    """A new score head on seed-0: on its weights, or on the base under a copy of its adapter."""
+def start_from_seed(context: StageContext, seed: Path) -> Any:
+    """A new score head on seed-0: on its full weights, or on the base with a copy of its adapter."""
     torch.manual_seed(SPLIT_SEED)
     if context.recipe.adapter is None:
         return context.load_classifier(seed)
@@ -154,18 +161,18 @@ def start(context: StageContext, seed: Path) -> Any:
 
 
 def copy_adapter(model: Any, folder: Path) -> None:
-    """The factors of the adapter in `folder`; the score head stays."""
+    """Load the factors of the adapter in `folder`; the score head stays."""
     set_peft_model_state_dict(model, get_peft_model_state_dict(model) | lora.read(folder)[1])
 
 
 def held_out(trainer: Any) -> dict[str, Any]:
-    """Accuracy and margin on the held-out pairs, with intervals."""
+    """Accuracy and mean margin on the held-out pairs, with intervals."""
     margins = held_out_margins(trainer)
     return {"accuracy": {"held_out": accuracy(margins)}, "margin": {"held_out": asdict(mean_interval(margins))}}
 
 
 def accuracy(margins: Sequence[float]) -> dict[str, float]:
-    """Share of pairs whose chosen response scores more, with Wilson's 95% interval, which few pairs, all of them right, leave wide."""
+    """Share of pairs whose chosen response scores higher, with Wilson's 95% interval."""
     from scipy.stats import binomtest
 
     found = binomtest(sum(margin > 0 for margin in margins), len(margins))
@@ -175,15 +182,11 @@ def accuracy(margins: Sequence[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_margins(trainer: Any) -> list[float]:
-    """R(chosen) − R(rejected) of every pair of the trainer's evaluation set, in its order, in all processes."""
+    """R(chosen) − R(rejected) of every pair of the evaluation set, in its order, in all processes."""
     trainer.model.eval()
     margins: list[float] = []
     for batch in trainer.get_eval_dataloader():
-        scores = (
-            trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            .logits.squeeze(-1)
-            .float()
-        )
-        chosen, rejected = scores.chunk(2)
+        output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        chosen, rejected = output.logits.squeeze(-1).float().chunk(2)
         margins += trainer.accelerator.gather_for_metrics(chosen - rejected).tolist()
     return margins

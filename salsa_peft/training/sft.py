@@ -1,7 +1,7 @@
-"""The sft stage: one seed, an adapter or all weights trained on demonstrations by TRL's SFTTrainer, loss on the assistant's tokens only; or taken
-from a folder or the Hub.
+"""The sft stage: one seed, trained by TRL's SFTTrainer or imported from a folder or the Hub.
 
-A seed sets the initialisation of the adapter, the order of the data, and (`sft.subset`) which share of it this seed sees.
+A seed is an adapter or full weights, trained on demonstrations with the loss on the assistant's tokens only. Its number
+sets the adapter's initialisation, the order of the data and, with `sft.subset`, the share of the data.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,9 @@ from salsa_peft.config.schema import Adapter
 from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import trained_tokens
 from salsa_peft.models.adapters import bases, lora
-from salsa_peft.models.adapters.lora import cast_trainable_to_float32, lora_config
+from salsa_peft.models.adapters.lora import lora_config
 from salsa_peft.models.architectures import checks
-from salsa_peft.models.base import is_quantised, language_model_only
+from salsa_peft.models.base import cast_trainable_to_float32, is_quantised, language_model_only
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.stage_context import (
     ProgressBar,
@@ -39,6 +38,7 @@ from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.models.weights import check_finite, read_tensors
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import taken_results
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
@@ -49,24 +49,23 @@ if TYPE_CHECKING:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train the seed that the unit names (seed-N: position N in sft.seeds) and save it as an ordinary PEFT adapter or checkpoint."""
+    """Train or import the seed of the unit seed-N, which is at position N in sft.seeds."""
     from trl import SFTConfig, SFTTrainer
 
     recipe, section = job.recipe, job.recipe.sft
     position = int(job.unit.name.removeprefix("seed-"))
-    seed, taken = section.seeds[position], section.existing_seed(position)
-    if taken is not None:
-        return take(job, taken)
+    seed, existing = section.seeds[position], section.existing_seed(position)
+    if existing is not None:
+        return import_seed(job, existing)
     # 1. this seed's demonstrations
     context = StageContext.of_job(job)
-    rows = datasets.demonstrations(
-        datasets.training_sources(recipe, job.inputs.get("toy"))["demonstrations"], context.tokenizer
-    )
+    source = datasets.training_sources(recipe, job.inputs.get("toy"))["demonstrations"]
+    rows = datasets.demonstrations(source, context.tokenizer)
     if section.subset < 1:
         rows = random.Random(seed).sample(rows, max(1, round(section.subset * len(rows))))
-    # 2. the trainer; rows whose answers lie beyond max_length have nothing to learn from
+    # 2. the trainer, without rows whose answers lie beyond max_length
     model = context.load_base() if recipe.adapter else context.load_trainable()
-    if checks.needs_logprobs(recipe):  # what PPO would refuse is refused before anything trains
+    if checks.needs_logprobs(recipe):  # PPO would refuse it later
         check_head(model)
     if recipe.adapter is not None:
         check_targets(recipe.adapter, model)
@@ -77,7 +76,7 @@ def run(job: Job) -> dict[str, Any]:
             max_length=recipe.model.max_length,
             **router_loss(model, job.unit.id),
         ),
-        train_dataset=labelled(rows, context.tokenizer),
+        train_dataset=tokenize(rows, context.tokenizer),
         processing_class=context.tokenizer,
         peft_config=lora_config(recipe.adapter, **language_model_only(model)) if recipe.adapter else None,
         callbacks=[ProgressBar(job.unit.id, job.folder)],
@@ -86,13 +85,12 @@ def run(job: Job) -> dict[str, Any]:
         cast_trainable_to_float32(trainer.model)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: any(label != -100 for label in row["labels"]))
     kept = len(trainer.train_dataset)
+    limit = f"answer within model.max_length = {recipe.model.max_length} tokens"
     require(
         kept >= section.batch_size,
-        f"data.demonstrations: found {kept} rows with an answer within model.max_length = {recipe.model.max_length} tokens,"
-        f" expected at least sft.batch_size = {section.batch_size}",
+        f"data.demonstrations: found {kept} rows with an {limit}, fewer than sft.batch_size = {section.batch_size}",
     )
-    limit = f"no answer within model.max_length = {recipe.model.max_length} tokens"
-    report_left_out(job, len(rows) - kept, len(rows), limit)
+    report_left_out(job, len(rows) - kept, len(rows), f"no {limit}")
     # 3. train and save
     remove_printer(trainer)
     loss = mean_loss(trainer, trainer.train().training_loss)
@@ -113,116 +111,101 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Raise SalsaError for target modules that the model does not have, as PEFT would, and where it would pass over some."""
-    names, modules = [name for name, _ in model.named_modules() if name], adapter.target_modules
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    """Raise SalsaError for target modules that the model does not have; PEFT does not check all of them."""
+    modules, names = adapter.target_modules, [name for name, _ in model.named_modules() if name]
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     checks.require_targets(modules, names)
     regex = isinstance(modules, str) and modules != "all-linear"
     require(
         not regex or any(re.fullmatch(str(modules), name) for name in names),
-        f"adapter.target_modules: no module of the base fits the regular expression {modules}, which must match a whole name such as"
-        f" {next(iter(linear), '')}; all-linear takes every linear layer",
+        f"adapter.target_modules: no module of the base matches the regular expression {modules}. It must match a whole"
+        f" name such as {next(linear, '')}; all-linear adapts every linear layer",
     )
 
 
 def router_loss(model: PreTrainedModel, unit: str) -> dict[str, Any]:
-    """SFTConfig's coefficient of the routers' loss: 0 for a configuration without `num_experts`, which TRL (1.16) reads (Granite)."""
+    """router_aux_loss_coef 0 for a config without `num_experts` (Granite), which TRL 1.16 would read."""
     text = model.config.get_text_config(decoder=True)
-    said = text.to_dict()
-    if "output_router_logits" not in said or "num_experts" in {*said, *text.attribute_map}:
+    options = text.to_dict()
+    if "output_router_logits" not in options or "num_experts" in {*options, *text.attribute_map}:
         return {}
-    if any(said.get(key) for key in checks.EXPERTS):
-        line = f"{unit}  trained without the routers' balancing loss, which TRL does not compute for {text.model_type}"
-        print(line, file=sys.stderr, flush=True)
+    if any(options.get(key) for key in checks.EXPERTS):
+        say(f"{unit}  trained without the routers' balancing loss, which TRL does not compute for {text.model_type}")
     return {"router_aux_loss_coef": 0.0}
 
 
-def labelled(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows {messages} → {input_ids, labels}, the form that TRL trains on as it is: labels are −100 but for the assistant's tokens."""
+def tokenize(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows {messages} → {input_ids, labels}; labels are −100 except for the assistant's tokens."""
 
-    def tokens(row: dict[str, Any]) -> dict[str, list[int]]:
+    def tokenize_row(row: dict[str, Any]) -> dict[str, list[int]]:
         ids, mask = trained_tokens(row, tokenizer)
-        return {
-            "input_ids": ids,
-            "labels": [token if counts else -100 for token, counts in zip(ids, mask, strict=True)],
-        }
+        return {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]}
 
-    made = datasets.to_dataset(rows)
-    # a fingerprint names cached results, and rows in memory have none: hashing the tokenizer for it would take seconds
-    return made.map(tokens, remove_columns=made.column_names, new_fingerprint="labelled")
+    dataset = datasets.to_dataset(rows)
+    # a given fingerprint, because datasets would hash the tokenizer for one, which takes seconds
+    return dataset.map(tokenize_row, remove_columns=dataset.column_names, new_fingerprint="labelled")
 
 
-def _same_place(named: str, context: StageContext) -> bool:
-    """Whether an adapter's base_model_name_or_path leads to this run's base, by its name or by its folder, also a relative one."""
-    return named == context.name or Path(named).resolve() == context.folder.resolve()
+def import_seed(job: Job, path: str) -> dict[str, Any]:
+    """Copy an existing adapter or checkpoint of this run's base, as a result of this stage.
 
-
-def take(job: Job, path: str) -> dict[str, Any]:
-    """A seed that is there already: a copy of an adapter of this base, or of a checkpoint, as this run's stages write them.
-
-    Files beside the weights (optimizer, logs, cards) are neither read nor copied. Raises SalsaError for weights of another base, for ones
-    that are not finite, and for what is no such thing in safetensors.
+    Only weights, configuration and the run's tokenizer are written. Raises SalsaError for weights of another base,
+    weights that are not finite, and anything but safetensors.
     """
-    context = StageContext.of_job(job)
-    folder = reference_folder(job.recipe, path)
+    context, recipe = StageContext.of_job(job), job.recipe
+    folder = reference_folder(recipe, path)
     known = read_fingerprint(folder) is not None
     if known:
         bases.require_same_base(folder, base_fingerprints(context.folder), context.name)
     tokenizer_differs = compare_tokenizer(folder, context.tokenizer, context.name)
-    if job.recipe.adapter is not None:
-        named = take_adapter(context, folder, path, job.folder)
-    else:
-        named = take_checkpoint(context, folder, path, job.folder)
-    taken = job.recipe.sft.from_ or [None]
-    if checks.needs_logprobs(job.recipe) and None not in taken and job.unit.name == "seed-0":
-        check_head(context.load_base())  # as a seed that is trained does, before the reward model trains
+    named = (copy_checkpoint if recipe.adapter is None else copy_adapter)(context, folder, job.folder)
+    existing = recipe.sft.from_ or [None]
+    if checks.needs_logprobs(recipe) and None not in existing and job.unit.name == "seed-0":
+        check_head(context.load_base())  # as the training of a seed does
     if not known:
-        other = "" if named is None or _same_place(named, context) else f", and it names another ({named})"
-        told = f"{job.unit.id}  {folder}: no {FINGERPRINT} says which base it was trained on{other}; it is taken as trained on {context.name}"
-        print(told, file=sys.stderr, flush=True)
+        same = named in (None, context.name) or Path(str(named)).resolve() == context.folder.resolve()
+        other = "" if same else f" It names {named} as its base."
+        say(
+            f"{job.unit.id}  {folder} has no {FINGERPRINT}, so that its base cannot be checked.{other}"
+            f" It is used as trained on {context.name}"
+        )
     context.write_fingerprint(job.folder, checked=known)
     context.tokenizer.save_pretrained(job.folder)
-    commit = folder.name if folder.parent.name == "snapshots" else None
-    metrics = {
-        "from": Path(path).name if Path(path).is_absolute() else path,
-        **({} if commit is None else {"commit": commit}),
-        **({} if known else {"base": "not checked"}),
-        **({"tokenizer": "differs from the run's"} if tokenizer_differs else {}),
-    }
+    metrics = {"from": Path(path).name if Path(path).is_absolute() else path}
+    if folder.parent.name == "snapshots":  # of the Hub's cache
+        metrics["commit"] = folder.name
+    if not known:
+        metrics["base"] = "not checked"
+    if tokenizer_differs:
+        metrics["tokenizer"] = "differs from the run's"
     write_atomic(job.folder / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
 
 
-def take_adapter(context: StageContext, folder: Path, path: str, out: Path) -> str | None:
-    """Copy an adapter's factors, held against the base's modules, with a configuration that names this run's base → the base it named."""
+def copy_adapter(context: StageContext, folder: Path, out: Path) -> str | None:
+    """Copy an adapter that fits the base, and name this run's base in it → the base that it named."""
     recipe, role = context.recipe, taken_results.SEED
     taken_results.check_adapter("sft.from", folder, role, taken_results.base_of(recipe), checks.needs_logprobs(recipe))
-    taken_results.check_family(context.recipe, folder, "sft.from")
+    taken_results.check_family(recipe, folder, "sft.from")
     config, tensors = lora.read(folder)
-    saved = [name for name in tensors if ".lora_" not in name]
-    base: Any = (
-        context.load_base() if saved else context.empty_model()
-    )  # what is saved beside the factors must be the base's own values
+    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    # weights that were saved beside the factors are compared with the base's values
+    base: Any = context.load_base() if len(factors) < len(tensors) else context.empty_model()
     lora.attach(base, folder, "taken")
-    save_file(
-        {name: tensors[name] for name in tensors if name not in saved},
-        out / lora.WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    save_file(factors, out / lora.WEIGHTS, metadata={"format": "pt"})
     named, config.base_model_name_or_path, config.revision = config.base_model_name_or_path, context.base_name, None
     config.inference_mode = True
     config.save_pretrained(str(out))
     return named
 
 
-def take_checkpoint(context: StageContext, folder: Path, path: str, out: Path) -> str | None:
-    """Copy a checkpoint's weights and configuration → the model that it says it was made from."""
+def copy_checkpoint(context: StageContext, folder: Path, out: Path) -> str | None:
+    """Copy a checkpoint's weights and configuration → the model that its configuration names."""
     taken_results.check_checkpoint("sft.from", folder, taken_results.base_of(context.recipe))
-    found = read_checkpoint(folder)
-    names = [*found.files, "config.json", "generation_config.json", "model.safetensors.index.json"]
-    for name in names:
+    checkpoint = read_checkpoint(folder)
+    for name in checkpoint.files:
+        check_finite(read_tensors(folder / name), str(folder / name))
+    for name in (*checkpoint.files, "config.json", "generation_config.json", "model.safetensors.index.json"):
         if (folder / name).is_file():
-            if name in found.files:
-                check_finite(read_tensors(folder / name), str(folder / name))
             shutil.copyfile(folder / name, out / name)
-    return found.config.get("_name_or_path")
+    return checkpoint.config.get("_name_or_path")

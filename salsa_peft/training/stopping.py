@@ -1,4 +1,4 @@
-"""Graceful stop of training: on SIGTERM or a guard's alarm, and never in the middle of an update because of a callback."""
+"""Graceful stop of training: on SIGTERM, on a guard's alarm, and between updates only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class GracefulStop:
 
     @contextlib.contextmanager
     def handle_sigterm(self) -> Iterator[None]:
-        """Context in which SIGTERM sets the flag. Outside the main thread, where Python allows no handler, it changes nothing."""
+        """Context in which SIGTERM sets the flag; without effect outside the main thread, as in Python."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -67,10 +67,10 @@ class GracefulStop:
 
 
 class StopBetweenUpdates(TrainerCallback):
-    """Delays a stop of training or of an epoch that another callback asks for until the current update has ended.
+    """Delays another callback's request to stop training, or an epoch, to the end of the update.
 
-    The metrics of an update are logged at its end, so what an incomplete update learned would appear in no log. Must be the last callback.
-    may_stop: whether no update is running, or SIGTERM does not allow to wait.
+    Metrics are logged at the end of an update, so what an incomplete update learned would appear in no log. Must be the
+    last callback. may_stop: whether no update is running, or SIGTERM leaves no time to wait.
     """
 
     def __init__(self, may_stop: Callable[[], bool]) -> None:

@@ -1,13 +1,12 @@
-"""Seeds, references and rewards that somebody else made, looked at before the first stage: what a run cannot use is refused then.
+"""Checks of external seeds, references and rewards before the first stage, so that errors come early.
 
-PEFT, unsloth, axolotl, LLaMA-Factory and TRL put other files beside the same weights. Read are adapter_config.json or config.json and the
-headers of the weights, in folders on this machine and of Hub ids. Imports no torch.
+PEFT, unsloth, axolotl, LLaMA-Factory and TRL write other files beside the same weights. Only adapter_config.json or
+config.json and the headers of the weights are read, of local folders and Hub ids. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,41 +21,39 @@ from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, needs_logpro
 from salsa_peft.models.architectures.sizes import config_of_base
 from salsa_peft.soup.checkpoints.read import FLOATS, Checkpoint, read_checkpoint, read_mapping, text_part
 from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
-from salsa_peft.utils.hub import readable_hub_errors
+from salsa_peft.utils.hub import local_folder
 from salsa_peft.utils.messages import short
 from salsa_peft.utils.safetensors_io import SafetensorsFile
 
 SEED, REFERENCE, REWARD = "seed", "reference", "reward"
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
 SIZES = (
-    "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
-    "intermediate_size", "vocab_size", "num_local_experts", "num_experts",
+    "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+    "num_key_value_heads", "intermediate_size", "vocab_size", "num_local_experts", "num_experts",
 )  # fmt: skip
-"""Of a configuration: what two checkpoints of one architecture have alike."""
+"""Configuration keys that two checkpoints of one architecture have in common."""
 
 
 class ExternalModel(NamedTuple):
     """A folder or Hub id that a recipe names."""
 
     where: str
-    """Its key."""
+    """The recipe's key."""
     path: str
     role: str
 
 
 def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
-    """Everything that the recipe takes from elsewhere."""
+    """All external adapters and models that the recipe names."""
     for index, path in enumerate(recipe.sft.from_ or []):
         if path is not None:
             yield ExternalModel(f"sft.from[{index}]", path, SEED)
     named = [(f"policies.{name}.reference", policy.reference) for name, policy in recipe.policies.items()]
-    named += [
-        (f"evaluate.models[{i}]", model)
-        for i, model in enumerate(recipe.evaluate.models)
-        if model not in recipe.policies
-    ]
+    models = enumerate(recipe.evaluate.models)
+    named += [(f"evaluate.models[{index}]", model) for index, model in models if model not in recipe.policies]
     for where, value in named:
         for reference in parse_reference(where, value):
             if reference.path is not None:
@@ -67,7 +64,10 @@ def external_models(recipe: Recipe) -> Iterator[ExternalModel]:
 
 
 def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
-    """Raise SalsaError for the first folder that the run could not use, or with `hub` for the first Hub id that one of these stages reads."""
+    """Raise SalsaError for the first external model that the run cannot use.
+
+    Local folders are checked, or with `hub` the Hub ids that these stages read.
+    """
     found = [
         one for one in external_models(recipe) if is_local(one.path) != hub and (not hub or _read_by(one.role, stages))
     ]
@@ -77,9 +77,9 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
         require_targets(recipe.adapter.target_modules, [name.removesuffix(".weight") for name in base.tensors])
     folders: list[tuple[str, Path]] = []
     for where, path, role in found:
-        folder = Path(path) if is_local(path) else _fetched(recipe, where, path)
+        folder = Path(path) if is_local(path) else _downloaded(recipe, where, path)
         if role == REWARD and not (folder / CONFIG).is_file():
-            if not is_local(path):  # a classifier's folder was looked at when the recipe was read
+            if not is_local(path):  # a local classifier was checked when the recipe was read
                 check_classifier_folder(where, str(folder))
         elif recipe.adapter is not None:
             check_adapter(where, folder, role, base, head=needs_logprobs(recipe))
@@ -88,7 +88,9 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
         elif is_local(path):
             check_checkpoint(where, folder, base)
         else:
-            require((folder / "config.json").is_file(), f"{where}: {path} has no config.json; name a checkpoint")
+            require(
+                (folder / "config.json").is_file(), f"{where}: {path} has no config.json, so it is not a checkpoint"
+            )
     if recipe.adapter is not None:
         _check_parameters(folders)
         _check_soup(recipe)
@@ -97,36 +99,36 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
 
 
 def check_base_available(recipe: Recipe) -> None:
-    """Raise SalsaError for a base that is no folder and not in the Hub's cache, while the Hub is not to be asked (HF_HUB_OFFLINE)."""
+    """Raise SalsaError for a base that is neither local nor cached while HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     base = recipe.model.base
     if base is not None and not is_local(base) and constants.HF_HUB_OFFLINE:
         require(
             isinstance(try_to_load_from_cache(base, "config.json", revision=recipe.model.revision), str),
-            f"model.base: {base} is no folder here, as a Hub id it is not in the cache, and HF_HUB_OFFLINE is set. Fetch it while online"
-            f" (`hf download {base}`), or name a folder",
+            f"model.base: {base} is not in the Hub's cache, and HF_HUB_OFFLINE is set. Download it while online"
+            f" (`hf download {base}`), or use a local folder",
         )
 
 
-def _check_parameters(found: list[tuple[str, Path]]) -> None:
-    """Raise SalsaError for adapters on other parameters (of experts), which PEFT can't hold side by side on one base."""
+def _check_parameters(adapters: list[tuple[str, Path]]) -> None:
+    """Raise SalsaError for adapters that PEFT cannot hold on one base: their target_parameters differ."""
     first: tuple[str, Path, set[str]] | None = None
-    for where, folder in found:
+    for where, folder in adapters:
         own = read_mapping(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
         if not own:
             continue
         first = first or (where, folder, set(own))
         require(
             set(own) == first[2],
-            f"{where}: {folder} adapts the parameters {', '.join(sorted(own))}, and {first[0]}, {first[1]}, adapts"
-            f" {', '.join(sorted(first[2]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
-            " target_parameters",
+            f"{where}: {folder} has target_parameters {', '.join(sorted(own))}, and {first[0]}, {first[1]}, has"
+            f" {', '.join(sorted(first[2]))}. PEFT needs them to be the same for adapters on one base; train both"
+            " alike",
         )
 
 
 def _note_same(recipe: Recipe) -> None:
-    """Say where two seeds are the same weights: a soup of them is no other model than each."""
+    """Report seeds with the same weights, whose soup is no other model."""
     seen: dict[str, int] = {}
     for index, path in enumerate(recipe.sft.from_ or []):
         if path is None:
@@ -135,16 +137,12 @@ def _note_same(recipe: Recipe) -> None:
         local = is_local(path) and Path(path).is_dir()
         same = sha256(weights) if local and weights.is_file() else base_fingerprint(path) if local else path
         if same in seen:
-            print(
-                f"sft.from: seeds {seen[same]} and {index} have the same weights ({path}), so that they add nothing to each other in a soup",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"sft.from: seeds {seen[same]} and {index} have the same weights ({path}), so their soup gains nothing")
         seen.setdefault(same, index)
 
 
 def check_family(recipe: Recipe, folder: Path, where: str) -> None:
-    """Raise SalsaError for an adapter that was trained on another architecture than the recipe's base, as far as both are at hand."""
+    """Raise SalsaError for an adapter of another architecture than the base, if both are known."""
     base = recipe.model.base
     config = None if base is None else config_of_base(base, recipe.model.revision)
     if config is not None:
@@ -152,24 +150,21 @@ def check_family(recipe: Recipe, folder: Path, where: str) -> None:
 
 
 def _read_by(role: str, stages: Collection[str]) -> bool:
-    """Whether one of the stages reads what has this role: seeds are the first stage's, the rest the policies' and the evaluation's."""
+    """Whether one of the stages reads models of this role: sft reads seeds, later stages the others."""
     return "sft" in stages if role == SEED else bool(set(stages) - {"toy", "sft", "reward", "soup"})
 
 
-def _fetched(recipe: Recipe, where: str, path: str) -> Path:
-    """What can be looked at of a Hub id, in the Hub's cache: the adapter, or a checkpoint's files without its weights."""
-    from huggingface_hub import snapshot_download
-
+def _downloaded(recipe: Recipe, where: str, path: str) -> Path:
+    """The Hub's cached folder of an adapter, or of a checkpoint without its weights."""
     weights = [WEIGHTS] if recipe.adapter is not None else []
     try:
-        with readable_hub_errors(path):
-            return Path(snapshot_download(path, allow_patterns=["*.json", "*.jinja", *weights]))
+        return local_folder(path, patterns=["*.json", "*.jinja", *weights])
     except SalsaError as error:
         raise SalsaError(f"{where}: {error}") from error
 
 
 def base_of(recipe: Recipe) -> Checkpoint | None:
-    """The headers of the recipe's base, where its files are at hand."""
+    """The headers of the recipe's base, if its files are local or cached."""
     base = recipe.model.base
     if base is None:
         return None
@@ -184,25 +179,21 @@ def base_of(recipe: Recipe) -> Checkpoint | None:
     try:
         return read_checkpoint(folder)
     except SalsaError:
-        return None  # without it less is known here; what is wrong with a base, the plan and the stages say
+        return None  # the plan and the stages report what is wrong with a base
 
 
 def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, head: bool = True) -> None:
-    """Raise SalsaError unless the folder holds a LoRA adapter that can be switched on a base which all roles share.
+    """Raise SalsaError unless the folder holds a LoRA adapter that works on a base which all roles share.
 
-    head: log-probabilities are read from the base's output embeddings (PPO), so that no policy or reference can have LoRA on them.
+    head: whether log-probabilities are read from the base's output embeddings (PPO). A policy or reference must not
+    have LoRA on them then.
     """
     config = read_mapping(folder / CONFIG)
     _check_config(f"{where}: {folder}", config, role)
+    pickled = f"{PICKLED}, a pickle, which is never read; load it" if (folder / PICKLED).exists() else ""
     require(
         (folder / WEIGHTS).is_file(),
-        f"{where}: {folder} holds "
-        + (
-            f"{PICKLED}, a pickle, which is never read; load it"
-            if (folder / PICKLED).exists()
-            else f"no {WEIGHTS}; save it"
-        )
-        + " with PEFT and save_pretrained (safetensors)",
+        f"{where}: {folder} has {pickled or f'no {WEIGHTS}; save it'} with PEFT and save_pretrained (safetensors)",
     )
     file = SafetensorsFile(folder / WEIGHTS)
     names = plain_names(file.entries, {"auto_mapping": config.get("auto_mapping")}, file.path)
@@ -216,25 +207,27 @@ def check_adapter(where: str, folder: Path, role: str, base: Checkpoint | None, 
         _check_heads(f"{where}: {folder}", folder, [file.entries[names[name]].shape for name in heads])
     require(
         role != SEED or not heads or config.get("task_type") != "SEQ_CLS",
-        f"{where}: {folder} is a reward adapter (it holds {', '.join(heads)}). Name it as `reward:`; a seed is an adapter of a language model",
+        f"{where}: {folder} is a reward adapter (it has {', '.join(heads)}), and a seed must be an adapter of a"
+        " language model. Use it as `reward:`",
     )
     if base is not None:
         _check_shapes(f"{where}: {folder}", {name: file.entries[key].shape for name, key in names.items()}, base)
 
 
 def _check_output(what: str, names: Iterable[str], tied: bool) -> None:
-    """Raise SalsaError for LoRA on the output embeddings; with `ensure_weight_tying` PEFT puts it there too where embeddings are tied."""
+    """Raise SalsaError for LoRA on the output embeddings, also where ensure_weight_tying put it there."""
     modules = (name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name)
     odd = next((name for name in modules if name.rpartition(".")[2] in OUTPUT), None)
     why = " (put there by ensure_weight_tying)" if tied else ""
     require(
         odd is None,
-        f"{what} has LoRA on {odd}, the output embeddings{why}. PPO reads log-probabilities from the base's own; {MERGE}",
+        f"{what} has LoRA on {odd}, the output embeddings{why}, and PPO reads log-probabilities from the base's;"
+        f" {MERGE}",
     )
 
 
 def _check_soup(recipe: Recipe) -> None:
-    """Raise SalsaError where the soup of taken seeds is no adapter that PEFT has: with lora_bias, and with LoRA on embeddings or parameters."""
+    """Raise SalsaError for a soup that PEFT has no adapter for: lora_bias with LoRA on embeddings."""
     given = recipe.sft.from_ or []
     biased, odd = None, None
     for place in recipe.soup.members:
@@ -247,24 +240,24 @@ def _check_soup(recipe: Recipe) -> None:
         odd = odd or (path if special or config.get("target_parameters") else None)
     require(
         len(recipe.soup.members) == 1 or biased is None or odd is None,
-        f"sft.from: {biased} has lora_bias, and {odd} has LoRA on embeddings or parameters. PEFT has no adapter that holds both, and so none for"
-        " their soup. Leave one of them out of soup.members, or merge each into its base (`salsa soup OUT ADAPTER --merge --base BASE`) and run"
-        " with full weights (without --lora)",
+        f"sft.from: {biased} has lora_bias, and {odd} has LoRA on embeddings or parameters. No PEFT adapter can hold"
+        " both, so they have no soup. Leave one out of soup.members, or merge each into its base (`salsa soup OUT"
+        " ADAPTER --merge --base BASE`) and run with full weights (without --lora)",
     )
 
 
 def _check_config(what: str, config: dict[str, Any], role: str) -> None:
-    """What PEFT's configuration alone says."""
+    """Raise SalsaError for adapters whose configuration rules them out."""
     tuner = config.get("peft_type")
     require(
         tuner == "LORA",
-        f"{what} is a {tuner} adapter; only LoRA adapters can be used, or checkpoints with full weights, without --lora",
+        f"{what} is a {tuner} adapter. Use a LoRA adapter, or without --lora a checkpoint of full weights",
     )
     initial = config.get("init_lora_weights")
     require(
         not isinstance(initial, str) or initial in KEEPS_BASE,
-        f"{what} has init_lora_weights {initial!r}, which changed the base's own weights when it was trained. Save it as a plain LoRA"
-        " (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
+        f"{what} has init_lora_weights {initial!r}, which changed the base's weights in training. Save it as a plain"
+        " LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
     )
     bias = config.get("bias", "none")
     for name, value in (
@@ -273,37 +266,38 @@ def _check_config(what: str, config: dict[str, Any], role: str) -> None:
         ("layer_replication", config.get("layer_replication")),
         ("use_dora", config.get("use_dora") if role == SEED else None),
     ):
-        why = (
-            "no mean of such adapters is an adapter"
-            if name == "use_dora"
-            else "that is part of the base, which all roles share here"
-        )
+        dora = "the mean of such adapters is not an adapter"
+        why = dora if name == "use_dora" else "that changes the base, which all roles share"
         require(not value, f"{what} has {name}: {short(value)}, and {why}; {MERGE}")
 
 
 def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
-    """A reward adapter has one score head of one label."""
+    """Raise SalsaError unless a reward adapter has one score head with one label."""
     if not heads and (folder / VALUE_HEAD).is_file():
         require(
             VALUE_WEIGHT in SafetensorsFile(folder / VALUE_HEAD).entries,
-            f"{what} holds {VALUE_HEAD} without {VALUE_WEIGHT}: it is the value head of PPO and scores no responses; name a reward adapter",
+            f"{what} has {VALUE_HEAD} without {VALUE_WEIGHT}: this is PPO's value head, which scores no responses."
+            " Use a reward adapter",
         )
         return
     require(
         len(heads) == 1,
-        f"{what} is a LoRA adapter without a score head, so it scores nothing. A reward adapter is trained with task_type SEQ_CLS (TRL's"
-        " RewardTrainer), which saves one",
+        f"{what} has no score head, so it scores nothing. Train a reward adapter with task_type SEQ_CLS, as TRL's"
+        " RewardTrainer does",
     )
     labels = heads[0][0]
     require(
         labels == 1,
-        f"{what} has a score head of {labels} labels, and a reward is one number. Train it with num_labels 1, or write a function that"
-        " says what its labels are worth (reward: module:name)",
+        f"{what} has a score head with {labels} labels, and a reward is one number. Train it with num_labels 1, or"
+        " write a function that turns labels into a score (reward: module:name)",
     )
 
 
 def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -> bool:
-    """Whether a tensor (`key` in the file) that PEFT saved beside the factors (embeddings) is the base's own, in the dtype that it was saved in."""
+    """Whether a tensor that PEFT saved beside the factors has the base's values, in the dtype of the file.
+
+    key: the tensor's name in the file.
+    """
     import numpy as np
 
     from salsa_peft.soup import arrays
@@ -320,7 +314,7 @@ def same_as_base(file: SafetensorsFile, name: str, key: str, base: Checkpoint) -
 
 
 def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint) -> None:
-    """Every pair of factors against the module of the base that has its name, where there is one."""
+    """Raise SalsaError for factors that fit no module of the base."""
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
@@ -328,8 +322,9 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     odd = _without_module(list(halves), base) if _plain(base) else []
     require(
         not odd,
-        f"{what} changes {odd[0] if odd else ''}, and {base.folder} has no such module: the adapter is of another architecture, or its tensors"
-        f" are named otherwise than PEFT names them ({PREFIX}MODULE.lora_A.weight); save it with PEFT from the model that it was trained on",
+        f"{what} adapts {odd[0] if odd else ''}, and {base.folder} has no such module. Either the adapter belongs to"
+        f" another architecture, or its tensors do not have PEFT's names ({PREFIX}MODULE.lora_A.weight); save it with"
+        " PEFT from the model that it was trained on",
     )
     for module, shapes in halves.items():
         place = base.tensors.get(f"{module}.weight")
@@ -338,36 +333,42 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
         delta, weight = (shapes.get("B", (0,))[0], shapes.get("A", (0, 0))[1]), place.entry.shape
         require(
             delta in (weight, weight[::-1]),
-            f"{what} changes {module} by a matrix of {delta[0]} × {delta[1]}, and in {base.folder} it has {' × '.join(map(str, weight))}: it was"
-            " trained on another base; set model.base to that one, or take another adapter",
+            f"{what} adapts {module} with a delta of {delta[0]} × {delta[1]}, and in {base.folder} its weight is"
+            f" {' × '.join(map(str, weight))}, so the adapter belongs to another base. Set model.base to that base,"
+            " or use another adapter",
         )
 
 
 def _plain(base: Checkpoint) -> bool:
-    """Whether the tensors in a base's files are called as the modules are: not of experts, nor of several models in one."""
+    """Whether the base's tensors have the names of its modules: neither experts nor several models."""
     return not any(base.config.get(key) for key in (*EXPERTS, "text_config"))
 
 
 def _without_module(modules: list[str], base: Checkpoint) -> list[str]:
-    """Those that the base has no weights for; its files may leave out the base model's prefix (gpt2, bloom)."""
+    """Modules that the base does not have; its files may omit the base model's prefix (gpt2, bloom)."""
     known = {name.removesuffix(".weight") for name in base.tensors}
     return [module for module in modules if not {module, module.partition(".")[2]} & known and module != "lm_head"]
 
 
 def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
-    """Raise SalsaError unless the folder holds a checkpoint of plain weights that a model of the base's configuration can have."""
+    """Raise SalsaError unless the folder holds a checkpoint of float weights that fits the base's sizes."""
     found = read_checkpoint(folder)
     require(
         found.quantised is None,
-        f"{where}: {folder} has quantised weights ({found.quantised}), and full weights are trained and averaged in floats; dequantise it"
-        " (model.dequantize(), then save_pretrained), or use adapters on it (--lora)",
+        f"{where}: {folder} has quantised weights ({found.quantised}), which cannot be trained or averaged."
+        " Dequantise it (model.dequantize(), then save_pretrained), or use adapters on it (--lora)",
     )
     for name in SIZES if base is not None else ():
         configs = [found.config, {} if base is None else base.config]
         own, other = ({**config, **text_part(config)}.get(name) for config in configs)
-        resized = ": its embeddings were resized; take a base that has the added tokens" if name == "vocab_size" else ""
+        resized = name == "vocab_size"
+        why = (
+            "its embeddings were resized; take a base with the added tokens"
+            if resized
+            else "it is another architecture"
+        )
         require(
             own is None or other is None or own == other,
-            f"{where}: {folder} has {name} {own}, and the recipe's base has {other}{resized or ', so that it is another architecture'}; set model.base"
-            " to the model that it was trained from",
+            f"{where}: {folder} has {name} {own}, and the recipe's base has {other}: {why}. Set model.base to the"
+            " model that it was trained from",
         )

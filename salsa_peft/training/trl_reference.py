@@ -1,12 +1,13 @@
-"""A soup, or any other reference, for TRL's own trainers: DPOTrainer, KTOTrainer, RLOOTrainer, GRPOTrainer (TRL 1.16).
+"""use_reference: a soup, or any other reference, for TRL 1.16's DPO, KTO, RLOO and GRPO trainers.
 
-    trainer = DPOTrainer(model, args=…, train_dataset=…, processing_class=…)
+trainer = DPOTrainer(model, args=…, train_dataset=…, processing_class=…)
     use_reference(trainer, "soup-folder-or-Hub-id")
-    trainer.train()                                 # also with resume_from_checkpoint: call use_reference first again
+    trainer.train()                                 # to resume, also call use_reference first
 
-TRL takes its reference from an adapter called `ref`, which it makes a copy of the policy's start, or from a model of full weights, which it
-loads from the policy's own path. Here the soup takes that place, whatever its rank. Several references are one whose log-probs are the mean
-of theirs: log π = mean_k log π_k, so that DPO's, KTO's and RLOO's KL term is the mean of the KLs (paper eq. 5, MKL).
+TRL's reference is an adapter called `ref`, a copy of the policy at the start, or a model with full weights that it
+loads from the policy's path. The soup replaces it, whatever its rank. Several references become one, whose log-probs
+are their mean: log π = mean_k log π_k, so that the KL term of DPO, KTO and RLOO is the mean of the KLs (paper eq. 5,
+MKL).
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.utils.errors import require
 
 REF = "ref"
-"""What TRL's trainers call the adapter that is their reference."""
+"""The name of the adapter that TRL's trainers use as reference."""
 TRAINERS = (DPOTrainer, KTOTrainer, RLOOTrainer, GRPOTrainer)
 AnyReference = str | Path | FrozenReference | PreTrainedModel
 
 
 def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]) -> list[FrozenReference]:
-    """Make the KL term of one of TRL's trainers look at `reference`; → what it looks at now.
+    """Set the reference of a TRL trainer → the references that it has now.
 
-    trainer: a DPOTrainer, KTOTrainer, RLOOTrainer or GRPOTrainer, before `train`. reference: as in `references.as_references`, one or a
-    list: an adapter's folder or Hub id, the name of one that is attached, "base", or with full weights a checkpoint's folder or Hub id, or
-    a model. What the trainer had is dropped. Its checkpoints hold the adapter too (as `ref/`); a model they don't.
+    trainer: a DPOTrainer, KTOTrainer, RLOOTrainer or GRPOTrainer, before `train`. reference: one or a list, as in
+    `references.as_references`: an adapter's folder or Hub id, an attached adapter's name, "base", or with full weights
+    a checkpoint's folder or Hub id, or a model. The trainer's previous reference is dropped. Its checkpoints include an
+    adapter (as `ref/`), but not a model.
 
-    Raises SalsaError for a trainer that would ignore its reference, for several references of GRPO, whose k3 of a mean is not the mean of
-    k3, for weights of another base, and for policies that are cut in pieces.
+    Raises SalsaError for a trainer that would ignore its reference, for several references of GRPO (whose k3 of a mean
+    is not the mean of k3), for weights of another base, and for sharded policies.
     """
     several = isinstance(reference, list | tuple) and not isinstance(reference, FrozenReference)
     given: list[Any] = list(reference) if several else [reference]  # type: ignore[arg-type]
@@ -52,14 +54,13 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     own = str(model.active_adapter) if isinstance(model, PeftModel) else None
     require(
         own is None or own not in [one.adapter if isinstance(one, FrozenReference) else one for one in given],
-        f"reference: found the policy's own adapter {own!r}, expected a frozen one; its KL would be 0 always",
+        f"reference: {own!r} is the adapter that is trained, so the KL would always be 0. Pass a frozen adapter",
     )
     check_policy(model, own, given)
     check_synced(model, own, [one for one in given if isinstance(one, FrozenReference)])
     replaced = isinstance(model, PeftModel) and REF in model.peft_config and REF not in given
-    with (
-        lora.removed(model, REF) if replaced else contextlib.nullcontext()
-    ):  # TRL's copy of the start, or what was asked for before
+    # replaced: TRL's copy of the policy, or the reference of an earlier call
+    with lora.removed(model, REF) if replaced else contextlib.nullcontext():
         frozen = as_references(model, given, names=[REF] if len(given) == 1 else None)
     for one in frozen:
         if one.model is not None:
@@ -77,7 +78,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
 
 
 def as_ref_model(model: Any, frozen: list[FrozenReference]) -> nn.Module | None:
-    """What a trainer's `ref_model` must be: None for the adapter `ref` and for the base, which TRL finds on the policy's own model."""
+    """The trainer's `ref_model`: None for the adapter `ref` and for the base, which TRL finds itself."""
     if len(frozen) == 1 and isinstance(model, PeftModel) and frozen[0].model is None:
         if frozen[0].adapter == REF or (frozen[0].adapter is None and REF not in model.peft_config):
             return None
@@ -87,88 +88,87 @@ def as_ref_model(model: Any, frozen: list[FrozenReference]) -> nn.Module | None:
 
 
 def check_trainer(trainer: Any, references: int) -> None:
-    """Raise SalsaError for a trainer in which a reference would have no effect, or not the one that was asked for."""
-    name = type(trainer).__name__
+    """Raise SalsaError for a trainer that would ignore its references, or use them wrongly."""
+    name, known = type(trainer).__name__, ", ".join(trainer.__name__ for trainer in TRAINERS)
     require(
         isinstance(trainer, TRAINERS),
-        f"trainer: found a {name}, which would ignore a reference, expected one of {', '.join(t.__name__ for t in TRAINERS)}"
-        " (of PPO: SalsaPPOTrainer(references=…))",
+        f"trainer: a {name} would ignore the reference. Use one of {known}; for PPO, SalsaPPOTrainer(references=…)",
     )
-    require(trainer.beta != 0, f"{name}: found beta 0, with which no reference is looked at, expected more than 0")
+    require(trainer.beta != 0, f"{name}: with beta 0 the reference has no effect; set beta above 0")
     if isinstance(trainer, DPOTrainer | KTOTrainer):
         require(
             not trainer.precompute_ref_logps,
-            f"{name}: found precompute_ref_log_probs, whose log-probs are of the old reference, expected False",
+            f"{name}: precompute_ref_log_probs has used the old reference; set it to False",
         )
     if isinstance(trainer, DPOTrainer):
-        require(
-            set(trainer.loss_types) != {"sft"},
-            f"{name}: found loss_type sft, which looks at no reference, expected another one",
-        )
+        sft_only = set(trainer.loss_types) == {"sft"}
+        require(not sft_only, f"{name}: with loss_type sft alone the reference has no effect; use another loss_type")
     require(
         references == 1 or not isinstance(trainer, GRPOTrainer),
-        f"reference: found {references} of them for a {name}, whose KL estimator k3 of a mean is not the mean of k3, expected one, such as"
-        " their soup",
+        f"reference: {name} takes one reference, not {references}, because its KL estimator k3 of a mean is not the"
+        " mean of k3. Use their soup, for example",
     )
-    cut = trainer.is_fsdp_enabled or (
-        trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    require(
+        not (trainer.is_fsdp_enabled or zero3),
+        f"{name}: sharded weights (FSDP, ZeRO-3) are not supported; use DDP or one process",
     )
-    require(not cut, f"{name}: found weights cut in pieces (FSDP, ZeRO-3), expected whole ones in each process")
 
 
 def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
-    """Raise SalsaError for a policy that has trained more than LoRA's factors, where a reference would be read through that: PEFT switches
-    such values for the adapter `ref` alone, and trained tokens for none."""
-    own_models = all(
-        isinstance(one, PreTrainedModel) or (isinstance(one, FrozenReference) and one.model) for one in given
-    )
-    if own_models or not isinstance(model, PeftModel):
+    """Raise SalsaError for a policy whose trained modules or tokens the references would share.
+
+    PEFT switches modules_to_save for the adapter `ref` only, and trainable tokens never.
+    """
+    models = (one.model if isinstance(one, FrozenReference) else one for one in given)
+    if not isinstance(model, PeftModel) or all(isinstance(one, PreTrainedModel) for one in models):
         return
-    for field in ("modules_to_save", "trainable_token_indices"):
+    folder = len(given) == 1 and isinstance(given[0], str | Path) and str(given[0]) not in model.peft_config
+    named = len(given) == 1 and given[0] == REF
+    for field, remedy in (
+        ("modules_to_save", "Pass one adapter's folder or Hub id"),
+        ("trainable_token_indices", "Use a policy without it"),
+    ):
         found = vars(model.peft_config[str(own)]).get(field)
-        folder = len(given) == 1 and isinstance(given[0], str | Path) and str(given[0]) not in model.peft_config
-        named = len(given) == 1 and given[0] == REF
         require(
             not found or (field == "modules_to_save" and (folder or named)),
-            f"reference: found a policy with {field} {found}, which references of this kind would share, expected "
-            + ("one adapter's folder or Hub id" if field == "modules_to_save" else "a policy without them"),
+            f"reference: the policy has {field} {found}, which such references would share. {remedy}",
         )
 
 
 def check_synced(model: Any, own: str | None, frozen: Sequence[FrozenReference]) -> None:
-    """Raise SalsaError for what can't move. A model that does would start anew on resume, since TRL saves none; an adapter is saved."""
+    """Raise SalsaError for references that cannot be synced. Models cannot: TRL does not save them."""
     for one in frozen:
         require(
             one.sync_every is None or one.model is None,
-            f"reference {one.label}: found sync_every for full weights, expected TRL's own sync_ref_model, which moves this reference",
+            f"reference {one.label}: sync_every works for adapters only; use TRL's sync_ref_model for full weights",
         )
     reference_sync.check(frozen, model, own)
 
 
 class SyncReferences(TrainerCallback):
-    """SyncReferences adapters that are references towards the policy, every so many optimizer steps."""
+    """Syncs references that are adapters to the policy every `sync_every` optimizer steps."""
 
     def __init__(self, model: Any, policy: str | None, references: Sequence[FrozenReference]) -> None:
         self.model, self.policy, self.references = model, policy, references
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After an optimizer step."""
+        """Sync the references that are due."""
         reference_sync.sync(self.model, self.policy, self.references, state.global_step)
 
 
 def head_options(trainer: Any) -> dict[str, Any]:
-    """How the trainer computes log-probs out of a model: those that sample divide by their temperature."""
+    """Options of the trainer's log-probs: trainers that sample divide logits by the temperature."""
     options: dict[str, Any] = {}
     if not isinstance(trainer, DPOTrainer | KTOTrainer):
         options["temperature"] = trainer.temperature
     if isinstance(trainer, GRPOTrainer):
-        args: Any = trainer.args
-        options["cast_lm_head_to_fp32"] = args.cast_lm_head_to_fp32
+        options["cast_lm_head_to_fp32"] = trainer.args.cast_lm_head_to_fp32
     return options
 
 
 class MeanReference(nn.Module):
-    """What TRL calls as `ref_model`: log-probs that are the mean over several references, adapters of the policy's model among them."""
+    """A `ref_model` for TRL whose log-probs are the mean over references, which may be adapters."""
 
     def __init__(self, policy: nn.Module, references: Sequence[FrozenReference]) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class MeanReference(nn.Module):
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
-        """As the fused language model's: its output, `log_probs` (B, P + T − 1) the mean."""
+        """Output of the fused language model, with the mean `log_probs`, (B, P + T − 1)."""
         outputs = [part(**inputs) for part in self.parts]
         outputs[0].log_probs = torch.stack([output.log_probs for output in outputs]).mean(0)
         return outputs[0]

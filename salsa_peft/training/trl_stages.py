@@ -1,7 +1,7 @@
-"""The stages dpo, kto, rloo and grpo: one policy of the recipe, trained from seed-0 by TRL's own trainer against its references.
+"""The stages dpo, kto, rloo and grpo: policies trained by TRL's trainers against any reference.
 
-With the soup as reference they are SALSA's idea in another algorithm (the paper's future work). A policy of these stages that was killed begins
-again; several processes share nothing of it.
+With the soup as reference they apply SALSA's idea to other algorithms (the paper's future work). A killed stage starts
+again. Sharding is not supported.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.adapters import lora
-from salsa_peft.models.base import causal_lm, device, is_quantised
+from salsa_peft.models.base import cast_trainable_to_float32, causal_lm, device, is_quantised
 from salsa_peft.models.responses import pad_responses
 from salsa_peft.models.rewards.reward import recipe_reward
 from salsa_peft.models.stage_context import (
@@ -44,15 +45,18 @@ if TYPE_CHECKING:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train the policy that the unit names and save it as an adapter (and merged, where the recipe's `export` says so) or checkpoint."""
+    """Train the policy that the unit names, and save it as an adapter or checkpoint.
+
+    With `export: merged` an adapter is saved merged into its base too.
+    """
     recipe, algorithm = job.recipe, job.unit.stage
-    # 1. the policy starts at seed-0; references are frozen, with adapters all on one base
+    # 1. the policy starts at seed-0; references are frozen
     context = StageContext.of_job(job)
     model, references = build_policy(context, job, "default")  # the one name that TRL knows
-    # 2. TRL's trainer, whose reference is then ours
+    # 2. TRL's trainer, with the recipe's references
     trainer, held_out, facts = TRAINERS[algorithm](context, job, model, references)
     if is_quantised(model):  # TRL casts adapters to bfloat16
-        lora.cast_trainable_to_float32(model)
+        cast_trainable_to_float32(model)
         lora.load(model, "default", seed_folders(job.inputs)[0])
     use_reference(trainer, references)
     remove_printer(trainer)
@@ -77,11 +81,11 @@ def run(job: Job) -> dict[str, Any]:
 
 
 TrainerSetup = tuple[Any, "Dataset | None", dict[str, Any]]
-"""A trainer, pairs that are held out, facts of the data."""
+"""A trainer, the held-out pairs, and facts about the data for policy.json."""
 
 
 def arguments(context: StageContext, job: Job) -> dict[str, Any]:
-    """What the configurations of TRL's four trainers take alike."""
+    """Arguments that the configs of all four TRL trainers take."""
     section = getattr(job.recipe, job.unit.stage)
     own = job.recipe.policies[job.unit.name].kl_coef
     return {
@@ -92,19 +96,17 @@ def arguments(context: StageContext, job: Job) -> dict[str, Any]:
 
 
 def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    """The preferences that fit, and those of them that are held out: the reward stage's own where the shares are the same."""
+    """Pairs that fit → training pairs, held-out pairs, facts.
+
+    The same pairs as in the reward stage are held out if the shares are the same.
+    """
     section, longest = getattr(job.recipe, job.unit.stage), job.recipe.model.max_length
-    rows = datasets.preferences(
-        datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"], context.tokenizer
-    )
-    sides = ("chosen", "rejected")
+    source = datasets.training_sources(job.recipe, job.inputs.get("toy"))["preferences"]
+    rows = datasets.preferences(source, context.tokenizer)
 
     def fits(row: dict[str, Any]) -> bool:
-        given: list[Any] = [
-            context.tokenizer.apply_chat_template(row[side], return_dict=True, **template_options(row))
-            for side in sides
-        ]
-        return max(len(encoded["input_ids"]) for encoded in given) <= longest
+        render: Any = partial(context.tokenizer.apply_chat_template, return_dict=True, **template_options(row))
+        return max(len(render(row[side])["input_ids"]) for side in ("chosen", "rejected")) <= longest
 
     kept = [row for row in rows if fits(row)]
     report_left_out(job, len(rows) - len(kept), len(rows), f"longer than model.max_length = {longest} tokens")
@@ -116,7 +118,7 @@ def pairs(context: StageContext, job: Job) -> tuple[Dataset, Dataset, dict[str, 
 
 
 def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """Pairs as they are."""
+    """DPO on the pairs."""
     from trl import DPOConfig, DPOTrainer
 
     train, test, facts = pairs(context, job)
@@ -138,7 +140,7 @@ def dpo(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
 
 
 def kto(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """Of each pair a desirable and an undesirable response."""
+    """KTO: each pair gives a desirable and an undesirable response."""
     from trl import KTOConfig, KTOTrainer, maybe_extract_prompt, maybe_unpair_preference_dataset
 
     train, _, facts = pairs(context, job)
@@ -159,21 +161,24 @@ def kto(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
 
 
 def rloo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """Responses that are sampled and scored by the recipe's reward."""
+    """RLOO with the recipe's reward."""
     from trl import RLOOConfig, RLOOTrainer
 
     return sampled(context, job, model, RLOOTrainer, RLOOConfig)
 
 
 def grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """The same."""
+    """GRPO with the recipe's reward."""
     from trl import GRPOConfig, GRPOTrainer
 
     return sampled(context, job, model, GRPOTrainer, GRPOConfig)
 
 
 def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> TrainerSetup:
-    """RLOO and GRPO differ in their loss alone. Raises SalsaError for rows with options of their own, which TRL does not render."""
+    """RLOO or GRPO, which differ only in their loss.
+
+    Raises SalsaError for rows with options for the chat template, which TRL does not pass on.
+    """
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
     rows = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
@@ -199,7 +204,7 @@ def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: A
 
 
 def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) -> Callable[..., list[float]]:
-    """One of our rewards as TRL calls one: prompts, completion_ids, columns → a score each."""
+    """A Reward as a TRL reward function: prompts, completion_ids, columns → scores."""
     pad = int(context.tokenizer.pad_token_id)  # type: ignore[arg-type]
     idle = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
@@ -218,7 +223,7 @@ def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) ->
 
 
 def last_figures(trainer: Any) -> dict[str, float]:
-    """What the trainer logged last of how far the policy is from its reference, and of what it earns."""
+    """The last logged metrics of the distance from the reference and of the reward."""
     wanted = ("kl", "reward", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     rows = [row for row in trainer.state.log_history if set(wanted) & set(row)]
     return {name: rows[-1][name] for name in wanted if rows and name in rows[-1]}
@@ -226,7 +231,10 @@ def last_figures(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
-    """Of DPO's implicit reward β log π/π_ref on the held-out pairs: how often the chosen response has more, and by how much, with 95% intervals."""
+    """Accuracy and mean margin on the held-out pairs, with 95% intervals.
+
+    By DPO's implicit reward β log π/π_ref: how often, and by how much, the chosen response has more of it.
+    """
     model = trainer.model.eval()
     for batch in trainer.get_eval_dataloader():  # a pair each
         trainer.compute_loss(model, trainer._prepare_inputs(batch))

@@ -36,7 +36,7 @@ TARGETS = {"times_mergekit": 5.0, "times_cp": 2.5, "peak_mb": 300.0}
 UNSYNCED = """
 import os
 os.environ["OPENBLAS_NUM_THREADS"], os.fsync = "1", lambda descriptor: None
-from salsa_peft.soup.checkpoints.average import main
+from salsa_peft.soup.__main__ import main
 raise SystemExit(main())
 """
 
@@ -107,7 +107,7 @@ def commands(folder: Path, mergekit: str | None) -> dict[str, list[str]]:
     members = [str(folder / "a"), str(folder / "b")]
     numbers = ",".join(map(str, WEIGHTS))
     found = {
-        "ours": [sys.executable, "-m", "salsa_peft.soup.checkpoints.average", str(folder / "ours"), *members, "--weights", numbers],
+        "ours": [sys.executable, "-m", "salsa_peft.soup", str(folder / "ours"), *members, "--weights", numbers],
         "ours_unsynced": [sys.executable, "-c", UNSYNCED, str(folder / "ours_unsynced"), *members, "--weights", numbers],
         "cp": ["cp", "-r", members[0], str(folder / "cp")],
         "cp_sync": ["sh", "-c", f"cp -r {members[0]} {folder / 'cp_sync'} && sync {folder / 'cp_sync'}/*"],

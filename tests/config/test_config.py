@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_recipe import load_checked as load_recipe
 
 from salsa_peft.config import load as parsing
 from salsa_peft.config.fields import UNSUPPORTED_LORA_FIELDS
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Adapter, Recipe
 from salsa_peft.config.yaml import MAX_BYTES, dump_yaml, parse_yaml
-from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.utils.errors import SalsaError
 
 RECIPE = """
@@ -690,7 +690,7 @@ def test_a_dry_run_without_data_that_nothing_reads(tmp_path, monkeypatch, capsys
     """A reward that is a function needs no preferences, seeds that are taken no demonstrations, DPO no prompts: the plan is printed."""
     from safetensors.numpy import save_file
 
-    from salsa_peft.recipe import run as recipe_command
+    from salsa_peft.recipe.__main__ import main as salsa_run
 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows(tmp_path / "d.jsonl", *[{"messages": chat}] * 40)
@@ -714,5 +714,5 @@ def test_a_dry_run_without_data_that_nothing_reads(tmp_path, monkeypatch, capsys
         del recipe["data"][kind]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text(json.dumps(recipe))
-    assert recipe_command.main(["x.yaml", *(["--lora"] if lora else []), "--dry-run"]) == 0
+    assert salsa_run(["x.yaml", *(["--lora"] if lora else []), "--dry-run"]) == 0
     assert "sft" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def test_qlora_is_lora_on_four_bits() -> None:
 def test_a_7b_recipes_dry_run_takes_two_seconds_and_no_torch(mode: list[str], tmp_path: Path) -> None:
     """The plan is made of headers and arithmetic."""
     script = (
-        "import sys; from salsa_peft.recipe.run import main; code = main(sys.argv[1:]);"
+        "import sys; from salsa_peft.recipe.__main__ import main; code = main(sys.argv[1:]);"
         " assert not {'torch', 'transformers'} & set(sys.modules); raise SystemExit(code)"
     )
     start = time.perf_counter()

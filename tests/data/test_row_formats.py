@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 from paths import ROOT
+from small_recipe import load_checked as load_recipe
 from trl_rows import HERMES, by_dpo, by_reward, by_sft, tokenizer_of
 
 from salsa_peft.config.schema import Data, Reward, Source
@@ -24,9 +25,8 @@ from salsa_peft.data.chat.template_fields import reads_text_arguments
 from salsa_peft.data.check import count_rows
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
-from salsa_peft.recipe import run as recipes
-from salsa_peft.recipe.run import load as load_recipe
-from salsa_peft.training.sft import labelled
+from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 Row = dict[str, Any]
@@ -427,7 +427,7 @@ class TestBesideTRL:
             {"prompt": turns("q", system="s"), "completion": turns("", "b")[1:], "tools": json.dumps([TOOL])},
         ]
         ours = by_sft(
-            tokenizer, tiny_model, labelled(datasets.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path
+            tokenizer, tiny_model, tokenize(datasets.demonstrations(put(*rows), tokenizer), tokenizer), tmp_path
         )
         for row, found in zip(rows, ours, strict=True):
             features = Features({name: Json() for name in row})
@@ -543,10 +543,10 @@ class TestBeforeAStageBegins:
     @pytest.mark.parametrize("key", ["preferences", "prompts"])
     def test_the_hub_out_of_reach_is_said_before_a_seed_is_trained(self, tmp_path: Path, key: str, capfd: Any) -> None:
         words = ["quickstart", "--lora", "--output-dir", str(tmp_path / "out"), "--set", f"data.{key}=me/x"]
-        assert recipes.main(words) == 2
+        assert salsa_run(words) == 2
         assert "huggingface.co/datasets/me/x: not in the local cache and the Hub" in capfd.readouterr().err
         assert not (tmp_path / "out").exists()
-        assert recipes.main([*words, "--dry-run"]) == 0, "a plan fetches nothing"
+        assert salsa_run([*words, "--dry-run"]) == 0, "a plan fetches nothing"
 
 
 def test_readme_names_the_columns_in_their_order() -> None:

@@ -145,7 +145,7 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
 
     def stops(rows: Any) -> None:
         nonlocal batches
-        evaluate.keep(path, rows)
+        evaluate.append_partial(path, rows)
         batches += 1
         if batches == 3:
             raise KeyboardInterrupt
@@ -166,7 +166,14 @@ def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(model: Any, token
 
     monkeypatch.setattr(generation, "generate", counted)
     again = answer(
-        model, "policy", asked, REWARDS, context, 5, known, lambda part: (rows.extend(part), evaluate.keep(path, part))
+        model,
+        "policy",
+        asked,
+        REWARDS,
+        context,
+        5,
+        known,
+        lambda part: (rows.extend(part), evaluate.append_partial(path, part)),
     )
     assert (
         again == whole and calls == 6 - 2
@@ -228,9 +235,9 @@ def test_a_reward_sees_the_conversation_and_what_there_was_room_for(model: Any, 
 def test_a_torn_line_does_not_swallow_the_next_one(tmp_path: Path) -> None:
     """What is kept after it stands on a line of its own."""
     path = tmp_path / "0.jsonl"
-    evaluate.keep(path, [{"index": 0, "turn": 1}, {"index": 1, "turn": 1}])
+    evaluate.append_partial(path, [{"index": 0, "turn": 1}, {"index": 1, "turn": 1}])
     path.write_bytes(path.read_bytes()[:-8])
-    evaluate.keep(path, [{"index": 1, "turn": 1, "again": True}])
+    evaluate.append_partial(path, [{"index": 1, "turn": 1, "again": True}])
     assert evaluate.read_partial(path) == {
         (0, 1): {"index": 0, "turn": 1},
         (1, 1): {"index": 1, "turn": 1, "again": True},

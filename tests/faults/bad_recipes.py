@@ -25,6 +25,7 @@ from salsa_peft.config import yaml as yaml_text
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe
 from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 
 SECONDS = 2.0
 """Of CPU time, that a refusal may take."""
@@ -645,7 +646,7 @@ def wrong(bad: Bad, folder: Path, before: list[tuple[str, int]]) -> tuple[str | 
     try:
         with mock.patch.object(sys, "stdout", out), mock.patch.object(sys, "stderr", err):
             watching[0] = True
-            code: Any = recipe.main(["bad.yaml", *bad.words])
+            code: Any = salsa_run(["bad.yaml", *bad.words])
     except SystemExit as error:
         code = error.code
     except BaseException as error:

@@ -177,7 +177,7 @@ class TestVocabulary:
         base = make_base()
         base.resize_token_embeddings(len(tokenizer) - 10, mean_resizing=False)
         folder = to_folder(base, tokenizer, tmp_path / "base")
-        line = rf"base: found a tokenizer of {len(tokenizer)} tokens over {len(tokenizer) - 10} embeddings, expected no more"
+        line = rf"base: the tokenizer has {len(tokenizer)} tokens, and the model only {len(tokenizer) - 10} embeddings"
         one_line(lambda: load_base(str(folder), Model(), tokenizer), line)
         policy = base if full else policy_on(base, make_adapter)
         references = [AutoModelForCausalLM.from_pretrained(folder)] if full else ["base"]
@@ -190,7 +190,7 @@ class TestVocabulary:
         [
             ({"target_modules": ["q_proj", "embed_tokens"]}, r"seed holds .*embed_tokens.base_layer.weight, a trained copy of a module of the base"),
             ({"modules_to_save": ["embed_tokens", "lm_head"]}, r"seed holds .*lm_head.weight, a trained copy of a module of the base"),
-            ({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "found trainable_token_indices, expected LoRA factors only"),
+            ({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "trainable_token_indices is .*, so the adapter holds trained weights of the base"),
         ],
         ids=["LoRA on embeddings", "modules_to_save", "trained tokens"],
     )  # fmt: skip
@@ -242,7 +242,10 @@ class TestOutsideTheFactors:
         assert any(name.endswith("bias") for name in load_file(seed / WEIGHTS))
         model = policy_on(base(), make_adapter)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        one_line(lambda: as_references(model, [seed]), f"seed: found bias '{bias}', expected 'none'")
+        one_line(
+            lambda: as_references(model, [seed]),
+            f"seed: bias is '{bias}', so the adapter holds trained weights of the base",
+        )
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
     @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_a_seed_that_is_taken_is_looked_at(tokenizer: Any, make_base: Any, make_
     tensors[max(tensors)].view(-1)[0] = float("nan")
     save_file(tensors, world.seeds[0] / WEIGHTS, metadata={"format": "pt"})
     one_line(
-        lambda: world.take(world.seeds[0]), r"seed-0/adapter_model.safetensors: .*: found a value that is not finite"
+        lambda: world.take(world.seeds[0]), r"seed-0/adapter_model.safetensors: .* contains NaN or infinite values"
     )
     assert not any((tmp_path / "taken").iterdir())
 
@@ -343,7 +346,7 @@ class TestTiedEmbeddings:
         assert torch.equal(lm.model.embed_tokens.weight, before)
         assert lm.lm_head.weight is lm.model.embed_tokens.weight
         policy = policy_on(make_base(**self.TIED), make_adapter, target_modules=["q_proj", "lm_head"])
-        line = "found an adapter on the output embeddings, expected adapters of the trunk only"
+        line = "the adapter is on the output embeddings, which policy and references share"
         one_line(lambda: trainer_of(policy, tokenizer, tmp_path / "out", ["base"]), line)
 
 
@@ -411,7 +414,7 @@ class TestAnotherBase:
         assert (world.take(world.seeds[1]) / WEIGHTS).read_bytes() == (world.seeds[1] / WEIGHTS).read_bytes()
         shutil.rmtree(world.folder / "taken")
         self.change(world)
-        line = r"seed-\d: found weights of another base \(fingerprint \w{12} …\), expected ones of .*base \(\w{12} …\)"
+        line = r"seed-\d: these weights were trained on another base \(fingerprint \w{12} …\) than .*base \(\w{12} …\)"
         model = world.policy()
         for enter in (
             lambda: as_references(model, [world.seeds[1]]),
@@ -437,7 +440,7 @@ class TestAnotherBase:
         policy = get_peft_model(world.load(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
         trainer = DPOTrainer(policy, args=args, train_dataset=pairs, processing_class=world.tokenizer)
         before = dict(trainer.model.peft_config)
-        one_line(lambda: use_reference(trainer, world.seeds[1]), "found weights of another base")
+        one_line(lambda: use_reference(trainer, world.seeds[1]), "these weights were trained on another base")
         assert trainer.model.peft_config.keys() == before.keys()
 
     def test_the_same_base_in_other_shards_is_the_same(self, world: World, capsys: Any) -> None:
@@ -498,7 +501,7 @@ class TestPickles:
         """As member of a soup, reference, reward, `sft.from`."""
         folder = pickled(world.seeds[0] / "adapter_model.bin", canary, WEIGHTS)
         model = world.policy()
-        line = "seed-0: found no adapter_model.safetensors, expected a PEFT adapter saved with safetensors"
+        line = "seed-0: no adapter_model.safetensors in this folder; use a PEFT adapter saved with safetensors"
         one_line(lambda: adapters.attach(model, folder, "seed"), line)
         one_line(lambda: as_references(model, [folder]), line)
         one_line(lambda: as_reward(str(folder), model, world.tokenizer), line)
@@ -509,7 +512,7 @@ class TestPickles:
 
     def test_under_the_name_of_safetensors(self, world: World, canary: Path) -> None:
         torch.save({"state": Bomb(canary)}, world.seeds[0] / WEIGHTS)
-        line = rf"seed-0/{WEIGHTS}: found no safetensors file"
+        line = rf"seed-0/{WEIGHTS}: not a valid safetensors file"
         one_line(lambda: as_references(world.policy(), [world.seeds[0]]), line)
         one_line(lambda: averaging.soup(world.folder / "soup", world.seeds), WEIGHTS)
 
@@ -526,7 +529,7 @@ class TestPickles:
         """A reference's, a soup's member, a reward classifier's."""
         folder, other = (to_folder(make_base(number), tokenizer, tmp_path / f"seed-{number}") for number in (1, 2))
         pickled(folder / "pytorch_model.bin", canary, "model.safetensors")
-        one_line(lambda: as_references(make_base(), [folder]), "seed-1: found no safetensors file")
+        one_line(lambda: as_references(make_base(), [folder]), "seed-1: not a valid safetensors file")
         assert soup_command([str(tmp_path / "soup"), str(folder), str(other)]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert "seed-1: found pytorch_model.bin, which is pickled and never read" in said[-1]
@@ -561,7 +564,7 @@ class TestPickles:
             listed[name] = {"size": (checkpoint / name).stat().st_size, "sha256": sha256(checkpoint / name)}
             (checkpoint / MANIFEST).write_text(json.dumps(listed))
             line = r"checkpoint-1: found a pickle that holds more than tensors and numbers .* it was not run"
-            line = rf"checkpoint-1/{name}: found no safetensors file" if name.endswith(".safetensors") else line
+            line = rf"checkpoint-1/{name}: not a valid safetensors file" if name.endswith(".safetensors") else line
         trainer = make_trainer(folder=run, save_strategy="steps", save_steps=1)
         one_line(lambda: trainer.train(resume_from_checkpoint=str(checkpoint)), line)
         assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1"}

@@ -114,13 +114,13 @@ class TestWeights:
         factor("policy", value)(trainer)
         refused(
             trainer,
-            r"^model: found logits of NaN or infinity for [1-8] of 8 prompts, expected finite ones to sample from",
+            r"^model: the logits are NaN or infinite for [1-8] of 8 prompts; look for NaN in its weights",
         )
 
     def test_in_the_base(self, make_trainer: Any, value: float) -> None:
         trainer = make_trainer()
         last_norm(value)(trainer)
-        refused(trainer, r"^model: found logits of NaN or infinity for 8 of 8 prompts")
+        refused(trainer, r"^model: the logits are NaN or infinite for 8 of 8 prompts")
 
     @pytest.mark.parametrize("old_logprobs", ["recompute", "rollout"])
     def test_in_the_value_head(self, make_trainer: Any, value: float, old_logprobs: str) -> None:
@@ -132,9 +132,9 @@ class TestWeights:
         """A frozen model as reference, and a policy, are looked at when they are given."""
         broken = make_base(1)
         broken.model.norm.weight.data[0] = value
-        with pytest.raises(SalsaError, match=r"^llama: found logits that are not finite, expected finite ones"):
+        with pytest.raises(SalsaError, match=r"^llama: the model's logits are NaN or infinite"):
             make_trainer([broken], full=True)
-        with pytest.raises(SalsaError, match=r"^llama: found logits that are not finite, expected finite ones"):
+        with pytest.raises(SalsaError, match=r"^llama: the model's logits are NaN or infinite"):
             check_model(broken)
 
     def test_the_batch_is_kept_for_people(self, make_trainer: Any, value: float) -> None:
@@ -271,7 +271,7 @@ class TestWhatWasThereBefore:
         dict(trainer.model.policy.named_parameters())[named[-1]].data.view(-1)[-1] = value
         for name in ("there", "new"):
             with pytest.raises(
-                SalsaError, match=rf"{name} is not saved: \S+: found a value that is not finite"
+                SalsaError, match=rf"{name} is not saved: \S+ contains NaN or infinite values"
             ) as caught:
                 trainer.save_model(str(folder / name))
             assert "\n" not in str(caught.value)
@@ -285,7 +285,7 @@ class TestWhatWasThereBefore:
         trainer = make_trainer(learning_rate=1e39, num_train_epochs=0.5)
         trainer.train()
         assert not is_finite(trainer)
-        with pytest.raises(SalsaError, match=r"is not saved: .* found a value that is not finite"):
+        with pytest.raises(SalsaError, match=r"is not saved: .* contains NaN or infinite values"):
             trainer.save_model()
         assert not (Path(trainer.args.output_dir) / WEIGHTS).exists()
 
@@ -312,7 +312,7 @@ class TestFiles:
         self, seeds: list[Path], make_base: Any, make_adapter: Any, tokenizer: Any, value: float
     ) -> None:
         """Named with file and tensor, before it is on the model."""
-        line = rf"seed-1/{WEIGHTS}: base_model\S+: found a value that is not finite, expected finite weights"
+        line = rf"seed-1/{WEIGHTS}: base_model\S+ contains NaN or infinite values"
         model = make_adapter(make_base(), "policy", 3)
         for enter in (
             lambda: adapters.attach(model, seeds[1], "seed"),
@@ -334,9 +334,7 @@ class TestFiles:
         sign(checkpoint)
         trainer = make_trainer(**options)
         before = held(trainer)
-        with pytest.raises(
-            SalsaError, match=rf"checkpoint-1/{WEIGHTS}: base_model\S+: found a value that is not finite"
-        ):
+        with pytest.raises(SalsaError, match=rf"checkpoint-1/{WEIGHTS}: base_model\S+ contains NaN or infinite values"):
             trainer.train(resume_from_checkpoint=str(checkpoint))
         assert same_bits(held(trainer), before)
 

@@ -15,7 +15,7 @@ from typing import Any
 import bad_recipes
 import pytest
 
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 
 HERE = Path(__file__).parent
 SOME, COUNT, COMMANDS = 400, 2000, 50
@@ -34,7 +34,7 @@ def test_what_the_bad_ones_are_made_from_is_good(
     """Each is planned, with adapters."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.yaml").write_text(bad_recipes.good()[name])
-    assert recipe.main(["good.yaml", "--lora", "--dry-run"]) == 0
+    assert salsa_run(["good.yaml", "--lora", "--dry-run"]) == 0
     assert capsys.readouterr().err == "" and [path.name for path in tmp_path.iterdir()] == ["good.yaml"]
 
 
@@ -64,12 +64,12 @@ def test_thousands_of_bad_recipes(tmp_path: Path, tally: Callable[..., None], co
 
 def test_the_watch_sees_what_a_recipe_may_not_do(tmp_path: Path) -> None:
     """A good recipe by the same judge: it is told what began, a file that was written, a trace."""
-    made = "import sys, pathlib\nsys.path.insert(0, {here!r})\nimport bad_recipes\nfrom unittest import mock\nfrom salsa_peft.recipe import run as recipe\n{more}"
+    made = "import sys, pathlib\nsys.path.insert(0, {here!r})\nimport bad_recipes\nfrom unittest import mock\nfrom salsa_peft.recipe import __main__ as command\n{more}"
     more = """
 folder = pathlib.Path(sys.argv[1]); import os; os.chdir(folder); sys.addaudithook(bad_recipes.watch)
 good = bad_recipes.good()["tiny"].encode()
 for effect in (lambda *_, **__: sys.stdout.write("x"), lambda *_, **__: open("x", "w"), lambda *_, **__: os.system("true"), lambda *_, **__: 1 / 0):
-    with mock.patch.object(recipe, "load_recipe", side_effect=effect), mock.patch.object(recipe, "run_folder", side_effect=recipe.SalsaError("no")):
+    with mock.patch.object(command, "load_recipe", side_effect=effect), mock.patch.object(command, "run_folder", side_effect=command.SalsaError("no")):
         print(bad_recipes.wrong(bad_recipes.Bad("x", good), folder, [])[0].split("\\n")[0])
 """
     argv = [sys.executable, "-c", made.format(here=str(HERE), more=more), str(tmp_path)]
@@ -132,5 +132,5 @@ def test_an_output_folder_whose_name_no_disk_takes(
 ) -> None:
     """One line, as for any other."""
     monkeypatch.chdir(tmp_path)
-    assert recipe.main(["quickstart", "--lora", "--dry-run", "--output-dir", "x" * 300]) == 2
+    assert salsa_run(["quickstart", "--lora", "--dry-run", "--output-dir", "x" * 300]) == 2
     assert capsys.readouterr().err.count("\n") == 1

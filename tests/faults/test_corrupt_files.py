@@ -23,7 +23,7 @@ from salsa_peft.evaluation import evaluate
 from salsa_peft.evaluation.judges.cache import Cache, Reply
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe import processes
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import checkpoints
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -121,7 +121,7 @@ def go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_
     (tmp_path / "tiny.yaml").write_text(RECIPE)
 
     def run(*words: str) -> tuple[int, list[str], list[str], str]:
-        code = recipe.main(["tiny.yaml", "--lora", *words], stages=FAKE)
+        code = salsa_run(["tiny.yaml", "--lora", *words], stages=FAKE)
         lines = capsys.readouterr().err.splitlines()
         said = [line.split(" … ") for line in lines]
         made = [words[0] for words in said if len(words) > 1 and words[1].startswith("done")]
@@ -356,10 +356,10 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
 def test_answers_on_the_way(tmp_path: Path, line: str) -> None:
     """A line that is no answer is left out, and asked again."""
     rows = [{"index": number, "turn": 1, "response": "r"} for number in range(3)]
-    evaluate.keep(tmp_path / "0.jsonl", rows[:2])
+    evaluate.append_partial(tmp_path / "0.jsonl", rows[:2])
     with (tmp_path / "0.jsonl").open("a") as file:
         file.write(line)
-    evaluate.keep(tmp_path / "0.jsonl", rows[2:])
+    evaluate.append_partial(tmp_path / "0.jsonl", rows[2:])
     assert evaluate.read_partial(tmp_path / "0.jsonl") == {(row["index"], 1): row for row in rows}
 
 
@@ -367,7 +367,7 @@ def test_a_flipped_bit_of_an_answer_on_the_way(tmp_path: Path, capsys: Any, tall
     """Any bit of it, also one that leaves good JSON: said, left out, and asked again."""
     path = tmp_path / "0.jsonl"
     rows = [{"index": number, "turn": 1, "response": "abc"} for number in range(2)]
-    evaluate.keep(path, rows)
+    evaluate.append_partial(path, rows)
     whole = path.read_bytes()
     bits = range(8, 8 * (len(whole) - 1), 7)
     for bit in bits:
@@ -376,7 +376,7 @@ def test_a_flipped_bit_of_an_answer_on_the_way(tmp_path: Path, capsys: Any, tall
         path.write_bytes(raw)
         found = evaluate.read_partial(path)
         assert len(found) < 2 and all(row in rows for row in found.values())
-        assert " lines are not whole; what they answered is answered again" in capsys.readouterr().err
+        assert " lines are damaged or incomplete; their answers are generated again" in capsys.readouterr().err
     tally(tries=len(bits))
 
 
@@ -400,7 +400,7 @@ def test_tidying_up_spares_results(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").symlink_to(tmp_path / "elsewhere")
     entry = {"size": 6, "sha256": runs.sha256(tmp_path / "metrics.1.jsonl")}
     write_atomic(tmp_path / MANIFEST, json.dumps({"files": {"metrics.1.jsonl": entry}}))
-    runs.tidy(tmp_path)
+    runs.remove_temporary_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "manifest.json", "metrics.1.jsonl"]
 
 

@@ -27,8 +27,8 @@ from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.weights import save_checkpoint
-from salsa_peft.recipe import processes
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe import worker
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.saving import stored_size
 from salsa_peft.utils import files as disk
@@ -150,7 +150,7 @@ def test_what_a_kill_left_counts_as_free(make_trainer: Any, make_base: Any, make
     left = [
         tmp_path / "out" / checkpoints.PARTIAL / "x",
         tmp_path / "full" / ".saving" / "x",
-        tmp_path / "seed" / f".{adapters.WEIGHTS}.part",
+        tmp_path / "seed" / f".{adapters.WEIGHTS}.7-7.tmp",
     ]
     for file in left:
         file.parent.mkdir(parents=True)
@@ -263,7 +263,7 @@ class TestACommand:
         """Code 2, one line, no folder."""
         monkeypatch.chdir(tmp_path)
         free(monkeypatch, 1_000_000)
-        assert recipe.main(["quickstart", "--lora"]) == 2
+        assert salsa_run(["quickstart", "--lora"]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "results: found 1.0 MiB free on" in said and not list(tmp_path.iterdir())
 
@@ -277,7 +277,7 @@ class TestACommand:
         sys.modules["full_disk_stage"] = type("Stage", (), {"run": staticmethod(work)})  # type: ignore[assignment]
         unit = runs.Unit(stage="sft", name="seed-0", run="full_disk_stage:run")
         loaded = load_recipe("quickstart", lora="lora", overrides=[])
-        report = processes.worked(runs.Job(recipe=loaded.recipe, unit=unit, folder=tmp_path, inputs={}, recipe_yaml=""))
+        report = worker.run_stage(runs.Job(recipe=loaded.recipe, unit=unit, folder=tmp_path, inputs={}, recipe_yaml=""))
         assert report["known"] and report["line"].startswith(f"{tmp_path}: found no room to write a file (")
 
     @pytest.mark.slow

@@ -15,8 +15,8 @@ import torch
 from salsa_peft.config.load import load_recipe
 from salsa_peft.models.base import causal_lm
 from salsa_peft.recipe import processes
-from salsa_peft.recipe import run as recipe
-from salsa_peft.recipe.run import smaller
+from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.hardware import halve_batches
 from salsa_peft.training.ppo.backends import CompiledHF
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.utils.errors import SalsaError
@@ -254,7 +254,7 @@ class TestStages:
         found = load_recipe(
             "quickstart", lora="lora", overrides=[f"{key}={value}" for key, value in sets.items()]
         ).recipe
-        less = smaller(found, stage)
+        less = halve_batches(found, stage)
         assert (None if less is None else less.changed) == changed
         if less is not None and stage not in ("landscape", "evaluate"):
             assert getattr(less.recipe, stage).batch_size == getattr(found, stage).batch_size
@@ -268,7 +268,7 @@ class TestStages:
         """An endpoint's memory is its own."""
         judge = {"kind": "local", "model": "some/judge", "concurrency": 8}
         words = f"evaluate.judge={json.dumps(judge)}"
-        less = smaller(load_recipe("quickstart", lora="lora", overrides=[words]).recipe, "judge")
+        less = halve_batches(load_recipe("quickstart", lora="lora", overrides=[words]).recipe, "judge")
         assert less is not None and less.changed == {"evaluate.judge.concurrency": (8, 4)}
 
     @pytest.fixture
@@ -283,7 +283,7 @@ class TestStages:
                 f"name: x\ndescription: '{actions}'\ntoy: {{}}\nsft: {{batch_size: {batch}}}\npolicies: {{}}\nlandscape: null\n"
             )
             words = [str(path), "--lora", "--output-dir", str(tmp_path / "run"), "--stages", "toy,sft"]
-            return recipe.main(words, stages=fake_stages.FAKE), capfd.readouterr().err.splitlines()
+            return salsa_run(words, stages=fake_stages.FAKE), capfd.readouterr().err.splitlines()
 
         return run
 

@@ -340,27 +340,6 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("strategy", ["linear", "slerp"])
-def test_a_soup_of_checkpoints_is_a_cpus(tmp_path: Path, device: torch.device, strategy: str) -> None:
-    """`salsa soup --device cuda` of bf16 shards against `--device cpu`: the same bytes but at ties, which both round to a neighbour."""
-    from checkpoint_folders import assert_rounded, read, values, write
-
-    from salsa_peft.soup.__main__ import main as soup
-
-    tensors = [values(seed) for seed in range(3)]
-    *members, base = [str(write(tmp_path / f"m{seed}", one, shards=2)) for seed, one in enumerate(tensors)]
-    for place in ("cpu", device.type):
-        words = [str(tmp_path / f"out-{place}"), *members, "--device", place]
-        words += ["--strategy", "slerp", "--base", base] if strategy == "slerp" else ["--weights", "0.3,0.7"]
-        assert soup(words) == 0
-    one, other = read(tmp_path / "out-cpu"), read(tmp_path / f"out-{device.type}")
-    assert one.keys() == other.keys()
-    if strategy == "linear":
-        assert_rounded(other, tensors[:2], [0.3, 0.7])
-    differing = sum(int((other[name] != tensor).sum()) for name, tensor in one.items())
-    assert differing <= 0.02 * sum(tensor.numel() for tensor in one.values())
-
-
 def test_an_adapter_merges_as_peft_merges_it(make_base: Any, make_adapter: Any, device: torch.device) -> None:
     """On the card, in bf16: what vLLM is given. The base that all roles share keeps its bytes."""
     from salsa_peft.models.adapters.merged import merged_parameters

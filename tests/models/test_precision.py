@@ -140,7 +140,7 @@ def test_torchao_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -
     """When the recipe's stage begins to work out its arguments."""
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
     assert precision.arguments("master").keys() == {"bf16"}, "an optimizer, where any AdamW will do"
-    with pytest.raises(SalsaError, match=r"found stochastic without torchao.*pip install 'salsa-peft\[full\]'"):
+    with pytest.raises(SalsaError, match=r"stochastic needs torchao.*pip install 'salsa-peft\[full\]'"):
         precision.arguments("stochastic")
 
 

@@ -19,7 +19,7 @@ from paths import SUPPORT
 from salsa_peft.config.job import Unit
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe import processes
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint, sha256
@@ -48,7 +48,7 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         said = [
             f"description={json.dumps(json.dumps({k.replace('__', '/').replace('_', '-'): v for k, v in actions.items()}))}"
         ]
-        code = recipe.main(["tiny.yaml", "--lora", "--set", *said, *words], stages=FAKE)
+        code = salsa_run(["tiny.yaml", "--lora", "--set", *said, *words], stages=FAKE)
         err = capsys.readouterr().err
         made = [line.split(" … ")[0] for line in err.splitlines() if " … done" in line]
         return code, made, err

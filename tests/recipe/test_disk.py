@@ -15,9 +15,9 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.config.schema import Recipe
 from salsa_peft.models.architectures.memory import GIB
 from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import disk
-from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import disk, hardware
 from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 
 CARD = 80 * GIB  # there full weights of 7B train in bf16
 SMALL = """
@@ -48,7 +48,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A disk with so many bytes free, and a card of 80 GiB."""
     found = SimpleNamespace(free=0, total=2**40, used=0)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: found)
-    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", CARD)])
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.Gpu("X", CARD)])
     return found
 
 
@@ -111,24 +111,24 @@ def test_a_run_that_cannot_fit_is_refused(
     """Code 2, one line with what would do, nothing written; the plan says it too, and does not refuse."""
     words = ["llama2_full", "--set", "evaluate.judge=null", "--output-dir", str(tmp_path / "run")]
     free.free = 120 * GIB
-    assert recipe.main(words) == 2
+    assert salsa_run(words) == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and line.startswith(
         f"results: found 120.0 GiB free on the disk of {tmp_path}, expected 163.5 GiB, of which 100.2 GiB stay"
     )
     assert line.endswith("take --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
     free.free = 145 * GIB
-    assert recipe.main(words) == 2
+    assert salsa_run(words) == 2
     assert "or --set ppo.save_steps=100000 (one checkpoint a policy, at its end), or --lora" in capsys.readouterr().err
-    assert recipe.main([*words, "--dry-run"]) == 0
+    assert salsa_run([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert (
         "disk: 100.2 GiB more when all is done, at most 163.5 GiB at one time; 145.0 GiB free" in said
         and ": too little; take" in said
     )
-    assert recipe.main([*words, "--lora", "--dry-run"]) == 0
+    assert salsa_run([*words, "--lora", "--dry-run"]) == 0
     assert "too little" not in capsys.readouterr().out
-    assert recipe.main(["smollm2", "--dry-run"]) == 0
+    assert salsa_run(["smollm2", "--dry-run"]) == 0
     assert (
         "disk: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand" in capsys.readouterr().out
     )
@@ -155,7 +155,7 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
     watching.start()
     try:
         stages = ["--stages", "toy,sft,reward,soup,ppo", "--output-dir", str(folder)]
-        assert recipe.main([str(file), *(["--lora"] if lora else []), *stages]) == 0
+        assert salsa_run([str(file), *(["--lora"] if lora else []), *stages]) == 0
     finally:
         done.set()
         watching.join()

@@ -7,8 +7,8 @@ from paper_models import paper
 
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, estimate
-from salsa_peft.recipe import hardware as cards
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe import hardware
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.dry_run import advice
 
 ONE = ("ppo.gradient_checkpointing=false", "ppo.micro_batch_size=8")
@@ -98,21 +98,21 @@ def test_several_stages_at_once() -> None:
 
 def test_the_size_that_is_sold() -> None:
     """GiB, as --gpu takes them."""
-    assert [cards._sold(size * GIB) for size in (3, 16, 16.1, 70, 190, 193.5)] == [16, 16, 24, 80, 192, 194]
+    assert [hardware.smallest_gpu(size * GIB) for size in (3, 16, 16.1, 70, 190, 193.5)] == [16, 16, 24, 80, 192, 194]
 
 
 def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """--gpu, or the card that is there; what does not fit with what would help."""
-    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("NVIDIA X", 80 * GIB)])
-    assert recipe.main(["llama2_full", "--dry-run"]) == 0
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.Gpu("NVIDIA X", 80 * GIB)])
+    assert salsa_run(["llama2_full", "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "NVIDIA X, 80 GiB" in plan and "step (stochastic)" in plan and "67.6 GiB" in plan and "fits" in plan
-    assert recipe.main(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
+    assert salsa_run(["llama2_full", "--dry-run", "--gpu", "24"]) == 0
     plan = capsys.readouterr().out
     assert "--gpu, 24 GiB" in plan and "too large; --lora" in plan and "all stages fit with: --lora\n" in plan
-    assert recipe.main(["llama2_full", "--dry-run", "--gpu", "1"]) == 0
+    assert salsa_run(["llama2_full", "--dry-run", "--gpu", "1"]) == 0
     assert "no change makes all stages fit: a larger card" in capsys.readouterr().out
-    assert recipe.main(["smollm2", "--lora", "--dry-run"]) == 0
+    assert salsa_run(["smollm2", "--lora", "--dry-run"]) == 0
     assert (
         "memory: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand"
         in capsys.readouterr().out
@@ -122,5 +122,5 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
     ):
         with pytest.raises(SystemExit) as caught:
-            recipe.main(["llama2_full", *words])
+            salsa_run(["llama2_full", *words])
         assert caught.value.code == 2 and line in capsys.readouterr().err

@@ -14,8 +14,9 @@ from salsa_peft.config.load import load_recipe
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.memory import GIB, Estimate, estimate
 from salsa_peft.recipe import cache as runs
-from salsa_peft.recipe import hardware as cards
+from salsa_peft.recipe import hardware
 from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -23,38 +24,38 @@ def test_a_large_model_without_a_gpu_stops_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Code 2, one line that says what it needs, nothing written; a small one goes on, a plan too."""
-    monkeypatch.setattr(cards, "cards", list)
+    monkeypatch.setattr(hardware, "gpus", list)
     folder = tmp_path / "run"
-    assert recipe.main(["llama2_full", "--lora", "--set", "evaluate.judge=null", "--output-dir", str(folder)]) == 2
+    assert salsa_run(["llama2_full", "--lora", "--set", "evaluate.judge=null", "--output-dir", str(folder)]) == 2
     line = capsys.readouterr().err.strip()
     assert (
         "\n" not in line
-        and "found a model of 6.7 B parameters and no CUDA GPU" in line
-        and "at least about 23 GiB for ppo" in line
+        and "a model of 6.7 B parameters needs a CUDA GPU, and nvidia-smi lists none" in line
+        and "at least about 23 GiB (for ppo)" in line
     )
     assert not folder.exists()
-    assert cards.check_device(load_recipe("smollm2", lora="lora", overrides=[]).recipe, []) == []
-    there = [cards.Card("A", 16 * GIB)]
+    assert hardware.check_gpu(load_recipe("smollm2", lora="lora", overrides=[]).recipe, []) == []
+    there = [hardware.Gpu("A", 16 * GIB)]
     job = paper("llama2_full", "lora")[0]
-    assert cards.check_device(job, [], {"soup", "report"}) == []  # what needs none
-    assert all(line.startswith("sft ") for line in cards.check_device(job, there, {"sft", "soup"}))
-    warned = cards.check_device(job, there)
-    assert any(line.startswith("ppo may not fit: about 23.") and "A has 16" in line for line in warned)
+    assert hardware.check_gpu(job, [], {"soup", "report"}) == []  # what needs none
+    assert all(line.startswith("sft ") for line in hardware.check_gpu(job, there, {"sft", "soup"}))
+    warned = hardware.check_gpu(job, there)
+    assert any(line.startswith("ppo may not fit: it needs about 23.") and "A has 16" in line for line in warned)
 
 
 def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names and MiB; no card where it is missing, slow or broken."""
-    monkeypatch.setattr(cards.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
 
     def answers(text: str, code: int = 0) -> None:
         monkeypatch.setattr(
-            cards.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, stdout=text)
+            hardware.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, stdout=text)
         )
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     answers("GPU-4f1a, NVIDIA H200, 143771\nGPU-77b2, NVIDIA A10, Inc., 23028\n")
-    both = [cards.Card("NVIDIA H200", 143771 * 2**20), cards.Card("NVIDIA A10, Inc.", 23028 * 2**20)]
-    assert cards.cards() == both
+    both = [hardware.Gpu("NVIDIA H200", 143771 * 2**20), hardware.Gpu("NVIDIA A10, Inc.", 23028 * 2**20)]
+    assert hardware.gpus() == both
     for words, seen in (
         ("1", both[1:]),
         ("1,0", both[::-1]),
@@ -65,34 +66,34 @@ def test_nvidia_smi_is_read_and_may_fail(monkeypatch: pytest.MonkeyPatch) -> Non
         ("MIG-1", both[:1]),
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", words)
-        assert cards.cards() == seen, words
+        assert hardware.gpus() == seen, words
     answers("NVIDIA-SMI has failed", 9)
-    assert cards.cards() == []
+    assert hardware.gpus() == []
 
     def slow(*_: Any, **__: Any) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 5)
 
-    monkeypatch.setattr(cards.subprocess, "run", slow)
-    assert cards.cards() == []
+    monkeypatch.setattr(hardware.subprocess, "run", slow)
+    assert hardware.gpus() == []
 
 
 def test_the_measured_peak_stands_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the card that is there, without CUDA's own; none for a stage without a base."""
-    monkeypatch.setattr(cards, "cards", lambda: [cards.Card("X", 80 * GIB)])
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.Gpu("X", 80 * GIB)])
     job, size = paper("llama2_full", "lora")
     found: Estimate = estimate(job, "ppo", size, 80 * GIB)
-    assert cards.planned_mb(job, "ppo") == pytest.approx((found.total - memory.CONTEXT) / 1e6, abs=0.1)
-    assert cards.planned_mb(job, "soup") is None
+    assert hardware.planned_mb(job, "ppo") == pytest.approx((found.total - memory.CONTEXT) / 1e6, abs=0.1)
+    assert hardware.planned_mb(job, "soup") is None
 
 
 def test_what_is_there_already_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The report of a 7B run is made anywhere, and a finished stage is no reason to stop."""
-    monkeypatch.setattr(cards, "cards", list)
+    monkeypatch.setattr(hardware, "gpus", list)
     job, _ = paper("llama2_full", "lora")
     steps = {
         stage: runs.Step(unit=Unit(stage=stage, name=stage, run=""), key="", folder=tmp_path, why=why)
         for stage, why in (("sft", None), ("ppo", "new"), ("report", "new"))
     }
     assert recipe.check_machine(job, steps, {"sft", "report"}) == []
-    with pytest.raises(SalsaError, match="no CUDA GPU"):
+    with pytest.raises(SalsaError, match="needs a CUDA GPU, and nvidia-smi lists none"):
         recipe.check_machine(job, steps, {"ppo", "report"})

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,8 @@ from small_recipe import read, unit
 
 from salsa_peft.config import job as runs
 from salsa_peft.config.load import load_recipe
-from salsa_peft.recipe import launch as launching
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe import hardware, processes
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.utils.errors import SalsaError
 
 RECIPE = """
@@ -102,7 +105,7 @@ def test_a_signal_reaches_both_which_may_save(tmp_path: Path, number: int, code:
         process.send_signal(number)
     assert process.wait(30) == code
     assert all(gone(pid) for pid in there)
-    assert process.stderr is not None and process.stderr.read().endswith("the same command goes on where it was\n")
+    assert process.stderr is not None and process.stderr.read().endswith("run the same command again to continue\n")
     assert len(list(tmp_path.glob("runs/tiny-lora/sft/seed-0/*/saved-*"))) == 2
     assert list((tmp_path / "runs" / "tiny-lora" / "logs").iterdir()) == []
 
@@ -119,43 +122,44 @@ def test_kill_9_of_the_command_takes_all_along(tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "tiny-lora" / "logs").iterdir()) == []
 
 
-def test_a_process_without_its_command_ends_at_once(tmp_path: Path) -> None:
-    """Launched by a command that was killed in the meantime: the job is gone, or nobody holds it."""
-    argv = [sys.executable, "-c", "import sys, time, pathlib, salsa_peft.recipe.launch as l; l.end_with_command(pathlib.Path(sys.argv[1])); time.sleep(60)"]  # fmt: skip
-    done = [subprocess.run([*argv, str(tmp_path)], env=environment(), timeout=30, check=False).returncode]
-    (tmp_path / launching.JOB).write_text("{}")
-    done += [subprocess.run([*argv, str(tmp_path)], env=environment(), timeout=30, check=False).returncode]
-    assert done == [1, -signal.SIGKILL]
+@pytest.mark.parametrize("step", ["no socket", "no job", "in the stage"])
+def test_a_process_without_its_command_ends_at_once(tmp_path: Path, step: str) -> None:
+    """Launched by a command that was killed before it connected, before it got the job, or while the stage function runs."""
+    address = str(tmp_path / "socket")
+    code = "import sys, time; from salsa_peft.recipe import worker; worker.receive_job(sys.argv[1], 0); time.sleep(60)"
+    with socket.socket(socket.AF_UNIX) as server:
+        if step != "no socket":
+            server.bind(address)
+            server.listen()
+        process = subprocess.Popen([sys.executable, "-c", code, address], env=environment())
+        if step != "no socket":
+            with Connection(server.accept()[0].detach()) as connection:
+                assert connection.recv() == (0, process.pid)
+                if step == "in the stage":
+                    connection.send(("job", []))
+                    time.sleep(0.5)
+                    assert process.poll() is None
+        assert process.wait(30) == (-signal.SIGKILL if step == "in the stage" else 1)
 
 
 def test_a_job_arrives_as_it_was_sent(tmp_path: Path) -> None:
-    """Recipe, unit and paths, through JSON."""
+    """Recipe, unit and paths, as a connection carries them."""
     loaded = load_recipe("quickstart", lora="lora", overrides=["num_processes=2", "ppo.guards={length: warn}"])
     for stage in FAKE.values():
         for one in stage.units(loaded.recipe, stage.run):
             job = runs.Job(
                 recipe=loaded.recipe, unit=one, folder=tmp_path / "a", inputs={"toy": tmp_path}, recipe_yaml="ä: 1"
             )
-            launching.write_job(job, tmp_path)
-            assert launching.read_job(tmp_path)[0] == job
+            assert pickle.loads(pickle.dumps(job)) == job
 
 
-def test_memory_is_of_the_machine_and_of_a_card(tmp_path: Path) -> None:
-    """The sum of the processes', and the largest of the cards'."""
-    loaded = load_recipe("quickstart", lora="lora", overrides=["num_processes=2"])
-    job = runs.Job(
-        recipe=loaded.recipe,
-        unit=runs.Unit(stage="soup", name="soup", run="a:b"),
-        folder=tmp_path,
-        inputs={},
-        recipe_yaml="",
-    )
-    (tmp_path / launching.LAUNCHER_LOG).write_text("")
-    for rank, card in ((1, 7.5), (0, 5.0)):
-        launching.write_report(
-            tmp_path, rank, {"facts": {"rank": rank}, "seconds": 1.0, "peak_mb": 10.0 + rank, "gpu_peak_mb": card}
-        )
-    found = launching._outcome(job, tmp_path, 0, tmp_path / "a.log", False)
+def test_memory_is_of_the_machine_and_of_a_gpu(tmp_path: Path) -> None:
+    """The sum of the processes', and the largest of the GPUs'."""
+    reports = {
+        rank: {"facts": {"rank": rank}, "seconds": 1.0, "peak_mb": 10.0 + rank, "gpu_peak_mb": gpu}
+        for rank, gpu in ((1, 7.5), (0, 5.0))
+    }
+    found = processes.to_result(reports, "soup", tmp_path / "a.log", debug=False)
     assert (found.facts, found.peak_mb, found.gpu_peak_mb) == ({"rank": 0}, 21.0, 7.5)
 
 
@@ -190,9 +194,9 @@ def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: s
     [
         (0, None, [], None),
         (4, None, ["accelerate=fsdp2"], None),
-        (4, "1", [], "num_processes: found 2, expected at most 1, the GPUs here"),
-        (1, None, [], "num_processes: found 2, expected at most 1, the GPUs here"),
-        (0, None, ["accelerate=fsdp2"], "accelerate: found fsdp2 and no GPU"),
+        (4, "1", [], "num_processes: found 2, but this machine has 1 GPU and each process needs one; lower it to 1"),
+        (1, None, [], "num_processes: found 2, but this machine has 1 GPU and each process needs one; lower it to 1"),
+        (0, None, ["accelerate=fsdp2"], "accelerate: fsdp2 needs GPUs, and nvidia-smi lists none; use ddp"),
     ],
 )
 def test_what_a_machine_can_not_run(
@@ -204,17 +208,19 @@ def test_what_a_machine_can_not_run(
     message: str | None,
 ) -> None:
     """By the GPUs that nvidia-smi names, less those that CUDA_VISIBLE_DEVICES hides."""
-    monkeypatch.setattr(launching.hardware, "cards", lambda: [launching.hardware.Card("card", 2**34)] * there)
+    listed = "".join(f"GPU-{number}, gpu, 16384\n" for number in range(there))
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(hardware.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=listed))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     loaded = load_recipe(str(tmp_path / "tiny.yaml"), lora="lora", overrides=sets)
     if message is None:
-        launching.check(loaded.recipe)
+        hardware.check_processes(loaded.recipe)
     else:
         with pytest.raises(SalsaError, match=message):
-            launching.check(loaded.recipe)
+            hardware.check_processes(loaded.recipe)
 
 
 def test_a_refusal_of_the_machine_comes_before_anything_is_written(
@@ -222,9 +228,12 @@ def test_a_refusal_of_the_machine_comes_before_anything_is_written(
 ) -> None:
     """And not in a plan, nor where no training stage is to be made."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launching.hardware, "cards", list)
+    monkeypatch.setattr(hardware, "gpus", list)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     words = ["tiny.yaml", "--lora", "--set", "accelerate=fsdp2"]
-    assert recipe.main(words, stages=FAKE) == 2
-    assert capsys.readouterr().err.startswith("accelerate: found fsdp2 and no GPU") and not Path("runs").exists()
-    assert recipe.main([*words, "--dry-run"], stages=FAKE) == 0
+    assert salsa_run(words, stages=FAKE) == 2
+    assert (
+        capsys.readouterr().err.startswith("accelerate: fsdp2 needs GPUs, and nvidia-smi lists none; use ddp")
+        and not Path("runs").exists()
+    )
+    assert salsa_run([*words, "--dry-run"], stages=FAKE) == 0

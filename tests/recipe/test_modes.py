@@ -17,7 +17,7 @@ from small_recipe import SMALL, read, unit
 from salsa_peft.data.toy import make_tokenizer
 from salsa_peft.models import stage_context
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 
 LESS = {"toy.pretrain_steps": 1, "toy.pretrain_examples": 64, "landscape.plane": None}
 
@@ -30,7 +30,7 @@ def whole(inline: None, tmp_path: Path) -> Callable[..., Path]:
         base, folder = make_base(kind, tmp_path / "base"), tmp_path / "run"
         given = SMALL | LESS | {"model.base": str(base)}
         sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        assert recipe.main(["quickstart", *sets, "--output-dir", str(folder), *words]) == 0
+        assert salsa_run(["quickstart", *sets, "--output-dir", str(folder), *words]) == 0
         return folder
 
     return make
@@ -53,7 +53,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
 
     from salsa_peft.config.references import parse_reference
     from salsa_peft.config.schema import Recipe
-    from salsa_peft.evaluation.landscape import moving
+    from salsa_peft.evaluation.landscape import adjustable_model
     from salsa_peft.models.stage_context import StageContext
     from salsa_peft.training.references import checkpoint_sum, load_checkpoint_sum
 
@@ -84,7 +84,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     ):  # fmt: skip
         load_checkpoint_sum(model, *checkpoint_sum(context, parse_reference("reference", said)[0], inputs))
         check(weights)
-    model, adapter, move = moving(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
+    model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None
     for weights in ([0.6, 0.0], [-0.5, 1.5], [0.5, 0.5]):
         move(weights)
@@ -166,7 +166,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     from peft import get_peft_model
 
     from salsa_peft.config.schema import Adapter, Model
-    from salsa_peft.models.base import load_base
+    from salsa_peft.models.base import cast_trainable_to_float32, load_base
     from salsa_peft.training.reward_model import copy_adapter
 
     folder = make_base("llama", tmp_path / "base")
@@ -182,7 +182,7 @@ def test_the_reward_model_of_qlora_starts_at_seed_0(tmp_path: Path) -> None:
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    adapters.cast_trainable_to_float32(peft)
+    cast_trainable_to_float32(peft)
     copy_adapter(peft, tmp_path / "seed-0")
     adapters.save(peft, "default", tmp_path / "again")
     again = adapters.read(tmp_path / "again")[1]

@@ -16,7 +16,8 @@ import salsa_peft
 from salsa_peft.cli import main as cli
 from salsa_peft.config import load as parsing
 from salsa_peft.recipe import run as recipe
-from salsa_peft.recipe.run import parse_args
+from salsa_peft.recipe.__main__ import main as salsa_run
+from salsa_peft.recipe.__main__ import parse_args
 from salsa_peft.recipe.units import report_units
 
 RECIPE = """
@@ -83,7 +84,7 @@ def test_the_console_script_is_the_same_commands(here, capsys):
     assert "did you mean run?" in capsys.readouterr().err
     assert cli.main(["run", "tiny.yaml", "--lora", "--dry-run"]) == 0
     first = capsys.readouterr().out
-    assert recipe.main(["tiny.yaml", "--lora", "--dry-run"]) == 0
+    assert salsa_run(["tiny.yaml", "--lora", "--dry-run"]) == 0
     free = r"[\d.]+ [GM]iB free"  # other processes write meanwhile
     assert re.sub(free, "", capsys.readouterr().out) == re.sub(free, "", first)
     assert cli.main(["report", "tiny.yaml", "--lora"]) == 2
@@ -132,7 +133,7 @@ def test_the_plan(here, capsys):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     (here / "d.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 20)
     assert (
-        recipe.main(
+        salsa_run(
             [
                 "tiny.yaml",
                 "--lora",
@@ -156,7 +157,7 @@ def test_the_plan(here, capsys):
         assert " ".join(line.split()) in " ".join(out.split()), line  # whatever the columns' widths
     assert out.count("to do") == 12
     assert (
-        recipe.main(["tiny.yaml", "--lora", "--dry-run", "--stages", "toy,sft/seed-1", "--set", "sft.max_steps=3"]) == 0
+        salsa_run(["tiny.yaml", "--lora", "--dry-run", "--stages", "toy,sft/seed-1", "--set", "sft.max_steps=3"]) == 0
     )
     out = capsys.readouterr().out
     assert out.count("to do") == 2
@@ -192,9 +193,9 @@ def test_the_plans_updates_are_rollout_batches(here, capsys):
     """max_steps counts optimizer steps; the prompts that don't fill a rollout batch are left out."""
     (here / "p.jsonl").write_text('{"prompt": "a"}\n' * 40)
     plan = ["tiny.yaml", "--lora", "--dry-run", "--set", "data.prompts=p.jsonl"]
-    assert recipe.main(plan) == 0
+    assert salsa_run(plan) == 0
     assert "about 4 updates (40 rows × 2 epochs)" in capsys.readouterr().out
-    assert recipe.main([*plan, "--set", "ppo.max_steps=16"]) == 0
+    assert salsa_run([*plan, "--set", "ppo.max_steps=16"]) == 0
     assert "2 updates (max_steps = 16 optimizer steps)" in capsys.readouterr().out
 
 
@@ -221,9 +222,9 @@ def test_local_paths_are_in_no_slice(here):
 
 
 def test_output_dir(here, capsys):
-    assert recipe.main(["tiny.yaml", "--lora", "--dry-run", "--output-dir", "elsewhere"]) == 0
+    assert salsa_run(["tiny.yaml", "--lora", "--dry-run", "--output-dir", "elsewhere"]) == 0
     assert f"results: {here}/elsewhere\n" in capsys.readouterr().out
-    assert recipe.main(["tiny.yaml", "--lora", "--output-dir", "tiny.yaml/x"]) == 2
+    assert salsa_run(["tiny.yaml", "--lora", "--output-dir", "tiny.yaml/x"]) == 2
     assert "which is a file, expected a folder" in capsys.readouterr().err
 
 

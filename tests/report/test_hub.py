@@ -219,7 +219,9 @@ except SalsaError as error:
     print(error)
     sys.exit()
 """)  # fmt: skip
-    assert "found weights of another base" in python(server, tmp_path / "other", refused, str(tmp_path / "out"))
+    assert "these weights were trained on another base" in python(
+        server, tmp_path / "other", refused, str(tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize(

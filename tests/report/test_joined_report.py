@@ -17,7 +17,7 @@ from salsa_peft.cli import report
 from salsa_peft.evaluation.judge_statistics import over_seeds
 from salsa_peft.report.gather import identity
 from salsa_peft.report.joined import Run, replicates, table, write_joined
-from salsa_peft.report.judge_tables import rows_of
+from salsa_peft.report.judge_tables import judgments_of
 from salsa_peft.utils import manifests as runs_of
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.statistics import holm, sign_flip_test
@@ -62,10 +62,10 @@ def test_replicates_are_one_recipe_and_base_with_other_seeds(runs: list[Run]) ->
     other = made("llama", 5, "z")
     found = replicates([runs[0], runs[2], runs[1], other])
     assert [(name, len(of)) for name, of in found] == [("llama", 2), ("gemma", 1), ("llama (2)", 1)]
-    elsewhere = Run(replace(runs[1].told, fingerprint="another"), runs[1].folder)
+    elsewhere = Run(replace(runs[1].report, fingerprint="another"), runs[1].folder)
     assert [len(of) for _, of in replicates([runs[0], elsewhere])] == [1, 1]
-    with pytest.raises(SalsaError, match="found the recipe and training seeds of /runs/llama-0 again"):
-        replicates([runs[0], runs[2], Run(runs[0].told, Path("/elsewhere"))])
+    with pytest.raises(SalsaError, match="has the same recipe and training seeds as /runs/llama-0"):
+        replicates([runs[0], runs[2], Run(runs[0].report, Path("/elsewhere"))])
 
 
 def test_a_groups_rate_is_over_its_runs_and_questions(runs: list[Run]) -> None:
@@ -74,7 +74,7 @@ def test_a_groups_rate_is_over_its_runs_and_questions(runs: list[Run]) -> None:
     assert [(row["model"], row["dataset"], row["runs"]) for row in rows] == [
         ("llama", "in", 2), ("llama", "out", 2), ("gemma", "in", 1), ("gemma", "out", 1)
     ]  # fmt: skip
-    judged = [rows_of(run.told, "in", *PAIR, "reward") for run in runs[:2]]
+    judged = [judgments_of(run.report, "in", *PAIR, "reward") for run in runs[:2]]
     found, cell = over_seeds(judged), rows[0]["cells"][PAIR]
     assert [cell[key] for key in ("adjusted_win_rate", "low", "high", "rates", "spread")] == [
         found.adjusted_win_rate, found.low, found.high, found.rates, found.spread
@@ -91,7 +91,7 @@ def test_a_groups_rate_is_over_its_runs_and_questions(runs: list[Run]) -> None:
 
 def test_the_page(runs: list[Run], tmp_path: Path) -> None:
     """Every cell in both texts, what was found in words, seeds warned of, foreign text as text."""
-    odd = Run(replace(runs[2].told, name=f"gemma {HOSTILE[:30]}"), runs[2].folder)
+    odd = Run(replace(runs[2].report, name=f"gemma {HOSTILE[:30]}"), runs[2].folder)
     summary = write_joined(tmp_path, [*runs[:2], odd])
     html = (tmp_path / "report.html").read_text("utf-8")
     page, text = Page(html), (tmp_path / "report.md").read_text("utf-8")
@@ -119,7 +119,7 @@ def test_the_finding_counts(runs: list[Run]) -> None:
 
 def test_other_judges_have_other_rows(runs: list[Run], tmp_path: Path) -> None:
     """And are not to be compared; a run without a judge stands by its measure."""
-    plain = replace(runs[1].told, verdicts=None, judgments=[], training_seeds="sft 7")
+    plain = replace(runs[1].report, verdicts=None, judgments=[], training_seeds="sft 7")
     summary = write_joined(
         tmp_path,
         [runs[0], made("llama", 3, "x", "meta-llama/Llama-2-7b-hf", judge="other"), Run(plain, Path("/runs/plain"))],
@@ -147,7 +147,7 @@ def silent(run: Run, seeds: str) -> Run:
     """The same run, its judge without a verdict."""
     mute = {"first": "missing", "second": "missing", "winner": "missing", "tie_kind": None}
     return Run(
-        replace(run.told, judgments=[{**row, **mute} for row in run.told.judgments], training_seeds=seeds),
+        replace(run.report, judgments=[{**row, **mute} for row in run.report.judgments], training_seeds=seeds),
         Path(f"/runs/{seeds}"),
     )
 
@@ -174,10 +174,10 @@ def test_runs_without_a_verdict_are_told(runs: list[Run], tmp_path: Path) -> Non
 
 def test_judges_of_one_name_who_are_not_one(runs: list[Run]) -> None:
     """Another folder or another prompt: another row."""
-    verdicts = runs[1].told.verdicts
+    verdicts = runs[1].report.verdicts
     assert verdicts is not None
     for judge in ({"model": "/elsewhere/tiny-judge"}, {"prompt": "fastchat"}):
-        other = replace(runs[1].told, verdicts={**verdicts, "judge": {**verdicts["judge"], **judge}})
+        other = replace(runs[1].report, verdicts={**verdicts, "judge": {**verdicts["judge"], **judge}})
         found = table(replicates([runs[0], Run(other, runs[1].folder)]))
         assert [row["by"] for row in found] == ["local tiny-judge"] * 2 + ["local tiny-judge (2)"] * 2
 
@@ -189,7 +189,7 @@ def test_a_searched_policy_by_its_own_name(runs: list[Run]) -> None:
         def renamed(rows: Any) -> Any:
             return [{key: best if value == "salsa" else value for key, value in row.items()} for row in rows]
 
-        verdicts = run.told.verdicts
+        verdicts = run.report.verdicts
         assert verdicts is not None
         tried = [{"policy": best, "kl_coef": 0.1, "adjusted_win_rate": 0.6, "low": 0.5, "high": 0.7}]
         tried.append({**tried[0], "policy": "salsa-kl-9"})
@@ -204,11 +204,11 @@ def test_a_searched_policy_by_its_own_name(runs: list[Run]) -> None:
             for name, data in verdicts["datasets"].items()
         }
         told = replace(
-            run.told,
+            run.report,
             verdicts={**verdicts, "datasets": datasets, "search": search},
             judgments=[
-                *renamed(run.told.judgments),
-                *({**row, "a": "salsa-kl-9"} for row in run.told.judgments if row["a"] == "salsa"),
+                *renamed(run.report.judgments),
+                *({**row, "a": "salsa-kl-9"} for row in run.report.judgments if row["a"] == "salsa"),
             ],
         )
         return Run(told, run.folder)

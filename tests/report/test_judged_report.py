@@ -74,7 +74,7 @@ def test_the_finding_says_what_the_judge_said(run: ReportInput, written: tuple[P
         ((0.52, 0.48, 0.56), 0.3, "ppo", "52.0% [48.0, 56.0], not distinguishable from 50%"),
         ((0.60, 0.52, 0.68), 0.01, "ppo", "60.0% [52.0, 68.0], salsa preferred"),
         ((0.40, 0.32, 0.48), 0.01, "ppo", "40.0% [32.0, 48.0], ppo preferred"),
-        ((0.60, 0.52, 0.68), 0.08, "ppo", "60.0% [52.0, 68.0], salsa preferred (p 0.080 over the pairs of this set, Holm: not shown)"),
+        ((0.60, 0.52, 0.68), 0.08, "ppo", "60.0% [52.0, 68.0], salsa preferred (not significant after Holm’s correction over the pairs of this set: p 0.080)"),
         ((0.50, 0.42, 0.58), 0.9, "shrunk", "50.0% [42.0, 58.0], not distinguishable from 50%: no evidence here that averaging helps"),
         ((0.40, 0.32, 0.48), 0.01, "shrunk", "40.0% [32.0, 48.0], shrunk preferred, the control without averaging"),
     ],
@@ -100,7 +100,12 @@ def test_what_to_know_of_the_judge(run: ReportInput) -> None:
         "datasets": {"in": {"pairs": worse}},
     }
     told = report_judge.warnings(replace(run, verdicts=other))
-    assert "flatters" in told[0] and "60% of judgments" in told[1] and "80% of the games" in told[2] and len(told) == 3
+    assert (
+        "so it favours them" in told[0]
+        and "60% of judgments" in told[1]
+        and "80% of the verdicts" in told[2]
+        and len(told) == 3
+    )
 
 
 def test_answers_that_are_the_same_are_said(run: ReportInput) -> None:
@@ -117,9 +122,9 @@ def test_answers_that_are_the_same_are_said(run: ReportInput) -> None:
     (line,) = [
         line
         for line in report_judge.warnings(replace(run, answers=twins))
-        if "to the letter" in line and "salsa and ppo" in line
+        if "are identical" in line and "salsa and ppo" in line
     ]
-    assert line.startswith("“in”: 80 of 80 answers of salsa and ppo are the same to the letter")
+    assert line.startswith("“in”: 80 of 80 answers of salsa and ppo are identical")
 
 
 def test_no_verdict_is_no_rate(run: ReportInput, tmp_path: Path) -> None:
@@ -169,8 +174,8 @@ class TestPaper:
         found = {(pair["a"], pair["b"]): pair["paper"] for pair in told["datasets"]["mt_bench"]["pairs"]}
         assert found[SALSA_PPO] == {
             "adjusted_win_rate": 0.525,
-            "low": cell.verdicts.low,
-            "high": cell.verdicts.high,
+            "low": cell.rates.low,
+            "high": cell.rates.high,
             "table": 2,
         }
         assert found["salsa", "shrunk"] is None
@@ -190,13 +195,13 @@ class TestAnswers:
     """Side by side."""
 
     def test_all_turns_with_their_rulings(self, run: ReportInput) -> None:
-        found = report_answers.samples(replace(run, samples=3))
+        found = report_answers.sample_answers(replace(run, samples=3))
         assert found["pair"] == SALSA_PPO and [len(of) for of in found["datasets"].values()] == [3, 3]
         question = found["datasets"]["in"][1]
-        assert [turn["turn"] for turn in question["turns"]] == [1, 2] and question["turns"][1]["prompt"] == "and why?"
+        assert len(question["turns"]) == 2 and question["turns"][1]["prompt"] == "and why?"
         assert list(question["turns"][0]["answers"]) == findings.order(run.evaluation, run.policies)
         mine = [row for row in run.judgments if (row["dataset"], row["index"]) == ("in", 1)]
-        assert [row for turn in question["turns"] for row in turn["verdicts"]] == mine
+        assert [row for turn in question["turns"] for row in turn["judgments"]] == mine
         first = [row["winner"] for row in mine if (row["a"], row["b"]) == SALSA_PPO]
         assert [turn["outcome"] for turn in question["turns"]] == [
             {"a": "win", "b": "loss"}.get(who, who) for who in first
@@ -214,14 +219,16 @@ class TestAnswers:
     def test_by_scores_without_a_judge(self) -> None:
         one = synthetic(n=5, small=True)
         scores = {(row["index"], row["model"]): row["scores"]["gold"] for row in one.answers}
-        for index, question in enumerate(report_answers.samples(one)["datasets"]["in"]):
+        for index, question in enumerate(report_answers.sample_answers(one)["datasets"]["in"]):
             x, y = scores[index, "salsa"], scores[index, "ppo"]
             assert question["outcomes"] == ["win" if x > y else "loss" if x < y else "tie"]
 
     def test_answers_that_were_cut_are_counted(self, run: ReportInput) -> None:
         """Those as long as they could be: 4 tokens, of 2, 3, 4."""
-        assert report_answers.cut(run) == {name: pytest.approx(13 / 40) for name in ("in", "out")}
-        assert report_answers.cut(replace(run, limit=None)) == report_answers.cut(replace(run, limit=9)) == {}
+        assert report_answers.truncated(run) == {name: pytest.approx(13 / 40) for name in ("in", "out")}
+        assert (
+            report_answers.truncated(replace(run, limit=None)) == report_answers.truncated(replace(run, limit=9)) == {}
+        )
 
 
 class TestAblations:
@@ -274,7 +281,7 @@ class TestAblations:
             report_judge.method(told, "salsa-kl-0.01") == "salsa"
             and report_judge.method(told, "salsa-kl-0.05") == "salsa-kl-0.05"
         )
-        assert any("flatters what was picked" in line for line in report_judge.warnings(told))
+        assert any("favours the picked value" in line for line in report_judge.warnings(told))
         assert not any(
             "picked" in line
             for line in report_judge.warnings(
@@ -289,7 +296,7 @@ class TestAblations:
         llama = replace(
             told, base="Llama-2-7b-hf", verdicts={**told.verdicts, "search": {**search, "methods": methods}}
         )
-        found = report_judge._beside(llama, "mt_bench", {"a": "salsa-kl-0.01", "b": "ppo-kl-0.2"})["paper"]
+        found = report_judge._paper_cell(llama, "mt_bench", {"a": "salsa-kl-0.01", "b": "ppo-kl-0.2"})
         assert found and found["adjusted_win_rate"] == 0.525
         summary = write_report(tmp_path, replace(told, landscape=None, policies={}))
         page = Page((tmp_path / "report.html").read_text("utf-8")).text
@@ -298,8 +305,8 @@ class TestAblations:
 
 def test_a_pairs_rows_either_way_round(run: ReportInput) -> None:
     """b over a has a's losses as wins, lengths and games the other way round."""
-    rows = report_judge.rows_of(run, "in", *SALSA_PPO, "gold")
-    back = report_judge.rows_of(run, "in", *SALSA_PPO[::-1], "gold")
+    rows = report_judge.judgments_of(run, "in", *SALSA_PPO, "gold")
+    back = report_judge.judgments_of(run, "in", *SALSA_PPO[::-1], "gold")
     assert run.verdicts is not None
     first, turned = pair_result(rows), pair_result(back)
     assert first.wins == run.verdicts["datasets"]["in"]["pairs"][0]["wins"] and first.n == 76

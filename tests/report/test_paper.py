@@ -28,10 +28,10 @@ def test_every_cell_as_recomputed_elsewhere(recomputed: Any) -> None:
         (int(row["table"]), row["model"], row["dataset_corrected"], row["a"], row["b"]): row
         for row in recomputed["rows"]
     }
-    both = [*paper.cells(), *(cell.turned() for cell in paper.cells())]
+    both = [*paper.cells(), *(cell.swapped() for cell in paper.cells())]
     assert len(both) == len(of) == 58
     for cell in both:
-        row, found = of[cell.table, cell.model, cell.dataset, cell.a, cell.b], cell.verdicts
+        row, found = of[cell.table, cell.model, cell.dataset, cell.a, cell.b], cell.rates
         assert (found.wins, found.losses, found.ties, cell.missing) == (
             row["wins"],
             row["losses"],
@@ -55,7 +55,7 @@ def test_table_1_is_the_appendix(recomputed: Any) -> None:
     for (cell, printed), row in zip(paper.table1(), recomputed["table1"], strict=True):
         assert (cell.model, cell.dataset, cell.a, cell.b) == (row["model"], row["dataset"], row["a"], row["b"])
         assert printed == row["printed_adjusted"]
-        assert [100 * cell.verdicts.low, 100 * cell.verdicts.high] == pytest.approx(row["ci95"], abs=0.1)
+        assert [100 * cell.rates.low, 100 * cell.rates.high] == pytest.approx(row["ci95"], abs=0.1)
 
 
 def test_what_does_not_agree() -> None:
@@ -102,7 +102,7 @@ def test_facts_alone_are_shipped() -> None:
 def test_beside_a_runs_pair(base: str, dataset: str, a: str, b: str, counts: tuple[int, int, int] | None) -> None:
     """By the base's name and the recipe's; either way round."""
     cell = paper.beside(base, dataset, a, b)
-    assert counts == (None if cell is None else (cell.verdicts.wins, cell.verdicts.losses, cell.verdicts.ties))
+    assert counts == (None if cell is None else (cell.rates.wins, cell.rates.losses, cell.rates.ties))
 
 
 def test_what_is_printed() -> None:
@@ -112,7 +112,7 @@ def test_what_is_printed() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(f"Table {number}, " in text for number in (1, 2, 3, 4, 5)) and "arXiv 2411.01798" in text
     assert all(flag in " ".join(text.split()) for flag in paper.flags())
-    assert "SALSA over PPO: 5 of 9 intervals lie above 50%, 4 of 9 with p < 0.05 after Holm." in text
+    assert "SALSA over PPO: 5 of 9 intervals lie above 50%, 4 of 9 with p < 0.05 after Holm's correction." in text
     row = next(line for line in text.splitlines() if line.startswith("UltraFeedback*"))
     assert (
         " ".join(row.split())

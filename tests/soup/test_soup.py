@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import load_file
 from soup_members import (
     OPTIONS,
@@ -24,11 +25,13 @@ from soup_members import (
     logits,
     merged_delta,
     open_plain,
+    soup_tensors,
     train,
     weighted_base,
 )
 from transformers import LlamaForCausalLM
 
+from salsa_peft.soup import arrays
 from salsa_peft.soup.__main__ import main
 from salsa_peft.soup.average import soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -44,7 +47,7 @@ class TestExactRule:
         for member, b, a in ((one, 1.0, 3.0), (two, 1.0, 5.0)):
             fill = lambda t, a=a, b=b: [t[k].fill_(a if "lora_A" in k else b) for k in t]  # noqa: E731
             edit_tensors(member, fill)
-        tensors = StackedAdapter.load([one, two]).state_dict([0.25, 0.75])
+        tensors = soup_tensors([one, two], [0.25, 0.75])
         A, B = (tensors[f"base_model.model.{Q0}.lora_{half}.weight"] for half in "AB")
         assert A.shape == (5, 16) and B.shape == (16, 5)
         assert A[:, 0].tolist() == [3, 5, 5, 5, 5] and B[0].tolist() == [0.5, 1.5, 1.5, 1.5, 1.5]
@@ -75,8 +78,8 @@ class TestExactRule:
         weights = [a, b, 1 - a - b]
         with tempfile.TemporaryDirectory() as name:
             members = [train(base, Path(name) / str(i), i, **option) for i, option in enumerate(options)]
-            there = StackedAdapter.load(members).state_dict(weights)
-            back = StackedAdapter.load(members[::-1]).state_dict(weights[::-1])
+            there = soup_tensors(members, weights)
+            back = soup_tensors(members[::-1], weights[::-1])
         assert there.keys() == back.keys()
         for key in (key for key in there if "lora_A" in key):
             other = key.replace("lora_A", "lora_B")
@@ -112,8 +115,8 @@ class TestExactRule:
         members = [train(base, folder / "a", 0), train(base, folder / "b", 1)]
         for member in members:
             edit_tensors(member, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
-        tensors = StackedAdapter.load(members).state_dict([0.3, 0.7])
-        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        soup(folder / "wide", members, [0.3, 0.7], dtype="float32")
+        tensors = load_file(folder / "wide" / WEIGHTS)
         summary = soup(folder / "soup", members, [0.3, 0.7])
         saved = load_file(folder / "soup" / WEIGHTS)
         blocks = [load_file(member / WEIGHTS)[f"base_model.model.{Q0}.lora_B.weight"] for member in members]
@@ -146,11 +149,11 @@ class TestExactRule:
             assert {tensor.dtype for tensor in load_file(folder / "soup" / WEIGHTS).values()} == {expected}
             assert f"torch.{summary['dtype']}" == str(expected)
             assert (summary["rounding"] > 0) is (asked is torch.bfloat16)  # one member, ×2: exact
-        with pytest.raises(SalsaError, match="dtype: found 'int8', expected one of float64"):
+        with pytest.raises(SalsaError, match="dtype: 'int8' is not supported; use one of float64"):
             stacked.save(folder / "soup", [1], dtype="int8")
         edit_tensors(members[0], lambda t: t[f"base_model.model.{Q0}.lora_B.weight"].fill_(40000))
         with pytest.raises(
-            SalsaError, match=rf"{Q0}.lora_B.weight has values too large for float16: ask for dtype float32"
+            SalsaError, match=rf"{Q0}.lora_B.weight has values too large for float16; use dtype float32"
         ):
             soup(folder / "other", [members[0]])
         assert not (folder / "other").exists()
@@ -158,10 +161,10 @@ class TestExactRule:
     def test_float32_against_float64(self, base, folder: Path) -> None:
         """The same numbers as float64 members, computed in float64: 1e-6 of the delta."""
         members = [train(base, folder / str(i), i, r=i + 1) for i in range(3)]
-        one = StackedAdapter.load(members).state_dict([0.2, -0.3, 1.1])
+        one = soup_tensors(members, [0.2, -0.3, 1.1])
         for member in members:
             edit_tensors(member, lambda t: t.update({k: v.double() for k, v in t.items()}))
-        two = StackedAdapter.load(members).state_dict([0.2, -0.3, 1.1])
+        two = soup_tensors(members, [0.2, -0.3, 1.1])
         for key in (key for key in one if "lora_A" in key):
             B = key.replace("lora_A", "lora_B")
             exact = two[B] @ two[key]
@@ -189,10 +192,10 @@ class TestFolder:
     def test_modules_are_listed_where_members_differ(self, base, folder: Path) -> None:
         one = train(base, folder / "a", 0, target_modules=["q_proj"], layers_to_transform=[0])
         two = train(base, folder / "b", 1, target_modules="all-linear", exclude_modules=["gate_proj"])
-        stacked = StackedAdapter.load([one, two])
-        config = stacked.config()
+        soup(folder / "soup", [one, two])
+        config = LoraConfig.from_pretrained(folder / "soup")
         assert (
-            config.target_modules == set(stacked.stacks)
+            config.target_modules == set(StackedAdapter.load([one, two]).stacks)
             and config.layers_to_transform is config.exclude_modules is None
         )
         assert config.rank_pattern == {r"^model\.layers\.0\.self_attn\.q_proj": 4}
@@ -239,12 +242,10 @@ class TestFolder:
 
     def test_a_failed_write_leaves_the_earlier_soup_or_nothing(self, base, folder: Path, monkeypatch) -> None:
         """A full disk in the middle of the weights; afterwards the same call gives the bytes that it always gives."""
-        from salsa_peft.soup.lora import write as adapter_saving
-
         members = [train(base, folder / "a", 0), train(base, folder / "b", 1)]
         soup(folder / "soup", members)
         before = {path.name: path.read_bytes() for path in (folder / "soup").iterdir()}
-        narrow, calls = adapter_saving.float_arrays.narrow, iter(range(3))
+        narrow, calls = arrays.narrow, iter(range(3))
 
         def full_disk(values: object, dtype: str) -> object:
             if next(calls, None) is None:
@@ -252,7 +253,7 @@ class TestFolder:
             return narrow(values, dtype)
 
         with monkeypatch.context() as patch:
-            patch.setattr(adapter_saving.float_arrays, "narrow", full_disk)
+            patch.setattr(arrays, "narrow", full_disk)
             for place in ("soup", "new"):
                 with pytest.raises(OSError, match="no space"):
                     soup(folder / place, members, [0.25, 0.75])
@@ -268,7 +269,6 @@ class TestFolder:
         soup(folder / "whole", members)
         code = (
             "import os, sys\n"
-            "from salsa_peft.soup.lora import read as adapter_folders; from salsa_peft.soup.lora import write as adapter_saving; from salsa_peft.utils import safetensors_io as safetensors_files\n"
             "from salsa_peft.soup.lora.stacked_adapter import StackedAdapter\n"
             "count = 0\n"
             "def killing(function):\n"
@@ -347,7 +347,7 @@ class TestCommand:
 
     def test_wrong_numbers_and_folders(self, folder: Path, capsys) -> None:
         assert main([str(folder / "soup"), str(folder / "a"), "--weights", "half"]) == 2
-        assert "--weights: found half, expected numbers" in capsys.readouterr().err
+        assert "--weights: half is not a list of numbers such as 0.25,0.75" in capsys.readouterr().err
         assert main([str(folder / "soup"), str(folder / "a")]) == 2
         assert f"no such folder: {folder / 'a'};" in capsys.readouterr().err
         with pytest.raises(SalsaError):

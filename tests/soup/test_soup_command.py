@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from salsa_peft.soup.result import SoupSummary
 from soup_members import make_llama, train
 from tiny import make_base
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import salsa_peft
 from salsa_peft.soup.__main__ import main, parser
 from salsa_peft.soup.average import Options, soup
+from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 
@@ -62,48 +62,47 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WRONG = {
-    "OUT nodir1 nodir2": "no such folder: nodir1, nodir2; a member is an adapter's or a checkpoint's folder, or a Hub id",
+    "OUT nodir1 nodir2": "no such folder: nodir1, nodir2; a member is a folder of an adapter or a checkpoint, or a Hub id",
     "OUT a0 runs/x/seed-0": "no such folder: runs/x/seed-0;",
     "OUT a0 some/one": "no such folder: some/one; as a Hub id: https://huggingface.co/some/one: not in the local cache",
     "OUT a0/adapter_model.safetensors a1": "not a folder: a0/adapter_model.safetensors; a member is the folder that holds the file",
-    "OUT run a0": "run is neither an adapter's folder (adapter_config.json) nor a checkpoint's (config.json); did you mean run/sft/seed-0?",
-    "OUT empty a0": "empty is neither an adapter's folder (adapter_config.json) nor a checkpoint's (config.json)",
-    "OUT a0 c1": "c1 is a full checkpoint, a0 is an adapter: members of a soup are of one kind",
+    "OUT run a0": "run holds neither an adapter (adapter_config.json) nor a checkpoint (config.json); did you mean run/sft/seed-0?",
+    "OUT empty a0": "empty holds neither an adapter (adapter_config.json) nor a checkpoint (config.json)",
+    "OUT a0 c1": "c1 is a full checkpoint, but a0 is an adapter; members of a soup must be of one kind",
     "OUT": "the following arguments are required: MEMBER",
-    "OUT a0 a1 --weights 1": "weights: found 1 (1.0), expected 2: one for each member",
+    "OUT a0 a1 --weights 1": "weights: 1 (1.0) for 2 members; give one for each member",
     "OUT a0 a1 --weights 0,0": "all are 0",
-    "OUT a0 a1 --weights a,b": "--weights: found a,b, expected numbers",
-    "OUT a0 a1 --weights 0.3 abc": "abc: found after an option, expected a member before the options, or a number such as 0.25",
-    "OUT a0 a1 --weights=0.3 abc": "abc: found after an option, expected a member before the options, or a number such as 0.25",
-    "OUT a0 --merge a1": "a1: found after an option, expected a member before the options",
+    "OUT a0 a1 --weights a,b": "--weights: a,b is not a list of numbers such as 0.25,0.75",
+    "OUT a0 a1 --weights 0.3 abc": "abc: unexpected argument; arguments without an option's name come before the options",
+    "OUT a0 a1 --weights=0.3 abc": "abc: unexpected argument; arguments without an option's name come before the options",
+    "OUT a0 --merge a1": "a1: unexpected argument; arguments without an option's name come before the options",
     "OUT a0 a1 --weight 0.3 0.7": "--weight: no such option; did you mean --weights?",
-    "OUT a0 a1 --rank x": "--rank: found x, expected a whole number of at least 1",
-    "OUT a0 a1 --rank 0": "--rank: found 0, expected a whole number of at least 1",
-    "OUT a0 a1 --steps 1.5": "--steps: found 1.5, expected a whole number of at least 1",
-    "OUT a0 a1 --step-size ten": "--step-size: found ten, expected a number",
+    "OUT a0 a1 --rank x": "--rank: x is not a whole number of at least 1",
+    "OUT a0 a1 --rank 0": "--rank: 0 is not a whole number of at least 1",
+    "OUT a0 a1 --steps 1.5": "--steps: 1.5 is not a whole number of at least 1",
+    "OUT a0 a1 --step-size ten": "--step-size: invalid float value: 'ten'",
     "OUT a0 a1 --strategy mean": "--strategy: invalid choice: 'mean' (choose from ",
-    "notes a0 a1": "notes holds a.txt, b.txt, c.txt and 1 more and no soup: name a new or empty folder",
-    "notes c0 c1": "notes: found a.txt, b.txt, c.txt and 1 more there and no soup.json, expected an empty folder or an earlier soup",
-    "notes a0 a1 --merge --base base": "notes: found a.txt, b.txt, c.txt and 1 more there and no soup.json",
+    "notes a0 a1": "notes holds a.txt, b.txt, c.txt and 1 more, but no soup; name a new or empty folder",
+    "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
+    "notes a0 a1 --merge --base base": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
     "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
     "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
-    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known 'someone/llama@main'",
-    "OUT a0 a1 --weights 1 -1 --normalize": "sum to 0 and cannot be normalised",
-    "OUT c0 c1 --weights .5,.6": "sum to 1.1, expected 1, since checkpoints are averaged and not scaled",
-    "OUT saved saved --weights .5,.6": "sum to 1.1, expected 1",
-    "OUT c0 c1 --merge": "merge: True is for adapters, and the members are checkpoints",
+    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known names 'someone/llama@main'",
+    "OUT a0 a1 --weights 1 -1 --normalize": "sum to 0, so they cannot be normalized",
+    "OUT c0 c1 --weights .5,.6": "sum to 1.1, but the weights of checkpoints must sum to 1",
+    "OUT saved saved --weights .5,.6": "sum to 1.1, but they must sum to 1",
+    "OUT c0 c1 --merge": "merge: True has no effect on checkpoints, only on adapters",
     "OUT c0 c1 --strategy slerp": "needs the base that they were trained from (--base)",
-    "OUT a0 a1 --merge --rank 4": "rank: 4 does not go with merge",
-    "OUT a0 a1 --untie": "untie: True is for a soup that is merged into its base: add merge=True (--merge)",
-    "OUT a0 a1 --quantized-base nf4": "quantized_base: nf4 is for a soup that is merged",
-    "OUT a0 a1 --device cuda": "device: cuda is for checkpoints",
-    "OUT nameless a0 --merge": "names none: give the base's folder or Hub id (--base)",
+    "OUT a0 a1 --merge --rank 4": "rank: 4 has no effect with merge, because a merged soup is exact",
+    "OUT a0 a1 --untie": "untie: True has an effect only with merge=True (--merge)",
+    "OUT a0 a1 --quantized-base nf4": "quantized_base: nf4 has an effect only with merge=True",
+    "OUT nameless a0 --merge": "has no base_model_name_or_path; name the base's folder or Hub id (--base)",
     "OUT elsewhere elsewhere --merge": "no such folder: /home/someone/models/llama, which elsewhere/adapter_config.json names as the base; "
     "name it with --base",
     "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; name it with --base; as a Hub id",
     "OUT a0 a1 --merge --base nowhere": "no such folder: nowhere; as a Hub id: https://huggingface.co/nowhere: not in",
     "a0 a0 a1": "a0 is a member",
-    "OUT dora a1": "DoRA's delta is not linear",
+    "OUT dora a1": "a DoRA delta is not linear",
 }
 
 
@@ -136,10 +135,10 @@ def shell(made: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path, tmp_path: Path) -> None:
     """Each member without a fingerprint once, with the base that it names; what a checkpoint is."""
     done = shell(made, str(tmp_path / "out"), "nowhere-known", "a1", "--merge", "--base", "base")
-    bar = re.compile(r"soup: +\d.*")
+    bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
-        "warning: nowhere-known has no fingerprint.json: that it was trained on base is believed, not checked; it names the base someone/llama"
+        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; it names the base someone/llama"
     ]
     numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert done.stdout.startswith(
@@ -164,11 +163,10 @@ def test_greedy_says_each_warning_once(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # as in a new process
     words = ["--strategy", "greedy", "--measure", "of_mine:size", "--base", "base"]
-    capfd.readouterr()
-    assert main(["out", "x", "y", *words]) == 0
-    bar = re.compile(r"soup: +\d.*")
-    lines = [line for line in capfd.readouterr().err.splitlines() if not bar.match(line)]
-    said = "warning: {} has no fingerprint.json: that its base is the others' is believed, not checked"
+    done = shell(tmp_path, "out", "x", "y", *words)
+    bar = re.compile(r"soup:? +\d.*")
+    lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
+    said = "warning: {} has no fingerprint.json, so its base cannot be compared with that of the others"
     assert lines == [said.format("x"), said.format("y")]
 
 
@@ -177,7 +175,7 @@ def test_weights_of_another_sum_scale_what_was_learned(
 ) -> None:
     """Half the weights: half the delta, as an adapter and merged; the summary and the command say so."""
     assert main([str(tmp_path / "half"), str(made / "a0"), str(made / "a1"), "--weights", "0.25,0.25"]) == 0
-    assert "the weights sum to 0.5: what was learned is scaled, not averaged" in capsys.readouterr().out
+    assert "the weights sum to 0.5, so the soup is a scaled delta, not a mean" in capsys.readouterr().out
     mean = soup(tmp_path / "mean", [made / "a0", made / "a1"])
     assert soup(tmp_path / "half", [made / "a0", made / "a1"], [0.25, 0.25])["sum"] == 0.5
     one, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("mean", "half"))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from soup_members import OPTIONS, PROPERTY, Q0, logits, open_plain, train
+from soup_members import OPTIONS, PROPERTY, Q0, logits, open_plain, soup_tensors, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
@@ -59,26 +59,28 @@ class TestLive:
         model = get_peft_model(copy.deepcopy(base).bfloat16(), LoraConfig(target_modules=["q_proj"]), "policy")
         stacked.attach(model, "soup", [0.3])
         layer = model.get_base_model().get_submodule(Q0)
-        expected = stacked.state_dict([0.3])[f"base_model.model.{Q0}.lora_B.weight"]
+        expected = soup_tensors([folder / "a"], [0.3])[f"base_model.model.{Q0}.lora_B.weight"]
         assert torch.equal(layer.lora_B["soup"].weight, expected) and layer.scaling["soup"] == 1.0
 
     def test_refusals(self, base, folder: Path) -> None:
         stacked = StackedAdapter.load([train(base, folder / "a", 0)])
         model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"], r=1), "policy")
-        with pytest.raises(SalsaError, match="has an adapter 'policy' already"):
+        with pytest.raises(SalsaError, match="already has an adapter 'policy'"):
             stacked.attach(model, "policy", [1])
         with pytest.raises(SalsaError, match="attach this soup under that name first"):
             stacked.set_weights(model, "soup", [1])
         model.add_adapter("other", LoraConfig(target_modules=["q_proj", "v_proj"], r=1))
-        with pytest.raises(SalsaError, match="of another soup or base"):
+        with pytest.raises(SalsaError, match="the adapter is another soup, or belongs to another base"):
             stacked.set_weights(model, "other", [1])
         stacked.attach(model, "soup", [1])
         model.merge_adapter(["soup"])
         with pytest.raises(SalsaError, match="merged into the base"):
             stacked.set_weights(model, "soup", [1])
         wide = LlamaForCausalLM(LlamaConfig(**base.config.to_dict() | {"hidden_size": 32, "head_dim": 16}))
-        with pytest.raises(SalsaError, match="of another soup or base"):
+        with pytest.raises(SalsaError, match="the adapter is another soup, or belongs to another base"):
             stacked.attach(get_peft_model(wide, LoraConfig(target_modules=["q_proj"])), "soup", [1])
         short = LlamaForCausalLM(LlamaConfig(**base.config.to_dict() | {"num_hidden_layers": 1}))
-        with pytest.raises(SalsaError, match=r"model\.layers\.1\.self_attn\.q_proj is in .* but not in the model"):
+        with pytest.raises(
+            SalsaError, match=r"has LoRA on model\.layers\.1\.self_attn\.q_proj, which the model does not have"
+        ):
             stacked.attach(get_peft_model(short, LoraConfig(target_modules=["q_proj"])), "soup", [1])

@@ -58,83 +58,86 @@ def write(name: str, text: str) -> Callable[[Path], object]:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "dora": (configure(use_dora=True), "use_dora is True: DoRA's delta is not linear"),
+    "dora": (configure(use_dora=True), "use_dora is True: a DoRA delta is not linear"),
     "dora tensor": (
         put(f"{Q0}.lora_magnitude_vector.weight", (16,)),
-        f"{Q0}.lora_magnitude_vector.weight: DoRA's delta",
+        f"{Q0}.lora_magnitude_vector.weight: a DoRA delta",
     ),
     "lora_bias": (
         configure(lora_bias=True),
-        f"{Q0}.lora_B.bias: adapter_config.json has lora_bias True, and the file has not the bias",
+        f"{Q0}.lora_B.bias is not in the file, but adapter_config.json has lora_bias True",
     ),
-    "lora_bias tensor": (put(f"{Q0}.lora_B.bias", (16,)), f"{Q0}.lora_B.bias: adapter_config.json has lora_bias False"),
-    "bias": (configure(bias="some"), "bias is 'some', expected one of none, all, lora_only"),
+    "lora_bias tensor": (
+        put(f"{Q0}.lora_B.bias", (16,)),
+        f"{Q0}.lora_B.bias is in the file, but adapter_config.json has lora_bias False",
+    ),
+    "bias": (configure(bias="some"), "bias is 'some'; use one of none, all, lora_only"),
     "bias tensor": (put(f"{Q0}.base_layer.bias", (16,)), f"{Q0}.base_layer.bias: adapter_config.json has bias 'none'"),
     "bias of one": (
         lambda m: [configure(bias="all")(m), put(f"{Q0}.base_layer.bias", (16,))(m)],
-        f"found no {Q0}.bias, which ",
+        f" has no {Q0}.bias, but ",
     ),
-    "another tuner": (configure(peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
+    "another tuner": (configure(peft_type="IA3"), "peft_type is 'IA3'; only LoRA adapters (peft_type 'LORA')"),
     "trainable tokens": (
         configure(trainable_token_indices=[1]),
-        "found no token_adapter.trainable_tokens_delta, though",
+        "has no token_adapter.trainable_tokens_delta, but",
     ),
     "token tensor": (
         put("model.embed_tokens.token_adapter.trainable_tokens_delta"),
-        "trainable_tokens_delta: adapter_config.json has no trainable_token_indices",
+        "trainable_tokens_delta: these are rows of trained tokens, but adapter_config.json has no trainable_token_indices",
     ),
     "token rows": (
         lambda m: [
             configure(trainable_token_indices=[1])(m),
             put("model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 16))(m),
         ],
-        "trainable_tokens_delta has 2 rows, expected 1 from trainable_token_indices",
+        "trainable_tokens_delta has 2 rows, but trainable_token_indices name 1 tokens",
     ),
-    "modules_to_save": (configure(modules_to_save=["score"]), "found no tensor of modules_to_save ['score']"),
+    "modules_to_save": (configure(modules_to_save=["score"]), "has no tensor of modules_to_save ['score']"),
     "saved by one": (
         lambda m: [configure(modules_to_save=["score"])(m), put("score.weight")(m)],
-        "found no score.weight, which ",
+        " has no score.weight, but ",
     ),
-    "saved embeddings of one": (put("model.embed_tokens.weight"), "found no model.embed_tokens.weight, which"),
+    "saved embeddings of one": (put("model.embed_tokens.weight"), " has no model.embed_tokens.weight, but"),
     "saved parameter": (
         put("model.embed_tokens.scale"),
-        "embed_tokens.scale: unknown tensor, expected a module of modules_to_save",
+        "embed_tokens.scale: unknown tensor, which belongs to none of modules_to_save (None)",
     ),
     "embedding lora alone": (
         lambda m: [
             configure(target_modules=["q_proj", "v_proj", "embed_tokens"])(m),
             put("model.embed_tokens.lora_embedding_A")(m),
         ],
-        "has lora_embedding_A alone, expected lora_embedding_A and",
+        "has lora_embedding_A, but both lora_embedding_A and lora_embedding_B are needed",
     ),
-    "kinds of fields": (configure(target_modules=3), "target_modules is 3, expected list or str"),
+    "kinds of fields": (configure(target_modules=3), "target_modules is 3, which is not a list or str"),
     "regex": (configure(target_modules="(q_proj"), "target_modules is not a regular expression"),
-    "pattern": (configure(rank_pattern={"(q": 3}), "a pattern is not a regular expression"),
+    "pattern": (configure(rank_pattern={"(q": 3}), "rank_pattern or alpha_pattern holds an invalid regular expression"),
     "manifest": (
         lambda m: (m / "manifest.json").write_text(json.dumps({"files": {WEIGHTS: {"size": 1, "sha256": "0"}}})),
-        "adapter_model.safetensors is not what manifest.json says",
+        "adapter_model.safetensors does not have the size or SHA-256 that manifest.json lists",
     ),
     "manifest, missing": (
         lambda m: (m / "manifest.json").write_text(
             json.dumps({"files": {"tokenizer.json": {"size": 1, "sha256": "0"}}})
         ),
-        "tokenizer.json is missing, manifest.json lists it",
+        "tokenizer.json is missing, but manifest.json lists it",
     ),
     "layer_replication": (
         configure(layer_replication=[[0, 2], [0, 2]]),
-        "layer_replication is [[0, 2], [0, 2]]: it repeats layers of the base",
+        "layer_replication is [[0, 2], [0, 2]]: this option repeats layers of the base",
     ),
-    "unknown option": (configure(use_warp=True), "use_warp is True, an option that this version does not know"),
+    "unknown option": (configure(use_warp=True), "use_warp is True. This version does not know the option"),
     "unknown configuration": (
         configure(warp_config={"a": 1}),
-        "warp_config is {'a': 1}, an option that this version does not",
+        "warp_config is {'a': 1}. This version does not know the option",
     ),
-    "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens are [1], in "),
+    "aLoRA": (configure(alora_invocation_tokens=[1]), "alora_invocation_tokens are [1], but None in "),
     "PEFT 0.2": (
         configure(enable_lora=[True, False]),
         "enable_lora is [True, False]: this is the fused-layer LoRA of PEFT 0.2",
     ),
-    "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the base's own weights"),
+    "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the weights of the base"),
     "two adapters": (
         put(f"{Q0}.lora_A.default.weight", (2, 16)),
         f"are both base_model.model.{Q0}.lora_A.weight: save the adapter again",
@@ -143,26 +146,26 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: [put(f"{Q0}.lora_A.{name}.weight", (2, 16))(m) for name in ("one", "two")],
         "the tensors of 2 adapters (one, two) are in one file",
     ),
-    "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the base's own weights"),
+    "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the weights of the base"),
     "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
-    "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x', expected"),
-    "not json": (write("adapter_config.json", "{"), "adapter_config.json is not JSON"),
-    "list": (write("adapter_config.json", "[]"), "adapter_config.json holds a list, expected a mapping"),
-    "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json is not JSON"),
+    "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x'; the rank must be"),
+    "not json": (write("adapter_config.json", "{"), "adapter_config.json: not valid JSON"),
+    "list": (write("adapter_config.json", "[]"), "adapter_config.json: holds a list, not a mapping"),
+    "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json: not valid JSON"),
     "no config": (
         rename("adapter_config.json", "x"),
-        "is neither an adapter's folder (adapter_config.json) nor a checkpoint's (config.json)",
+        "holds neither an adapter (adapter_config.json) nor a checkpoint (config.json)",
     ),
     "no weights": (rename("adapter_model.safetensors", "x"), "adapter_model.safetensors is missing"),
     "pickled": (
         rename("adapter_model.safetensors", "adapter_model.bin"),
-        "a pickle, which is never read since it can run code",
+        "a pickle, which is never read because it can run code",
     ),
     "truncated": (truncate, "adapter_model.safetensors: found "),
     "not safetensors": (write(WEIGHTS, "nonsense that is long enough"), "adapter_model.safetensors: found "),
     "empty": (lambda m: edit_tensors(m, lambda tensors: tensors.clear()), "holds no tensors"),
-    "nan": (poison, f"{Q0}.lora_A.weight holds values that are not finite"),
-    "half": (drop(f"{Q0}.lora_B.weight"), f"{Q0} has lora_A alone"),
+    "nan": (poison, f"{Q0}.lora_A.weight has values that are not finite"),
+    "half": (drop(f"{Q0}.lora_B.weight"), f"{Q0} has lora_A, but both lora_A and lora_B are needed"),
     "infinite": (
         lambda m: edit_tensors(m, lambda t: t[f"base_model.model.{Q0}.lora_B.weight"].fill_(-math.inf)),
         "not finite",
@@ -170,14 +173,20 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not gathered": (put(f"{Q0}.lora_A.weight", (0,)), "lora_A [0] and lora_B [16, 2]: the parts of a sharded model"),
     "half a convolution": (
         put(f"{Q0}.lora_A.weight", (2, 16, 1, 1)),
-        f"{Q0} has lora_A [2, 16, 1, 1] and lora_B [16, 2], expected two matrices, or a convolution's",
+        f"{Q0} has lora_A [2, 16, 1, 1] and lora_B [16, 2], which are neither two matrices nor the factors of a convolution",
     ),
     "groups that r does not divide into": (
         lambda m: [put(f"{Q0}.lora_A.weight", (2, 16, 1))(m), put(f"{Q0}.lora_B.weight", (15, 1, 1))(m)],
-        "expected rank 2, which r and rank_pattern of adapter_config.json say",
+        "but r and rank_pattern of adapter_config.json say rank 2",
     ),
-    "integers": (put(f"{Q0}.lora_A.weight", (2, 16), torch.int8), "is I8 of shape [2, 16], expected one of F64, F32"),
-    "rank": (put(f"{Q0}.lora_A.weight", (3, 16)), f"{Q0} has lora_A [3, 16] and lora_B [16, 2], expected rank 2"),
+    "integers": (
+        put(f"{Q0}.lora_A.weight", (2, 16), torch.int8),
+        "has dtype I8 (shape [2, 16]); save the adapter in one of F64, F32",
+    ),
+    "rank": (
+        put(f"{Q0}.lora_A.weight", (3, 16)),
+        f"{Q0} has lora_A [3, 16] and lora_B [16, 2], but r and rank_pattern of adapter_config.json say rank 2",
+    ),
     "width": (put(f"{Q0}.lora_A.weight", (2, 15)), f"{Q0} maps 15 to 16 features"),
     "unknown tensor": (put(f"{Q0}.lora_C.weight"), f"{Q0}.lora_C.weight: unknown tensor"),
     "not targeted": (configure(target_modules=["v_proj"]), f"{Q0} is not among the target_modules"),
@@ -226,17 +235,17 @@ class TestRefusals:
         (members[1] / "fingerprint.json").unlink()
         soup(folder / "soup", members)
         assert caplog.messages == [
-            f"warning: {members[1]} has no fingerprint.json: that its base is the others' is believed, not checked"
+            f"warning: {members[1]} has no fingerprint.json, so its base cannot be compared with that of the others"
         ]
 
     @pytest.mark.parametrize(
         ("weights", "line"),
         [
-            ([0.5], "found 1 (0.5), expected 2"),
-            ([0.5, 0.3, 0.2], "found 3"),
-            ([math.nan, 1], "expected finite numbers"),
-            ([math.inf, -math.inf], "expected finite numbers"),
-            ([0, 0], "0, 0: all are 0"),
+            ([0.5], "weights: 1 (0.5) for 2 members"),
+            ([0.5, 0.3, 0.2], "weights: 3 (0.5, 0.3, 0.2) for 2 members"),
+            ([math.nan, 1], "weights: nan, 1 are not all finite numbers"),
+            ([math.inf, -math.inf], "weights: inf, -inf are not all finite numbers"),
+            ([0, 0], "weights: all are 0"),
         ],
     )
     def test_weights(self, base, folder: Path, weights: list[float], line: str) -> None:
@@ -246,15 +255,15 @@ class TestRefusals:
         assert line in str(caught.value) and not (folder / "soup").exists()
         if any(weights):
             with pytest.raises(SalsaError):
-                StackedAdapter.load(members).state_dict(weights)
+                StackedAdapter.load(members).save(folder / "soup", weights)
 
     def test_no_members_names_and_strategy(self, base, folder: Path) -> None:
         member = train(base, folder / "a", 0)
-        with pytest.raises(SalsaError, match="expected at least one"):
+        with pytest.raises(SalsaError, match="members: none given; a soup needs at least one adapter or checkpoint"):
             soup(folder / "soup", [])
-        with pytest.raises(SalsaError, match="names: found 2, expected 1"):
+        with pytest.raises(SalsaError, match="names: 2 for 1 members; give one for each member"):
             StackedAdapter.load([member], ["a", "b"])
-        with pytest.raises(SalsaError, match="'slurp' is not one of linear"):
+        with pytest.raises(SalsaError, match="'slurp' is unknown; use one of linear"):
             soup(folder / "soup", [member], strategy="slurp")
         (folder / "file").touch()
         with pytest.raises(SalsaError, match="is a file"):
@@ -280,7 +289,7 @@ class TestRefusals:
         member, other, out = train(base, folder / "a", 0), train(base, folder / "b", 1), folder / "soup"
         out.mkdir()
         (out / "tokenizer.json").write_text("mine")
-        with pytest.raises(SalsaError, match=r"soup holds tokenizer.json and no soup: name a new or empty folder"):
+        with pytest.raises(SalsaError, match=r"soup holds tokenizer.json, but no soup; name a new or empty folder"):
             soup(out, [member])
         assert [(path.name, path.read_text()) for path in out.iterdir()] == [("tokenizer.json", "mine")]
         (other / "tokenizer.json").write_text("the other's")
@@ -292,26 +301,29 @@ class TestRefusals:
 
 def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
     """sft/seed-0 by its manifest; others by the ends of their paths; all by their paths where two are alike."""
-    from salsa_peft.soup.average import called
+    from salsa_peft.soup.member_folders import member_names
 
     for name in ("a/0123", "b/4567", "c/plain", "d/plain"):
         (tmp_path / name).mkdir(parents=True)
     for name, unit in (("a/0123", "sft/seed-0"), ("b/4567", "sft/seed-1")):
         (tmp_path / name / "manifest.json").write_text(json.dumps({"unit": unit, "files": {}}))
     folders = [tmp_path / name for name in ("a/0123", "b/4567", "c/plain")]
-    assert called(folders) == ["sft/seed-0", "sft/seed-1", "plain"]
+    assert member_names(folders) == ["sft/seed-0", "sft/seed-1", "plain"]
     alike = [tmp_path / "c/plain", tmp_path / "d/plain"]
-    assert called(alike) == [str(path) for path in alike]
+    assert member_names(alike) == [str(path) for path in alike]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--measure", "sft_loss"], "--data: found none, expected held-out rows"),
-        (["--measure", "sft_loss", "--data", "none.jsonl"], "--data: found no file none.jsonl"),
-        (["--measure", "reward", "--data", "none.jsonl"], "--reward: found none, expected what scores responses"),
-        (["--measure", "no_such_module:f"], "found no module no_such_module"),
-        (["--measure", "loss"], "--measure: found loss, expected"),
+        (["--measure", "sft_loss"], "--data: measure sft_loss needs held-out rows; add --data FILE"),
+        (
+            ["--measure", "sft_loss", "--data", "none.jsonl"],
+            "--data: no such file: none.jsonl; use a jsonl, json or parquet file",
+        ),
+        (["--measure", "reward", "--data", "none.jsonl"], "--reward: measure reward needs one; add --reward REWARD"),
+        (["--measure", "no_such_module:f"], "there is no module no_such_module"),
+        (["--measure", "loss"], "--measure: loss is unknown; use sft_loss, reward"),
     ],
 )
 def test_what_a_measure_needs_is_looked_for_before_a_model_is_loaded(
@@ -325,7 +337,7 @@ def test_what_a_measure_needs_is_looked_for_before_a_model_is_loaded(
     given = {"measure": None, "data": None, "reward": None, "limit": 8, "base": None}
     given |= {words[at].removeprefix("--"): words[at + 1] for at in range(0, len(words), 2)}
     with pytest.raises(SalsaError, match=re.escape(said)):
-        measures.of_command(Namespace(**given), [Path("a"), Path("b")], "adapters")
+        measures.command_measure(Namespace(**given), [Path("a"), Path("b")], "adapters")
 
 
 @pytest.mark.parametrize("field", ["modules_to_save", "trainable_token_indices", "alora_invocation_tokens"])

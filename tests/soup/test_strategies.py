@@ -17,7 +17,7 @@ from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.soup.live import LiveAdapters, LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.measures import FunctionMeasure, RewardScore, SFTLoss
-from salsa_peft.soup.strategies import STRATEGIES, Ask
+from salsa_peft.soup.strategies import STRATEGIES, StrategyInput
 from salsa_peft.utils.errors import SalsaError
 
 
@@ -39,7 +39,7 @@ def ask(
     strategy: str, weights: list[float], measure: Any = None, gram: list[list[float]] | None = None, steps: int = 200
 ) -> Any:
     table = torch.tensor(gram, dtype=torch.float64) if gram else None
-    return STRATEGIES[strategy](Ask(weights, lambda: table, measure, steps, 0.1))  # type: ignore[arg-type, return-value]
+    return STRATEGIES[strategy](StrategyInput(weights, lambda: table, measure, steps, 0.1))  # type: ignore[arg-type, return-value]
 
 
 def test_linear_is_what_was_asked_for() -> None:
@@ -65,9 +65,9 @@ def test_slerp_of_one_direction_is_linear() -> None:
 @pytest.mark.parametrize(
     ("gram", "weights", "line"),
     [
-        ([[1, 0], [0, 1]], [0.2, 0.3, 0.5], "strategy slerp: found 3 members, expected two"),
-        ([[0, 0], [0, 1]], [0.5, 0.5], "strategy slerp: found a member that adds nothing to the base"),
-        ([[1, -1], [-1, 1]], [0.5, 0.5], "strategy slerp: found opposite members"),
+        ([[1, 0], [0, 1]], [0.2, 0.3, 0.5], "strategy slerp: there are 3 members, but slerp needs two"),
+        ([[0, 0], [0, 1]], [0.5, 0.5], "strategy slerp: a member does not change the base"),
+        ([[1, -1], [-1, 1]], [0.5, 0.5], "strategy slerp: the members change the base in opposite directions"),
     ],
 )
 def test_slerp_refuses(gram: list[list[float]], weights: list[float], line: str) -> None:
@@ -102,14 +102,16 @@ def test_learned_climbs_and_gives_the_best_point_it_met() -> None:
 
 @pytest.mark.parametrize("strategy", ["greedy", "learned"])
 def test_without_a_measure_or_with_nan_it_is_refused(strategy: str) -> None:
-    with pytest.raises(SalsaError, match=f"strategy {strategy}: found no measure, expected one of held-out data"):
+    with pytest.raises(SalsaError, match=f"strategy {strategy}: a measure on held-out data is required"):
         ask(strategy, [0.5, 0.5])
-    with pytest.raises(SalsaError, match=r"measure: found nan at weights .*, expected a finite number"):
+    with pytest.raises(
+        SalsaError, match=r"measure: its value is nan at the weights .*, but it must be a finite number"
+    ):
         ask(strategy, [0.5, 0.5], Hill([math.nan, 0.0]))
 
 
 def test_learned_starts_inside() -> None:
-    with pytest.raises(SalsaError, match=r"strategy learned: found weights .* expected each above 0"):
+    with pytest.raises(SalsaError, match=r"strategy learned: it starts from the weights .*, which must all be above 0"):
         ask("learned", [1.0, 0.0], Hill([0.5, 0.5]))
 
 
@@ -206,7 +208,7 @@ def test_a_live_soup_leaves_the_model_as_it_was(members: Any, tokenizer: Any) ->
 
 def test_rows_without_an_answer_in_reach_are_refused(members: Any, tokenizer: Any) -> None:
     with pytest.raises(
-        SalsaError, match="held-out demonstrations: found no assistant's token within 2 tokens in 3 rows"
+        SalsaError, match="held-out demonstrations: none of the 3 rows has an assistant token among its first 2 tokens"
     ):
         SFTLoss(live_of("adapters", members, tokenizer), CHATS, tokenizer, 2, 2)
 
@@ -220,7 +222,7 @@ def test_a_reward_is_the_mean_over_prompts_and_repeats(members: Any, tokenizer: 
         live, rows, prompts, lengths, Generation(max_new_tokens=4, min_new_tokens=4, batch_size=2), tokenizer
     )
     assert measure(WEIGHTS) == pytest.approx(4 * 111 / 3) == measure(WEIGHTS)
-    with pytest.raises(SalsaError, match="found the measure reward, which has no slope, expected sft_loss"):
+    with pytest.raises(SalsaError, match="the measure reward has no gradient; use sft_loss"):
         measure.gradient(WEIGHTS)
 
 
@@ -232,5 +234,5 @@ def test_a_function_sees_the_model_at_the_point(members: Any, tokenizer: Any) ->
     with live.at_point():
         expected = live.model(input_ids=ids).logits[0, -1, 7].item()
     assert measure([1.0, 0.0, 0.0]) == pytest.approx(expected) != pytest.approx(measure([0.0, 1.0, 0.0]))
-    with pytest.raises(SalsaError, match="measure mine:none: found None, expected a number"):
+    with pytest.raises(SalsaError, match="measure mine:none: it returned None; the function must return a number"):
         FunctionMeasure(live, lambda model: None, "mine:none")(WEIGHTS)  # type: ignore[arg-type, return-value]

@@ -78,8 +78,8 @@ def run(job: Job) -> dict[str, Any]:
 
 if __name__ == "__main__":
     from salsa_peft.recipe import processes
-    from salsa_peft.recipe import run as recipe
+    from salsa_peft.recipe.__main__ import main as salsa_run
 
     processes.PRELOAD = ["fake_stages"]
     processes.GRACE = 1.0
-    sys.exit(recipe.main(stages={name: stage._replace(run="fake_stages:run") for name, stage in STAGES.items()}))
+    sys.exit(salsa_run(stages={name: stage._replace(run="fake_stages:run") for name, stage in STAGES.items()}))

@@ -25,8 +25,8 @@ from paths import SHARED
 from peft import PeftModel
 
 from salsa_peft.models.base import classifier_class
-from salsa_peft.recipe import processes
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe import processes, worker
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training.ppo.rollout import RolloutMaker
 
 HUB = SHARED / "hub"
@@ -142,7 +142,7 @@ def run(words: list[str], base: Path, folder: Path, mode: str) -> Outcome:
 def _said(words: list[str]) -> tuple[int, str]:
     stream = io.StringIO()
     with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(io.StringIO()):
-        code = recipe.main(words)
+        code = salsa_run(words)
     lines = [line for line in stream.getvalue().splitlines() if line.strip()]
     return code, lines[-1] if lines else ""
 
@@ -151,24 +151,24 @@ def _said(words: list[str]) -> tuple[int, str]:
 def _inline() -> Iterator[dict[str, Any]]:
     """Within it stages run in this process; → the first rollout of each policy, by its folder."""
     rollouts: dict[str, Any] = {}
-    forked, made = processes.run_in_process, RolloutMaker.__call__
+    forked, made = processes.run_job, RolloutMaker.__call__
 
     def in_here(job: Any, log: Path, **_: Any) -> processes.Result:
-        report = processes.worked(job)
+        report = worker.run_stage(job)
         if "line" in report:
             raise processes.StageError(f"{job.unit.id}: {report['line']}\n{report['trace']}")
-        return processes.settled(report, job.unit.id, log, debug=False)
+        return processes.to_result({0: report}, job.unit.id, log, debug=False)
 
     def listened(self: Any, *args: Any, **options: Any) -> Any:
         rollout = made(self, *args, **options)
         rollouts.setdefault(self.folder.parent.name, rollout)
         return rollout
 
-    processes.run_in_process, RolloutMaker.__call__ = in_here, listened  # type: ignore[method-assign]
+    processes.run_job, RolloutMaker.__call__ = in_here, listened  # type: ignore[method-assign]
     try:
         yield rollouts
     finally:
-        processes.run_in_process, RolloutMaker.__call__ = forked, made  # type: ignore[method-assign]
+        processes.run_job, RolloutMaker.__call__ = forked, made  # type: ignore[method-assign]
 
 
 def unit(folder: Path, name: str) -> Path:

@@ -16,7 +16,7 @@ from salsa_peft.recipe import processes
 
 
 def run_here(job: Any, log: Path, **_: Any) -> processes.Result:
-    """In place of processes.run_in_process; a stage's exception is raised as it is."""
+    """In place of processes.run_job; a stage's exception is raised as it is."""
     module, name = job.unit.run.split(":")
     start = time.perf_counter()
     facts = getattr(importlib.import_module(module), name)(job)
@@ -28,5 +28,5 @@ def run_here(job: Any, log: Path, **_: Any) -> processes.Result:
 def inline_stages() -> Iterator[None]:
     """Within the context, every stage runs in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "run_in_process", run_here)
+        patch.setattr(processes, "run_job", run_here)
         yield

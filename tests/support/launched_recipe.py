@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from salsa_peft.config.schema import Recipe
-from salsa_peft.recipe import launch as launching
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe import hardware, processes
+from salsa_peft.recipe.__main__ import main as salsa_run
 
-launch = launching.command
+launch_command = processes.launch_command
 
 
-def command(given: Recipe, folder: Path, threads: str) -> list[str]:
+def command(given: Recipe, address: str) -> list[str]:
     """With a worker that accelerate takes for a GPU's."""
-    words = launch(given, folder, threads)
-    return ["sharded_worker" if word == "salsa_peft.recipe.launch" and given.sharded else word for word in words]
+    words = launch_command(given, address)
+    return ["sharded_worker" if word == "salsa_peft.recipe.worker" and given.sharded else word for word in words]
 
 
 if __name__ == "__main__":
-    launching.command, launching.check = command, lambda _: None
-    sys.exit(recipe.main())
+    processes.launch_command, hardware.check_processes = command, lambda _: None
+    sys.exit(salsa_run())

@@ -66,7 +66,7 @@ def save_on_sigterm(job: Job, rank: int) -> None:
 
 if __name__ == "__main__":
     from salsa_peft.recipe import processes
-    from salsa_peft.recipe import run as recipe
+    from salsa_peft.recipe.__main__ import main as salsa_run
 
     processes.PRELOAD = ["launched_stages"]
-    sys.exit(recipe.main(stages=FAKE))
+    sys.exit(salsa_run(stages=FAKE))

@@ -1,10 +1,9 @@
-"""salsa_peft.recipe.launch on CPUs that accelerate is made to take for an accelerator, as distributed_run.py does: FSDP2 and ZeRO-3 without GPUs."""
+"""salsa_peft.recipe.worker on CPUs that accelerate is made to take for an accelerator, as distributed_run.py does: FSDP2 and ZeRO-3 without GPUs."""
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +12,7 @@ if __name__ == "__main__":
     from accelerate.state import DistributedType, PartialState
 
     from salsa_peft.models import stage_context
-    from salsa_peft.recipe import launch as worker
+    from salsa_peft.recipe import worker
 
     arguments = stage_context.training_arguments
 
@@ -35,4 +34,4 @@ if __name__ == "__main__":
         patch.object(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)),
         patch.object(stage_context, "training_arguments", on_what_is_there),
     ):
-        worker.main(Path(sys.argv[1]))
+        worker.main(sys.argv[1], launched=True)

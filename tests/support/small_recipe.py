@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from salsa_peft.config.load import LoadedRecipe, load_recipe
+from salsa_peft.data.check import check_local
+from salsa_peft.models.architectures.checks import check
+
 SMALL = {
     "toy.pretrain_steps": 60, "toy.pretrain_examples": 1000, "toy.demonstrations": 64, "toy.preferences": 128, "toy.prompts": 32,
     "toy.eval_prompts": 16, "toy.hidden_size": 32, "sft.num_train_epochs": 2, "reward.num_train_epochs": 1, "reward.batch_size": 16,
@@ -29,3 +33,8 @@ def unit(run: Path, name: str) -> Path:
 def read(path: Path) -> Any:
     """A JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_checked(path_or_name: str, *, lora: str | None, overrides: list[str]) -> LoadedRecipe:
+    """load_recipe with the checks of `salsa run`: the local data, and the base's config.json."""
+    return load_recipe(path_or_name, lora=lora, overrides=overrides, more=(check_local, check))

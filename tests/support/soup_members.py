@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -53,6 +56,13 @@ def train(base: LlamaForCausalLM, folder: Path, seed: int, **options: object) ->
     (folder / "README.md").unlink(missing_ok=True)
     (folder / "fingerprint.json").write_text(json.dumps({"base": "5e" * 32}))
     return folder
+
+
+def soup_tensors(members: list[Path], weights: list[float]) -> dict[str, torch.Tensor]:
+    """The tensors in the file of a soup."""
+    with tempfile.TemporaryDirectory() as name:
+        StackedAdapter.load(members).save(Path(name) / "soup", weights)
+        return load_file(Path(name) / "soup" / WEIGHTS)
 
 
 def open_plain(base: LlamaForCausalLM, folder: Path) -> PeftModel:

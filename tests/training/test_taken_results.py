@@ -24,7 +24,7 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.bases import require_same_family
 from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.models.rewards import reward as rewards
-from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.soup.checkpoints.read import read_checkpoint
 from salsa_peft.training import sft, taken_results
 from salsa_peft.training.references import as_references
@@ -62,7 +62,7 @@ def salsa(base: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPat
         given = {"model.base": str(base), "policies": {"salsa": {"reference": "soup"}}, **given}
         sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         capsys.readouterr()
-        code = recipe.main([str(tmp_path / "small.yaml"), *sets, "--output-dir", str(tmp_path / "run"), *words])
+        code = salsa_run([str(tmp_path / "small.yaml"), *sets, "--output-dir", str(tmp_path / "run"), *words])
         said = capsys.readouterr()
         return code, said.err
 
@@ -230,7 +230,7 @@ def test_a_tokenizer_of_other_ids_is_refused(base: Path, small: Path, tmp_path: 
     one, two = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     path.write_text(json.dumps(content))
-    with pytest.raises(SalsaError, match=r"theirs: its tokenizer has .* mean other text here"):
+    with pytest.raises(SalsaError, match=r"theirs: its tokenizer gives .* mean other text here"):
         take(small, base, folder, tmp_path / "out")
 
 
@@ -722,7 +722,7 @@ def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
             "model.chat_template=chatml",
             *out,
         ]
-        assert recipe.main(given) == 2
+        assert salsa_run(given) == 2
         said = capsys.readouterr().err
         assert (
             {

@@ -11,6 +11,7 @@ import torch
 from inline_stages import inline_stages
 from peft import PeftModel
 from small_recipe import SMALL, read, unit
+from small_recipe import load_checked as load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salsa_peft.config.load import saved_recipe
@@ -137,7 +138,7 @@ def test_a_reward_of_ours_is_called_as_trl_calls_one(tokenizer: Any) -> None:
 
 
 def recipe_of(*sets: str) -> Any:
-    return salsa_run.load("quickstart", lora="lora", overrides=list(sets)).recipe
+    return load_recipe("quickstart", lora="lora", overrides=list(sets)).recipe
 
 
 @pytest.mark.parametrize(

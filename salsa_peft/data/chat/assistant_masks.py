@@ -1,4 +1,4 @@
-"""The loss mask of a conversation: which of its tokens are the assistant's."""
+"""The loss mask of a conversation: which tokens are the assistant's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from salsa_peft.data.chat.templates import (
     render,
 )
 from salsa_peft.data.chat.turn_ends import assistant_turn
-from salsa_peft.utils.errors import require
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 def assistant_tokens(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and, for each, 1 where it is the assistant's: what an answer holds, and the token that ends it.
+    """Token ids of a conversation, and for each 1 if it belongs to an answer or ends it, else 0.
 
-    By the template's {% generation %} marks; without them by what the template renders up to each answer; where it renders earlier turns
-    otherwise once later ones follow (Qwen3's reasoning), by TRL's own version of that template. Raises SalsaError where none of these
-    says it. options: more for the template, such as `tools`.
+    The mask comes from the template's {% generation %} marks; without marks, from rendering the conversation up to each answer; if the
+    template renders a turn differently once later turns follow (Qwen3's reasoning), from TRL's version of the template. Raises SalsaError
+    if none of these works. options: other inputs of the template, such as `tools`.
     """
     chat = content_for_template(messages, tokenizer)
     if has_generation_marks(tokenizer):
         return _marked(chat, tokenizer, None, options)
     require(
         tokenizer.is_fast,
-        "tokenizer: it does not tell where its tokens stand in a text. Use a fast tokenizer (tokenizer.json).",
+        "tokenizer: is a slow one, which gives no character offsets of its tokens. Use a fast tokenizer (tokenizer.json).",
     )
     spans = _spans(chat, tokenizer, options)
     if spans is None:
@@ -45,10 +45,10 @@ def assistant_tokens(
     firsts = [first for first, _ in places]  # type: ignore[union-attr]
     for start, end in spans:
         first, last = bisect_left(firsts, start), bisect_left(firsts, end)
-        # a token that begins before the answer counts where it holds some of it; special tokens only swallow blanks around them
+        # a token that starts before the answer and overlaps it counts, unless it is special: those only absorb blanks
         if first and places[first - 1][1] > start and ids[first - 1] not in added:  # type: ignore[index]
             first -= 1
-        # what the template writes after the token that ends the turn does not count
+        # text that the template writes after the end-of-turn token does not count
         stop = next((place for place in reversed(range(first, last)) if ids[place] == closing), last - 1)
         mask[first : stop + 1] = [1] * (stop + 1 - first)
     return ids, mask
@@ -61,8 +61,10 @@ def _marked(chat: Messages, tokenizer: PreTrainedTokenizerBase, template: str | 
 
 
 def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> list[tuple[int, int]] | None:
-    """Where in the rendered text each answer begins, and where what follows it does; None where the template does not render a
-    conversation's beginning as it renders that beginning alone."""
+    """Start and end of each answer in the rendered text.
+
+    None if the template renders the start of a conversation differently when more turns follow.
+    """
     text, spans = render(chat, tokenizer, **options), []
     for turn, message in enumerate(chat):
         if message["role"] != "assistant":
@@ -77,7 +79,7 @@ def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str
 
 
 def _before(chat: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
-    """The text up to an answer; of a conversation that begins with one, up to what opens it."""
+    """The rendered text before an answer; if the conversation starts with an answer, the text that opens it."""
     if turn:
         return render(chat[:turn], tokenizer, add_generation_prompt=True, **options)
     opening = assistant_turn(tokenizer).opening
@@ -85,16 +87,13 @@ def _before(chat: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizer
 
 
 def _of_trl(tokenizer: PreTrainedTokenizerBase) -> str:
-    """TRL's version, with marks, of a template that it knows."""
+    """TRL's version of a known template, with {% generation %} marks. Raises SalsaError for an unknown template."""
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         return str(get_training_chat_template(tokenizer))
-    except ValueError:
-        known = ""
-    require(
-        bool(known),
-        "model.chat_template: the template has no {% generation %} marks and renders earlier turns otherwise once later ones follow, so"
-        " that the assistant's tokens can't be told. Use chatml, zephyr, or a Jinja file with {% generation %} marks.",
-    )
-    return known
+    except ValueError as error:
+        raise SalsaError(
+            "model.chat_template: has no {% generation %} marks and renders earlier turns differently once later ones follow, so the"
+            " assistant's tokens cannot be found. Use chatml, zephyr, or a Jinja file with {% generation %} marks."
+        ) from error

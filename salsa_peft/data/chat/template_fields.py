@@ -1,6 +1,6 @@
-"""What a tokenizer's chat template makes of messages: the form in which it reads them, what it drops of them, which tokens are whose.
+"""What a chat template does with messages: the form that it reads, the fields that it drops, and the tokens with loss.
 
-A template drops without an error: other words, or none, in a field then give the same text. Imports no torch.
+A template drops fields without an error; a field is dropped if changing it does not change the rendered text. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,32 +23,36 @@ if TYPE_CHECKING:
 CHAT_ROLES = ("user", "assistant")
 FIELD = "`{}` in their messages"
 TOOL_CALLS_FIELD = FIELD.format("tool_calls")
-"""How `dropped` calls them."""
+"""Name of dropped tool calls in `dropped_fields`."""
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What apply_chat_template is given of a row beside its messages, as TRL's trainers give it."""
+    """The arguments of apply_chat_template from a row besides its messages, as in TRL's trainers."""
     tools = parse_tools(row.get("tools"), "tools")
     return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
 
 
 def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
-    """What apply_chat_template gives. Raises SalsaError that names `where` for a tokenizer without a template, or one that refuses."""
+    """The result of apply_chat_template. Raises SalsaError that names `where` for a missing template or an error in it."""
     require(
         tokenizer.chat_template is not None,
-        f"{where}: found messages, but the tokenizer has no chat template; expected text, or set one",
+        f"{where}: has messages, but the tokenizer has no chat template; set one, or give text",
     )
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, TypeError) as error:
         system = any(message["role"] == "system" for message in messages)
-        remedy = "; remove the system turn, or set model.chat_template to one that has such turns" if system else ""
-        raise SalsaError(f"{where}: the tokenizer's chat template refuses it: {one_line(error)}{remedy}") from error
+        remedy = (
+            "; remove the system turn, or set model.chat_template to a template with system turns" if system else ""
+        )
+        raise SalsaError(
+            f"{where}: the tokenizer's chat template rejects these messages: {one_line(error)}{remedy}"
+        ) from error
 
 
 @cached_per_tokenizer
 def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template reads a tool call's arguments as JSON text (DeepSeek's) and not as an object, which is the convention."""
+    """Whether the template reads a tool call's arguments as JSON text (DeepSeek) instead of an object, which is the convention."""
 
     def shown(arguments: Any) -> bool:
         function = {"name": "f", "arguments": arguments}
@@ -62,7 +66,7 @@ def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def messages_for_template(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> Messages:
-    """The messages in the form that the tokenizer's template reads; without a tokenizer or template as they are."""
+    """Messages in the form that the tokenizer's template reads; unchanged without a tokenizer or template."""
     if tokenizer is None or tokenizer.chat_template is None:
         return messages
     if reads_text_arguments(tokenizer):
@@ -89,10 +93,9 @@ def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
 def dropped_fields(
     messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str, options: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """What the template leaves out of messages, in words, each once: a system turn, a tool turn, `tool_calls`, `tools` …
+    """Names of what the template drops from messages: a system turn, a tool turn, `tool_calls`, `tools` … [] without a tokenizer.
 
-    Without a tokenizer nothing. Raises SalsaError for what the template refuses, and where it leaves out what the user or the assistant
-    says.
+    Raises SalsaError if the template rejects the messages, or drops the content of a user or assistant turn.
     """
     if tokenizer is None:
         return []
@@ -103,7 +106,7 @@ def dropped_fields(
         try:
             return text != tokenizer.apply_chat_template(other, tokenize=False, **(given | changed))
         except (TemplateError, TypeError):
-            return True  # it is asked for, so it is read
+            return True  # the template needs what was changed
 
     found = []
     for place, message in enumerate(messages):
@@ -116,12 +119,14 @@ def dropped_fields(
         ):
             require(
                 role not in CHAT_ROLES,
-                f"{where}: the tokenizer's chat template leaves out what the {role} says in turn {place + 1}, expected one that shows it;"
-                " set model.chat_template to another",
+                f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set model.chat_template to another"
+                " template",
             )
             found.append(f"a {role} turn")
         more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
-        if more and shown([*before, {"role": role, "content": message["content"]}, *behind]):  # some of them: which?
+        if more and shown(
+            [*before, {"role": role, "content": message["content"]}, *behind]
+        ):  # at least one of them is read
             rest = {key: {name: value for name, value in message.items() if name != key} for key in more}
             more = [key for key in more if not shown([*before, rest[key], *behind])]
         found += map(FIELD.format, more)
@@ -131,7 +136,7 @@ def dropped_fields(
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """A message's text, also where its content is a list of parts."""
+    """A message's text, also if its content is a list of parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -142,10 +147,10 @@ def _other_words(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of a row's chat and, for each, 1 where it is trained on: the assistant's, but for the turns that `skipped` names.
+    """Token ids of a row's chat, and for each 1 if it has loss: the assistant's, except in turns that `skipped` names.
 
-    A turn begins where the tokens of what stands before it, with the generation prompt, part from the whole chat's (as TRL finds a
-    completion's start), and ends where the next of the assistant's begins.
+    A turn starts where the tokens of the messages before it, with the generation prompt, first differ from those of the whole chat (TRL
+    finds a completion's start in this way), and ends where the next assistant turn starts.
     """
     messages = row["messages"]
     ids, mask = assistant_tokens(messages, tokenizer, **template_options(row))

@@ -1,7 +1,6 @@
-"""Chat templates: messages → text → token ids with one BOS, and what a template writes that no message holds.
+"""Chat templates: rendering messages, token ids with one BOS, and text that a template adds by itself.
 
-Transformers renders and tokenises. A template that was not made for training may leave out the BOS, or write today's date: `prepare`
-mends that.
+Transformers renders and tokenizes. Some templates omit the BOS or write today's date; `prepare_template` corrects both for training.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 USER, ANSWER = "Question", "Answer"
-"""Contents that stand for any other where a template is looked at."""
+"""Sample contents for testing what a template does."""
 DATE = date(2024, 7, 26)
-"""The date that Llama 3.1's own template writes where none is given."""
+"""Default date of Llama 3.1's template, which replaces today's date."""
 Result = TypeVar("Result")
 
 
 def cached_per_tokenizer(
     look: Callable[[PreTrainedTokenizerBase], Result],
 ) -> Callable[[PreTrainedTokenizerBase], Result]:
-    """Keep what was found for a tokenizer until its template, BOS, EOS or size change: rows ask again and again."""
+    """Cache a function of a tokenizer until its template, BOS, EOS or size change."""
     known: WeakKeyDictionary[Any, tuple[Any, Result]] = WeakKeyDictionary()
 
     @wraps(look)
@@ -43,29 +42,26 @@ def cached_per_tokenizer(
 
 
 def templates_by_name(template: str | dict[str, str] | None) -> dict[str, str]:
-    """A tokenizer's templates by name: most have one, some have another one for tools."""
+    """A tokenizer's templates by name. Most have only one; some have another for tools."""
     return template if isinstance(template, dict) else {} if template is None else {"default": template}
 
 
 def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether {% generation %} marks in the template say which tokens are the assistant's."""
+    """Whether the template marks the assistant's tokens with {% generation %}."""
     template = templates_by_name(tokenizer.chat_template).get("default", "")
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
 def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many characters of two texts, or tokens, are the same from the beginning."""
+    """Length of the common prefix of two texts or token lists."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:
         return shorter
     return next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
-# ------------------------------------------------------------------ messages → text
-
-
 def in_parts(messages: Messages) -> Messages:
-    """Messages whose content is a list of typed parts, as the templates of multimodal models read them."""
+    """Messages whose content is a list of typed parts, the form of multimodal models' templates."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -76,7 +72,7 @@ def in_parts(messages: Messages) -> Messages:
 
 @cached_per_tokenizer
 def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template renders a list of parts, and nothing where the content is a text (LLaVA)."""
+    """Whether the template renders content as a list of parts but not as text (LLaVA)."""
     chat = [{"role": "user", "content": USER}]
 
     def shown(messages: Messages) -> bool:
@@ -89,34 +85,31 @@ def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def content_for_template(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Messages:
-    """The messages as the tokenizer's template reads them."""
+    """Messages with content as text or parts, whichever the tokenizer's template reads."""
     return in_parts(messages) if reads_parts(tokenizer) else messages
 
 
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """The text that the template makes of messages."""
+    """The text of messages, rendered with the tokenizer's chat template."""
     return str(tokenizer.apply_chat_template(content_for_template(messages, tokenizer), tokenize=False, **options))
-
-
-# ------------------------------------------------------------------ BOS
 
 
 @cached_per_tokenizer
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a BOS before a text: the model was trained with one."""
+    """Whether the tokenizer adds a BOS to a text, as the model was trained."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer(USER)["input_ids"][:1] == [bos]  # type: ignore[index]
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text with one BOS, where the tokenizer adds one: a text that a template has rendered begins with its own."""
+    """Token ids of a text, with one BOS if the tokenizer adds one, also for rendered text that starts with its own."""
     ids: list[int] = list(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
     return ids[1:] if adds_bos(tokenizer) and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 @cached_per_tokenizer
 def template_lacks_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer adds a BOS to texts, and its template writes none: Transformers then gives a chat without one."""
+    """Whether the tokenizer adds a BOS to texts but its template writes none, so that Transformers tokenizes chats without BOS."""
     if tokenizer.chat_template is None or not adds_bos(tokenizer):
         return False
     try:
@@ -126,34 +119,30 @@ def template_lacks_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer(text, add_special_tokens=False)["input_ids"][:1] != [tokenizer.bos_token_id]  # type: ignore[index]
 
 
-# ------------------------------------------------------------------ a template made ready for training
-
-
 def prepare_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Change the tokenizer's template, in place, where training and use would see other tokens than the base was trained on → what was
-    changed, in words.
+    """Correct the tokenizer's template in place for training, and return descriptions of the changes.
 
-    It writes the BOS that the tokenizer adds to texts, so that every tool that applies it (TRL's trainers, vLLM) has one; and a fixed
-    date instead of today's, so that a run sees the same prompts on every day. The tokenizer is saved so with the results.
+    The template then writes the BOS that the tokenizer adds to texts, for every tool that applies it (TRL's trainers, vLLM), and a fixed
+    date instead of today's, so that prompts do not change from day to day. Results are saved with this tokenizer.
     """
     lines, found = [], templates_by_name(tokenizer.chat_template)
     named = {name: fixed_date(template) for name, template in found.items()}
     if named != found:
-        tokenizer.chat_template = _as_was(tokenizer, named)
+        tokenizer.chat_template = _in_original_form(tokenizer, named)
         lines.append(
-            f"its chat template writes today's date: it is {DATE:%d %b %Y} for this run, so that prompts stay the same"
+            f"its chat template writes today's date; this run uses {DATE:%d %b %Y}, so that prompts stay the same"
         )
     if template_lacks_bos(tokenizer):
-        # before a block tag at the start of a line Jinja strips blanks, which it would not do behind the BOS
+        # Jinja strips blanks before a block tag at the start of a line, but not after the BOS
         named = {name: "{{ bos_token }}" + template.lstrip(" \t") for name, template in named.items()}
-        tokenizer.chat_template = _as_was(tokenizer, named)
+        tokenizer.chat_template = _in_original_form(tokenizer, named)
         lines.append(
-            f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
+            f"its chat template did not write the {tokenizer.bos_token} that its tokenizer adds to texts; now it does"
         )
     return lines
 
 
-def _as_was(tokenizer: PreTrainedTokenizerBase, named: dict[str, str]) -> Any:
+def _in_original_form(tokenizer: PreTrainedTokenizerBase, named: dict[str, str]) -> Any:
     return named if isinstance(tokenizer.chat_template, dict) else named["default"]
 
 
@@ -164,7 +153,7 @@ def fixed_date(template: str) -> str:
 
 @cached_per_tokenizer
 def default_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes before the first user turn that no message holds: a default system text, today's date; else ""."""
+    """Text that the template adds before the first user turn, such as a default system prompt or today's date, or ""."""
     chat = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
     if tokenizer.chat_template is None:
         return ""
@@ -173,7 +162,7 @@ def default_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     except TemplateError:
         return ""
     before, _, rest = text.partition(USER)
-    between = rest.partition(ANSWER)[2].partition(USER)[0]  # the end of a turn, and what opens the user's next one
+    between = rest.partition(ANSWER)[2].partition(USER)[0]  # end of a turn and start of the next user turn
     ids, opening = (
         [int(token) for token in tokenizer(part, add_special_tokens=False)["input_ids"]]  # type: ignore[union-attr, arg-type]
         for part in (before, between)

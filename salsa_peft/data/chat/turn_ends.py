@@ -1,7 +1,7 @@
-"""The tokens that end a response, and the token that pads.
+"""The tokens that end a response, and the padding token.
 
-A turn is rendered by the chat template and looked at: many templates end a turn with another token than the tokenizer's EOS (Llama 3's
-<|eot_id|>, Phi-3's <|end|>, Gemma's <end_of_turn>), and a generation_config may name several.
+Many templates end a turn with another token than the tokenizer's EOS (Llama 3's <|eot_id|>, Phi-3's <|end|>, Gemma's <end_of_turn>), which
+rendering a turn shows, and a generation_config may name several.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ CHAT = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSW
 
 
 class AssistantTurn(NamedTuple):
-    """How the chat template opens and closes an assistant's turn that is the last."""
+    """How the chat template opens and closes a last assistant turn."""
 
     end: int | None
-    """The token that ends it; None: there is no template, or it writes none (LLaVA)."""
+    """Token that ends the turn. None: there is no template, or it writes no such token (LLaVA)."""
     after: tuple[int, ...]
-    """What it writes behind that: Qwen's newline, Phi-3's <|endoftext|>. A reward model that TRL trained read it too."""
+    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's reward training includes them."""
     opening: str
-    """The end of the text that asks for an answer: Qwen's <|im_start|>assistant and a newline."""
+    """Text of the generation prompt: Qwen's <|im_start|>assistant and a newline."""
 
 
 @cached_per_tokenizer
 def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
-    """By a conversation that the template renders."""
+    """The form of an assistant turn, found by rendering a conversation."""
     nothing = AssistantTurn(None, (), "")
     if tokenizer.chat_template is None:
         return nothing
@@ -54,21 +54,21 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
         return nothing
     opening = asking[common_prefix_length(alone, asking) :]
     _, answer, closing = text.rpartition(ANSWER)
-    # the closing text alone would do, but some tokenizers put a blank before whatever a text begins with
+    # the closing text is not tokenized alone, because some tokenizers add a blank at the start of a text
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]  # type: ignore[union-attr, arg-type]
     known = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     special = [token for token in tokenizer(closing, add_special_tokens=False)["input_ids"] if token in known]  # type: ignore[union-attr]
     if not answer or not special:
         return AssistantTurn(None, (), opening)
     written = tokenizer.convert_ids_to_tokens(special[0])
-    if closing.partition(str(written))[0].strip():  # a text ends the turn, and the token is something else
+    if closing.partition(str(written))[0].strip():  # text ends the turn, and the token has another purpose
         return AssistantTurn(None, (), opening)
     place = _closing_place(ids, special)
     return AssistantTurn(ids[place], tuple(ids[place + 1 :]), opening)
 
 
 def _closing_place(ids: list[int], special: list[int]) -> int:
-    """Where the first of the last special tokens stands."""
+    """Position of the first of the special tokens that end `ids`."""
     place = len(ids)
     for token in reversed(special):
         place = len(ids[:place]) - 1 - ids[:place][::-1].index(token)
@@ -78,15 +78,15 @@ def _closing_place(ids: list[int], special: list[int]) -> int:
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, rows: int | None = None
 ) -> tuple[int, ...]:
-    """The ids that end a response: the template's end of a turn first, the tokenizer's EOS, those that a generation_config names.
+    """Ids of the tokens that end a response: the template's end-of-turn token first, then EOS, then those of generation_config.
 
-    rows: of the output embeddings. An id that is none of the tokenizer's tokens, or has no row, is left out: it can't be sampled.
+    rows: number of output embeddings. Ids without a token or without an embedding are left out, since they cannot be sampled.
     """
-    said = None if generation_config is None else generation_config.eos_token_id
+    configured = None if generation_config is None else generation_config.eos_token_id
     found = [
         assistant_turn(tokenizer).end,
         tokenizer.eos_token_id,
-        *(said if isinstance(said, list | tuple) else [said]),
+        *(configured if isinstance(configured, list | tuple) else [configured]),
     ]
     ids = [int(token) for token in found if token is not None and token >= 0]
     return tuple(
@@ -97,46 +97,50 @@ def stop_token_ids(
 
 
 def model_stop_token_ids(tokenizer: PreTrainedTokenizerBase, lm: Any) -> tuple[int, ...]:
-    """The same for a Transformers causal language model, whose generation_config says which others there are."""
+    """stop_token_ids for a Transformers causal language model."""
     return stop_token_ids(tokenizer, lm.generation_config, lm.config.get_text_config(decoder=True).vocab_size)
 
 
 def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str]:
-    """What is worth telling about a tokenizer, its template and the `ends` of a response, a line each."""
+    """Notes for the log about a tokenizer and its template, one line each. ends: the ids of stop_token_ids."""
     lines = []
     if ends != (tokenizer.eos_token_id,):
         named = ", ".join(
             f"{token} ({number})"
             for number, token in zip(ends, tokenizer.convert_ids_to_tokens(list(ends)), strict=True)
         )
-        lines.append(f"a response ends with any of {named}")
+        lines.append(f"a response ends at any of {named}")
     if tokenizer.chat_template is None:
         return lines
     if text := default_prefix(tokenizer):
         lines.append(
-            f"its chat template puts a text before every conversation that brings no system turn: {one_line(text)[:120]!r}"
+            f"its chat template starts conversations without a system turn with this text: {one_line(text)[:120]!r}"
         )
     if any("strftime_now(" in template for template in templates_by_name(tokenizer.chat_template).values()):
-        lines.append("its chat template writes today's date, so that prompts are others tomorrow and a run can't be resumed then;"
-                     " write a fixed date into the template")  # fmt: skip
+        lines.append(
+            "its chat template writes today's date, so prompts change every day and the run cannot be resumed tomorrow; write a fixed date into"
+            " the template"
+        )
     if template_lacks_bos(tokenizer):
-        lines.append(f"its tokenizer begins texts with {tokenizer.bos_token}, and its chat template writes none, so that chats go without;"
-                     " put {{ bos_token }} at the template's start where the model was trained with it")  # fmt: skip
+        lines.append(
+            f"its tokenizer adds {tokenizer.bos_token} to texts, but its chat template writes none; if the model was trained with it in chats,"
+            " put {{ bos_token }} at the start of the template"
+        )
     if assistant_turn(tokenizer).end is None:
         lines.append(
-            "its chat template writes no token that ends an assistant's turn: SFT teaches none, and responses may run to the limit"
+            "its chat template writes no end-of-turn token, so SFT teaches none, and responses may reach the maximum length"
         )
     return lines
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase, taken: tuple[int, ...]) -> str:
-    """A token that no template writes and that ends no response; `taken`: the ends.
+def padding_token(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> str:
+    """A padding token that no template writes and that ends no response. stop_ids: the ids of stop_token_ids.
 
-    The tokenizer's own, else one named for padding (<|finetune_right_pad_id|>), a reserved one, unk, any other special one. Where there
-    is none (GPT-2 has one special token) the EOS: nothing of ours tells a sequence's end by its padding, and the reward stage sees to it
-    that Transformers' classifiers don't either.
+    In this order: the tokenizer's own, one with "pad" in its name, a reserved one, unk, another special token, and last the EOS (GPT-2 has no
+    other). EOS is safe: this package never finds a sequence's end by its padding, and the reward stage sets up Transformers' classifiers
+    accordingly.
     """
-    used = {*taken, *_written(tokenizer)}
+    used = {*stop_ids, *_written(tokenizer)}
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     special = [token.content for _, token in sorted(added.items()) if token.special]
     named = sorted(token for token in vocabulary if "pad" in token.lower() and token[0] in "<[")
@@ -148,7 +152,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, taken: tuple[int, ...]) ->
 
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the special tokens that the template may write, and the BOS."""
+    """Ids of the BOS and of the special tokens that the template may write."""
     texts = [*templates_by_name(tokenizer.chat_template).values()]
     with contextlib.suppress(TemplateError):
         texts += [render(CHAT, tokenizer)] if texts else []

@@ -1,7 +1,7 @@
-"""A chat model in this process as judge: its own chat template, batches of like length padded on the left, greedy or sampled.
+"""A chat model in this process as judge: its own chat template, batches of similar length padded on the left, greedy or sampled.
 
-At a temperature each row is sampled from a seed of its own, the request's: the same in whatever batch. The model is loaded when the first
-request comes that the cache does not know.
+With a temperature each row is sampled with a seed of its request, so that its reply does not depend on the batch. The model is loaded with
+the first request that is not in the cache.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,34 +26,33 @@ from salsa_peft.models.generation import WITHOUT_FLOAT64, sample_token, uniform_
 from salsa_peft.models.responses import pad_prompts
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
-from salsa_peft.utils.hub import readable_hub_errors
+from salsa_peft.utils.hub import local_folder, readable_hub_errors
 
 WHERE = "evaluate.judge.model"
-FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 ROOM = 64
-"""Tokens that must be left for a judgment; a prompt that leaves fewer is too long."""
+"""Tokens that a prompt must leave for the reply; a longer prompt is not sent."""
 
 
 class Row(NamedTuple):
-    """A request as the model reads it."""
+    """A request as token ids."""
 
     key: str
     ids: list[int]
     room: int
-    """Tokens that the judgment may have."""
+    """Most tokens of the reply."""
 
 
 class LocalModel:
-    """Asks requests; counts them in `calls`."""
+    """Answers requests and counts them in `calls`."""
 
     def __init__(self, section: Judge, calls: dict[str, int]) -> None:
         self.section, self.calls = section, calls
-        self.folder = _folder(str(section.model))
+        self.folder = local_folder(str(section.model))
         self.identity = fingerprint(self.folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
         require(
             self.tokenizer.chat_template is not None,
-            f"{WHERE}: found no chat template in {section.model}, expected a chat model's folder or Hub id",
+            f"{WHERE}: {section.model} has no chat template; use a chat model",
         )
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.special = sorted({*added, *self.tokenizer.all_special_tokens}, key=len, reverse=True)
@@ -63,7 +61,7 @@ class LocalModel:
 
     @property
     def address(self) -> tuple[str, str]:
-        """By what the model is, not where: another one in the same folder is asked anew."""
+        """The model's fingerprint, not its path: another model in the same folder has other keys in the cache."""
         return "local", self.identity
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
@@ -79,16 +77,16 @@ class LocalModel:
             else:
                 rows.append(Row(key, ids, room))
         rows.sort(key=lambda row: (row.room, -len(row.ids)))
-        for _, of in itertools.groupby(
-            rows, key=lambda row: row.room
-        ):  # so that no row is cut for its neighbour's sake
+        for _, of in itertools.groupby(rows, key=lambda row: row.room):  # no reply is cut because of another row
             alike = list(of)
             for start in range(0, len(alike), self.section.concurrency):
                 done(self._answer(alike[start : start + self.section.concurrency]))
 
     def encode(self, messages: Messages) -> list[int]:
-        """By the model's chat template; where that has no system messages, the system's text stands before the user's. A special token
-        spelled out in an answer stays text."""
+        """Token ids by the model's chat template; if that takes no system message, its text is put before the user's.
+
+        A special token that is spelled out in an answer stays plain text.
+        """
         messages = [{**message, "content": self._plain(message["content"])} for message in messages]
         try:
             encoded = self._templated(messages)
@@ -112,9 +110,7 @@ class LocalModel:
                 str(self.folder), dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
             )
         self.ends = list(model_stop_token_ids(self.tokenizer, model))
-        require(
-            bool(self.ends), f"{WHERE}: found no token that ends a turn in {self.section.model}, expected a chat model"
-        )
+        require(bool(self.ends), f"{WHERE}: {self.section.model} has no token that ends a turn; use a chat model")
         return model.to(device()).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -126,21 +122,21 @@ class LocalModel:
         processors = LogitsProcessorList()
         if self.section.temperature > 0:
             seeds = [int(row.key[:15], 16) for row in batch]
-            processors.append(Drawing(seeds, room, self.section.temperature, self.model.device))
-        self.model.generation_config = settings  # not what it came with: penalties, top-p
+            processors.append(SeededSampling(seeds, room, self.section.temperature, self.model.device))
+        self.model.generation_config = settings  # replaces the model's own penalties and top-p
         tokens = self.model.generate(input_ids=ids, attention_mask=mask.long(), logits_processor=processors)
         self.calls["asked"] += len(batch)
         found = {}
-        for row, said in zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True):
-            end = next((at for at, token in enumerate(said) if token in self.ends), None)
-            text = self.tokenizer.decode(said[:end], skip_special_tokens=True)
-            length = len(said) if end is None else end + 1
+        for row, reply in zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((at for at, token in enumerate(reply) if token in self.ends), None)
+            text = self.tokenizer.decode(reply[:end], skip_special_tokens=True)
+            length = len(reply) if end is None else end + 1
             found[row.key] = Outcome(Reply(text, "length" if end is None else "stop", len(row.ids), length))
         return found
 
 
-class Drawing(LogitsProcessor):
-    """Chooses each row's token by the inverse CDF at the row's own uniform numbers: leaves it as the one finite logit."""
+class SeededSampling(LogitsProcessor):
+    """Samples each row's token by the inverse CDF at the row's own uniform numbers, and leaves it as the only finite logit."""
 
     def __init__(self, seeds: Sequence[int], length: int, temperature: float, place: torch.device) -> None:
         uniforms = uniform_numbers(seeds, length)
@@ -148,17 +144,7 @@ class Drawing(LogitsProcessor):
         self.temperature, self.step = temperature, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) of the next token → −∞ but for one 0 a row."""
+        """Logits (B, V) of the next token → 0 for the sampled token, −∞ for all others."""
         token = sample_token((scores.float() / self.temperature).softmax(-1), self.uniforms[:, self.step])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
-
-
-def _folder(name: str) -> Path:
-    """A folder as it is; a Hub id → its files in the Hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    with readable_hub_errors(name):
-        return Path(snapshot_download(name, allow_patterns=FILES))

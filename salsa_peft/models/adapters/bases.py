@@ -1,16 +1,16 @@
-"""Which base an adapter names, where that is on this machine, and whether a given base is of the same architecture and size."""
+"""Which base an adapter was trained on: where that is on this machine, and whether a given base is the same one."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.models.architectures.checks import text_part
 from salsa_peft.models.architectures.sizes import config_of_base
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
+from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
 from salsa_peft.utils.hub import HUB_ID
 
@@ -18,55 +18,55 @@ SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "intermediate_size",
     "num_local_experts", "num_experts",
 )  # fmt: skip
-"""Of a configuration: what models of one base have alike, also where embeddings were resized."""
+"""Fields of a configuration that fine-tuned models have in common with their base, also if embeddings were resized."""
 
 
-def require_same_family(folder: Path, base: Mapping[str, Any], called: str, where: str = "") -> str | None:
-    """Raise SalsaError where the adapter in `folder` names a base of another architecture or size than `base`, a config.json's content.
+def require_same_family(folder: Path, base: Mapping[str, Any], name: str, where: str = "") -> str | None:
+    """Raise SalsaError if the adapter in `folder` names a base of another architecture or size than `base`, a config.json's content.
 
-    PEFT loads such an adapter in silence where the shapes of its modules agree (Mistral and Llama 3). → The base's name where its
-    config.json is not at hand; None where it was compared, a fingerprint decides, or the adapter names none. called: what people call
-    `base`; where: the recipe's key, in front of the message.
+    PEFT loads such an adapter without an error if the shapes of its modules agree, as for Mistral and Llama 3. name: the name of
+    `base`; where: the recipe's key, for the message. Returns the name of the adapter's base if its config.json is not on this machine,
+    and None if it was compared, if the adapter has a fingerprint to compare instead, or if it names no base.
     """
     file = folder / "adapter_config.json"
     if not file.is_file() or read_fingerprint(folder) is not None:
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path")
-    if not name or not isinstance(name, str):
+    config = read_json(file)
+    trained_on = config.get("base_model_name_or_path")
+    if not trained_on or not isinstance(trained_on, str):
         return None
-    at_hand = local_folder(config, folder)
-    known = HUB_ID.match(name) is not None
-    own = config_of_base(str(at_hand) if at_hand else name, config.get("revision")) if at_hand or known else None
+    local = local_base(config, folder)
+    known = local is not None or HUB_ID.match(trained_on) is not None
+    own = config_of_base(str(local or trained_on), config.get("revision")) if known else None
     if own is None:
-        return name
+        return trained_on
     remedy = (
-        f"Use {name} as the base, or another adapter; if it was trained on {called}, say so in its adapter_config.json"
+        f"Use {trained_on} as the base, or another adapter; if it was trained on {name}, say so in its adapter_config.json"
         " (base_model_name_or_path)"
     )
-    start = f"{where + ': ' if where else ''}{folder} was trained on {name}"
-    mine, other = _kinds(own), _kinds(base)
+    start = f"{where + ': ' if where else ''}{folder} was trained on {trained_on}"
+    mine, other = _model_types(own), _model_types(base)
     require(
         not mine or not other or mine[-1] == other[-1] or (len(mine) != len(other) and bool({*mine} & {*other})),
-        f"{start}, a {mine[-1] if mine else ''} model, and {called} is a {other[-1] if other else ''} model. {remedy}",
+        f"{start}, a {mine[-1] if mine else ''} model, and {name} is a {other[-1] if other else ''} model. {remedy}",
     )
     for size in SIZES:
         found, expected = (text_part(one).get(size) for one in (own, base))
         require(
             found is None or expected is None or found == expected,
-            f"{start}, which has {size} {found}, and {called} has {expected}. {remedy}",
+            f"{start}, which has {size} {found}, and {name} has {expected}. {remedy}",
         )
     return None
 
 
-def _kinds(config: Mapping[str, Any]) -> list[str]:
-    """The model type of the whole, then of its language model where that has one of its own."""
-    said = (config.get("model_type"), text_part(config).get("model_type"))
-    return list(dict.fromkeys(kind for kind in said if isinstance(kind, str)))
+def _model_types(config: Mapping[str, Any]) -> list[str]:
+    """The model type of a configuration and, if it is a multimodal one, that of its language model."""
+    types = (config.get("model_type"), text_part(config).get("model_type"))
+    return list(dict.fromkeys(one for one in types if isinstance(one, str)))
 
 
-def local_folder(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The base's folder, where its name is one: seen from here, from the adapter's folder, or from the folder around that."""
+def local_base(config: dict[str, Any], adapter: Path) -> Path | None:
+    """The folder of the base that an adapter names, if the name is a path: absolute, or relative to here, to the adapter or its parent."""
     name = config["base_model_name_or_path"]
     if not name:
         return None
@@ -75,12 +75,12 @@ def local_folder(config: dict[str, Any], adapter: Path) -> Path | None:
 
 
 def base_folder(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The base that an adapter names, where it is on this machine: a folder, or a Hub id in the cache. Nothing is downloaded."""
-    return local_folder(config, adapter) or _cached(config["base_model_name_or_path"] or "", config["revision"])
+    """The base that an adapter names, if it is on this machine: a folder, or a Hub id in the cache. Nothing is downloaded."""
+    return local_base(config, adapter) or _cached(config["base_model_name_or_path"] or "", config["revision"])
 
 
 def _cached(name: str, revision: str | None = None) -> Path | None:
-    """The snapshot folder of a Hub id in the local cache; None if it is not there or `name` is no Hub id."""
+    """The folder of a Hub id's files in the Hub's cache; None if they are not there, or if `name` is not a Hub id."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -92,14 +92,15 @@ def _cached(name: str, revision: str | None = None) -> Path | None:
 
 
 def _folder(name: str) -> Path | None:
-    """The folder of a model that is named by a path or a Hub id, where it is on this machine."""
+    """The folder of a model that is named by a path or a Hub id, if it is on this machine."""
     return Path(name) if name and Path(name).is_dir() else _cached(name)
 
 
 def fingerprints_of(name: str) -> list[str] | None:
-    """Fingerprints, one for each version of the format, of the base that the model `name` (a folder or Hub id) was made of.
+    """The fingerprints, of this version and earlier ones, of the base of a model, which is a folder or a Hub id.
 
-    None if its files are not on this machine. A folder trained from another base holds that base's fingerprint in its fingerprint.json.
+    A model that was trained from a base says its base's fingerprint in its own fingerprint.json. None if the files are not on this
+    machine.
     """
     folder = _folder(name)
     if folder is None:
@@ -111,20 +112,21 @@ def fingerprints_of(name: str) -> list[str] | None:
 
 
 def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:
-    """Raise SalsaError if the weights in `folder` were trained on another base than `name`, whose fingerprints are `base`.
+    """Raise SalsaError if the weights in `folder` were trained on another base than `name`, which has the fingerprints `base`.
 
-    If one of the two has no fingerprint, the architectures are compared and a line on standard error says what could not be checked.
+    If one of the two has no fingerprint, architecture and size are compared, and a line says that the base cannot be checked.
     """
     found = read_fingerprint(folder)
     if found is None or base is None:
-        what = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: no files at hand to take a fingerprint of"
+        missing = f"{folder}: no {FINGERPRINT}" if found is None else f"{name}: its files are not on this machine"
         used = _folder(name)
         config = None if used is None else config_of_base(str(used.resolve()), None)
-        named = None if config is None else require_same_family(folder, config, name)
-        other = "" if named is None or named == name else f"; it names the base {named}, and is used on {name}"
-        print(f"{what}, so that its base can't be checked{other}", file=sys.stderr, flush=True)
+        trained_on = None if config is None else require_same_family(folder, config, name)
+        other = "" if trained_on in (None, name) else f"; it names the base {trained_on}, and is used on {name}"
+        say(f"{missing}, so that its base cannot be checked{other}")
         return
     require(
         found in base,
-        f"{folder}: found weights of another base (fingerprint {found[:12]} …), expected ones of {name} ({base[0][:12]} …)",
+        f"{folder}: these weights were trained on another base (fingerprint {found[:12]} …) than {name} ({base[0][:12]} …); use the base"
+        " that they were trained on",
     )

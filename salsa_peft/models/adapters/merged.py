@@ -1,4 +1,4 @@
-"""The base's weights with one adapter merged in, without touching the base that every role shares."""
+"""The base's weights with one adapter merged in, leaving the shared base as it is."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ BASE = ".base_layer"
 
 
 def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """The base's parameters by its own names, tied ones once, with `adapter` merged as PEFT's merge_and_unload does it.
+    """Yield the base's parameters by its own names, tied ones once, with `adapter` merged as by PEFT's merge_and_unload.
 
-    Each layer is merged in a copy of its own, one at a time: the base that all roles share is not touched. Raises SalsaError for
-    what a merged base can't say.
+    Each layer is copied and merged on its own, one at a time. Raises SalsaError for adapters that cannot be merged into the base.
     """
     base = model.get_base_model()
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -44,7 +43,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _wrappers(layer: Any) -> list[Any]:
-    """The layer and what it wraps: PEFT nests one wrapper for each parameter of a stack of experts."""
+    """The layer and the LoRA layers that it wraps: PEFT nests one for each parameter of a stack of experts."""
     found = [layer]
     while isinstance(found[-1].base_layer, BaseTunerLayer):
         found.append(found[-1].base_layer)
@@ -60,18 +59,21 @@ def _merged(layer: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> None:
-    """Raise SalsaError for what merging would change or leave out."""
+    """Raise SalsaError for adapters whose merged weights would differ from the adapted base."""
     wrapped = [path for path, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     bases = {path: layer.get_base_layer() for path, layer in layers.items()}
     nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]
     quantised = [path for path, own in bases.items() if not all(w.is_floating_point() for w in own.parameters())]
     odd = [*wrapped, *nested, *quantised]
-    require(not odd, f"{', '.join(odd[:1])}: found a trained copy, nested adapters or quantised weights there, expected plain LoRA"
-            " layers; rollout_backend vllm needs weights that an adapter can be merged into")  # fmt: skip
+    require(
+        not odd,
+        f"{', '.join(odd[:1])}: this layer has a trained copy, nested adapters or quantised weights. rollout_backend vllm needs weights that an"
+        " adapter can be merged into; use rollout_backend hf",
+    )
     embeddings = base.get_input_embeddings()
     tied = embeddings.weight is base.get_output_embeddings().weight
     require(
         not (tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters()),
-        "target_modules: found an adapter on embeddings that are tied to the output's, expected none: merged, it would change both;"
-        " take rollout_backend hf",
+        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it would change both; use"
+        " rollout_backend hf",
     )

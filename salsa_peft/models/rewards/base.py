@@ -57,9 +57,14 @@ class Reward(ABC):
         """A frozen model that this reward alone uses, so that it can be offloaded; None without one."""
         return None
 
+    @cached_property
+    def tally(self) -> Tally:
+        """The metrics to log beside the scores."""
+        return Tally()
+
     def take_figures(self) -> dict[str, tuple[float, int]]:
         """Metrics to log beside the scores: name → (sum, count) since the last call. Sums, so that processes can add theirs up."""
-        return {}
+        return self.tally.take()
 
 
 class CallableReward(Reward):

@@ -1,6 +1,6 @@
-"""A Python function as reward, with TRL's reward-function signature; and the text of responses.
+"""A Python function as reward, with the signature of TRL's reward functions; decoding of responses.
 
-Left out of what TRL 1.16 passes: `trainer_state` and `log_extra` (rewards also score where no trainer is), `environments`.
+Of the arguments in TRL 1.16, `trainer_state`, `log_extra` (rewards are used without a trainer too) and `environments` are not passed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Set, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from salsa_peft.config.rewards import COLUMNS_NOT_PASSED, find_module, split_function
-from salsa_peft.models.rewards.base import Reward, Rows, Tally
+from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -28,141 +28,141 @@ if TYPE_CHECKING:
 
     from salsa_peft.models.responses import Responses
 
-TAKEN = re.compile(
+RESERVED = re.compile(
     r"(objective|policy|loss|val)/.*|rewards/.*/(mean|truncated)|update|episode|lr|seconds|epoch|step|loss|grad_norm|learning_rate"
     r"|score|response_length|empty_share"
 )
-"""Names of the engine's and Trainer's own figures, which log_metric may not have."""
+"""Names of metrics that training logs itself, so that log_metric must not use them."""
 
 
 class FunctionReward(Reward):
-    """`function(prompts, completions, completion_ids, **columns) -> list[float | None]`, called by keyword with what it takes.
+    """`function(prompts, completions, completion_ids, **columns) -> list[float | None]`, with the signature of TRL's reward functions.
 
-    As TRL (1.16) calls it: prompts as the data has them, so where they are messages a completion is [{role: assistant, content}];
-    text else. completion_ids: lists of token ids, EOS among them. Every other column of the data: a list. `log_metric(name,
-    value)`: a figure for the logs, averaged. Ours: `finished`, whether a token ended each response, not the limit. Special tokens are left out of
-    completions, unless `special_tokens` keeps them. An async function is awaited. None: the reward does not apply to the
-    response, which only a weighted sum allows.
+    It is called by keyword, with those of these arguments that it takes (as in TRL 1.16):
+
+    - prompts: as in the data, text or messages; completions: text, or [{role: assistant, content}] for messages. Special tokens are
+      left out unless `special_tokens` keeps them.
+    - completion_ids: lists of token ids, with EOS. Every other column of the data: a list of its values.
+    - log_metric(name, value): logs a metric, averaged. finished (not in TRL): whether each response ended before the length limit.
+
+    An async function is awaited. None instead of a score means that the reward does not apply to a response; only parts of a weighted
+    sum may return it.
     """
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        special_tokens: bool = False,
+        self, function: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
     ) -> None:
         self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
         self.name = str(getattr(function, "__name__", type(function).__name__))
-        taken = {
-            name: p for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_POSITIONAL
-        }
-        by_place = [name for name, p in taken.items() if p.kind is p.POSITIONAL_ONLY]
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         require(
-            not by_place,
-            f"reward function {self.name}: it takes {', '.join(by_place)} by position only, expected keywords; take the / out",
+            not positional,
+            f"{self._where}: it takes {', '.join(positional)} by position only, and rewards are called by keyword; remove the / from its"
+            " signature",
         )
-        self.keywords = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        self.takes = {name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD}
-        self.needs = {name for name in self.takes if taken[name].default is inspect.Parameter.empty}
-        self.tally = Tally()
+        self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.takes = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        self.needs = {p.name for p in parameters if p.name in self.takes and p.default is p.empty}
 
-    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
-        """→ (B,), float32. Raises SalsaError where the function gives None: it must apply to every response."""
-        scores, applies = self.scores_and_mask(responses, rows)
-        missing = (~applies).nonzero().flatten().tolist()
-        require(
-            not missing,
-            f"reward function {self.name}: found None for {len(missing)} of {len(rows)} responses, expected a number for each:"
-            " only a part of a weighted sum may leave some out",
-        )
-        return scores
-
-    def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
-        """→ scores (B,), float32, 0 where it does not apply, and where it applies (B,), bool."""
-        given = self._given(responses, rows)
-        absent = sorted(self.needs - given.keys())
-        columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
-        require(
-            not absent,
-            f"reward function {self.name}: it takes {', '.join(absent)}, found the columns {columns} in the data, expected one of"
-            " that name, or a default",
-        )
-        scores = self.function(**{name: value for name, value in given.items() if self.keywords or name in self.takes})
-        if inspect.iscoroutine(scores):  # in a thread, since a notebook's own loop runs in this one
-            with ThreadPoolExecutor(1) as pool:
-                scores = pool.submit(asyncio.run, scores).result()
-        found = f"reward function {self.name}: found"
-        require(
-            not isinstance(scores, str | bytes | Mapping | Set),
-            f"{found} a {type(scores).__name__}, expected a list of one score for each response",
-        )
-        require(hasattr(scores, "__len__"), f"{found} {scores!r:.80}, expected a list of one score for each response")
-        require(len(scores) == len(rows), f"{found} {len(scores)} scores for {len(rows)} responses, expected one each")
-        device, scores = responses.response_ids.device, list(scores)
-        applies = torch.tensor([score is not None for score in scores], device=device)
-        require(
-            not any(isinstance(score, str | bytes) for score in scores), f"{found} {scores!r:.80}, expected numbers"
-        )
-        try:
-            numbers = [0.0 if score is None else float(score) for score in scores]
-        except (TypeError, ValueError) as error:
-            raise SalsaError(f"{found} {scores!r:.80}, expected numbers") from error
-        return torch.tensor(numbers, dtype=torch.float32, device=device), applies
+    @property
+    def _where(self) -> str:
+        return f"reward function {self.name}"
 
     @property
     def code(self) -> str:
         """The function's name."""
         return self.name
 
-    def take_figures(self) -> dict[str, tuple[float, int]]:
-        """What the function gave to log_metric."""
-        return self.tally.take()
+    def __call__(self, responses: Responses, rows: Rows) -> Tensor:
+        """Score each response → (B,), float32. Raises SalsaError if the function returns None for one."""
+        scores, applies = self.scores_and_mask(responses, rows)
+        require(
+            bool(applies.all()),
+            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses. Only a part of a weighted sum may do"
+            " that; return a number for each",
+        )
+        return scores
 
-    def _given(self, responses: Responses, rows: Rows) -> dict[str, Any]:
+    def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Scores (B,), float32, and a mask (B,) of the responses for which the function returned a number; the score of others is 0."""
+        arguments = self._arguments(responses, rows)
+        absent = sorted(self.needs - arguments.keys())
+        columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
+        require(
+            not absent,
+            f"{self._where}: it takes {', '.join(absent)}, which is no column of the data (columns: {columns}); rename it, or give it a"
+            " default",
+        )
+        taken = {name: value for name, value in arguments.items() if self.keywords or name in self.takes}
+        scores = self.function(**taken)
+        if inspect.iscoroutine(scores):  # in a thread, because a notebook has an event loop running in this one
+            with ThreadPoolExecutor(1) as pool:
+                scores = pool.submit(asyncio.run, scores).result()
+        is_list = isinstance(scores, Sized) and not isinstance(scores, str | bytes | Mapping | Set)
+        require(is_list, f"{self._where}: it returned {scores!r:.80}; return a list of one score for each response")
+        require(
+            len(scores) == len(rows),
+            f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each response",
+        )
+        scores, device = list(scores), responses.response_ids.device
+        applies = torch.tensor([score is not None for score in scores], device=device)
+        try:
+            numbers = [0.0 if score is None else _number(score) for score in scores]
+        except (TypeError, ValueError) as error:
+            raise SalsaError(f"{self._where}: it returned {scores!r:.80}; return numbers") from error
+        return torch.tensor(numbers, dtype=torch.float32, device=device), applies
+
+    def _arguments(self, responses: Responses, rows: Rows) -> dict[str, Any]:
+        """All arguments that a function can take."""
         kept = responses.response_mask if self.special_tokens else responses.content_mask
         texts = decode(self.tokenizer, responses.response_ids, kept, special_tokens=self.special_tokens)
         prompts = row_prompts(self.tokenizer, responses, rows)
-        ids = [row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)]
-        completions = [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
         columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
-            f"reward function {self.name}: found a column `finished` in the data, which is what PPO calls whether EOS ended a"
-            " response; rename the column",
+            f"{self._where}: the data has a column `finished`, and rewards are passed an argument of that name (whether each response ended"
+            " before the length limit); rename the column",
         )
         data = {**{key: [row.get(key) for row in rows] for key in columns}, "prompts": prompts}
         return {
-            **copy.deepcopy(data),  # the function's own: what it changes in them, the data's rows must not see
+            **copy.deepcopy(data),  # a function may change its arguments, and the data must not change with them
             "finished": responses.finished.tolist(),
-            "completions": completions,
-            "completion_ids": ids,
+            "completions": [
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, texts, strict=True)
+            ],
+            "completion_ids": [
+                row[mask].tolist() for row, mask in zip(responses.response_ids, responses.response_mask, strict=True)
+            ],
             "log_metric": self._log_metric,
         }
 
     def _log_metric(self, name: str, value: float) -> None:
-        """What a function gets as `log_metric`. Raises SalsaError for a name that the engine's own figures have, and for no number."""
-        found = f"reward function {self.name}: log_metric: found"
-        require(isinstance(name, str), f"{found} the name {name!r:.60}, expected text")
-        require(not TAKEN.fullmatch(name), f"{found} the name {name!r}, which is the engine's own, expected another")
+        """What a function gets as `log_metric`. Raises SalsaError for a reserved name, and for a value that is not a number."""
+        where = f"{self._where}: log_metric"
+        require(isinstance(name, str), f"{where}: the name {name!r:.60} is not text")
+        require(not RESERVED.fullmatch(name), f"{where}: {name!r} is the name of a metric of training; use another")
         try:
-            number = float(value)
+            self.tally.add(name, float(value), 1)
         except (TypeError, ValueError) as error:
-            raise SalsaError(f"{found} {value!r:.60} for {name!r}, expected a number") from error
-        self.tally.add(name, number, 1)
+            raise SalsaError(f"{where}: the value {value!r:.60} of {name!r} is not a number") from error
+
+
+def _number(score: Any) -> float:
+    if isinstance(score, str | bytes):  # float() would accept "1"
+        raise TypeError(score)
+    return float(score)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
-    """Token ids (B, L) where the mask is True → text, special tokens left out or kept."""
+    """Decode the token ids (B, L) where the mask (B, L) is True, without special tokens unless `special_tokens`."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
 
 
 def row_prompts(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
-    """The rows' prompts, text or messages; decoded where a row has `input_ids` alone."""
+    """The prompts of the rows, text or messages; decoded for rows that have only `input_ids`."""
     if all("prompt" in row for row in rows):
         return [row["prompt"] for row in rows]
     texts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask)
@@ -170,30 +170,30 @@ def row_prompts(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: 
 
 
 def load_function(value: str) -> Callable[..., Any]:
-    """[FOLDER/]module:name → the function; a bare module is looked for in the current folder, then on Python's path.
+    """Import the function [FOLDER/]module:name; without FOLDER from the current folder or Python's path.
 
-    Raises SalsaError where there is none of that name, it can't be imported, or another module has its name.
+    Raises SalsaError if there is no such function, if the module cannot be imported, and if another module has its name.
     """
     folder, module, name = split_function(value)
     if folder is None and find_module(os.getcwd(), module) is not None:
         folder = os.getcwd()
     file = find_module(folder, module)
     if file is None:
-        raise SalsaError(f"{value}: found no module {module} in {folder or 'Python’s path'}, expected one")
+        raise SalsaError(f"{value}: there is no module {module} in {folder or 'Python’s path'}; check the name")
     if folder is not None and folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         loaded = importlib.import_module(module)
     except Exception as error:  # a user's module may raise anything
-        raise SalsaError(f"{value}: {file} can't be imported: {type(error).__name__}: {error}") from error
-    there = str(loaded.__file__)
+        raise SalsaError(f"{value}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    other = str(loaded.__file__)
     require(
-        os.path.realpath(there) == os.path.realpath(file),
-        f"{value}: found a module {module} from {there} already, expected {file}; give it another name",
+        os.path.realpath(other) == os.path.realpath(file),
+        f"{value}: another module {module} is already imported from {other}; give {file} another name",
     )
     found: Any = loaded
     for part in name.split("."):
-        require(part in dir(found), f"{value}: found no {part} in {file}, expected a function of that name")
+        require(part in dir(found), f"{value}: {file} has no {part}; check the function's name")
         found = getattr(found, part)
-    require(callable(found), f"{value}: found {type(found).__name__} in {file}, expected a function")
+    require(callable(found), f"{value}: {name} in {file} is of type {type(found).__name__}, not a function")
     return found

@@ -1,8 +1,4 @@
-"""Scores: a reward adapter on the shared base, a sequence classifier, a Python function, or a weighted sum of these.
-
-A reward is a callable `(responses, rows) → (B,)` of float32 scores; rows are the data's. `as_reward` makes one of whatever a user
-passes, `recipe_reward` of what a recipe's `reward:` says.
-"""
+"""Reward adapters, weighted sums of rewards, and rewards from what a library user or a recipe names."""
 
 from __future__ import annotations
 
@@ -25,9 +21,9 @@ from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import apply_scalar_head, causal_lm
 from salsa_peft.models.responses import Responses, append_tokens, ends_turn, last_token_states
-from salsa_peft.models.rewards.base import CallableReward, Reward, Rows, Tally
+from salsa_peft.models.rewards.base import CallableReward, Reward, Rows
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
-from salsa_peft.models.rewards.function import FunctionReward, decode, load_function
+from salsa_peft.models.rewards.function import FunctionReward, load_function
 from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import readable_hub_errors
@@ -38,22 +34,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "AdapterReward", "ClassifierReward", "FunctionReward", "Part", "Reward", "Rows", "RunningScale", "WeightedReward",
-    "adapter_in", "as_reward", "decode", "recipe_reward",
-]  # fmt: skip
 REWARD_ADAPTER = "reward"
-EXPECTED = (
-    "expected a reward adapter's or a sequence classifier's folder or Hub id, such a model, a function or module:name, or a list"
-    " of these"
-)
+EXPECTED = "pass the folder or Hub id of a reward adapter or a sequence classifier, such a model, a function or module:name, or a list of these"
 
 
 class AdapterReward(Reward):
-    """The reward adapter on the shared base, and its linear head on the last token of the conversation.
+    """A reward adapter on the shared base, with its linear head on the last token of the conversation.
 
-    tokenizer: whose chat template the adapter was trained with. What that writes behind the token that ends a turn is read too, as TRL's
-    RewardTrainer does. None: nothing is.
+    tokenizer: the one whose chat template the adapter was trained with. What the template writes after the token that ends a turn is
+    scored too, as in TRL's RewardTrainer; None: no such text is added.
     """
 
     def __init__(
@@ -63,13 +52,8 @@ class AdapterReward(Reward):
         micro_batch_size: int = 64,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.model, self.folder, self.micro_batch = (
-            model,
-            folder,
-            MicroBatchLimit(micro_batch_size, "reward, rows scored at once"),
-        )
-        self.tokenizer = tokenizer
-        self.name = ADAPTER
+        self.model, self.folder, self.tokenizer, self.name = model, folder, tokenizer, ADAPTER
+        self.micro_batch = MicroBatchLimit(micro_batch_size, "reward, rows scored at once")
         self.adapter = lora.unused_name(model, REWARD_ADAPTER)
         lora.attach(model, folder, self.adapter)
         self.head = lora.score_head(folder).to(model.device)
@@ -82,7 +66,7 @@ class AdapterReward(Reward):
         return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 
     def weights(self) -> Iterable[Tensor]:
-        """The adapter's and its head's."""
+        """The weights of the adapter and of its head."""
         return [*lora.parameters(self.model, self.adapter), self.head.weight]
 
     @torch.no_grad()
@@ -99,7 +83,7 @@ class AdapterReward(Reward):
 
 
 class Part(NamedTuple):
-    """One of the rewards of a sum."""
+    """One of the rewards in a weighted sum."""
 
     reward: Reward
     weight: float
@@ -107,20 +91,19 @@ class Part(NamedTuple):
 
 
 class WeightedReward(Reward):
-    """Σ weight · score over those parts that apply to a response (a function's None does not), as TRL sums; not renormalised.
+    """Σ weight · score over the parts that apply to a response (a function that returns None does not), as in TRL.
 
-    A part of weight 0 is logged alone. Raises SalsaError where a response has no part that applies.
+    The weights are not renormalised. A part of weight 0 is only logged. Raises SalsaError if no part applies to a response.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
-        self.tally = Tally()
         self.parts = [
             Part(reward if isinstance(reward, Reward) else CallableReward(reward), weight, name)
             for reward, weight, name in parts
         ]
-        require(bool(self.parts), "reward: found a sum of no parts, expected at least one")
+        require(bool(self.parts), "reward: the weighted sum has no parts; give at least one")
         name, times = Counter(part.name for part in self.parts).most_common(1)[0]
-        require(times == 1, f"reward: found {times} parts called {name}, expected a name of its own for each")
+        require(times == 1, f"reward: {times} parts have the name {name}; give each a name of its own")
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         total = torch.zeros(len(rows), device=responses.response_ids.device)
@@ -131,41 +114,43 @@ class WeightedReward(Reward):
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
                 any_applies |= applies
-        without = int((~any_applies).sum())
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
-            not without,
-            f"reward: found {without} of {len(rows)} responses to which none of {names} applies, expected a score for each",
+            bool(any_applies.all()),
+            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response needs a score",
         )
         return total
 
     def components(self) -> list[Reward]:
-        """The rewards in the sum, those of a sum within it too."""
+        """The rewards in the sum; those of a sum within it are listed one by one."""
         return [one for part in self.parts for one in part.reward.components()]
 
     def take_figures(self) -> dict[str, tuple[float, int]]:
-        """rewards/<name>/mean of each part over the responses that it applied to, and the parts' own figures."""
-        figures = self.tally.take()
+        """`rewards/<name>/mean` of each part, over the responses that it applied to, and the parts' own metrics."""
+        figures = super().take_figures()
         for part in self.parts:
             figures |= part.reward.take_figures()
         return figures
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
-    """The reward adapter: the reward itself, or the first one inside a weighted sum."""
+    """The reward adapter that a reward is, or the first one in a weighted sum; None if there is none."""
     return next((one for one in reward.components() if isinstance(one, AdapterReward)), None)
 
 
 def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
-    """Whatever a library user passes → a Reward.
+    """Make a Reward of what a library user passes:
 
-    A folder or Hub id: of a reward adapter (it has an adapter_config.json, and `model` is a PeftModel) or of a sequence
-    classifier. Such a classifier in memory, its tokenizer found by its name_or_path. A function of TRL's signature, or its
-    [FOLDER/]module:name. A Reward: one of ours, or any callable `(responses, rows)`. A list: the sum of such, each alone or as
-    (reward, weight) or (reward, weight, name). Raises SalsaError for anything else.
+    - a folder or Hub id of a reward adapter (with an adapter_config.json; `model` must be a PeftModel) or of a sequence classifier;
+    - a sequence classifier in memory, whose name_or_path leads to its tokenizer;
+    - a function with the signature of TRL's reward functions, or its name as [FOLDER/]module:name;
+    - a Reward, or any callable `(responses, rows) → (B,)`;
+    - a list of these for their sum, each alone or as (reward, weight) or (reward, weight, name).
+
+    Raises SalsaError for anything else.
     """
     if isinstance(reward, list):
-        require(bool(reward), f"reward: found an empty list, {EXPECTED}")
+        require(bool(reward), f"reward: the list is empty; {EXPECTED}")
         return WeightedReward([_as_part(entry, model, tokenizer, micro_batch_size) for entry in reward])
     if isinstance(reward, str | Path):
         return _from_name(str(reward), model, tokenizer, micro_batch_size)
@@ -173,28 +158,29 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         name = str(causal_lm(reward).name_or_path or "")
         require(
             bool(name),
-            f"reward: found a {type(reward).__name__} without name_or_path, expected one that says where its tokenizer is; pass"
+            f"reward: the {type(reward).__name__} has no name_or_path, so its tokenizer cannot be found; pass"
             " ClassifierReward(classifier, its_tokenizer, policy_tokenizer)",
         )
         with readable_hub_errors(name):
             own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        return ClassifierReward(reward, own, tokenizer, micro_batch_size, _last(name))  # type: ignore[arg-type]
+        last = name.rstrip("/").rsplit("/", 1)[-1]
+        return ClassifierReward(reward, own, tokenizer, micro_batch_size, last)  # type: ignore[arg-type]
     if isinstance(reward, Reward):
         return reward
     if not callable(reward):
-        raise SalsaError(f"reward: found {type(reward).__name__}, {EXPECTED}")
+        raise SalsaError(f"reward: an object of type {type(reward).__name__} is not a reward; {EXPECTED}")
     takes_responses = list(inspect.signature(reward).parameters) == ["responses", "rows"]
     return CallableReward(reward) if takes_responses else FunctionReward(reward, tokenizer)
 
 
 def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Part:
     given = entry if isinstance(entry, tuple) else (entry,)
-    require(1 <= len(given) <= 3, f"reward: found a tuple of {len(given)}, expected (reward, weight, name)")
+    require(1 <= len(given) <= 3, f"reward: a tuple in the list has {len(given)} entries; write (reward, weight, name)")
     reward = as_reward(given[0], model, tokenizer, micro_batch_size)
     weight, name = given[1] if len(given) > 1 else 1.0, given[2] if len(given) > 2 else None
     require(
         isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
-        f"reward: found the weight {short(weight)}, expected a number",
+        f"reward: the weight {short(weight)} is not a finite number",
     )
     return Part(reward, float(weight), reward.name if name is None else name)
 
@@ -202,13 +188,12 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
 def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
     if not os.path.isdir(name) and FUNCTION.match(name):
         return FunctionReward(load_function(name), tokenizer)
-    with readable_hub_errors(name):
-        folder = lora.local_folder(name)
-        if not (folder / lora.CONFIG).is_file():
-            return load_classifier_reward(name, tokenizer, micro_batch_size)
+    folder = lora.adapter_folder(name)
+    if not (folder / lora.CONFIG).is_file():
+        return load_classifier_reward(name, tokenizer, micro_batch_size)
     if not isinstance(model, PeftModel):
         raise SalsaError(
-            f"{name}: found a reward adapter, but the policy is a {type(model).__name__}; expected a sequence classifier"
+            f"{name}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a sequence classifier"
         )
     base = str(causal_lm(model).name_or_path)
     bases.require_same_base(folder, bases.fingerprints_of(base), base)
@@ -216,28 +201,18 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
     return AdapterReward(model, folder, micro_batch_size, tokenizer)
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a folder or Hub id holds a PEFT adapter, and no whole model."""
-    with readable_hub_errors(name):
-        return (lora.local_folder(name) / lora.CONFIG).is_file()
-
-
-def _last(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1]
-
-
 def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
-    """What a recipe's `reward:` says; `inputs` has the reward stage's folder under "reward" where that trains one."""
+    """The reward of a recipe's `reward:` section; `inputs["reward"]` is the reward stage's folder, if that stage trains one."""
     parts = []
     for part in recipe.reward.parts:
         if part.kind == ADAPTER and recipe.adapter is not None:
             reward = as_reward(inputs["reward"], model, tokenizer, micro_batch_size)
         elif part.kind == "function":
             reward = FunctionReward(load_function(part.value), tokenizer)
-        elif part.kind == "classifier" and is_adapter(part.value):
+        elif part.kind == "classifier" and (lora.adapter_folder(part.value) / lora.CONFIG).is_file():
             reward = _from_name(part.value, model, tokenizer, micro_batch_size)
-        else:  # with full weights the reward stage's own is a classifier too
+        else:  # in a recipe of full weights the reward stage trains a classifier
             path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
             reward = load_classifier_reward(path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)
         parts.append(Part(reward, part.weight, part.name))
@@ -245,13 +220,13 @@ def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], 
 
 
 class RunningScale:
-    """Divides scores by their standard deviation over all that came before and these (TRL 0.8's RunningMoments)."""
+    """Divides scores by the standard deviation of all scores so far, these included (TRL 0.8's RunningMoments)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """(B,) → (B,)"""
+        """Count the scores (B,) and return them scaled, (B,)."""
         for score in scores.double().tolist():
             self.count += 1
             change = score - self.mean

@@ -106,7 +106,7 @@ def difference(head: PreTrainedConfig, other: PreTrainedConfig, prefix: str = ""
 
 
 def _same(field: str, mine: Any, yours: Any) -> bool:
-    """Numbers to float32's precision, null as false, activations by what they compute."""
+    """Whether two values of a field mean the same: numbers to float32's precision, null as false, activations by their values."""
     if isinstance(mine, float | int) and isinstance(yours, float | int):
         return math.isclose(mine, yours, rel_tol=1e-6)
     if isinstance(mine, str) and isinstance(yours, str) and ("act" in field):
@@ -117,7 +117,7 @@ def _same(field: str, mine: Any, yours: Any) -> bool:
 
 
 def _same_activation(mine: str, yours: str) -> bool:
-    """Whether two of Transformers' activation functions have the same values to float32's precision (gelu_new, gelu_pytorch_tanh)."""
+    """Whether two activation functions of Transformers agree to float32's precision, as gelu_new and gelu_pytorch_tanh do."""
     import torch
     from transformers.activations import ACT2FN
 
@@ -131,7 +131,7 @@ def _same_activation(mine: str, yours: str) -> bool:
 
 
 def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    """By their parameters, and where those are in other words by the frequencies that the models' own rotary embeddings compute."""
+    """Whether the rotary embeddings are the same: by their parameters, else by the frequencies that the models compute."""
     mine, yours = (_rope(config) for config in (head, other))
     if "longest" in mine or "longest" in yours or mine == yours:
         return mine == yours
@@ -145,7 +145,7 @@ def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """rope_parameters without names of the same thing and nulls; with the number of positions where it matters."""
+    """rope_parameters without synonyms and nulls, and with the number of positions if the embeddings depend on it."""
     content = config.to_dict()
     given = content.get("rope_parameters") or {}
     flat = {
@@ -159,7 +159,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
-    """Module and buffer → values of the rotary embeddings that the architecture makes, and the scale of the attention."""
+    """Module and buffer → the frequencies of the model's rotary embeddings, and their attention scaling."""
     import torch
 
     from salsa_peft.utils import tensor_names
@@ -169,8 +169,8 @@ def _frequencies(config: PreTrainedConfig) -> dict[str, Any]:
         if "config" in vars(module) and any(
             buffer.endswith("inv_freq") for buffer, _ in module.named_buffers(recurse=False)
         ):
-            made: Any = type(module)
-            rotary = made(config=vars(module)["config"])  # the model's own has no memory behind it
+            rotary_class: Any = type(module)
+            rotary = rotary_class(config=vars(module)["config"])  # the model's own is on the meta device
             found |= {f"{name}.{buffer}": values for buffer, values in rotary.named_buffers()}
             scales = {key: value for key, value in vars(rotary).items() if key.endswith("attention_scaling")}
             found |= {f"{name}.{key}": torch.tensor(float(value)) for key, value in scales.items()}

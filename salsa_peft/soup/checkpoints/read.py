@@ -73,7 +73,9 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     """Read configuration and headers. Raises SalsaError for files that are missing, cut, pickled or do not belong together."""
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of a checkpoint")
     if not (folder / CONFIG).is_file() and (folder / "adapter_config.json").is_file():
-        raise SalsaError(f"{folder} holds a PEFT adapter, not a full checkpoint; members of a soup are all of one kind")
+        raise SalsaError(
+            f"{folder}: this is a PEFT adapter, not a full checkpoint; members of a soup are all of one kind"
+        )
     config = read_mapping(folder / CONFIG)
     listed = _weight_map(folder)
     names = _unlisted(folder) if listed is None else sorted(set(listed.values()))
@@ -99,7 +101,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises SalsaError for a file that is missing or holds anything else."""
     content = read_json(path)
     require(
-        isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a mapping; copy or save it again"
+        isinstance(content, dict), f"{path}: this is a {type(content).__name__}, not a mapping; copy or save it again"
     )
     return dict(content)
 
@@ -107,7 +109,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Tensor → shard as the index has it; None if there is no index."""
     index, single = (folder / INDEX).is_file(), (folder / SINGLE).is_file()
-    require(not (index and single), f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is old")
+    require(
+        not (index and single), f"{folder}: this folder holds both {SINGLE} and {INDEX}; remove the one that is old"
+    )
     if not index:
         return None
     listed = read_mapping(folder / INDEX).get("weight_map")
@@ -116,7 +120,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     )
     require(
         plain and bool(listed),
-        f"{folder / INDEX} has no weight_map of plain file names; save the model again",
+        f"{folder / INDEX}: there is no weight_map of plain file names; save the model again",
     )
     assert isinstance(listed, dict)
     return listed
@@ -141,7 +145,7 @@ def _unlisted(folder: Path) -> list[str]:
     elif pickled is not None:
         held = f"; it holds {pickled}, which is a pickle and never read"
     raise SalsaError(
-        f"{folder} has neither {SINGLE} nor {INDEX}{held}; load the model with the tool that made it and save it with Transformers"
+        f"{folder}: this folder has neither {SINGLE} nor {INDEX}{held}; load the model with the tool that made it and save it with Transformers"
     )
 
 
@@ -178,19 +182,19 @@ def check_manifest(checkpoint: Checkpoint) -> None:
     for name in names:
         require(
             name in listed,
-            f"{checkpoint.folder / name} is not listed in {MANIFEST}; make the checkpoint again",
+            f"{checkpoint.folder / name}: the file is not listed in {MANIFEST}; make the checkpoint again",
         )
         size = (checkpoint.folder / name).stat().st_size
         expected = listed[name].get("size")
         require(
             size == expected,
-            f"{checkpoint.folder / name} has {size} bytes, but {expected} in {MANIFEST}; copy or make it again",
+            f"{checkpoint.folder / name}: the file has {size} bytes, but {expected} in {MANIFEST}; copy or make it again",
         )
     with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
         for name, found in zip(names, pool.map(sha256, [checkpoint.folder / name for name in names]), strict=True):
             require(
                 found == listed[name]["sha256"],
-                f"{checkpoint.folder / name} changed: its SHA-256 is {found[:12]}…, but {str(listed[name]['sha256'])[:12]}… in"
+                f"{checkpoint.folder / name}: the file changed: its SHA-256 is {found[:12]}…, but {str(listed[name]['sha256'])[:12]}… in"
                 f" {MANIFEST}; copy or make it again",
             )
 

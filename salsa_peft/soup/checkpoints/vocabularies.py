@@ -112,7 +112,7 @@ def _pieces(path: Path) -> dict[str, int]:
     The file is SentencePiece's ModelProto: its first field has the pieces in the order of ids, and a piece's first field has its text.
     """
     refusal = (
-        f"{path} cannot be read as a SentencePiece model, so it cannot be compared with the other members' tokenizers; save each tokenizer"
+        f"{path}: cannot be read as a SentencePiece model, so it cannot be compared with the other members' tokenizers; save each tokenizer"
         " with Transformers (save_pretrained writes tokenizer.json), or put the same file into every folder"
     )
     try:

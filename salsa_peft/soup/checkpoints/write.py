@@ -105,17 +105,17 @@ def check_free(folder: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         require(
             folder.resolve() != source.resolve(),
-            f"{folder} is a member of the soup, so the soup cannot be written there; choose another folder",
+            f"{folder}: this folder is a member of the soup; choose another one for the result",
         )
-    require(not folder.exists() or folder.is_dir(), f"{folder} is a file; choose a folder for the soup")
+    require(not folder.exists() or folder.is_dir(), f"{folder}: this is a file; choose a folder for the soup")
     require(
         not (folder / "adapter_config.json").exists(),
-        f"{folder} holds an adapter, which Transformers would add to the soup; choose another folder",
+        f"{folder}: this folder holds an adapter, which Transformers would add to the soup; choose another one",
     )
     held = other_files(folder) if folder.exists() and not (folder / SUMMARY).is_file() else ""
     require(
         not held,
-        f"{folder} holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty folder or that of an earlier soup",
+        f"{folder}: this folder holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty one or an earlier soup",
     )
 
 
@@ -129,8 +129,10 @@ def _remove_soup(folder: Path) -> None:
             folder.resolve() in (folder / name).resolve().parents,
             f"{folder / SUMMARY}: the file {name!r:.80} in its list lies elsewhere; remove the soup by hand",
         )
-    for name in sorted({*names, SUMMARY}, key=lambda name: (name != CONFIG, name == SUMMARY, name)):
-        (folder / name).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name != CONFIG):
+        if name != SUMMARY:
+            (folder / name).unlink(missing_ok=True)
     for parent in {(folder / name).parent for name in names} - {folder}:
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
+    (folder / SUMMARY).unlink()

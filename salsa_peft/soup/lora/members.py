@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.models.adapters.bases import base_folder, local_folder
+from salsa_peft.models.adapters.bases import base_folder, local_base
 from salsa_peft.soup.checkpoints.read import read_mapping
 from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, vocabulary, warn_about_special_tokens
 from salsa_peft.soup.lora.read import MORE_TEMPLATES, TOKENIZER
@@ -94,7 +94,7 @@ def canonical_base(member: Member) -> tuple[str, str]:
     name, revision = str(member.config["base_model_name_or_path"] or ""), member.config["revision"] or "main"
     if (cached := CACHED.fullmatch(name)) is not None:
         name = f"{cached['owner']}/{cached['name']}"
-    elif (folder := local_folder(member.config, member.folder)) is not None:
+    elif (folder := local_base(member.config, member.folder)) is not None:
         return str(folder), "main"
     short = name.rstrip("/") or name
     return short if short.startswith(("/", ".", "~")) else short.casefold(), revision

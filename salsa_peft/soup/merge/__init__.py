@@ -1,1 +1,1 @@
-"""Adapters merged into their base, and the average of such merges."""
+"""Soups of adapters that are merged into their base."""

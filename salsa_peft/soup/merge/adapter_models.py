@@ -1,7 +1,7 @@
-"""A member's adapter as PEFT loads it, in a model whose base weights take no memory; its merge, a few modules at a time.
+"""An adapter that PEFT loads into a model whose base weights take no memory, and merges a few modules at a time.
 
-Names, tied weights, DoRA, attention in one projection, experts and whatever else PEFT merges are thus exactly PEFT's: the base's
-values are put into the modules that are asked for, PEFT merges these, and the merged values are taken out again.
+The base's values are put into the modules to merge, PEFT merges them, and the merged values are taken out again. So names, tied weights,
+DoRA, fused attention projections, experts and whatever else PEFT merges are exactly PEFT's.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Read = Callable[[str], torch.Tensor]
-"""A parameter's name in the model → its value in the base."""
-ANOTHER = "the adapter was trained on another base; name its own with --base"
+ReadParameter = Callable[[str], torch.Tensor]
+"""A function from a parameter's name in the model to its value in the base."""
+ANOTHER = "the adapter was trained on another base; name its own base with --base"
 ADAPTER = "default"
 INSIDE = "base_model.model."
-"""What PEFT puts before the base's own names."""
+"""The prefix that PEFT adds to the base's names."""
 
 
-def blank_model(made: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model whose parameters are float32 zeros of the right shapes on the CPU that share one number each; tied where the config says so."""
+def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model whose parameters are float32 zeros on the CPU, each one number expanded to its shape; tied if the config says so."""
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
-        model = made(config)
+        model = architecture(config)
     model.tie_weights()
     blanks: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
     for module in model.modules():
@@ -49,49 +49,49 @@ def blank_model(made: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
 
 
 @dataclass
-class Wrapped:
-    """A module that PEFT put something around."""
+class WrappedModule:
+    """A module of the base that PEFT wrapped."""
 
     module: torch.nn.Module
     parameters: list[str]
-    """The base's parameters in it, by their names in the model."""
+    """The base's parameters in it, by their first names in the model."""
     rank: int = 0
-    """Of its LoRA; 0: it has none."""
+    """The rank of its LoRA; 0: it has none."""
     saved: bool = False
-    """Whether it is one of modules_to_save, whose values replace the base's."""
+    """Whether it is one of modules_to_save, so that its values replace the base's."""
 
 
 class AdapterModel:
-    """One adapter in a blank model. Raises SalsaError where PEFT does not take all of it."""
+    """One adapter in a blank model. Raises SalsaError if PEFT cannot load all of it."""
 
     def __init__(
         self, path: Path, config: LoraConfig, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
     ) -> None:
         self.path = path
         self.first: dict[str, str] = {}
-        """A parameter's name → the first name of the same parameter (tied weights have several)."""
+        """A parameter's name → the first of its names (a tied parameter has several)."""
         self.replaced: dict[str, torch.Tensor] = {}
-        """By first name: what the adapter's file has in place of the base's value."""
+        """First name → the adapter's own value, which replaces the base's."""
         firsts: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.first[name] = firsts.setdefault(_place(parameter), name)
+            self.first[name] = firsts.setdefault(_address(parameter), name)
         self._firsts, self._blanks = firsts, {first: model.get_parameter(first) for first in firsts.values()}
         self.wrapped = self._load(config, tensors, model)
 
     def _load(
         self, config: LoraConfig, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
-    ) -> dict[str, Wrapped]:
+    ) -> dict[str, WrappedModule]:
         from peft import get_peft_model, set_peft_model_state_dict
         from peft.tuners.lora import LoraLayer
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights, which are said by the merge, and of base model's names
+            warnings.simplefilter("ignore")  # about tied weights, of which the merge warns itself, and the base's name
             try:
                 loaded = get_peft_model(model, config, ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
                 places = {
-                    name for name, p in loaded.named_parameters(remove_duplicate=False) if _place(p) in self._firsts
+                    name for name, p in loaded.named_parameters(remove_duplicate=False) if _address(p) in self._firsts
                 }
                 result: Any = set_peft_model_state_dict(loaded, dict(tensors), ADAPTER, low_cpu_mem_usage=True)
             except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
@@ -105,17 +105,17 @@ class AdapterModel:
         empty = next((name for name, parameter in now.items() if parameter.is_meta), None)
         require(
             empty is None,
-            f"{self.path}: found no values for {empty}, which adapter_config.json asks for on this base: the file is incomplete, or {ANOTHER}",
+            f"{self.path}: has no values for {empty}, which adapter_config.json names: the file is incomplete, or {ANOTHER}",
         )
         inner: torch.nn.Module = loaded.get_base_model()
-        found: dict[str, Wrapped] = {}
+        found: dict[str, WrappedModule] = {}
         kinds: tuple[type[torch.nn.Module], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # type: ignore[assignment]
         for name, module in inner.named_modules():
             if isinstance(module, kinds) and not _inside(name, found):
-                found[name] = Wrapped(module, [])
+                found[name] = WrappedModule(module, [])
         self._take_replaced(inner, places, now)
         for wrapped in found.values():
-            inside = {self._firsts[_place(p)] for p in wrapped.module.parameters() if _place(p) in self._firsts}
+            inside = {self._firsts[_address(p)] for p in wrapped.module.parameters() if _address(p) in self._firsts}
             wrapped.parameters = sorted(inside)
             layers = [module for module in wrapped.module.modules() if isinstance(module, LoraLayer)]
             wrapped.saved = isinstance(wrapped.module, ModulesToSaveWrapper)
@@ -123,10 +123,10 @@ class AdapterModel:
         return found
 
     def _take_replaced(self, inner: torch.nn.Module, places: Iterable[str], now: Mapping[str, torch.Tensor]) -> None:
-        """Values that the file has for the base's own parameters are kept aside, the blanks put back."""
+        """Move the values that replace parameters of the base into `replaced`, and put the blank parameters back."""
         for place in places:
             parameter = now[place]
-            if _place(parameter) in self._firsts:
+            if _address(parameter) in self._firsts:
                 continue
             holder, _, leaf = place.removeprefix(INSIDE).rpartition(".")
             first = self.first[_plain(place.removeprefix(INSIDE))]
@@ -134,7 +134,7 @@ class AdapterModel:
             inner.get_submodule(holder)._parameters[leaf] = self._blanks[first]
 
     def touched(self) -> dict[str, list[str]]:
-        """First names of parameters that the adapter may change, together with those that must be merged at once with them."""
+        """First names of the parameters that the adapter may change → the parameters that must be merged together with each."""
         found = {first: [first] for first in self.replaced}
         for wrapped in self.wrapped.values():
             for first in wrapped.parameters:
@@ -142,12 +142,12 @@ class AdapterModel:
         return found
 
     def replaces(self, name: str) -> bool:
-        """Whether the adapter has a whole value of its own for a parameter."""
+        """Whether the adapter replaces a parameter's value."""
         first = self.first[name]
         return first in self.replaced or any(one.saved and first in one.parameters for one in self.wrapped.values())
 
     def tied_deltas(self, names: Sequence[str]) -> bool:
-        """Whether LoRA is on one of several modules that share a parameter: the merge of one changes the others too."""
+        """Whether there is LoRA on one of several modules that share a parameter, so that its merge changes the others too."""
         shared = {self.first[name] for name in names if name != self.first[name]}
         return any(w.rank > 0 and shared & set(w.parameters) for w in self.wrapped.values())
 
@@ -157,7 +157,7 @@ class AdapterModel:
         return bool(firsts & self.replaced.keys()) or bool(self._inside(firsts))
 
     def low_rank(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """left (rows, r) and right (r, columns) whose product is all that the merge adds to the one parameter; None where it does more."""
+        """left (rows, r) and right (r, columns), if the merge adds only their product to a single parameter; None if it does more."""
         firsts = {self.first[name] for name in names}
         inside = list(self._inside(firsts).values())
         if len(names) != 1 or len(inside) != 1 or firsts & self.replaced.keys() or not _is_plain(inside[0].module):
@@ -170,14 +170,14 @@ class AdapterModel:
         B = B.detach() * layer.scaling[ADAPTER]
         return (A.detach().T.contiguous(), B.T.contiguous()) if across else (B, A.detach())
 
-    def _inside(self, firsts: Container[str]) -> dict[str, Wrapped]:
+    def _inside(self, firsts: Container[str]) -> dict[str, WrappedModule]:
         return {name: one for name, one in self.wrapped.items() if any(first in firsts for first in one.parameters)}
 
-    def values(self, names: Sequence[str], read: Read, untie: bool = False) -> dict[str, torch.Tensor]:
-        """The merged values of these parameters, float32; those that are merged at once are asked for at once.
+    def merged_values(self, names: Sequence[str], read: ReadParameter, untie: bool = False) -> dict[str, torch.Tensor]:
+        """The merged values of parameters, in float32. Parameters that must be merged together must be given together.
 
-        Tied parameters are one tensor, as they are when PEFT merges, or with `untie` one each. Parameters with more rows than the base
-        has (added tokens) start from zeros there.
+        Tied parameters are one tensor, as when PEFT merges, or with `untie` one each. Rows that the base does not have (added tokens)
+        start from zeros.
         """
         inside = self._inside({self.first[name] for name in names})
         filled: dict[str, torch.nn.Parameter] = {}
@@ -190,7 +190,7 @@ class AdapterModel:
         for name, wrapped in inside.items():
             for path, module in wrapped.module.named_modules():
                 for leaf, given in module._parameters.items():
-                    if given is not None and _place(given) in self._firsts:
+                    if given is not None and _address(given) in self._firsts:
                         own = ".".join(part for part in (name, _plain(path), leaf) if part)
                         module._parameters[leaf] = filled[own if untie else self.first[own]]
         values: dict[str, torch.Tensor] = {}
@@ -201,7 +201,7 @@ class AdapterModel:
         return start | {name: value for name, value in values.items() if name in start}
 
     def _unloaded(self, name: str, module: Any) -> torch.nn.Module:
-        """What PEFT leaves of a module when it merges and unloads it."""
+        """The module without its wrapper, after PEFT merged it."""
         from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -214,34 +214,34 @@ class AdapterModel:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             line = " ".join(str(error).split())
             raise SalsaError(
-                f"{self.path}: PEFT cannot merge {name}: {line:.300}; average the adapters without --merge"
+                f"{self.path}: PEFT cannot merge {name} ({line:.300}); average the adapters without --merge"
             ) from error
         return found  # type: ignore[no-any-return]
 
 
-def _place(parameter: torch.Tensor) -> int:
-    """Which memory a parameter has: PEFT makes other objects of the same (MultiheadAttention), and meta tensors have none (0)."""
+def _address(parameter: torch.Tensor) -> int:
+    """The address of a parameter's memory (meta tensors: 0), since PEFT may make another object of the same memory (MultiheadAttention)."""
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
 def _inside(name: str, found: Mapping[str, Any]) -> bool:
-    """Whether a module lies in one of those."""
+    """Whether a module is inside one of those in `found`."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in found for end in range(1, len(parts)))
 
 
 def _in_a_line(error: Exception, model: str) -> str:
-    """What PEFT or torch say when an adapter does not fit a model."""
+    """The error of PEFT or torch about an adapter that does not fit a model, in one line."""
     line = " ".join(str(error).split())
     if found := re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", line):
-        return f"{found[1]} has shape [{found[2]}], {model} of the base takes [{found[3]}]: {ANOTHER}"
+        return f"{found[1]} has shape [{found[2]}], but [{found[3]}] in {model}, the model of the base: {ANOTHER}"
     if line.startswith("Target modules"):
         return f"its target_modules match nothing in {model}, the model of the base: {ANOTHER}"
     return f"PEFT cannot load it into {model}, the model of the base: {line:.300}"
 
 
 def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether it is a tensor that PEFT saved a second time, and reads once: a saved module's, or the trained tokens of tied embeddings."""
+    """Whether PEFT saved a tensor twice but reads it once: of modules_to_save, or the trained tokens of tied embeddings."""
     if not any(part in key for part in (SAVED, ORIGINAL, TOKENS)):
         return False
     leaf = key.rpartition(".")[2]
@@ -250,13 +250,13 @@ def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _plain(name: str) -> str:
-    """The base's own name of a parameter inside PEFT's wrappers."""
+    """A parameter's name without the names of PEFT's wrappers."""
     parts = name.split(".")
     return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a LoRA layer adds scaling · B · A to its weight, a matrix, and does nothing else."""
+    """Whether merging a LoRA layer adds scaling · B · A to its weight, a matrix, and does nothing else."""
     from peft.tuners.lora import Embedding, Linear
 
     return (

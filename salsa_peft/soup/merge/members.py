@@ -1,7 +1,8 @@
-"""The members of a merged soup: read from their folders, then loaded by PEFT into a model of the base's architecture.
+"""Reads the members of a merged soup and lets PEFT load each into a model of the base's architecture.
 
-The class is the one that the base's configuration names, else another of that configuration that takes every member's tensors: an
-adapter may have been trained on the language model of a multimodal base. Embeddings that were resized in training are resized here.
+The model's class is the one that the base's configuration names, else another class of that configuration that takes every member's
+tensors: an adapter may have been trained on the language model of a multimodal base. Embeddings that were resized in training are resized
+here too.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ class LoadedMembers(NamedTuple):
 
     adapters: list[AdapterModel]
     names: ModelNames
-    """Of the base, as its files have it."""
+    """The names of the base as it is saved."""
     result: ModelNames
-    """Of the merged model, which may have other rows of embeddings."""
+    """The names of the merged model, whose embeddings may have another number of rows."""
     rows: int | None
-    """Of the embeddings, where training gave them another number than the base has."""
+    """The rows of the embeddings, if training gave them another number than the base has."""
 
 
 def read_members(folders: Sequence[Path], names: Sequence[str] | None) -> list[Member]:
-    """Configurations, fingerprints and headers. What the tensors are is PEFT's to say, when they are loaded."""
+    """Read configurations, fingerprints and headers. The tensors are checked when PEFT loads them."""
     return [_read(folder, name) for folder, name in zip(folders, default_names(folders, names), strict=True)]
 
 
@@ -57,13 +58,13 @@ def _read(folder: Path, name: str) -> Member:
     config, path = read_config(folder, merging=True), folder / WEIGHTS
     require(
         path.is_file() or not (folder / PICKLED).exists(),
-        f"{folder} holds {PICKLED}, which is pickled and never read: save the adapter as {WEIGHTS}",
+        f"{folder} holds {PICKLED}, which is a pickle and never read: save the adapter as {WEIGHTS}",
     )
     require(path.is_file(), f"{path} is missing: a member is a PEFT adapter folder with {CONFIG} and {WEIGHTS}")
     task = config["task_type"]
     require(
         task not in HEADS,
-        f"{folder} is an adapter of a classifier (task_type {task}): its head has no tensor in a language model; average the adapters"
+        f"{folder} is an adapter of a classifier (task_type {task}), whose head a language model does not have; average the adapters"
         " without --merge, and open the result with PEFT",
     )
     file = SafetensorsFile(path)
@@ -73,23 +74,23 @@ def _read(folder: Path, name: str) -> Member:
 
 
 def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> LoadedMembers:
-    """Every member in a blank model of its own. Raises SalsaError naming the file and tensor that no model of the base takes."""
+    """Load every member into a blank model of its own. Raises SalsaError naming file and tensor if no model of the base takes it."""
     where = str(checkpoint.folder / "config.json")
     config = read_model_config(checkpoint.config, where)
     given = [(member, _tensors(member), _lora_config(member)) for member in members]
     first: SalsaError | None = None
-    for made, part in _classes(config, members):
+    for architecture, part in _classes(config, members):
         try:
-            return _load(given, made, part)
+            return _load(given, architecture, part)
         except SalsaError as error:
             first = first or error
     assert first is not None
     raise first
 
 
-def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made: type[PreTrainedModel],
+def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], architecture: type[PreTrainedModel],
           config: PreTrainedConfig) -> LoadedMembers:  # fmt: skip
-    base = blank_model(made, config)
+    base = blank_model(architecture, config)
     rows = [_rows(base, member) for member, _, _ in given]
     embeddings: Any = base.get_input_embeddings()
     before: int = embeddings.weight.shape[0]
@@ -97,15 +98,15 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made:
     require(
         other is None,
         f"{given[other or 0][0].folder} was trained with {rows[other or 0] or before} rows of embeddings, {given[0][0].folder} with"
-        f" {rows[0] or before}: members of a soup have the same added tokens; resize and train them alike",
+        f" {rows[0] or before}; members of a soup must have the same added tokens: resize and train them alike",
     )
     wanted = copy.deepcopy(config)
     wanted.get_text_config().vocab_size = rows[0] or before
     adapters = [
-        AdapterModel(member.file.path, copy.deepcopy(lora), tensors, blank_model(made, wanted))
+        AdapterModel(member.file.path, copy.deepcopy(lora), tensors, blank_model(architecture, wanted))
         for member, tensors, lora in given
     ]
-    resized = base if rows[0] in (None, before) else blank_model(made, wanted)
+    resized = base if rows[0] in (None, before) else blank_model(architecture, wanted)
     return LoadedMembers(
         adapters, ModelNames(base), ModelNames(resized), None if rows[0] in (None, before) else rows[0]
     )
@@ -114,34 +115,32 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], made:
 def _classes(
     config: PreTrainedConfig, members: Sequence[Member]
 ) -> list[tuple[type[PreTrainedModel], PreTrainedConfig]]:
-    """Candidates, the likeliest first."""
+    """The classes, with their configurations, that the members may have been trained on; the likeliest first."""
     from transformers.models.auto import modeling_auto as auto
 
     found: list[tuple[type[PreTrainedModel], PreTrainedConfig]] = [(model_class(config), config)]
     for mapping in (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         for part in (config, config.get_text_config()):
             if type(part) in mapping:
-                made: Any = mapping[type(part)]
-                part = part if isinstance(part, made.config_class) else part.get_text_config()
-                if made not in [known for known, _ in found]:
-                    found.append((made, part))
+                architecture: Any = mapping[type(part)]
+                part = part if isinstance(part, architecture.config_class) else part.get_text_config()
+                if architecture not in [known for known, _ in found]:
+                    found.append((architecture, part))
     return found
 
 
 def _tensors(member: Member) -> dict[str, torch.Tensor]:
-    """The member's values in float32, under names without the prefixes of wrappers. Raises SalsaError where one is not finite."""
+    """The member's tensors in float32, by names without the prefixes of wrappers. Raises SalsaError for a value that is not finite."""
     found = {}
     names = plain_names(member.file.entries, member.config, member.file.path)
-    known, own = (
-        set(names.values()),
-        own_module(member.config),
-    )  # PEFT reads an original's rows, where tokens were added
+    known, own = set(names.values()), own_module(member.config)
+    # with added tokens, PEFT reads the rows of the original
     names |= {unwrap(key, own): key for key in member.file.entries if key not in known}
     for name, key in names.items():
         values = member.file.read(key)
         require(
             bool(values.isfinite().all()),
-            f"{member.file.path}: {key} has values that are not finite: the training diverged; take an earlier checkpoint of it",
+            f"{member.file.path}: {key} has values that are not finite, so the training diverged; use an earlier checkpoint of it",
         )
         found[name] = values.float()
     return found
@@ -153,7 +152,7 @@ def _lora_config(member: Member) -> LoraConfig:
     path = member.folder / CONFIG
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of options of a newer PEFT, which read_config has looked at
+            warnings.simplefilter("ignore")  # about options of a newer PEFT, which read_config has checked
             config: LoraConfig = LoraConfig.from_pretrained(str(member.folder))
     except (TypeError, ValueError) as error:
         raise SalsaError(f"{path} is not a LoRA configuration ({error}): save the adapter again") from error
@@ -162,7 +161,7 @@ def _lora_config(member: Member) -> LoraConfig:
 
 
 def _rows(model: PreTrainedModel, member: Member) -> int | None:
-    """How many rows the embeddings had in training, where the adapter's tensors say it."""
+    """The number of rows of the embeddings in training, if the adapter's tensors show it."""
     parts = {
         id(part): kind
         for kind, part in (("in", model.get_input_embeddings()), ("out", model.get_output_embeddings()))

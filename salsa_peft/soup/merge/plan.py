@@ -223,7 +223,7 @@ class Plan:
                 given[first] = self._base(first)
             return given[first]
 
-        found = [a.values(unit.names, read, self.untie) if a.touches(unit.names) else {} for a in self.adapters]
+        found = [a.merged_values(unit.names, read, self.untie) if a.touches(unit.names) else {} for a in self.adapters]
         figures, values = Figures(len(self.weights)), {}
         counted: set[str] = set()
         for name in unit.names:

@@ -1,1 +1,1 @@
-"""PPO against any reference models. The trainer and its config are also imported by `from salsa_peft import …`."""
+"""PPO with any references. `from salsa_peft import SalsaPPOTrainer, SalsaPPOConfig` imports trainer and config."""

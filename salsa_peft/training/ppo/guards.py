@@ -1,10 +1,9 @@
-"""Guards: alarms on an update's metrics when PPO goes wrong, such as empty responses, gibberish or an impossible KL.
+"""Guards: alarms on the metrics of an update when PPO goes wrong (empty responses, gibberish, ...).
 
-A new guard is a function and a row of GUARDS here, a row of DEFAULTS in config/options/guards.py, and a test. `ppo.guards` sets a guard's
-action and limit: `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`; guards that it does not name keep their defaults.
-Guards read the rows of metrics.jsonl. A metric that is NaN raises the alarm. Imports no torch.
-
-Left out: averages over updates. A `stop` depends on one update, so a small batch needs a wider limit.
+A new guard is a function and a row of GUARDS here, a row of DEFAULTS in config/options/guards.py, and a test.
+`ppo.guards` sets actions and limits: `{length: stop, kl: {action: stop, limit: 30}, repetition: off}`. Guards that it
+does not name keep their defaults. A guard reads metrics.jsonl's rows; a metric that is NaN raises its alarm. Imports no
+torch. Left out: averages over updates. A `stop` depends on one update, so a small batch needs a wider limit.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, float]
 LENGTH, ENTROPY, REPETITION = START = ("objective/response_length", "objective/entropy", "objective/repetition")
 QUIET_UPDATES = 10
-"""Updates without an alarm after which a guard warns again, so that a metric that hovers about its limit is not reported each time."""
+"""Updates without an alarm after which a guard warns again, so that it does not warn in every second update."""
 
 
 class KLCoefBounds(NamedTuple):
@@ -47,35 +46,37 @@ class GuardInput(NamedTuple):
 
 
 def empty(metrics: GuardInput, limit: float) -> str | None:
-    """The share of empty responses, which are EOS only. Paper A.4: with the soup, a high β drives response length to zero.
+    """The share of empty responses, which consist of EOS only.
 
-    The default limit is a half: with most responses empty, PPO has little left to learn from; healthy runs have a few percent at most.
+    Paper A.4: with the soup as reference, a high β drives response length to zero. The default limit is a half: PPO
+    then has little left to learn from. Healthy runs have a few percent at most.
     """
     share = metrics.row["objective/empty_share"]
     return None if share <= limit else f"{share:.0%} of the responses are empty (EOS only); the limit is {limit:.0%}"
 
 
 def length(metrics: GuardInput, limit: float) -> str | None:
-    """Mean response length relative to the first update: an early sign of the same failure, since few tokens cost little KL.
+    """Mean response length relative to the first update: an early sign of empty responses.
 
     The default limit is a quarter: a reward that prefers short responses may halve them, which is no failure.
     """
     now, then = metrics.row[LENGTH], metrics.start[LENGTH]
     least = limit * then
-    text = f"the mean response length is {now:.4g} tokens; the limit is {least:.4g} ({limit:g} × the first update's {then:.4g})"
-    return None if now >= least else text
+    text = f"the mean response length is {now:.4g} tokens; the limit is {least:.4g}"
+    return None if now >= least else f"{text} ({limit:g} × the first update's {then:.4g})"
 
 
 def repetitive(metrics: GuardInput, limit: float) -> str | None:
-    """Share of 4-grams repeated within a response (`repetition`): gibberish that loops, as in the paper's Figure 6.
+    """Share of 4-grams repeated within a response: gibberish that loops, as in the paper's Figure 6.
 
-    The alarm is raised above start + limit · (1 − start), which adapts to data that repeats itself from the start (tables, code). The
-    default limit is a half: human texts repeat a few percent, one in a hundred a half, and a loop nearly everything.
+    The alarm is raised above start + limit · (1 − start), because some data (tables, code) repeats itself from the
+    start. The default limit is a half: human texts repeat a few percent, one in a hundred a half, and a loop nearly
+    everything.
     """
     now, then = metrics.row[REPETITION], metrics.start[REPETITION]
     most = then + limit * (1 - then)
-    text = f"{now:.0%} of the 4-grams are repeated within their response; the limit is {most:.0%} (first update: {then:.0%})"
-    return None if now <= most else text
+    text = f"{now:.0%} of the 4-grams are repeated within their response; the limit is {most:.0%}"
+    return None if now <= most else f"{text} (first update: {then:.0%})"
 
 
 def entropy_low(metrics: GuardInput, limit: float) -> str | None:
@@ -85,41 +86,40 @@ def entropy_low(metrics: GuardInput, limit: float) -> str | None:
     """
     now, then = entropy(metrics.row), entropy(metrics.start)
     least = limit * then
-    text = (
-        f"the entropy is {now:.3g} nats per token; the limit is {least:.3g} ({limit:g} × the first update's {then:.3g})"
-    )
-    return None if now >= least else text
+    text = f"the entropy is {now:.3g} nats per token; the limit is {least:.3g}"
+    return None if now >= least else f"{text} ({limit:g} × the first update's {then:.3g})"
 
 
 def entropy_high(metrics: GuardInput, limit: float) -> str | None:
     """Entropy per token above the first update's, in nats: gibberish in which any token may follow.
 
-    A difference rather than a ratio, because the first update's may be near 0. The default limit of 1.5 nats means 4.5 times as many
-    choices (e^1.5); sampling at temperature 1.5, which gives gibberish, adds three or four nats.
+    A difference rather than a ratio, because the first update's may be near 0. The default limit of 1.5 nats means 4.5
+    times as many choices (e^1.5); sampling at temperature 1.5, which gives gibberish, adds three or four nats.
     """
     now, then = entropy(metrics.row), entropy(metrics.start)
     most = then + limit
-    text = f"the entropy is {now:.3g} nats per token; the limit is {most:.3g} ({limit:g} above the first update's {then:.3g})"
-    return None if now <= most else text
+    text = f"the entropy is {now:.3g} nats per token; the limit is {most:.3g}"
+    return None if now <= most else f"{text} ({limit:g} above the first update's {then:.3g})"
 
 
 def kl_coef(metrics: GuardInput, limit: float) -> str | None:
-    """Adaptive β within `limit` (a share of it) of a bound while the KL would move it further: the controller has no effect."""
+    """Adaptive β at a bound (within the share `limit` of it) while the KL would move it further."""
     if metrics.bounds is None:
         return None
     beta, found = metrics.row["objective/kl_coef"], metrics.row["objective/kl"]
     lowest, highest, target = metrics.bounds
     if highest is not None and beta >= highest * (1 - limit) and found > target:
-        return f"β is {beta:.3g}, at kl_coef_max, and the KL is {found:.3g} nats per response, above kl_target = {target:g}"
+        return f"β is {beta:.3g} (kl_coef_max), and the KL of {found:.3g} nats per response is above kl_target = {target:g}"
     if 0 < beta <= lowest * (1 + limit) and found < target:
-        return f"β is {beta:.3g}, at kl_coef_min, and the KL is {found:.3g} nats per response, below kl_target = {target:g}"
+        return f"β is {beta:.3g} (kl_coef_min), and the KL of {found:.3g} nats per response is below kl_target = {target:g}"
     return None
 
 
 def negative_kl(metrics: GuardInput, limit: float) -> str | None:
-    """KL below −limit, in nats per response. A KL is never negative, although its estimate k1 may be, by chance.
+    """KL below −limit, in nats per response: impossible for a KL, but not for its estimate k1.
 
-    The default limit is 1 nat: k1's variance is about 2 KL, so that −1 is at least four standard errors below the mean of 8 responses.
+    The default limit is 1 nat: k1's variance is about 2 KL, so that −1 is at least four standard errors below the mean
+    of 8 responses.
     """
     found = metrics.row["objective/kl"]
     return None if found >= -limit else f"the KL is {found:.3g} nats per response; the limit is {-limit:g}"
@@ -128,7 +128,8 @@ def negative_kl(metrics: GuardInput, limit: float) -> str | None:
 def kl(metrics: GuardInput, limit: float) -> str | None:
     """KL above limit, in nats per response; with action stop this is early stopping on KL.
 
-    Off by default, because a soup or the base is far from the policy's start. The default limit is ten times the default kl_target.
+    Off by default, because a soup or the base is far from the policy's start. The default limit is ten times the
+    default kl_target.
     """
     found = metrics.row["objective/kl"]
     return None if found <= limit else f"the KL is {found:.4g} nats per response; the limit is {limit:g}"
@@ -163,7 +164,9 @@ GUARDS: dict[str, Guard] = {
         negative_kl, "Sampling and scoring may disagree, or the batch is too small: set rollout_backend=hf and"
         " old_logprobs=recompute, or kl_estimator=full or k3, or raise batch_size",
     ),
-    "kl": Guard(kl, "The policy is far from its reference: use an earlier checkpoint, raise kl_coef or lower learning_rate"),
+    "kl": Guard(
+        kl, "The policy is far from its reference: use an earlier checkpoint, raise kl_coef, or lower learning_rate",
+    ),
 }  # fmt: skip
 """Default limits and actions are in DEFAULTS of config/options/guards.py."""
 
@@ -192,7 +195,7 @@ def alarms(
 
 
 class GuardMonitor:
-    """The guards of a run, which remembers the first update and the warnings so far. Its state is part of a checkpoint."""
+    """The guards of a run, with the first update's metrics and the warnings so far."""
 
     def __init__(self, settings: Mapping[str, GuardSetting], bounds: KLCoefBounds | None = None) -> None:
         self.settings, self.bounds = settings, bounds
@@ -201,7 +204,10 @@ class GuardMonitor:
         """Guards that have warned → updates without an alarm since."""
 
     def check(self, row: Row) -> list[Alarm]:
-        """Alarms to report after an update: each stop, and a warning when it begins and again after QUIET_UPDATES without it."""
+        """Check an update's metrics → the alarms to report.
+
+        A stop is reported always; a warning when it begins, and again after QUIET_UPDATES without it.
+        """
         self.start = self.start or {key: row[key] for key in START}
         found = alarms(self.settings, row, self.start, self.bounds)
         reported = [alarm for alarm in found if alarm.action == "stop" or alarm.name not in self.quiet]
@@ -219,7 +225,7 @@ class GuardMonitor:
 
 
 def repetition(response_ids: Tensor, response_mask: Tensor, n: int = 4) -> float:
-    """Share of repeated n-grams, 1 − unique / all, averaged over the responses (B, T); 0 for a response shorter than n."""
+    """Share of repeated n-grams, 1 − unique / all, averaged over responses (B, T); 0 if shorter than n."""
     shares = []
     for tokens, counted in zip(response_ids.tolist(), response_mask.tolist(), strict=True):
         response = list(compress(tokens, counted))

@@ -1,4 +1,4 @@
-"""Metrics of an update under TRL's names, the log files metrics.jsonl and completions.jsonl, and samples on the terminal."""
+"""Metrics of an update under TRL's names, the log files, and samples on the terminal."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def metrics(
 ) -> dict[str, float]:
     """Metrics of an update under TRL's names. KL and entropy are sums over a response, in nats.
 
-    totals: for each optimizer step that was made, PPOLoss's fields summed over micro-steps and processes. update: its number, from 1.
-    batch_size: responses per update. kl_coef: β in this update. skipped: minibatches of the run that were skipped.
+    totals: for each optimizer step that was made, PPOLoss's fields summed over micro-steps and processes. update: its
+    number, from 1. batch_size: responses per update. kl_coef: β in this update. skipped: minibatches of the run that
+    were skipped.
     """
     responses, mask = rollout.responses, rollout.responses.response_mask
     kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
@@ -85,7 +86,7 @@ def completion_rows(
 
 
 class LogFiles:
-    """The log files in an output folder, to which each update appends. Logs of an earlier run are kept under a number."""
+    """The log files in an output folder, to which each update appends; earlier runs' logs are kept."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.begun = folder, False
@@ -93,7 +94,10 @@ class LogFiles:
         """File name → position of this run's first line; evaluations can be logged before training begins."""
 
     def begin(self) -> str | None:
-        """Start the logs of a run. Earlier ones are kept as metrics.1.jsonl and so on, which the returned line says."""
+        """Start the logs of a run.
+
+        Earlier logs are kept as metrics.1.jsonl and so on. Returns a line that says so, or None.
+        """
         if self.begun:
             return None
         self.begun = True
@@ -169,7 +173,7 @@ class LogFiles:
         return sizes
 
     def cut(self, sizes: Mapping[str, int]) -> list[str]:
-        """Truncate the files to these sizes, or to 0 without one. Returns a line for each file that is shorter already."""
+        """Truncate the files to these sizes (0 without one). Returns a line for each that is shorter already."""
         self.begun = True
         lines = [checkpoints.cut(self.folder / name, sizes.get(name, 0)) for name in FILES]
         return [line for line in lines if line is not None]
@@ -188,8 +192,8 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
 def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO | None = None) -> None:
     """Print rows of completions.jsonl as a table, to standard error by default.
 
-    The end of a prompt and the start of a response are shown. Not TRL's print_prompt_completions_sample, which shows all of both and
-    sends control characters in them to the terminal.
+    The end of a prompt and the start of a response are shown. Not TRL's print_prompt_completions_sample, which shows
+    all of both and sends control characters in them to the terminal.
     """
     if not rows:
         return
@@ -224,9 +228,10 @@ def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO
 
 
 def printable(text: str) -> str:
-    """Make text harmless to a terminal: line breaks become ⏎; control, formatting and unassigned characters become escapes.
+    """Make text harmless to a terminal: line breaks become ⏎, special characters become escapes.
 
-    These are escape sequences, changes of direction and lone surrogates. The two joiners stay, which Persian and emoji need.
+    Special are control, formatting and unassigned characters: escape sequences, changes of direction, lone surrogates.
+    The two joiners, which Persian and emoji need, stay.
     """
     hidden, joiners = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"), "\u200c\u200d"
     return "".join(

@@ -1,4 +1,4 @@
-"""The trainer's datasets → prompts: each row's tokens, what is too long left out and counted, what does not fit refused by its number."""
+"""The trainer's datasets → tokenized prompts; prompts that are too long are left out and counted."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from salsa_peft.data.chat.templates import adds_bos
 from salsa_peft.data.datasets import RowWarnings, prompt_tokens
 from salsa_peft.data.message_formats import parse_messages as check_messages
 from salsa_peft.models.base import max_positions
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line, short
 
@@ -24,121 +25,114 @@ OWN_BOS = "begin with {} already: the tokenizer's own is left out"
 
 
 class Prompt(NamedTuple):
-    """One prompt of the data."""
+    """A tokenized prompt."""
 
     tokens: list[int]
     row: Mapping[str, Any]
-    """The data's row, which reward functions see."""
+    """The dataset's row, which reward functions get."""
 
 
 class PromptEncoder(NamedTuple):
-    """What turns rows into prompts that fit."""
+    """Turns rows into prompts that fit."""
 
     tokenizer: PreTrainedTokenizerBase
     longest: int | None
-    """Tokens of the longest prompt that is kept. None: any."""
+    """Tokens of the longest prompt that is kept; None: no limit."""
     vocabulary: int
-    """Rows of the input embeddings."""
+    """Number of input embeddings."""
     quiet: bool = False
-    """Whether to say nothing of what is left out (another process does)."""
+    """Print nothing, because another process does."""
 
     @classmethod
     def of(
         cls, models: Sequence[PreTrainedModel], args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase
     ) -> PromptEncoder:
-        """For prompts that leave room for a response in each of `models`, the policy's the first, and within max_prompt_length.
+        """For prompts that leave room for a response in each of `models`, of which the policy is the first.
 
-        Raises SalsaError for a max_new_tokens that leaves none.
+        max_prompt_length is a limit too. Raises SalsaError for a max_new_tokens that leaves no room for a prompt.
         """
-        read = [number for number in (max_positions(model.config) for model in models) if number is not None]
+        lengths = [length for length in (max_positions(model.config) for model in models) if length is not None]
         require(
-            not read or args.max_new_tokens < min(read),
-            f"max_new_tokens: found {args.max_new_tokens}, expected less than the {min(read, default=0)} tokens that the models read,"
-            " so that a prompt fits too",
+            not lengths or args.max_new_tokens < min(lengths),
+            f"max_new_tokens: {args.max_new_tokens} leaves no room for a prompt in the {min(lengths, default=0)}"
+            " tokens that the models can read",
         )
-        given = [] if args.max_prompt_length is None else [args.max_prompt_length]
-        longest = min([*given, *(number - args.max_new_tokens for number in read)], default=None)
-        rows: Any = models[0].get_input_embeddings().weight
-        return cls(tokenizer, longest, len(rows), quiet=args.process_index > 0)
+        limits = [length - args.max_new_tokens for length in lengths]
+        limits += [] if args.max_prompt_length is None else [args.max_prompt_length]
+        embeddings: Any = models[0].get_input_embeddings().weight
+        return cls(tokenizer, min(limits, default=None), len(embeddings), quiet=args.process_index > 0)
 
     def __call__(self, rows: Any, name: str) -> tuple[list[Prompt], int]:
-        """Rows → prompts, and how many were left out for more than `longest` tokens, or none; said once. Raises SalsaError that
-        begins with `name` for what are no rows, and names the row that has no usable prompt."""
-        expected = "expected rows with `prompt` or `input_ids`"
-        if isinstance(rows, Mapping):  # datasets.DatasetDict is one
+        """Rows → prompts, and how many were left out because they are empty or too long.
+
+        Raises SalsaError for what are no rows and for a row without a usable prompt; the message starts with `name`.
+        """
+        if isinstance(rows, Mapping):  # for example a datasets.DatasetDict
+            keys = short(list(rows))
             raise SalsaError(
-                f"{name}: found {type(rows).__name__} of {short(list(rows))}, {expected}; pass one of these"
+                f"{name}: this is a {type(rows).__name__} with the keys {keys}. Pass the dataset of one of them"
             )
         try:
-            each = iter(rows)
+            iterator = iter(rows)
         except TypeError as error:
-            raise SalsaError(f"{name}: found {one_line(short(rows))}, {expected}") from error
-        prompts = [Prompt(self.tokens(row, number, name), row) for number, row in enumerate(each, 1)]
+            found = one_line(short(rows))
+            raise SalsaError(f"{name}: pass rows with `prompt` or `input_ids`, not {found}") from error
+        prompts = [Prompt(self.tokens(row, number, name), row) for number, row in enumerate(iterator, 1)]
         kept = [prompt for prompt in prompts if prompt.tokens and len(prompt.tokens) <= (self.longest or sys.maxsize)]
         left_out = len(prompts) - len(kept)
-        if left_out and not self.quiet:
-            print(f"{name}: {left_out} of {len(prompts)} prompts left out: {self.limit}", file=sys.stderr, flush=True)
-        if not self.quiet:
-            odd = RowWarnings(name)
-            for number, prompt in enumerate(prompts, 1):
-                odd.add_dropped(number, self.dropped(prompt.row, number, name))
-                odd.add(number, OWN_BOS.format(self.tokenizer.bos_token), self.begins_with_bos(prompt.row))
-            odd.print(len(prompts))
+        if self.quiet:
+            return kept, left_out
+        if left_out:
+            say(f"{name}: {left_out} of {len(prompts)} prompts left out: {self.limit}")
+        warnings = RowWarnings(name)
+        for number, prompt in enumerate(prompts, 1):
+            warnings.add_dropped(number, self.dropped(prompt.row, number, name))
+            warnings.add(number, OWN_BOS.format(self.tokenizer.bos_token), self.begins_with_bos(prompt.row))
+        warnings.print(len(prompts))
         return kept, left_out
 
     @property
     def limit(self) -> str:
-        """Why a prompt is left out, for messages."""
-        return "empty" + (
-            ""
-            if self.longest is None
-            else f", or longer than {self.longest} tokens (max_prompt_length, or what the models read less max_new_tokens)"
-        )
+        """Why prompts are left out, for messages."""
+        why = "(max_prompt_length, or what the models can read less max_new_tokens)"
+        return "empty" if self.longest is None else f"empty, or longer than {self.longest} tokens {why}"
 
     def tokens(self, row: Any, number: int, name: str) -> list[int]:
-        """A row's token ids."""
+        """The token ids of a row's prompt."""
         where = f"{name}, row {number}"
         require(
             isinstance(row, Mapping),
             f"{where}: found {one_line(short(row))}, expected a mapping with `prompt` or `input_ids`",
         )
-        given = row.get("prompt")
         if "input_ids" not in row:
+            columns = ", ".join(map(str, row))
+            require("prompt" in row, f"{where}: there is neither `prompt` nor `input_ids`, only {columns}")
+            prompt = row["prompt"]
+            require(prompt is not None, f"{where}, prompt: this is None; it must be text or messages")
+            last = prompt[-1] if isinstance(prompt, list) and prompt else None
             require(
-                "prompt" in row,
-                f"{where}: found the columns {', '.join(map(str, row))}, expected `prompt` or `input_ids`",
-            )
-            require(given is not None, f"{where}, prompt: found None, expected text or messages")
-            spoken = (
-                isinstance(given, list)
-                and given
-                and isinstance(given[-1], Mapping)
-                and given[-1].get("role") == "assistant"
-            )
-            require(
-                not spoken, f"{where}, prompt: found a last turn of assistant, expected user: the policy answers next"
+                not isinstance(last, Mapping) or last.get("role") != "assistant",
+                f"{where}, prompt: the last message is the assistant's; it must be the user's, since the policy"
+                " answers it",
             )
         ids = [int(token) for token in prompt_tokens(row, self.tokenizer, number, name)]  # type: ignore[arg-type]
-        odd = [token for token in ids if not 0 <= token < self.vocabulary]
+        unknown = [token for token in ids if not 0 <= token < self.vocabulary]
         require(
-            not odd, f"{where}: found token id {odd[:1]}, expected 0 to {self.vocabulary - 1}, the model's embeddings"
+            not unknown,
+            f"{where}: token id {unknown[:1]} has no embedding; the model's are 0 to {self.vocabulary - 1}",
         )
         return ids
 
     def begins_with_bos(self, row: Mapping[str, Any]) -> bool:
-        """Whether a text has the BOS that the tokenizer adds: a chat template has rendered it."""
+        """Whether a text starts with the BOS that the tokenizer adds, as texts from a chat template do."""
         text = row.get("prompt") if "input_ids" not in row else None
         return isinstance(text, str) and adds_bos(self.tokenizer) and text.startswith(str(self.tokenizer.bos_token))
 
     def dropped(self, row: Mapping[str, Any], number: int, name: str) -> list[str]:
-        """What the chat template leaves out of a row: a system turn, `tools` …"""
+        """Parts of a row that the chat template ignores, such as a system message or `tools`."""
         messages: Any = None if "input_ids" in row else row["prompt"]
         if not isinstance(messages, list):
             return []
         where = f"{name}, row {number}, prompt"
-        return dropped_fields(
-            messages_for_template(check_messages(messages, where), self.tokenizer),
-            self.tokenizer,
-            where,
-            template_options(row),
-        )
+        messages = messages_for_template(check_messages(messages, where), self.tokenizer)
+        return dropped_fields(messages, self.tokenizer, where, template_options(row))

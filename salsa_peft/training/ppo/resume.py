@@ -1,4 +1,4 @@
-"""Resuming PPO: the state besides weights and optimizer, and the checkpoints of a run, written, found, compared and restored."""
+"""Resuming PPO: state besides weights and optimizer, and the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ class MicroBatch(NamedTuple):
 
 @dataclass
 class PPOState:
-    """State of PPO that neither the weights, the optimizer nor Trainer's TrainerState hold: of the run and of the current update."""
+    """PPO's state, of the run and of the current update.
+
+    Not included: weights and optimizer, and what Trainer keeps in its TrainerState.
+    """
 
     kl_coef: float
     """Current KL coefficient β."""
@@ -64,7 +67,7 @@ class PPOState:
     stopped_early: bool = False
     """Whether the current update has moved the policy by target_kl and takes no further steps."""
     totals: list[list[float]] = field(default_factory=list)
-    """PPOLoss's fields of each optimizer step of the current update, summed over micro-steps and processes."""
+    """PPOLoss's fields of each optimizer step of this update, summed over micro-steps and processes."""
     figures: dict[str, float] = field(default_factory=dict)
     """Metrics that the reward reported for the current update."""
     rollout: Rollout | None = None
@@ -98,7 +101,10 @@ class PPOState:
         self.rollout, self.minibatches, self.totals = None, [], []
 
     def abandon_update(self) -> None:
-        """Discard an update that an error or Ctrl-C interrupted in an earlier call of train(); it was not logged and does not count."""
+        """Discard an update that an error or Ctrl-C interrupted in an earlier call of train().
+
+        It was not logged and does not count.
+        """
         if self.rollout is not None:
             self.update -= 1
         self.end_update()
@@ -122,7 +128,7 @@ class PPOState:
 
 
 def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tensor]:
-    """Row indices of each minibatch of a rollout batch: reshuffled in every PPO epoch, sorted by length within a minibatch."""
+    """Shuffle a rollout batch in every PPO epoch → row indices of each minibatch, sorted by length."""
     order = []
     for epoch in range(args.num_ppo_epochs):
         generator = torch.Generator().manual_seed(args.seed + 7919 * update + epoch)
@@ -133,9 +139,10 @@ def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tens
 
 @dataclass
 class RunCheckpoints:
-    """The checkpoints of one run: complete or absent, and resumed from only where settings, data and models match.
+    """The checkpoints of one run, each complete or absent.
 
-    A checkpoint holds Trainer's files and, of PPO, salsa_state.json, the rollout batch and the weights of references that are synced.
+    A checkpoint holds Trainer's files and PPO's: salsa_state.json, the rollout batch, and the weights of references
+    that are synced. A run is resumed only if required options, data and models match.
     """
 
     args: SalsaPPOConfig
@@ -166,7 +173,10 @@ class RunCheckpoints:
         return Path(str(self.args.output_dir))
 
     def find(self, resume: str | bool | None) -> Path | None:
-        """The checkpoint that `resume_from_checkpoint` means; True is the newest complete one. Raises SalsaError if there is none."""
+        """Find the checkpoint that `resume_from_checkpoint` names; True is the newest complete one.
+
+        Raises SalsaError if there is none.
+        """
         if not resume:
             return None
         if resume is not True:
@@ -203,7 +213,7 @@ class RunCheckpoints:
         return {**saving.required_options(self.args), **self.identity, "sharded": self.sharding}
 
     def state_dict(self) -> dict[str, Any]:
-        """The content of salsa_state.json. The logs are flushed, so that the sizes that it records are on the disk."""
+        """The content of salsa_state.json. Flushes the logs, whose sizes are part of it, to the disk."""
         return {
             "setting": self.settings(),
             "options": saving.changeable_options(self.args, self.reward),
@@ -215,9 +225,10 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def write(self, trainer_state: TrainerState, size: int | None) -> Iterator[None]:
-        """Write a checkpoint: the block saves Trainer's files into `partial`; then PPO's are added and the folder is renamed.
+        """Context that writes a checkpoint: the block saves Trainer's files into `partial`.
 
-        size: bytes that the block will write, as far as this process knows. Raises SalsaError if the disk is full.
+        Then PPO's files are added and the folder is renamed. size: bytes that the block will write, if known. Raises
+        SalsaError if the disk is full.
         """
         partial, main = self.folder / checkpoints.PARTIAL, self.accelerator.is_main_process
         if main:
@@ -262,7 +273,10 @@ class RunCheckpoints:
         checkpoints.rotate(self.folder, self.args.save_total_limit, kept)
 
     def restore(self, checkpoint: Path) -> None:
-        """Restore PPO's state and the logs; weights and optimizer are loaded by Trainer. Raises SalsaError if settings do not match."""
+        """Restore PPO's state and the logs; Trainer loads weights and optimizer.
+
+        Raises SalsaError for a checkpoint of other settings, data or models.
+        """
         saved = checkpoints.read_state(checkpoint, self.settings())
         has_rollout = (checkpoint / ROLLOUT).is_file()
         device = self.accelerator.device

@@ -1,6 +1,7 @@
-"""A rollout batch: sampled, scored, its KL and advantages worked out. With several processes each does its share, and all hold the whole.
+"""The rollout: prompts → responses, log-probs, values, KL, scores, rewards and advantages.
 
-Shapes: B responses of the batch, in the prompts' order, T response tokens.
+Each process does its share, and all processes get the whole batch. Shapes: B responses in the prompts' order, T
+response tokens.
 """
 
 from __future__ import annotations
@@ -39,21 +40,19 @@ from salsa_peft.training.ppo.backends import Backend
 from salsa_peft.training.ppo.losses import KL_ESTIMATORS
 from salsa_peft.training.ppo.prompts import Prompt
 from salsa_peft.training.references import FrozenReference
+from salsa_peft.training.stopping import Interrupted
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.oom import MicroBatchLimit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from salsa_peft.training.ppo.config import SalsaPPOConfig
 
-    pass
-
 
 class Rollout(NamedTuple):
-    """A rollout batch, scored: everything the losses need, (B, T) unless said otherwise."""
+    """A scored rollout batch: what the losses need, (B, T) unless noted."""
 
     responses: Responses
     logprobs: Tensor
@@ -61,33 +60,29 @@ class Rollout(NamedTuple):
     kl: Tensor
     entropy: Tensor
     scores: Tensor
-    """(B,), as the reward gave them."""
+    """(B,), as the reward returned them."""
     advantages: Tensor
     returns: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, for a checkpoint."""
+        """All tensors by name, for a checkpoint."""
         named = {**self._asdict(), **self.responses._asdict()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if name != "responses"}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Rollout:
-        """Of what `tensors` gave."""
-        there = {name: tensor.to(device) for name, tensor in tensors.items()}
-        responses = Responses(*(there[name] for name in Responses._fields))
-        return cls(responses, *(there[name] for name in cls._fields if name != "responses"))
+        """A Rollout from `tensors`, on the device."""
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        responses = Responses(*(moved[name] for name in Responses._fields))
+        return cls(responses, *(moved[name] for name in cls._fields if name != "responses"))
 
 
 class NotFinite(SalsaError):
-    """A number that is NaN or infinite; what was at hand is in the folder that the message names."""
-
-
-class Interrupted(Exception):
-    """SIGTERM, between two tokens of a rollout."""
+    """A NaN or infinite number; the batch is saved in the folder that the message names."""
 
 
 class RolloutMaker:
-    """Prompts → Rollout, with the policy's weights as they are."""
+    """Makes a Rollout from prompts with the policy's current weights."""
 
     def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward, backend: Backend,
                  args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
@@ -103,26 +98,30 @@ class RolloutMaker:
         self.folder = Path(str(args.output_dir))
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
-        """Of the policy's base, or of a model of its own. Looked up anew: once it is sharded, the weight is another tensor."""
+        """The output head of the policy's base, or of `model`; looked up again, because sharding replaces it."""
         lm = causal_lm(self.model.policy) if model is None else model
         gather_weights(lm.get_output_embeddings(), self.accelerator)
         return head_of(lm, self.args.temperature, self.ends)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], update: int, kl_coef: float, check: Callable[[], None]) -> Rollout:
-        """Raises NotFinite for a score, log-prob, value or KL that is none. check: called before each token, may raise Interrupted."""
+        """Sample and score responses.
+
+        check: called before each token; it may raise Interrupted. Raises NotFinite for a NaN or infinite score,
+        log-prob, value or KL.
+        """
         args = self.args
         self.model.eval()
         with gathered(self.model, self.accelerator):
-            # 1. sample responses from the policy, prompts of like length together
+            # 1. sample responses from the policy, prompts of similar length together
             responses, recorded = self.micro_batch.run(lambda: self._sample(prompts, update, check), len(prompts))
-            # 2. log-probs, values and KL on the shared base, sequences of like length together; then scores
+            # 2. log-probs, values and KL, sequences of similar length together; then scores
             logprobs, entropy, values, kl = self.micro_batch.run(lambda: self._score(responses, recorded), len(prompts))
             scores = self._rewarded(responses, [prompt.row for prompt in prompts])
         made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
             self.require_finite(what, made[name], responses, made)
-        # 3. rewards, whitened where asked for; advantages, whitened over the whole batch
+        # 3. per-token rewards, whitened if whiten_rewards is set; advantages, whitened over the batch
         mask = responses.response_mask
         shaped = shape(scores, responses, args, self.scale)
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
@@ -134,7 +133,7 @@ class RolloutMaker:
         return Rollout(responses, logprobs, values, kl, entropy, scores, advantages, returns)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> tuple[Responses, Tensor]:
-        """Responses to an eval set's prompts and their scores (B,); the random numbers are the same at every call."""
+        """Responses to an eval set's prompts and their scores (B,), with the same seeds at every call."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
             responses, _ = self.micro_batch.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
@@ -145,8 +144,10 @@ class RolloutMaker:
     def _sample(
         self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
-        """→ responses and, with `old_logprobs: rollout`, their log-probs, entropies and values, (B, T). Interrupted in one process is
-        raised in all."""
+        """Sample in all processes → responses and, with `old_logprobs: rollout`, their recorded (B, T) tensors.
+
+        These are log-probs, entropies and values. Interrupted in one process is raised in all.
+        """
         self.backend.updated()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
         try:
@@ -168,15 +169,15 @@ class RolloutMaker:
     def _sample_part(
         self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
-        """A micro-batch's rows, responses and what was recorded of them."""
+        """A micro-batch's rows, responses and recorded tensors."""
         recording = Recording.of(self.model.value_head) if self.args.old_logprobs == "rollout" else None
-        # autocast keeps what it casts of weights that train as long as its outermost context lasts: once for all tokens of this call
+        # the outermost autocast keeps the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
         return rows, found, recording.stacked(found.response_mask) if recording else ()
 
     def _score(self, responses: Responses, recorded: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Log-probs, entropies, values, KL, all (B, T)."""
+        """Log-probs, entropies, values and KL, each (B, T)."""
         shares = self._by_length(responses)
         parts, own = [], []
         for share in shares:
@@ -205,8 +206,11 @@ class RolloutMaker:
         return scores
 
     def _score_part(self, part: Responses, given: list[Tensor] | None) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """A micro-batch's policy states at the tokens that count (N, H), where the KL estimator reads them; log-probs, entropies and
-        values, (b, t) each, taken from `given` where there."""
+        """Forward pass of a micro-batch → states, log-probs, entropies, values.
+
+        The policy's states of response tokens (N, H) are kept for the KL estimator `full` only; the others are (b, t)
+        each, and `given` if they were recorded in generation.
+        """
         args, kept = self.args, None
         if given is None:
             hidden, states = self.model(part.input_ids, part.attention_mask)
@@ -222,8 +226,10 @@ class RolloutMaker:
     def _kl(
         self, parts: Sequence[Responses], states: Sequence[Tensor | None], logprobs: Sequence[Tensor]
     ) -> list[Tensor]:
-        """KL to the references, averaged over them (paper eq. 5), (b, t) for each micro-batch. A reference scores all of them before
-        the next one, so that one model besides the policy need be on the device."""
+        """KL averaged over the references (paper eq. 5), (b, t) for each micro-batch.
+
+        A reference scores all micro-batches before the next one, so that one model besides the policy is on the device.
+        """
         args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
         for reference, present in zip(self.references, self.present, strict=True):
             with present(), self.accelerator.autocast():
@@ -236,7 +242,7 @@ class RolloutMaker:
         return [total / len(self.references) for total in totals]
 
     def figures(self) -> dict[str, float]:
-        """What the reward has to log besides the scores of the last batch (means over all processes)."""
+        """The reward's metrics for the last batch besides scores, averaged over all processes."""
         sums: dict[str, list[float]] = {}
         for name, (total, count) in self._gathered(list(self.reward.take_figures().items())):
             entry = sums.setdefault(name, [0.0, 0])
@@ -251,18 +257,18 @@ class RolloutMaker:
             return hidden_states(self.model.policy, part.input_ids, part.attention_mask)
 
     def _by_length(self, responses: Responses) -> list[list[int]]:
-        """This process's micro-batches of responses."""
+        """This process's micro-batches of responses, as row indices."""
         return self._shares((responses.prompt_mask.sum(-1) + responses.lengths).tolist())
 
     def _shares(self, lengths: list[int]) -> list[list[int]]:
-        """This process's micro-batches of rows, those of like length together; none of more rows than a rollout batch has."""
+        """This process's micro-batches of rows, sorted by length."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = min(self.micro_batch.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 
     def _gathered(self, parts: list[Any]) -> list[Any]:
-        """The parts of all processes, on this one's device."""
+        """The parts of all processes, on this process's device."""
         if self.accelerator.num_processes == 1:
             return parts
         return [
@@ -270,19 +276,19 @@ class RolloutMaker:
         ]
 
     def require_finite(self, what: str, values: Tensor, responses: Responses, tensors: Mapping[str, Tensor]) -> None:
-        """Raise NotFinite where a number is NaN or infinite, after the batch was written to <output_dir>/not-finite."""
+        """Save the batch in <output_dir>/not-finite and raise NotFinite if a value is NaN or infinite."""
         bad = ~torch.isfinite(values)
         if not bool(bad.any()):
             return
         folder = self.folder / "not-finite"
         dump(folder, responses, tensors, self.tokenizer)
         raise NotFinite(
-            f"{what}: found {values[bad].flatten()[0].item()} in PPO, expected a finite number; nothing saved, the batch is in {folder}"
+            f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
         )
 
 
 def shape(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
-    """The options on scores (B,), in TRL 0.8's order: scale, clip, then the penalty for a response that nothing ended."""
+    """Apply the options on scores (B,) in TRL 0.8's order: scaling, clipping, missing_eos_penalty."""
     if args.normalize_scores:
         scores = scale(scores)
     if args.score_clip is not None:
@@ -293,7 +299,7 @@ def shape(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: Run
 
 
 def dump(folder: Path, responses: Responses, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A batch for people and for debuggers: batch.jsonl with the texts, batch.safetensors with every tensor."""
+    """Save a batch for debugging: texts in batch.jsonl, all tensors in batch.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
     answers = decode(tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
@@ -307,7 +313,7 @@ def dump(folder: Path, responses: Responses, tensors: Mapping[str, Tensor], toke
 
 
 def _moved(part: Any, device: torch.device | str) -> Any:
-    """Lists, tuples and tensors, the tensors on `device`."""
+    """Move the tensors in tuples (also NamedTuples) to the device."""
     if isinstance(part, Tensor):
         return part.to(device)
     if isinstance(part, tuple):
@@ -320,7 +326,7 @@ def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: T
                  min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
     """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
 
-    `policy`: the policy's own states at the tokens that count (N, H), which only the estimator `full` reads.
+    policy: the policy's states of response tokens (N, H), which only the estimator `full` needs.
     """
     if estimator == "full":
         assert policy is not None

@@ -1,4 +1,4 @@
-"""The policy with its value head: created, saved and loaded; and what must match to resume from a checkpoint."""
+"""The policy with its value head: create, save and load it; and what must match on resume."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ VALUE_HEAD, VALUE_ADAPTER = "value_head.safetensors", "value"
 
 
 def with_value_head(model: PeftModel | PreTrainedModel, args: SalsaPPOConfig, reward: Reward) -> PolicyWithValueHead:
-    """Add a value head to the policy. With `value: adapter`, value adapter and head start as copies of the reward adapter's.
+    """Add a value head to the policy.
 
-    Raises SalsaError if there is no reward adapter to start from.
+    With `value: adapter`, a value adapter and its head start as copies of the reward adapter and head. Raises
+    SalsaError if there is no reward adapter.
     """
     if args.value == "head":
         return PolicyWithValueHead(model)
     start = adapter_in(reward)
     if not isinstance(model, PeftModel) or start is None:
         raise SalsaError(
-            f"value: adapter needs a reward adapter to start from, and the reward is a {type(reward).__name__}. Set value: head"
+            f"value: adapter starts from a reward adapter, and the reward is a {type(reward).__name__}. Set value: head"
         )
     name = lora.unused_name(model, VALUE_ADAPTER)
     lora.attach(model, start.folder, name, trainable=True)
@@ -72,9 +73,10 @@ def save_policy(
     weights: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Save the policy as an ordinary PEFT adapter or checkpoint with the tokenizer, and the value head (and adapter) beside it.
+    """Save the policy as a PEFT adapter or checkpoint with the tokenizer, and the value head beside it.
 
-    weights: all weights, gathered by Trainer, if the model is sharded. dtype: of a checkpoint with full weights; None keeps the model's.
+    A value adapter is saved in a subfolder. weights: all weights, gathered by Trainer, if the model is sharded. dtype:
+    of a checkpoint with full weights; None keeps the model's.
     """
     policy, head = model.policy, model.value_head.state_dict()
     if weights is not None:
@@ -108,7 +110,10 @@ def _of_submodule(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any, folder: str) -> None:
-    """Save the optimizer's shards under FSDP or DeepSpeed, without the second copy of all weights that Trainer would save with them."""
+    """Save the optimizer's shards under FSDP or DeepSpeed.
+
+    Trainer would save all weights with them, a second time.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         sharding.engine_of(accelerator).save_checkpoint(folder, exclude_frozen_parameters=True)
     else:
@@ -116,9 +121,9 @@ def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any,
 
 
 def update_learning_rates(optimizer: Any, scheduler: Any, saved: Mapping[str, Any], args: SalsaPPOConfig) -> None:
-    """Apply learning rates that differ from a checkpoint's `saved` options to its loaded optimizer and schedule.
+    """Apply changed learning rates to the optimizer and schedule that a checkpoint restored.
 
-    The position in the schedule stays: each rate is scaled by what the schedule had made of the saved one.
+    The position in the schedule stays: the new rate is scaled by what the schedule had made of the `saved` one.
     """
     if all(saved[key] == vars(args)[key] for key in ("learning_rate", "value_head_learning_rate")):
         return
@@ -149,7 +154,10 @@ def checkpoint_size(model: nn.Module, optimizer: torch.optim.Optimizer, rollout:
 
 
 def stored_size(tensor: Tensor) -> int:
-    """Bytes of a tensor in a file; of a tensor subclass (torchao's 8-bit states), those of the tensors that it consists of."""
+    """Bytes of a tensor in a file.
+
+    A tensor subclass (torchao's 8-bit states) has those of the tensors that it consists of.
+    """
     if is_traceable_wrapper_subclass(tensor):
         return sum(stored_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.nbytes
@@ -157,25 +165,27 @@ def stored_size(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def no_pickles(checkpoint: str | None) -> Iterator[None]:
-    """Context in which torch's refusal to run code of a pickle (Trainer loads with weights_only) becomes a SalsaError."""
+    """Context in which torch's refusal to load more than tensors from a pickle becomes a SalsaError."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise SalsaError(
-            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds a pickle with more than tensors and numbers, which training"
-            " does not write. It was not loaded; resume from another checkpoint"
+            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds a pickle with more than tensors and"
+            " numbers, which training does not write. It was not loaded; resume from another checkpoint"
         ) from error
 
 
 REQUIRED = (
-    "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature", "kl_estimator",
-    "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value", "whiten_rewards", "missing_eos_penalty",
-    "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature",
+    "kl_estimator", "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value",
+    "whiten_rewards", "missing_eos_penalty", "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon",
 )  # fmt: skip
 """Options that must match on resume."""
 CHANGEABLE = (
-    "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef", "kl_target",
-    "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend", "old_logprobs", "bf16",
+    "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef",
+    "kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend",
+    "old_logprobs", "bf16",
 )  # fmt: skip
 """Options that may change on resume; a change is logged."""
 LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -185,7 +195,10 @@ SAMPLE = 4096
 
 
 def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
-    """REQUIRED by name, and whether the value head has its own learning rate, and with it its own group in the optimizer's state."""
+    """The options of REQUIRED by name.
+
+    And whether the value head has its own learning rate, and with it its own group in the optimizer's state.
+    """
     own = args.value_head_learning_rate is not None
     return {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
 
@@ -203,10 +216,17 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} {saved[key]} → {value}"
 
 
-def identity(model: Any, policy: str | None, references: Iterable[FrozenReference], reward: Reward, prompts: Iterable[Prompt]) -> dict[str, Any]:  # fmt: skip
+def identity(
+    model: Any,
+    policy: str | None,
+    references: Iterable[FrozenReference],
+    reward: Reward,
+    prompts: Iterable[Prompt],
+) -> dict[str, Any]:
     """What must match on resume besides options: policy, base, references, reward models and prompts.
 
-    Models are compared by digests of their weights, so that their paths may change. policy: the adapter's name; None for full weights.
+    Models are compared by digests of their weights, so that their paths may change. policy: the adapter's name; None
+    for full weights.
     """
     dtype = str(causal_lm(model).dtype).removeprefix("torch.")
     weights = "weights" if dtype == "float32" else f"weights in {dtype}"
@@ -238,7 +258,10 @@ def identity(model: Any, policy: str | None, references: Iterable[FrozenReferenc
 
 
 def digest(weights: Iterable[Tensor]) -> str:
-    """12 hex digits that identify weights by their shapes and first elements in float32, so that their dtype does not matter."""
+    """12 hex digits that identify weights by their shapes and first elements.
+
+    Elements are compared in float32, so that the dtype does not matter.
+    """
     found = hashlib.sha256()
     for weight in weights:
         sample = weight.detach().reshape(-1)[:SAMPLE].cpu()

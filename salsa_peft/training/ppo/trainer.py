@@ -1,7 +1,7 @@
-"""PPO on transformers.Trainer with any list of references: PPO, SALSA and MKL, for adapters and full weights.
+"""SalsaPPOTrainer: PPO on transformers.Trainer with any list of references (PPO, SALSA, MKL).
 
-TRL removed its PPOTrainer after 1.12; fields and metrics that mean the same have TRL's names. Trainer's own loop does accumulation,
-clipping, precision, schedules, processes and reporting: one of its optimizer steps is one minibatch.
+TRL removed its PPOTrainer after 1.12; fields and metrics that mean the same have TRL's names. Trainer's own loop does
+accumulation, clipping, precision, schedules, processes and reporting: one of its optimizer steps is one minibatch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.models import sharding
-from salsa_peft.models.adapters import forward, lora
-from salsa_peft.models.base import causal_lm
+from salsa_peft.models.adapters import forward
+from salsa_peft.models.base import causal_lm, remove_dropout
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, as_reward
 from salsa_peft.models.value_head import PolicyWithValueHead
@@ -51,17 +51,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOG_HISTORY = 500
-"""Rows that Trainer's log_history keeps in memory and in every checkpoint; metrics.jsonl keeps the metrics of all updates."""
+"""Rows in Trainer's log_history, which is part of every checkpoint; metrics.jsonl has all updates."""
 
 
 class SalsaPPOTrainer(Trainer):
-    """PPO with a list of references: `SalsaPPOTrainer(model, args, train_dataset, references=[...], reward=...)`.
+    """PPO with a list of references, for adapters and full weights.
 
-    model: a PeftModel whose active adapter is the policy, or a PreTrainedModel whose weights are. references: see
-    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `models.rewards.reward.as_reward`. train_dataset,
-    eval_dataset: rows with `prompt` (text, or messages for the chat template) or `input_ids`; reward functions get the other columns.
-
-    Raises SalsaError for arguments that do not fit together.
+    `SalsaPPOTrainer(model, args, train_dataset, references=[...], reward=..., processing_class=tokenizer)`. model: a
+    PeftModel whose active adapter is the policy, or a PreTrainedModel whose weights are. references: see
+    `references.as_references`; their KLs are averaged (paper eq. 5). reward: see `models.rewards.reward.as_reward`.
+    train_dataset, eval_dataset: rows with `prompt` (text, or messages for the chat template) or `input_ids`; reward
+    functions get the other columns. Raises SalsaError for arguments that do not fit together.
     """
 
     args: SalsaPPOConfig
@@ -89,11 +89,12 @@ class SalsaPPOTrainer(Trainer):
         self.references = as_references(model, references)
         require(
             self.policy_name is None or self.policy_name not in [reference.adapter for reference in self.references],
-            f"references: {self.policy_name!r} is the adapter that is trained, so its KL would always be 0. Pass a frozen adapter",
+            f"references: {self.policy_name!r} is the adapter that is trained, so the KL would always be 0."
+            " Pass a frozen adapter",
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
         policy = saving.with_value_head(model, args, self.reward)
-        lora.remove_dropout(model)  # also that of adapters attached here
+        remove_dropout(model)  # also that of adapters attached here
         saving.train_only(model, self.policy_name, policy.value_adapter)
         check_trained(model, processing_class, args)
         forward.install(model)
@@ -102,15 +103,15 @@ class SalsaPPOTrainer(Trainer):
         prompts, self.left_out = self.encoder(train_dataset, "train_dataset")
         require(
             len(prompts) >= args.batch_size,
-            f"train_dataset: found {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}), expected at least"
-            f" batch_size = {args.batch_size}. Lower batch_size or allow longer prompts",
+            f"train_dataset: found {len(prompts)} prompts ({self.left_out} left out: {self.encoder.limit}), expected at"
+            f" least batch_size = {args.batch_size}. Lower batch_size or allow longer prompts",
         )
         args.set_max_steps(len(prompts))
         super().__init__(
             model=policy.to(model.device),
             args=args,
             train_dataset=prompts,  # type: ignore[arg-type]
-            eval_dataset=None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0],  # type: ignore[arg-type]
+            eval_dataset=None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0],  # type: ignore
             processing_class=processing_class,
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
@@ -146,7 +147,7 @@ class SalsaPPOTrainer(Trainer):
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
-        """Each item is a whole rollout batch of prompts, the same in every process, repeated for each of its micro-steps."""
+        """Items are the prompts of a rollout batch, the same in all processes, once for each micro-step."""
         prompts: Any = self.train_dataset
         batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
@@ -165,18 +166,19 @@ class SalsaPPOTrainer(Trainer):
     # the training loop
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as transformers.Trainer does; a resumed run ends as if it had not been interrupted (on a CPU, bit for bit).
+        """Train as transformers.Trainer does. A resumed run ends as if it had not been interrupted.
 
-        resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's folder; from another output_dir
-        its logs are copied too. Options that may change take effect from there and are logged (`kl_coef` resets β). For a change of
-        other options, references, prompts, reward models or the policy's shape, SalsaError names what differs.
+        resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's folder; if that
+        is in another output_dir, its logs are copied. Options that may change take effect from there and are logged
+        (`kl_coef` resets β). SalsaError names any other option, reference, prompts or model that differs.
 
-        Without it a new run starts. SalsaError is raised if output_dir has checkpoints of another run; logs of a run without checkpoints
-        are kept as metrics.1.jsonl and so on. A second train() of the same trainer continues the run: it trains the policy further with a
-        schedule that restarts at step 1, appends to the logs, and replaces checkpoints of the same step.
+        Without it a new run starts. SalsaError is raised if output_dir has checkpoints of another run; logs of a run
+        without checkpoints are kept as metrics.1.jsonl and so on. A second train() of the same trainer continues its
+        run: with a schedule that restarts at step 1, logs that grow, and checkpoints that replace those of the same
+        step.
 
-        SIGTERM saves a checkpoint and raises SystemExit(143). A guard whose action is stop saves one and raises SalsaError. A callback's
-        request to stop during an update takes effect at its end.
+        SIGTERM saves a checkpoint and raises SystemExit(143). A guard with action stop saves one and raises SalsaError.
+        A callback's request to stop during an update takes effect at the update's end.
         """
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
         self.checkpoints.claim_folder(checkpoint)
@@ -226,7 +228,7 @@ class SalsaPPOTrainer(Trainer):
         return inputs
 
     def _next_micro_batch(self, prompts: Any) -> MicroBatch:
-        """The next rows of the rollout batch; the first micro-step of an update samples and scores a new batch."""
+        """The next rows of the rollout batch. The first micro-step of an update makes a new batch."""
         args, ppo, step = self.args, self.ppo, self.state.global_step % self.args.steps_per_update
         if step == 0 and ppo.micro_step == 0:
             ppo.started = time.perf_counter()
@@ -237,7 +239,8 @@ class SalsaPPOTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's training step on one micro-batch, split further if memory runs out.
 
-        After an out-of-memory error the optimizer step starts over, because an interrupted backward leaves partial gradients.
+        After an out-of-memory error the optimizer step starts over, because an interrupted backward leaves partial
+        gradients.
         """
         micro_batch, is_retry = self._next_micro_batch(inputs), False
 
@@ -261,7 +264,7 @@ class SalsaPPOTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of one micro-batch, scaled by accumulation steps and processes, by which Trainer and DDP divide it again."""
+        """The loss of a micro-batch, times what Trainer and DDP divide it by: accumulation steps, processes."""
         rollout, rows, tokens, _ = inputs
         if self.ppo.stopped_early:  # backward needs a loss; this one has a zero gradient, and the step is dropped
             return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
@@ -283,7 +286,8 @@ class SalsaPPOTrainer(Trainer):
             logprobs, _ = response_logprobs(hidden, part, self.rollout_maker.head(), self.args.min_new_tokens)
         return losses.ppo_loss(
             logprobs, response_values(values, part), old_logprobs, old_values, advantages, returns, part.response_mask,
-            tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value, vf_coef=self.args.vf_coef,
+            tokens=tokens, cliprange=self.args.cliprange, cliprange_value=self.args.cliprange_value,
+            vf_coef=self.args.vf_coef,
         )  # fmt: skip
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -299,7 +303,10 @@ class SalsaPPOTrainer(Trainer):
     # the end of an optimizer step and of an update
 
     def skip_minibatch(self) -> bool:
-        """Whether to skip this optimizer step: its mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold), or target_kl is reached."""
+        """Whether to skip this optimizer step.
+
+        True if its mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold) or the update has reached target_kl.
+        """
         args, ppo = self.args, self.ppo
         if ppo.stopped_early:
             return True
@@ -338,7 +345,7 @@ class SalsaPPOTrainer(Trainer):
         ppo.end_update()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, and keep only the newest MAX_LOG_HISTORY rows and all rows of evaluations in log_history."""
+        """Log, and keep only evaluations and the newest MAX_LOG_HISTORY rows in log_history."""
         super().log(logs, start_time)
         rows = self.state.log_history
         older = [row for row in rows[:-MAX_LOG_HISTORY] if any(key.startswith("eval_") for key in row)]
@@ -350,9 +357,10 @@ class SalsaPPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean score, mean length and share of empty responses to the eval set's prompts, sampled with the same seeds every time.
+        """Mean score, mean length and share of empty responses to the eval set's prompts.
 
-        Some responses are written to eval_completions.jsonl. Raises SalsaError if there is no eval set.
+        Seeds are the same every time. Some responses are written to eval_completions.jsonl. Raises SalsaError if there
+        is no eval set.
         """
         prompts: Any = self.eval_dataset if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
         require(bool(prompts), "eval_dataset: there are no prompts to evaluate on. Pass rows with `prompt`")
@@ -382,7 +390,10 @@ class SalsaPPOTrainer(Trainer):
         return str(self.checkpoints.partial or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint: Trainer's files and PPO's state. It is complete or absent. Raises SalsaError if the disk is full."""
+        """Save Trainer's files and PPO's state as one checkpoint, complete or absent.
+
+        Raises SalsaError if the disk is full.
+        """
         size = None
         if self.optimizer is not None and self.accelerator.num_processes == 1 and not self.sharded:
             size = saving.checkpoint_size(self.model, self.optimizer, self.ppo.rollout)
@@ -425,7 +436,7 @@ class SalsaPPOTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare as Trainer does. DeepSpeed's files hold no frozen weights, which Trainer would require, so they are loaded here."""
+        """Prepare the model, and load DeepSpeed's files, whose missing frozen weights Trainer would require."""
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -437,7 +448,7 @@ class SalsaPPOTrainer(Trainer):
         return prepared
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Finish as Trainer does, except that with save_total_limit 1 it would keep the best checkpoint and remove the newest."""
+        """Finish without rotation: with save_total_limit 1 Trainer would remove the newest checkpoint."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -445,7 +456,10 @@ class SalsaPPOTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _load_finished(self, checkpoint: Path) -> TrainOutput | None:
-        """Load a checkpoint that is the end of training, from which Trainer would make one more step; None if it is not the end."""
+        """Load a checkpoint that is the end of training; None if it is not.
+
+        Resuming from it, Trainer would make one more step.
+        """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step < self.args.max_steps:
             return None
@@ -474,7 +488,7 @@ class SalsaPPOTrainer(Trainer):
 
 
 class UpdateCallback(TrainerCallback):
-    """Skips minibatches whose ratio exceeds max_ratio, ends updates, and stops training on SIGTERM or a guard's alarm."""
+    """Skips minibatches beyond max_ratio, ends updates, and stops on SIGTERM or a guard's alarm."""
 
     def __init__(self, trainer: SalsaPPOTrainer) -> None:
         self.trainer = trainer

@@ -31,7 +31,7 @@ from salsa_peft.models.rewards.function import FunctionReward
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.training.ppo.checks import check_tokenizer
 from salsa_peft.training.ppo.prompts import PromptEncoder
-from salsa_peft.training.sft import labelled
+from salsa_peft.training.sft import tokenize
 from salsa_peft.utils.errors import SalsaError
 
 KINDS = list(tiny_tokenizers.KINDS)
@@ -267,7 +267,7 @@ class TestLossMask:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         tokenizer = make("gpt2")
-        rows = labelled([{"messages": chat} for chat in CHATS], tokenizer)
+        rows = tokenize([{"messages": chat} for chat in CHATS], tokenizer)
         batch = DataCollatorForLanguageModeling(pad_token_id=0)(list(rows))
         for ids, mask, labels, chat in zip(
             batch["input_ids"], batch["attention_mask"], batch["labels"], CHATS, strict=True
@@ -500,7 +500,7 @@ class TestLoading:
         tokenizer.padding_side = "left"
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", say="BASE")
+        found = load_tokenizer(str(tmp_path), chat_template="tokenizer", report_as="BASE")
         assert (found.pad_token, found.padding_side, found.truncation_side) == ("<|fim_pad|>", "right", "right")
         assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["BASE", "BASE"]
         check_tokenizer(found, Tiny(tokenizer).lm)

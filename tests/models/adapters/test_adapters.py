@@ -18,6 +18,7 @@ from salsa_peft.config.references import parse_reference
 from salsa_peft.config.schema import Adapter
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.models.base import remove_dropout
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.soup.average import soup
@@ -149,7 +150,9 @@ class TestAttach:
         """One line that names the folder; a second adapter as well as a first."""
         make_adapter(make_base(**options), "default", 0).save_pretrained(tmp_path / "other")
         for model in (make_base(), adapters.attach(make_base(), members[0], "policy")):
-            with pytest.raises(SalsaError, match=r"other: found .*expected an adapter of this base") as refusal:
+            with pytest.raises(
+                SalsaError, match=r"other: .* do not match the base's modules .*use an adapter of this base"
+            ) as refusal:
                 adapters.attach(model, tmp_path / "other", "x")
             assert "\n" not in str(refusal.value)
 
@@ -158,28 +161,30 @@ class TestAttach:
         tensors = load_file(members[0] / adapters.WEIGHTS)
         # 1. a tensor too few, a tensor too many
         save_file(dict(list(tensors.items())[1:]), members[0] / adapters.WEIGHTS)
-        with pytest.raises(SalsaError, match="found 1 tensors that don't pair"):
+        with pytest.raises(SalsaError, match="1 tensors do not match the base's modules"):
             adapters.attach(make_base(), members[0], "x")
         save_file(
             tensors | {"base_model.model.model.layers.0.odd.lora_A.weight": torch.zeros(2, 2)},
             members[0] / adapters.WEIGHTS,
         )
-        with pytest.raises(SalsaError, match=r"found 1 tensors that don't pair with the base's modules \(.*odd"):
+        with pytest.raises(SalsaError, match=r"1 tensors do not match the base's modules in name and shape \(.*odd"):
             adapters.attach(make_base(), members[0], "x")
         # 2. modules that this base has not
         (members[1] / adapters.CONFIG).write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
-        with pytest.raises(SalsaError, match=r"seed-1: .*c_attn.*expected an adapter of this base"):
+        with pytest.raises(SalsaError, match=r"seed-1: the base has none of .*c_attn.*; use an adapter of this base"):
             adapters.attach(make_base(), members[1], "x")
         # 3. another kind
         (members[1] / adapters.CONFIG).write_text(
             json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []})
         )
-        with pytest.raises(SalsaError, match=r"found a .*IA3 adapter, expected LoRA"):
+        with pytest.raises(SalsaError, match=r"this is a .*IA3 adapter; use a LoRA adapter"):
             adapters.attach(make_base(), members[1], "x")
         # 4. missing files
         for name in (adapters.CONFIG, adapters.WEIGHTS):
             (members[2] / name).rename(members[2] / "away")
-            with pytest.raises(SalsaError, match=f"found no {name}, expected a PEFT adapter saved with safetensors"):
+            with pytest.raises(
+                SalsaError, match=f"no {name} in this folder; use a PEFT adapter saved with safetensors"
+            ):
                 adapters.attach(make_base(), members[2], "x")
             (members[2] / "away").rename(members[2] / name)
 
@@ -191,7 +196,7 @@ class TestAttach:
         assert (set(config.target_modules or []), config.task_type) == ({"v_proj"}, "CAUSAL_LM")
 
     def test_a_folder_is_taken_as_it_is(self, tmp_path: Path) -> None:
-        assert adapters.local_folder(str(tmp_path)) == tmp_path
+        assert adapters.adapter_folder(str(tmp_path)) == tmp_path
 
 
 class TestToggle:
@@ -242,7 +247,7 @@ class TestToggle:
     def test_an_unknown_name_is_refused_and_changes_nothing(self, model: Any) -> None:
         before = state(model)
         with (
-            pytest.raises(SalsaError, match="adapter 'sead-0': found no such adapter on this base"),
+            pytest.raises(SalsaError, match="adapter 'sead-0': the model has no adapter of this name"),
             adapters.active(model, "sead-0"),
         ):
             pass
@@ -260,7 +265,7 @@ class TestToggle:
     def test_dropout_is_removed(self, make_base: Any, make_adapter: Any) -> None:
         model = make_adapter(make_base(), "policy", 0, lora_dropout=0.5).train()
         assert not torch.equal(logits(model), logits(model))
-        adapters.remove_dropout(model)
+        remove_dropout(model)
         assert torch.equal(logits(model), logits(model))
 
 
@@ -314,7 +319,7 @@ class TestSave:
             with pytest.raises(OSError, match="killed"):
                 adapters.save(model, "policy", out)
         assert not (out / adapters.CONFIG).exists()
-        with pytest.raises(SalsaError, match=r"found no adapter_config\.json"):
+        with pytest.raises(SalsaError, match=r"no adapter_config\.json in this folder"):
             adapters.attach(make_base(), out, "x")
         adapters.save(model, "policy", out)
         close(logits(adapters.attach(make_base(), out, "x")), logits(model))
@@ -376,7 +381,7 @@ class TestReferences:
             (model, [None], "references: found NoneType, expected 'base', an adapter's name"),
             (model, [3], "references: found int, expected 'base', an adapter's name"),
             (model, [other], r"references: found PeftModel\w*, expected .* merge_and_unload"),
-            (model, ["./nowhere"], "./nowhere: found no such folder"),
+            (model, ["./nowhere"], "./nowhere: no such folder"),
             (model, ["org/not-in-the-cache"], "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
             (model, [references.FrozenReference("x", "nope")], "references: found 'nope' in a Frozen, expected an adapter on the model"),
             (make_base(), ["./nowhere"], "./nowhere: found no such folder"),
@@ -500,5 +505,5 @@ def test_an_initialisation_that_changes_the_base_is_refused(make_base, make_adap
         if fits:
             adapters.attach(make_base(), tmp_path / "a", "b")
         else:
-            with pytest.raises(SalsaError, match="which changes the base that all roles share"):
+            with pytest.raises(SalsaError, match="changes the weights of the base, which all roles share"):
                 adapters.attach(make_base(), tmp_path / "a", "b")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_recipe import load_checked as load_recipe
 
 from salsa_peft.models.architectures import checks as base_checks
-from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.utils.errors import SalsaError
 
 LLAMA = {
@@ -165,7 +165,7 @@ def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None
     """Code 2; --dry-run is what is run before a queue's turn."""
     path = write(tmp_path, {**LLAMA, "quantization_config": BITS_8})
     code = (
-        "import sys; from salsa_peft.recipe import run as recipe; code = recipe.main(sys.argv[1:]);"
+        "import sys; from salsa_peft.recipe.__main__ import main; code = main(sys.argv[1:]);"
         " assert not {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(code)"
     )
     done = subprocess.run(

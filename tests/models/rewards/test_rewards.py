@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_recipe import load_checked as load_recipe
 from tiny_classifiers import CHAT, own_classifier, single
 from torch import Tensor, nn
 
@@ -26,8 +27,8 @@ from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
 from salsa_peft.recipe import run as recipe
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.recipe.cache import plan
-from salsa_peft.recipe.run import load as load_recipe
 from salsa_peft.report import gather as report_input
 from salsa_peft.utils.errors import SalsaError
 
@@ -132,20 +133,22 @@ class TestFunction:
 
     def test_a_column_that_is_not_there_is_named(self, answered: Any, tokenizer: Any) -> None:
         responses, rows = answered
-        with pytest.raises(SalsaError, match="it takes solution, found the columns answer, level, prompt in the data"):
+        with pytest.raises(
+            SalsaError, match=r"it takes solution, which is no column of the data \(columns: answer, level, prompt\)"
+        ):
             FunctionReward(lambda completions, solution: [0.0] * 3, tokenizer)(responses, rows)
 
     @pytest.mark.parametrize(
         ("given", "line"),
         [
-            ([1.0], "found 1 scores for 3 responses, expected one each"),
-            (2.0, "found 2.0, expected a list of one score for each response"),
-            ([1.0, "no", 2.0], "expected numbers"),
-            ([1.0, None, 2.0], "found None for 1 of 3 responses, expected a number for each"),
-            ("123", "found a str, expected a list of one score for each response"),
-            ({0: 1.0, 1: 2.0, 2: 3.0}, "found a dict, expected a list of one score for each response"),
-            ({1.0, 2.0, 3.0}, "found a set, expected a list of one score for each response"),
-            (["1", "2", "3"], "expected numbers"),
+            ([1.0], "it returned 1 scores for 3 responses"),
+            (2.0, "it returned 2.0; return a list of one score for each response"),
+            ([1.0, "no", 2.0], "return numbers"),
+            ([1.0, None, 2.0], "it returned None for 1 of 3 responses"),
+            ("123", "it returned '123'; return a list of one score for each response"),
+            ({0: 1.0, 1: 2.0, 2: 3.0}, "it returned {.*}; return a list of one score for each response"),
+            ({1.0, 2.0, 3.0}, "it returned {.*}; return a list of one score for each response"),
+            (["1", "2", "3"], "return numbers"),
         ],
     )
     def test_what_is_no_score_is_refused(self, answered: Any, tokenizer: Any, given: Any, line: str) -> None:
@@ -190,11 +193,11 @@ class TestFunction:
     @pytest.mark.parametrize(
         ("name", "value", "line"),
         [
-            ("objective/kl", 1.0, "log_metric: found the name 'objective/kl', which is the engine's own"),
-            ("score", 1.0, "log_metric: found the name 'score', which is the engine's own"),
-            ("rewards/f/mean", 1.0, "which is the engine's own"),
-            ("x", None, "log_metric: found None for 'x', expected a number"),
-            (3, 1.0, "log_metric: found the name 3, expected text"),
+            ("objective/kl", 1.0, "log_metric: 'objective/kl' is the name of a metric of training"),
+            ("score", 1.0, "log_metric: 'score' is the name of a metric of training"),
+            ("rewards/f/mean", 1.0, "is the name of a metric of training"),
+            ("x", None, "log_metric: the value None of 'x' is not a number"),
+            (3, 1.0, "log_metric: the name 3 is not text"),
         ],
     )
     def test_what_log_metric_does_not_take(
@@ -213,20 +216,20 @@ class TestFunction:
         """Whatever stands in the logs of an update and of an evaluation."""
         from plain_ppo import PROMPTS
 
-        from salsa_peft.models.rewards.function import TAKEN
+        from salsa_peft.models.rewards.function import RESERVED
 
         trainer = make_trainer(max_steps=1, eval_dataset=PROMPTS[:2])
         trainer.train()
         names = {name for row in trainer.state.log_history for name in row if not name.startswith("train_")}
         names |= {name.removeprefix("eval_") for name in trainer.evaluate()}
         assert {"objective/kl", "lr", "score", "step"} <= names
-        assert not [name for name in names - {"total_flos"} if not TAKEN.fullmatch(name)]
+        assert not [name for name in names - {"total_flos"} if not RESERVED.fullmatch(name)]
 
     def test_a_column_called_finished(self, answered: Any, tokenizer: Any) -> None:
         """It took the place of ours. A function that takes neither does not mind."""
         responses, rows = answered
         rows = [{**row, "finished": "no"} for row in rows]
-        with pytest.raises(SalsaError, match="found a column `finished` in the data"):
+        with pytest.raises(SalsaError, match="the data has a column `finished`"):
             FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
         assert FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
 
@@ -276,12 +279,12 @@ class TestLoad:
         assert load_function(f"{tmp_path}/{name}:f")([1, 2]) == [1.0, 1.0]
         assert load_function(f"{tmp_path}/{name}:C.g") is load_function(f"{tmp_path}/{name}:f")
         assert load_function("json:dumps") is json.dumps
-        with pytest.raises(SalsaError, match=r"found no h in .*, expected a function of that name"):
+        with pytest.raises(SalsaError, match=r"\.py has no h; check the function's name"):
             load_function(f"{tmp_path}/{name}:h")
-        with pytest.raises(SalsaError, match=r"found int in .*, expected a function"):
+        with pytest.raises(SalsaError, match=r"x in .* is of type int, not a function"):
             load_function(f"{tmp_path}/{name}:x")
         other = module("def f(): pass\n")
-        with pytest.raises(SalsaError, match=f"found no module {other}_x in Python"):
+        with pytest.raises(SalsaError, match=f"there is no module {other}_x in Python"):
             load_function(f"{other}_x:f")
         monkeypatch.chdir(tmp_path)
         assert load_function(f"{other}:f")() is None
@@ -304,11 +307,11 @@ class TestLoad:
 
     def test_a_module_that_fails_or_whose_name_is_taken(self, module: Any, tmp_path: Path) -> None:
         name = module("raise KeyError('no')\n")
-        with pytest.raises(SalsaError, match=r"can't be imported: KeyError: 'no'"):
+        with pytest.raises(SalsaError, match=r"cannot be imported: KeyError: 'no'"):
             load_function(f"{tmp_path}/{name}:f")
         (tmp_path / "json.py").write_text("def f(): pass\n")
         with pytest.raises(
-            SalsaError, match=r"found a module json from .* already, expected .*json.py; give it another"
+            SalsaError, match=r"another module json is already imported from .*; give .*json.py another name"
         ):
             load_function(f"{tmp_path}/json:f")
 
@@ -349,7 +352,7 @@ class TestClassifier:
         """Decoded, put into its own template, encoded by its own tokenizer; batches by length, scores in the rows' order."""
         responses, rows = answered
         reward = load_classifier_reward(str(saved(tmp_path / "rm", pad_is_eos=pad_is_eos)), tokenizer, micro)
-        assert not reward.as_they_are
+        assert not reward.shares_tokenizer
         own, classifier = own_tokenizer(pad_is_eos), own_classifier(own_tokenizer(pad_is_eos))
         texts = [
             "<s> [user] copy owl saw [end] [assistant] owl saw [end]", "<s> [user] name fig [end] [assistant] owl [end]",
@@ -385,9 +388,9 @@ class TestClassifier:
         assert own.decode(reward.encode(responses, [{"prompt": "copy owl"}])[0]) == "<s> copy owl saw fig"
         expected = single(classifier, own("copy owl saw fig")["input_ids"])
         assert reward(responses, [{"prompt": "copy owl"}]).item() == pytest.approx(expected, abs=1e-5)
-        with pytest.raises(SalsaError, match="found messages, but its tokenizer has no chat template"):
+        with pytest.raises(SalsaError, match="its tokenizer has no chat template, and the prompts are messages"):
             reward(responses, [{"prompt": [{"role": "user", "content": "copy owl"}]}])
-        with pytest.raises(SalsaError, match="found input_ids without `prompt`, expected one"):
+        with pytest.raises(SalsaError, match="the data has input_ids without `prompt`"):
             reward(responses, [{"input_ids": ids}])
 
     def test_the_policys_own_tokenizer_means_token_ids_as_they_are(
@@ -402,7 +405,7 @@ class TestClassifier:
         assert reward(responses, rows).tolist() == pytest.approx([single(classifier, row) for row in ids], abs=1e-5)
         changed = copy.deepcopy(tokenizer)
         changed.chat_template += " "
-        assert not ClassifierReward(classifier, changed, tokenizer).as_they_are
+        assert not ClassifierReward(classifier, changed, tokenizer).shares_tokenizer
 
     def test_what_is_too_long_is_cut_and_counted(self, answered: Any, tokenizer: Any, capsys: Any) -> None:
         """Of 10, 8 and 7 tokens, 7 allowed: the first and the last 6. Said once."""
@@ -417,19 +420,19 @@ class TestClassifier:
         assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
         reward(responses, rows)
         assert reward.take_figures() == {"rewards/small/truncated": (4.0, 6)}
-        assert capsys.readouterr().err.count("longer with their prompts than the 7 tokens it reads") == 1
+        assert capsys.readouterr().err.count("longer than the 7 tokens that it reads") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
-        with pytest.raises(SalsaError, match="found a classifier of num_labels 3, and a reward is one number"):
+        with pytest.raises(SalsaError, match="the classifier has 3 labels, and a reward is one number"):
             load_classifier_reward(str(saved(tmp_path / "three", labels=3)), tokenizer, 4)
-        with pytest.raises(SalsaError, match="num_labels 2, expected 1"):
+        with pytest.raises(SalsaError, match="the classifier has 2 labels, and a reward is one number"):
             ClassifierReward(own_classifier(own_tokenizer(), labels=2), own_tokenizer(), tokenizer)
         base = make_base()
         base.config.num_labels = 1
         base.save_pretrained(tmp_path / "lm")
         tokenizer.save_pretrained(tmp_path / "lm")
         with pytest.raises(
-            SalsaError, match=r"lm: found no weights for score.weight, expected a trained sequence classifier"
+            SalsaError, match=r"lm: it has no weights for score.weight; use a trained sequence classifier"
         ):
             load_classifier_reward(str(tmp_path / "lm"), tokenizer, 4)
         folder = saved(tmp_path / "pickled")
@@ -437,13 +440,13 @@ class TestClassifier:
         with pytest.raises(SalsaError, match=r"found no safetensors file"):
             load_classifier_reward(str(folder), tokenizer, 4)
         with pytest.raises(
-            SalsaError, match=rf"found a tokenizer of {len(tokenizer)} tokens over 19 embeddings, expected its own"
+            SalsaError, match=rf"the tokenizer has {len(tokenizer)} tokens, and the classifier 19 embeddings"
         ):
             ClassifierReward(own_classifier(own_tokenizer()), tokenizer, tokenizer)
 
     def test_a_template_that_refuses(self, answered: Any, tokenizer: Any) -> None:
         own = own_tokenizer(template="{{ raise_exception('no user') }}")
-        with pytest.raises(SalsaError, match="its chat template refuses a conversation: no user"):
+        with pytest.raises(SalsaError, match="its chat template rejects a conversation: no user"):
             ClassifierReward(own_classifier(own), own, tokenizer)(*answered)
 
     def test_an_encoder(self, answered: Any, tokenizer: Any) -> None:
@@ -488,7 +491,7 @@ class TestSum:
         none, other = (FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
         zero = FunctionReward(fixed(7, 7, 7), tokenizer)
         reward = rewards.WeightedReward([(none, 1.0, "a"), (other, 1.0, "b"), (zero, 0.0, "c")])
-        with pytest.raises(SalsaError, match="found 1 of 3 responses to which none of a, b applies"):
+        with pytest.raises(SalsaError, match="none of a, b applies to 1 of 3 responses"):
             reward(*answered)
         nan = FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
         found = rewards.WeightedReward([(nan, 1.0, "a"), (zero, 1.0, "b")])(*answered)
@@ -496,9 +499,9 @@ class TestSum:
 
     def test_names(self, tokenizer: Any) -> None:
         one = FunctionReward(fixed(1), tokenizer)
-        with pytest.raises(SalsaError, match="found 2 parts called a, expected a name of its own for each"):
+        with pytest.raises(SalsaError, match="2 parts have the name a; give each a name of its own"):
             rewards.WeightedReward([(one, 1.0, "a"), (one, 1.0, "a")])
-        with pytest.raises(SalsaError, match="found a sum of no parts"):
+        with pytest.raises(SalsaError, match="the weighted sum has no parts"):
             rewards.WeightedReward([])
 
 
@@ -534,7 +537,7 @@ class TestAsReward:
         for given in (folder, str(folder)):
             assert isinstance(make(given), ClassifierReward)
         loaded = own_classifier(own_tokenizer())
-        with pytest.raises(SalsaError, match="without name_or_path"):
+        with pytest.raises(SalsaError, match="has no name_or_path"):
             make(loaded)
         loaded.name_or_path = str(folder)
         in_memory = make(loaded)
@@ -570,17 +573,44 @@ class TestAsReward:
         assert rewards.adapter_in(make([own, function])) is None
         assert make(own).take_figures() == {}
 
+    def test_a_sum_within_a_sum_names_all_its_models(self, model: Any, tokenizer: Any, reward_folder: Path) -> None:
+        """What a checkpoint identifies and `offload: frozen` moves: rewards one by one, and the parameters of a torch module."""
+        adapter = rewards.as_reward(reward_folder, model, tokenizer)
+        own = own_tokenizer()
+        classifier = ClassifierReward(own_classifier(own), own, tokenizer)
+
+        class Module(torch.nn.Linear):
+            def __call__(self, responses: Responses, rows: Any) -> Tensor:
+                return torch.zeros(len(rows))
+
+        module = Module(2, 1)
+        function = FunctionReward(lambda completions: [0.0] * len(completions), tokenizer)
+        total = rewards.as_reward([(adapter, 0.5), ([classifier, function, module], 2.0, "rest")], model, tokenizer)
+        found = total.components()
+        assert found[:3] == [adapter, classifier, function]
+        assert [one.code for one in found] == ["AdapterReward", "ClassifierReward", "<lambda>", "Module"]
+        assert [one.frozen_model() for one in found] == [None, classifier.classifier, None, None]
+        expected = [
+            [*adapters.parameters(model, adapter.adapter), adapter.head.weight],
+            list(classifier.classifier.parameters()),
+            [],
+            [module.weight, module.bias],
+        ]
+        for one, weights in zip(found, expected, strict=True):
+            held = list(one.weights() or ())
+            assert len(held) == len(weights) and all(a is b for a, b in zip(held, weights, strict=True))
+
     @pytest.mark.parametrize(
         ("given", "line"),
         [
-            (3, "reward: found int, expected a reward adapter's or a sequence classifier's folder or Hub id"),
-            ([], "reward: found an empty list, expected"),
-            ([("a", 1.0, "n", 2)], "found a tuple of 4, expected"),
-            ("nowhere_to_be_found:f", "found no module nowhere_to_be_found"),
-            ([(lambda **_: [], "heavy")], "reward: found the weight 'heavy', expected a number"),
-            ([(lambda **_: [], float("nan"))], "reward: found the weight nan, expected a number"),
+            (3, "reward: an object of type int is not a reward; pass the folder or Hub id of a reward adapter"),
+            ([], "reward: the list is empty; pass"),
+            ([("a", 1.0, "n", 2)], "a tuple in the list has 4 entries"),
+            ("nowhere_to_be_found:f", "there is no module nowhere_to_be_found"),
+            ([(lambda **_: [], "heavy")], "reward: the weight 'heavy' is not a finite number"),
+            ([(lambda **_: [], float("nan"))], "reward: the weight nan is not a finite number"),
             ("org/not-in-the-cache", "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
-            ("./nowhere", "./nowhere: found no such folder"),
+            ("./nowhere", "./nowhere: no such folder"),
         ],
     )
     def test_what_is_no_reward(self, model: Any, tokenizer: Any, given: Any, line: str) -> None:
@@ -590,7 +620,7 @@ class TestAsReward:
     def test_a_reward_adapter_needs_the_base_under_a_peft_model(
         self, make_base: Any, tokenizer: Any, reward_folder: Path
     ) -> None:
-        with pytest.raises(SalsaError, match="found a reward adapter, but the policy is a LlamaForCausalLM"):
+        with pytest.raises(SalsaError, match="this is a reward adapter, and the policy is a LlamaForCausalLM"):
             rewards.as_reward(reward_folder, make_base(), tokenizer)
 
 
@@ -858,7 +888,7 @@ class TestRecipe:
     def test_the_plan_names_the_reward_model_where_it_is_trained(self, load: Any, capsys: Any) -> None:
         for text, trained in (("", True), ("reward: org/rm\n", False)):
             load(text)
-            assert recipe.main(["recipes/tiny.yaml", "--lora", "--dry-run"]) == 0
+            assert salsa_run(["recipes/tiny.yaml", "--lora", "--dry-run"]) == 0
             found = re.findall(r"^reward ", capsys.readouterr().out, re.MULTILINE)
             assert bool(found) is trained
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
-import sys
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from checkpoint_folders import (
     PLAIN,
     SHAPES,
     SIZES,
-    again,
     assert_rounded,
     files,
     parameters,
@@ -26,11 +25,9 @@ from checkpoint_folders import (
     values,
     write,
 )
-from paths import ROOT
 
 from salsa_peft.soup.checkpoints import streams as weight_streams
-from salsa_peft.soup.checkpoints import write as checkpoint_output
-from salsa_peft.soup.checkpoints.average import average, gram, main
+from salsa_peft.soup.checkpoints.average import average, gram
 from salsa_peft.soup.checkpoints.read import CONFIG, SINGLE
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.safetensors_io import as_bytes, make_header, safetensors_dtype, safetensors_writer
@@ -39,8 +36,8 @@ from salsa_peft.utils.safetensors_io import as_bytes, make_header, safetensors_d
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny tensor is several pieces and blocks, none of which ends where a tensor does."""
-    monkeypatch.setitem(weight_streams.PIECE, "cpu", 200)
-    monkeypatch.setitem(weight_streams.BLOCK, "cpu", 7)
+    monkeypatch.setattr(weight_streams, "PIECE", 200)
+    monkeypatch.setattr(weight_streams, "BLOCK", 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -214,7 +211,7 @@ def test_whole_numbers_must_agree(tmp_path: Path) -> None:
     wrong = buffers["ids"].clone()
     wrong[299] = 0
     c = write(tmp_path / "c", values(1) | buffers | {"ids": wrong})
-    with pytest.raises(SalsaError, match=r"c/model\.safetensors: ids: found other whole numbers"):
+    with pytest.raises(SalsaError, match=r"c/model\.safetensors: ids has other integers than in"):
         average(tmp_path / "none", [a, c], [0.5, 0.5])
     average(tmp_path / "out", [a, c], [1, 0])  # not read
 
@@ -243,157 +240,83 @@ def test_tied_embeddings_may_be_saved_twice(tmp_path: Path) -> None:
     assert files(tmp_path / "alone") == files(tmp_path / "out")
     silent = {key: value for key, value in PLAIN.items() if key != "tie_word_embeddings"}  # not tied by Llama's default
     e, f = write(tmp_path / "e", single[0], config=silent), write(tmp_path / "f", odd, config=silent)
-    with pytest.raises(SalsaError, match=r"/e: LlamaForCausalLM there has no lm_head.weight, which is in .*/f/model"):
+    with pytest.raises(SalsaError, match=r"/e: LlamaForCausalLM there has no lm_head.weight, but .*/f/model.* has it"):
         average(tmp_path / "none", [e, f], [0.5, 0.5])
 
 
-KILLED = """
-import os, sys
-from salsa_peft.soup.checkpoints import streams as weight_streams
-from salsa_peft.soup.checkpoints.average import average
-weight_streams.PIECE["cpu"] = 200
-out, a, b, moment = *sys.argv[1:4], int(sys.argv[4])
-replace, count = os.replace, 0
-def kill(source, target):
-    global count
-    count += 1
-    if count == moment:
-        assert not {"peft", "transformers", "trl"} & set(sys.modules)  # they would cost more memory than the soup does
-        os.kill(os.getpid(), 9)
-    replace(source, target)
-os.replace = kill
-average(out, [a, b], [0.25, 0.75])
-print(count)
-"""
+STEPS = ("mkdir", "rename", "replace", "unlink", "rmdir", "pwrite", "fsync", "posix_fallocate")
+"""The functions of os that change files."""
 
 
-def kill(out: Path, a: Path, b: Path, moment: int) -> subprocess.CompletedProcess[str]:
-    """Make the soup in a process that is killed before its n-th rename."""
-    command = [sys.executable, "-c", KILLED, str(out), str(a), str(b), str(moment)]
-    root = ROOT
-    return subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
-    )
+def killed(moment: int, work: Callable[[], object]) -> bool:
+    """Do the work in a fork that kill -9 ends before its n-th step; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        numbers = itertools.count(1)
 
+        def step(function: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*given: Any, **options: Any) -> Any:
+                if next(numbers) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*given, **options)
 
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before every rename (raised there; once killed for good): no config.json yet, and whole shards are kept."""
-    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1), 2)
-    (a / "tokenizer.json").write_text("{}")
-    average(tmp_path / "whole", [a, b], [0.25, 0.75])
-    expected, replace = files(tmp_path / "whole"), os.replace
-    kept = []
-    for moment in range(1, 100):
-        out, count = tmp_path / str(moment), 0
+            return counted
 
-        def stop(source: Any, target: Any, moment: int = moment) -> None:
-            nonlocal count
-            count += 1
-            if count == moment:
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", stop)
         try:
-            average(out, [a, b], [0.25, 0.75])
+            for name in STEPS:
+                setattr(os, name, step(getattr(os, name)))
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    """Path → content of the files that are not hidden; soup.json, which says how long it took, without its content."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(name): b"" if name.name == "soup.json" else path.read_bytes()
+        for name, path in paths.items()
+        if not name.parts[0].startswith(".")
+    }
+
+
+@pytest.mark.parametrize("over_another", [False, True])
+def test_killed_anywhere_no_half_is_taken_for_a_soup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_another: bool
+) -> None:
+    """Before every step: no config.json, or the earlier soup, or the whole new one. The next run, of this soup or of another, ends with the
+    bytes of one that nothing disturbed, and with no other files."""
+    monkeypatch.setattr(weight_streams, "PIECE", 2000)
+    monkeypatch.setattr(weight_streams, "BLOCK", 1000)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a step like the others, without its time
+    a, b, c = (write(tmp_path / name, values(i), i % 2 + 1) for i, name in enumerate("abc", 1))
+    (a / "tokenizer.json").write_text("{}")
+    (b / "additional_chat_templates").mkdir()
+    (b / "additional_chat_templates" / "tool.jinja").write_text("x")
+    soups = [([a, b], [0.25, 0.75]), ([b, a], [0.5, 0.5]), ([c, a], [0.5, 0.5])]
+    fresh = [tmp_path / f"fresh{i}" for i in range(len(soups))]
+    for folder, (members, weights) in zip(fresh, soups, strict=True):
+        average(folder, members, weights)
+    expected = [visible(folder) for folder in fresh]
+    whole = [expected[0], *([expected[1]] if over_another else [])]
+    for moment in itertools.count(1):
+        out = tmp_path / str(moment)
+        if over_another:
+            shutil.copytree(fresh[1], out)
+        if not killed(moment, lambda out=out: average(out, *soups[0])):  # type: ignore[misc]
             break
-        except KeyboardInterrupt:
-            assert not (out / CONFIG).exists()
-        monkeypatch.setattr(os, "replace", replace)
-        kept.append(average(out, [a, b], [0.25, 0.75])["shards_kept"])
-        assert files(out) == expected
-    assert kept[:9] == [0, 0, 0, 1, 1, 2, 2, 3, 3]
-    killed = kill(tmp_path / "killed", a, b, 4)
-    assert killed.returncode == -9, killed.stderr
-    left = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert any(re.fullmatch(r"\.model-0000\d-of-00003\.safetensors\.\d+\.tmp", name) for name in left), left
-    monkeypatch.setattr(os, "replace", replace)
-    assert average(tmp_path / "killed", [a, b], [0.25, 0.75])["shards_kept"] == 1
-    assert files(tmp_path / "killed") == expected
-
-
-def test_another_soups_remains_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other weights, another member, or a member that was saved again since."""
-    a, b, c = (write(tmp_path / name, values(i), 2) for i, name in enumerate("abc"))
-
-    def half(out: Path) -> None:
-        note = checkpoint_output.Output.note
-
-        def stop(self: checkpoint_output.Output) -> None:
-            note(self)
-            if len(self.done) == 1:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint_output.Output, "note", stop)
-            with pytest.raises(KeyboardInterrupt):
-                average(out, [a, b], [0.25, 0.75])
-
-    for name, members, weights in (("w", [a, b], [0.5, 0.5]), ("m", [a, c], [0.25, 0.75]), ("t", [a, b], [0.25, 0.75])):
-        half(tmp_path / name)
-        if name == "t":
-            again(lambda t: t["model.norm.weight"].add_(1), 2)(b)
-        summary = average(tmp_path / name, members, weights)
-        average(tmp_path / f"{name}-fresh", members, weights)
-        assert summary["shards_kept"] == 0
-        assert files(tmp_path / name) == files(tmp_path / f"{name}-fresh")
-
-
-def test_killed_while_it_makes_room_it_is_still_a_soup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An earlier soup's files go one by one: after any of them the next run takes the folder, and config.json went first."""
-    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1), 2)
-    average(tmp_path / "whole", [b, a], [0.5, 0.5])
-    unlink = Path.unlink
-    for moment in range(1, 12):
-        out, count = tmp_path / str(moment), 0
-        average(out, [a, b], [0.5, 0.5])
-
-        def stop(path: Path, missing_ok: bool = False, moment: int = moment, out: Path = out) -> None:
-            nonlocal count
-            if path.parent == out and path.exists() and not path.name.startswith("."):
-                count += 1
-                if count == moment:
-                    raise KeyboardInterrupt
-            unlink(path, missing_ok=missing_ok)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", stop)
-            try:
-                average(out, [b, a], [0.5, 0.5])
-            except KeyboardInterrupt:
-                assert moment == 1 or not (out / CONFIG).exists()
-        average(out, [b, a], [0.5, 0.5])
-        assert files(out) == files(tmp_path / "whole")
-        if count < moment:
-            break
-    assert moment > 4
-
-
-def test_config_that_outlived_a_kill_goes_before_another_soup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between config.json and the journal's end; then another soup is begun there and killed too: nothing opens."""
-    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1), 3)
-    unlink, note, out = Path.unlink, checkpoint_output.Output.note, tmp_path / "out"
-
-    def stop_unlink(path: Path, missing_ok: bool = False) -> None:
-        if path.name == checkpoint_output.JOURNAL:
-            raise KeyboardInterrupt
-        unlink(path, missing_ok=missing_ok)
-
-    def stop_note(self: checkpoint_output.Output) -> None:
-        note(self)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", stop_unlink)
-        with pytest.raises(KeyboardInterrupt):
-            average(out, [a, b], [0.5, 0.5])
-    assert (out / CONFIG).exists()
-    (out / "soup.json").unlink()  # so that the journal alone says what is there
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_output.Output, "note", stop_note)
-        with pytest.raises(KeyboardInterrupt):
-            average(out, [a, b], [0.25, 0.75])
-    assert not (out / CONFIG).exists()
+        assert not (out / CONFIG).exists() or visible(out) in whole
+        then = 2 if moment % 2 else 0
+        average(out, *soups[then])
+        assert visible(out) == expected[then]
+        assert not any(path.name.startswith(".") for path in out.iterdir())
+        shutil.rmtree(out)
+    assert moment > 35
+    assert visible(out) == expected[0]
 
 
 def test_progress_ends_at_all_bytes(tmp_path: Path) -> None:
@@ -425,44 +348,3 @@ def test_plain_transformers_opens_it_with_the_mean_models_logits(tmp_path: Path)
         for name in ("out", "sharded"):
             opened = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
             assert torch.allclose(opened(ids).logits, models[0](ids).logits, rtol=0, atol=1e-5)
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """0 and the summary, or 2 and one line."""
-    a, b = write(tmp_path / "a", values(0)), write(tmp_path / "b", values(1))
-    assert main([str(tmp_path / "out"), str(a), str(b), "--weights", "0.25,0.75"]) == 0
-    assert json.loads(capsys.readouterr().out)["weights"] == [0.25, 0.75]
-    assert main([str(tmp_path / "x"), str(a), str(tmp_path / "no")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_killed_while_it_takes_an_earlier_soups_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before every rename: the earlier soup is whole, or config.json is gone; the next run ends with the same bytes."""
-    a, b = write(tmp_path / "a", values(0), 3), write(tmp_path / "b", values(1), 2)
-    average(tmp_path / "whole", [a, b], [0.25, 0.75])
-    average(tmp_path / "earlier", [b, a], [0.5, 0.5])
-    expected, earlier, replace = files(tmp_path / "whole"), files(tmp_path / "earlier"), os.replace
-    kept = []
-    for moment in range(1, 100):
-        out, count = tmp_path / str(moment), 0
-        shutil.copytree(tmp_path / "earlier", out)
-
-        def stop(source: Any, target: Any, moment: int = moment) -> None:
-            nonlocal count
-            count += 1
-            if count == moment:
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", stop)
-        try:
-            average(out, [a, b], [0.25, 0.75])
-            break
-        except KeyboardInterrupt:
-            there = {path.name for path in out.iterdir() if path.is_file()}
-            assert CONFIG not in there or earlier.keys() <= there
-        finally:
-            monkeypatch.setattr(os, "replace", replace)
-        kept.append(average(out, [a, b], [0.25, 0.75])["shards_kept"])
-        assert files(out) == expected
-    assert kept[:8] == [0, 0, 0, 1, 1, 2, 2, 3] and kept[-1] == 3

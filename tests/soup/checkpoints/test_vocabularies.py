@@ -73,8 +73,8 @@ both = pytest.mark.parametrize("check", [check_vocabulary, of_adapters])
             [*PIECES[:3], "▁c", PIECES[4]],
             r"m1/tokenizer\.model: the token of id 3 is '▁c', but '▁a' in .*m0/tokenizer\.m",
         ),
-        (b"IQ== 0\nIg== 1\n", r"m1/tokenizer\.model: cannot be read as SentencePiece's"),
-        (model(PIECES)[:-3], r"m1/tokenizer\.model: cannot be read as SentencePiece's"),
+        (b"IQ== 0\nIg== 1\n", r"m1/tokenizer\.model: cannot be read as a SentencePiece model"),
+        (model(PIECES)[:-3], r"m1/tokenizer\.model: cannot be read as a SentencePiece model"),
     ],
 )
 def test_two_tokenizer_models(folders: Any, check: Any, other: Any, line: str | None) -> None:

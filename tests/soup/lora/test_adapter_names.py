@@ -22,7 +22,7 @@ from torch import nn
 
 from salsa_peft.soup.average import soup
 from salsa_peft.soup.live import LiveAdapters
-from salsa_peft.soup.lora.members import newest
+from salsa_peft.soup.lora.members import newest_name
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.lora.targets import is_saved
 from salsa_peft.utils.errors import SalsaError
@@ -116,7 +116,7 @@ def test_wrappers_parts_are_taken_off_and_said(kind: str, tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         soup(tmp_path / "soup", members, W)
     assert_is(llama, tmp_path / "soup", expected)
-    assert sum("which PEFT's do not: it is taken off" in message for message in caplog.messages) == 1
+    assert sum("which PEFT's names do not; it is removed" in message for message in caplog.messages) == 1
 
 
 def test_a_name_of_the_models_own_is_kept(tmp_path: Path) -> None:
@@ -287,7 +287,8 @@ def test_what_has_no_place_in_the_base_is_refused(tmp_path: Path) -> None:
         edit(member, base_model_name_or_path=str(tmp_path / "base"))
         rename(member, lambda key: key.replace("model.model.model.", "model.model.model.decoder."))
     with pytest.raises(
-        SalsaError, match=r"model\.decoder\.layers\.0\.self_attn\.q_proj has no place in LlamaForCausalLM"
+        SalsaError,
+        match=r"LlamaForCausalLM, the model of .*, has no module model\.decoder\.layers\.0\.self_attn\.q_proj",
     ):
         soup(tmp_path / "soup", members, W)
 
@@ -392,7 +393,7 @@ class TestLiveExperts:
             mixtral(), LoraConfig(target_modules=[], target_parameters=EXPERTS[:1], task_type="CAUSAL_LM"), "policy"
         )
         with pytest.raises(
-            SalsaError, match=r"experts\.down_proj is a parameter that the soup changes, and the model's adapters have"
+            SalsaError, match=r"experts\.down_proj has LoRA in the soup, but the adapters of the model have"
         ):
             StackedAdapter.load([member]).attach(model, "soup", [1])
         assert list(model.peft_config) == ["policy"]
@@ -435,7 +436,9 @@ class TestBases:
         llama().save_pretrained(tmp_path / "base")  # type: ignore[operator]
         for member, name in zip(pair, names, strict=True):
             edit(member, base_model_name_or_path=name)
-        with pytest.raises(SalsaError, match=r"names the base .* if they are, pass same_base=True \(--same-base\)"):
+        with pytest.raises(
+            SalsaError, match=r"names the base .* if they are the same base, pass same_base=True \(--same-base\)"
+        ):
             StackedAdapter.load(pair)
         StackedAdapter.load(pair, same_base=True)
 
@@ -472,7 +475,11 @@ def test_fields_that_change_no_delta(
     soup(tmp_path / "soup", members, W)
     assert_is(llama, tmp_path / "soup", expected)
     assert (
-        any(f"{field} is {value!r}, which this version does not know" in message for message in caplog.messages) == said
+        any(
+            f"{field} is {value!r}; this version does not know the option and ignores it" in message
+            for message in caplog.messages
+        )
+        == said
     )
 
 
@@ -515,13 +522,13 @@ class TestTokenizers:
         assert summary["tokenizer"] == {"from": "b", "chat_template": "a"}
         assert "<|im_end|>" in (tmp_path / "soup" / "tokenizer.json").read_text()
         assert (tmp_path / "soup" / "chat_template.jinja").read_text() == "{{ messages }}"
-        assert "warning: the tokenizer of b goes with the soup, with the chat template of a" in caplog.messages
+        assert "warning: the soup gets the tokenizer of b, with the chat template of a" in caplog.messages
 
     def test_tokens_that_no_one_tokenizer_has_are_refused(self, pair: list[Path], tmp_path: Path) -> None:
         for member, added in zip(pair, ({"<x>": 2}, {"<y>": 3}), strict=True):
             vocabulary = {"<s>": 0, "a": 1} | added
             (member / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-        with pytest.raises(SalsaError, match="no member's tokenizer has them all"):
+        with pytest.raises(SalsaError, match="no member's tokenizer has all tokens"):
             soup(tmp_path / "soup", pair)
 
     def test_templates_by_name_go_along_and_another_eos_is_told(
@@ -534,7 +541,7 @@ class TestTokenizers:
             (member / "additional_chat_templates" / "rag.jinja").write_text(f"of {member.name}")
         soup(tmp_path / "soup", pair)
         assert (tmp_path / "soup" / "additional_chat_templates" / "rag.jinja").read_text() == "of a"
-        assert "tokenizer: eos_token is '</s>' as in a; it is '<|im_end|>' in b" in caplog.messages
+        assert "tokenizer: eos_token is '</s>' as in a, but '<|im_end|>' in b" in caplog.messages
         shutil.rmtree(pair[0] / "additional_chat_templates")
         soup(tmp_path / "soup", pair)
         assert not (tmp_path / "soup" / "additional_chat_templates").exists()
@@ -543,7 +550,7 @@ class TestTokenizers:
         for member, template in zip(pair, ("one", "two"), strict=True):
             self.write(member, ["<s>", "a"], template)
         assert soup(tmp_path / "soup", pair)["tokenizer"] == {"from": "a", "chat_template": "a"}
-        assert "warning: the chat template of a goes with the soup; that of b differs" in caplog.messages
+        assert "warning: the soup gets the chat template of a; that of b differs" in caplog.messages
 
 
 def test_trained_tokens_in_another_order(tmp_path: Path) -> None:
@@ -578,7 +585,7 @@ def test_parameters_whose_names_do_not_tell_them_apart(tmp_path: Path) -> None:
     soup(tmp_path / "soup", members, W)
     assert_is(make, tmp_path / "soup", mean(make, members))
     other = train(make, tmp_path / "c", 2, target_modules=[], target_parameters=["mixer.zeta"], task_type=None)
-    with pytest.raises(SalsaError, match="its name does not say which of target_parameters it belongs to"):
+    with pytest.raises(SalsaError, match="does not tell which of target_parameters it belongs to"):
         soup(tmp_path / "again", [members[0], other], W)
 
 
@@ -594,7 +601,7 @@ def test_modules_to_save_are_found_by_the_ends_of_their_names() -> None:
 
 def test_the_newest_of_several_layouts() -> None:
     old, new = "language_model.model.layers.0.q_proj", "model.language_model.layers.0.q_proj"
-    assert newest({old, new}) == newest({old, "model.layers.0.q_proj"}) == new
-    assert newest({"vision_tower.layers.0", "model.vision_tower.layers.0"}) == "model.vision_tower.layers.0"
-    assert newest({"language_model.lm_head", "lm_head"}) == "lm_head"
-    assert newest({"layers.0", "model.layers.0"}) == "model.layers.0"
+    assert newest_name({old, new}) == newest_name({old, "model.layers.0.q_proj"}) == new
+    assert newest_name({"vision_tower.layers.0", "model.vision_tower.layers.0"}) == "model.vision_tower.layers.0"
+    assert newest_name({"language_model.lm_head", "lm_head"}) == "lm_head"
+    assert newest_name({"layers.0", "model.layers.0"}) == "model.layers.0"

@@ -31,7 +31,7 @@ def test_scaling_is_what_peft_gives_its_own_layers(base, folder: Path) -> None:
     assert len(factors) == 4
     for module, found in factors.items():
         assert found.scaling == model.get_submodule(module).scaling["default"]
-        assert found.rank == model.get_submodule(module).r["default"]
+        assert found.shape.rank == model.get_submodule(module).r["default"]
 
 
 @pytest.mark.parametrize(

@@ -201,14 +201,14 @@ class TestFiles:
     def test_a_higher_rank_than_any_is_said_and_exact(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         stacked = StackedAdapter.load([train(tmp_path / str(i), i) for i in range(2)])
         summary = stacked.save(tmp_path / "soup", [0.5, 0.5], rank=6)
-        assert caplog.messages == ["warning: rank 6: no module of the soup has more than 6, nothing is cut off"]
+        assert caplog.messages == ["warning: rank 6 has no effect, because no module of the soup has a rank above 6"]
         assert summary["error"]["all"] == 0.0 and summary["ranks"] == [6]
 
     @pytest.mark.parametrize("rank", [0, -1, 2.5, True, "8"])
     def test_ranks_that_are_none(self, tmp_path: Path, rank: Any) -> None:
         stacked = StackedAdapter.load([train(tmp_path / "one", 0)])
         with pytest.raises(
-            SalsaError, match=r"rank: found .*, expected a whole number of 1 or more, or none for an exact soup"
+            SalsaError, match=r"rank: .* is not a whole number of at least 1; leave it out for an exact soup"
         ):
             stacked.save(tmp_path / "soup", [1], rank=rank)
         assert not (tmp_path / "soup").exists()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from salsa_peft.soup.checkpoints.write import Output
-from salsa_peft.soup.merge import average as merged_soup
 from salsa_peft.soup.merge import plan as merge_plan
+from salsa_peft.soup.merge import sums as merge_sums
 from salsa_peft.soup.merge.average import merge
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint
@@ -80,7 +80,7 @@ def assert_close(folder: Path, expected: dict[str, torch.Tensor], tolerance: flo
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny weight is several pieces."""
-    monkeypatch.setattr(merged_soup, "ELEMENTS", 50)
+    monkeypatch.setattr(merge_sums, "ELEMENTS", 50)
     monkeypatch.setattr(merge_plan, "ELEMENTS", 50)
 
 
@@ -191,31 +191,28 @@ def test_a_base_saved_without_the_models_prefix(tmp_path: Path) -> None:
     assert_close(tmp_path / "out", peft_mean(gpt2, members, [1.0]))
 
 
-def test_killed_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first shard: the rest alone is made; with other weights nothing is kept."""
+def test_broken_off_it_leaves_nothing_and_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second shard: no file of it is left, and the same call ends with the bytes and figures of one that nothing disturbed."""
     base = llama()
     folder, member = save(base, tmp_path / "base", "4KB"), train(base, tmp_path / "a", 1)
-    merge(tmp_path / "whole", folder, [member], [0.5])
-    note = Output.note
+    whole = merge(tmp_path / "whole", folder, [member], [0.5])
+    shard, begun = Output.shard, []
 
-    def stop(self: Output) -> None:
-        note(self)
-        if len(self.done) == 1:
+    def stop(self: Output, name: str, header: bytes) -> Any:
+        begun.append(name)
+        if len(begun) == 2:
             raise KeyboardInterrupt
+        return shard(self, name, header)
 
-    for out in ("out", "other"):
-        with monkeypatch.context() as patch:
-            patch.setattr(Output, "note", stop)
-            with pytest.raises(KeyboardInterrupt):
-                merge(tmp_path / out, folder, [member], [0.5])
-        assert not (tmp_path / out / "config.json").exists()
-    first = merge(tmp_path / "out", folder, [member], [0.5])
-    assert first["shards_kept"] == 1
-    assert merge(tmp_path / "other", folder, [member], [0.25])["shards_kept"] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "out", folder, [member], [0.5])
+    assert len(begun) == 2 and not (tmp_path / "out").exists()
+    again = merge(tmp_path / "out", folder, [member], [0.5])
     for path in (tmp_path / "whole").iterdir():
         assert path.name == "soup.json" or path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    whole = json.loads((tmp_path / "whole" / "soup.json").read_text())
-    assert first["rounding"] == whole["rounding"]
+    assert (again["rounding"], again["norm"]) == (whole["rounding"], whole["norm"])
 
 
 def refused(tmp_path: Path, line: str, base: Path, *members: Path, **options: Any) -> None:
@@ -233,7 +230,12 @@ def test_refusals(tmp_path: Path) -> None:
     line = r"deep/adapter_model.safetensors: .*layers.2.self_attn.q_proj.lora_A.weight has no place in LlamaForCausalLM"
     refused(tmp_path, line, folder, deep)
     wide = train(llama(hidden_size=32), tmp_path / "wide", 1)
-    refused(tmp_path, r"wide/.*q_proj.lora_A.default.weight has shape \[2, 32\], .* takes \[2, 16\]", folder, wide)
+    refused(
+        tmp_path,
+        r"wide/.*q_proj.lora_A.default.weight has shape \[2, 32\], but \[2, 16\] in LlamaForCausalLM",
+        folder,
+        wide,
+    )
     (plain / "fingerprint.json").write_text(json.dumps({"base": "5e" * 32}))
     line = r"plain was trained on another base than .*/base: .* says 5e5e5e5e5e5e…, .* assert with --same-base"
     refused(tmp_path, line, folder, plain)
@@ -245,7 +247,7 @@ def test_refusals(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.v_proj.weight"][3, 3] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (plain / "fingerprint.json").unlink()
-    refused(tmp_path, r"base: model.layers.0.self_attn.v_proj.weight is not finite once", folder, plain)
+    refused(tmp_path, r"base: model.layers.0.self_attn.v_proj.weight is not finite after the merge", folder, plain)
     config = json.loads((folder / "config.json").read_text())
     for method, found in (
         ({"quant_method": "gptq"}, "gptq"),
@@ -301,7 +303,13 @@ def test_without_bitsandbytes_the_line_says_so(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     base = llama()
     folder, member = save(base, tmp_path / "base"), train(base, tmp_path / "a", 1)
-    refused(tmp_path, r"base: found no bitsandbytes .*pip install bitsandbytes", folder, member, quantized_base="nf4")
+    refused(
+        tmp_path,
+        r"base: 4 bits need bitsandbytes, which cannot be imported .*pip install bitsandbytes",
+        folder,
+        member,
+        quantized_base="nf4",
+    )
 
 
 def test_the_members_tokenizer_goes_with_it_where_it_is_one_and_fits(tmp_path: Path) -> None:
@@ -324,4 +332,4 @@ def test_the_members_tokenizer_goes_with_it_where_it_is_one_and_fits(tmp_path: P
     merge(tmp_path / "fits", folder, [member], [1.0])
     assert (tmp_path / "fits" / "tokenizer.json").read_text() == tokenizer(0, 31, 32)
     (member / "tokenizer.json").write_text(tokenizer(0, 40))
-    refused(tmp_path, r"a/tokenizer.json: token 't40' has the number 40, but .* has 32 rows", folder, member)
+    refused(tmp_path, r"a/tokenizer.json: token 't40' has the id 40, but .* has only 32 rows", folder, member)

@@ -26,6 +26,7 @@ from transformers import (
 from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
+from salsa_peft.models.base import remove_dropout
 from salsa_peft.models.logprobs import check_head
 from salsa_peft.models.value_head import PolicyWithValueHead
 from salsa_peft.utils.errors import SalsaError
@@ -66,9 +67,9 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"
         ({"trainable_token_indices": {"embed_tokens": [5, 6]}}, r"embed_tokens in modules_to_save or trainable_token_indices"),
         ({"bias": "all"}, "with bias 'all', expected 'none'"),
         ({"bias": "lora_only"}, "with bias 'lora_only', expected 'none'"),
-        ({"init_lora_weights": "pissa"}, "found init_lora_weights 'pissa', which changes the base"),
-        ({"init_lora_weights": "olora"}, "found init_lora_weights 'olora', which changes the base"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "found an adapter on the output embeddings"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the weights of the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changes the weights of the base"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the adapter is on the output embeddings"),
     ],
 )  # fmt: skip
 def test_what_lies_outside_the_factors(make_base: Any, train: Any, options: dict[str, Any], line: str) -> None:
@@ -217,7 +218,7 @@ def test_a_head_that_is_no_plain_linear_layer(make_base: Any) -> None:
 
     model = make_base()
     model.lm_head = Scaled(32, model.config.vocab_size, bias=False)
-    with pytest.raises(SalsaError, match=r"its output embeddings are a Scaled, which is no plain linear layer"):
+    with pytest.raises(SalsaError, match=r"its output embeddings are a Scaled, not a plain linear layer"):
         check_head(model)
 
 
@@ -322,7 +323,7 @@ def test_checkpointing_that_the_user_switched_on(
             options = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
             model.get_base_model().gradient_checkpointing_enable(**options)
         policy = PolicyWithValueHead(model, "value", torch.ones(1, 32)).train()
-        adapters.remove_dropout(policy)
+        remove_dropout(policy)
         hidden, values = policy(ids, torch.ones_like(ids))
         (hidden.sum() + values.pow(2).sum()).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})

@@ -246,7 +246,7 @@ def test_more_refusals(make_trainer: Any) -> None:
     """What a library user can get wrong."""
     with pytest.raises(SalsaError, match="references: found 'soup/', expected a list"):
         make_trainer("soup/")
-    with pytest.raises(SalsaError, match="found no such folder, expected an adapter's folder or a Hub id"):
+    with pytest.raises(SalsaError, match="no such folder, and not a Hub id"):
         make_trainer(["no/such/folder"])
     with pytest.raises(SalsaError, match="min_new_tokens: found 9, expected at most max_new_tokens = 7"):
         make_trainer(min_new_tokens=9)
