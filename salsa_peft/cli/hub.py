@@ -98,10 +98,10 @@ def push(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show(run, wanted or hub_push.pending(run))
     with locked(run):
-        folders = model_card.folders_of(run)
-        recipe = model_card.recipe_of(run, folders)
+        folders = model_card.result_folders(run)
+        recipe = model_card.recipe_of_run(run, folders)
         for one in wanted:  # errors come before anything is sent or noted
-            hub_push.item_of(run, recipe, one, folders)
+            model_card.find_item(run, recipe, one.item, one.base_model, folders)
         try:
             done = hub_push.push_all(run, wanted or hub_push.pending(run), recipe, folders)
         except SalsaError as error:
@@ -113,12 +113,12 @@ def push(args: argparse.Namespace) -> int:
 
 def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     """Print the model card and the files of each item."""
-    folders = model_card.folders_of(run)
-    recipe = model_card.recipe_of(run, folders)
+    folders = model_card.result_folders(run)
+    recipe = model_card.recipe_of_run(run, folders)
     for one in wanted:
-        item = hub_push.item_of(run, recipe, one, folders)
+        item = model_card.find_item(run, recipe, one.item, one.base_model, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        files = model_card.published(item, model_card.card(item, repo))
+        files = model_card.published_files(item, model_card.render_card(item, repo))
         print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
@@ -150,13 +150,13 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         )
 
     try:
-        names = hub_push.tried(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
+        names = hub_push.with_retries(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
         require(
             bool({CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
             f"{repo}: has no adapter and no checkpoint in safetensors; other formats are not downloaded",
         )
-        found = Path(hub_push.tried(download, repo))
+        found = Path(hub_push.with_retries(download, repo))
     except SalsaError as error:
         raise HubFailure(str(error)) from error
     print(os.path.abspath(found) if folder else found, flush=True)
