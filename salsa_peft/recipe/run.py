@@ -127,9 +127,7 @@ def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], as
     for name, step in steps.items():
         if name in asked:
             _run_unit(step, steps, loaded.recipe, recipe_yaml, folder, debug)
-        if (
-            step.folder in reports
-        ):  # a copy under a fixed name; the result's folder also has report.md, summary.json and the figures
+        if step.folder in reports:  # a copy under a fixed name; report.md and the figures stay in the result's folder
             write_atomic(folder / REPORT, (step.folder / REPORT).read_bytes())
             print(folder / REPORT, flush=True)
 
@@ -258,6 +256,8 @@ def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str])
 
     It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
     """
+    from huggingface_hub import get_token
+
     stages = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in stages):
         hardware.check_processes(recipe)
@@ -265,18 +265,11 @@ def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str])
     if "judge" in stages and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
-    if "hub" in asked and steps and not logged_in():
+    if "hub" in asked and steps and get_token() is None:
         warnings.append(
             "hub.push: you are not logged in, so the push will stay pending; `hf auth login`, or set HF_TOKEN"
         )
     return warnings
-
-
-def logged_in() -> bool:
-    """Whether there is a token for the Hub."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None
 
 
 def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:
