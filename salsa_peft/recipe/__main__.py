@@ -49,9 +49,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         code, line = 1, one_line(error)
     except OSError as error:
         line = (
-            f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are"
-            " kept; run the same command"
-            " again"
+            f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept;"
+            " run the same command again"
         )
         code, line = 1, one_line(disk_full_message(error, folder) or line)
     except KeyboardInterrupt:

@@ -152,9 +152,8 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
     found = need(recipe, steps, asked, gpu)
     if found is not None and found.peak > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(
-            f"results: need {size_text(found.peak)} during the run ({size_text(found.final)} when it is finished),"
-            " but only"
-            f" {size_text(found.free)} are free on the disk of {found.place}; {remedy(recipe, steps, asked, gpu)}"
+            f"results: need {size_text(found.peak)} during the run ({size_text(found.final)} when it is finished), but"
+            f" only {size_text(found.free)} are free on the disk of {found.place}; {remedy(recipe, steps, asked, gpu)}"
         )
 
 

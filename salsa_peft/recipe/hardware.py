@@ -101,9 +101,8 @@ def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,
-        f"model.base: a model of {size.parameters / 1e9:.1f} B parameters needs a CUDA GPU, and nvidia-smi lists"
-        " none. Use a machine with"
-        f" a GPU of at least about {most.total / GIB:.0f} GiB (for {most.stage}); --dry-run --gpu"
+        f"model.base: a model of {size.parameters / 1e9:.1f} B parameters needs a CUDA GPU, and nvidia-smi lists none."
+        f" Use a machine with a GPU of at least about {most.total / GIB:.0f} GiB (for {most.stage}); --dry-run --gpu"
         f" {smallest_gpu(most.total)} shows what each stage needs",
     )
     return [

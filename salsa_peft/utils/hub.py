@@ -80,9 +80,8 @@ def explain_hub_error(error: BaseException, name: str | None = None) -> str | No
                 return words.format(_page(one, text))
     if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
         return (
-            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use"
-            " one that Transformers supports"
-            " itself"
+            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use one"
+            " that Transformers supports itself"
         )
     if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
         return f"{pickled[1]}: {NO_SAFETENSORS}"
