@@ -34,8 +34,7 @@ class Judge:
     api_key_env: str = "OPENAI_API_KEY"
     """openai: name of the environment variable with the API key. The key itself is never in a recipe, log or file."""
     prompt: Literal["figure7", "fastchat"] = "figure7"
-    """Judge prompt. figure7: the one of the paper's Figure 7, reworded. fastchat: FastChat's prompts, by turn and
-    category."""
+    """Judge prompt. figure7: the paper's (Figure 7), reworded. fastchat: FastChat's, by turn and category."""
     prompts: str | None = None
     """fastchat: path of FastChat's judge_prompts.jsonl."""
     references: str | None = None

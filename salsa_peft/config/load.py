@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from salsa_peft.config import paths, sweeps, validate
-from salsa_peft.config.fields import check_keys, field_types
+from salsa_peft.config.fields import check_keys
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
@@ -57,8 +57,7 @@ class LoadedRecipe:
     preset: str | None
     """Name of the adapter preset (--lora)."""
     changes: list[tuple[str, Any, Any]]
-    """(key, before, after) of each setting that the preset or the recipe's `lora:` section changed; before is None if
-    unset."""
+    """(key, before or None, after) of each setting that the preset or the recipe's `lora:` section changed."""
     reset_by_lora: frozenset[str] = frozenset()
     """Keys that the recipe's `lora:` section sets, without those that `--set` changed afterwards."""
 
@@ -302,9 +301,11 @@ def _origin(key: str, layers: list[Layer], file: str) -> str:
 
 
 def _changes(before: dict[str, Any], middle: list[Layer], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    defaults = dataclasses.asdict(Recipe(name=""))
+    old, new = merge(defaults, before), merge(defaults, after)
     keys = dict.fromkeys(key for layer in middle for key in _leaves(layer.data, ()))
-    pairs = [(".".join(key), _lookup(key, before), _lookup(key, after)) for key in keys]
-    return [(key, old, new) for key, old, new in pairs if old != new]
+    pairs = [(".".join(key), _value(old, key), _value(new, key)) for key in keys]
+    return [(key, was, now) for key, was, now in pairs if was != now]
 
 
 def _leaves(value: Any, where: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -313,16 +314,7 @@ def _leaves(value: Any, where: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [leaf for key, entry in value.items() for leaf in _leaves(entry, (*where, key))]
 
 
-def _lookup(key: tuple[str, ...], data: Any) -> Any:
-    """The value of a key in the departures, or the schema's default, or None."""
-    hint: Any = Recipe
+def _value(data: Any, key: tuple[str, ...]) -> Any:
     for part in key:
-        fields = {field.name: field for field in dataclasses.fields(hint)} if dataclasses.is_dataclass(hint) else {}
-        default = None
-        if part in fields:
-            factory = fields[part].default_factory
-            default = fields[part].default if factory is dataclasses.MISSING else factory()
-        hint = field_types(hint).get(part) if fields else None
-        data = data.get(part, default) if isinstance(data, dict) else getattr(data, part, default)
-        data = None if data is dataclasses.MISSING else data
+        data = data.get(part) if isinstance(data, dict) else None
     return data

@@ -346,5 +346,4 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 """Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""Builder that datasets uses for a folder → suffixes of the files that it reads; it ignores the others without a
-message."""
+"""Builder of datasets → suffixes of the files that it reads in a folder; it ignores others silently."""

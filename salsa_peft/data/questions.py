@@ -34,8 +34,7 @@ TEMPERATURES: Mapping[str, float] = {
 }
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
-"""Columns with a question's id, in FastChat, arena-hard-auto and Hub datasets. A prompt_id may repeat, as it belongs to
-a text."""
+"""Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. A prompt_id may repeat."""
 
 
 class Question(NamedTuple):

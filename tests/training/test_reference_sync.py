@@ -187,11 +187,11 @@ def test_a_recipe_says_how_a_soup_moves() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ({"soup": {"sync_every": 0}}, "p.soup.sync_every: found 0, expected a whole number of updates"),
-        ({"soup": {"mixup_alpha": 0.5}}, "p.soup.sync_every: found None"),
-        ({"soup": {"sync_every": 2, "mixup_alpha": 1.5}}, "p.soup.mixup_alpha: found 1.5"),
-        ({"soup": {"sync_every": 2, "mixup_alpha": 0}}, "p.soup.mixup_alpha: found 0"),
-        ({"shrunk": {"seed": 0, "scale": 0.5, "sync_every": 2}}, "expected {seed: N, scale: λ}"),
+        ({"soup": {"sync_every": 0}}, "p.soup.sync_every: must be a whole number of updates of at least 1, not 0"),
+        ({"soup": {"mixup_alpha": 0.5}}, "p.soup.sync_every: must be a whole number of updates of at least 1, not None"),
+        ({"soup": {"sync_every": 2, "mixup_alpha": 1.5}}, "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 1.5"),
+        ({"soup": {"sync_every": 2, "mixup_alpha": 0}}, "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 0"),
+        ({"shrunk": {"seed": 0, "scale": 0.5, "sync_every": 2}}, "p.shrunk: must have the form {seed: N, scale: λ}, not"),
     ],
 )
 def test_bad_numbers_are_refused(reference: Any, message: str) -> None:

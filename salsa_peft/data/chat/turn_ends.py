@@ -36,8 +36,7 @@ class AssistantTurn(NamedTuple):
     end: int | None
     """Token that ends the turn. None: there is no template, or it writes no such token (LLaVA)."""
     after: tuple[int, ...]
-    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's reward training includes
-    them."""
+    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's rewards read them."""
     opening: str
     """Text of the generation prompt: Qwen's <|im_start|>assistant and a newline."""
 

@@ -199,9 +199,9 @@ def test_text_prompts_are_used_as_they_are(make_trainer: Any, tokenizer: Any) ->
 
 def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
     """One line each: what was found, what was expected."""
-    with pytest.raises(SalsaError, match="batch_size: found 8, expected a multiple of num_mini_batches 3"):
+    with pytest.raises(SalsaError, match="batch_size: 8 is not a multiple of num_mini_batches 3; set batch_size=9"):
         make_trainer(num_mini_batches=3)
-    with pytest.raises(SalsaError, match="micro_batch_size: found 3, expected a divisor of the minibatch"):
+    with pytest.raises(SalsaError, match="micro_batch_size: 3 does not divide the minibatch of 8 / 1 = 8 responses"):
         make_trainer(micro_batch_size=3)
     with pytest.raises(SalsaError, match=r"found 16 prompts .* expected at least batch_size = 64"):
         make_trainer(batch_size=64)
