@@ -185,10 +185,10 @@ class TestFunction:
         reward = FunctionReward(logs, tokenizer)
         for _ in range(3):
             reward(*answered)
-        assert reward.take_figures() == {"shape": (9.0, 3)}
-        assert reward.take_figures() == {}
+        assert reward.take_metrics() == {"shape": (9.0, 3)}
+        assert reward.take_metrics() == {}
         reward(*answered)
-        assert reward.take_figures() == {"shape": (4.0, 1)}
+        assert reward.take_metrics() == {"shape": (4.0, 1)}
 
     @pytest.mark.parametrize(
         ("name", "value", "line"),
@@ -363,7 +363,7 @@ class TestClassifier:
         assert found.tolist() == pytest.approx(expected, abs=1e-5)
         assert (found.dtype, found.std() > 0.1) == (torch.float32, True)
         assert not any(p.requires_grad for p in reward.classifier.parameters())
-        assert reward.take_figures() == {"rewards/rm/truncated": (0.0, 3)}
+        assert reward.take_metrics() == {"rewards/rm/truncated": (0.0, 3)}
 
     @pytest.mark.parametrize("pad_is_eos", [False, True])
     def test_the_last_token_that_counts_is_scored_also_where_it_is_the_padding_token(
@@ -419,7 +419,7 @@ class TestClassifier:
         cut = [ids if len(ids) <= 7 else [ids[0], *ids[-6:]] for ids in whole]
         assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
         reward(responses, rows)
-        assert reward.take_figures() == {"rewards/small/truncated": (4.0, 6)}
+        assert reward.take_metrics() == {"rewards/small/truncated": (4.0, 6)}
         assert capsys.readouterr().err.count("longer than the 7 tokens that it reads") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
@@ -480,11 +480,11 @@ class TestSum:
         reward = rewards.WeightedReward([(one, 2.0, "one"), (other, -0.5, "other"), (silent, 0.0, "silent")])
         assert reward(*answered).tolist() == [0.0, 4.0, 2.0]
         figures = {"rewards/one/mean": (6.0, 3), "rewards/other/mean": (12.0, 2), "rewards/silent/mean": (21.0, 3)}
-        assert reward.take_figures() == figures
-        assert reward.take_figures() == {}
+        assert reward.take_metrics() == figures
+        assert reward.take_metrics() == {}
         reward(*answered)
         reward(*answered)
-        assert reward.take_figures() == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
+        assert reward.take_metrics() == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
 
     def test_a_response_to_which_nothing_applies(self, answered: Any, tokenizer: Any) -> None:
         """A part of weight 0 does not save it; NaN is a score, not None."""
@@ -571,7 +571,7 @@ class TestAsReward:
         assert rewards.adapter_in(adapter) is adapter
         assert rewards.adapter_in(function) is None
         assert rewards.adapter_in(make([own, function])) is None
-        assert make(own).take_figures() == {}
+        assert make(own).take_metrics() == {}
 
     def test_a_sum_within_a_sum_names_all_its_models(self, model: Any, tokenizer: Any, reward_folder: Path) -> None:
         """What a checkpoint identifies and `offload: frozen` moves: rewards one by one, and the parameters of a torch module."""
@@ -815,7 +815,10 @@ class TestRecipe:
             with pytest.raises(SalsaError, match=line):
                 load(f"reward: ./{name}\n")
         (tmp_path / "recipes" / "rm" / "config.json").write_text("[")
-        with pytest.raises(SalsaError, match=r"recipes/rm/config\.json: not valid JSON \(Expecting value: line 1 column 2 \(char 1\)\); copy or save the file again"):
+        with pytest.raises(
+            SalsaError,
+            match=r"recipes/rm/config\.json: not valid JSON \(Expecting value: line 1 column 2 \(char 1\)\); copy or save the file again",
+        ):
             load("reward: ./rm\n")
 
     def test_the_reward_stage_is_there_where_an_adapter_is_trained(self, load: Any) -> None:
@@ -844,7 +847,10 @@ class TestRecipe:
             if fits:
                 load_recipe("whole.yaml", lora="lora", overrides=[])
             else:
-                with pytest.raises(SalsaError, match=r"data\.preferences: is required; add it \(or add a `toy` section, the embedded world\)"):
+                with pytest.raises(
+                    SalsaError,
+                    match=r"data\.preferences: is required; add it \(or add a `toy` section, the embedded world\)",
+                ):
                     load_recipe("whole.yaml", lora="lora", overrides=[])
 
     def test_what_a_result_depends_on(self, load: Any, tmp_path: Path) -> None:
@@ -902,7 +908,7 @@ class TestRecipe:
         total = make(["adapter", {"model": str(rm), "weight": 2, "name": "judge"}], {"reward": reward_folder})
         expected = adapter(*answered) + 2 * make(str(rm), {})(*answered)
         torch.testing.assert_close(total(*answered), expected)
-        assert total.take_figures().keys() == {
+        assert total.take_metrics().keys() == {
             "rewards/adapter/mean",
             "rewards/judge/mean",
             "rewards/judge/truncated",

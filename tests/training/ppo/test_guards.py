@@ -124,8 +124,8 @@ def test_the_message_is_one_line_with_the_numbers_and_the_remedy():
     (alarm,) = alarms(parse_guards({"length": "stop"}), row(response_length=8.0, entropy=20.0, update=12), SOUND)
     assert alarm.action == "stop"
     assert alarm.message == (
-        "guards.length: update 12: found a mean response length of 8 tokens, expected at least 10 (0.25 × the first update's 40);"
-        " the KL-hack, few tokens cost little KL: set min_new_tokens or kl_per=token, or lower kl_coef"
+        "guards.length: update 12: the mean response length is 8 tokens; the limit is 10 (0.25 × the first update's 40)."
+        " Short responses cost little KL, which PPO can exploit: set min_new_tokens or kl_per=token, or lower kl_coef"
     )
 
 
