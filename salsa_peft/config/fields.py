@@ -44,7 +44,7 @@ def require_unique(key: str, values: Sequence[Any]) -> None:
 
 
 def require_multiple(key: str, value: int, factor: int, of: str, more: str = "") -> None:
-    """Raise SalsaError unless `value` is a multiple of `factor`, which the message calls `of`."""
+    """Raise SalsaError unless `value` is a multiple of `factor`. `of` names the factor in the message."""
     whole = math.ceil(value / factor) * factor
     require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
 

@@ -83,7 +83,7 @@ class Judge:
 
 
 def as_judge(value: Any) -> Any:
-    """A judge given as text, which is its kind, as a mapping; other values unchanged."""
+    """Convert a judge given as text, its kind, to a mapping. Other values are unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -150,7 +150,7 @@ PROMPT_FIELDS = {
 
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
-    """FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for another file."""
+    """FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for a file of another form."""
     prompts = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
     file, lacking = short_path(str(path)), sorted(set(PROMPT_FIELDS) - set(prompts))
     require(not lacking, f"{file}: has no prompt {', '.join(lacking)}; give FastChat's judge_prompts.jsonl")

@@ -68,7 +68,7 @@ def bundled_names(kind: str) -> list[str]:
 
 
 def find_recipe(path_or_name: str) -> Path:
-    """The file of a recipe's path or bundled name (.yaml is optional). Raises SalsaError if there is none."""
+    """The file of a recipe given by path or bundled name (.yaml is optional). Raises SalsaError."""
     path = os.path.abspath(os.path.expanduser(path_or_name)) if "\0" not in path_or_name else ""
     if os.path.isfile(path):
         return Path(path)
@@ -277,7 +277,7 @@ def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
 
 @contextlib.contextmanager
 def _naming_layer(layers: list[Layer], file: str) -> Iterator[None]:
-    """Errors `key: …` from within get the label of the layer that set the key in front."""
+    """Put the label of the layer that set the key in front of errors `key: …` raised in the block."""
     try:
         yield
     except SalsaError as error:

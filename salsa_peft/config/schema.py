@@ -192,7 +192,7 @@ class PPO(PPOOptions, Training):
     """Number of prompts in such an evaluation: the first ones of the set."""
 
     def check(self, section: str, processes: int = 1) -> None:
-        """Raise SalsaError unless batch sizes divide, options agree and max_steps is a multiple of an update."""
+        """Raise SalsaError unless batch sizes divide, options agree and max_steps is a number of whole updates."""
         self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")

@@ -1,7 +1,7 @@
 """Checks of a recipe across its sections: names, positions, batch sizes, modes, local files.
 
-Each raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked before the
-first stage, not here. Imports no torch.
+Each check raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked
+before the first stage, not here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _check_lengths(recipe: Recipe) -> None:
     )
 
 
-def _maybe(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     """The end of a message that names the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -232,7 +232,7 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
         require_seed(where, member, seeds)
     if reference.path is not None:
         what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
-        hint = _maybe(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
+        hint = _suggestion(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
         require(
             "/" in reference.path,
             f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id"
@@ -265,7 +265,7 @@ def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
         "/" in part.value,
         "reward.model: must be adapter, module:name (a function), or the folder or Hub id (namespace/name) of a reward"
         " adapter or sequence"
-        f" classifier, not {short(part.value)}{_maybe(part.value, ['adapter'])}",
+        f" classifier, not {short(part.value)}{_suggestion(part.value, ['adapter'])}",
     )
     if is_local(part.value) and (Path(part.value) / "adapter_config.json").is_file():
         require(
@@ -322,7 +322,9 @@ def _check_evaluate(recipe: Recipe) -> None:
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: must be two different names, not {short(pair)}")
         for name in pair:
-            require(name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{_maybe(name, models)}")
+            require(
+                name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{_suggestion(name, models)}"
+            )
 
 
 def _check_hub(recipe: Recipe) -> None:

@@ -137,11 +137,9 @@ def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
 def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
     """Rows {chosen, rejected}: whole chats that start with the prompt (TRL's implicit-prompt form).
 
-    Identical pairs are left out.
-
-    A prompt column is put before answers that do not contain the prompt. Rows also have `tools` and
-    `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a check, and
-    determines the form of the messages.
+    Identical pairs are left out. A prompt column is put before answers that do not contain the prompt. Rows also have
+    `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a
+    check, and determines the form of the messages.
     """
     rows, odd = [], RowWarnings(source.path)
     loaded = load_rows(source)

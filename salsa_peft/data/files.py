@@ -37,8 +37,8 @@ ACCEPTED_SOURCES = (
 def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a source with their numbers from 1; with `limit`, the first after a fixed shuffle.
 
-    Local files are read here and not by datasets, whose cache goes by path and time and whose errors name no row.
-    Raises SalsaError, also for a source without rows.
+    Blank lines are not counted. Local files are read here and not by datasets, whose cache goes by path and time and
+    whose errors name no row. Raises SalsaError, also for a source without rows.
     """
     check_split(source)
     single = is_single_file(source)
