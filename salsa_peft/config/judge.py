@@ -137,8 +137,7 @@ def check_ready(judge: Judge, where: str) -> None:
     require(
         own or bool(os.environ.get(judge.api_key_env, "").strip()),
         f"{where}.api_key_env: the environment variable {judge.api_key_env} is not set; put the key for OpenAI's"
-        " endpoint into it"
-        f" (export {judge.api_key_env}=…), or set {where}.base_url to your own endpoint",
+        f" endpoint into it (export {judge.api_key_env}=…), or set {where}.base_url to your own endpoint",
     )
 
 

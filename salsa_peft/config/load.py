@@ -122,8 +122,7 @@ def load_recipe(
     require(  # for example, the saved recipe of a QLoRA run with --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
         f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, which is {recipe.mode}; use"
-        f" --lora {recipe.mode}, or"
-        " remove the key",
+        f" --lora {recipe.mode}, or remove the key",
     )
     return LoadedRecipe(recipe, data, path, lora, changes, frozenset(reset))
 
@@ -192,13 +191,13 @@ def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dic
     inner: Any = data
     for position, key in enumerate(keys[:-1]):
         nested = nested[key]
-        there = inner.get(key)
-        if isinstance(there, str) and paths.is_source(keys[: position + 1]):
-            there = {"path": there}
+        current = inner.get(key)
+        if isinstance(current, str) and paths.is_source(keys[: position + 1]):
+            current = {"path": current}
         where = ".".join(keys[: position + 1])
-        fits = there is None or isinstance(there, dict)
-        require(fits, f"--set {text}: {where} is {short(there)}, which has no settings inside; set {where} itself")
-        inner[key] = there if there is not None else {}
+        fits = current is None or isinstance(current, dict)
+        require(fits, f"--set {text}: {where} is {short(current)}, which has no settings inside; set {where} itself")
+        inner[key] = current if current is not None else {}
         inner = inner[key]
     inner[keys[-1]] = nested[keys[-1]]
     return data
@@ -211,18 +210,20 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """
     result = dict(under)
     for key, value in over.items():
-        there = result.get(key)
+        current = result.get(key)
         if (
             isinstance(value, dict)
-            and isinstance(there, str)
+            and isinstance(current, str)
             and set(value) <= {f.name for f in dataclasses.fields(Source)}
         ):
-            there = {"path": there}
+            current = {"path": current}
         section = isinstance(value, dict) and key not in ATOMIC
-        if section and there is not None and not isinstance(there, dict) and key != "judge":  # text is the judge's kind
+        if (
+            section and current is not None and not isinstance(current, dict) and key != "judge"
+        ):  # text is the judge's kind
             continue
-        merges = section and isinstance(there, dict)
-        result[key] = merge(typing.cast(dict, there), value) if merges else copy.deepcopy(value)
+        merges = section and isinstance(current, dict)
+        result[key] = merge(typing.cast(dict, current), value) if merges else copy.deepcopy(value)
     return result
 
 

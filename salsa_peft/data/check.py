@@ -96,9 +96,8 @@ def check_rows(recipe: Recipe) -> None:
         found = f"toy.{key}: {rows} rows" if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
         require(
             usable >= batch,
-            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows"
-            " or lower"
-            f" {stage}.batch_size",
+            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows or"
+            f" lower {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
         rows = _number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")

@@ -63,8 +63,7 @@ def check_split(source: Source) -> None:
     require(
         not is_single_file(source) or source.split == "train" or "[" in source.split,
         f"{source.path}: a single file has no split {source.split!r}. Remove `split`, use a slice such as train[:80%],"
-        " or name the file with this"
-        " split",
+        " or name the file with this split",
     )
 
 
@@ -322,16 +321,14 @@ def check_same_columns(folder: Path) -> None:
         require(
             known.keys() == rows[0].keys(),
             f"{path}: has the columns {columns}, but {first.name} has {others}. All files of a folder must have the"
-            " same columns: name one file,"
-            " or use a folder for each kind of rows",
+            " same columns: name one file, or use a folder for each kind of rows",
         )
         for name, value in rows[0].items():
             expected = TYPE_NAMES.get(type(known[name]))
             require(
                 None in (value, known[name]) or TYPE_NAMES.get(type(value)) == expected,
-                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of"
-                " a folder must have the"
-                " same types",
+                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of a"
+                " folder must have the same types",
             )
 
 

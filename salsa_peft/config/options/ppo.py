@@ -137,8 +137,7 @@ class PPOOptions:
         require(
             processes == 1 or local % rollout == 0,
             f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each"
-            " of"
-            f" {processes} processes",
+            f" of {processes} processes",
         )
         return share
 
@@ -152,14 +151,12 @@ class PPOOptions:
         require(
             not (rollout and self.rollout_backend != "hf"),
             f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf"
-            " computes"
-            " log-probs as the update does; use recompute",
+            " computes log-probs as the update does; use recompute",
         )
         require(
             not (rollout and self.kl_estimator == "full"),
             f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden"
-            " states;"
-            " use recompute",
+            " states; use recompute",
         )
         require(
             self.kl_coef_min <= self.kl_coef,

@@ -128,8 +128,7 @@ def dropped_fields(
             require(
                 role not in CHAT_ROLES,
                 f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set"
-                " model.chat_template to another"
-                " template",
+                " model.chat_template to another template",
             )
             found.append(f"a {role} turn")
         more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]

@@ -119,9 +119,8 @@ def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -
         )
     if any("strftime_now(" in template for template in templates_by_name(tokenizer.chat_template).values()):
         lines.append(
-            "its chat template writes today's date, so prompts change every day and the run cannot be resumed"
-            " tomorrow; write a fixed date into"
-            " the template"
+            "its chat template writes today's date, so prompts change every day and the run cannot be resumed tomorrow;"
+            " write a fixed date into the template"
         )
     if template_lacks_bos(tokenizer):
         lines.append(
