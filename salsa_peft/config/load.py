@@ -33,6 +33,7 @@ ATOMIC = {"reference"}
 """Keys whose value a later layer replaces as a whole: {soup: …} and {shrunk: …} do not merge."""
 NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"))
 """Mappings from names: a null in a later layer removes an entry."""
+SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)
 
 
@@ -211,16 +212,10 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for key, value in over.items():
         current = result.get(key)
-        if (
-            isinstance(value, dict)
-            and isinstance(current, str)
-            and set(value) <= {f.name for f in dataclasses.fields(Source)}
-        ):
+        if isinstance(value, dict) and isinstance(current, str) and set(value) <= SOURCE_KEYS:
             current = {"path": current}
         section = isinstance(value, dict) and key not in ATOMIC
-        if (
-            section and current is not None and not isinstance(current, dict) and key != "judge"
-        ):  # text is the judge's kind
+        if section and not (current is None or isinstance(current, dict) or key == "judge"):  # a judge may be text
             continue
         merges = section and isinstance(current, dict)
         result[key] = merge(typing.cast(dict, current), value) if merges else copy.deepcopy(value)

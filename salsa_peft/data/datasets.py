@@ -50,7 +50,6 @@ def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
 
 
 DROPPED_FIELD = "have {} that the tokenizer's chat template drops, so the model does not see it"
-DROPPED_SYSTEM_TURN = DROPPED_FIELD.format("a system turn")
 EMPTY_ANSWER = "have an empty answer, from which a model learns to say nothing"
 EMPTY_PROMPT = "have an empty prompt"
 IDENTICAL_PAIR = "are left out, because chosen and rejected are the same"
