@@ -65,7 +65,7 @@ def check_keys(label: str, value: Any, root: type) -> None:
             for key, entry in value.items():
                 check(_join(where, key), entry, typing.get_args(hint)[1])
         elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
-            known = field_types(hint)
+            known = field_types(typing.cast(Any, hint))
             for key, entry in value.items():
                 if key not in known:
                     raise SalsaError(

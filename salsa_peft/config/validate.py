@@ -158,12 +158,12 @@ def _check_mode(recipe: Recipe) -> None:
                 f" {{{key}: {default}}}`",
             )
         return
-    for key, value, default in (
+    for key, found, idle in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
         ("ppo.value", recipe.ppo.value, "head"),
     ):
-        require(value == default, f"{key}: {value} needs adapters; add --lora, or set {key}={default or 'null'}")
+        require(found == idle, f"{key}: {found} needs adapters; add --lora, or set {key}={idle or 'null'}")
 
 
 def _check_sharded(recipe: Recipe) -> None:
