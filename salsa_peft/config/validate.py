@@ -158,12 +158,12 @@ def _check_mode(recipe: Recipe) -> None:
                 f" {{{key}: {default}}}`",
             )
         return
-    for key, found, idle in (
+    for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
         ("ppo.value", recipe.ppo.value, "head"),
     ):
-        require(found == idle, f"{key}: {found} needs adapters; add --lora, or set {key}={idle or 'null'}")
+        require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
 
 
 def _check_sharded(recipe: Recipe) -> None:
