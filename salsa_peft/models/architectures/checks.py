@@ -285,6 +285,6 @@ def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
     require(
         recipe.ppo.rollout_backend != "vllm",
-        "ppo.rollout_backend: vllm needs other names of merged experts than Transformers'. Set"
-        f" ppo.rollout_backend=hf, or {ATTENTION}",
+        "ppo.rollout_backend: vllm expects other names of merged experts than Transformers. Set ppo.rollout_backend=hf,"
+        f" or {ATTENTION}",
     )
