@@ -149,7 +149,7 @@ def test_what_a_four_bit_policy_may_not_be(make_quantised: Any, tokenizer: Any, 
     )
     lora = {"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     for options, line in (
-        ({"modules_to_save": ["norm"]}, "norm in modules_to_save"),
+        ({"modules_to_save": ["norm"]}, "norm is in modules_to_save"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changes the weights of the base"),
     ):
         model = make_quantised()
