@@ -84,8 +84,9 @@ class NotFinite(SalsaError):
 class RolloutMaker:
     """Makes a Rollout from prompts with the policy's current weights."""
 
-    def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward, backend: Backend,
-                 args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
+    def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward,
+                 backend: Backend, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase,
+                 accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
@@ -144,9 +145,9 @@ class RolloutMaker:
     def _sample(
         self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
-        """Sample in all processes → responses and, with `old_logprobs: rollout`, their recorded (B, T) tensors.
+        """Sample in all processes → responses, and the recorded tensors with `old_logprobs: rollout`.
 
-        These are log-probs, entropies and values. Interrupted in one process is raised in all.
+        These are log-probs, entropies and values, (B, T) each. Interrupted in one process is raised in all.
         """
         self.backend.updated()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
@@ -322,8 +323,8 @@ def _moved(part: Any, device: torch.device | str) -> Any:
     return part
 
 
-def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses, head: Head, other: Head,
-                 min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
+                    head: Head, other: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
     """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
 
     policy: the policy's states of response tokens (N, H), which only the estimator `full` needs.
