@@ -250,6 +250,6 @@ def test_more_refusals(make_trainer: Any) -> None:
         make_trainer(["no/such/folder"])
     with pytest.raises(SalsaError, match="min_new_tokens: 9 is more than max_new_tokens = 7"):
         make_trainer(min_new_tokens=9)
-    for scores, line in ((None, "it returned None; return a list of one score for each response"), ([None] * 8, "expected a number for each")):
+    for scores, line in ((None, "it returned None; return a list of one score for each response"), ([None] * 8, "return a number for each")):
         with pytest.raises(SalsaError, match=line):
             make_trainer(reward=lambda scores=scores, **_: scores).train()
