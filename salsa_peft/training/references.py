@@ -122,7 +122,7 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
     if isinstance(reference, PreTrainedModel):
         return freeze(model, reference, reference.name_or_path or new_name)
     if not isinstance(reference, str | Path):
-        raise SalsaError(f"references: a {type(reference).__name__} cannot be a reference. {EXPECTED}")
+        raise SalsaError(f"references: {type(reference).__name__} objects cannot be references. {EXPECTED}")
     name = str(reference)
     folder = Path(name)
     if isinstance(model, PeftModel) and name == "base":

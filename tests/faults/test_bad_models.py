@@ -529,7 +529,7 @@ class TestPickles:
         """A reference's, a soup's member, a reward classifier's."""
         folder, other = (to_folder(make_base(number), tokenizer, tmp_path / f"seed-{number}") for number in (1, 2))
         pickled(folder / "pytorch_model.bin", canary, "model.safetensors")
-        one_line(lambda: as_references(make_base(), [folder]), "seed-1: not a valid safetensors file")
+        one_line(lambda: as_references(make_base(), [folder]), "seed-1: found no safetensors file")
         assert soup_command([str(tmp_path / "soup"), str(folder), str(other)]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert "seed-1: found pytorch_model.bin, which is pickled and never read" in said[-1]

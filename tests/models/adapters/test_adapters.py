@@ -378,9 +378,9 @@ class TestReferences:
         for policy, given, line in (
             (model, make_base(1), "references: LlamaForCausalLM is not a list"),
             (model, None, "references: the list is empty"),
-            (model, [None], "references: a NoneType cannot be a reference. Pass 'base', an adapter's name"),
-            (model, [3], "references: a int cannot be a reference. Pass 'base', an adapter's name"),
-            (model, [other], r"references: a PeftModel\w* cannot be a reference. .* merge_and_unload"),
+            (model, [None], "references: NoneType objects cannot be references. Pass 'base', an adapter's name"),
+            (model, [3], "references: int objects cannot be references. Pass 'base', an adapter's name"),
+            (model, [other], r"references: PeftModel\w* objects cannot be references. .* merge_and_unload"),
             (model, ["./nowhere"], "./nowhere: no such folder"),
             (model, ["org/not-in-the-cache"], "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
             (model, [references.FrozenReference("x", "nope")], "references: the model has no adapter 'nope'"),

@@ -22,7 +22,7 @@ CHAT = PROMPTS[0]["prompt"]
         (["a b"], "data, row 1: found 'a b', expected a mapping"),
         ([PROMPTS[0], {"prompt": None, "id": 1}], "data, row 2, prompt: this is None; it must be text or messages"),
         ([{"text": "a"}], "data, row 1: there is neither `prompt` nor `input_ids`, only text"),
-        ([{"prompt": [{"role": "system", "content": "be good"}, *CHAT]}], "data, row 1, prompt: the tokenizer's chat template refuses it"),
+        ([{"prompt": [{"role": "system", "content": "be good"}, *CHAT]}], r"data, row 1, prompt: the tokenizer's chat template rejects these messages: the embedded world knows the roles user and assistant, not system; remove the system turn, or set model\.chat_template to a template with system turns"),
         ([{"prompt": [*CHAT, {"role": "assistant", "content": "owl"}]}], "data, row 1, prompt: the last message is the assistant's"),
         ([{"input_ids": [1, 9999]}], r"data, row 1: token id \[9999\] has no embedding; the model's are 0 to 64"),
         ([{"input_ids": [1, -1]}], r"data, row 1: token id \[-1\] has no embedding; the model's are 0 to 64"),
@@ -80,5 +80,7 @@ def test_the_trainer_tells_of_both_sets(make_trainer: Any, capsys: Any) -> None:
     assert (trainer.left_out, len(trainer.eval_dataset)) == (1, 2)
     said = capsys.readouterr().err
     assert "train_dataset: 1 of 17 prompts left out" in said and "eval_dataset: 1 of 3 prompts left out" in said
-    with pytest.raises(SalsaError, match="eval_dataset: there are no prompts to evaluate on"):
+    with pytest.raises(
+        SalsaError, match=r"eval_dataset: there are no prompts to evaluate on\. Pass rows with `prompt`"
+    ):
         trainer.evaluate(long)
