@@ -289,7 +289,7 @@ def test_what_would_be_ignored_or_wrong_is_refused(world: World, make_base: Any)
     other = RewardTrainer(
         str(world.folder / "base"), args=config, train_dataset=Dataset.from_list(rows), processing_class=world.tokenizer
     )
-    with pytest.raises(SalsaError, match="a RewardTrainer would ignore the reference. Use one of DPOTrainer"):
+    with pytest.raises(SalsaError, match=r"a RewardTrainer would ignore the reference\. Use one of DPOTrainer"):
         use_reference(other, soup)
     for options, message in (
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs has used the old reference"),

@@ -227,9 +227,7 @@ def test_what_is_no_causal_language_model(make_base: Any, train: Any, tokenizer:
         T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(tokenizer), decoder_start_token_id=0)
     )  # fmt: skip
     for model in (base.model, LlamaForSequenceClassification(base.config), t5):
-        with pytest.raises(
-            SalsaError, match=rf"a {type(model).__name__} is not a decoder-only causal language model"
-        ):
+        with pytest.raises(SalsaError, match=rf"a {type(model).__name__} is not a decoder-only causal language model"):
             train(model, [make_base(1)])
     with pytest.raises(SalsaError, match="a T5ForConditionalGeneration is not a decoder-only"):
         train(base, [t5])
