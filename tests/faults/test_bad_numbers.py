@@ -143,7 +143,7 @@ class TestWeights:
 
         trainer = make_trainer()
         factor("soup", value)(trainer)
-        folder = Path(refused(trainer, "^KL: found ").rsplit("the batch is in ", 1)[1])
+        folder = Path(refused(trainer, "^KL: PPO computed ").rsplit("the batch is in ", 1)[1])
         rows = [json.loads(line) for line in (folder / "batch.jsonl").read_text().splitlines()]
         tensors = load_file(folder / "batch.safetensors")
         assert (len(rows), set(rows[0])) == (8, {"prompt", "response"})
@@ -230,7 +230,7 @@ class TestGradients:
             trainer.train()
         assert "\n" not in str(caught.value)
         assert not (Path(trainer.args.output_dir) / WEIGHTS).exists()
-        with pytest.raises(SalsaError, match="learning_rate: found inf, expected a finite number"):
+        with pytest.raises(SalsaError, match="learning_rate: must be a finite number, not inf"):
             make_trainer(learning_rate=INF)
 
 
@@ -248,7 +248,7 @@ class TestWhatWasThereBefore:
 
         options = {"save_strategy": "steps", "save_steps": 1, "reward": reward}
         broken = make_trainer(folder=tmp_path / "a", **options)
-        with pytest.raises(SalsaError, match="score: found nan"):
+        with pytest.raises(SalsaError, match="score: PPO computed nan"):
             broken.train()
         there = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*"))
         assert there == ["checkpoint-1"]
@@ -372,13 +372,13 @@ class TestEmptyResponses:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["objective/empty_share"] for row in rows] == [1.0, 1.0]
         assert all(value is not None and math.isfinite(value) for row in rows for value in row.values())
-        assert "guards.empty: update 1: found 100% of the responses empty" in capsys.readouterr().err
+        assert "guards.empty: update 1: 100% of the responses are empty" in capsys.readouterr().err
 
     def test_a_guard_that_stops_leaves_a_whole_checkpoint(self, make_trainer: Any) -> None:
         trainer = make_trainer(guards={"empty": "stop"})
         ends_at_once(trainer)
         with pytest.raises(
-            SalsaError, match=r"guards.empty: update 1: found 100% .*; checkpoint-1 is saved in "
+            SalsaError, match=r"guards.empty: update 1: 100% .*; checkpoint-1 is saved in "
         ) as caught:
             trainer.train()
         assert "\n" not in str(caught.value)
@@ -423,7 +423,7 @@ class TestSmallBatches:
 
     @pytest.mark.parametrize("prompts", [0, 7])
     def test_a_batch_larger_than_the_data_is_refused(self, make_trainer: Any, tmp_path: Path, prompts: int) -> None:
-        with pytest.raises(SalsaError, match=rf"^train_dataset: found {prompts} prompts .* batch_size = 8; ") as caught:
+        with pytest.raises(SalsaError, match=rf"^train_dataset: found {prompts} prompts .* batch_size = 8\. ") as caught:
             make_trainer(prompts=PROMPTS[:prompts])
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
