@@ -145,7 +145,7 @@ def entropy(row: Row) -> float:
 
 
 class Guard(NamedTuple):
-    """A row of GUARDS."""
+    """A guard: its check, and what to do after an alarm."""
 
     check: Callable[[GuardInput, float], str | None]
     """Takes the metrics and the limit. Returns what is wrong, or None."""

@@ -81,7 +81,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 class PPOLoss(NamedTuple):
-    """Loss and logged metrics of a micro-batch: sums over its tokens / tokens of the whole minibatch."""
+    """Loss and logged metrics of a micro-batch, as its share of the mean over the minibatch's tokens."""
 
     loss: Tensor
     policy: Tensor

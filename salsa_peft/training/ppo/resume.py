@@ -117,7 +117,7 @@ class PPOState:
         return sums
 
     def state_dict(self) -> dict[str, Any]:
-        """The JSON part; the rollout batch is a file of its own, and checkpoints fall between optimizer steps."""
+        """The state as JSON, without the rollout batch; checkpoints fall between optimizer steps."""
         return {key: vars(self)[key] for key in ("update", "kl_coef", "skipped", "stopped_early", "totals", "figures")}
 
     def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:

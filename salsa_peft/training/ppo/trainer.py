@@ -221,7 +221,7 @@ class SalsaPPOTrainer(Trainer):
     # one micro-step
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Unchanged: prompts are lists of tokens, and the rollout batch is on the device."""
+        """Return the prompts unchanged: they are lists of tokens, and the rollout batch is on the device."""
         return inputs
 
     def _next_micro_batch(self, prompts: Any) -> MicroBatch:
@@ -407,7 +407,7 @@ class SalsaPPOTrainer(Trainer):
         saving.load_policy(self.model, self.policy_name, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save them as Trainer does, but for sharded weights without a second copy of the weights."""
+        """Save optimizer and scheduler; of sharded weights without a second copy of the weights."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -417,7 +417,7 @@ class SalsaPPOTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them as Trainer does, then apply learning rates that were changed."""
+        """Load optimizer and scheduler, then apply learning rates that were changed."""
         with saving.no_pickles(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -425,7 +425,7 @@ class SalsaPPOTrainer(Trainer):
             saving.update_learning_rates(self.optimizer, self.lr_scheduler, options, self.args)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load it as Trainer does; a pickle that holds more than numbers is a SalsaError."""
+        """Load the random state. A pickle that holds more than numbers raises SalsaError."""
         with saving.no_pickles(checkpoint):
             super()._load_rng_state(checkpoint)
 
