@@ -377,9 +377,7 @@ class TestEmptyResponses:
     def test_a_guard_that_stops_leaves_a_whole_checkpoint(self, make_trainer: Any) -> None:
         trainer = make_trainer(guards={"empty": "stop"})
         ends_at_once(trainer)
-        with pytest.raises(
-            SalsaError, match=r"guards.empty: update 1: 100% .*; checkpoint-1 is saved in "
-        ) as caught:
+        with pytest.raises(SalsaError, match=r"guards.empty: update 1: 100% .*; checkpoint-1 is saved in ") as caught:
             trainer.train()
         assert "\n" not in str(caught.value)
         checkpoint = Path(trainer.args.output_dir) / "checkpoint-1"
@@ -423,7 +421,9 @@ class TestSmallBatches:
 
     @pytest.mark.parametrize("prompts", [0, 7])
     def test_a_batch_larger_than_the_data_is_refused(self, make_trainer: Any, tmp_path: Path, prompts: int) -> None:
-        with pytest.raises(SalsaError, match=rf"^train_dataset: found {prompts} prompts .* batch_size = 8\. ") as caught:
+        with pytest.raises(
+            SalsaError, match=rf"^train_dataset: found {prompts} prompts .* batch_size = 8\. "
+        ) as caught:
             make_trainer(prompts=PROMPTS[:prompts])
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()

@@ -94,7 +94,7 @@ def check_adapters(model: PeftModel) -> None:
 def check_trained(
     model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
 ) -> None:
-    """Raise SalsaError unless only LoRA factors or full weights train, in a suitable dtype and without noise.
+    """Raise SalsaError unless LoRA factors or full weights alone train, in a suitable dtype, without noise.
 
     Call it when all adapters are attached and dropout is removed.
     """
