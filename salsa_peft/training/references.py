@@ -107,7 +107,9 @@ def as_references(
     cannot be a reference of this policy, and for weights of another base (by fingerprint; a missing one is reported).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
-    require(references is None or isinstance(references, list | tuple), f"references: {given} is not a list")
+    require(
+        references is None or isinstance(references, list | tuple), f"references: {given} is not a list; pass a list"
+    )
     require(bool(references), "references: the list is empty. 'base' is the model without its adapters")
     names = names or [f"reference-{index}" for index in range(len(references))]
     return [_as_reference(model, reference, name) for reference, name in zip(references, names, strict=True)]
