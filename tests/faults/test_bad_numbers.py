@@ -224,7 +224,9 @@ class TestGradients:
     def test_a_learning_rate_without_bounds(self, make_trainer: Any) -> None:
         """Weights of 1e30 after the first update: the second one's rollout has no distribution, and nothing is saved."""
         trainer = make_trainer(learning_rate=1e30)
-        with pytest.raises(SalsaError, match=r"^(model: the logits are|(log-prob|value|KL|loss|gradient norm): PPO computed) ") as caught:
+        with pytest.raises(
+            SalsaError, match=r"^(model: the logits are|(log-prob|value|KL|loss|gradient norm): PPO computed) "
+        ) as caught:
             trainer.train()
         assert "\n" not in str(caught.value)
         assert not (Path(trainer.args.output_dir) / WEIGHTS).exists()

@@ -344,7 +344,9 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
         return
     with pytest.raises(SalsaError) as caught:
         all(Cache(path).get(f"{number}") for number in range(40))
-    assert "judge_cache.sqlite': found" in str(caught.value) and "\n" not in str(caught.value)
+    assert "judge_cache.sqlite': cannot use this file as the judge's cache" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
     path.rmdir() if damage == "folder" else path.unlink()
     assert Cache(path).put({"1": Reply("b", "stop", 1, 1)})["1"].text == "b"
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -412,7 +414,7 @@ def test_a_flipped_bit_of_a_judges_reply(tmp_path: Path, capsys: Any) -> None:
     cache.close()
     path.write_bytes(path.read_bytes().replace(b"the verdict is [[A]]", b"the verdict is [[B]]"))
     cache = Cache(path)
-    assert cache.get("bad") is None and "the reply bad is damaged; it is asked for anew" in capsys.readouterr().err
+    assert cache.get("bad") is None and "the reply bad is damaged; the judge is asked again" in capsys.readouterr().err
     assert cache.put({"bad": Reply("the verdict is [[A]]", "stop", 1, 1)})["bad"].text == "the verdict is [[A]]"
     assert cache.get("good") == Reply("better: A", "stop", 1, 1) and capsys.readouterr().err == ""
 

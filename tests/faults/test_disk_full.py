@@ -179,7 +179,9 @@ def test_the_disk_that_is_full_is_named(tmp_path: Path) -> None:
     line = disk.disk_full_message(
         OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "blob")), Path("/work")
     )
-    assert line is not None and line.startswith(f"{tmp_path}/cache: a file could not be written because the disk is full")
+    assert line is not None and line.startswith(
+        f"{tmp_path}/cache: a file could not be written because the disk is full"
+    )
     assert disk.disk_full_message(RuntimeError("unable to mmap 64 bytes: No space left on device"), tmp_path) is None
     assert disk.disk_full_message(ValueError("my reward: File too large: x.txt"), tmp_path) is None
 
@@ -217,7 +219,9 @@ class TestFiles:
         base = make_base(tie_word_embeddings=True)
         size = sum(parameter.nbytes for parameter in base.parameters())
         free(monkeypatch, size - 1)
-        with pytest.raises(SalsaError, match=r"policy: needs .*, but only .* are free on the disk of .*\. Nothing was written"):
+        with pytest.raises(
+            SalsaError, match=r"policy: needs .*, but only .* are free on the disk of .*\. Nothing was written"
+        ):
             save_checkpoint(base, tmp_path / "policy", tokenizer)
         free(monkeypatch, size)
         save_checkpoint(base, tmp_path / "policy", tokenizer)
@@ -278,7 +282,9 @@ class TestACommand:
         unit = runs.Unit(stage="sft", name="seed-0", run="full_disk_stage:run")
         loaded = load_recipe("quickstart", lora="lora", overrides=[])
         report = worker.run_stage(runs.Job(recipe=loaded.recipe, unit=unit, folder=tmp_path, inputs={}, recipe_yaml=""))
-        assert report["known"] and report["line"].startswith(f"{tmp_path}: a file could not be written because the disk is full (")
+        assert report["known"] and report["line"].startswith(
+            f"{tmp_path}: a file could not be written because the disk is full ("
+        )
 
     @pytest.mark.slow
     def test_a_small_disk_that_runs_full_in_the_middle(self, tmp_path: Path, tally: Any) -> None:

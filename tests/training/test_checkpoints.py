@@ -278,13 +278,19 @@ class TestCut:
         assert checkpoints.cut(tmp_path / "log", 0) is None
         assert not (tmp_path / "log").exists()
         line = checkpoints.cut(tmp_path / "log", 4)
-        assert line is not None and "log: lines from before the checkpoint are missing (0 bytes; 4 at the checkpoint)" in line
+        assert (
+            line is not None
+            and "log: lines from before the checkpoint are missing (0 bytes; 4 at the checkpoint)" in line
+        )
 
     def test_a_log_that_is_too_short_is_left_as_it_is(self, tmp_path: Path) -> None:
         """And said: os.truncate would fill it up with zeros, and lost lines are no reason to lose the checkpoint."""
         (tmp_path / "log").write_text("one\n")
         line = checkpoints.cut(tmp_path / "log", 5)
-        assert line is not None and "log: lines from before the checkpoint are missing (4 bytes; 5 at the checkpoint)" in line
+        assert (
+            line is not None
+            and "log: lines from before the checkpoint are missing (4 bytes; 5 at the checkpoint)" in line
+        )
         assert (tmp_path / "log").read_text() == "one\n"
 
 

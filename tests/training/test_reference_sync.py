@@ -188,9 +188,18 @@ def test_a_recipe_says_how_a_soup_moves() -> None:
     ("reference", "message"),
     [
         ({"soup": {"sync_every": 0}}, "p.soup.sync_every: must be a whole number of updates of at least 1, not 0"),
-        ({"soup": {"mixup_alpha": 0.5}}, "p.soup.sync_every: must be a whole number of updates of at least 1, not None"),
-        ({"soup": {"sync_every": 2, "mixup_alpha": 1.5}}, "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 1.5"),
-        ({"soup": {"sync_every": 2, "mixup_alpha": 0}}, "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 0"),
+        (
+            {"soup": {"mixup_alpha": 0.5}},
+            "p.soup.sync_every: must be a whole number of updates of at least 1, not None",
+        ),
+        (
+            {"soup": {"sync_every": 2, "mixup_alpha": 1.5}},
+            "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 1.5",
+        ),
+        (
+            {"soup": {"sync_every": 2, "mixup_alpha": 0}},
+            "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 0",
+        ),
         ({"shrunk": {"seed": 0, "scale": 0.5, "sync_every": 2}}, "must have the form {seed: N, scale: λ}"),
     ],
 )

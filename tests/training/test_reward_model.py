@@ -23,9 +23,8 @@ def test_what_is_left_of_the_pairs_is_said_plainly() -> None:
                           (0, "20 are longer than model.max_length = 32 tokens and 0 are held out (reward.held_out 0.1). The 0 that")):  # fmt: skip
         with pytest.raises(SalsaError) as caught:
             reward_model.count_held_out(recipe, 20, fitting)
-        assert (
-            f"data.preferences: of 20 pairs {told} are left are fewer than reward.batch_size = 8. Add pairs"
-            in str(caught.value)
+        assert f"data.preferences: of 20 pairs {told} are left are fewer than reward.batch_size = 8. Add pairs" in str(
+            caught.value
         )
 
 

@@ -289,9 +289,7 @@ def test_what_would_be_ignored_or_wrong_is_refused(world: World, make_base: Any)
     other = RewardTrainer(
         str(world.folder / "base"), args=config, train_dataset=Dataset.from_list(rows), processing_class=world.tokenizer
     )
-    with pytest.raises(
-        SalsaError, match="a RewardTrainer would ignore the reference. Use one of DPOTrainer"
-    ):
+    with pytest.raises(SalsaError, match="a RewardTrainer would ignore the reference. Use one of DPOTrainer"):
         use_reference(other, soup)
     for options, message in (
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs has used the old reference"),
@@ -334,7 +332,8 @@ def test_without_a_fingerprint_it_is_said(world: World, capsys: Any) -> None:
 def test_an_adapter_is_no_reference_of_full_weights(world: World, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(
-        SalsaError, match=r"is an adapter, and the policy has full weights. Merge the adapter into its base with `salsa soup OUT"
+        SalsaError,
+        match=r"is an adapter, and the policy has full weights. Merge the adapter into its base with `salsa soup OUT",
     ):
         use_reference(world.trainer("dpo"), tmp_path)
 

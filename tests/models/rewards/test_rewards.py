@@ -815,7 +815,10 @@ class TestRecipe:
             with pytest.raises(SalsaError, match=line):
                 load(f"reward: ./{name}\n")
         (tmp_path / "recipes" / "rm" / "config.json").write_text("[")
-        with pytest.raises(SalsaError, match=r"recipes/rm/config\.json: not valid JSON \(Expecting value: line 1 column 2 \(char 1\)\); copy or save the file again"):
+        with pytest.raises(
+            SalsaError,
+            match=r"recipes/rm/config\.json: not valid JSON \(Expecting value: line 1 column 2 \(char 1\)\); copy or save the file again",
+        ):
             load("reward: ./rm\n")
 
     def test_the_reward_stage_is_there_where_an_adapter_is_trained(self, load: Any) -> None:
@@ -844,7 +847,10 @@ class TestRecipe:
             if fits:
                 load_recipe("whole.yaml", lora="lora", overrides=[])
             else:
-                with pytest.raises(SalsaError, match=r"data\.preferences: is required; add it \(or add a `toy` section, the embedded world\)"):
+                with pytest.raises(
+                    SalsaError,
+                    match=r"data\.preferences: is required; add it \(or add a `toy` section, the embedded world\)",
+                ):
                     load_recipe("whole.yaml", lora="lora", overrides=[])
 
     def test_what_a_result_depends_on(self, load: Any, tmp_path: Path) -> None:

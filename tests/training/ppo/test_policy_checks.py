@@ -90,9 +90,7 @@ def test_tokens_that_train_are_refused_tied_or_not(make_base: Any, train: Any, t
 
 
 def test_base_weights_that_train_are_named(make_base: Any, make_adapter: Any, train: Any) -> None:
-    with pytest.raises(
-        SalsaError, match=r"input_layernorm\.weight of the base is trainable, and references share it"
-    ):
+    with pytest.raises(SalsaError, match=r"input_layernorm\.weight of the base is trainable, and references share it"):
         train(unfrozen(make_adapter(make_base(), "policy", 1)))
 
 

@@ -145,7 +145,7 @@ def test_a_wild_minibatch_is_skipped(make_trainer: Any) -> None:
 
 def test_ppo_learns_what_is_rewarded(make_trainer: Any) -> None:
     """Longer responses pay: the mean length grows. (With the advantage's sign swapped it falls.)"""
-    trainer = make_trainer(num_train_epochs=12, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.0, max_new_tokens=10)
+    trainer = make_trainer(num_train_epochs=8, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.0, max_new_tokens=10)
     trainer.train()
     lengths = [
         row["objective/response_length"] for row in trainer.state.log_history if "objective/response_length" in row
@@ -160,7 +160,7 @@ def test_the_kl_pulls_towards_the_reference_that_was_asked_for(make_trainer: Any
         return [0.0] * len(completion_ids)
 
     for reference in ("soup", "base"):
-        trainer = make_trainer([reference], reward=nothing, num_train_epochs=20, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.5,
+        trainer = make_trainer([reference], reward=nothing, num_train_epochs=8, learning_rate=1e-2, num_ppo_epochs=2, kl_coef=0.5,
                                kl_control="fixed")  # fmt: skip
         trainer.train()
         kl = [row["objective/kl"] for row in trainer.state.log_history if "objective/kl" in row]
@@ -250,6 +250,9 @@ def test_more_refusals(make_trainer: Any) -> None:
         make_trainer(["no/such/folder"])
     with pytest.raises(SalsaError, match="min_new_tokens: 9 is more than max_new_tokens = 7"):
         make_trainer(min_new_tokens=9)
-    for scores, line in ((None, "it returned None; return a list of one score for each response"), ([None] * 8, "expected a number for each")):
+    for scores, line in (
+        (None, "it returned None; return a list of one score for each response"),
+        ([None] * 8, "expected a number for each"),
+    ):
         with pytest.raises(SalsaError, match=line):
             make_trainer(reward=lambda scores=scores, **_: scores).train()

@@ -83,9 +83,7 @@ class TestFolder:
         """In one line that offers to go on; which still works, to the same end. Also where the other is to go on there."""
         broken_off(make(max_steps=2), 2)
         before = contents(tmp_path / "run")
-        with pytest.raises(
-            SalsaError, match=r"output_dir: .*/run already has checkpoint-1 of an earlier run"
-        ):
+        with pytest.raises(SalsaError, match=r"output_dir: .*/run already has checkpoint-1 of an earlier run"):
             make().train()
         make("other", max_steps=2).train()
         with pytest.raises(SalsaError, match="or choose another output_dir for a new one"):
@@ -160,7 +158,9 @@ class TestSameTrainer:
         assert steps(tmp_path / "run") == [2] and updates(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
         again = make(save_total_limit=1)
         assert again.train(resume_from_checkpoint=True).global_step == 4
-        assert again.ppo.update == 8 and updates(tmp_path / "run") == list(range(1, 9)) and steps(tmp_path / "run") == [4]
+        assert (
+            again.ppo.update == 8 and updates(tmp_path / "run") == list(range(1, 9)) and steps(tmp_path / "run") == [4]
+        )
 
     def test_broken_off_between_micro_batches(self, make: Any, tmp_path: Path) -> None:
         """Resumed, to the bit; or begun anew: the update that was cut has no number."""
@@ -199,7 +199,10 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("now", "line"),
         [
-            ({"kl_estimator": "k3"}, "kl_estimator was k1 and is k3 now, so this run cannot be resumed. Start a new run"),
+            (
+                {"kl_estimator": "k3"},
+                "kl_estimator was k1 and is k3 now, so this run cannot be resumed. Start a new run",
+            ),
             ({"gamma": 0.5}, r"gamma was 1.0 and is 0.5 now"),
             ({"references": ["seed-0"]}, r"references was \['\w{12}'\] and is \['\w{12}'\] now"),
             ({"references": ["base"]}, r"references was \['\w{12}'\] and is \['base'\] now"),
