@@ -31,12 +31,12 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
+    """The soup of the seeds: a PEFT adapter, or a checkpoint with full weights."""
     from salsa_peft.models.stage_context import StageContext
-    from salsa_peft.soup.average import soup as cook
+    from salsa_peft.soup import average
 
     section = job.recipe.soup
-    cooked = job.folder / "cooked"
+    unfinished = job.folder / "unfinished"
     names = [f"seed-{member}" for member in section.members]
     folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
     if section.uses_measure:
@@ -46,16 +46,16 @@ def soup(job: Job) -> dict[str, Any]:
     base = (
         None if job.recipe.adapter is not None else StageContext.of_job(job).folder
     )  # of checkpoints: where deltas begin
-    summary = cook(
-        cooked, folders, section.resolved_weights, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
+    summary = average.soup(
+        unfinished, folders, section.resolved_weights, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
         step_size=section.step_size, rank=section.rank, base=base,
     )  # fmt: skip
     bases = {read_fingerprint(folder) for folder in folders}
     if job.recipe.adapter is None and len(bases) == 1 and None not in bases:  # a soup of adapters has it already
-        files.write_atomic(cooked / FINGERPRINT, json.dumps({"base": bases.pop()}))
-    for file in cooked.iterdir():
+        files.write_atomic(unfinished / FINGERPRINT, json.dumps({"base": bases.pop()}))
+    for file in unfinished.iterdir():
         shutil.move(file, job.folder / file.name)
-    cooked.rmdir()
+    unfinished.rmdir()
     return dict(summary)
 
 
