@@ -18,7 +18,7 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import RunningScale, as_reward
 from salsa_peft.models.weights import save_checkpoint
-from salsa_peft.soup import average as averaging
+from salsa_peft.soup import average
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.checks import check_model
 from salsa_peft.training.references import as_references
@@ -306,7 +306,7 @@ class TestFiles:
 
     def test_a_soups_member(self, seeds: list[Path], tmp_path: Path, value: float) -> None:
         with pytest.raises(SalsaError, match=r"seed-1.*not finite") as caught:
-            averaging.soup(tmp_path / "soup", seeds)
+            average.soup(tmp_path / "soup", seeds)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "soup" / WEIGHTS).exists()
 

@@ -27,7 +27,7 @@ from trl import (
 
 import salsa_peft
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.soup import average as averaging
+from salsa_peft.soup import average
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint
@@ -53,7 +53,7 @@ class World:
                 make_base(number + 1).save_pretrained(seed)
                 tokenizer.save_pretrained(seed)
             (seed / "fingerprint.json").write_text(json.dumps({"base": base_fingerprint(folder / "base")}))
-        averaging.soup(folder / "soup", [folder / "seed-0", folder / "seed-1"])
+        average.soup(folder / "soup", [folder / "seed-0", folder / "seed-1"])
         words = [word for word in tokenizer.get_vocab() if word.isalpha()]
         self.pairs = [
             {"prompt": " ".join(words[i : i + 2]), "chosen": " " + " ".join(words[i + 2 : i + 5]), "rejected": f" {words[i + 6]}"}
