@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,20 +88,9 @@ def make_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable
 
 
 @pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+def inline() -> Iterator[None]:
     """Stages run in the tests' process, not in one of their own."""
+    from inline_stages import inline_stages
 
-    import importlib
-    import json
-    import time
-
-    from salsa_peft.recipe import processes
-
-    def run(job: Any, log: Path, **_: Any) -> processes.Result:
-        module, name = job.unit.run.split(":")
-        start = time.perf_counter()
-        facts = getattr(importlib.import_module(module), name)(job)
-        json.dumps(facts, allow_nan=False)
-        return processes.Result(facts=facts, seconds=time.perf_counter() - start, peak_mb=1.0)
-
-    monkeypatch.setattr(processes, "run_job", run)
+    with inline_stages():
+        yield

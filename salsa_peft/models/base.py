@@ -127,7 +127,8 @@ def load_base(
     rows = loaded.get_input_embeddings().weight.shape[0]
     require(
         len(tokenizer) <= rows,
-        f"{base}: the tokenizer has {len(tokenizer)} tokens, and the model only {rows} embeddings; use the model's own tokenizer",
+        f"{base}: the tokenizer has {len(tokenizer)} tokens, and the model only {rows} embeddings; use the model's own"
+        " tokenizer",
     )
     return loaded
 

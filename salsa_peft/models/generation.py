@@ -156,8 +156,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     broken = int(sampler.broken.sum())
     require(
         not broken,
-        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts; look for NaN in its weights, or for a dtype that"
-        " overflows",
+        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts; look for NaN in its weights,"
+        " or for a dtype that overflows",
     )
     response_ids = tokens[:, ids.shape[1] :]
     ended = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device)).long()

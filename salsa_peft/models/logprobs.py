@@ -71,14 +71,15 @@ def check_head(model: nn.Module) -> None:
     kind = lm.config.model_type
     require(
         lm.get_output_embeddings() is not None and not lm.config.is_encoder_decoder,
-        f"{kind}: a {type(lm).__name__} is not a decoder-only causal language model; load one with AutoModelForCausalLM",
+        f"{kind}: a {type(lm).__name__} is not a decoder-only causal language model; load one with"
+        " AutoModelForCausalLM",
     )
     head, scaling = lm.get_output_embeddings(), logit_scaling(lm)
     adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # head_of raises the error for it
     require(
         adapted or type(head).forward is nn.Linear.forward,
-        f"{kind}: its output embeddings are a {type(head).__name__}, not a plain linear layer. This architecture is not supported; use"
-        " one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: its output embeddings are a {type(head).__name__}, not a plain linear layer. This architecture is"
+        " not supported; use one like Llama, Mistral, Gemma or Qwen",
     )
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
     lm.eval()  # with dropout two forwards would differ
@@ -113,8 +114,8 @@ def _require_same_logits(kind: str, expected: torch.Tensor, found: torch.Tensor)
     error = (expected - found).abs().max().item() if same else math.nan
     require(
         same and error <= 1e-2 * max(1.0, expected.abs().max().item()),
-        f"{kind}: the model's logits are not those of its output embeddings with its config's scaling and cap (difference {error:.3g})."
-        " This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: the model's logits are not those of its output embeddings with its config's scaling and cap"
+        f" (difference {error:.3g}). This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
     )
 
 

@@ -65,7 +65,8 @@ class StageContext:
         tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, report_as=report_as)
         require(
             tokenizer.chat_template is not None,
-            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
+            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja"
+            " file.",
         )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
@@ -105,7 +106,7 @@ class StageContext:
         return memory.choose_precision(self.recipe, self.stage, gpu)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
-        """training_arguments of a section, with those of the precision of full weights, which is printed."""
+        """The TrainingArguments of a section and, for full weights, of their precision, which is printed."""
         found = training_arguments(section, folder, seed, self.recipe.num_processes)
         if self.recipe.mode == "full":
             chosen = self.precision()

@@ -78,14 +78,15 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: st
     moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)
     require(
         moved is None,
-        f"{folder}: its tokenizer gives {moved!r} the id {saved.get(str(moved))}, and that of {base} gives it {used.get(str(moved))}, so that"
-        " the ids these weights were trained on mean other text here; use the base and tokenizer that they were trained with",
+        f"{folder}: its tokenizer gives {moved!r} the id {saved.get(str(moved))}, and that of {base} gives it"
+        f" {used.get(str(moved))}, so that the ids these weights were trained on mean other text here; use the base"
+        " and tokenizer that they were trained with",
     )
     differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
     if differs:
         say(
-            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
-            " (model.chat_template)"
+            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained"
+            " with it, use it too (model.chat_template)"
         )
     return differs
 

@@ -63,8 +63,8 @@ class PolicyWithValueHead(nn.Module):
         if self.toggle is not None:
             require(
                 not options["use_reentrant"],
-                "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs under whichever"
-                " adapter is active then",
+                "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs"
+                " under whichever adapter is active then",
             )
             options["context_fn"] = self._under_the_same_adapter
         causal_lm(self.policy).activation_checkpointing_enable(options, **layers)

@@ -116,7 +116,7 @@ def make(job: Job, *_: Any, **__: Any) -> processes.Result:
 @pytest.fixture
 def go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
     """go(…) → (code, units made, units cached, standard error), in the test's folder."""
-    monkeypatch.setattr(processes, "run_in_process", make)
+    monkeypatch.setattr(processes, "run_job", make)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
 
@@ -234,7 +234,7 @@ def test_a_folder_in_a_files_place_is_named(go: Any, name: str) -> None:
     code, made, _, err = go()
     assert (code, made) == (2, []) and err.splitlines()[
         -1
-    ] == f"{(RUN / name).resolve()}: found a folder, expected a file or nothing; move it away"
+    ] == f"{(RUN / name).resolve()}: this is a folder, but a file of this name is to be written; move the folder away"
     (RUN / name).rmdir()
     assert go()[:2] == (0, [])
 
@@ -491,7 +491,7 @@ def test_a_state_that_does_not_say_when_it_was_saved(stopped: Any, tmp_path: Pat
     found, passed = checkpoints.last_complete(copy)
     assert (
         found == copy / "checkpoint-2"
-        and "changed: salsa_state.json" in passed[0]
+        and "salsa_state.json has changed" in passed[0]
         and checkpoints.next_number(copy) == 3
     )
 

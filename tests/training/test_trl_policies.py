@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paths import ROOT
+from inline_stages import inline_stages
 from peft import PeftModel
-from small_recipe import ENVIRONMENT, SMALL, read, unit
+from small_recipe import SMALL, read, unit
 from small_recipe import load_checked as load_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.data import datasets
 from salsa_peft.models.rewards.function import FunctionReward
+from salsa_peft.recipe import run as salsa_run
 from salsa_peft.recipe import units
 from salsa_peft.training import trl_stages as trl_policies
 from salsa_peft.training.reward_model import SPLIT_SEED
@@ -34,33 +33,22 @@ POLICIES = {
 STILL = {"learning_rate": 1e-30, "max_steps": 1, "batch_size": 8}  # the policy stays where it starts: at seed-0
 
 
-def command(folder: Path, *words: str, lora: bool = True) -> subprocess.CompletedProcess[str]:
-    """A cut quickstart with policies of TRL's algorithms alone."""
+def command(folder: Path, *words: str, lora: bool = True) -> int:
+    """A cut quickstart with policies of TRL's algorithms alone; its exit code."""
     sets = SMALL | {"policies": POLICIES, "sft.seeds": [0, 1], "landscape": None, "export": [], "evaluate.models": []}
     sets = {key: value for key, value in sets.items() if not key.startswith("landscape.")}
     sets |= {f"{algorithm}.{key}": value for algorithm in ALGORITHMS for key, value in STILL.items()}
     sets["grpo.num_generations"] = 4
     overrides = [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    argv = [
-        sys.executable,
-        "-m",
-        "salsa_peft.recipe",
-        "quickstart",
-        *["--lora"] * lora,
-        *overrides,
-        "--output-dir",
-        str(folder),
-        *words,
-    ]
-    return subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
+    return salsa_run.main(["quickstart", *["--lora"] * lora, *overrides, "--output-dir", str(folder), *words])
 
 
 @pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("run") / request.param
-    done = command(folder, lora=request.param == "lora")
-    assert done.returncode == 0, done.stderr[-3000:]
+    with inline_stages():
+        assert command(folder, lora=request.param == "lora") == 0
     return folder
 
 
@@ -107,7 +95,9 @@ def test_the_kl_term_looks_at_the_reference_that_the_recipe_names(run: Path) -> 
     assert found["pairs"] == {"train": 122, "held_out": 6}
 
 
-def test_policies_are_ordinary_and_stand_in_evaluation_and_report(run: Path) -> None:
+def test_policies_are_ordinary_and_stand_in_evaluation_and_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """seed-0's weights, since none moved; named with their algorithm; nothing else in their adapters."""
     for name in ("kto/salsa-kto", "grpo/salsa-grpo"):
         folder, seed = unit(run, name), opened(run, "sft/seed-0").state_dict()
@@ -124,7 +114,8 @@ def test_policies_are_ordinary_and_stand_in_evaluation_and_report(run: Path) -> 
         (f"salsa-{algorithm}", f"plain-{algorithm}") for algorithm in ALGORITHMS
     }
     assert summary["policies"]["salsa-dpo"]["facts"]["margin"]["held_out"]["n"] == 6
-    assert "cached" in command(run, "--dry-run", lora=(unit(run, "soup") / "adapter_config.json").exists()).stdout
+    assert command(run, "--dry-run", lora=(unit(run, "soup") / "adapter_config.json").exists()) == 0
+    assert "cached" in capsys.readouterr().out
 
 
 def test_a_reward_of_ours_is_called_as_trl_calls_one(tokenizer: Any) -> None:

@@ -42,8 +42,8 @@ def require_same_family(folder: Path, base: Mapping[str, Any], name: str, where:
     if own is None:
         return trained_on
     remedy = (
-        f"Use {trained_on} as the base, or another adapter; if it was trained on {name}, say so in its adapter_config.json"
-        " (base_model_name_or_path)"
+        f"Use {trained_on} as the base, or another adapter; if it was trained on {name}, say so in its"
+        " adapter_config.json (base_model_name_or_path)"
     )
     start = f"{where + ': ' if where else ''}{folder} was trained on {trained_on}"
     mine, other = _model_types(own), _model_types(base)
@@ -118,6 +118,6 @@ def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:
         return
     require(
         found in base,
-        f"{folder}: these weights were trained on another base (fingerprint {found[:12]} …) than {name} ({base[0][:12]} …); use the base"
-        " that they were trained on",
+        f"{folder}: these weights were trained on another base (fingerprint {found[:12]} …) than {name}"
+        f" ({base[0][:12]} …); use the base that they were trained on",
     )

@@ -94,7 +94,8 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
         tensors = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[name], tensors, name)
     except NoMatchingPeftModuleError as error:
         raise SalsaError(
-            f"{folder}: the base has none of the adapter's target modules {config.target_modules}; use an adapter of this base"
+            f"{folder}: the base has none of the adapter's target modules {config.target_modules}; use an adapter of"
+            " this base"
         ) from error
     held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     _require_same_shapes(held, tensors, folder, "the base's modules")
@@ -120,8 +121,8 @@ def _require_same_shapes(
     different = sorted({key for key, _ in shapes[0] ^ shapes[1]})
     require(
         not different,
-        f"{folder}: {len(different)} tensors do not match {target} in name and shape ({', '.join(different[:2])} …); use an adapter of"
-        " this base and these target modules",
+        f"{folder}: {len(different)} tensors do not match {target} in name and shape ({', '.join(different[:2])} …);"
+        " use an adapter of this base and these target modules",
     )
 
 
@@ -146,9 +147,9 @@ def _require_same_parameters(model: PreTrainedModel | PeftModel, config: LoraCon
         both = [set(one.target_parameters or ()) for one in (config, other)]  # type: ignore[attr-defined]
         require(
             not all(both) or both[0] == both[1],
-            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base adapts"
-            f" {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
-            " target_modules and target_parameters",
+            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base"
+            f" adapts {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same"
+            " parameters; train both with the same target_modules and target_parameters",
         )
 
 
@@ -157,8 +158,8 @@ def require_base_unchanged(config: LoraConfig, where: str) -> None:
     initial = config.init_lora_weights
     require(
         not isinstance(initial, str) or initial in KEEPS_BASE,
-        f"{where}: init_lora_weights {initial!r} changes the weights of the base, which all roles share; use {', '.join(sorted(KEEPS_BASE))}"
-        " or true",
+        f"{where}: init_lora_weights {initial!r} changes the weights of the base, which all roles share; use"
+        f" {', '.join(sorted(KEEPS_BASE))} or true",
     )
 
 
@@ -167,7 +168,8 @@ def require_factors_only(config: LoraConfig, where: str) -> None:
     for field, value in (("bias", config.bias), ("trainable_token_indices", config.trainable_token_indices)):
         require(
             not value or value == "none",
-            f"{where}: {field} is {value!r}, so the adapter holds trained weights of the base, which all roles share; {MERGE}",
+            f"{where}: {field} is {value!r}, so the adapter holds trained weights of the base, which all roles share;"
+            f" {MERGE}",
         )
 
 
@@ -205,12 +207,13 @@ def score_head(folder: Path) -> nn.Linear:
         weight, bias = tensors.get(names.VALUE_WEIGHT), tensors.get(names.VALUE_BIAS)
     if weight is None:
         raise SalsaError(
-            f"{folder} is an adapter without a score head, so it scores nothing; a reward adapter is trained with task_type SEQ_CLS, which"
-            " saves one"
+            f"{folder} is an adapter without a score head, so it scores nothing; a reward adapter is trained with"
+            " task_type SEQ_CLS, which saves one"
         )
     require(
         weight.shape[0] == 1,
-        f"{folder} has a score head of {weight.shape[0]} labels, and a reward is one number; train it with num_labels 1, or pass a function",
+        f"{folder} has a score head of {weight.shape[0]} labels, and a reward is one number; train it with num_labels"
+        " 1, or pass a function",
     )
     head = nn.Linear(weight.shape[1], 1, bias=bias is not None)
     head.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})

@@ -65,16 +65,16 @@ def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> No
     bases = {path: layer.get_base_layer() for path, layer in layers.items()}
     nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]
     quantised = [path for path, own in bases.items() if not all(w.is_floating_point() for w in own.parameters())]
-    odd = [*wrapped, *nested, *quantised]
+    unmergeable = [*wrapped, *nested, *quantised]
     require(
-        not odd,
-        f"{', '.join(odd[:1])}: this layer has a trained copy, nested adapters or quantised weights. rollout_backend vllm needs weights that an"
-        " adapter can be merged into; use rollout_backend hf",
+        not unmergeable,
+        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights."
+        " rollout_backend vllm needs weights that an adapter can be merged into; use rollout_backend hf",
     )
     embeddings = base.get_input_embeddings()
     tied = embeddings.weight is base.get_output_embeddings().weight
     require(
         not (tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters()),
-        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it would change both; use"
-        " rollout_backend hf",
+        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it"
+        " would change both; use rollout_backend hf",
     )

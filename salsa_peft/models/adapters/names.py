@@ -34,8 +34,8 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
     names = {match["linear"] or match["embedding"] for key in unwrapped.values() if (match := NAMED.fullmatch(key))}
     require(
         len(names) <= 1,
-        f"{path}: the tensors of {len(names)} adapters ({', '.join(sorted(map(str, names)))}) are in one file: save each with PEFT's "
-        "save_pretrained, which writes a folder for each",
+        f"{path}: the tensors of {len(names)} adapters ({', '.join(sorted(map(str, names)))}) are in one file: save"
+        " each with PEFT's save_pretrained, which writes a folder for each",
     )
     name = next(iter(names), None)
     found: dict[str, str] = {}
@@ -103,8 +103,8 @@ PPO here."""
 VALUE_WEIGHT, VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 """Tensors of LLaMA-Factory's file. The value head of PPO here has other names."""
 MERGE = (
-    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that checkpoint: in a recipe"
-    " with full weights (without --lora), in a script as a model"
+    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that"
+    " checkpoint: in a recipe with full weights (without --lora), in a script as a model"
 )
 """The remedy in messages about an adapter that trains more than LoRA factors."""
 
@@ -112,6 +112,6 @@ MERGE = (
 def trained_module(what: str, name: str) -> str:
     """The error message for an adapter that holds a trained copy of a module of the base."""
     return (
-        f"{what} holds {name}, a trained copy of a module of the base (modules_to_save, or embeddings that were resized). All roles share"
-        f" one base here, so that it cannot be switched on and off with the adapter; {MERGE}"
+        f"{what} holds {name}, a trained copy of a module of the base (modules_to_save, or embeddings that were"
+        f" resized). All roles share one base here, so that it cannot be switched on and off with the adapter; {MERGE}"
     )

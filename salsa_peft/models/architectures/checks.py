@@ -51,7 +51,7 @@ MAMBA = {
 }
 """Architectures whose fused kernel reads `out_proj`'s weight without its LoRA (PEFT rejects some) → modules that LoRA
 can adapt."""
-PAST_LORA = ("out_proj", "conv1d", "dt_proj", "x_proj")
+NEVER_CALLED = ("out_proj", "conv1d", "dt_proj", "x_proj")
 """Modules of Mamba layers whose weights are read without calling the module."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names of a model's maximum length in configurations."""
@@ -118,21 +118,22 @@ def _name(recipe: Recipe) -> str:
 
 def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
     kind, known, name = config.get("model_type"), architectures(), _name(recipe)
-    wanted = "Use a decoder-only language model such as Llama, Mistral, Gemma or Qwen"
+    remedy = "Use a decoder-only language model such as Llama, Mistral, Gemma or Qwen"
     require(
         not config.get("is_encoder_decoder") and kind not in known["translating"] - known["multimodal"],
-        f"model.base: {name} is a {kind} model, which turns one sequence into another. {wanted}",
+        f"model.base: {name} is a {kind} model, which turns one sequence into another. {remedy}",
     )
     require(
         kind not in known["causal"] & known["masked"],
-        f"model.base: {name} is a {kind} model, which fills in masked tokens and does not write from left to right. {wanted}",
+        f"model.base: {name} is a {kind} model, which fills in masked tokens and does not write from left to right."
+        f" {remedy}",
     )
-    there = known["causal"] | known["multimodal"]
+    supported = known["causal"] | known["multimodal"]
     theirs = ", and the code in its repository is not run" if "auto_map" in config else ""
     require(
-        not there or kind in there,
-        f"model.base: {name} is a {kind} model, which the installed Transformers does not have as a language model{theirs}. {wanted}, or"
-        " upgrade Transformers if it is a new one",
+        not supported or kind in supported,
+        f"model.base: {name} is a {kind} model, which the installed Transformers does not have as a language"
+        f" model{theirs}. {remedy}, or upgrade Transformers if it is a new one",
     )
 
 
@@ -157,7 +158,8 @@ def _check_quantisation(recipe: Recipe, config: Mapping[str, Any]) -> None:
             " them to 4 bits")  # fmt: skip
     require(
         recipe.model.quantization is None,
-        f"{start}, and model.quantization {recipe.model.quantization} needs float weights. Use --lora lora, or the model in float weights",
+        f"{start}, and model.quantization {recipe.model.quantization} needs float weights. Use --lora lora, or the"
+        " model in float weights",
     )
     require(
         "merged" not in recipe.export,
@@ -173,14 +175,15 @@ def _check_head(recipe: Recipe, text: Mapping[str, Any]) -> None:
     kind = str(text.get("model_type"))
     require(
         kind not in HEADS,
-        f"model.base: {_name(recipe)} is a {kind} model. Its logits are not those of its output embeddings ({HEADS.get(kind)}), from which"
-        " PPO and soups with a measure compute log-probs. Use another base, or policies with algorithm dpo, kto, rloo or grpo",
+        f"model.base: {_name(recipe)} is a {kind} model. Its logits are not those of its output embeddings"
+        f" ({HEADS.get(kind)}), from which PPO and soups with a measure compute log-probs. Use another base, or"
+        " policies with algorithm dpo, kto, rloo or grpo",
     )
     adapted = _adapted(recipe.adapter.target_modules, OUTPUT) if recipe.adapter is not None else []
     require(
         not adapted,
-        f"adapter.target_modules: {', '.join(adapted[:1])} is the output embeddings, which policy and references share in PPO. Leave it out,"
-        " or use policies with algorithm dpo, kto, rloo or grpo",
+        f"adapter.target_modules: {', '.join(adapted[:1])} is the output embeddings, which policy and references share"
+        " in PPO. Leave it out, or use policies with algorithm dpo, kto, rloo or grpo",
     )
 
 
@@ -189,8 +192,9 @@ def _check_padding(recipe: Recipe, text: Mapping[str, Any]) -> None:
     kind = str(text.get("model_type"))
     require(
         kind not in UNMASKED,
-        f"model.base: {_name(recipe)} is a {kind} model, whose implementation in Transformers reads the padding before a shorter prompt as"
-        f" text ({UNMASKED.get(kind)}), which changes its responses and log-probs. Use another base",
+        f"model.base: {_name(recipe)} is a {kind} model, whose implementation in Transformers reads the padding before"
+        f" a shorter prompt as text ({UNMASKED.get(kind)}), which changes its responses and log-probs. Use another"
+        " base",
     )
 
 
@@ -204,11 +208,12 @@ def _check_mamba(recipe: Recipe, text: Mapping[str, Any]) -> None:
     if adapter is None or kind not in MAMBA or without:
         return
     modules = adapter.target_modules
-    hit = PAST_LORA[:1] if "all-linear" in (modules, *modules) else _adapted(modules, PAST_LORA)
+    hit = NEVER_CALLED[:1] if "all-linear" in (modules, *modules) else _adapted(modules, NEVER_CALLED)
     require(
         not hit,
-        f"adapter.target_modules: LoRA on {', '.join(hit[:1])} has no effect, because {_name(recipe)} is a {kind} model, whose Mamba layers"
-        f" read that module's weight directly. Set adapter.target_modules=[{MAMBA.get(kind)}], or train full weights (without --lora)",
+        f"adapter.target_modules: LoRA on {', '.join(hit[:1])} has no effect, because {_name(recipe)} is a {kind}"
+        " model, whose Mamba layers read that module's weight directly. Set"
+        f" adapter.target_modules=[{MAMBA.get(kind)}], or train full weights (without --lora)",
     )
 
 
@@ -238,8 +243,8 @@ def require_targets(modules: str | list[str], modules_of_base: Iterable[str]) ->
     known = {name.rpartition(".")[2] for name in names if not name.endswith((".bias", "norm")) and "." in name}
     require(
         not missing,
-        f"adapter.target_modules: the base has no module {', '.join(missing)}. It has {', '.join(sorted(known))[:400]}; all-linear adapts every"
-        " linear layer",
+        f"adapter.target_modules: the base has no module {', '.join(missing)}. It has"
+        f" {', '.join(sorted(known))[:400]}; all-linear adapts every linear layer",
     )
 
 
@@ -248,8 +253,8 @@ def _check_noise(recipe: Recipe, text: Mapping[str, Any]) -> None:
     noisy += ["hidden_dropout"] if text.get("model_type") == "falcon" and text.get("hidden_dropout") else []
     require(
         not noisy,
-        f"model.base: {_name(recipe)} has {noisy[0] if noisy else ''} in its config.json, which adds noise in training mode. PPO needs the"
-        " same log-probs in every forward: set it to 0 in a copy of the folder",
+        f"model.base: {_name(recipe)} has {noisy[0] if noisy else ''} in its config.json, which adds noise in training"
+        " mode. PPO needs the same log-probs in every forward: set it to 0 in a copy of the folder",
     )
 
 
@@ -263,8 +268,8 @@ def _check_length(recipe: Recipe, text: Mapping[str, Any]) -> None:
     most = int(length * max([1.0, *factors]))
     require(
         recipe.model.max_length <= most,
-        f"model.max_length: {recipe.model.max_length} is too long, {_name(recipe)} reads {most} tokens at most. Set model.max_length={most} or"
-        " less",
+        f"model.max_length: {recipe.model.max_length} is too long, {_name(recipe)} reads {most} tokens at most. Set"
+        f" model.max_length={most} or less",
     )
 
 
@@ -275,10 +280,11 @@ def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
         return
     require(
         adapter.lora_dropout == 0,
-        f"adapter.lora_dropout: must be 0, because all-linear adapts the experts of {_name(recipe)}, where PEFT has no dropout. Set"
-        f" adapter.lora_dropout=0, or {ATTENTION}",
+        f"adapter.lora_dropout: must be 0, because all-linear adapts the experts of {_name(recipe)}, where PEFT has no"
+        f" dropout. Set adapter.lora_dropout=0, or {ATTENTION}",
     )
     require(
         recipe.ppo.rollout_backend != "vllm",
-        f"ppo.rollout_backend: vllm needs other names of merged experts than Transformers'. Set ppo.rollout_backend=hf, or {ATTENTION}",
+        "ppo.rollout_backend: vllm needs other names of merged experts than Transformers'. Set"
+        f" ppo.rollout_backend=hf, or {ATTENTION}",
     )

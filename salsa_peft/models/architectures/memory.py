@@ -78,8 +78,8 @@ def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages of a recipe that load the base on a GPU."""
     by_ppo = any(policy.algorithm == "ppo" for policy in recipe.policies.values())
-    there = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
-    return [stage for stage in STAGES if there.get(stage, True)]
+    optional = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
+    return [stage for stage in STAGES if optional.get(stage, True)]
 
 
 def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Architecture | None = None) -> Precision:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -59,17 +58,23 @@ class Reward(ABC):
         return None
 
     @cached_property
-    def tally(self) -> Tally:
-        """The metrics to log beside the scores."""
-        return Tally()
+    def _metrics(self) -> dict[str, tuple[float, int]]:
+        return {}
 
-    def take_figures(self) -> dict[str, tuple[float, int]]:
+    def add_metric(self, name: str, total: float, count: int) -> None:
+        """Add a sum over `count` values to a metric that is logged with the scores."""
+        before = self._metrics.get(name, (0.0, 0))
+        self._metrics[name] = (before[0] + total, before[1] + count)
+
+    def take_metrics(self) -> dict[str, tuple[float, int]]:
         """Metrics to log: name → (sum, count) since the last call; processes add theirs up."""
-        return self.tally.take()
+        metrics = dict(self._metrics)
+        self._metrics.clear()
+        return metrics
 
 
 class CallableReward(Reward):
-    """A callable `(responses, rows) → (B,)` of a library user's, which need not be a Reward."""
+    """Wraps a library user's callable `(responses, rows) → (B,)`."""
 
     def __init__(self, function: Callable[[Responses, Rows], Tensor]) -> None:
         self.function, self.name = function, type(function).__name__
@@ -85,21 +90,3 @@ class CallableReward(Reward):
     def weights(self) -> Iterable[Tensor] | None:
         """The parameters of a callable that is a torch module."""
         return self.function.parameters() if isinstance(self.function, nn.Module) else None
-
-
-class Tally:
-    """Sums and counts of metrics, until they are taken for the log."""
-
-    def __init__(self) -> None:
-        self.figures: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-
-    def add(self, name: str, total: float, count: int) -> None:
-        """Add a sum over `count` values to a metric."""
-        before = self.figures[name]
-        self.figures[name] = (before[0] + total, before[1] + count)
-
-    def take(self) -> dict[str, tuple[float, int]]:
-        """Name → (sum, count) since the last call."""
-        taken = dict(self.figures)
-        self.figures.clear()
-        return taken

@@ -19,7 +19,7 @@ from salsa_peft.config.rewards import WRITE_A_FUNCTION
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
 from salsa_peft.models.responses import append_tokens, ends_turn, pad_right
 from salsa_peft.models.rewards.base import Reward, Rows
@@ -52,11 +52,13 @@ class ClassifierReward(Reward):
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(
             labels == 1,
-            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
+            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)."
+            f" {WRITE_A_FUNCTION}",
         )
         require(
             len(tokenizer) <= rows,
-            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its own tokenizer",
+            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its"
+            " own tokenizer",
         )
         self.classifier, self.tokenizer, self.policy_tokenizer = classifier.eval(), tokenizer, policy_tokenizer
         self.classifier.requires_grad_(False)
@@ -107,8 +109,8 @@ class ClassifierReward(Reward):
         for row, prompt, both, answer in zip(rows, prompts, whole, answers, strict=True):
             require(
                 "prompt" in row,
-                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its tokenizer is not the"
-                " policy's; add `prompt`",
+                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its"
+                " tokenizer is not the policy's; add `prompt`",
             )
             if isinstance(
                 row["prompt"], str
@@ -124,9 +126,10 @@ class ClassifierReward(Reward):
         where = f"reward {self.name}"
         require(
             self.tokenizer.chat_template is not None,
-            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a classifier with a template",
+            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a"
+            " classifier with a template",
         )
-        chat = messages_for_template(check_messages(messages, where), self.tokenizer)
+        chat = messages_for_template(parse_messages(messages, where), self.tokenizer)
         try:
             encoded: Any = self.tokenizer.apply_chat_template(chat, return_dict=True, **options)
         except TemplateError as error:
@@ -135,12 +138,12 @@ class ClassifierReward(Reward):
 
     def _truncate(self, sequences: list[list[int]]) -> list[list[int]]:
         over = sum(len(ids) > self.longest for ids in sequences)
-        self.tally.add(f"rewards/{self.name}/truncated", over, len(sequences))
+        self.add_metric(f"rewards/{self.name}/truncated", over, len(sequences))
         if over and not self.truncation_reported:
             self.truncation_reported = True
             say(
-                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the {self.longest} tokens"
-                " that it reads; the beginnings of these prompts are cut off"
+                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the"
+                f" {self.longest} tokens that it reads; the beginnings of these prompts are cut off"
             )
         return [ids if len(ids) <= self.longest else [*ids[:1], *ids[1 - self.longest :]] for ids in sequences]
 

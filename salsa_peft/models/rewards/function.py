@@ -60,8 +60,8 @@ class FunctionReward(Reward):
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         require(
             not positional,
-            f"{self._where}: it takes {', '.join(positional)} by position only, and rewards are called by keyword; remove the / from its"
-            " signature",
+            f"{self._where}: it takes {', '.join(positional)} by position only, and rewards are called by keyword;"
+            " remove the / from its signature",
         )
         self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -81,8 +81,8 @@ class FunctionReward(Reward):
         scores, applies = self.scores_and_mask(responses, rows)
         require(
             bool(applies.all()),
-            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses. Only a part of a weighted sum may do"
-            " that; return a number for each",
+            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses. Only a part of a"
+            " weighted sum may do that; return a number for each",
         )
         return scores
 
@@ -93,8 +93,8 @@ class FunctionReward(Reward):
         columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
         require(
             not absent,
-            f"{self._where}: it takes {', '.join(absent)}, which is no column of the data (columns: {columns}); rename it, or give it a"
-            " default",
+            f"{self._where}: it takes {', '.join(absent)}, which is no column of the data (columns: {columns}); rename"
+            " it, or give it a default",
         )
         taken = {name: value for name, value in arguments.items() if self.keywords or name in self.takes}
         scores = self.function(**taken)
@@ -105,7 +105,8 @@ class FunctionReward(Reward):
         require(is_list, f"{self._where}: it returned {scores!r:.80}; return a list of one score for each response")
         require(
             len(scores) == len(rows),
-            f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each response",
+            f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each"
+            " response",
         )
         scores, device = list(scores), responses.response_ids.device
         applies = torch.tensor([score is not None for score in scores], device=device)
@@ -123,8 +124,8 @@ class FunctionReward(Reward):
         columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
-            f"{self._where}: the data has a column `finished`, and rewards are passed an argument of that name (whether each response ended"
-            " before the length limit); rename the column",
+            f"{self._where}: the data has a column `finished`, and rewards are passed an argument of that name"
+            " (whether each response ended before the length limit); rename the column",
         )
         data = {**{key: [row.get(key) for row in rows] for key in columns}, "prompts": prompts}
         return {
@@ -146,7 +147,7 @@ class FunctionReward(Reward):
         require(isinstance(name, str), f"{where}: the name {name!r:.60} is not text")
         require(not RESERVED.fullmatch(name), f"{where}: {name!r} is the name of a metric of training; use another")
         try:
-            self.tally.add(name, float(value), 1)
+            self.add_metric(name, float(value), 1)
         except (TypeError, ValueError) as error:
             raise SalsaError(f"{where}: the value {value!r:.60} of {name!r} is not a number") from error
 

@@ -111,14 +111,15 @@ class WeightedReward(Reward):
         any_applies = torch.zeros_like(total, dtype=torch.bool)
         for reward, weight, name in self.parts:
             scores, applies = reward.scores_and_mask(responses, rows)
-            self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
+            self.add_metric(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
                 any_applies |= applies
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
             bool(any_applies.all()),
-            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response needs a score",
+            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response"
+            " needs a score",
         )
         return total
 
@@ -126,12 +127,12 @@ class WeightedReward(Reward):
         """The rewards in the sum; those of a sum within it are listed one by one."""
         return [one for part in self.parts for one in part.reward.components()]
 
-    def take_figures(self) -> dict[str, tuple[float, int]]:
+    def take_metrics(self) -> dict[str, tuple[float, int]]:
         """`rewards/<name>/mean` of each part where it applied, and the parts' own metrics."""
-        figures = super().take_figures()
+        metrics = super().take_metrics()
         for part in self.parts:
-            figures |= part.reward.take_figures()
-        return figures
+            metrics |= part.reward.take_metrics()
+        return metrics
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
@@ -198,7 +199,8 @@ def _load(
         return load_classifier_reward(path, tokenizer, micro_batch_size, **options)
     if not isinstance(model, PeftModel):
         raise SalsaError(
-            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a sequence classifier"
+            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a"
+            " sequence classifier"
         )
     base = str(causal_lm(model).name_or_path)
     bases.require_same_base(folder, bases.fingerprints_of(base), base)

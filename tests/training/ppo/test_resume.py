@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from plain_ppo import PROMPTS
 
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
@@ -53,24 +55,36 @@ def digests(trainer: SalsaPPOTrainer) -> dict[str, str]:
     return parts | {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in LOGS}
 
 
-@pytest.fixture
-def make_run(make_trainer: Any, tmp_path: Path) -> Callable[..., SalsaPPOTrainer]:
-    """A trainer that saves, evaluates and adapts β, in a folder of the test's."""
-    from plain_ppo import PROMPTS
+def make_in(tokenizer: Any, folder: Path) -> Callable[..., SalsaPPOTrainer]:
+    """make(name, **options): a trainer that saves, evaluates and adapts β, in the folder's folder of that name."""
 
     def make(name: str, **options: Any) -> SalsaPPOTrainer:
-        return make_trainer(folder=tmp_path / name, eval_dataset=PROMPTS[:3], **(OPTIONS | options))
+        return tiny.make_trainer(tokenizer, folder / name, eval_dataset=PROMPTS[:3], **(OPTIONS | options))
 
     return make
 
 
 @pytest.fixture
-def unbroken(make_run: Any) -> dict[str, str]:
-    """What a run leaves that nothing disturbs."""
-    trainer = make_run("unbroken")
+def make_run(tokenizer: Any, tmp_path: Path) -> Callable[..., SalsaPPOTrainer]:
+    """make_in the test's folder."""
+    return make_in(tokenizer, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def unbroken_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that nothing disturbs: its output folder and, beside it, its digests."""
+    place = tmp_path_factory.mktemp("unbroken")
+    trainer = make_in(tokenizer, place)("run")
     trainer.train()
     assert trainer.state.global_step == STEPS
-    return digests(trainer)
+    (place / "digests.json").write_text(json.dumps(digests(trainer)))
+    return place / "run"
+
+
+@pytest.fixture
+def unbroken(unbroken_folder: Path) -> dict[str, str]:
+    """The digests of a run that nothing disturbs."""
+    return json.loads((unbroken_folder.parent / "digests.json").read_text())
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "full"])
@@ -87,20 +101,20 @@ def test_every_checkpoint_leads_to_the_same_end(make_run: Any, tmp_path: Path, f
         shutil.copytree(tmp_path / "a", folder)
         for other in range(step + 1, STEPS + 1):
             shutil.rmtree(folder / f"checkpoint-{other}")
-        again = make_run(f"from-{step}", full=full, save_steps=1, save_total_limit=None)
+        again = make_run(f"from-{step}", full=full, save_strategy="no")
         again.train(resume_from_checkpoint=True)
         assert digests(again) == expected, step
 
 
 def test_another_micro_batch_goes_on_with_the_same_global_batches(
-    make_run: Any, tmp_path: Path, unbroken: dict[str, str]
+    make_run: Any, tmp_path: Path, unbroken_folder: Path
 ) -> None:
     """From the middle of update 2; the rollouts of later updates differ by rounding only."""
     make_run("b", save_total_limit=None).train()
     for step in (9, 12, 15, 16):
         shutil.rmtree(tmp_path / "b" / f"checkpoint-{step}")
     make_run("b", micro_batch_size=4).train(resume_from_checkpoint=True)
-    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("unbroken", "b")]
+    rows = [(place / "metrics.jsonl").read_text().splitlines() for place in (unbroken_folder, tmp_path / "b")]
     one, other = (json.loads(lines[-1]) for lines in rows)
     assert one.keys() == other.keys() and len(rows[0]) == len(rows[1]) == 4
     for key, value in one.items():
@@ -110,16 +124,21 @@ def test_another_micro_batch_goes_on_with_the_same_global_batches(
 def test_a_checkpoint_of_another_setting_is_refused(make_run: Any) -> None:
     """Named with both values; nothing is changed."""
     make_run("c").train()
-    with pytest.raises(SalsaError, match="made with batch_size 8, found 16 now, expected the same"):
+    with pytest.raises(SalsaError, match="batch_size was 8 and is 16 now, so this run cannot be resumed"):
         make_run("c", batch_size=16, micro_batch_size=None).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "manifest"])
 def test_a_checkpoint_that_is_not_whole_is_passed_over(
-    make_run: Any, tmp_path: Path, unbroken: dict[str, str], damage: str, capsys: pytest.CaptureFixture[str]
+    make_run: Any,
+    tmp_path: Path,
+    unbroken: dict[str, str],
+    unbroken_folder: Path,
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """For the one before, and that is said; the end is the same."""
-    shutil.copytree(tmp_path / "unbroken", tmp_path / "d")
+    shutil.copytree(unbroken_folder, tmp_path / "d")
     newest, before = checkpoints.checkpoints(tmp_path / "d")
     assert (newest.name, before.name) == ("checkpoint-16", "checkpoint-15")
     file = newest / "adapter_model.safetensors"
@@ -135,7 +154,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
         (newest / checkpoints.MANIFEST).write_text("{")
     trainer = make_run("d")
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-16: not whole" in capsys.readouterr().err
+    assert "checkpoint-16: skipped, because it is incomplete" in capsys.readouterr().err
     assert digests(trainer) == unbroken
 
 
