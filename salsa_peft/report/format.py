@@ -57,7 +57,7 @@ def p_value(value: float) -> str:
 
 
 def tidy(text: str, longest: int = LONGEST) -> str:
-    """Text that is safe to write anywhere: control characters as their pictures, lone surrogates as ?, cut at `longest` characters."""
+    """Text without control characters and lone surrogates, cut at `longest` characters."""
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"

@@ -15,7 +15,7 @@ from salsa_peft.report.style import Panel
 
 
 def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
-    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns the content of summary.json."""
+    """Write report.html, report.md, figures/*.png and summary.json; returns the summary."""
     found, drawn = context(run), draw(run)
     return write_pages(folder, "report", {**found, "run": run}, drawn, summarise(run, found))
 
@@ -27,7 +27,7 @@ def write_pages(
     drawn: Mapping[str, Sequence[Panel]],
     summary: dict[str, Any],
 ) -> dict[str, Any]:
-    """Render one context as HTML and as Markdown; write the figures as PNG and all numbers as JSON beside them."""
+    """Write one context as HTML and as Markdown, figures as PNG, and the summary as JSON."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for panel in (one for section in drawn.values() for one in section):
         (folder / "figures" / f"{panel.name}.png").write_bytes(panel.png)
@@ -59,7 +59,8 @@ def context(run: ReportInput) -> dict[str, Any]:
             *judge_tables.warnings(run),
             *findings.warnings(run.evaluation, run.landscape, run.reward),
             *(
-                f"{percent(share)}% of the answers to “{dataset}” were truncated at generation.max_new_tokens ({run.limit})."
+                f"{percent(share)}% of the answers to “{dataset}” were truncated at generation.max_new_tokens"
+                f" ({run.limit})."
                 for dataset, share in truncated(run).items()
             ),
         ],
@@ -150,7 +151,7 @@ def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[
 
 
 def training(policy: PolicyReport) -> dict[str, Any]:
-    """β at the start and the end; score, KL and length as means over the first and the last tenth of the updates."""
+    """β at the start and the end; score, KL and length as means over the first and last tenth."""
     rows, tenth = policy.metrics, max(1, len(policy.metrics) // 10)
     table: dict[str, Any] = {"updates": len(rows), "episodes": rows[-1]["episode"]}
     for key, (short, _) in CURVES.items():
@@ -178,7 +179,7 @@ SHORT = 140
 
 
 def sample_answers(run: ReportInput) -> dict[str, Any]:
-    """{"pair": the main pair or None, "datasets": dataset → its first questions in order, not chosen by their outcome}."""
+    """{"pair": the main pair or None, "datasets": dataset → its first questions in order}."""
     names, pair = findings.order(run.evaluation, run.policies), main_pair(run)
     rows: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
     for row in run.answers:
@@ -215,7 +216,7 @@ def sample_answers(run: ReportInput) -> dict[str, Any]:
 
 
 def main_pair(run: ReportInput) -> tuple[str, str] | None:
-    """The pair by which answers are filtered: the judge's first pair, else the first one of the evaluation."""
+    """The pair by which answers are filtered: the judge's first, else the evaluation's first."""
     for source in (run.verdicts, run.evaluation):
         for data in (source or {}).get("datasets", {}).values():
             for pair in data.get("pairs", []):

@@ -1,7 +1,8 @@
-"""A chat model as judge, wherever it runs: comparisons → prompts → replies → verdicts, with the replies cached.
+"""A chat model as judge: comparisons → prompts → replies → verdicts, with the replies cached.
 
-It works in rounds: first every comparison is sent, then those whose reply had no verdict are sent again. The backend (an endpoint, a model
-in this process) gets distinct requests that are not in the cache, and hands over each reply as soon as it has it.
+It works in rounds: first every comparison is sent, then those whose reply had no verdict are sent again. The backend
+(an endpoint, a model in this process) gets distinct requests that are not in the cache, and hands over each reply as
+soon as it has it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ChatBackend(Protocol):
         """Endpoint and model, as in the cache's key."""
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
-        """Send all requests; `done` is called with outcomes, one or several at a time, as soon as they are known."""
+        """Send all requests; `done` is called with one or several outcomes as soon as they are known."""
 
 
 class _Pending:
@@ -55,7 +56,8 @@ class _Pending:
 class ChatJudge:
     """(comparisons, progress) → verdicts in the same order. `calls` counts over all calls.
 
-    asked: requests sent, each counted once with its retries. cached: replies found in the cache. Tokens: those of the requests sent.
+    asked: requests sent, each counted once with its retries. cached: replies found in the cache. Tokens: those of the
+    requests sent.
     """
 
     def __init__(

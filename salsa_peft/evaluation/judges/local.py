@@ -1,7 +1,7 @@
-"""A chat model in this process as judge: its own chat template, batches of similar length padded on the left, greedy or sampled.
+"""A chat model in this process as judge, with its own chat template, greedy or sampled.
 
-With a temperature each row is sampled with a seed of its request, so that its reply does not depend on the batch. The model is loaded with
-the first request that is not in the cache.
+With a temperature each row is sampled with a seed of its request, so that its reply does not depend on the batch. The
+model is loaded with the first request that is not in the cache.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ class LocalModel:
                 done(self._answer(alike[start : start + self.section.concurrency]))
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids by the model's chat template; if that takes no system message, its text is put before the user's.
+        """Token ids by the model's chat template.
 
-        A special token that is spelled out in an answer stays plain text.
+        If the template takes no system message, its text is put before the user's. A special token that is spelled
+        out in an answer stays plain text.
         """
         messages = [{**message, "content": self._plain(message["content"])} for message in messages]
         try:
@@ -136,7 +137,7 @@ class LocalModel:
 
 
 class SeededSampling(LogitsProcessor):
-    """Samples each row's token by the inverse CDF at the row's own uniform numbers, and leaves it as the only finite logit."""
+    """Samples each row's token from the row's own uniform numbers."""
 
     def __init__(self, seeds: Sequence[int], length: int, temperature: float, place: torch.device) -> None:
         uniforms = uniform_numbers(seeds, length)
