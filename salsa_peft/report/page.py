@@ -99,12 +99,13 @@ def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
     """Every number of the report: finite floats or null. found: the templates' context."""
     datasets = run.evaluation.get("datasets", {})
     judged = found["judged"] or {"datasets": {}}
+
+    def fields(*names: str) -> dict[str, Any]:
+        return {name: getattr(run, name) for name in names}
+
     return finite(
         {
-            "name": run.name,
-            "mode": run.mode,
-            "base": run.base,
-            "versions": run.versions,
+            **fields("name", "mode", "base", "versions"),
             "finding": [*found["lead"], *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],
@@ -115,10 +116,7 @@ def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
             },
             "search": found["search"],
             "ablations": judge_tables.ablations(run, findings.headline(run.evaluation)) if datasets else [],
-            "training_seeds": run.training_seeds,
-            "fingerprint": run.fingerprint,
-            "evaluation": run.evaluation,
-            "landscape": run.landscape,
+            **fields("training_seeds", "fingerprint", "evaluation", "landscape"),
             "scores": {
                 dataset: {measure: scores_of(run, dataset, measure) for measure in run.evaluation["measures"]}
                 for dataset in datasets
@@ -126,10 +124,7 @@ def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
             "policies": {
                 name: _policy_summary(policy, found["training"].get(name)) for name, policy in run.policies.items()
             },
-            "seeds": run.seeds,
-            "reward": run.reward,
-            "soup": run.soup,
-            "units": run.units,
+            **fields("seeds", "reward", "soup", "units"),
             "total": found["total"],
         }
     )

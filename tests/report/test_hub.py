@@ -409,7 +409,10 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
         (["hub.push=[salas]"], "hub.push: this recipe has no result 'salas'"),
         (["hub.push=[soup]"], "hub.base_model: is required, because the base is the embedded world"),
         (["hub={push: [soup], base_model: nobody}"], "hub.base_model: found 'nobody', expected namespace/name"),
-        (["hub={push: [soup], base_model: a/b, namespace: ../x}"], "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64, not '../x'"),
+        (
+            ["hub={push: [soup], base_model: a/b, namespace: ../x}"],
+            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64, not '../x'",
+        ),
         (["hub={push: [soup, soup], base_model: a/b}"], "hub.push: names 'soup' twice"),
         (["hub.token=hf_secret"], "hub.token: unknown key"),
     ],

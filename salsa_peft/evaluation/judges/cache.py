@@ -102,9 +102,6 @@ class Cache:
         kept = {key: self.get(key) for key in replies}
         return {key: reply for key, reply in kept.items() if reply is not None}
 
-    def close(self) -> None:
-        self.file.close()
-
     @property
     def _name(self) -> str:
         return short_path(str(self.path or "the judge's cache"))

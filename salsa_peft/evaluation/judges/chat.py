@@ -19,6 +19,7 @@ from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, JudgeProm
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")
+"""What a judge counts."""
 NO_VERDICT = "no verdict in its answer"
 
 
@@ -30,7 +31,9 @@ class Outcome(NamedTuple):
 
 
 class ChatBackend(Protocol):
-    """Sends requests to a chat model."""
+    """Sends requests to a chat model and counts them."""
+
+    calls: dict[str, int]
 
     @property
     def address(self) -> tuple[str, str]:
@@ -60,15 +63,8 @@ class ChatJudge:
     requests sent.
     """
 
-    def __init__(
-        self,
-        section: Judge,
-        backend: ChatBackend,
-        calls: dict[str, int],
-        cache: Path | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.section, self.backend, self.calls, self.say = section, backend, calls, say
+    def __init__(self, section: Judge, backend: ChatBackend, cache: Path | None, say: Callable[[str], None]) -> None:
+        self.section, self.backend, self.calls, self.say = section, backend, backend.calls, say
         self.cache, self.render = Cache(cache), renderer(section)
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:

@@ -20,7 +20,7 @@ from salsa_peft.config.judge import Judge
 from salsa_peft.data.chat.templates import content_for_template
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.evaluation.judges.cache import Reply
-from salsa_peft.evaluation.judges.chat import Messages, Outcome
+from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.models.base import device, max_positions, resolve_dtype
 from salsa_peft.models.generation import WITHOUT_FLOAT64, sample_token, uniform_numbers
 from salsa_peft.models.responses import pad_prompts
@@ -45,8 +45,8 @@ class Row(NamedTuple):
 class LocalModel:
     """Answers requests and counts them in `calls`."""
 
-    def __init__(self, section: Judge, calls: dict[str, int]) -> None:
-        self.section, self.calls = section, calls
+    def __init__(self, section: Judge) -> None:
+        self.section, self.calls = section, dict.fromkeys(CALLS, 0)
         self.folder = local_folder(str(section.model))
         self.identity = fingerprint(self.folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)

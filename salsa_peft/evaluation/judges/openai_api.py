@@ -19,7 +19,7 @@ import openai
 
 from salsa_peft.config.judge import Judge
 from salsa_peft.evaluation.judges.cache import Reply
-from salsa_peft.evaluation.judges.chat import Messages, Outcome
+from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
 
@@ -62,8 +62,8 @@ class Endpoint:
     that is down.
     """
 
-    def __init__(self, section: Judge, calls: dict[str, int]) -> None:
-        self.section, self.calls = section, calls
+    def __init__(self, section: Judge) -> None:
+        self.section, self.calls = section, dict.fromkeys(CALLS, 0)
         self.key = os.environ.get(section.api_key_env, "").strip() or NO_KEY
         require(
             self.key.isascii() and self.key.isprintable() and " " not in self.key,

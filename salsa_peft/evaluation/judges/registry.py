@@ -147,19 +147,13 @@ def _openai(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     check_ready(section, WHERE)
     from salsa_peft.evaluation.judges.openai_api import Endpoint
 
-    calls = dict.fromkeys(CALLS, 0)
-    return ChatJudge(section, Endpoint(section, calls), calls, cache, say)
+    return ChatJudge(section, Endpoint(section), cache, say)
 
 
 def _local(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     from salsa_peft.evaluation.judges.local import LocalModel
 
-    calls = dict.fromkeys(CALLS, 0)
-    return ChatJudge(section, LocalModel(section, calls), calls, cache, say)
-
-
-def _reward(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
-    return RewardJudge(section.margin)
+    return ChatJudge(section, LocalModel(section), cache, say)
 
 
 def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
@@ -171,7 +165,7 @@ def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
 JUDGES: dict[str, Callable[[Judge, Path | None, Say], PairwiseJudge]] = {
     "openai": _openai,
     "local": _local,
-    "reward": _reward,
+    "reward": lambda section, cache, say: RewardJudge(section.margin),
     "function": _function,
 }
 """Kind → its constructor: (section of the recipe, file of the cache or None, function that prints a line) → judge."""

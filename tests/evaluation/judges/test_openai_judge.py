@@ -385,13 +385,13 @@ class TestRefusals:
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *more: None if name == "openai" else found(name, *more)
         )
-        with one_line("no package openai", "pip install 'salsa-peft[judge]'"):
+        with one_line("openai needs the package openai", "pip install 'salsa-peft[judge]'"):
             judging("http://127.0.0.1:9/v1", games(1))
 
     def test_the_default_endpoint_wants_a_key(self, judging: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Before any request; an endpoint of one's own need not have one."""
         monkeypatch.delenv("OPENAI_API_KEY")
-        with one_line("no environment variable OPENAI_API_KEY", "base_url"):
+        with one_line("the environment variable OPENAI_API_KEY is not set", "base_url"):
             judging("", games(1), base_url=None)
         monkeypatch.setenv("MINE", "a b")
         with one_line("evaluate.judge.api_key_env", "MINE"):
