@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -107,17 +107,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-FILTERS: dict[str, Callable[..., str]] = {
-    "number": number,
-    "fixed": fixed,
-    "est": estimate,
-    "signed": signed,
-    "percent": percent,
-    "p": p_value,
-    "tidy": tidy,
-    "md": markdown,
-    "fence": fence,
-}
+FILTERS = (number, fixed, estimate, signed, percent, p_value, tidy, markdown, fence)
 
 
 def render(template: str, **context: Any) -> str:
@@ -129,5 +119,5 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         autoescape=lambda name: bool(name and "html" in name),
     )
-    environment.filters |= FILTERS
+    environment.filters |= {one.__name__: one for one in FILTERS}
     return environment.get_template(template).render(context).rstrip()
