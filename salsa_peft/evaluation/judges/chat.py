@@ -124,7 +124,7 @@ def _updated(before: Verdict, outcome: Outcome) -> Verdict:
     if outcome.reply is None:
         return before._replace(why=outcome.why)
     winner = read_verdict(outcome.reply.text)
-    why = NO_VERDICT + (", which max_tokens cut" if outcome.reply.finish == "length" else "")
+    why = NO_VERDICT + (", which was cut off at max_tokens" if outcome.reply.finish == "length" else "")
     return before._replace(
         winner=winner, text=outcome.reply.text, asked=before.asked + 1, why="" if winner is not None else why
     )

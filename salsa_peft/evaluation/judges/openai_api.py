@@ -158,9 +158,9 @@ class Endpoint:
     def _refused(self, error: openai.APIStatusError) -> Outcome:
         """The outcome of a refused comparison. Raises SalsaError if the refusal concerns all of them."""
         status, code = error.status_code, str(error.code or "")
-        said = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
+        problem = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
         if status != 401:  # OpenAI's message to a wrong key shows its ends
-            said += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
+            problem += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
         mend = {
             "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint accepts",
             "model": f"check {WHERE}.model and {WHERE}.base_url (which mostly ends in /v1)",
@@ -169,32 +169,34 @@ class Endpoint:
         }
         wrong = STOPS.get(code) or STOPS.get(status)
         if wrong is not None:
-            raise SalsaError(f"{WHERE}: {self.endpoint}, model {self.section.model}: {said}; {mend[wrong]}")
+            raise SalsaError(f"{WHERE}: {self.endpoint}, model {self.section.model}: {problem}; {mend[wrong]}")
         wait = error.response.headers.get("retry-after", "")
         require(
             not wait.isdigit() or int(wait) <= LONGEST_WAIT,
-            f"{WHERE}: {self.endpoint}: {said}, and it asks to wait {wait} s; run again later: answers so far are kept",
+            f"{WHERE}: {self.endpoint}: {problem}, and it asks to wait {wait} s; run again later: answers so far are kept",
         )
         if status == 413 or (status in (400, 422) and TOO_LONG.search(error.message)):
             return Outcome(None, "its prompt is too long for the judge")
-        return Outcome(None, "the endpoint's filter refused it") if code == "content_filter" else self._unanswered(said)
+        return (
+            Outcome(None, "the endpoint's filter refused it") if code == "content_filter" else self._unanswered(problem)
+        )
 
-    def _unanswered(self, said: str) -> Outcome:
-        self.failed, self.last = self.failed + 1, said
+    def _unanswered(self, problem: str) -> Outcome:
+        self.failed, self.last = self.failed + 1, problem
         require(
             self.failed < PATIENCE,
-            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (the last time: {said});"
+            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (the last time: {problem});"
             f" {TRY}",
         )
-        return Outcome(None, f"no answer: {said}")
+        return Outcome(None, f"no answer: {problem}")
 
     def _clean(self, text: str) -> str:
         """Without the key, which an endpoint may send back."""
         return text if self.key == NO_KEY else text.replace(self.key, "[key]")
 
     def _line(self, text: str) -> str:
-        said = one_line(self._clean(text))
-        return said if len(said) <= 200 else f"{said[:199]}…"
+        problem = one_line(self._clean(text))
+        return problem if len(problem) <= 200 else f"{problem[:199]}…"
 
 
 def reply_of(body: bytes) -> Reply | None:

@@ -275,7 +275,9 @@ class TestVerdicts:
         """Models that think until max_tokens are used up say nothing."""
         with serving(lambda request, times: Fault(body=completion(text, "length"))) as server:
             verdicts, _, _ = judging(server, games(1))
-            assert len(server.seen) == 2 and verdicts[0].why == "no verdict in its answer, which max_tokens cut"
+            assert (
+                len(server.seen) == 2 and verdicts[0].why == "no verdict in its answer, which was cut off at max_tokens"
+            )
 
     def test_lone_surrogates_are_no_trouble(self, judging: Any) -> None:
         """In what is asked or in what is said."""
