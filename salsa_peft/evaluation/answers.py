@@ -18,14 +18,12 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.turn_ends import stop_token_ids
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
-from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.stage_context import StageContext, prompts_that_fit
-from salsa_peft.utils.statistics import mean_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,8 +156,3 @@ def fitting_questions(job: Job, context: StageContext, questions: Sequence[Quest
     """
     rows = [{**question.row, "prompt": question.messages, "question": question} for question in questions]
     return [row["question"] for row in prompts_that_fit(job, context, rows)]
-
-
-def means(rows: Sequence[Mapping[str, Any]], measure: str) -> Any:
-    """The mean score of all turns with its interval over questions."""
-    return mean_interval([row["scores"][measure] for row in rows], clusters(rows))

@@ -21,7 +21,8 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.evaluation.answers import answer, fitting_questions, means
+from salsa_peft.evaluation.answers import answer, fitting_questions
+from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import FunctionReward
@@ -32,6 +33,7 @@ from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.statistics import mean_interval
 
 POINT = "landscape"
 """Name of the stacked adapter on the base."""
@@ -58,7 +60,8 @@ def mean_scores(
 ) -> dict[str, dict[str, float]]:
     """Measure → mean score with its interval over questions, of one answer to each turn."""
     rows = answer(model, adapter, questions, rewards, context, seed)
-    return {name: asdict(means(rows, name)) for name in rewards}
+    of = clusters(rows)
+    return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in rewards}
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:

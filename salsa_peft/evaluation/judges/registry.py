@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,7 +97,7 @@ class FunctionJudge:
             found = self.function(**given)
             found = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
             self.calls["asked"] += len(part)
-            sized = not isinstance(found, str | bytes | Mapping | Set) and hasattr(found, "__len__")
+            sized = isinstance(found, Sized) and not isinstance(found, str | bytes | Mapping | Set)
             require(
                 sized and len(found) == len(part),
                 f"judge {self.name}: returned {short(found)}, expected a list of {len(part)} verdicts, one for each"
