@@ -331,7 +331,7 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "judge_cache.sqlite"
     cache = Cache(path)
     cache.put({f"{number}": Reply("a" * 3000, "stop", 1, 1) for number in range(40)})
-    cache.close()
+    cache.file.close()
     if damage == "garbage":
         raw = bytearray(path.read_bytes())
         for page in range(4096, len(raw), 4096):
@@ -411,7 +411,7 @@ def test_a_flipped_bit_of_a_judges_reply(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "judge_cache.sqlite"
     cache = Cache(path)
     cache.put({"good": Reply("better: A", "stop", 1, 1), "bad": Reply("the verdict is [[A]]", "stop", 1, 1)})
-    cache.close()
+    cache.file.close()
     path.write_bytes(path.read_bytes().replace(b"the verdict is [[A]]", b"the verdict is [[B]]"))
     cache = Cache(path)
     assert cache.get("bad") is None and "the reply bad is damaged; the judge is asked again" in capsys.readouterr().err

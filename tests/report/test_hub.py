@@ -347,7 +347,7 @@ def test_full_weights_are_pushed_as_checkpoints(
             ["push", "RUN", "salas", "--to", "a/b"],
             "this recipe has no result 'salas'; did you mean salsa?",
         ),
-        (["push", "RUN", "seed-7", "--to", "a/b"], "found no such result"),
+        (["push", "RUN", "seed-7", "--to", "a/b"], "this recipe has no result 'seed-7'"),
         (["push", "RUN", "soup", "soup", "--to", "a/b"], "soup soup: name each item once"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "/tmp/x"], "--base-model: found '/tmp/x'"),
         (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: not a run's folder, since it has no recipe.yaml"),
@@ -452,7 +452,7 @@ def test_one_pending_item_that_is_gone_stops_no_other(server: Hub, run: Path, tm
     done = command(server, tmp_path / "home", "push", str(run))
     assert (
         done.returncode == 1
-        and "'gone': found no such result" in done.stderr
+        and "this recipe has no result 'gone'" in done.stderr
         and "seed-0 is pending for the same repository" in done.stderr
     )
     assert set(server.repos) == {BASE_ID, "tester/s"}
