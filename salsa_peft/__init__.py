@@ -2,7 +2,7 @@
 
     from salsa_peft import SalsaPPOConfig, SalsaPPOTrainer, use_reference
 
-Names are loaded when they are first used: importing the package imports no torch, so a recipe's errors come at once.
+The names are imported on first use, so that importing the package does not import torch.
 """
 
 from __future__ import annotations

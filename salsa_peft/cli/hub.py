@@ -103,10 +103,10 @@ def _push(args: object) -> int:
     if options["dry_run"]:
         return _show(run, wanted or hub_push.pending(run))
     with runs.locked(run):
-        folders = model_card.folders_of(run)
-        recipe = model_card.recipe_of(run, folders)
+        folders = model_card.result_folders(run)
+        recipe = model_card.recipe_of_run(run, folders)
         for one in wanted:  # refusals before anything is sent or noted
-            hub_push.item_of(run, recipe, one, folders)
+            model_card.find_item(run, recipe, one.item, one.base_model, folders)
         wanted = wanted or hub_push.pending(run)
         try:
             done = hub_push.push_all(run, wanted, recipe, folders)
@@ -119,14 +119,12 @@ def _push(args: object) -> int:
 
 def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     """Card and file list of each, nothing sent."""
-    from salsa_peft.report.model_card import card
-
-    folders = model_card.folders_of(run)
-    recipe = model_card.recipe_of(run, folders)
+    folders = model_card.result_folders(run)
+    recipe = model_card.recipe_of_run(run, folders)
     for one in wanted:
-        item = hub_push.item_of(run, recipe, one, folders)
+        item = model_card.find_item(run, recipe, one.item, one.base_model, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        files = model_card.published(item, card(item, repo))
+        files = model_card.published_files(item, model_card.render_card(item, repo))
         print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
@@ -156,13 +154,13 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         "ignore_patterns": "*/*",
     }
     try:
-        names = hub_push.tried(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
+        names = hub_push.with_retries(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
         require(
             bool({CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
             f"{repo}: found no adapter and no checkpoint in safetensors, expected one (other formats are not fetched)",
         )
-        found = Path(hub_push.tried(lambda: snapshot_download(repo, **options), repo))
+        found = Path(hub_push.with_retries(lambda: snapshot_download(repo, **options), repo))
     except SalsaError as error:
         raise Failed(str(error)) from error
     print(os.path.abspath(found) if folder else found, flush=True)

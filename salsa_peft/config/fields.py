@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, short
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -36,8 +38,19 @@ UNSUPPORTED_LORA_FIELDS = (
 """Fields of PEFT's LoraConfig that a recipe does not support. A test compares them with PEFT's."""
 
 
+def require_unique(key: str, values: Sequence[Any]) -> None:
+    """Raise SalsaError for a list with repetitions."""
+    require(len(set(values)) == len(values), f"{key}: {short(values)} has an entry twice; give each once")
+
+
+def require_multiple(key: str, value: int, factor: int, of: str, more: str = "") -> None:
+    """Raise SalsaError unless `value` is a multiple of `factor`, which the message calls `of`."""
+    whole = math.ceil(value / factor) * factor
+    require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
+
+
 def check_keys(label: str, value: Any, root: type) -> None:
-    """Raise SalsaError for the first key of `value` that is no field of the dataclass `root` or of its sections.
+    """Raise SalsaError for the first key of `value` that the dataclass `root` and its sections do not have.
 
     label: start of the message, which names the nearest key.
     """
@@ -64,7 +77,7 @@ def check_keys(label: str, value: Any, root: type) -> None:
 
 
 def _advice(where: str, key: str, known: list[str], root: type) -> str:
-    """What to do about an unknown key: the nearest key, the section that has it, or the supported fields of LoraConfig."""
+    """Advice on an unknown key: the nearest one, its section, or the supported fields of LoraConfig."""
     if where == "adapter" and key in (*UNSUPPORTED_LORA_FIELDS, "lora"):
         inside = " itself, not under `lora`" if key == "lora" else ""
         return f"of PEFT's LoraConfig a recipe supports {', '.join(known)}, in `adapter`{inside}"
@@ -85,7 +98,7 @@ def _fields_of(hint: Any) -> list[str]:
 
 @functools.cache
 def field_types(section: Any) -> dict[str, Any]:
-    """Field → type of a dataclass. Cached: Python evaluates the annotations on each call, which is slow for many policies."""
+    """Field → type of a dataclass. Cached, because evaluating annotations is slow for many policies."""
     return typing.get_type_hints(section, include_extras=True)
 
 

@@ -24,7 +24,8 @@ class Unit:
     inputs: tuple[str, ...] = ()
     """Ids of the units whose results it reads."""
     key_fields: dict[str, Any] = field(default_factory=dict)
-    """Cache-key fields: the settings that the result depends on, as JSON data, without local paths (these are in `files`)."""
+    """Cache-key fields: the settings that the result depends on, as JSON data, without local paths (these are in
+    `files`)."""
     files: tuple[str, ...] = ()
     """Local files and folders whose content is part of the cache key."""
     multi_unit: bool = False
@@ -58,7 +59,7 @@ def policy_id(recipe: Recipe, name: str) -> str:
 
 
 def unit_of(recipe: Recipe, name: str) -> tuple[str, str]:
-    """Kind of a result (soup, policy, seed or reward) and id of its unit. Raises SalsaError with the nearest name."""
+    """Kind of a result (soup, policy, seed, reward) and id of its unit. Raises SalsaError if unknown."""
     if name in recipe.policies:
         return "policy", policy_id(recipe, name)
     seeds = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]

@@ -1,4 +1,4 @@
-"""The recipe's `evaluate.judge`, and FastChat's files of judge prompts and reference answers. Imports no torch."""
+"""The recipe's `evaluate.judge`, and FastChat's judge prompts and reference answers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from salsa_peft.utils.messages import short, short_path
 
 @dataclass(config=STRICT, kw_only=True)
 class Judge:
-    """Settings of the judge. It sees each pair of answers twice, in both orders; an answer must win both times (FastChat's rule)."""
+    """Settings of the judge, which compares each pair in both orders. An answer must win both (FastChat)."""
 
     kind: Literal["openai", "local", "reward", "function"]
-    """openai: an endpoint with OpenAI's chat API. local: a chat model on this machine. reward: compares the scores of the recipe's reward.
-    function: a Python function, module:name."""
+    """openai: an endpoint with OpenAI's chat API. local: a chat model on this machine. reward: compares the scores of
+    the recipe's reward. function: a Python function, module:name."""
     model: str | None = None
-    """openai: name of the model at the endpoint. local: folder or Hub id of a chat model. function: module:name, as in reward.model;
-    evaluation/judges/registry.py has its signature."""
+    """openai: name of the model at the endpoint. local: folder or Hub id of a chat model. function: module:name, as in
+    reward.model; evaluation/judges/registry.py has its signature."""
     base_url: str | None = None
     """openai: address of the endpoint, such as http://localhost:8000/v1. None: the default of the package openai."""
     api_key_env: str = "OPENAI_API_KEY"
     """openai: name of the environment variable with the API key. The key itself is never in a recipe, log or file."""
     prompt: Literal["figure7", "fastchat"] = "figure7"
-    """Judge prompt. figure7: the one of the paper's Figure 7, reworded. fastchat: FastChat's prompts, by turn and category."""
+    """Judge prompt. figure7: the one of the paper's Figure 7, reworded. fastchat: FastChat's prompts, by turn and
+    category."""
     prompts: str | None = None
     """fastchat: path of FastChat's judge_prompts.jsonl."""
     references: str | None = None
-    """fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and coding. None: the reference
-    answers in the questions' data; without one, the prompt that needs none."""
+    """fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and coding.
+    None: the reference answers in the questions' data; without one, the prompt that needs none."""
     temperature: NonNegative = 0.0
     """Sampling temperature of the judge (default: FastChat)."""
     max_tokens: Count = 2048
@@ -53,8 +54,8 @@ class Judge:
     ask_again: Annotated[int, Field(ge=0)] = 1
     """How often the judge is asked again after a reply without a verdict, before the judgment counts as missing."""
     budget: Count | None = None
-    """openai: maximum number of requests of a run, including retries. Judgments beyond it count as missing; the next run asks for them.
-    None: no limit."""
+    """openai: maximum number of requests of a run, including retries. Judgments beyond it count as missing; the next
+    run asks for them. None: no limit."""
     margin: NonNegative = 0.0
     """reward: a score difference up to this is a tie."""
 
@@ -70,13 +71,15 @@ class Judge:
             )
         require(
             self.prompt != "fastchat" or self.prompts is not None,
-            f"{where}.prompts: prompt fastchat needs the path of FastChat's judge_prompts.jsonl; add it, or set {where}.prompt=figure7",
+            f"{where}.prompts: prompt fastchat needs the path of FastChat's judge_prompts.jsonl; add it, or set"
+            f" {where}.prompt=figure7",
         )
         if self.base_url is not None:
             _check_address(f"{where}.base_url", self.base_url)
         require(
             self.api_key_env.isidentifier() and self.api_key_env.isascii(),
-            f"{where}.api_key_env: must be the name of an environment variable, such as OPENAI_API_KEY, and never the key itself",
+            f"{where}.api_key_env: must be the name of an environment variable, such as OPENAI_API_KEY, and never the"
+            " key itself",
         )
 
 
@@ -86,7 +89,7 @@ def as_judge(value: Any) -> Any:
 
 
 def _check_address(where: str, url: str) -> None:
-    """Raise SalsaError for an invalid address. The message does not show an address that may hold a password."""
+    """Raise SalsaError for an invalid address, without showing one that may contain a password."""
     try:
         parts = urlsplit(url)
         host, secret = parts.hostname, parts.username is not None or bool(parts.query)
@@ -101,7 +104,7 @@ def _check_address(where: str, url: str) -> None:
 
 
 def check(judge: Judge, where: str) -> None:
-    """Raise SalsaError for bad settings, and for prompts, reference answers, a function or a local model that are missing or unusable.
+    """Raise SalsaError for bad settings, and for local files or functions that are missing or unusable.
 
     Paths must be absolute already. Imports neither torch nor the function's module.
     """
@@ -134,7 +137,8 @@ def check_ready(judge: Judge, where: str) -> None:
     own = judge.base_url is not None or bool(os.environ.get("OPENAI_BASE_URL"))
     require(
         own or bool(os.environ.get(judge.api_key_env, "").strip()),
-        f"{where}.api_key_env: the environment variable {judge.api_key_env} is not set; put the key for OpenAI's endpoint into it"
+        f"{where}.api_key_env: the environment variable {judge.api_key_env} is not set; put the key for OpenAI's"
+        " endpoint into it"
         f" (export {judge.api_key_env}=…), or set {where}.base_url to your own endpoint",
     )
 
@@ -147,7 +151,7 @@ PROMPT_FIELDS = {
 
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
-    """FastChat's pairwise prompts from its judge_prompts.jsonl. Raises SalsaError for missing prompts and for unexpected fields."""
+    """FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for another file."""
     prompts = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
     file, lacking = short_path(str(path)), sorted(set(PROMPT_FIELDS) - set(prompts))
     require(not lacking, f"{file}: has no prompt {', '.join(lacking)}; give FastChat's judge_prompts.jsonl")
@@ -156,12 +160,14 @@ def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
         fits = all(isinstance(text, str) for text in texts) and prompts[name].get("output_format") == "[[A]]"
         require(
             fits,
-            f"{file}: the prompt {name} must have system_prompt, prompt_template and the output_format [[A]], as in FastChat",
+            f"{file}: the prompt {name} must have system_prompt, prompt_template and the output_format [[A]], as in"
+            " FastChat",
         )
         found = _fields(str(texts[1]))
         require(
             found == fields,
-            f"{file}: the template of {name} has the fields {short(sorted(found))}; it must have {', '.join(sorted(fields))}",
+            f"{file}: the template of {name} has the fields {short(sorted(found))}; it must have"
+            f" {', '.join(sorted(fields))}",
         )
     return {name: prompts[name] for name in PROMPT_FIELDS}
 
@@ -175,7 +181,7 @@ def _fields(template: str) -> set[str]:
 
 
 def read_references(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """FastChat's reference answers: question id as text → answers by turn. Raises SalsaError for rows of another form."""
+    """FastChat's reference answers: question id as text → answers by turn. Raises SalsaError."""
     found = {}
     for row in _rows(path, "reference answers"):
         try:

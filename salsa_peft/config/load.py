@@ -57,7 +57,8 @@ class LoadedRecipe:
     preset: str | None
     """Name of the adapter preset (--lora)."""
     changes: list[tuple[str, Any, Any]]
-    """(key, before, after) of each setting that the preset or the recipe's `lora:` section changed; before is None if unset."""
+    """(key, before, after) of each setting that the preset or the recipe's `lora:` section changed; before is None if
+    unset."""
     reset_by_lora: frozenset[str] = frozenset()
     """Keys that the recipe's `lora:` section sets, without those that `--set` changed afterwards."""
 
@@ -68,7 +69,7 @@ def bundled_names(kind: str) -> list[str]:
 
 
 def find_recipe(path_or_name: str) -> Path:
-    """The recipe file of a path, or of a bundled recipe's name (.yaml is optional). Raises SalsaError with the nearest name."""
+    """The file of a recipe's path or bundled name (.yaml is optional). Raises SalsaError if there is none."""
     path = os.path.abspath(os.path.expanduser(path_or_name)) if "\0" not in path_or_name else ""
     if os.path.isfile(path):
         return Path(path)
@@ -86,8 +87,8 @@ def load_recipe(
 ) -> LoadedRecipe:
     """Read, merge and check a recipe. Raises SalsaError, one line, that names the layer and the key.
 
-    lora: name of an adapter preset. overrides: the values of `--set`. more: checks to run after validate.check, which raise SalsaError
-    that starts with the key.
+    lora: name of an adapter preset. overrides: the values of `--set`. more: checks to run after validate.check, which
+    raise SalsaError that starts with the key.
     """
     path = find_recipe(path_or_name)
     written = read_yaml(str(path))
@@ -121,7 +122,8 @@ def load_recipe(
             check(recipe)
     require(  # for example, the saved recipe of a QLoRA run with --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
-        f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, which is {recipe.mode}; use --lora {recipe.mode}, or"
+        f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, which is {recipe.mode}; use"
+        f" --lora {recipe.mode}, or"
         " remove the key",
     )
     return LoadedRecipe(recipe, data, path, lora, changes, frozenset(reset))
@@ -175,7 +177,7 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
 
 
 def _split(key: str, data: Any) -> list[str]:
-    """The parts of a key. A name that exists in `data` may contain dots (evaluate.prompts.arena_hard_v0.1.limit)."""
+    """The parts of a key. Names in `data` may contain dots (evaluate.prompts.arena_hard_v0.1.limit)."""
     parts, found = key.split("."), []
     while parts:
         known = [n for n in range(len(parts), 1, -1) if isinstance(data, dict) and ".".join(parts[:n]) in data]

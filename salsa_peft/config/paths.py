@@ -1,4 +1,4 @@
-"""Local paths in a recipe: which values are paths, making them absolute, and checking that the files exist.
+"""Local paths in a recipe: finding them, making them absolute, and checking that the files exist.
 
 Hub repositories are not looked at here but when a stage starts. Imports no torch.
 """
@@ -28,7 +28,7 @@ LOCAL_SUFFIXES = (
 
 
 def bundled_folder(kind: str) -> Path:
-    """The folder of the bundled `recipes` or `adapters`: inside an installed package, beside the package in a checkout."""
+    """The folder of the bundled `recipes` or `adapters`, in the installed package or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / f"_{kind}"
     return inside if inside.is_dir() else package.parent / kind
@@ -88,7 +88,7 @@ def _path(value: Any, folder: str) -> Any:
 
 
 def _model_path(value: Any, folder: str) -> Any:
-    """Like _path, but also a name with a backslash, or whose first part is a folder (runs/seed-9), is a path."""
+    """Like _path, but names with a backslash or an existing first folder (runs/seed-9) are paths too."""
     found = _path(value, folder)
     if not isinstance(found, str) or os.path.isabs(found) or "\0" in found:
         return found
@@ -159,7 +159,8 @@ def _check_base(base: str) -> None:
             content = read_json(Path(base, "adapter_config.json"))
         own = content.get("base_model_name_or_path") if isinstance(content, dict) else None
         raise SalsaError(
-            f"{start} is an adapter, not a model. Set model.base to {f'{own}, ' if own else ''}the model that it was trained on, or"
+            f"{start} is an adapter, not a model. Set model.base to {f'{own}, ' if own else ''}the model that it was"
+            " trained on, or"
             f" merge it first: `salsa soup MERGED {short(Path(base).name)[1:-1]} --merge --base {own or 'BASE'}`"
         )
     for ending, remedy in (
@@ -172,25 +173,27 @@ def _check_base(base: str) -> None:
 
 
 def check_template(recipe: Recipe) -> None:
-    """Raise SalsaError for a template that is no file, or a local base without the template that is asked for."""
+    """Raise SalsaError for a template that is no file, or that the local base does not have."""
     template, base = recipe.model.chat_template, recipe.model.base
     if template == OWN_TEMPLATE and base is not None and os.path.isdir(base):
         require(
             has_template("model.chat_template", base),
-            f"model.chat_template: {short_path(base)} has no chat template. Use chatml, zephyr, or the path of a Jinja file.",
+            f"model.chat_template: {short_path(base)} has no chat template. Use chatml, zephyr, or the path of a Jinja"
+            " file.",
         )
     if template is None or template == OWN_TEMPLATE:
         return
     names = sorted(path.stem for path in (bundled_folder("recipes") / "chat_templates").glob("*.jinja"))
     require(
         is_local(template) and os.path.isfile(template),
-        f"model.chat_template: {short_path(template)} is no file. Use {OWN_TEMPLATE} (the base's own), the path of a Jinja file, or a"
+        f"model.chat_template: {short_path(template)} is no file. Use {OWN_TEMPLATE} (the base's own), the path of a"
+        " Jinja file, or a"
         f" bundled template: {', '.join(names) or 'none'}",
     )
 
 
 def check_path(where: str, path: str, what: str, file: str) -> None:
-    """Raise SalsaError for a local folder without `file`, and for what cannot be a Hub id. what: "a LoRA adapter", for messages."""
+    """Raise SalsaError for a local folder without `file`, and for what cannot be the Hub id of `what`."""
     if not is_local(path):
         check_hub_id(where, path, f"the folder or Hub id (namespace/name) of {what}")
         return
@@ -205,5 +208,5 @@ def check_hub_id(where: str, value: str, expected: str) -> None:
     """Raise SalsaError unless `value` can be a Hub id. expected: what to give instead, for the message."""
     require(
         HUB_ID.match(value) is not None,
-        f"{where}: {short(value)} is neither a file or folder nor a Hub id; give {expected}",
+        f"{where}: {short(value)} is no file, folder or Hub id; give {expected}",
     )

@@ -1,4 +1,4 @@
-"""The soup section, and the references of the KL term: seeds, soups, shrunk seeds, the base, another adapter.
+"""The soup section, and the references of the KL term: seeds, soups, the base, other adapters.
 
 To add a kind of reference written as a mapping, add a function and a row of REFERENCE_KINDS.
 """
@@ -11,10 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import SEED, STRICT, Count, Positive
+from salsa_peft.config.fields import SEED, STRICT, Count, Positive, require_unique
 from salsa_peft.config.rewards import FUNCTION, check_function, function_with_folder
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
+
+
+def require_seed(key: str, position: int, seeds: int) -> None:
+    """Raise SalsaError unless `position` is one of sft.seeds."""
+    require(position < seeds, f"{key}: there is no seed-{position}; sft.seeds has seed-0 to seed-{seeds - 1}")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -34,19 +39,14 @@ class Soup:
         return self.weights if self.weights is not None else [1 / len(self.members)] * len(self.members)
 
     def check(self, where: str, seeds: int) -> None:
-        """Raise SalsaError for members that do not exist or repeat, and for weights that do not match them or do not sum to 1."""
+        """Raise SalsaError for members that are missing or repeated, and for weights that do not fit them."""
         for member in self.members:
-            require(
-                member < seeds,
-                f"{where}.members: there is no seed {member}; members are positions 0 to {seeds - 1} of sft.seeds",
-            )
-        require(
-            len(set(self.members)) == len(self.members),
-            f"{where}.members: {short(self.members)} names a member twice; name each once",
-        )
+            require_seed(f"{where}.members", member, seeds)
+        require_unique(f"{where}.members", self.members)
         require(
             len(self.resolved_weights) == len(self.members),
-            f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one per member",
+            f"{where}.weights: found {len(self.resolved_weights)} weights for {len(self.members)} members; give one"
+            " per member",
         )
         total = sum(self.resolved_weights)
         require(
@@ -59,7 +59,8 @@ class Soup:
 class Reference:
     """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or another adapter.
 
-    seed-N is one member of weight 1, a soup its members with weights of sum 1, `shrunk` one member with a scale, `base` no member.
+    seed-N is one member of weight 1, a soup its members with weights of sum 1, `shrunk` one member with a scale, `base`
+    no member.
     """
 
     label: str
@@ -131,8 +132,8 @@ REFERENCE_KINDS = {"soup": _inline_soup, "shrunk": _shrunk}
 def parse_reference(where: str, value: Any) -> list[Reference]:
     """The references in a policy's `reference:`, whose KLs are averaged.
 
-    A string is seed-N, base, soup, or an adapter's folder or Hub id; a mapping is one of REFERENCE_KINDS; a list holds these.
-    Raises SalsaError that names the key.
+    A string is seed-N, base, soup, or an adapter's folder or Hub id; a mapping is one of REFERENCE_KINDS; a list holds
+    these. Raises SalsaError that names the key.
     """
     if isinstance(value, list):
         require(bool(value), f"{where}: is an empty list; name at least one reference")
@@ -144,7 +145,8 @@ def parse_reference(where: str, value: Any) -> list[Reference]:
         return [REFERENCE_KINDS[kind](where, options)]
     require(
         isinstance(value, str) and bool(value),
-        f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these, not {short(value)}",
+        f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, an adapter's path or a list of these, not"
+        f" {short(value)}",
     )
     if seed := SEED.match(value):
         return [Reference(label=value, members=[int(seed[1])], weights=[1.0])]
@@ -159,14 +161,16 @@ MEASURED_STRATEGIES = ("greedy", "learned")
 
 @dataclass(config=STRICT, kw_only=True)
 class SoupSection(Soup):
-    """The soup stage. linear and slerp use the given weights; greedy and learned choose weights by `measure`."""
+    """The soup stage. linear and slerp use the given weights; greedy and learned choose them by `measure`."""
 
     strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
-    """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, t the second weight. greedy: a member
-    joins the uniform mean if the measure does not fall; learned: weights by gradient of the measure (both Wortsman et al., 2022)."""
+    """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, t the second weight.
+    greedy: a member joins the uniform mean if the measure does not fall; learned: weights by gradient of the measure
+    (both Wortsman et al., 2022)."""
     measure: str = "sft_loss"
-    """Measure for greedy and learned: sft_loss on data.held_out, reward (mean score of one response to each of data.prompts), or
-    module:name, a Python function of the model where higher is better. learned supports sft_loss only."""
+    """Measure for greedy and learned: sft_loss on data.held_out, reward (mean score of one response to each of
+    data.prompts), or module:name, a Python function of the model where higher is better. learned supports sft_loss
+    only."""
     limit: Count = 128
     """Rows that the measure uses: the first ones."""
     steps: Count = 20
@@ -202,11 +206,13 @@ class SoupSection(Soup):
         known = self.measure in MEASURES
         require(
             known or FUNCTION.match(self.measure) is not None,
-            f"{where}.measure: must be {', '.join(MEASURES)} or module:name, a function of the model, not {self.measure!r:.60}",
+            f"{where}.measure: must be {', '.join(MEASURES)} or module:name, a function of the model, not"
+            f" {self.measure!r:.60}",
         )
         require(
             self.strategy != "learned" or self.measure == "sft_loss",
-            f"{where}.measure: strategy learned needs sft_loss, because {self.measure!r:.60} has no gradient; or use strategy greedy",
+            f"{where}.measure: strategy learned needs sft_loss, because {self.measure!r:.60} has no gradient; or use"
+            " strategy greedy",
         )
         if not known:
             check_function(f"{where}.measure", self.measure)

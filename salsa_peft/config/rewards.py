@@ -1,4 +1,4 @@
-"""What `reward.model` may be: the trained reward adapter, a sequence classifier, a Python function, a weighted sum of these.
+"""What `reward.model` may be: a reward adapter, a classifier, a Python function, a weighted sum.
 
 A function is only looked up in its file: reading a recipe imports and runs nothing of the user's.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from salsa_peft.config.fields import NAME
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import read_json
 from salsa_peft.utils.messages import one_line, short_path
 
 ADAPTER = "adapter"
@@ -27,7 +27,8 @@ WORD = r"[A-Za-z_][A-Za-z0-9_]*"
 FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*):(?P<name>{WORD}(?:\.{WORD})*)\Z")
 SEQUENCE_CLASSIFIER = "ForSequenceClassification"
 WRITE_A_FUNCTION = (
-    "Write a Python function that loads the model and returns one score per response (reward: module:name), or use a classifier with"
+    "Write a Python function that loads the model and returns one score per response (reward: module:name), or use a"
+    " classifier with"
     " num_labels 1, such as TRL's RewardTrainer saves"
 )
 """Advice for a reward model that is not a classifier with one label."""
@@ -55,7 +56,7 @@ class RewardPart:
 
 
 def parse_reward(where: str, value: Any) -> list[RewardPart]:
-    """The parts of `reward.model`. Several parts, or one with a weight, are a weighted sum. Raises SalsaError."""
+    """The parts of `reward.model`, of which a weighted sum has several. Raises SalsaError."""
     if not isinstance(value, list):
         return [_part(where, value)]
     require(bool(value), f"{where}: {ACCEPTED_MODELS}, but this list is empty")
@@ -97,7 +98,7 @@ def _part(where: str, value: Any) -> RewardPart:
 
 
 def split_function(value: str, where: str = "reward") -> tuple[str | None, str, str]:
-    """Folder, module and name of [FOLDER/]module:name. Raises SalsaError, starting with `where`, for another form."""
+    """Folder, module and name of [FOLDER/]module:name. Raises SalsaError that starts with `where`."""
     found = FUNCTION.match(value)
     if found is None or found["module"].endswith(".py"):
         hint = " without .py" if ".py:" in value else ""
@@ -106,7 +107,7 @@ def split_function(value: str, where: str = "reward") -> tuple[str | None, str, 
 
 
 def find_module(folder: str | None, module: str) -> Path | None:
-    """The file of a module in a folder, or with folder None on Python's path; None if there is none. Imports nothing."""
+    """The file of a module in a folder (None: on Python's path), or None. Imports nothing."""
     importlib.invalidate_caches()
     finders: list[Any] = [PathFinder] if folder is not None else sys.meta_path
     search, spec = None if folder is None else [folder], None
@@ -121,7 +122,7 @@ def find_module(folder: str | None, module: str) -> Path | None:
 
 
 def check_function(where: str, value: str) -> None:
-    """Raise SalsaError for a function whose module is missing, does not parse, imports what is not installed, or lacks its name."""
+    """Raise SalsaError for a function whose module or name is missing, or whose imports are not installed."""
     folder, module, name = split_function(value, where)
     place = f"in {short_path(folder)}" if folder else "in the recipe's folder or on Python's path"
     file = find_module(folder, module)
@@ -139,18 +140,19 @@ def check_function(where: str, value: str) -> None:
 
 
 def check_signature(where: str, value: str) -> None:
-    """Raise SalsaError for a reward function with positional-only arguments: it is called by keyword, as in TRL."""
+    """Raise SalsaError for positional-only arguments: reward functions are called by keyword, as in TRL."""
     arguments = _arguments(value)
     names = [] if arguments is None else [argument.arg for argument in arguments.posonlyargs]
     require(
         not names,
-        f"{where}: {value.rpartition(':')[2]} has the positional-only arguments {', '.join(names)}, but rewards are called by keyword;"
+        f"{where}: {value.rpartition(':')[2]} has the positional-only arguments {', '.join(names)}, but rewards are"
+        " called by keyword;"
         " remove the / from its signature",
     )
 
 
 def check_columns(where: str, value: str, columns: Collection[str], data: str) -> None:
-    """Raise SalsaError for a reward function with a required argument that is no column of the data and not in REWARD_ARGUMENTS."""
+    """Raise SalsaError for required arguments that are neither columns nor REWARD_ARGUMENTS."""
     arguments = _arguments(value)
     if arguments is None:
         return
@@ -161,8 +163,10 @@ def check_columns(where: str, value: str, columns: Collection[str], data: str) -
     absent = [name for name in needs if name not in REWARD_ARGUMENTS and name not in passed]
     require(
         not absent,
-        f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (columns besides the prompt:"
-        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the column, or give the argument a default",
+        f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (columns besides"
+        " the prompt:"
+        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the column, or"
+        " give the argument a default",
     )
 
 
@@ -176,7 +180,7 @@ def _parsed(where: str, file: Path) -> ast.Module:
 
 
 def defines_name(tree: ast.Module, name: str) -> bool:
-    """Whether a module seems to define `name` (the first part of a dotted name). With a star import, always."""
+    """Whether a module may define `name` (of a dotted name the first part), also by a star import."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -189,7 +193,7 @@ def defines_name(tree: ast.Module, name: str) -> bool:
 
 
 def _not_installed(tree: ast.Module, file: Path) -> list[str]:
-    """Packages that a module imports at top level, outside `try`, and that are not installed; [] if it changes sys.path."""
+    """Missing packages that a module imports unconditionally; [] if it changes sys.path."""
     if "sys.path" in file.read_text(errors="ignore"):
         return []
     names: list[str] = []
@@ -205,7 +209,7 @@ def _not_installed(tree: ast.Module, file: Path) -> list[str]:
 
 
 def _arguments(value: str) -> ast.arguments | None:
-    """A function's parameters by its source; None unless it is one plain `def` or lambda (not decorated, not a class)."""
+    """A function's parameters by its source; None unless it is one undecorated `def` or lambda."""
     folder, module, name = split_function(value)
     file = find_module(folder, module)
     if file is None or file.suffix != ".py":
@@ -225,7 +229,7 @@ def _arguments(value: str) -> ast.arguments | None:
 
 
 def function_with_folder(value: str, folder: str) -> str:
-    """A function's name with the absolute folder of its module in front, if that is the recipe's folder or one that it names."""
+    """A function's name with its module's absolute folder in front, if it has one or is in `folder`."""
     found = FUNCTION.match(value)
     if found is None:
         return value
@@ -236,28 +240,31 @@ def function_with_folder(value: str, folder: str) -> str:
 
 
 def check_classifier_folder(where: str, folder: str) -> None:
-    """Raise SalsaError unless a folder holds a sequence classifier with one label whose tokenizer has a chat template."""
+    """Raise SalsaError unless a folder holds a classifier with one label and a chat template."""
     config = _json_file(where, Path(folder) / "config.json")
     names = config.get("architectures") or [SEQUENCE_CLASSIFIER]
     require(
         str(names[0]).endswith(SEQUENCE_CLASSIFIER),
-        f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it has no score head with one"
+        f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it"
+        " has no score head with one"
         f" label. {WRITE_A_FUNCTION}",
     )
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
     require(
         labels == 1,
-        f"{where}: {short_path(folder)} is a classifier with {labels} labels, but a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
+        f"{where}: {short_path(folder)} is a classifier with {labels} labels, but a reward is one number (num_labels"
+        f" 1). {WRITE_A_FUNCTION}",
     )
     require(
         has_template(where, folder),
-        f"{where}: the tokenizer of {short_path(folder)} has no chat template, but a recipe's prompts are messages. Save the template that the"
+        f"{where}: the tokenizer of {short_path(folder)} has no chat template, but a recipe's prompts are messages."
+        " Save the template that the"
         " classifier was trained with as chat_template.jinja in that folder, or write a function (reward: module:name)",
     )
 
 
 def has_template(where: str, folder: str) -> bool:
-    """Whether a folder's tokenizer has a chat template. Raises SalsaError for an unreadable tokenizer_config.json."""
+    """Whether a folder's tokenizer has a chat template. Raises SalsaError for an unreadable file."""
     if (Path(folder) / "chat_template.jinja").is_file():
         return True
     return _json_file(where, Path(folder) / "tokenizer_config.json").get("chat_template") is not None
@@ -265,8 +272,8 @@ def has_template(where: str, folder: str) -> bool:
 
 def _json_file(where: str, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: {short_path(str(path))} cannot be read as JSON") from error
+        value = read_json(path)
+    except SalsaError as error:
+        raise SalsaError(f"{where}: {error}") from error
     require(isinstance(value, dict), f"{where}: {short_path(str(path))} does not hold a JSON object")
     return value

@@ -1,20 +1,19 @@
-"""The recipe's schema: every section and default, with units and sources in the docstrings under the fields.
+"""The recipe's schema: every section and default, with unit and source under each field.
 
-`config/load.py` builds a `Recipe` from YAML, an adapter preset and `--set`. Imports no torch, so that a bad recipe is rejected within two
-seconds.
+`config/load.py` builds a `Recipe` from YAML, an adapter preset and `--set`. Imports no torch, so that a bad recipe is
+rejected within two seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed
+from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, Seed, require_multiple
 from salsa_peft.config.judge import Judge, as_judge
 from salsa_peft.config.options.hub import Hub
 from salsa_peft.config.options.ppo import PPOOptions, Sampling
@@ -24,7 +23,6 @@ from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import DPO, GRPO, KTO, RLOO
 from salsa_peft.config.references import Reference, SoupSection, parse_reference
 from salsa_peft.config.rewards import RewardPart, parse_reward
-from salsa_peft.utils.errors import require
 
 
 def _source(value: Any) -> Any:
@@ -41,12 +39,13 @@ class Source:
     """A dataset: a Hub id, a local folder or a local file. A bare string is its path."""
 
     path: str
-    """Hub id, hf://datasets/ path, folder, or file (.jsonl, .json, .parquet, .csv, .tsv, also compressed). Relative paths start at the
-    recipe's folder; with `--set`, at the current folder."""
+    """Hub id, hf://datasets/ path, folder, or file (.jsonl, .json, .parquet, .csv, .tsv, also compressed). Relative
+    paths start at the recipe's folder; with `--set`, at the current folder."""
     name: str | None = None
     """Configuration of the Hub dataset."""
     split: str = "train"
-    """Split of a Hub dataset or folder, or a slice of it (train[:80%]). A single file is the split train, and can be sliced."""
+    """Split of a Hub dataset or folder, or a slice of it (train[:80%]). A single file is the split train, and can be
+    sliced."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     limit: Count | None = None
@@ -71,14 +70,17 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32."""
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """QLoRA (Dettmers et al., 2023): the frozen base's linear layers in 4 bits; nf4-double also quantizes their scales. Adapters only."""
+    """QLoRA (Dettmers et al., 2023): the frozen base's linear layers in 4 bits; nf4-double also quantizes their scales.
+    Adapters only."""
     attn_implementation: str | None = None
-    """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto: flash_attention_2 on CUDA if the package
-    flash-attn is installed, else sdpa. Paper A.1: flash attention."""
+    """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto: flash_attention_2 on CUDA
+    if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
     max_length: Count = 1024
-    """Maximum number of tokens of a training sequence (SFT, reward), and of prompt and response together in PPO. Paper A.1: 2048."""
+    """Maximum number of tokens of a training sequence (SFT, reward), and of prompt and response together in PPO. Paper
+    A.1: 2048."""
     chat_template: str | None = None
-    """chatml or zephyr (bundled), tokenizer (the base's own), or the path of a Jinja file. None: the embedded world's."""
+    """chatml or zephyr (bundled), tokenizer (the base's own), or the path of a Jinja file. None: the embedded
+    world's."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -106,18 +108,19 @@ class Data:
     preferences: DataSource | None = None
     """Reward model, DPO, KTO: rows with `chosen` and `rejected`, and with `prompt` unless these two contain it."""
     prompts: DataSource | None = None
-    """PPO, RLOO, GRPO: rows with `prompt`, or `messages` (whose last assistant turn is dropped), or another accepted column."""
+    """PPO, RLOO, GRPO: rows with `prompt`, or `messages` (whose last assistant turn is dropped), or another accepted
+    column."""
     held_out: DataSource | None = None
     """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class SFT(Training):
-    """Supervised fine-tuning of the seeds with TRL's SFTTrainer; the loss is on the assistant's tokens only."""
+    """Supervised fine-tuning of the seeds (TRL's SFTTrainer), with loss on the assistant's tokens only."""
 
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
-    """Random seeds, one per fine-tuned model. `seed-N` and soup members are positions in this list. A seed sets data order and adapter
-    initialization."""
+    """Random seeds, one per fine-tuned model. `seed-N` and soup members are positions in this list. A seed sets data
+    order and adapter initialization."""
     learning_rate: Positive = 2.5e-5
     """Peak learning rate. Paper A.1."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -125,8 +128,8 @@ class SFT(Training):
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the rows that each seed trains on, drawn at random for each. Paper: all."""
     from_: list[str | None] | None = None
-    """`from` in a recipe. Seeds that already exist: for each position a folder or Hub id of a LoRA adapter (with full weights, of a
-    checkpoint), or null to train it here. A bare string is a list of one. None: train all."""
+    """`from` in a recipe. Seeds that already exist: for each position a folder or Hub id of a LoRA adapter (with full
+    weights, of a checkpoint), or null to train it here. A bare string is a list of one. None: train all."""
 
     def existing_seed(self, position: int) -> str | None:
         """Folder or Hub id of a seed that already exists, or None if it is trained."""
@@ -135,20 +138,22 @@ class SFT(Training):
 
 @dataclass(config=STRICT, kw_only=True)
 class Reward(Training):
-    """What PPO maximizes, and how a reward model is trained (TRL's RewardTrainer: seed-0 with a linear head on the last token).
+    """What PPO maximizes. A reward model is trained from seed-0 with a linear head (TRL's RewardTrainer).
 
     A string or list in place of the section is its `model`.
     """
 
     model: Any = "adapter"
-    """adapter (trained here) | module:name, a Python function with the signature of TRL's reward functions, its module in the recipe's
-    folder or on Python's path | folder or Hub id of a sequence classifier | a list of these, or of {model, weight, name}: their weighted sum."""
+    """adapter (trained here) | module:name, a Python function with the signature of TRL's reward functions, its module
+    in the recipe's folder or on Python's path | folder or Hub id of a sequence classifier | a list of these, or of
+    {model, weight, name}: their weighted sum."""
     learning_rate: Positive = 2.0e-5
     """Peak learning rate. Paper A.2."""
     weight_decay: NonNegative = 0.001
     """AdamW's weight decay. Paper A.2."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
-    """Seeds of the data order. With several, one reward model is trained per seed and their soup is the reward (WARM, Ramé et al., 2024)."""
+    """Seeds of the data order. With several, one reward model is trained per seed and their soup is the reward (WARM,
+    Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
 
@@ -187,23 +192,22 @@ class PPO(PPOOptions, Training):
     save_steps: Count = 50
     """Optimizer steps between two checkpoints, from which a stopped run resumes. The newest two are kept."""
     eval_prompts: str | None = None
-    """Name of the set in evaluate.prompts that is answered and scored during training. None: no evaluation during training."""
+    """Name of the set in evaluate.prompts that is answered and scored during training. None: no evaluation during
+    training."""
     eval_steps: Count = 100
     """Optimizer steps between two such evaluations."""
     eval_limit: Count = 64
     """Number of prompts in such an evaluation: the first ones of the set."""
 
     def check(self, section: str, processes: int = 1) -> None:
-        """Raise SalsaError unless the batch sizes divide, the options agree and max_steps is a whole number of updates."""
+        """Raise SalsaError unless batch sizes divide, options agree and max_steps is a multiple of an update."""
         self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
         steps = self.steps_per_update
-        require(  # an update that is cut short would be in no log
-            self.max_steps < 1 or self.max_steps % steps == 0,
-            f"{section}.max_steps: {self.max_steps} is not a multiple of {steps}, the optimizer steps of one update (num_ppo_epochs ×"
-            f" num_mini_batches); set {section}.max_steps={math.ceil(self.max_steps / steps) * steps}",
-        )
+        if self.max_steps > 0:  # an update that is cut short would be in no log
+            of = f"{steps}, the optimizer steps of one update (num_ppo_epochs × num_mini_batches)"
+            require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
 
     @property
     def steps_per_update(self) -> int:
@@ -216,13 +220,13 @@ class Policy:
     """A policy, trained from seed-0."""
 
     reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | an adapter's path | a list of
-    these, whose KLs are averaged."""
+    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | an
+    adapter's path | a list of these, whose KLs are averaged."""
     kl_coef: NonNegative | None = None
     """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
     algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"
-    """ppo: SalsaPPOTrainer. The others: TRL's trainers with this reference. dpo and kto learn from `data.preferences`; ppo, rloo and grpo from
-    `data.prompts` and `reward`. The section of the same name has the settings."""
+    """ppo: SalsaPPOTrainer. The others: TRL's trainers with this reference. dpo and kto learn from `data.preferences`;
+    ppo, rloo and grpo from `data.prompts` and `reward`. The section of the same name has the settings."""
 
     def references(self, where: str) -> list[Reference]:
         """The parsed references. `where` is the policy's key, for messages."""
@@ -261,18 +265,19 @@ class Landscape:
 
 @dataclass(config=STRICT, kw_only=True)
 class Evaluate:
-    """Answers of seed-0, the soup and every policy to held-out prompts, scored by the reward and compared by a judge."""
+    """Answers of all models to held-out prompts, scored by the reward and compared by a judge."""
 
     prompts: dict[str, DataSource] = dataclasses.field(default_factory=dict)
     """Name → prompts. Empty: the embedded world's two sets."""
     pairs: list[list[str]] = dataclasses.field(default_factory=list)
-    """Pairs of models to compare. The name of a searched policy means the candidate that was picked. Empty: every policy and the soup against
-    seed-0, and every two policies."""
+    """Pairs of models to compare. The name of a searched policy means the candidate that was picked. Empty: every
+    policy and the soup against seed-0, and every two policies."""
     models: list[str] = dataclasses.field(default_factory=list)
-    """More models to evaluate, written like references: base, seed-1 … (strings only). seed-0, soup and policies are always evaluated."""
+    """More models to evaluate, written like references: base, seed-1 … (strings only). seed-0, soup and policies are
+    always evaluated."""
     temperature: Literal["category"] | NonNegative = "category"
-    """Temperature of the answers. category: FastChat's temperatures for MT-Bench categories (0 for math, 0.7 for writing …) and
-    generation.temperature for all other questions. A number: for all questions; 0 is greedy decoding."""
+    """Temperature of the answers. category: FastChat's temperatures for MT-Bench categories (0 for math, 0.7 for
+    writing …) and generation.temperature for all other questions. A number: for all questions; 0 is greedy decoding."""
     judge: Annotated[Judge | None, BeforeValidator(as_judge)] = None
     """Judge that compares the answers of `pairs`. None: only scores are compared."""
     samples: Count = 20
@@ -294,13 +299,14 @@ class Recipe:
     threads: Count | None = None
     """CPU threads of each stage. None: PyTorch's default."""
     precision: Literal["auto", "master", "stochastic"] = "auto"
-    """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW under bf16 autocast. stochastic:
-    bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto: master if models/architectures/memory.py
-    estimates that it fits on the GPU, else stochastic."""
+    """Precision of full-weight training (adapters are always float32). master: float32 weights and AdamW under bf16
+    autocast. stochastic: bf16 weights with stochastic rounding and 8-bit AdamW (torchao, the extra `full`). auto:
+    master if models/architectures/memory.py estimates that it fits on the GPU, else stochastic."""
     offload: Literal["none", "frozen"] = "none"
     """frozen: full-weight references and reward models are kept in CPU memory while the policy generates and trains."""
     num_processes: Count = 1
-    """Processes of the training stages (sft, reward, ppo), one per GPU. More than one are started by `accelerate launch`."""
+    """Processes of the training stages (sft, reward, ppo), one per GPU. More than one are started by `accelerate
+    launch`."""
     accelerate: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     """Strategy of several processes: the name of a file in recipes/accelerate. No effect with one process."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)
@@ -310,10 +316,11 @@ class Recipe:
     adapter: Adapter | None = None
     """LoRA settings, set by --lora. None: full weights."""
     sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Policies that differ in one number (config/sweeps.py). They are written into `policies` when the recipe is read, so a saved recipe has no
-    sweep."""
+    """Policies that differ in one number (config/sweeps.py). They are written into `policies` when the recipe is read,
+    so a saved recipe has no sweep."""
     search: Search | None = None
-    """Trains each policy at several KL coefficients and picks one (config/sweeps.py). The candidates are written into `policies` too."""
+    """Trains each policy at several KL coefficients and picks one (config/sweeps.py). The candidates are written into
+    `policies` too."""
     toy: Toy | None = None
     """Sizes of the embedded world. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)

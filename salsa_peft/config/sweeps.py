@@ -1,9 +1,10 @@
 """`sweep:` and `search:`, expanded into policies.
 
-A sweep makes policies that differ in one number. A search trains each policy at several KL coefficients and picks the candidate with the
-highest win rate, as the paper does for each method. Both are written into `policies` before the recipe is checked. A searched policy in
-`evaluate.pairs` means the candidate that was picked. Its win rate is biased upwards on the questions that picked it: the report says so,
-and `search.questions` can name another set. To add a sweep, add a function and a row of SWEEPS. Imports no torch.
+A sweep makes policies that differ in one number. A search trains each policy at several KL coefficients and picks the
+candidate with the highest win rate, as the paper does for each method. Both are written into `policies` before the
+recipe is checked. A searched policy in `evaluate.pairs` means the candidate that was picked. Its win rate is biased
+upwards on the questions that picked it: the report says so, and `search.questions` can name another set. To add a
+sweep, add a function and a row of SWEEPS. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MAX_POLICIES
+from salsa_peft.config.fields import MAX_POLICIES, require_unique
 from salsa_peft.config.options.search import SEED_0
-from salsa_peft.config.references import parse_reference
+from salsa_peft.config.references import parse_reference, require_seed
 from salsa_peft.config.schema import SFT
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import did_you_mean, number_in_name, short
@@ -56,10 +57,7 @@ def kl_coef(where: str, values: list[float], seeds: int, reference: Any = "soup"
     """The same reference for each KL coefficient (paper, A.4)."""
     for parsed in parse_reference(f"{where}.reference", reference):
         for member in parsed.members:
-            require(
-                member < seeds,
-                f"{where}.reference: there is no seed-{member}; sft.seeds has seed-0 to seed-{seeds - 1}",
-            )
+            require_seed(f"{where}.reference", member, seeds)
     for value in values:
         require(value >= 0, f"{where}.values: must be at least 0, not {value:g}")
         yield reference
@@ -120,7 +118,8 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
     several, betas = _kl_coefs(f"{where}.kl_coef", given.get("kl_coef"))
     require(
         len(values) * len(betas) <= MAX_POLICIES,
-        f"{where}: {len(values)} values × {len(betas)} KL coefficients are more than {MAX_POLICIES} policies; use fewer",
+        f"{where}: {len(values)} values × {len(betas)} KL coefficients are more than {MAX_POLICIES} policies; use"
+        " fewer",
     )
     references = make(where, values, seeds, **{key: given[key] for key in options if key in given})
     for value, reference in zip(values, references, strict=True):
@@ -131,7 +130,7 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
 
 
 def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
-    """Whether the value is a list, so that policies' names need the coefficient, and the coefficients; [None] means ppo.kl_coef."""
+    """Whether names need the KL coefficient, and the coefficients; [None] means ppo.kl_coef."""
     if value is None:
         return False, [None]
     several = isinstance(value, list)
@@ -146,7 +145,7 @@ def _numbers(where: str, value: Any) -> list[float]:
     fits = isinstance(value, list) and bool(value) and all(_is_number(number) for number in value)
     require(fits, f"{where}: must be a list of numbers, not {short(value)}")
     numbers = [float(number) + 0.0 for number in value]  # −0 becomes 0
-    require(len(set(numbers)) == len(numbers), f"{where}: {short(value)} has a number twice; give each once")
+    require_unique(where, numbers)
     return numbers
 
 
@@ -172,9 +171,10 @@ Pairs = list[tuple[str, str]]
 
 
 def expand_search(data: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's departures with each searched policy replaced by its candidates. Raises SalsaError that names the key.
+    """A recipe's departures with each searched policy replaced by its candidates. Raises SalsaError.
 
-    A saved recipe, which has the candidates already, is unchanged. Values of the wrong type are left for the schema to report.
+    A saved recipe, which has the candidates already, is unchanged. Values of the wrong type are left for the schema to
+    report.
     """
     search, policies = data.get("search"), data.get("policies", {})
     if not isinstance(search, dict) or not isinstance(policies, dict):
@@ -183,12 +183,11 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(betas, list) or not betas or any(type(beta) not in (int, float) for beta in betas):
         return data
     betas = [float(beta) for beta in betas]
-    require(
-        len(set(betas)) == len(betas), f"search.kl_coef: {short(search['kl_coef'])} has a number twice; give each once"
-    )
+    require_unique("search.kl_coef", betas)
     require(
         len(policies) * len(betas) <= MAX_POLICIES,
-        f"search.kl_coef: {len(betas)} numbers for {len(policies)} policies are more than {MAX_POLICIES} policies; use fewer",
+        f"search.kl_coef: {len(betas)} numbers for {len(policies)} policies are more than {MAX_POLICIES} policies; use"
+        " fewer",
     )
     methods = search.get("methods") or list(policies)
     if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
@@ -205,7 +204,8 @@ def expand_search(data: dict[str, Any]) -> dict[str, Any]:
         for candidate, beta in candidates.items():
             require(
                 candidate not in policies,
-                f"search: {name} with kl_coef {beta:g} is called {candidate}, but `policies` has a policy of that name; rename that one",
+                f"search: {name} with kl_coef {beta:g} is called {candidate}, but `policies` has a policy of that"
+                " name; rename that one",
             )
             expanded[candidate] = {**policy, "kl_coef": beta}
         if not candidates:
@@ -237,7 +237,8 @@ def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> 
     )
     require(
         search.against in models,
-        f"search.against: {short(search.against)} is not an evaluated model; {did_you_mean(search.against, list(models), 'models')}",
+        f"search.against: {short(search.against)} is not an evaluated model;"
+        f" {did_you_mean(search.against, list(models), 'models')}",
     )
     require(
         all(search.against not in names for names in candidates(recipe).values()),
@@ -258,7 +259,7 @@ def candidate_pairs(recipe: Recipe) -> Pairs:
 
 
 def compared_pairs(recipe: Recipe) -> Pairs:
-    """The pairs to compare: evaluate.pairs, else soup and policies against seed-0 and each policy against each earlier one.
+    """The pairs to compare: evaluate.pairs, or soup and policies against seed-0 and one another.
 
     A searched policy has its own name in them; `with_picked` replaces it.
     """
@@ -272,7 +273,7 @@ def compared_pairs(recipe: Recipe) -> Pairs:
 def pick_candidates(
     recipe: Recipe, rates: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
 ) -> dict[str, Any] | None:
-    """The search's result: for each searched policy the candidate with the highest adjusted win rate, the first of equals.
+    """For each searched policy the candidate with the highest adjusted win rate, the first of equals.
 
     rates: candidate → {adjusted_win_rate, low, high} against the opponent. None without a search.
     """
@@ -291,7 +292,7 @@ def pick_candidates(
 
 
 def with_picked(pairs: Pairs, result: Mapping[str, Any] | None) -> Pairs:
-    """Pairs with each searched policy replaced by its picked candidate, without repetitions. result: of pick_candidates."""
+    """Pairs with each searched policy replaced by its candidate in the result of pick_candidates."""
     best = {method: found["best"] for method, found in (result or {"methods": {}})["methods"].items()}
     named = ((best.get(a, a), best.get(b, b)) for a, b in pairs)
     return list(dict.fromkeys(pair for pair in named if pair[0] != pair[1]))

@@ -1,7 +1,7 @@
-"""Checks of a recipe across its sections: names, positions, batch sizes, modes, and the local files that it names.
+"""Checks of a recipe across its sections: names, positions, batch sizes, modes, local files.
 
-Each raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked before the first stage, not
-here. Imports no torch.
+Each raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked before the
+first stage, not here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from salsa_peft.config import judge, sweeps
-from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED
+from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
-from salsa_peft.config.references import Reference, parse_reference
+from salsa_peft.config.references import Reference, parse_reference, require_seed
 from salsa_peft.config.rewards import (
     RewardPart,
     check_classifier_folder,
@@ -32,10 +32,10 @@ TOY_PROMPTS = ("in", "out")
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError, starting with the key, for the first setting that does not fit the others or this machine's files."""
+    """Raise SalsaError for the first setting that does not fit the others or this machine's files."""
     _check_name("name", recipe.name)
     seeds = recipe.sft.seeds
-    require(len(set(seeds)) == len(seeds), f"sft.seeds: {short(seeds)} has a seed twice; give each once")
+    require_unique("sft.seeds", seeds)
     recipe.sft.check("sft", recipe.num_processes)
     _check_existing_seeds(recipe)
     recipe.reward.check("reward", recipe.num_processes)
@@ -44,8 +44,7 @@ def check(recipe: Recipe) -> None:
     for algorithm in ALGORITHMS:
         getattr(recipe, algorithm).check(algorithm)
     recipe.soup.check("soup", len(seeds))
-    seeds = recipe.reward.seeds
-    require(len(set(seeds)) == len(seeds), f"reward.seeds: {short(seeds)} has a seed twice; give each once")
+    require_unique("reward.seeds", recipe.reward.seeds)
     _check_lengths(recipe)
     require(
         len(recipe.policies) <= MAX_POLICIES,
@@ -80,7 +79,8 @@ def _check_existing_seeds(recipe: Recipe) -> None:
         return
     require(
         len(entries) == len(seeds),
-        f"sft.from: found {len(entries)} entries for {len(seeds)} seeds in sft.seeds; give one per seed (null: trained here)",
+        f"sft.from: found {len(entries)} entries for {len(seeds)} seeds in sft.seeds; give one per seed (null: trained"
+        " here)",
     )
     for index, path in enumerate(entries):
         if path is not None:
@@ -88,26 +88,29 @@ def _check_existing_seeds(recipe: Recipe) -> None:
 
 
 def _check_weights(where: str, path: str, recipe: Recipe) -> None:
-    """A local adapter or checkpoint has its files and is of the run's mode; anything else has the form of a Hub id."""
+    """A local adapter or checkpoint is complete and of the run's mode; other values can be Hub ids."""
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
-    require("/" in path, f"{where}: {short(path)} is neither a folder nor a Hub id (namespace/name) of {what}")
+    require("/" in path, f"{where}: {short(path)} is no folder or Hub id (namespace/name); give one of {what}")
     folder = Path(path)
     if is_local(path) and folder.is_dir():
         has_adapter, has_model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
         require(
             (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file(),
-            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load it with PEFT and save it again"
+            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load it with PEFT and save"
+            " it again"
             " (save_pretrained writes adapter_model.safetensors)",
         )
         require(  # axolotl saves the base's config.json beside an adapter
             has_adapter or not has_model or not adapters,
-            f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run it without --lora (every seed and reference is then"
+            f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run it without --lora (every"
+            " seed and reference is then"
             " a checkpoint), or name an adapter",
         )
         require(
             not has_adapter or adapters,
-            f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge it first: `salsa soup MERGED"
+            f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge it first:"
+            " `salsa soup MERGED"
             f" {folder.name} --merge --base BASE`",
         )
     for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
@@ -115,18 +118,20 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
 
 
 def _check_algorithm(where: str, policy: Policy, references: list[Reference], recipe: Recipe) -> None:
-    """References and settings that TRL's trainers do not support, and reference sync where weights are sharded."""
+    """References and settings that TRL's trainers or sharded weights do not support."""
     algorithm, sync = policy.algorithm, any(reference.sync_every is not None for reference in references)
     require(
         not sync or not recipe.sharded,
-        f"{where}.reference: sync_every does not work with accelerate {recipe.accelerate}, which shards the weights; remove sync_every or set"
+        f"{where}.reference: sync_every does not work with accelerate {recipe.accelerate}, which shards the weights;"
+        " remove sync_every or set"
         " accelerate=ddp",
     )
     if algorithm == "ppo":
         return
     require(
         not sync or recipe.adapter is not None,
-        f"{where}.reference: with full weights, sync_every works with algorithm ppo only, not {algorithm}; use ppo, or adapters (--lora)",
+        f"{where}.reference: with full weights, sync_every works with algorithm ppo only, not {algorithm}; use ppo, or"
+        " adapters (--lora)",
     )
     require(
         policy.kl_coef != 0,
@@ -134,12 +139,14 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
     )
     require(
         len(references) == 1 or algorithm != "grpo",
-        f"{where}.reference: grpo supports one reference, not {len(references)}, because the k3 estimate of a mean is not the mean of the k3"
+        f"{where}.reference: grpo supports one reference, not {len(references)}, because the k3 estimate of a mean is"
+        " not the mean of the k3"
         " estimates; use one, such as soup",
     )
     require(
         algorithm in PREFERENCE_ALGORITHMS or recipe.generation.min_new_tokens == 0,
-        f"generation.min_new_tokens: must be 0 with a policy of algorithm {algorithm}, not {recipe.generation.min_new_tokens}, because TRL"
+        f"generation.min_new_tokens: must be 0 with a policy of algorithm {algorithm}, not"
+        f" {recipe.generation.min_new_tokens}, because TRL"
         " computes log-probs as if EOS had been allowed",
     )
 
@@ -153,7 +160,8 @@ def _check_mode(recipe: Recipe) -> None:
         ):
             require(
                 value == default,
-                f"{key}: {value} has no effect with adapters: {why}. Set {key}={default}, in the recipe by `lora: {{{key}: {default}}}`",
+                f"{key}: {value} has no effect with adapters: {why}. Set {key}={default}, in the recipe by `lora:"
+                f" {{{key}: {default}}}`",
             )
         return
     for key, value, default in (
@@ -178,14 +186,16 @@ def _check_sharded(recipe: Recipe) -> None:
     ):
         require(
             fits or not recipe.sharded,
-            f"{key}: {value} does not work with accelerate {recipe.accelerate}, which shards the weights; set {key}={other} or accelerate=ddp",
+            f"{key}: {value} does not work with accelerate {recipe.accelerate}, which shards the weights; set"
+            f" {key}={other} or accelerate=ddp",
         )
 
 
 def _check_name(where: str, name: str) -> None:
     require(
         NAME.match(name) is not None,
-        f"{where}: the name {short(name)} must consist of letters, digits, dots, - and _, start with a letter or digit, and have at most 64 characters",
+        f"{where}: the name {short(name)} must consist of letters, digits, dots, - and _, start with a letter or"
+        " digit, and have at most 64 characters",
     )
 
 
@@ -193,16 +203,19 @@ def _check_lengths(recipe: Recipe) -> None:
     sampling, limit = recipe.generation, recipe.model.max_length
     require(
         sampling.max_new_tokens < limit,
-        f"generation.max_new_tokens: must be less than model.max_length {limit}, which includes the prompt, not {sampling.max_new_tokens}",
+        f"generation.max_new_tokens: must be less than model.max_length {limit}, which includes the prompt, not"
+        f" {sampling.max_new_tokens}",
     )
     require(
         sampling.min_new_tokens <= sampling.max_new_tokens,
-        f"generation.min_new_tokens: must be at most max_new_tokens {sampling.max_new_tokens}, not {sampling.min_new_tokens}",
+        f"generation.min_new_tokens: must be at most max_new_tokens {sampling.max_new_tokens}, not"
+        f" {sampling.min_new_tokens}",
     )
     prompt = recipe.ppo.max_prompt_length
     require(
         prompt is None or prompt + sampling.max_new_tokens <= limit,
-        f"ppo.max_prompt_length: must be at most {limit - sampling.max_new_tokens}, not {prompt}: model.max_length {limit} less"
+        f"ppo.max_prompt_length: must be at most {limit - sampling.max_new_tokens}, not {prompt}: model.max_length"
+        f" {limit} less"
         f" generation.max_new_tokens {sampling.max_new_tokens}",
     )
 
@@ -216,16 +229,14 @@ def _maybe(name: str, known: Iterable[str]) -> str:
 def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
     seeds = len(recipe.sft.seeds)
     for member in reference.members:
-        require(
-            member < seeds,
-            f"{where}: there is no seed-{member}; sft.seeds has seed-0 to seed-{seeds - 1}",
-        )
+        require_seed(where, member, seeds)
     if reference.path is not None:
         what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
         hint = _maybe(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
         require(
             "/" in reference.path,
-            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id (namespace/name) of {what}, not"
+            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id"
+            f" (namespace/name) of {what}, not"
             f" {short(reference.path)}{hint}",
         )
         _check_weights(where, reference.path, recipe)
@@ -243,7 +254,8 @@ def _check_reward(recipe: Recipe) -> None:
             _check_classifier(part, recipe)
     require(
         recipe.ppo.value == "head" or recipe.reward.trained,
-        "ppo.value: adapter is initialized from the reward adapter, but reward.model trains none; set ppo.value=head, or add adapter to"
+        "ppo.value: adapter is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
+        " or add adapter to"
         " reward.model",
     )
 
@@ -251,13 +263,15 @@ def _check_reward(recipe: Recipe) -> None:
 def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
     require(
         "/" in part.value,
-        "reward.model: must be adapter, module:name (a function), or the folder or Hub id (namespace/name) of a reward adapter or sequence"
+        "reward.model: must be adapter, module:name (a function), or the folder or Hub id (namespace/name) of a reward"
+        " adapter or sequence"
         f" classifier, not {short(part.value)}{_maybe(part.value, ['adapter'])}",
     )
     if is_local(part.value) and (Path(part.value) / "adapter_config.json").is_file():
         require(
             recipe.adapter is not None,
-            f"reward.model: {short(Path(part.value).name)} is an adapter, but this run uses full weights; name a sequence classifier, or add"
+            f"reward.model: {short(Path(part.value).name)} is an adapter, but this run uses full weights; name a"
+            " sequence classifier, or add"
             " --lora",
         )
         check_path("reward.model", part.value, "a reward adapter", "adapter_model.safetensors")
@@ -322,7 +336,8 @@ def _check_hub(recipe: Recipe) -> None:
             raise SalsaError(f"hub.push: {error}") from error
     require(
         not section.push or section.base_model is not None or (base is not None and not is_local(base)),
-        f"hub.base_model: is required, because the base is {'the embedded world' if base is None else 'a local folder'}; give the base's"
+        "hub.base_model: is required, because the base is"
+        f" {'the embedded world' if base is None else 'a local folder'}; give the base's"
         " Hub id (namespace/name)",
     )
 

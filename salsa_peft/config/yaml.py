@@ -1,7 +1,7 @@
 """YAML for recipes: a SafeLoader that accepts plain data only, and a dumper.
 
-Rejected: anchors, aliases, tags, duplicate keys, keys that are not text, more than 20 levels of nesting. Scalars follow YAML 1.2's core
-schema in decimal: 2e-6 is a number, 010 is ten, `no` and `on` and dates are text.
+Rejected: anchors, aliases, tags, duplicate keys, keys that are not text, more than 20 levels of nesting. Scalars follow
+YAML 1.2's core schema in decimal: 2e-6 is a number, 010 is ten, `no` and `on` and dates are text.
 """
 
 from __future__ import annotations
@@ -128,5 +128,5 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML text that parse_yaml reads back unchanged: text that looks like a number is quoted."""
+    """Plain data as YAML text that parse_yaml reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,4 +1,7 @@
-"""Checks of the data that a recipe names, before a stage starts: columns, numbers of rows, then every row. Imports no torch."""
+"""Checks of a recipe's data before a stage starts: columns, numbers of rows, then every row.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Raise SalsaError for a source that is no data file, folder or Hub id, and for a local file whose first row is of another kind."""
+    """Raise SalsaError for a source that does not exist, or whose first row is of another kind."""
     for key, kind, source in sources(recipe):
         if is_local(source.path) and not os.path.isdir(source.path):
             path = short_path(source.path)
@@ -79,7 +82,7 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def check_rows(recipe: Recipe) -> None:
-    """Raise SalsaError if a local file, or the embedded world, has fewer rows than a batch. Stages check lengths in tokens."""
+    """Raise SalsaError if a local file, or the embedded world, has fewer rows than a batch."""
     sft, reward = recipe.sft, recipe.reward
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
     for key, stage, used in (
@@ -99,7 +102,8 @@ def check_rows(recipe: Recipe) -> None:
         found = f"toy.{key}: {rows} rows" if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
         require(
             usable >= batch,
-            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows or lower"
+            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows"
+            " or lower"
             f" {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
@@ -115,7 +119,7 @@ def _number_of_rows(recipe: Recipe, key: str) -> int | None:
 
 
 def count_rows(source: Source | None) -> int | None:
-    """Rows of a local file, at most its limit; None if they are unknown: no source, a folder, the Hub, a slice, a large file."""
+    """Rows of a local file, at most its limit; None for a slice, a large file, and other sources."""
     if source is None or "[" in source.split or not is_local(source.path) or not os.path.isfile(source.path):
         return None
     status = os.stat(source.path)
@@ -208,7 +212,7 @@ READERS: dict[str, Callable[[Source], Any]] = {
 
 
 def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
-    """Raise SalsaError for the first row, with file, number and column, that one of these stages could not use.
+    """Raise SalsaError for the first row, by file, number and column, that one of these stages cannot use.
 
     hub=False checks local data; hub=True Hub datasets, and raises SalsaError for one that cannot be downloaded.
     """

@@ -1,7 +1,7 @@
 """Demonstrations, preferences and prompts of a source, each in one form: lists of messages.
 
-data/row_formats.py lists the accepted columns. An unusable row raises an error with its number and column, and no row is dropped without a
-message. Suspicious but usable rows are counted and reported once.
+data/row_formats.py lists the accepted columns. An unusable row raises an error with its number and column, and no row
+is dropped without a message. Suspicious but usable rows are counted and reported once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from salsa_peft.data.chat.template_fields import (
 )
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.files import check_characters, load_rows
-from salsa_peft.data.message_formats import Messages
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import Messages, parse_messages
 from salsa_peft.data.row_formats import Prompt
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
@@ -85,14 +84,15 @@ class RowWarnings:
     def print(self, rows: int) -> None:
         """Print the warnings; `rows` is the number of all rows."""
         for what, numbers in self.rows.items():
-            say(f"{self.path}: {len(numbers)} of {rows} rows (first: row {min(numbers)}) {what}")
+            say(f"{self.path}: {len(numbers)} of {rows} rows (the first: row {min(numbers)}) {what}")
 
 
 def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
     """Rows {messages}, which end with an assistant turn: turns after the last one are cut off.
 
-    Rows also have `tools` and `chat_template_kwargs` if the data has them, and `skipped`: positions of the assistant turns without loss.
-    tokenizer: renders each row with its chat template as a check, and determines the form of the messages.
+    Rows also have `tools` and `chat_template_kwargs` if the data has them, and `skipped`: positions of the assistant
+    turns without loss. tokenizer: renders each row with its chat template as a check, and determines the form of the
+    messages.
     """
     rows, odd = [], RowWarnings(source.path)
     loaded = load_rows(source)
@@ -110,7 +110,8 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
         spoken = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         require(
             len(skipped) < len(spoken),
-            f"{where}, {found.column}: every assistant turn has weight 0, so there is nothing to learn; leave out the row",
+            f"{where}, {found.column}: every assistant turn has weight 0, so there is nothing to learn; leave out the"
+            " row",
         )
         odd.add(
             number,
@@ -134,10 +135,13 @@ def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
 
 
 def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
-    """Rows {chosen, rejected}: whole chats that start with the prompt (TRL's implicit-prompt form). Identical pairs are left out.
+    """Rows {chosen, rejected}: whole chats that start with the prompt (TRL's implicit-prompt form).
 
-    A prompt column is put before answers that do not contain the prompt. Rows also have `tools` and `chat_template_kwargs` if the data has
-    them. tokenizer: renders each row with its chat template as a check, and determines the form of the messages.
+    Identical pairs are left out.
+
+    A prompt column is put before answers that do not contain the prompt. Rows also have `tools` and
+    `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a check, and
+    determines the form of the messages.
     """
     rows, odd = [], RowWarnings(source.path)
     loaded = load_rows(source)
@@ -168,22 +172,24 @@ def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
-    """Raise SalsaError unless two chats first differ in an assistant turn; otherwise they answer different prompts."""
+    """Raise SalsaError unless two chats first differ in an assistant turn, so that the prompt is the same."""
     place = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     answers = place is not None and chosen[place]["role"] == rejected[place]["role"] == "assistant"
     turn = 1 + (min(len(chosen), len(rejected)) if place is None else place)
     require(
         answers,
-        f"{where}: answers another prompt than chosen does (they differ in turn {turn}); both must have the same prompt",
+        f"{where}: answers another prompt than chosen does (they differ in turn {turn}); both must have the same"
+        " prompt",
     )
 
 
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """Rows {prompt}: messages up to the first answer. columns: keep the data's other columns, for reward functions.
+    """Rows {prompt}: messages up to the first answer. columns: keep the other columns, for rewards.
 
-    Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a check.
+    Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat
+    template as a check.
     """
     rows, odd = [], RowWarnings(source.path)
     for number, row in load_rows(source):
@@ -210,13 +216,14 @@ def check_no_template_options(rows: Sequence[dict[str, Any]], stage: str) -> Non
     own = [number for number, row in enumerate(rows, 1) if template_options(row)]
     require(
         not own,
-        f"data.prompts: {len(own)} rows (first: row {min(own, default=0)}) have `tools` or `chat_template_kwargs`, which TRL's {stage} ignores;"
+        f"data.prompts: {len(own)} rows (the first: row {min(own, default=0)}) have `tools` or `chat_template_kwargs`,"
+        f" which TRL's {stage} ignores;"
         " remove the columns, or use algorithm ppo",
     )
 
 
 def read_prompt(row: dict[str, Any], where: str) -> Prompt:
-    """The prompt of a row, which must not end with an answer. Raises SalsaError that names `where` and the column."""
+    """The prompt of a row. Raises SalsaError that names `where` and the column."""
     prompt = row_formats.prompt(row, where)
     require(prompt.messages[-1]["role"] != "assistant", f"{where}, {prompt.column}: {row_formats.ENDS_WITH_ANSWER}")
     return prompt
@@ -227,8 +234,8 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids of a row's prompt.
 
-    `input_ids` are used as they are, messages rendered with the chat template and the row's `tools` and `chat_template_kwargs`, text
-    tokenized with one BOS. number, name: of the row and its dataset, for error messages.
+    `input_ids` are used as they are, messages rendered with the chat template and the row's `tools` and
+    `chat_template_kwargs`, text tokenized with one BOS. number, name: of the row and its dataset, for error messages.
     """
     if "input_ids" in row:
         return list(row["input_ids"])
@@ -240,7 +247,7 @@ def prompt_tokens(
     if isinstance(prompt, str):
         ids = text_ids(prompt, tokenizer)
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    messages = messages_for_template(check_messages(prompt, f"{where}, prompt"), tokenizer)
+    messages = messages_for_template(parse_messages(prompt, f"{where}, prompt"), tokenizer)
     options = template_options(row) | {"add_generation_prompt": True, "return_dict": True}
     encoded = apply_template(messages, tokenizer, f"{where}, prompt", **options)
     return list(encoded["input_ids"])
@@ -249,8 +256,8 @@ def prompt_tokens(
 def to_dataset(rows: list[dict[str, Any]]) -> Dataset:
     """Rows as a Dataset for TRL's trainers.
 
-    Chats, tools and options are Arrow's JSON type: as structs, every object would get the keys of all, and arguments of different types
-    would be rejected.
+    Chats, tools and options are Arrow's JSON type: as structs, every object would get the keys of all, and arguments of
+    different types would be rejected.
     """
     from datasets import Dataset, Features, Json, concatenate_datasets
 

@@ -1,4 +1,4 @@
-"""Reading the rows of a data source with their numbers: files, folders, the Hub. Errors name the file and the row."""
+"""Reading the rows of a data source: files, folders, the Hub. Errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ ACCEPTED_SOURCES = (
 
 
 def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a source with their numbers, from 1 and without blank lines; with `limit`, the first ones after a fixed shuffle.
+    """The rows of a source with their numbers from 1; with `limit`, the first after a fixed shuffle.
 
-    Local files are read here and not by datasets, whose cache goes by path and time and whose errors name no row. Raises SalsaError,
-    also for a source without rows.
+    Local files are read here and not by datasets, whose cache goes by path and time and whose errors name no row.
+    Raises SalsaError, also for a source without rows.
     """
     check_split(source)
-    rows = _rows(source)
+    single = is_single_file(source)
+    rows = read_file(_local_file(source)) if single else _dataset(source)
     require(len(rows) > 0, f"{source.path}: has no rows")
-    places = _sliced(source, len(rows)) if is_single_file(source) else list(range(len(rows)))
+    places = _sliced(source, len(rows)) if single else list(range(len(rows)))
     if source.limit is not None and source.limit < len(places):
         random.Random(SHUFFLE_SEED).shuffle(places)
     chosen = ((place + 1, rows[place]) for place in places[: source.limit])
+    if not single:
+        chosen = ((number, without_null_keys(row)) for number, row in chosen)
     return [(number, parse_row(row, f"{source.path}, row {number}")) for number, row in chosen]
 
 
@@ -56,16 +59,17 @@ def is_single_file(source: Source) -> bool:
 
 
 def check_split(source: Source) -> None:
-    """Raise SalsaError for a split of a single file other than train or a slice, since it would have no effect."""
+    """Raise SalsaError for a split of a single file other than train or a slice: it would have no effect."""
     require(
         not is_single_file(source) or source.split == "train" or "[" in source.split,
-        f"{source.path}: a single file has no split {source.split!r}. Remove `split`, use a slice such as train[:80%], or name the file with this"
+        f"{source.path}: a single file has no split {source.split!r}. Remove `split`, use a slice such as train[:80%],"
+        " or name the file with this"
         " split",
     )
 
 
 def _sliced(source: Source, rows: int) -> list[int]:
-    """Indices of a file's rows in a slice such as `train[:80%]`, as datasets reads it; the split's name does not matter.
+    """Indices of a file's rows in a slice such as `train[:80%]`, as datasets reads it.
 
     Raises SalsaError for a slice that datasets cannot read, and for one without rows.
     """
@@ -86,28 +90,8 @@ def _sliced(source: Source, rows: int) -> list[int]:
     return places
 
 
-def _rows(source: Source) -> Any:
-    """The rows of a file, or a view of the rows that datasets reads."""
-    if not is_single_file(source):
-        return _LazyRows(_dataset(source))
-    return read_file(_download(source) if source.path.startswith(HF_PREFIX) else source.path)
-
-
-class _LazyRows:
-    """Rows of a datasets.Dataset, each read on access."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return without_null_keys(self.dataset[place])
-
-
 def data_suffix(path: str) -> str | None:
-    """The suffix of a data file in lower case without compression (X.JSONL.gz: .jsonl); None for other names and for patterns (*)."""
+    """The suffix of a data file (X.JSONL.gz: .jsonl); None for other names and for patterns (*)."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in OPENERS:
         suffixes.pop()
@@ -116,7 +100,7 @@ def data_suffix(path: str) -> str | None:
 
 
 def read_file(path: str) -> list[Any]:
-    """The rows of a file; of jsonl its lines, not parsed yet. Raises SalsaError for a file that cannot be read."""
+    """The rows of a file; of jsonl its lines, not parsed. Raises SalsaError for an unreadable file."""
     kind = data_suffix(path)
     assert kind is not None, path
     try:
@@ -126,7 +110,7 @@ def read_file(path: str) -> list[Any]:
 
 
 def parse_row(row: Any, where: str) -> dict[str, Any]:
-    """A row, parsed if it is a line of jsonl. Raises SalsaError unless it is an object without lone surrogates."""
+    """A row, parsed if it is a line of jsonl. Raises SalsaError unless it is an object of valid text."""
     try:
         value = json.loads(row) if isinstance(row, str | bytes) else row
     except (ValueError, RecursionError) as error:
@@ -142,7 +126,7 @@ def parse_row(row: Any, where: str) -> dict[str, Any]:
 
 
 def check_characters(value: Any, where: str) -> None:
-    """Raise SalsaError for a lone surrogate (half an emoji in truncated JSON): tokenizers, Arrow and files reject it."""
+    """Raise SalsaError for a lone surrogate (half an emoji), which tokenizers, Arrow and files reject."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
@@ -153,8 +137,8 @@ def check_characters(value: Any, where: str) -> None:
 def without_null_keys(row: dict[str, Any]) -> dict[str, Any]:
     """A row without null keys in its objects. The columns themselves stay.
 
-    Arrow gives every object of a column the keys of all, and templates test whether a key exists. TRL's remove_none_values does the same,
-    but TRL imports torch.
+    Arrow gives every object of a column the keys of all, and templates test whether a key exists. TRL's
+    remove_none_values does the same, but TRL imports torch.
     """
 
     def clean(value: Any) -> Any:
@@ -189,7 +173,7 @@ def _lines(path: Path) -> list[Any]:
 
 
 def _json(path: Path) -> list[Any]:
-    """Rows of a .json file: a list of objects, one object, an object with one list of objects ({"data": […]}), or one object per line."""
+    """Rows of a .json file: a list, one object, {"data": [the rows]}, or one object per line."""
     text = _text(path)
     if not text.lstrip().startswith((b"[", b"{")):
         return _lines(path)
@@ -203,7 +187,7 @@ def _json(path: Path) -> list[Any]:
 
 
 def rows_in(found: Any, path: Path | str) -> list[Any]:
-    """The rows of parsed JSON: the entries of a list, or of the one list of objects in an object that is not a row, or the object."""
+    """The rows of parsed JSON: a list, a list of objects within an object, or a single object."""
     if not isinstance(found, dict) or any(has_columns_of(kind, set(found)) for kind in EXPECTED_COLUMNS):
         return [found] if isinstance(found, dict) else list(found)
     lists = [name for name, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -215,7 +199,7 @@ def rows_in(found: Any, path: Path | str) -> list[Any]:
 
 
 def read_table(path: Path, text: Any) -> Iterator[dict[str, Any]]:
-    """The rows of csv or tsv, all columns as text. Raises csv.Error, and SalsaError for a row with more fields than the header."""
+    """The rows of csv or tsv, all columns as text. Raises csv.Error and SalsaError."""
     csv.field_size_limit(2**31 - 1)
     tab = "\t" if data_suffix(str(path)) == ".tsv" else ","
     for number, row in enumerate(csv.DictReader(text, delimiter=tab, strict=True), 1):
@@ -258,8 +242,10 @@ def _hub_path(source: Source) -> tuple[str, str | None, str]:
     return match[1], match[2] or source.revision, match[3] or ""
 
 
-def _download(source: Source) -> str:
-    """The local copy of a single file on the Hub."""
+def _local_file(source: Source) -> str:
+    """The path of a single file, downloaded if it is on the Hub."""
+    if not source.path.startswith(HF_PREFIX):
+        return source.path
     from huggingface_hub import hf_hub_download
 
     from salsa_peft.utils.hub import readable_hub_errors
@@ -317,14 +303,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def check_table_widths(folder: Path) -> None:
-    """Raise SalsaError for a csv or tsv row with more fields than the header, of which pandas would make an index without an error."""
+    """Raise SalsaError for a table row with more fields than the header: pandas would make it an index."""
     for path in _files(folder) if not (folder / "README.md").is_file() else ():  # README.md may define how to read them
         if data_suffix(str(path)) in (".csv", ".tsv"):
             read_file(str(path))
 
 
 def check_same_columns(folder: Path) -> None:
-    """Raise SalsaError that names the first file of a folder that cannot be read, or whose columns or types differ from the others'."""
+    """Raise SalsaError for a file of a folder that is unreadable or has other columns or types."""
     first: Path | None = None
     known: dict[str, Any] = {}
     for path in _files(folder):
@@ -335,14 +321,16 @@ def check_same_columns(folder: Path) -> None:
         columns, others = one_line(", ".join(rows[0])), one_line(", ".join(known))
         require(
             known.keys() == rows[0].keys(),
-            f"{path}: has the columns {columns}, but {first.name} has {others}. All files of a folder must have the same columns: name one file,"
+            f"{path}: has the columns {columns}, but {first.name} has {others}. All files of a folder must have the"
+            " same columns: name one file,"
             " or use a folder for each kind of rows",
         )
         for name, value in rows[0].items():
             expected = TYPE_NAMES.get(type(known[name]))
             require(
                 None in (value, known[name]) or TYPE_NAMES.get(type(value)) == expected,
-                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of a folder must have the"
+                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of"
+                " a folder must have the"
                 " same types",
             )
 
@@ -358,4 +346,5 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 """Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""Builder that datasets uses for a folder → suffixes of the files that it reads; it ignores the others without a message."""
+"""Builder that datasets uses for a folder → suffixes of the files that it reads; it ignores the others without a
+message."""

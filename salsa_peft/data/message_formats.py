@@ -1,7 +1,7 @@
-"""Converts messages to {role, content, …}: ShareGPT's keys and roles, typed content parts, tool calls, HH-RLHF's text.
+"""Converts messages to {role, content, …}: ShareGPT, typed content parts, tool calls, HH-RLHF.
 
-TRL's maybe_convert_to_chatml only renames keys, and TRL imports torch, which a dry run avoids. Other keys of a message are kept;
-data/chat/template_fields.py checks which of them the chat template shows. Imports no torch.
+TRL's maybe_convert_to_chatml only renames keys, and TRL imports torch, which a dry run avoids. Other keys of a message
+are kept; data/chat/template_fields.py checks which of them the chat template shows. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONVERTED_KEYS = {"from", "value", "role", "content", "function_call", *WEIGHT_K
 
 
 def parse_messages(value: Any, where: str) -> Messages:
-    """Messages {role, content, …} with text as content, from a list or its JSON text. Raises SalsaError that names `where`."""
+    """Messages {role, content, …} with text as content, from a list or its JSON text. Raises SalsaError."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # as in csv files
         value = parse_json(value, where)
     fits = isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
@@ -43,7 +43,7 @@ def parse_messages(value: Any, where: str) -> Messages:
 
 
 def untrained_turns(value: Messages, where: str) -> list[int]:
-    """Positions of the assistant messages with loss weight 0. Raises SalsaError for a weight that is not 0 or 1."""
+    """Positions of the assistant messages with loss weight 0. Raises SalsaError for weights but 0 and 1."""
     found = []
     for position, message in enumerate(value):
         for key in WEIGHT_KEYS:
@@ -58,12 +58,13 @@ def untrained_turns(value: Messages, where: str) -> list[int]:
 
 
 def role_of(message: dict[str, Any], where: str) -> str:
-    """A message's role, converted by ROLES. Raises SalsaError for no text, and for an unknown role in ShareGPT's key `from`."""
+    """A message's role, converted by ROLES. Raises SalsaError, also for an unknown role in `from`."""
     key = "from" if "from" in message and "role" not in message else "role"
     given = message.get(key)
     if key not in message:
         raise SalsaError(
-            f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or {{from, value}}"
+            f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or"
+            f" {{from, value}}"
         )
     require(isinstance(given, str), f"{where}: {key} must be text, not {describe(given)}")
     known = ROLES.get(str(given).lower())
@@ -89,12 +90,12 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         more |= {"reasoning_content": thoughts} if thoughts else {}
     if content is None and calls:
         content = ""
-    require(isinstance(content, str), f"{where}: the content of a {role} message must be text, not {describe(content)}")
+    require(isinstance(content, str), f"{where}: the content of role {role} must be text, not {describe(content)}")
     return {"role": role, "content": content, **more, **({"tool_calls": calls} if calls else {})}
 
 
 def _parts(content: list[dict[str, Any]], where: str) -> tuple[str, str, Messages]:
-    """Text, reasoning and tool calls of typed content parts. Raises SalsaError for images and other parts that are not text."""
+    """Text, reasoning and tool calls of typed content parts. Raises SalsaError for images and others."""
     text, thoughts, calls = "", "", Messages()
     for part in content:
         kind = part["type"]
@@ -117,7 +118,7 @@ def _parts(content: list[dict[str, Any]], where: str) -> tuple[str, str, Message
 
 
 def parse_tool_calls(value: Any, where: str) -> Messages:
-    """Tool calls as [{type, function: {name, arguments}}], the form of Transformers' templates, with an object as arguments.
+    """Tool calls as [{type, function: {name, arguments}}], the form of Transformers' templates.
 
     Also accepts JSON text, a single call without a list, and calls without `function`. Raises SalsaError.
     """
@@ -141,7 +142,7 @@ def parse_tool_calls(value: Any, where: str) -> Messages:
 
 
 def parse_tools(value: Any, where: str) -> Messages | None:
-    """A row's `tools`, also as JSON text, as [{type: function, function: {name, …}}], or None. Raises SalsaError."""
+    """A row's `tools` as [{type: function, function: {name, …}}], or None. Raises SalsaError."""
     if isinstance(value, str):
         value = parse_json(value, where) if value.strip() else None
     found = []

@@ -1,6 +1,7 @@
-"""Questions for evaluation: MT-Bench, Arena-Hard and other prompts, in the formats of FastChat, arena-hard-auto and the Hub.
+"""Questions for evaluation: MT-Bench, Arena-Hard and other prompts.
 
-In a conversation with several user turns (`turns`, or `prompt` as a list of texts) the model answers one after the other.
+In a conversation with several user turns (`turns`, or `prompt` as a list of texts) the model answers one after the
+other.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ TEMPERATURES: Mapping[str, float] = {
 }
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
-"""Columns with a question's id, in FastChat, arena-hard-auto and Hub datasets. A prompt_id may repeat, as it belongs to a text."""
+"""Columns with a question's id, in FastChat, arena-hard-auto and Hub datasets. A prompt_id may repeat, as it belongs to
+a text."""
 
 
 class Question(NamedTuple):
@@ -79,7 +81,8 @@ def questions(
         other = seen.get(str(identity))
         require(
             not twice or name is not None,
-            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number} as id; give every row an id, or none",
+            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number} as id; give every"
+            " row an id, or none",
         )
         require(
             not twice or name == ID_COLUMNS[-1],
@@ -115,7 +118,7 @@ def questions(
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:
-    """Sampling temperature of a question's answers. chosen: evaluate.temperature; otherwise: generation.temperature."""
+    """Sampling temperature of a question's answers, from evaluate's setting or else generation's."""
     if not isinstance(chosen, str):
         return float(chosen)
     return TEMPERATURES.get(question.category or "", otherwise)

@@ -1,7 +1,8 @@
 """Row formats: for each kind of data a table from columns to the function that reads them.
 
-Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types, read as TRL, alignment-handbook and LLaMA-Factory do. To add a
-format, add a function and a row of its table. README, "Data", lists the formats for users. Imports no torch.
+Text columns, ShareGPT, Alpaca, Dolly, HH-RLHF and TRL's dataset types, read as TRL, alignment-handbook and
+LLaMA-Factory do. To add a format, add a function and a row of its table. README, "Data", lists the formats for users.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _whole_chat(row: Row, names: Sequence[str], where: str) -> Demonstration:
 
 
 def _question_and_answer(row: Row, names: Sequence[str], where: str) -> Demonstration:
-    """A demonstration in two columns. Answers within `prompt` have no loss (as in TRL), those in `history` do."""
+    """A demonstration in two columns. Answers within `prompt` have no loss (TRL), those in `history` do."""
     question, name = names
     prompt = with_system(row, read_question(row, question, where), where)
     reply = read_answer(row, name, where)
@@ -165,7 +166,7 @@ class Pair(NamedTuple):
 
 
 def preference(row: Row, where: str) -> Pair:
-    """A row as two chats that each contain the prompt. Raises SalsaError that names `where` and the column."""
+    """A row as two chats that each contain the prompt. Raises SalsaError."""
     names = pair_columns(row)
     missing = [name for name in names if row.get(name) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Parts of rows: text and message columns, questions, answers, whole chats, system turns, tools. Imports no torch."""
+"""Parts of rows: text, questions, answers, whole chats, system turns, tools. Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def missing_columns(row: Row, expected: str, where: str, missed: Sequence[str] =
 
 
 def read_text(row: Row, name: str, where: str) -> str:
-    """The text of a column. Raises SalsaError for other values, and for text that is already rendered with a chat template."""
+    """The text of a column. Raises SalsaError for other values, and for text rendered with a template."""
     value = row[name]
     require(isinstance(value, str), f"{where}, {name}: must be text, not {describe(value)}")
     start = str(value).lstrip()
@@ -45,7 +45,8 @@ def read_text(row: Row, name: str, where: str) -> str:
         start = start.removeprefix(bos).lstrip()
     require(
         not start.startswith(TURN_MARKS),
-        f"{where}, {name}: is already rendered with a chat template ({short(value)}), and the recipe's template would be applied to it again;"
+        f"{where}, {name}: is already rendered with a chat template ({short(value)}), and the recipe's template would"
+        " be applied to it again;"
         " give messages, or the text of the turn alone",
     )
     return str(value)
@@ -54,7 +55,8 @@ def read_text(row: Row, name: str, where: str) -> str:
 def read_question(row: Row, name: str, where: str) -> Messages:
     r"""The messages of a question: text, messages, or HH-RLHF's text.
 
-    An instruction and its input are joined by "\n", and `history` (pairs of question and answer) comes first, as in LLaMA-Factory.
+    An instruction and its input are joined by "\n", and `history` (pairs of question and answer) comes first, as in
+    LLaMA-Factory.
     """
     value = parse_json_messages(row[name])
     if is_hh(value):
@@ -94,7 +96,7 @@ def parse_json_messages(value: Any) -> Any:
 
 
 def raw_chat(row: Row, name: str, where: str) -> Any:
-    """The unparsed messages of a whole chat; Capybara's {input, output} pairs and LIMA's texts are converted to messages."""
+    """The unparsed messages of a whole chat, also from Capybara's pairs and LIMA's texts."""
     value = row[name]
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, f"{where}, {name}")
@@ -126,7 +128,7 @@ def read_answer(row: Row, name: str, where: str) -> Messages:
 
 
 def with_system(row: Row, messages: Messages, where: str) -> Messages:
-    """Messages with the row's `system` column as first turn. Raises SalsaError if they start with another system turn."""
+    """Messages with the row's `system` column as first turn. Raises SalsaError for another system turn."""
     name = first_column(row, SYSTEMS)
     if name is None or not (words := read_text(row, name, where)).strip():
         return messages
@@ -141,7 +143,7 @@ def with_system(row: Row, messages: Messages, where: str) -> Messages:
 
 
 def append_answer(prompt: Messages, answer: Messages) -> Messages:
-    """The prompt and the answer after it. An answer that already contains the prompt does not get it again."""
+    """The prompt and the answer after it. An answer that contains the prompt does not get it again."""
     systems = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
     rest = prompt[len(systems) :]
     if answer[0]["role"] not in ("user", "system"):
@@ -161,7 +163,7 @@ def _older_tools(row: Row, where: str) -> bool:
 
 
 def template_inputs(row: Row, where: str) -> dict[str, Any]:
-    """The chat template's inputs besides the messages: `tools` (or OpenAI's older `functions`) and TRL's chat_template_kwargs."""
+    """The chat template's inputs besides the messages: `tools` or `functions`, and chat_template_kwargs."""
     found: dict[str, Any] = {}
     name = "tools" if row.get("tools") is not None or not _older_tools(row, where) else "functions"
     if row.get(name) is not None and (tools := parse_tools(row[name], f"{where}, {name}")):

@@ -1,9 +1,9 @@
-"""The embedded world: a tiny Llama pre-trained on a small language of instructions, and datasets in it. No download.
+"""The embedded world: a tiny Llama pre-trained on a language of instructions, and datasets in it.
 
-data/toy_language.py defines the language and its gold reward. The base is pre-trained on noisy text of all lengths, some of it followed by
-a word that grades the answer. Demonstrations, preferences and PPO's prompts have short answers only (in distribution). Evaluation prompts
-occur in none of them. Preferences do not depend on the seeds, as in UltraFeedback: they compare samples of the base, or right answers with
-errors added, ranked by `gold`.
+data/toy_language.py defines the language and its gold reward. The base is pre-trained on noisy text of all lengths,
+some of it followed by a word that grades the answer. Demonstrations, preferences and PPO's prompts have short answers
+only (in distribution). Evaluation prompts occur in none of them. Preferences do not depend on the seeds, as in
+UltraFeedback: they compare samples of the base, or right answers with errors added, ranked by `gold`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress) -> tuple[LlamaForCausalLM, float]:
-    """The pre-trained base, and its mean loss over the last 50 steps in nats per token of answer and <eos>.
+    """The pre-trained base, and its mean loss over the last 50 steps, nats per token.
 
     The loss excludes the instructions: they are drawn uniformly, so there is nothing to learn in them.
     """
@@ -127,7 +127,7 @@ def _render(prompt: str, answer: list[str] | None = None) -> str:
 
 
 def _noisy(rng: random.Random, prompt: str, share: float, most: int | None = None) -> list[str]:
-    """A right answer, or with probability `share` one with 1 to `most` errors (None: as many as it has words)."""
+    """A right answer, or with probability `share` one with 1 to `most` errors (None: its words)."""
     answer = draw_answer(rng, prompt)
     return add_errors(rng, answer, rng.randint(1, most or len(answer))) if rng.random() < share else answer
 
@@ -155,7 +155,7 @@ def sample(
 def draw_preferences(
     config: Toy, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, progress: Progress
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Pairs ranked by `gold`: two samples of the base, or two right answers with zero to two errors each; ties are redrawn."""
+    """Pairs ranked by `gold`: two samples of the base, or two right answers with up to two errors each."""
     rng = random.Random(f"{config.seed} preferences")
     sampled = round(config.preferences * config.preference_sampled)
     wanted = {"sampled": sampled, "damaged": config.preferences - sampled}
@@ -193,8 +193,8 @@ def _turn(role: str, content: str) -> dict[str, str]:
 def build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write base/ and the six jsonl files of the world to `folder`, and return facts for the manifest.
 
-    The same config gives the same bytes on one machine. Runs on one thread (a second one slows a model this small) and restores torch's
-    random state. Files are written directly, so `folder` must not be in use.
+    The same config gives the same bytes on one machine. Runs on one thread (a second one slows a model this small) and
+    restores torch's random state. Files are written directly, so `folder` must not be in use.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

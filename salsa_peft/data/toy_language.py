@@ -8,7 +8,8 @@ Five operations over 36 words of 6 categories:
     kin owl saw                    another bird, another tool
 Answers have 2–4 words in distribution and 5–6 out of distribution.
 
-Left out: tasks with answers of free length (a policy could lower the KL by short answers), conversations of several turns, system turns.
+Left out: tasks with answers of free length (a policy could lower the KL by short answers), conversations of several
+turns, system turns.
 """
 
 from __future__ import annotations
@@ -84,12 +85,12 @@ def _allowed(operation: str, word: str) -> tuple[str, ...]:
 
 
 def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None = None, **kwargs: Any) -> list[float]:
-    """The gold reward, a function with TRL's signature: right positions / max(words asked for, words given), in [0, 1].
+    """The gold reward (TRL's signature): right positions / max(words asked for, words given), in [0, 1].
 
-    A position is right if its word is allowed there and, in `list`, has not occurred before. A response without EOS (`finished` is False)
-    loses 0.5; without the argument `finished` all count as finished. Prompts and completions are texts or lists of messages, whose last
-    user or assistant message counts. Special tokens in a completion are wrong words, except one final <eos>. An empty answer scores 0.
-    Other columns and `completion_ids` are ignored.
+    A position is right if its word is allowed there and, in `list`, has not occurred before. A response without EOS
+    (`finished` is False) loses 0.5; without the argument `finished` all count as finished. Prompts and completions are
+    texts or lists of messages, whose last user or assistant message counts. Special tokens in a completion are wrong
+    words, except one final <eos>. An empty answer scores 0. Other columns and `completion_ids` are ignored.
     """
     ended = finished if finished is not None else [True] * len(completions)
     scores = []
@@ -143,7 +144,7 @@ def draw_answer(rng: random.Random, prompt: str) -> list[str]:
 
 
 def add_errors(rng: random.Random, answer: list[str], errors: int) -> list[str]:
-    """An answer with errors as models make them: wrong word, wrong category, missing, extra or repeated word, wrong order."""
+    """An answer with errors: wrong word or category, missing, extra or repeated word, wrong order."""
     words = list(answer)
     for _ in range(errors):
         kind, i = rng.choices(range(6), ERROR_WEIGHTS)[0], rng.randrange(len(words) or 1)
@@ -172,7 +173,7 @@ def is_held_out(prompt: str, seed: int) -> bool:
 def draw_prompts(
     rng: random.Random, n: int, lengths: tuple[int, ...], seed: int, evaluation: bool = False
 ) -> list[str]:
-    """n instructions for training, possibly repeated, or with evaluation=True n different ones reserved for evaluation."""
+    """n instructions for training, which may repeat, or n different ones for evaluation."""
     prompts: list[str] = []
     seen: set[str] = set()
     while len(prompts) < n:

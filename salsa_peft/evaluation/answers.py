@@ -38,8 +38,8 @@ Known = Mapping[tuple[int, int], dict[str, Any]]
 class TurnPrompt(NamedTuple):
     """One turn of one question with the conversation so far, as the model sees it."""
 
-    index: int
-    """The question's index."""
+    question: int
+    """Index of the question."""
     messages: Messages
     tokens: list[int]
     temperature: float
@@ -93,7 +93,7 @@ def _responses(
     for heat, limit in sorted({(one.temperature, one.limit) for one in prompts}):
         part = [one for one in prompts if (one.temperature, one.limit) == (heat, limit)]
         if limit == 0:
-            left = [one for one in part if (one.index, turn) not in found]
+            left = [one for one in part if (one.question, turn) not in found]
             if left:
                 yield left, _empty([one.tokens for one in left], tokenizer, model)
             continue
@@ -101,9 +101,9 @@ def _responses(
         sampling = Sampling(max_new_tokens=limit, min_new_tokens=shortest, temperature=heat)
 
         def all_known(rows: list[int], part: list[TurnPrompt] = part) -> bool:
-            return all((part[row].index, turn) in found for row in rows)
+            return all((part[row].question, turn) in found for row in rows)
 
-        tokens, places = [one.tokens for one in part], [one.index for one in part]
+        tokens, places = [one.tokens for one in part], [one.question for one in part]
         batches = generate_batches(
             model, tokens, sampling, tokenizer, seed, generation.batch_size, places=places, turn=turn, skip=all_known
         )
@@ -128,11 +128,11 @@ def _rows(
     rewards: Mapping[str, Reward],
     tokenizer: Any,
 ) -> Rows:
-    columns = [{**questions[one.index].row, "prompt": one.messages} for one in prompts]
+    columns = [{**questions[one.question].row, "prompt": one.messages} for one in prompts]
     scores = {name: reward(responses, columns).tolist() for name, reward in rewards.items()}
     texts = decode(tokenizer, responses.response_ids, responses.content_mask)
     rows = []
-    for place, index in enumerate(one.index for one in prompts):
+    for place, index in enumerate(one.question for one in prompts):
         question = questions[index]
         rows.append(
             {

@@ -1,4 +1,4 @@
-"""Base models: loading them as language model or classifier, their trunk and head, hidden states, and which parts are trained."""
+"""Base models: loading them as language model or classifier, hidden states, which parts are trained."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def device() -> torch.device:
 
 
 def attention_implementation(model: Model) -> str | None:
-    """Transformers' name of the attention; `auto` is flash_attention_2 on CUDA if flash-attn is installed, else sdpa."""
+    """attn_implementation; `auto` is flash_attention_2 on CUDA if flash-attn is installed, else sdpa."""
     if model.attn_implementation != "auto":
         return model.attn_implementation
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -56,7 +56,7 @@ def attention_implementation(model: Model) -> str | None:
 
 
 def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """nf4 for the linear layers, computing in `dtype`; output embeddings and score heads are not quantised."""
+    """nf4 for the linear layers, computing in `dtype`; without output embeddings and score heads."""
     require(
         importlib.util.find_spec("bitsandbytes") is not None,
         f"model.quantization: {model.quantization} needs bitsandbytes; pip install 'salsa-peft[qlora]'",
@@ -73,7 +73,7 @@ def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig
 def _load(
     auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
 ) -> Any:
-    """Load a model frozen, in the recipe's dtype or 4 bits; with `trained` in that dtype, and every weight requires a gradient."""
+    """Load a model frozen in the recipe's dtype or 4 bits, or in the dtype `trained` to train all weights."""
     dtype = trained or resolve_dtype(model.dtype)
     if (
         model.quantization is not None
@@ -97,8 +97,8 @@ def _load(
 def keep_4bit_layout(model: nn.Module) -> None:
     """Keep 4-bit layers on a CPU in the layout that has a backward.
 
-    bitsandbytes 0.50 repacks a layer for AVX-512 at its first forward in eval mode and has no backward for that layout; adapters trained
-    after a rollout would get wrong gradients without an error.
+    bitsandbytes 0.50 repacks a layer for AVX-512 at its first forward in eval mode and has no backward for that layout;
+    adapters trained after a rollout would get wrong gradients without an error.
     """
     module: Any
     for module in model.modules():
@@ -109,7 +109,7 @@ def keep_4bit_layout(model: nn.Module) -> None:
 def load_base(
     base: str, model: Model, tokenizer: PreTrainedTokenizerBase, trained: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load the causal language model in the folder `base`: frozen or, with `trained`, in that dtype to be trained.
+    """Load a folder's causal language model: frozen or, with `trained`, in that dtype to be trained.
 
     Its own generation settings (top-p, penalties) are dropped, and its EOS tokens are all tokens that end a response.
     """
@@ -127,13 +127,14 @@ def load_base(
     rows = loaded.get_input_embeddings().weight.shape[0]
     require(
         len(tokenizer) <= rows,
-        f"{base}: the tokenizer has {len(tokenizer)} tokens, and the model only {rows} embeddings; use the model's own tokenizer",
+        f"{base}: the tokenizer has {len(tokenizer)} tokens, and the model only {rows} embeddings; use the model's own"
+        " tokenizer",
     )
     return loaded
 
 
 def disable_router_logits(model: PreTrainedModel) -> None:
-    """Switch off `output_router_logits`, which TRL's SFT sets for mixtures of experts: generate would fail on padded prompts."""
+    """Unset output_router_logits, which TRL's SFT sets and with which generate fails on padded prompts."""
     text = model.config.get_text_config(decoder=True)
     if "output_router_logits" in text.to_dict():
         text.output_router_logits = False
@@ -164,8 +165,8 @@ def causal_lm(model: nn.Module) -> Any:
 def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The trunk's last hidden states (B, L, H) under the active adapter.
 
-    input_ids (B, L); attention_mask (B, L), True or 1 for a real token. Padding may be on either side, since positions count real
-    tokens only.
+    input_ids (B, L); attention_mask (B, L), True or 1 for a real token. Padding may be on either side, since positions
+    count real tokens only.
     """
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return trunk(causal_lm(model))(
@@ -174,13 +175,13 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: tor
 
 
 def max_positions(config: Any) -> int | None:
-    """The most tokens that a model reads, by its configuration; None if that sets no limit (ALiBi, state-space models)."""
+    """The most tokens that a model reads, by its configuration; None if there is no limit."""
     values = config.get_text_config(decoder=True).to_dict()
     return next((int(values[name]) for name in POSITIONS if values.get(name)), None)
 
 
 def apply_scalar_head(head: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    """Apply a linear head with one output: states (…, H) → (…,), in the head's own precision also under autocast."""
+    """Apply a head with one output: states (…, H) → (…,), in the head's precision also under autocast."""
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(head.weight.dtype)).squeeze(-1)
 
@@ -192,7 +193,7 @@ def causal_lm_class(config: PreTrainedConfig) -> Any:
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """The class that loads a model of this configuration with a score head; made here where Transformers has none."""
+    """The class that loads a model of this configuration with a score head, even if Transformers has none."""
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
         return auto
@@ -205,7 +206,7 @@ def classifier_class(config: PreTrainedConfig) -> Any:
 
 
 class _Classifier(GenericForSequenceClassification):
-    """Transformers' generic classifier; it reads `attentions` from the trunk's output, which Mamba's output lacks."""
+    """Transformers' generic classifier, for trunks whose output has no `attentions` too, such as Mamba."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -231,7 +232,7 @@ def train_language_model_only(model: Any, head: nn.Module) -> None:
 
 
 def language_model_only(lm: Any) -> dict[str, str]:
-    """LoraConfig's `exclude_modules` for a model with linear layers outside its language model, such as a vision tower; else {}."""
+    """LoraConfig's `exclude_modules` that keeps LoRA out of parts such as a vision tower; else {}."""
     decoder = trunk(lm)
     own = {id(module) for module in decoder.modules()} | {id(lm.get_output_embeddings())}
     if all(id(module) in own for module in lm.modules() if isinstance(module, nn.Linear)):
@@ -246,7 +247,7 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def cast_trainable_to_float32(model: nn.Module) -> None:
-    """Cast trained weights to float32. TRL 1.16 casts the adapters of a quantised base to bfloat16, which loses small updates."""
+    """Cast trained weights to float32, since TRL 1.16 casts adapters of a quantised base to bfloat16."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -1,8 +1,8 @@
 """Sampling of responses, with a seed for each row.
 
-A response depends on its prompt, its seed and the weights only, not on its batch, the number of processes or the device. Transformers'
-generate decodes; tokens are drawn here, by the inverse CDF at the row's own uniform random numbers, because generate draws for a whole
-batch from one generator.
+A response depends on its prompt, its seed and the weights only, not on its batch, the number of processes or the
+device. Transformers' generate decodes; tokens are drawn here, by the inverse CDF at the row's own uniform random
+numbers, because generate draws for a whole batch from one generator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WITHOUT_FLOAT64 = ("mps",)
 
 
 def row_seeds(rows: Sequence[int], *parts: int) -> list[int]:
-    """A seed for each row: 63 bits of a hash of the row's number and `parts`, such as the run's seed and the update."""
+    """A seed for each row: 63 bits of a hash of the row's number and `parts`, such as the run's seed."""
     texts = (" ".join(map(str, (*parts, row))) for row in rows)
     return [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1 for text in texts]
 
@@ -48,7 +48,7 @@ def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
 
 
 class Recording(NamedTuple):
-    """Log-probs, entropies and values recorded during generation, a (B,) float32 for each step; for `old_logprobs: rollout`."""
+    """Log-probs, entropies and values recorded during generation: a (B,) float32 for each step."""
 
     value_head: nn.Linear
     """(B, H) → (B, 1)"""
@@ -82,7 +82,7 @@ class Recording(NamedTuple):
 
 
 class Sampler(LogitsProcessor):
-    """Draws each row's next token and leaves it as the row's only finite logit, for generate's greedy decoding."""
+    """Draws each row's next token and makes it the row's only finite logit, for greedy decoding."""
 
     def __init__(self, uniforms: Tensor, sampling: Sampling, eos: tuple[int, ...], recording: Recording | None,
                  check: Callable[[], None] | None) -> None:  # fmt: skip
@@ -110,10 +110,11 @@ class Sampler(LogitsProcessor):
 
 
 def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Token ids (B, 1) by the inverse CDF: the first token whose cumulative probability exceeds the row's number in `uniforms` (B,).
+    """Draw token ids (B, 1) by the inverse CDF from probabilities (B, V) at uniform numbers (B,).
 
-    probabilities (B, V). The sums are float64, so that tokens of probability 1e-12 are drawn as often as they should be and tokens of
-    probability 0 never are. Computed on the device of `uniforms`.
+    The token is the first whose cumulative probability exceeds the row's number. The sums are float64, so that tokens
+    of probability 1e-12 are drawn as often as they should be and tokens of probability 0 never are. Computed on the
+    device of `uniforms`.
     """
     here, probabilities = probabilities.device, probabilities.to(uniforms.device)
     cumulative = probabilities.double().cumsum(-1)
@@ -127,11 +128,11 @@ def sample_token(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase,
              seeds: Sequence[int], *, recording: Recording | None = None, check: Callable[[], None] | None = None,
              cache: Any = None, **options: Any) -> Responses:  # fmt: skip
-    """Sample a response to each prompt with the active adapter, from the whole distribution at the sampling temperature.
+    """Sample a response to each prompt with the active adapter, without top-k or top-p.
 
-    seeds: one for each prompt. recording: gets log-probs, entropies and values. check: called before each token; it may raise. cache:
-    an empty cache of Transformers'; None: a DynamicCache. options: further fields of GenerationConfig. The process's random state does
-    not change. Raises SalsaError if logits are NaN or infinite.
+    seeds: one for each prompt. recording: gets log-probs, entropies and values. check: called before each token; it may
+    raise. cache: an empty cache of Transformers'; None: a DynamicCache. options: further fields of GenerationConfig.
+    The process's random state does not change. Raises SalsaError if logits are NaN or infinite.
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
@@ -143,7 +144,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     uniforms = uniform_numbers(seeds, sampling.max_new_tokens)
     uniforms = uniforms if lm.device.type in WITHOUT_FLOAT64 else uniforms.to(lm.device)
     sampler = Sampler(uniforms, sampling, ends, recording, check)
-    with _settled(lm, settings), recording.recording_values(lm) if recording else contextlib.nullcontext():
+    with _generation_mode(lm, settings), recording.recording_values(lm) if recording else contextlib.nullcontext():
         tokens = lm.generate(
             input_ids=ids,
             attention_mask=mask.long(),
@@ -155,8 +156,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     broken = int(sampler.broken.sum())
     require(
         not broken,
-        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts; look for NaN in its weights, or for a dtype that"
-        " overflows",
+        f"model: the logits are NaN or infinite for {broken} of {len(prompts)} prompts; look for NaN in its weights,"
+        " or for a dtype that overflows",
     )
     response_ids = tokens[:, ids.shape[1] :]
     ended = torch.isin(response_ids, torch.tensor(ends, device=response_ids.device)).long()
@@ -165,8 +166,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
 
 
 @contextlib.contextmanager
-def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Context in which the model is in eval mode, with these generation settings instead of its own top-p and penalties."""
+def _generation_mode(lm: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Context with eval mode, and these generation settings instead of the model's own."""
     training, inherited = lm.training, lm.generation_config
     lm.eval()
     lm.generation_config = settings
@@ -178,13 +179,13 @@ def _settled(lm: Any, settings: GenerationConfig) -> Iterator[None]:
 
 
 def generate_batches(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, tokenizer: PreTrainedTokenizerBase, seed: int,
-            batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
-            skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
-    """Generate responses of the active adapter in batches of similar length, yielding (indices into prompts, responses).
+                     batch_size: int, *, places: Sequence[int] | None = None, turn: int = 1,
+                     skip: Callable[[list[int]], bool] = lambda rows: False) -> Iterator[tuple[list[int], Responses]]:  # fmt: skip
+    """Generate responses in batches of similar prompt length, yielding (indices into prompts, responses).
 
-    A response depends on the prompt's place, the turn and the seed, so that models compared on the same prompts differ by their weights
-    only. places: the prompts' numbers, by default their indices. skip: whether to skip the batch of these indices; the others stay the
-    same.
+    A response depends on the prompt's place, the turn and the seed, so that models compared on the same prompts differ
+    by their weights only. places: the prompts' numbers, by default their indices. skip: whether to skip the batch of
+    these indices; the others stay the same.
     """
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     parts = (seed,) if turn == 1 else (seed, turn)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states, in chunks, so that logits of shape (B, T, V) never exist.
+"""Log-probabilities of tokens from hidden states, in chunks: logits of shape (B, T, V) never exist.
 
 An architecture's scaling and soft cap of the logits are applied.
 """
@@ -41,12 +41,12 @@ class LogitScaling(NamedTuple):
         return product if self.cap is None else product.div_(self.cap).tanh_() * self.cap
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """∂ logit / ∂ product for logits (…, V): factor · (1 − (logit / cap)²); None without a cap, where it is `factor`."""
+        """∂ logit / ∂ product: factor · (1 − (logit / cap)²), (…, V); None without a cap (it is `factor`)."""
         return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.factor)
 
 
 def logit_scaling(lm: Any) -> LogitScaling:
-    """The scaling of a model's logits by its configuration; `check_head` compares it with the model's own logits."""
+    """The scaling of a model's logits, by its configuration; `check_head` verifies it."""
     config = lm.config.get_text_config(decoder=True).to_dict()
     cap = next((float(config[name]) for name in CAPS if config.get(name)), None)
     factor = 1.0
@@ -61,23 +61,25 @@ LARGE = 50.0
 
 
 def check_head(model: nn.Module) -> None:
-    """Raise SalsaError unless a model's logits equal its trunk's states times its output embeddings, scaled and capped by its config.
+    """Raise SalsaError unless a model's logits are those that its states and output embeddings give.
 
-    Log-probs are computed that way, so any other architecture would get wrong ones. Two forwards are compared: one as it is, and one
-    with a larger input of the head, because a soft cap hardly changes the small logits of an untrained model.
+    Log-probs are computed that way, so any other architecture would get wrong ones. Two forwards are compared: one as
+    it is, and one with a larger input of the head, because a soft cap hardly changes the small logits of an untrained
+    model.
     """
     lm = causal_lm(model)
     kind = lm.config.model_type
     require(
         lm.get_output_embeddings() is not None and not lm.config.is_encoder_decoder,
-        f"{kind}: a {type(lm).__name__} is not a decoder-only causal language model; load one with AutoModelForCausalLM",
+        f"{kind}: a {type(lm).__name__} is not a decoder-only causal language model; load one with"
+        " AutoModelForCausalLM",
     )
     head, scaling = lm.get_output_embeddings(), logit_scaling(lm)
     adapted = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper)  # head_of raises the error for it
     require(
         adapted or type(head).forward is nn.Linear.forward,
-        f"{kind}: its output embeddings are a {type(head).__name__}, not a plain linear layer. This architecture is not supported; use"
-        " one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: its output embeddings are a {type(head).__name__}, not a plain linear layer. This architecture is"
+        " not supported; use one like Llama, Mistral, Gemma or Qwen",
     )
     probe, training = torch.tensor([[1, 2, 3]], device=lm.device), lm.training
     lm.eval()  # with dropout two forwards would differ
@@ -112,8 +114,8 @@ def _require_same_logits(kind: str, expected: torch.Tensor, found: torch.Tensor)
     error = (expected - found).abs().max().item() if same else math.nan
     require(
         same and error <= 1e-2 * max(1.0, expected.abs().max().item()),
-        f"{kind}: the model's logits are not those of its output embeddings with its config's scaling and cap (difference {error:.3g})."
-        " This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
+        f"{kind}: the model's logits are not those of its output embeddings with its config's scaling and cap"
+        f" (difference {error:.3g}). This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
     )
 
 
@@ -143,7 +145,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
-    """The Head of a Transformers causal language model. Raises SalsaError for adapters on it, since policy and references share it."""
+    """The Head of a causal language model. Raises SalsaError if an adapter changes it."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
         not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),
@@ -153,7 +155,7 @@ def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
 
 
 def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
-    """log π(· | state) of the sampled distribution (n, V), float32, from states (n, H); forbidden (n,): True where EOS is excluded."""
+    """log π(· | state) (n, V), float32, from states (n, H); forbidden (n,): where EOS is excluded."""
     return _normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
 
 
@@ -163,7 +165,7 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: tuple[int, ...]) -> Tensor:
-    """Log-probs of the sampled distribution (n, V), float32, from logits (n, V); forbidden (n,): True where EOS is excluded."""
+    """Log-probs (n, V), float32, from logits (n, V); forbidden (n,): where EOS is excluded."""
     return _normalized(logits.float() / temperature, forbidden, eos)
 
 
@@ -185,7 +187,7 @@ def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tu
 
 
 def _logprob_gradient(probabilities: Tensor, labels: Tensor, slope: Tensor | None, head: Head) -> Tensor:
-    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype; probabilities (n, V) are overwritten, slope is LogitScaling.slope's."""
+    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype; probabilities (n, V) are overwritten."""
     own = head.weight[labels]
     if slope is not None:
         probabilities = probabilities.mul_(slope)
@@ -195,7 +197,7 @@ def _logprob_gradient(probabilities: Tensor, labels: Tensor, slope: Tensor | Non
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs and entropies of a frozen head; only the log-probs have a gradient, and only with respect to `hidden`."""
+    """Log-probs and entropies of a frozen head; only log-probs have a gradient, with respect to `hidden`."""
 
     @staticmethod
     def forward(
@@ -228,7 +230,7 @@ class _FrozenHead(torch.autograd.Function):
 def token_logprobs(
     hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head, *, with_entropy: bool = True
 ) -> TokenLogprobs:
-    """log π(label | state) and entropies, both (N,), float32, from hidden (N, H), labels (N,) and forbidden (N,), bool.
+    """log π(label | state) and entropies, (N,) float32, from hidden (N, H), labels (N,), forbidden (N,).
 
     The log-probs have a gradient. The entropies are for logging and have none; they are 0 unless `with_entropy`.
     """
@@ -245,7 +247,7 @@ def token_logprobs(
 
 @torch.no_grad()
 def full_kl(hidden: Tensor, reference: Tensor, forbidden: Tensor, head: Head, reference_head: Head) -> Tensor:
-    """KL(π ‖ reference) over the whole vocabulary (N,), float32, from the hidden states (N, H) and heads of both models."""
+    """KL(π ‖ reference) over the whole vocabulary (N,), float32, from states (N, H) and heads of both."""
     kl = hidden.new_empty(len(hidden), dtype=torch.float32)
     for start in range(0, len(hidden), CHUNK):
         part = slice(start, start + CHUNK)

@@ -1,8 +1,8 @@
 """Precision of trained full weights: float32 master weights, or bf16 with stochastic rounding.
 
-AdamW changes a weight by about the learning rate each step, but a bf16 weight of size 0.02 has steps of 6e-5. With rounding to nearest
-only about 2% of the change of 500 steps at 2e-6 arrives, and 0.1% at 1e-7; with stochastic rounding all of it arrives on average.
-Not offered: bf16 weights with a float32 copy in the optimizer.
+AdamW changes a weight by about the learning rate each step, but two neighbouring bf16 numbers around 0.02 differ by
+6e-5. With rounding to nearest only 2% of the change of 500 steps at 2e-6 is kept, and 0.1% at 1e-7; with stochastic
+rounding all of it is, on average. Not offered: bf16 weights with a float32 copy in the optimizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Precision(NamedTuple):
 
     weights: torch.dtype
     autocast: bool
-    """Whether to use bf16 autocast on CUDA. bf16 weights need none, and it would make a float32 copy of each forward's outputs."""
+    """Whether to use bf16 autocast on CUDA. bf16 weights need none, and it would make a float32 copy of each forward's
+    outputs."""
     optimizer: dict[str, str]
     """Fields of transformers.TrainingArguments that set the optimizer; empty if any AdamW works."""
 
@@ -34,8 +35,8 @@ PRECISIONS = {
     "master": Precision(torch.float32, True, {}),
     "stochastic": Precision(torch.bfloat16, False, {"optim": OPTIMIZER, "optim_args": f"{ROUNDING}=True"}),
 }
-"""By the recipe's name. A weight with its gradient and moments takes 16 bytes (master) or 6 (stochastic); autocast's copies and activations
-come on top. Both keep the value head in float32."""
+"""By the recipe's name. A weight with its gradient and moments takes 16 bytes (master) or 6 (stochastic); autocast's
+copies and activations come on top. Both keep the value head in float32."""
 
 
 def weights_dtype(precision: str) -> torch.dtype:
@@ -44,7 +45,7 @@ def weights_dtype(precision: str) -> torch.dtype:
 
 
 def arguments(precision: str) -> dict[str, Any]:
-    """The fields of transformers.TrainingArguments for a precision. Raises SalsaError if it needs torchao, which is not installed."""
+    """TrainingArguments of a precision. Raises SalsaError if it needs torchao, which is not installed."""
     chosen = PRECISIONS[precision]
     require(
         not chosen.optimizer or find_spec("torchao") is not None,

@@ -1,7 +1,8 @@
 """Prompts and responses as padded tensors, and their log-probabilities under a model.
 
-Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the mask.
-A response includes the token that ends it (data/chat/turn_ends.py) and nothing after; one that is this token alone has length 1.
+Shapes: B sequences, P prompt tokens (padded on the left), T response tokens (padded on the right), N = True in the
+mask. A response includes the token that ends it (data/chat/turn_ends.py) and nothing after; one that is this token
+alone has length 1.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Responses(NamedTuple):
 
     @property
     def content_mask(self) -> Tensor:
-        """(B, T) bool: the response without the token that ends it, which decoding would keep if it is no special token."""
+        """(B, T) bool: the response without the token that ends it, which may not be a special token."""
         places = torch.arange(self.response_mask.shape[1], device=self.response_mask.device)
         return self.response_mask & (places < (self.lengths - self.finished.long())[:, None])
 
@@ -81,7 +82,7 @@ def response_states(hidden: Tensor, responses: Responses) -> Tensor:
 
 
 def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
-    """(N,) bool: the positions before `min_new_tokens`, where no token that ends a response may be sampled."""
+    """(N,) bool: positions before `min_new_tokens`, where no token that ends a response is allowed."""
     early = torch.arange(responses.response_ids.shape[1], device=responses.response_ids.device) < min_new_tokens
     return early.expand_as(responses.response_mask)[responses.response_mask]
 
@@ -94,7 +95,7 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 def response_logprobs(
     hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the responses from hidden states (B, P + T, H), and entropies if `with_entropy`; both (B, T), 0 in the padding."""
+    """Log-probs and, with `with_entropy`, entropies (B, T), 0 in padding, from states (B, P + T, H)."""
     labels = responses.response_ids[responses.response_mask]
     states = response_states(hidden, responses)
     result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
@@ -126,7 +127,7 @@ def pad_right(sequences: Sequence[Sequence[int]], pad: int, device: torch.device
 
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],
                   device: torch.device) -> Responses:  # fmt: skip
-    """Responses from token ids of prompts and answers; a finished answer ends with one of the tokens `ends`."""
+    """Responses from token ids; a finished answer ends with one of the tokens `ends`."""
     finished = torch.tensor([bool(answer) and answer[-1] in ends for answer in answers], device=device)
     return Responses(*pad_prompts(prompts, pad, device), *pad_right(answers, pad, device), finished)
 
@@ -138,7 +139,7 @@ def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = F
 
 
 def append_tokens(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> Responses:
-    """Append `tokens` to the responses of `rows` (B,), bool; for a reward that scores more than was sampled."""
+    """Append tokens to the responses of `rows` (B,), bool, to score more than was sampled."""
     if not tokens or not rows.any():
         return responses
     device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(tokens)
@@ -162,7 +163,7 @@ def concatenate(parts: Sequence[Responses], pad: int) -> Responses:
 
 
 def ends_turn(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Tensor:
-    """(B,) bool: whether the response ends an assistant's turn, which its prompt opened, with the chat template's own end token."""
+    """(B,) bool: the response ends an assistant's turn with the chat template's own end token."""
     asked = [
         not isinstance(row.get("prompt"), str) or (turn.opening and row["prompt"].endswith(turn.opening))
         for row in rows

@@ -1,7 +1,7 @@
-"""Weights sharded by FSDP2 or DeepSpeed ZeRO-3: gathered for a rollout, sharded again when a checkpoint is loaded.
+"""Weights sharded by FSDP2 or DeepSpeed ZeRO-3: gathering them for rollouts, saving and loading.
 
-Trainer and accelerate shard the policy with its value head, and the optimizer. Not sharded: references and classifiers of full weights,
-which every process holds whole. Not supported: ZeRO 1 and 2, and offloading.
+Trainer and accelerate shard the policy with its value head, and the optimizer. Not sharded: references and classifiers
+of full weights, which every process holds whole. Not supported: ZeRO 1 and 2, and offloading.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def engine_of(accelerator: Accelerator) -> Any:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Gather the weights, so that within the context each process can run any number of forwards without waiting for others.
+    """Context in which the weights are gathered, so that no process waits for another in a forward.
 
-    They are gathered once, instead of for each layer and token, which needs memory for all of them. No effect on a model that is not
-    sharded.
+    They are gathered once, instead of for each layer and token, which needs memory for all of them. No effect on a
+    model that is not sharded.
     """
     engine = engine_of(accelerator)
     if engine is not None:
@@ -62,9 +62,9 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def gather_weights(module: nn.Module, accelerator: Accelerator) -> None:
-    """Gather a module's ZeRO-3 weights, which are read outside of its forward, until the next optimizer step (tied ones: the next forward).
+    """Gather ZeRO-3 weights that are read outside of their module's forward, until the next optimizer step.
 
-    All processes must call it.
+    Tied weights stay gathered until the next forward only. All processes must call it.
     """
     if engine_of(accelerator) is None:
         return
@@ -75,7 +75,7 @@ def gather_weights(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 class DeferredStep(DeepSpeedEngineWrapper):
-    """accelerate's wrapper of the engine, without the optimizer step that it takes in backward; `before_step` takes it.
+    """accelerate's wrapper of the engine without an optimizer step in backward; `before_step` takes it.
 
     Between the two, gradients and ratios are checked.
     """
@@ -86,7 +86,7 @@ class DeferredStep(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **options)
 
     def get_global_grad_norm(self) -> float:
-        """The norm of the present gradients; DeepSpeed returns that of the last step, and -1 if it is not finite."""
+        """The norm of the present gradients; DeepSpeed's is that of the last step, -1 if not finite."""
         from deepspeed.utils import safe_get_local_grad
 
         trained = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
@@ -96,10 +96,10 @@ class DeferredStep(DeepSpeedEngineWrapper):
 
 
 def before_step(model: nn.Module, accelerator: Accelerator, *, drop: bool) -> None:
-    """To be called before Trainer's optimizer step; with `drop` that step changes nothing.
+    """Prepare Trainer's optimizer step, which is to be called next; with `drop` that step changes nothing.
 
-    The gradients are then removed, and the optimizer skips parameters without one. Under DeepSpeed, where Trainer's step does nothing,
-    the step is taken here.
+    drop: the gradients are removed, and the optimizer skips parameters without one. Under DeepSpeed the step is taken
+    here, because Trainer's does nothing.
     """
     engine = engine_of(accelerator)
     if engine is not None and not drop:
@@ -116,7 +116,10 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, Tensor] | None:
-    """The whole weights of a Trainer's sharded model, in the first process; None if the model is not sharded. All processes must call it."""
+    """The gathered weights of a Trainer's sharded model, in the first process; None if it is not sharded.
+
+    All processes must call it.
+    """
     if trainer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -1,4 +1,4 @@
-"""What every stage shares: the base model and its tokenizer, the arguments and progress bar of a Trainer, saving, fingerprints.
+"""What stages share: the base and its tokenizer, arguments and progress of a Trainer, saving.
 
 A base on the Hub is downloaded to the Hub's cache when the stage starts; from then on it is a local folder.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class StageContext:
 
     @classmethod
     def of_job(cls, job: Job) -> StageContext:
-        """Find or download the base of a job, which is the recipe's or the embedded world's, and load its tokenizer."""
+        """Find or download a job's base, the recipe's or the embedded world's, and load its tokenizer."""
         model = job.recipe.model
         if model.base is None:
             folder, name = job.inputs["toy"] / "base", "embedded world"
@@ -65,13 +65,14 @@ class StageContext:
         tokenizer = load_tokenizer(str(folder), chat_template=model.chat_template, report_as=report_as)
         require(
             tokenizer.chat_template is not None,
-            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.",
+            f"model.chat_template: {name} has no chat template of its own. Use chatml, zephyr, or a path to a Jinja"
+            " file.",
         )
         return cls(job.recipe, folder, name, tokenizer, job.unit.stage)
 
     def load_base(self) -> PreTrainedModel:
         """Load the base as a frozen causal language model."""
-        return self._named(load_base(str(self.folder), self.recipe.model, self.tokenizer))
+        return self._load(load_base, None, None)
 
     def empty_model(self) -> PreTrainedModel:
         """The base's modules and the shapes of its weights, without their values, on the meta device."""
@@ -81,15 +82,16 @@ class StageContext:
 
     def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Load full weights to train: the base's, or those of the checkpoint `start`."""
-        dtype = precision.weights_dtype(self.precision())
-        return self._named(load_base(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+        return self._load(load_base, start, precision.weights_dtype(self.precision()))
 
     def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
-        """Load the base with a score head, frozen; with `start`, that checkpoint's full weights with a score head, to train."""
-        dtype = None if start is None else precision.weights_dtype(self.precision())
-        return self._named(load_classifier(str(start or self.folder), self.recipe.model, self.tokenizer, dtype))
+        """Load the frozen base, or a checkpoint `start` to train, with a score head."""
+        return self._load(load_classifier, start, None if start is None else precision.weights_dtype(self.precision()))
 
-    def _named(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _load(
+        self, load: Callable[..., PreTrainedModel], start: Path | None, trained: torch.dtype | None
+    ) -> PreTrainedModel:
+        model = load(str(start or self.folder), self.recipe.model, self.tokenizer, trained)
         model.name_or_path = self.base_name
         return model
 
@@ -99,12 +101,12 @@ class StageContext:
         return str(self.folder) if self.recipe.model.base is None else self.name
 
     def precision(self) -> str:
-        """`master` or `stochastic`, for trained full weights: the recipe's choice or, for `auto`, what fits on this GPU."""
+        """The precision of trained full weights: the recipe's or, for `auto`, what fits on this GPU."""
         gpu = torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
         return memory.choose_precision(self.recipe, self.stage, gpu)
 
     def arguments(self, section: Training, folder: Path, seed: int) -> dict[str, Any]:
-        """The TrainingArguments of a recipe's section as a dict, with those of the precision, which is printed for full weights."""
+        """The TrainingArguments of a section and, for full weights, of their precision, which is printed."""
         found = training_arguments(section, folder, seed, self.recipe.num_processes)
         if self.recipe.mode == "full":
             chosen = self.precision()
@@ -116,8 +118,8 @@ class StageContext:
     def save(self, trainer: Trainer, folder: Path) -> None:
         """Save the trained adapter or full weights, the tokenizer and the base's fingerprint.
 
-        Full weights are saved in the recipe's dtype; unless they are sharded, the model is cast to it as well. The first process writes
-        and the others wait.
+        Full weights are saved in the recipe's dtype; unless they are sharded, the model is cast to it as well. The
+        first process writes and the others wait.
         """
         model: Any = trainer.model
         weights, dtype = sharding.full_state_dict(trainer), resolve_dtype(self.recipe.model.dtype)
@@ -132,9 +134,10 @@ class StageContext:
         trainer.accelerator.wait_for_everyone()
 
     def check(self, inputs: Mapping[str, Path], references: Iterable[Reference] = ()) -> None:
-        """Raise SalsaError if an input or a reference of the recipe was trained on another base, by its fingerprint.
+        """Raise SalsaError if an input or a reference was trained on another base, by its fingerprint.
 
-        For a reference without a fingerprint a line is printed. Inputs without one are skipped: the stage that imported them printed it.
+        For a reference without a fingerprint a line is printed. Inputs without one are skipped: the stage that imported
+        them printed it.
         """
         base = base_fingerprints(self.folder)
         made = [folder for unit, folder in inputs.items() if unit != "toy" and read_fingerprint(folder) is not None]
@@ -147,7 +150,7 @@ class StageContext:
             compare_tokenizer(folder, self.tokenizer, self.name)
 
     def write_fingerprint(self, folder: Path, checked: bool = True) -> None:
-        """Write fingerprint.json, which identifies the base of the weights in `folder`; `checked`: False if only the recipe names it."""
+        """Write the base's fingerprint to `folder`; `checked`: False if only the recipe says it is the base."""
         content = {"base": base_fingerprint(self.folder), **({} if checked else {"checked": False})}
         write_atomic(folder / FINGERPRINT, json.dumps(content))
 
@@ -158,7 +161,7 @@ def seed_folders(inputs: Mapping[str, Path]) -> dict[int, Path]:
 
 
 def training_arguments(section: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
-    """The transformers.TrainingArguments of a recipe's section, as a dict: without checkpoints, reports and tqdm bars.
+    """The transformers.TrainingArguments of a recipe's section, as a dict.
 
     The section's batch size counts the rows of all processes together.
     """
@@ -198,7 +201,7 @@ def _optimizer(name: str) -> str:
 
 
 def reference_folder(recipe: Recipe, path: str) -> Path:
-    """The local folder of a reference, downloaded if it is on the Hub: an adapter or, with full weights, a checkpoint."""
+    """The local folder of a reference, an adapter or a checkpoint, downloaded if it is on the Hub."""
     return local_folder(path) if recipe.adapter is None else lora.adapter_folder(path)
 
 
@@ -229,7 +232,7 @@ def remove_printer(trainer: Trainer) -> None:
 
 
 def mean_loss(trainer: Trainer, loss: float) -> float:
-    """The mean training loss over all processes; a Trainer counts the steps since its last log in its own process only."""
+    """The mean training loss over processes; a Trainer's own misses other processes' last steps."""
     if trainer.accelerator.num_processes == 1:
         return loss
     own = torch.tensor(loss, dtype=torch.float64, device=trainer.accelerator.device)
@@ -241,9 +244,10 @@ FIGURES = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL", "o
 
 
 class ProgressBar(TrainerCallback):
-    """A Trainer's progress bar, with the latest figures beside it; `folder`: where the Trainer's log is saved as log.jsonl.
+    """A Trainer's progress bar with the latest metrics; saves the Trainer's log as folder/log.jsonl.
 
-    transformers' ProgressCallback names no stage, prints every log in full, and writes unreadable text where there is no terminal.
+    transformers' ProgressCallback names no stage, prints every log in full, and writes unreadable text where there is
+    no terminal.
     """
 
     def __init__(self, description: str, folder: Path | None = None) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREPARED_TOKENIZERS: WeakSet[Any] = WeakSet()
-"""Tokenizers that load_tokenizer has returned. SalsaPPOTrainer does not repeat what was printed about them at the start of a run."""
+"""Tokenizers that load_tokenizer has returned. SalsaPPOTrainer does not repeat what was printed about them at the start
+of a run."""
 
 
 def load_tokenizer(
@@ -28,9 +29,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer and prepare it and its chat template for training (data/chat/templates.py).
 
-    Its padding token becomes one that no template writes and that does not end a response. chat_template: a Jinja file to use instead
-    of the tokenizer's own template. report_as: the base's name; if given, changes and unusual properties are printed under it.
-    Raises SalsaError for a tokenizer without an EOS token.
+    Its padding token becomes one that no template writes and that does not end a response. chat_template: a Jinja file
+    to use instead of the tokenizer's own template. report_as: the base's name; if given, changes and unusual properties
+    are printed under it. Raises SalsaError for a tokenizer without an EOS token.
     """
     with readable_hub_errors(base):
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
@@ -51,7 +52,7 @@ def load_tokenizer(
 
 
 def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
-    """The generation settings of generation_config.json, else of config.json; None if there is neither, as in an adapter's folder."""
+    """The generation settings of generation_config.json, else of config.json; None without both."""
     for name in ("generation_config.json", "config.json"):
         with readable_hub_errors(base):
             file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -61,9 +62,10 @@ def _generation_config(base: str, revision: str | None) -> GenerationConfig | No
 
 
 def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: str) -> bool:
-    """Compare the tokenizer saved beside weights with `tokenizer`, which is used with them; `base` is the name of its model.
+    """Compare the tokenizer saved beside weights with `tokenizer`, that of the model named `base`.
 
-    Prints a line and returns True if the chat templates differ. Raises SalsaError if a token has another id in the saved tokenizer.
+    Prints a line and returns True if the chat templates differ. Raises SalsaError if a token has another id in the
+    saved tokenizer.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return False
@@ -76,20 +78,21 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: st
     moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)
     require(
         moved is None,
-        f"{folder}: its tokenizer gives {moved!r} the id {saved.get(str(moved))}, and that of {base} gives it {used.get(str(moved))}, so that"
-        " the ids these weights were trained on mean other text here; use the base and tokenizer that they were trained with",
+        f"{folder}: its tokenizer gives {moved!r} the id {saved.get(str(moved))}, and that of {base} gives it"
+        f" {used.get(str(moved))}, so that the ids these weights were trained on mean other text here; use the base"
+        " and tokenizer that they were trained with",
     )
     differs = own.chat_template is not None and _rendered(own) != _rendered(tokenizer)
     if differs:
         say(
-            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained with it, use it too"
-            " (model.chat_template)"
+            f"{folder}: its tokenizer has another chat template than the one used here; if these weights were trained"
+            " with it, use it too (model.chat_template)"
         )
     return differs
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short chat rendered by a tokenizer's template, or the template itself if it rejects that chat; for comparing templates."""
+    """A short chat rendered by a tokenizer's template, or the template itself if it rejects the chat."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))

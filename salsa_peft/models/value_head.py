@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class PolicyWithValueHead(nn.Module):
-    """The policy (an adapter on the shared base, or full weights) and PPO's linear value head, as one module.
+    """A policy, an adapter on the shared base or full weights, with PPO's linear value head.
 
-    The head reads the hidden states of the policy or, with `value_adapter`, those of a second forward under that adapter. It is float32
-    over any base and starts as a copy of `start`, or at zero, so that all first values are 0.
+    The head reads the hidden states of the policy or, with `value_adapter`, those of a second forward under that
+    adapter. It is float32 over any base and starts as a copy of `start`, or at zero, so that all first values are 0.
     """
 
     def __init__(self, policy: PeftModel | PreTrainedModel, value_adapter: str | None = None,
@@ -39,7 +39,7 @@ class PolicyWithValueHead(nn.Module):
             self.activation_checkpointing_enable()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (B, L, H) and values (B, L), float32; the value at position i is that of the state after token i."""
+        """Hidden states (B, L, H), and values (B, L), float32, of the states after each token."""
         hidden = hidden_states(self.policy, input_ids, attention_mask)
         return hidden, self.values(hidden, input_ids, attention_mask)
 
@@ -58,13 +58,13 @@ class PolicyWithValueHead(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **layers: Any
     ) -> None:
-        """Called by transformers.Trainer. The recomputation in backward runs under the adapter that was active in the forward."""
+        """Called by Trainer. The recomputation runs under the adapter that was active in the forward."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if self.toggle is not None:
             require(
                 not options["use_reentrant"],
-                "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs under whichever"
-                " adapter is active then",
+                "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs"
+                " under whichever adapter is active then",
             )
             options["context_fn"] = self._under_the_same_adapter
         causal_lm(self.policy).activation_checkpointing_enable(options, **layers)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. Raises SalsaError for a file that is damaged or of another format."""
+    """Read a safetensors file. Raises SalsaError if it is damaged or of another format."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -40,7 +40,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast all parameters in place. Unlike Module.to this keeps the precision of buffers such as rotary frequencies."""
+    """Cast all parameters in place, and no buffers: rotary frequencies keep their precision."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -49,8 +49,9 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
                     weights: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
     """Save a Transformers checkpoint with its tokenizer, in shards of 5 GB.
 
-    weights: the gathered weights of a sharded model, saved in `dtype` if one is given. The checkpoint is written in a subfolder and
-    replaces an earlier one when it is complete. Raises SalsaError before writing if a weight is not finite or the disk has no space.
+    weights: the gathered weights of a sharded model, saved in `dtype` if one is given. The checkpoint is written in a
+    subfolder and replaces an earlier one when it is complete. Raises SalsaError before writing if a weight is not
+    finite or the disk has no space.
     """
     if weights is not None:
         tied = model.all_tied_weights_keys or {}  # duplicates of other weights
@@ -90,7 +91,7 @@ def _replace_checkpoint(folder: Path, beside: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights of the checkpoint in `folder` into a model. Raises SalsaError for unknown and for missing tensors."""
+    """Load a checkpoint's weights into a model. Raises SalsaError for unknown and for missing tensors."""
     found: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
         tensors = read_tensors(file)

@@ -1,14 +1,15 @@
-"""Recipe → units of work: for each stage, which pieces there are, what each reads and which part of the recipe it depends on.
+"""The units of work of a recipe: for each stage its units, what each reads, and its cache-key fields.
 
-A slice is minimal: what is not in it can change without the work being done again. So `evaluate` is in no policy's slice,
-and `name`, `description` and `threads` are in none. Local paths don't count, the content of what is there does.
+The key fields of a unit are the part of the recipe that its result depends on. What is not among them can change
+without running the unit again: `evaluate` is in no policy's key, and `name`, `description` and `threads` are in none.
+Of local files and folders the content is part of the key, the path is not.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from salsa_peft.config import sweeps
@@ -17,293 +18,257 @@ from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import RewardPart, find_module, split_function
-from salsa_peft.config.schema import Evaluate, Landscape, Recipe, Source
+from salsa_peft.config.schema import Landscape, Recipe, Source
 from salsa_peft.config.validate import TOY_PROMPTS
 
 
-class _Files:
-    """Collects local paths while a slice is written, which keeps a mark in their place."""
+class _Builder:
+    """Builds a unit: its methods give key fields without local paths, and collect the paths in `files`."""
 
-    def __init__(self) -> None:
-        self.paths: list[str] = []
+    def __init__(self, recipe: Recipe, run: str) -> None:
+        self.recipe, self.run = recipe, run
+        self.files: list[str] = []
+
+    def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
+        """The unit.
+
+        name: of one of several units of the stage. toy: whether it reads the embedded world, if there is one.
+        """
+        first = ["toy"] if toy and self.recipe.toy else []
+        return Unit(
+            stage=stage,
+            name=name or stage,
+            run=self.run,
+            multi_unit=bool(name),
+            inputs=tuple(dict.fromkeys([*first, *inputs])),
+            key_fields=key_fields,
+            files=tuple(self.files),
+        )
 
     def path(self, value: str | None) -> str | None:
-        """The value, or "local" for a path, which is then among `paths`."""
+        """A Hub id as it is; for a local path "local"."""
         if value is None or not is_local(value):
             return value
-        self.paths.append(value)
+        self.files.append(value)
         return "local"
 
     def source(self, source: Source | None) -> dict[str, Any] | None:
-        """A dataset's slice."""
-        return None if source is None else {**dataclasses.asdict(source), "path": self.path(source.path)}
+        """A dataset."""
+        return None if source is None else {**asdict(source), "path": self.path(source.path)}
 
-    def model(self, recipe: Recipe) -> dict[str, Any]:
-        """The base's slice."""
-        model = recipe.model
+    def model(self) -> dict[str, Any]:
+        """The base model."""
+        model = self.recipe.model
         paths = {"base": self.path(model.base), "chat_template": self.path(model.chat_template)}
-        return {**dataclasses.asdict(model), **paths}
+        return {**asdict(model), **paths}
 
     def reference(self, reference: Reference) -> dict[str, Any]:
-        """A reference's slice; its label is for people, and what moves none says nothing."""
-        moving = ("sync_every", "mixup_alpha") if reference.sync_every is None else ()
-        found = {name: value for name, value in dataclasses.asdict(reference).items() if name not in moving}
-        return {**found, "label": None, "path": self.path(reference.path)}
+        """A reference model, without its label, and without the options of syncing if it is not synced."""
+        unused = ("sync_every", "mixup_alpha") if reference.sync_every is None else ()
+        fields = {name: value for name, value in asdict(reference).items() if name not in unused}
+        return {**fields, "label": None, "path": self.path(reference.path)}
 
-    def reward(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """The reward's slice: its parts. A function counts by its module's file, not by what that imports."""
-        return [self._part(part) for part in recipe.reward.parts]
-
-    def function(self, value: str) -> list[str]:
-        """A function's slice: its module and name; the module's file counts by its content."""
-        folder, *named = split_function(value)
-        file = find_module(folder, named[0])
-        self.paths += [] if file is None else [str(file)]
-        return named
+    def reward(self) -> list[dict[str, Any]]:
+        """The parts of the reward."""
+        return [self._part(part) for part in self.recipe.reward.parts]
 
     def _part(self, part: RewardPart) -> dict[str, Any]:
         value = self.function(part.value) if part.kind == "function" else self.path(part.value)
         return {"kind": part.kind, "value": value, "weight": part.weight, "name": part.name}
+
+    def function(self, value: str) -> list[str]:
+        """The module and name of a Python function.
+
+        The module's file counts by its content, the modules that it imports do not count.
+        """
+        folder, *named = split_function(value)
+        file = find_module(folder, named[0])
+        self.files += [] if file is None else [str(file)]
+        return named
+
+    def precision(self) -> dict[str, Any]:
+        """The precision of full weights; adapters always have the same."""
+        return {"precision": self.recipe.precision} if self.recipe.adapter is None else {}
 
 
 def _seed(position: int) -> str:
     return f"sft/seed-{position}"
 
 
-def _inputs(recipe: Recipe, *ids: str) -> tuple[str, ...]:
-    """The ids, each once, after the embedded world where there is one."""
-    return tuple(dict.fromkeys([*(["toy"] if recipe.toy else []), *ids]))
+def _reward(recipe: Recipe) -> list[str]:
+    """The reward stage, if the recipe has one."""
+    return ["reward"] if recipe.reward.trained else []
 
 
 def _of_references(references: list[Reference]) -> list[str]:
-    """The units that references are made of."""
+    """The units that references are made from."""
     soup = ["soup"] if any(reference.soup for reference in references) else []
     return [_seed(member) for reference in references for member in reference.members] + soup
 
 
-def _precision(recipe: Recipe) -> dict[str, Any]:
-    """Of a stage that trains full weights; adapters have one precision."""
-    return {"precision": recipe.precision} if recipe.adapter is None else {}
+def _comparisons(recipe: Recipe) -> dict[str, Any]:
+    return {"pairs": [list(pair) for pair in sweeps.compared_pairs(recipe)]}
 
 
 def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     """The embedded world: base, tokenizer and data."""
-    return (
-        [Unit(stage="toy", name="toy", run=run, key_fields={"toy": dataclasses.asdict(recipe.toy)})]
-        if recipe.toy
-        else []
-    )
+    return [_Builder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
 
 
 def sft_units(recipe: Recipe, run: str) -> list[Unit]:
-    """One fine-tuning per seed."""
+    """One SFT for each seed."""
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
-        files, taken = _Files(), recipe.sft.existing_seed(position)
-        section = {name: value for name, value in dataclasses.asdict(recipe.sft).items() if name != "from_"}
-        parts: dict[str, Any] = {
-            "model": files.model(recipe),
-            "adapter": dataclasses.asdict(recipe.adapter) if recipe.adapter else None,
-            "demonstrations": files.source(recipe.data.demonstrations),
+        new, existing = _Builder(recipe, run), recipe.sft.existing_seed(position)
+        section = {name: value for name, value in asdict(recipe.sft).items() if name != "from_"}
+        fields: dict[str, Any] = {
+            "model": new.model(),
+            "adapter": asdict(recipe.adapter) if recipe.adapter else None,
+            "demonstrations": new.source(recipe.data.demonstrations),
             "sft": {**section, "seeds": [seed]},
-            **_precision(recipe),
+            **new.precision(),
         }
-        if taken is not None:
-            parts = {"model": parts["model"], "from": files.path(taken)}
-        units.append(
-            Unit(
-                stage="sft",
-                name=f"seed-{position}",
-                run=run,
-                multi_unit=True,
-                inputs=_inputs(recipe),
-                key_fields=parts,
-                files=tuple(files.paths),
-            )
-        )
+        if existing is not None:
+            fields = {"model": fields["model"], "from": new.path(existing)}
+        units.append(new.unit("sft", fields, name=f"seed-{position}"))
     return units
 
 
-def _reward(recipe: Recipe) -> list[str]:
-    """The reward stage, where there is one."""
-    return ["reward"] if recipe.reward.trained else []
-
-
 def reward_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The reward model, where the recipe's reward has an adapter; it starts from seed-0."""
+    """The reward model, if the recipe trains one; training starts at seed-0."""
     if not recipe.reward.trained:
         return []
-    files = _Files()
-    parts = {
-        "model": files.model(recipe),
-        "preferences": files.source(recipe.data.preferences),
-        "reward": {name: value for name, value in dataclasses.asdict(recipe.reward).items() if name != "model"},
-        **_precision(recipe),
+    new = _Builder(recipe, run)
+    fields = {
+        "model": new.model(),
+        "preferences": new.source(recipe.data.preferences),
+        "reward": {name: value for name, value in asdict(recipe.reward).items() if name != "model"},
+        **new.precision(),
     }
-    inputs = _inputs(recipe, _seed(0))
-    return [Unit(stage="reward", name="reward", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))]
+    return [new.unit("reward", fields, _seed(0))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The recipe's soup; the members are inputs."""
-    section, files = recipe.soup, _Files()
-    members = tuple(_seed(member) for member in section.members)
-    parts: dict[str, Any] = {"members": list(members), "weights": section.resolved_weights}
+    """The recipe's soup of seeds."""
+    section, new = recipe.soup, _Builder(recipe, run)
+    members = [_seed(member) for member in section.members]
+    fields: dict[str, Any] = {"members": members, "weights": section.resolved_weights}
     if section.strategy != "linear" or section.rank is not None:
-        parts |= {"strategy": section.strategy, "rank": section.rank}
+        fields |= {"strategy": section.strategy, "rank": section.rank}
     if not section.uses_measure:
-        base = (
-            {} if recipe.adapter is not None else {"model": files.model(recipe)}
-        )  # of checkpoints: where deltas begin
-        inputs = members if recipe.adapter is not None else _inputs(recipe, *members)
-        return [
-            Unit(stage="soup", name="soup", run=run, inputs=inputs, key_fields=parts | base, files=tuple(files.paths))
-        ]
-    parts |= {
-        "measure": files.function(section.measure) if ":" in section.measure else section.measure,
+        full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
+        return [new.unit("soup", fields | ({"model": new.model()} if full else {}), *members, toy=full)]
+    fields |= {
+        "measure": new.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
-        "model": files.model(recipe),
-        "data": files.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
+        "model": new.model(),
+        "data": new.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
     }
     if section.measure == "reward":
-        parts |= {"reward": files.reward(recipe), "generation": dataclasses.asdict(recipe.generation)}
-    inputs = _inputs(recipe, *(_reward(recipe) if section.measure == "reward" else []), *members)
-    return [Unit(stage="soup", name="soup", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))]
+        fields |= {"reward": new.reward(), "generation": asdict(recipe.generation)}
+    return [new.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
-    """One training per policy of an algorithm; it starts at seed-0."""
+    """The policies that an algorithm trains; training starts at seed-0."""
     return [_policy(recipe, run, name) for name, policy in recipe.policies.items() if policy.algorithm == algorithm]
 
 
 def _policy(recipe: Recipe, run: str, name: str) -> Unit:
-    files, policy = _Files(), recipe.policies[name]
+    new, policy = _Builder(recipe, run), recipe.policies[name]
     algorithm, references = policy.algorithm, policy.references(f"policies.{name}")
     section = getattr(recipe, algorithm)
     beta = section.kl_coef if policy.kl_coef is None else policy.kl_coef
-    parts: dict[str, Any] = {
-        "model": files.model(recipe),
-        algorithm: {**dataclasses.asdict(section), "kl_coef": beta},
-        "references": [files.reference(reference) for reference in references],
+    fields: dict[str, Any] = {
+        "model": new.model(),
+        algorithm: {**asdict(section), "kl_coef": beta},
+        "references": [new.reference(reference) for reference in references],
         "export": list(recipe.export),
-        **_precision(recipe),
+        **new.precision(),
     }
     if algorithm in PREFERENCE_ALGORITHMS:
-        parts["preferences"] = files.source(recipe.data.preferences)
+        fields["preferences"] = new.source(recipe.data.preferences)
     else:
-        parts |= {
-            "prompts": files.source(recipe.data.prompts),
-            "generation": {**dataclasses.asdict(recipe.generation), "batch_size": None},
-            "reward": files.reward(recipe),
+        fields |= {
+            "prompts": new.source(recipe.data.prompts),
+            "generation": {**asdict(recipe.generation), "batch_size": None},
+            "reward": new.reward(),
         }
     if algorithm == "ppo":
-        parts["ppo"] |= {"save_steps": None, "shown_every": None}  # what the result does not depend on
-        parts["eval_prompts"] = files.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
+        fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
+        fields["eval_prompts"] = new.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     rewards = [] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
-    inputs = _inputs(recipe, _seed(0), *rewards, *_of_references(references))
-    return Unit(
-        stage=algorithm, name=name, run=run, multi_unit=True, inputs=inputs, key_fields=parts, files=tuple(files.paths)
-    )
+    return new.unit(algorithm, fields, _seed(0), *rewards, *_of_references(references), name=name)
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
-    """Scores along the line and on the plane of seeds, where the recipe asks for one."""
+    """Scores along the line and on the plane of seeds, if the recipe asks for them."""
     landscape = recipe.landscape
     if landscape is None or (landscape.line is None and landscape.plane is None):
         return []
-    files = _Files()
-    chosen = landscape_prompts(recipe, landscape)
-    source = recipe.evaluate.prompts.get(chosen)
-    parts = {
-        "model": files.model(recipe),
-        "landscape": {**dataclasses.asdict(landscape), "prompts": chosen},
+    new, prompts = _Builder(recipe, run), landscape_prompts(recipe, landscape)
+    fields = {
+        "model": new.model(),
+        "landscape": {**asdict(landscape), "prompts": prompts},
         "temperature": recipe.evaluate.temperature,
-        "prompts": files.source(source),
-        "reward": files.reward(recipe),
-        "generation": dataclasses.asdict(recipe.generation),
+        "prompts": new.source(recipe.evaluate.prompts.get(prompts)),
+        "reward": new.reward(),
+        "generation": asdict(recipe.generation),
     }
     positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
-    inputs = _inputs(recipe, *_reward(recipe), *map(_seed, positions))
-    return [
-        Unit(stage="landscape", name="landscape", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))
-    ]
+    return [new.unit("landscape", fields, *_reward(recipe), *map(_seed, positions))]
 
 
 def landscape_prompts(recipe: Recipe, landscape: Landscape) -> str:
-    """Which of the evaluation's prompts the landscape uses: the one it names, or the first."""
+    """The set of evaluation prompts that the landscape uses: the one it names, or else the first."""
     return landscape.prompts or next(iter(recipe.evaluate.prompts), TOY_PROMPTS[0])
 
 
 def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
-    """Responses and scores of seed-0, soup, every policy and what evaluate.models adds."""
-    files = _Files()
-    options: Evaluate = recipe.evaluate
+    """Responses and scores of seed-0, the soup, every policy, and the other models of evaluate.models."""
+    new, options = _Builder(recipe, run), recipe.evaluate
     others = [model for model in options.models if model not in recipe.policies]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
-    parts = {
-        "model": files.model(recipe),
-        "prompts": {name: files.source(source) for name, source in options.prompts.items()},
+    fields = {
+        "model": new.model(),
+        "prompts": {name: new.source(source) for name, source in options.prompts.items()},
         "models": [model if model in recipe.policies else None for model in options.models],
-        "references": [files.reference(reference) for reference in references],
+        "references": [new.reference(reference) for reference in references],
         "temperature": options.temperature,
-        "reward": files.reward(recipe),
+        "reward": new.reward(),
         "seed": options.seed,
-        "generation": dataclasses.asdict(recipe.generation),
+        "generation": asdict(recipe.generation),
     }
     policies = [policy_id(recipe, name) for name in recipe.policies]
-    inputs = _inputs(recipe, _seed(0), "soup", *_of_references(references), *_reward(recipe), *policies)
-    return [Unit(stage="evaluate", name="evaluate", run=run, inputs=inputs, key_fields=parts, files=tuple(files.paths))]
+    inputs = [_seed(0), "soup", *_of_references(references), *_reward(recipe), *policies]
+    return [new.unit("evaluate", fields, *inputs)]
 
 
 def judge_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The judge's verdicts on the answers, where the recipe has a judge; how fast it is asked counts for nothing."""
+    """The judge's verdicts on the answers, if the recipe has a judge. Options of speed are not in the key."""
     judge = recipe.evaluate.judge
     if judge is None:
         return []
-    files = _Files()
-    idle: dict[str, Any] = dict.fromkeys(("api_key_env", "concurrency", "timeout", "retries"))
-    place: dict[str, Any] = {"function": files.function, "local": files.path}
-    model = place[judge.kind](judge.model) if judge.kind in place else judge.model
-    told: dict[str, Any] = {
-        "prompts": files.path(judge.prompts),
-        "references": files.path(judge.references),
-        "model": model,
-    }
-    parts: dict[str, Any] = {
-        "judge": {**dataclasses.asdict(judge), **idle, **told},
-        "pairs": [list(pair) for pair in sweeps.compared_pairs(recipe)],
-        **({} if recipe.search is None else {"search": dataclasses.asdict(recipe.search)}),
-    }
-    return [
-        Unit(stage="judge", name="judge", run=run, inputs=("evaluate",), key_fields=parts, files=tuple(files.paths))
-    ]
-
-
-def hub_units(recipe: Recipe, run: str) -> list[Unit]:
-    """Pushing what the `hub` section names, after the report; what it is called and where it goes counts."""
-    if not recipe.hub.push:
-        return []
-    inputs = tuple(unit_of(recipe, name)[1] for name in recipe.hub.push)
-    return [
-        Unit(
-            stage="hub",
-            name="hub",
-            run=run,
-            inputs=("report", *inputs),
-            key_fields={"hub": dataclasses.asdict(recipe.hub)},
-        )
-    ]
+    new = _Builder(recipe, run)
+    unused: dict[str, Any] = dict.fromkeys(("api_key_env", "concurrency", "timeout", "retries"))
+    places: dict[str, Any] = {"function": new.function, "local": new.path}
+    model = places[judge.kind](judge.model) if judge.kind in places else judge.model
+    paths = {"prompts": new.path(judge.prompts), "references": new.path(judge.references)}
+    fields: dict[str, Any] = {"judge": {**asdict(judge), **unused, **paths, "model": model}, **_comparisons(recipe)}
+    if recipe.search is not None:
+        fields["search"] = asdict(recipe.search)
+    return [new.unit("judge", fields, "evaluate", toy=False)]
 
 
 POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
     algorithm: functools.partial(policy_units, algorithm=algorithm) for algorithm in ("ppo", *ALGORITHMS)
 }
-"""Algorithm, which is a stage's name too → its policies."""
+"""Algorithm (and stage) → the units of its policies."""
 
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The report of everything."""
-    units = [
+    """The report, which reads the results of all stages before it."""
+    stages = [
         toy_units,
         sft_units,
         reward_units,
@@ -313,11 +278,15 @@ def report_units(recipe: Recipe, run: str) -> list[Unit]:
         evaluate_units,
         judge_units,
     ]
-    inputs = tuple(unit.id for make in units for unit in make(recipe, ""))
-    search_section = None if recipe.search is None else dataclasses.asdict(recipe.search)
-    parts = {
-        "samples": recipe.evaluate.samples,
-        "pairs": [list(pair) for pair in sweeps.compared_pairs(recipe)],
-        "search": search_section,
-    }
-    return [Unit(stage="report", name="report", run=run, inputs=inputs, key_fields=parts)]
+    search = None if recipe.search is None else asdict(recipe.search)
+    fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}
+    inputs = (unit.id for units in stages for unit in units(recipe, ""))
+    return [_Builder(recipe, run).unit("report", fields, *inputs, toy=False)]
+
+
+def hub_units(recipe: Recipe, run: str) -> list[Unit]:
+    """The push of the results that the `hub` section names, after the report."""
+    if not recipe.hub.push:
+        return []
+    inputs = (unit_of(recipe, name)[1] for name in recipe.hub.push)
+    return [_Builder(recipe, run).unit("hub", {"hub": asdict(recipe.hub)}, "report", *inputs, toy=False)]

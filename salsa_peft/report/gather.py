@@ -171,9 +171,8 @@ def _policy(folder: Path) -> PolicyReport:
     reference, beta, algorithm = facts.pop("reference"), facts.pop("kl_coef")["start"], facts.pop("algorithm", "ppo")
     if algorithm != "ppo":
         return PolicyReport(reference, beta, [], [], algorithm, facts)
-    return PolicyReport(
-        reference, beta, *(read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
-    )
+    metrics, completions = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "completions"))
+    return PolicyReport(reference, beta, metrics, completions)
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:

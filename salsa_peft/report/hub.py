@@ -1,59 +1,54 @@
-"""A run's results → repositories on the Hub, each in one commit; what fails is tried again, and if that fails too noted as pending.
+"""The hub stage: results of a run → repositories on the Hub, one commit each; failed requests are repeated, failed pushes stay pending.
 
-The token is huggingface_hub's to find (HF_TOKEN, or `hf auth login`) and goes nowhere but its Authorization header.
+huggingface_hub finds the token (HF_TOKEN, or `hf auth login`); it is sent only in the Authorization header.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from salsa_peft.config.job import Job
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.config.schema import Recipe
-from salsa_peft.report import model_card
-from salsa_peft.report.model_card import Item, published
-from salsa_peft.utils import files as runs
+from salsa_peft.report.model_card import Item, find_item, published_files, render_card
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import read_json, timestamp, write_atomic
 from salsa_peft.utils.messages import one_line, short
 
 PENDING, PUSHED = "hub_pending.json", "hub_pushed.json"
-"""In the run's folder."""
+"""Files in the run's folder."""
 WAITS = (2.0, 4.0, 8.0, 16.0, 32.0)
-"""Seconds before each further try; longer where the Hub's Retry-After says so, up to LONGEST."""
+"""Seconds before each retry, or as long as the Hub's Retry-After says, at most LONGEST."""
 LONGEST = 300.0
-AGAIN = (408, 429, 500, 502, 503, 504)
+RETRIED = (408, 429, 500, 502, 503, 504)
 Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Push:
-    """What is to go where."""
+    """A result and its repository."""
 
     item: str
     to: str
-    """namespace/name; /name: of whoever is logged in."""
+    """namespace/name, or /name for the namespace of the user who is logged in."""
     private: bool = True
     base_model: str | None = None
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The hub stage: what the recipe's `hub` section names. Raises SalsaError at its end where something could not be pushed; it is pending
-    then, and the run whole."""
+    """Push what the recipe's `hub` section names. Raises SalsaError at the end if a push failed; it stays pending."""
     section, folder = job.recipe.hub, job.folder.parent.parent
-    stem = section.name or folder.name
+    start = f"{section.namespace or ''}/{section.name or folder.name}"
     wanted = [
-        Push(
-            item=name,
-            to=f"{section.namespace or ''}/{stem}-{name}",
-            private=section.private,
-            base_model=section.base_model,
-        )
+        Push(item=name, to=f"{start}-{name}", private=section.private, base_model=section.base_model)
         for name in section.push
     ]
     done = push_all(folder, wanted, job.recipe, dict(job.inputs))
@@ -61,15 +56,14 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """Push results of a run; → what was pushed: {item, to, commit, url, private}.
+    """Push results of a run; returns {item, to, commit, url, private} of each.
 
-    All of them are noted as pending first, and each is crossed out when it is on the Hub; what was pending before stays so. Raises SalsaError
-    that names what is left.
+    All of them become pending first, and each is removed from the pending ones once it is on the Hub. Raises SalsaError that names the
+    failed ones.
     """
-    queue = [one for one in pending(run) if (one.item, one.to) not in [(two.item, two.to) for two in wanted]] + list(
-        wanted
-    )
-    note(run, queue)
+    asked = [(one.item, one.to) for one in wanted]
+    queue = [*(one for one in pending(run) if (one.item, one.to) not in asked), *wanted]
+    write_pending(run, queue)
     done: list[dict[str, Any]] = []
     failed: list[str] = []
     for one in wanted:
@@ -77,176 +71,146 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
         try:
             require(
                 clash is None,
-                f"{one.to}: found {clash} pending for it too, expected a repository of its own; take one out of {run / PENDING}",
+                f"{one.to}: {clash} is pending for the same repository; remove one of them from {run / PENDING}",
             )
-            done.append(push(one, item_of(run, recipe, one, folders)))
+            done.append(push(one, find_item(run, recipe, one.item, one.base_model, folders)))
         except SalsaError as error:
             failed.append(f"{one.item}: {error}")
             say(f"hub  {failed[-1]}")
             continue
         queue.remove(one)
-        note(run, queue)
-        record(run, done[-1])
+        write_pending(run, queue)
+        record_push(run, done[-1])
         say(f"hub  {one.item} → {done[-1]['url']}{' (private)' if one.private else ''}")
     require(
         not failed,
-        f"{len(failed)} of {len(wanted)} not pushed ({'; '.join(failed)}); the run is whole, salsa hub push {run} tries again",
+        f"{len(failed)} of {len(wanted)} not pushed ({'; '.join(failed)}). The run itself is complete; salsa hub push {run} tries again",
     )
     return done
 
 
-def item_of(run: Path, recipe: Recipe, wanted: Push, folders: dict[str, Path]) -> Item:
-    """The result that is to be pushed; refusals as in `model_card.item`."""
-    return model_card.item(run, recipe, wanted.item, wanted.base_model, folders)
-
-
 def push(wanted: Push, item: Item) -> dict[str, Any]:
-    """One result, one commit. Raises SalsaError for what the Hub refuses, and where it can't be reached after several tries."""
+    """Push one result in one commit. Raises SalsaError if the Hub refuses, or cannot be reached after several tries."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from salsa_peft.report.model_card import card
-
     api = HfApi(library_name="salsa_peft")
-    repo = address(api, wanted.to)
-    files = published(item, card(item, repo, online=True))
-    tried(lambda: api.create_repo(repo, private=wanted.private, exist_ok=True), f"creating {repo}")
-    there = tried(lambda: api.model_info(repo), repo)
+    repo = repository(api, wanted.to)
+    files = published_files(item, render_card(item, repo, online=True))
+    with_retries(lambda: api.create_repo(repo, private=wanted.private, exist_ok=True), f"creating {repo}")
+    there = with_retries(lambda: api.model_info(repo), repo)
     require(
         there.private or not wanted.private,
-        f"{repo}: found a public repository, expected a private one; make it private there, push elsewhere, or say --public (hub.private: false)",
+        f"{repo}: is a public repository, but the push is private; make it private on the Hub, push elsewhere, or use --public"
+        " (hub.private: false)",
     )
 
     def commit() -> Any:
-        operations = [  # made anew for each try: they keep what they were told
+        operations = [  # new ones for each try, because they keep state of their upload
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in files.items()
         ]
         title = f"{item.name} of {item.recipe.name}, by salsa_peft"
         return api.create_commit(repo, operations, commit_message=title)
 
-    made = tried(commit, repo)
-    return {
-        "item": wanted.item,
-        "to": repo,
-        "commit": made.oid,
-        "url": str(made.repo_url.url),
-        "private": wanted.private,
-    }
+    made = with_retries(commit, repo)
+    url = str(made.repo_url.url)
+    return {"item": wanted.item, "to": repo, "commit": made.oid, "url": url, "private": wanted.private}
 
 
-def address(api: Any, to: str) -> str:
-    """namespace/name, the namespace of whoever is logged in where none is given. Raises SalsaError for names that can be none."""
-    repo = f"{tried(api.whoami, 'the login')['name']}{to}" if to.startswith("/") else to
+def repository(api: Any, to: str) -> str:
+    """namespace/name; a missing namespace is that of the user who is logged in. Raises SalsaError for an impossible name."""
+    repo = f"{with_retries(api.whoami, 'the login')['name']}{to}" if to.startswith("/") else to
     require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
     return repo
 
 
-def tried(call: Callable[[], Result], what: str) -> Result:
-    """The call's result, tried again after a while where the Hub is busy or the line broke; SalsaError for anything else it says."""
+def with_retries(call: Callable[[], Result], what: str) -> Result:
+    """The result of a call to the Hub, repeated if the Hub is busy or the connection breaks; other errors become SalsaErrors."""
     from huggingface_hub import errors
 
     for wait in (*WAITS, None):
         try:
             return call()
-        except (
-            errors.HTTPError,
-            OSError,
-            RuntimeError,
-            json.JSONDecodeError,
-        ) as error:  # the last: a page in the place of an answer
+        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # the last: a page, not JSON
             if is_local(error):
                 raise SalsaError(f"{what}: {error}") from error
-            status, after = state_of(error)
-            passing = status in AGAIN or (status is None and not isinstance(error, errors.OfflineModeIsEnabled))
+            status, after = status_of(error)
+            passing = status in RETRIED or (status is None and not isinstance(error, errors.OfflineModeIsEnabled))
             if wait is None or not passing:
-                raise SalsaError(f"{what}: {words(error, status)}") from error
+                raise SalsaError(f"{what}: {error_text(error, status)}") from error
             seconds = min(max(wait, after), LONGEST)
-            say(f"hub  {what}: {words(error, status)}; again in {seconds:.0f} s")
+            say(f"hub  {what}: {error_text(error, status)}; again in {seconds:.0f} s")
             time.sleep(seconds)
-        except UnicodeEncodeError:  # it holds the header: nothing of it is passed on
+        except UnicodeEncodeError:  # its text contains the header with the token
             raise SalsaError(
-                "the login's token: found letters that no token has; log in with `hf auth login`, or set HF_TOKEN"
+                "the login's token has characters that no token has; log in with `hf auth login`, or set HF_TOKEN"
             ) from None
-        except ValueError as error:  # what the Hub says of a card's front matter
+        except ValueError as error:  # the Hub's validation of the card's front matter
             raise SalsaError(f"{what}: {one_line(error)}") from error
     raise AssertionError
 
 
 def is_local(error: BaseException) -> bool:
-    """Whether it is this machine's: a folder, a full disk."""
+    """Whether it is an error of this machine, such as a full disk."""
     return (
         isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
     )
 
 
-def state_of(error: BaseException) -> tuple[int | None, float]:
-    """The HTTP status of an error or of what caused it, None where there was no answer; seconds of its Retry-After."""
+def status_of(error: BaseException) -> tuple[int | None, float]:
+    """HTTP status and seconds of Retry-After of an error or its cause; (None, 0) without a response."""
     response = getattr(error, "response", None)
-    if response is None and error.__cause__ is not None:
-        return state_of(error.__cause__)
     if response is None:
-        return None, 0.0
+        return (None, 0.0) if error.__cause__ is None else status_of(error.__cause__)
     after = response.headers.get("retry-after", "")
     return int(response.status_code), float(after) if after.isdigit() else 0.0
 
 
-def words(error: BaseException, status: int | None) -> str:
-    """An error in a line, with what to do."""
+def error_text(error: BaseException, status: int | None) -> str:
+    """An error of the Hub in one line, with what to do."""
     from huggingface_hub import errors
 
-    help_of = {
-        401: "log in with `hf auth login`, or set HF_TOKEN",
-        403: "take a namespace that your token may write to",
-    }
+    login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return f"found no login; {help_of[401]}"
+        return f"no login on this machine; {login}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
     if status is None:
         return f"no answer from the Hub ({type(error.__cause__ or error).__name__})"
-    help_of[404] = f"check the name, or if it is private {help_of[401]}"
-    return f"the Hub says {status}" + (f"; {help_of[status]}" if status in help_of else "")
+    mend = {
+        401: f"; {login}",
+        403: "; use a namespace that your token may write to",
+        404: f"; check the name; for a private repository {login}",
+    }
+    return f"the Hub answers {status}{mend.get(status, '')}"
 
 
 def pending(run: Path) -> list[Push]:
-    """What was to be pushed and is not yet. Raises SalsaError where the note can't be read."""
+    """Pushes that have not succeeded yet. Raises SalsaError if the file cannot be read."""
     path = run / PENDING
     if not path.is_file():
         return []
     try:
-        rows = json.loads(path.read_bytes())
-        found = [Push(**row) for row in rows]
-        if isinstance(rows, dict) or not all(
-            isinstance(one.item, str) and isinstance(one.to, str) and one.private in (True, False) for one in found
-        ):
-            raise TypeError
-        return found
-    except (OSError, ValueError, TypeError) as error:
-        raise SalsaError(
-            f"{path}: found something else than was noted, expected what is pending; remove it and push by name"
-        ) from error
+        return TypeAdapter(list[Push]).validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        raise SalsaError(f"{path}: cannot be read as a list of pending pushes; remove it and push by name") from error
 
 
-def note(run: Path, queue: Sequence[Push]) -> None:
-    """What is pending now; no file where nothing is."""
+def write_pending(run: Path, queue: Sequence[Push]) -> None:
+    """Write the pending pushes; without any the file is removed."""
     if queue:
-        runs.write_atomic(run / PENDING, json.dumps([dataclasses.asdict(one) for one in queue], indent=2) + "\n")
+        write_atomic(run / PENDING, json.dumps([dataclasses.asdict(one) for one in queue], indent=2) + "\n")
     else:
         (run / PENDING).unlink(missing_ok=True)
 
 
-def record(run: Path, done: dict[str, Any]) -> None:
-    """Add to what was pushed."""
+def record_push(run: Path, done: dict[str, Any]) -> None:
+    """Append to the list of pushes, which is for people: a damaged one is set aside."""
     path = run / PUSHED
     try:
-        before = json.loads(path.read_bytes()) if path.is_file() else []
-    except ValueError:  # it is there for people; what is on the Hub is there
-        say(f"hub  {path}: found something that can't be read, kept as {path.name}.old")
+        before = read_json(path) if path.is_file() else []
+    except SalsaError as error:
+        say(f"hub  {error}; kept as {path.name}.old")
         path.rename(path.with_name(f"{path.name}.old"))
         before = []
-    runs.write_atomic(path, json.dumps([*before, {**done, "at": runs.timestamp()}], indent=2) + "\n")
-
-
-def say(line: str) -> None:
-    """To standard error, at once."""
-    print(line, file=sys.stderr, flush=True)
+    write_atomic(path, json.dumps([*before, {**done, "at": timestamp()}], indent=2) + "\n")

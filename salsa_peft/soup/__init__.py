@@ -1,4 +1,4 @@
-"""Weight averaging of LoRA adapters and of checkpoints, usable on its own: `soup()`, `StackedAdapter`, and the command `salsa soup`."""
+"""Weight averaging of LoRA adapters and of checkpoints: `soup()`, `StackedAdapter`, and `salsa soup`."""
 
 from salsa_peft.soup.average import soup
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter

@@ -32,7 +32,7 @@ EPILOG = """members are folders or Hub ids of LoRA adapters of one base, or of f
 
 
 def join_weights(argv: Sequence[str], options: Collection[str] = ("--weights",)) -> list[str]:
-    """Join `--weights 1.5 -0.5` into one argument, because argparse takes -0.5,1.5 for an option and folders for numbers."""
+    """Join `--weights 1.5 -0.5` into one argument, because argparse takes -0.5 for an option."""
     rest, joined = list(argv), []
     while rest:
         token = rest.pop(0)
@@ -64,8 +64,8 @@ def positive_integer(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's argument parser."""
     made = Parser(
-        prog="salsa soup", description="Average LoRA adapters of one base, or full checkpoints of one architecture, exactly.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="salsa soup", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Average LoRA adapters of one base, or full checkpoints of one architecture, exactly.",
     )  # fmt: skip
     add = made.add_argument
     add("out", metavar="OUT", type=Path, help="folder of the soup")
@@ -74,20 +74,12 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="divide the weights by their sum")
     add("--strategy", choices=STRATEGIES, default="linear", help="how the weights are chosen (default: linear)")
     add("--rank", type=positive_integer, help="adapters: reduce to this rank (default: the sum of the members' ranks)")
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="adapters: dtype of the factors (default: the members')",
-    )
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="adapters: their dtype (default: the members')")
     add("--merge", action="store_true", help="adapters: add the soup to the base and save a checkpoint")
     add("--base", metavar="BASE", help="folder or Hub id of the base (default: the one that the adapters name)")
     add("--quantized-base", choices=["nf4", "nf4-double"], help="--merge: quantize the base as in QLoRA training first")
     add("--same-base", action="store_true", help="adapters: assert that they share a base, even if its name differs")
-    add(
-        "--untie",
-        action="store_true",
-        help="--merge: LoRA on tied embeddings gives separate input and output embeddings",
-    )
+    add("--untie", action="store_true", help="--merge: separate tied embeddings if they have LoRA")
     add_measure(made)
     add("--steps", type=positive_integer, default=20, help="strategy learned: number of Adam steps (default: 20)")
     add("--step-size", type=float, default=0.1, help="strategy learned: Adam's learning rate (default: 0.1)")
@@ -99,22 +91,11 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     """Add the options that measures.command_measure reads."""
     add = parser.add_argument
     add("--measure", metavar="M", help="sft_loss, reward, or module:name (a function of the model)")
-    add(
-        "--data", metavar="FILE", help="held-out chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id"
-    )
-    add(
-        "--reward",
-        metavar="REWARD",
-        help="measure reward: folder or Hub id of a reward adapter or a sequence classifier",
-    )
+    add("--data", metavar="FILE", help="chats (sft_loss) or prompts (reward): jsonl, json, parquet or a Hub id")
+    add("--reward", metavar="REWARD", help="measure reward: folder or Hub id of a reward adapter or classifier")
     add("--limit", type=positive_integer, default=128, help="number of rows of --data, from the first (default: 128)")
     add("--max-length", type=positive_integer, default=1024, help="maximum tokens of a chat (default: 1024)")
-    add(
-        "--max-new-tokens",
-        type=positive_integer,
-        default=128,
-        help="measure reward: tokens per response (default: 128)",
-    )
+    add("--max-new-tokens", type=positive_integer, default=128, help="reward: tokens per response (default: 128)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,14 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("salsa soup", args, make_soup)
 
 
-Work = Callable[[argparse.Namespace, Callable[[], None]], None]
-"""Work of a command: takes the arguments, and a function to call when the arguments are accepted."""
+def run_command(
+    prog: str, args: argparse.Namespace, work: Callable[[argparse.Namespace, Callable[[], None]], None]
+) -> int:
+    """Run `work`. Returns 0, or 2 after an error (printed in one line), or 130 after an interruption.
 
-
-def run_command(prog: str, args: argparse.Namespace, work: Work) -> int:
-    """Run `work`. Returns 0; 2 after an error that a user can fix, printed in one line; 130 after an interruption.
-
-    Warnings are held back until `work` accepts its arguments, so that an earlier error is the only line.
+    `work` gets the arguments, and a function to call when it has accepted them. Warnings are held back until then, so
+    that an earlier error is the only line.
     """
     silence_import_warnings()
     warnings, package = DeferredWarnings(logging.WARNING), logging.getLogger("salsa_peft")
@@ -186,7 +166,8 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     )
     require(
         measured or (args.measure is None and args.data is None and args.reward is None),
-        f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use greedy or learned",
+        f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use greedy or"
+        " learned",
     )
     require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; leave them out")
     options: dict[str, Any] = {field.name: vars(args).get(field.name) for field in dataclasses.fields(Options)} | {

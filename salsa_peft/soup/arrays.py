@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile, read_exactly
+from salsa_peft.utils.safetensors_io import Buffer, SafetensorsFile
 
 Array = NDArray[Any]
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -23,18 +23,17 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def read(file: SafetensorsFile, name: str) -> Array:
-    """A tensor's values as float32 (float64 if the file has that). Raises SalsaError if one is not finite."""
+    """A tensor's values as float32 (float64 if saved so). Raises SalsaError if one is not finite."""
     entry = file.entries[name]
     raw = np.empty(entry.size, np.uint8)
-    with file.path.open("rb", buffering=0) as source:
-        read_exactly(source.fileno(), raw.data, entry.begin, file.path)
+    file.read_into(raw.data, entry.begin)
     values = widen(raw.view(DTYPES[entry.dtype]), entry.dtype).reshape(entry.shape)
     require(all_finite(values), f"{file.path}: {name} has values that are not finite; train or save this adapter again")
     return values
 
 
 def all_finite(values: Array) -> bool:
-    """Whether all values are finite. A finite sum shows it at a tenth of isfinite's cost; the sum of finite values may overflow."""
+    """Whether all values are finite. A finite sum shows it at a tenth of the cost of isfinite."""
     with np.errstate(all="ignore"):
         return math.isfinite(values.sum()) or bool(np.isfinite(values).all())
 
@@ -47,7 +46,7 @@ def widen(values: Array, dtype: str) -> Array:
 
 
 def narrow(values: Array, dtype: str) -> Array:
-    """Round float32 or float64 to an array of DTYPES, to nearest, ties to even; a value that is too large becomes infinite."""
+    """Round float32 or float64 to an array of DTYPES, ties to even; too large values become infinite."""
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(DTYPES[dtype], copy=False)
@@ -58,7 +57,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
 
 def round_to_odd(values: Array) -> Array:
-    """float64 → float32, towards zero and with the last bit set if inexact, so that rounding again to 16 bits is as rounding once."""
+    """float64 → float32 by round to odd, after which rounding to 16 bits gives the same as rounding once."""
     found = values.astype(np.float32)
     back, bits = found.astype(np.float64), found.view(np.uint32)
     bits -= np.abs(back) > np.abs(values)
@@ -72,13 +71,13 @@ def as_bytes(values: Array) -> Buffer:
 
 
 def promote(dtypes: Iterable[str]) -> str:
-    """The dtype that holds all of `dtypes` exactly, as torch.promote_types; for float16 and bfloat16 it is float32."""
+    """The dtype that holds all of `dtypes` exactly, as torch.promote_types does."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
 
 
 def one_thread() -> contextlib.AbstractContextManager[Any]:
-    """Limit BLAS to one thread: thin matrices gain nothing from more, and waiting threads cost 20 times the CPU time."""
+    """Limit BLAS to one thread: for thin matrices, more only wait and cost 20 times the CPU time."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(limits=1, user_api="blas")  # type: ignore[no-any-return]

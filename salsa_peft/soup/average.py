@@ -1,9 +1,9 @@
 """`soup()`: the weighted mean of adapters or of full checkpoints. The command is in soup/__main__.py.
 
-    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; of adapters the exact weighted mean of their deltas (soup/lora/stacked_adapter.py)
+    θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; for adapters the exact mean of their deltas (soup/lora/stacked_adapter.py)
 
-It is independent of PPO: a soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers. The strategies that
-choose the weights are in soup/strategies.py.
+It is independent of PPO: a soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers. The
+strategies that choose the weights are in soup/strategies.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.provenance import provenance
-from salsa_peft.soup.strategies import STRATEGIES, Choice, Measure, StrategyInput
+from salsa_peft.soup.strategies import STRATEGIES, Measure, StrategyInput
 from salsa_peft.soup.summary import SoupSummary
 from salsa_peft.utils.errors import require
 
@@ -38,13 +38,13 @@ class Options:
     strategy: str = "linear"
     """linear, slerp, greedy or learned."""
     measure: Measure | None = None
-    """The measure that greedy and learned maximize: weights → a number, higher is better (soup/measures.py)."""
+    """The measure that greedy and learned maximize (soup/measures.py)."""
     steps: int = 20
     """learned: number of Adam steps."""
     step_size: float = 0.1
     """learned: Adam's learning rate for the logits of the weights."""
     normalize: bool = False
-    """Divide the weights by their sum. Without it, weights that do not sum to 1 give a scaled delta, or are rejected for checkpoints."""
+    """Divide the weights by their sum."""
     rank: int | None = None
     """Adapters: reduce to this rank by SVD; the summary's `error` is the loss. None: exact, rank Σ r_i."""
     dtype: str | None = None
@@ -52,13 +52,13 @@ class Options:
     merge: bool = False
     """Adapters: add the soup to `base` and save a checkpoint."""
     base: str | Path | None = None
-    """Folder or Hub id of the base. Checkpoints: the origin of the deltas for slerp and cosines. merge: None is the base that the members name."""
+    """The base. Checkpoints need it for slerp and cosines; merge takes what the members name by default."""
     quantized_base: str | None = None
-    """merge: nf4 or nf4-double puts the base through that quantization first, as it was when the members were trained (QLoRA)."""
+    """merge: quantize the base first to nf4 or nf4-double, as in QLoRA training."""
     same_base: bool = False
     """Adapters: assert that they share a base, even if its name or fingerprint differs."""
     untie: bool = False
-    """merge: give the model separate input and output embeddings if LoRA is on tied ones. Otherwise they stay one tensor, as in PEFT."""
+    """merge: if LoRA is on tied embeddings, untie them. By default they stay one tensor, as in PEFT."""
 
 
 def soup(
@@ -81,15 +81,16 @@ def soup(
     untie: bool = False,
     progress: Progress | None = None,
 ) -> SoupSummary:
-    """Average adapters or checkpoints into the folder `out`. Returns the summary, which is also written to out/soup.json.
+    """Average adapters or checkpoints into the folder `out`. Returns the summary, which is its soup.json.
 
-    Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum, unless parameters
-    are averaged directly. names: what the summary calls the members. progress: called with (done, total), modules or bytes. The other
-    arguments are the fields of Options. Raises SalsaError, and writes nothing, for members that cannot be averaged.
+    Members are folders or Hub ids, all adapters or all checkpoints. weights: default uniform; for adapters of any sum,
+    unless parameters are averaged directly. names: what the summary calls the members. progress: called with (done,
+    total), modules or bytes. The other arguments are the fields of Options. Raises SalsaError, and writes nothing, for
+    members that cannot be averaged.
     """
     options = Options(
-        strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank, dtype=dtype, merge=merge,
-        base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
+        strategy=strategy, measure=measure, steps=steps, step_size=step_size, normalize=normalize, rank=rank,
+        dtype=dtype, merge=merge, base=base, quantized_base=quantized_base, same_base=same_base, untie=untie,
     )  # fmt: skip
     require(bool(members), "members: none given; a soup needs at least one adapter or checkpoint")
     folders = local_members(members)
@@ -121,22 +122,26 @@ class _Request(NamedTuple):
     """Entries of the summary besides statistics."""
     progress: Progress | None
 
-    def choose(self, gram: Callable[[], Any]) -> tuple[list[float], list[int]]:
-        """The weights that the strategy chooses, and the members whose weight is not 0: a block of zeros would only add rank."""
+    def choose(self, gram: Callable[[], Any], keep_zeros: bool = False) -> tuple[list[Path], list[str], list[float]]:
+        """Folders, names and weights of the soup's members, with the weights that the strategy chooses.
+
+        Members of weight 0 are left out, unless keep_zeros: in a stacked adapter they would only add rank.
+        """
         options = self.options
         given = StrategyInput(self.weights, gram, options.measure, options.steps, options.step_size)
-        choice: Choice = STRATEGIES[options.strategy](given)
+        weights, tried = STRATEGIES[options.strategy](given)
         base = None if self.base is None else (options.base or self.base, self.base)
-        self.more.update({"tried": choice.tried} if choice.tried else {})
-        self.more["provenance"] = provenance(
-            list(zip(self.names, self.given, self.folders, strict=True)), choice.weights, base
-        )
-        used = [i for i, weight in enumerate(choice.weights) if weight] or list(range(len(choice.weights)))
-        return choice.weights, used
+        self.more.update({"tried": tried} if tried else {})
+        origins = list(zip(self.names, self.given, self.folders, strict=True))
+        self.more["provenance"] = provenance(origins, weights, base)
+        used = [i for i, weight in enumerate(weights) if weight or keep_zeros] or list(range(len(weights)))
+        if len(used) < len(weights):
+            self.more["left_out"] = [name for i, name in enumerate(self.names) if i not in used]
+        return [self.folders[i] for i in used], [self.names[i] for i in used], [weights[i] for i in used]
 
 
 def _requested_weights(weights: Sequence[float] | None, members: int, normalize: bool, kind: str) -> list[float]:
-    """One weight per member. Raises SalsaError for other lists, and for a sum that this kind of member cannot have."""
+    """One weight per member. Raises SalsaError for other lists, and for a sum that is not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
     require(any(given), "weights: all are 0, so no member is left; give at least one member another weight")
@@ -145,14 +150,14 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
         given = [weight / total for weight in given]
     require(
         kind == ADAPTERS or normalize or abs(total - 1) <= 1e-6,
-        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, but the weights of checkpoints must sum to 1; change"
-        " one of them, or divide them by their sum with normalize=True (--normalize)",
+        f"weights: {', '.join(f'{weight:g}' for weight in given)} sum to {total:.9g}, but the weights of checkpoints"
+        " must sum to 1; change one of them, or divide them by their sum with normalize=True (--normalize)",
     )
     return given
 
 
 def check(out: Path, folders: Sequence[Path], options: Options, stacked: StackedAdapter | None = None) -> Path | None:
-    """Check options, output folder and members before any weight is read. Returns the base's folder if a base is used.
+    """Check options, output folder and members before any weight is read. Returns the folder of the base.
 
     stacked: the members, if they are adapters that were read before. Raises SalsaError.
     """
@@ -167,7 +172,8 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
             require(not value, f"{name}: {value} has no effect on checkpoints, only on adapters; leave it out")
         require(
             options.strategy != "slerp" or options.base is not None,
-            "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between their changes from the base",
+            "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between"
+            " their changes from the base",
         )
         check_free(out, folders)
         return None if options.base is None else local(options.base)
@@ -203,7 +209,7 @@ def _merge_base(folders: Sequence[Path], options: Options) -> Path:
 
 
 def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
-    """Raise SalsaError if an adapter names a base of another architecture or size, unless the caller asserts that the base is the same."""
+    """Raise SalsaError if an adapter names a base of another architecture or size, unless `same_base`."""
     config = None if same_base else config_of_base(str(base.absolute()), None)
     if config is not None:
         for folder in folders:
@@ -211,7 +217,7 @@ def check_family(folders: Sequence[Path], base: Path, same_base: bool) -> None:
 
 
 def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -> tuple[str | Path, str | None]:
-    """The base's folder or Hub id, and its revision: as given, or as the adapter's configuration names it. Raises SalsaError for none."""
+    """Folder or Hub id of the base and its revision: as given, or as the adapter's configuration names it."""
     if given is not None:
         return given, None
     named = config["base_model_name_or_path"]
@@ -224,22 +230,13 @@ def base_of(config: Mapping[str, Any], folder: Path, given: str | Path | None) -
 
 def _adapters(request: _Request, stacked: StackedAdapter) -> dict[str, Any]:
     options = request.options
-    folders, names, weights = _members_used(request, *request.choose(stacked.gram))
+    folders, names, weights = request.choose(stacked.gram)
     if len(folders) < len(request.folders):
         stacked = StackedAdapter.load(folders, names, same_base=options.same_base)
     return stacked.save(
-        request.out, weights, strategy=options.strategy, rank=options.rank, dtype=options.dtype, progress=request.progress,
-        more=request.more,
+        request.out, weights, strategy=options.strategy, rank=options.rank, dtype=options.dtype,
+        progress=request.progress, more=request.more,
     )  # fmt: skip
-
-
-def _members_used(
-    request: _Request, weights: Sequence[float], used: Sequence[int]
-) -> tuple[list[Path], list[str], list[float]]:
-    """Folders, names and weights of the members that are used; the summary lists the others."""
-    if len(used) < len(weights):
-        request.more["left_out"] = [name for i, name in enumerate(request.names) if i not in used]
-    return [request.folders[i] for i in used], [request.names[i] for i in used], [weights[i] for i in used]
 
 
 def _merged(request: _Request) -> dict[str, Any]:
@@ -252,10 +249,11 @@ def _merged(request: _Request) -> dict[str, Any]:
     def gram() -> Any:
         return StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
 
-    folders, names, weights = _members_used(request, *request.choose(gram))
+    folders, names, weights = request.choose(gram)
     return merge(
-        request.out, request.base, folders, weights, names=names, strategy=options.strategy, quantized_base=options.quantized_base,
-        same_base=options.same_base, untie=options.untie, progress=request.progress, more=request.more,
+        request.out, request.base, folders, weights, names=names, strategy=options.strategy,
+        quantized_base=options.quantized_base, same_base=options.same_base, untie=options.untie,
+        progress=request.progress, more=request.more,
     )  # fmt: skip
 
 
@@ -270,8 +268,7 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
         assert base is not None
         return checkpoint_soup.gram(request.folders, base)
 
-    chosen, _ = request.choose(gram)
-    members, weights, names = list(request.folders), list(chosen), list(request.names)
+    members, names, weights = request.choose(gram, keep_zeros=True)
     rest = 1 - sum(weights)  # the base's weight: base + Σ w_i δ_i = Σ w_i θ_i + (1 − Σ w_i) θ_base
     if base is not None and abs(rest) > 1e-9:
         members, weights, names = [*members, base], [*weights, rest], [*names, "base"]

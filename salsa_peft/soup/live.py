@@ -1,7 +1,8 @@
-"""Models whose weights move between the members of a soup, with the derivative of a loss by each member's weight.
+"""Models that can be set to any point between members, with the derivatives of a loss by the weights.
 
-With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every weight is read again
-from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured on such models.
+With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every
+weight is read again from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured
+on such models.
 """
 
 from __future__ import annotations
@@ -41,6 +42,20 @@ class LiveSoup(Protocol):
         """∂ loss / ∂ w_i of the last backward pass."""
 
 
+@contextlib.contextmanager
+def _with_gradients(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """These parameters require a gradient within the context. Afterwards their gradients are dropped."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
 class LiveAdapters:
     """Adapters as one stacked adapter `name` on a model, which may have other adapters too."""
 
@@ -62,21 +77,12 @@ class LiveAdapters:
         stacks = self.stacked.stacks
         return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
-    @contextlib.contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self) -> contextlib.AbstractContextManager[None]:
         """Every B and its bias require a gradient. Nothing else of the model changes."""
-        live = [weight for _, *weights in self._live() for weight in weights if weight is not None]
-        for weight in live:
-            weight.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for weight in live:
-                weight.requires_grad_(False)
-                weight.grad = None
+        return _with_gradients([weight for _, *weights in self._live() for weight in weights if weight is not None])
 
     def slopes(self) -> list[float]:
-        """Member i's columns of B are w_i · scaling_i · B_i, so ∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over these columns."""
+        """∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns of B, which are w_i · scaling_i · B_i."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks
         for name, B, bias in self._live():
@@ -105,13 +111,14 @@ class LiveCheckpoints:
             missing = next((name for name in self.parameters if name not in member.parts), None)
             require(
                 missing is None,
-                f"{folder} has no tensor {missing}, which the model ({names}) needs; use a checkpoint of the model's architecture",
+                f"{folder} has no tensor {missing}, which the model ({names}) needs; use a checkpoint of the model's"
+                " architecture",
             )
             own = next(iter(member.untied), None)
             require(
                 own is None,
-                f"{folder}: {own} has values of its own, but the model's output embeddings are tied to its input embeddings; load the"
-                " model with tie_word_embeddings false",
+                f"{folder}: {own} has values of its own, but the model's output embeddings are tied to its input"
+                " embeddings; load the model with tie_word_embeddings false",
             )
 
     @torch.no_grad()
@@ -128,18 +135,9 @@ class LiveCheckpoints:
         """Nothing to switch: the weights are in the model itself."""
         return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def differentiable(self) -> Iterator[None]:
+    def differentiable(self) -> contextlib.AbstractContextManager[None]:
         """Every weight requires a gradient, as in full fine-tuning, which takes the memory of one more copy."""
-        before = [(parameter, parameter.requires_grad) for parameter in self.parameters.values()]
-        for parameter, _ in before:
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter, required in before:
-                parameter.requires_grad_(required)
-                parameter.grad = None
+        return _with_gradients(list(self.parameters.values()))
 
     def slopes(self) -> list[float]:
         """∂/∂w_i = ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""

@@ -1,7 +1,8 @@
-"""Measures on held-out data that greedy and learned soups maximize: SFT loss, reward score, or a Python function. Higher is better.
+"""Measures that greedy and learned soups maximize: SFT loss, reward score, or a Python function.
 
-A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a gradient, which the
-strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and `command_measure`.
+A measure is called with the members' weights and sets a live soup to them (soup/live.py). Only the SFT loss has a
+gradient, which the strategy learned needs. To add a measure, write a class here and add a case to `recipe_measure` and
+`command_measure`.
 """
 
 from __future__ import annotations
@@ -49,20 +50,22 @@ if TYPE_CHECKING:
 class SFTLoss:
     """Mean log-likelihood in nats, minus the SFT loss, of the assistant tokens in held-out demonstrations.
 
-    Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row has one within
-    max_length.
+    Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row
+    has one within max_length.
     """
 
-    def __init__(self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
-                 batch_size: int) -> None:  # fmt: skip
+    def __init__(
+        self, live: LiveSoup, rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int,
+        batch_size: int,
+    ) -> None:  # fmt: skip
         self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
         encoded = [_encode(row, tokenizer, max_length) for row in rows]
         self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
-            f"held-out demonstrations: none of the {len(rows)} rows has an assistant token among its first {max_length} tokens; raise"
-            " model.max_length (--max-length)",
+            f"held-out demonstrations: none of the {len(rows)} rows has an assistant token among its first {max_length}"
+            " tokens; raise model.max_length (--max-length)",
         )
         self.tokens = sum(sum(mask) for _, mask in self.chats)
         self.head = head_of(causal_lm(live.model), 1.0, model_stop_token_ids(tokenizer, causal_lm(live.model)))
@@ -112,11 +115,25 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length:
     return ids[:max_length], mask[:max_length]
 
 
-class RewardScore:
+class _WithoutGradient:
+    """A measure that the strategy learned cannot use."""
+
+    name: str
+
+    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
+        """Raises SalsaError, because the measure has no gradient."""
+        raise SalsaError(f"strategy learned: the measure {self.name} has no gradient; use sft_loss, or strategy greedy")
+
+
+class RewardScore(_WithoutGradient):
     """Mean score of one sampled response per prompt. Every call samples with the same seeds."""
 
-    def __init__(self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
-                 tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:  # fmt: skip
+    name = "reward"
+
+    def __init__(
+        self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
+        tokenizer: PreTrainedTokenizerBase, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.live, self.rows, self.prompts, self.reward = live, rows, prompts, reward
         self.generation, self.tokenizer, self.seed = generation, tokenizer, seed
 
@@ -132,12 +149,8 @@ class RewardScore:
                 scores += self.reward(responses, [self.rows[row] for row in indices]).tolist()
         return sum(scores) / len(scores)
 
-    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError: sampled responses have no gradient."""
-        raise SalsaError(_NO_GRADIENT.format("reward"))
 
-
-class FunctionMeasure:
+class FunctionMeasure(_WithoutGradient):
     """A Python function `function(model) -> float` of the model in evaluation mode, with the soup active."""
 
     def __init__(self, live: LiveSoup, function: Callable[[Any], float], name: str) -> None:
@@ -154,13 +167,6 @@ class FunctionMeasure:
             raise SalsaError(
                 f"measure {self.name}: it returned {found!r:.60}; the function must return a number (higher is better)"
             ) from error
-
-    def gradient(self, weights: Sequence[float]) -> tuple[float, list[float]]:
-        """Raises SalsaError: the function gives no gradient."""
-        raise SalsaError(_NO_GRADIENT.format(self.name))
-
-
-_NO_GRADIENT = "strategy learned: the measure {} has no gradient; use sft_loss, or strategy greedy"
 
 
 def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
@@ -204,7 +210,7 @@ def _checkpoints(model: PreTrainedModel, folders: Sequence[Path]) -> LiveCheckpo
 
 
 def command_measure(args: Namespace, folders: Sequence[Path], kind: str) -> Measure:
-    """The measure of `salsa soup --measure`. Raises SalsaError, before a model is loaded, for data or a function that is missing."""
+    """The measure of `salsa soup --measure`. Raises SalsaError for missing data before a model is loaded."""
     disable_progress_bar()  # that of loading weights; the command has its own
     function = load_function(args.measure) if ":" in args.measure else None
     rows = _rows(args) if function is None else []

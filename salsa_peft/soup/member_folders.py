@@ -1,4 +1,4 @@
-"""The members of a soup as they are given: folders or Hub ids → local folders, their kind, and their names in summaries."""
+"""Members of a soup, given as folders or Hub ids: their local folders, kind, and names in summaries."""
 
 from __future__ import annotations
 
@@ -16,21 +16,18 @@ CONFIGS = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
 
 
 def member_names(members: Sequence[Path | str]) -> list[str]:
-    """Names for summaries: a folder of a run gets the name of its unit (sft/seed-0), others the last part of their path or id.
+    """Names for summaries: the unit of a run's folder (sft/seed-0), else the last part of the path or id.
 
     If these are not unique, the full paths or ids.
     """
-    ends = [_unit(Path(member)) or str(member).rstrip("/.").rsplit("/", 1)[-1] or str(member) for member in members]
-    return ends if len(set(ends)) == len(ends) else [str(member) for member in members]
-
-
-def _unit(folder: Path) -> str | None:
-    """The unit of a run that wrote a folder."""
-    return (read_manifest(folder) or {}).get("unit")
+    units = [(read_manifest(Path(member)) or {}).get("unit") for member in members]
+    paths = [str(member) for member in members]
+    ends = [unit or path.rstrip("/.").rsplit("/", 1)[-1] or path for unit, path in zip(units, paths, strict=True)]
+    return ends if len(set(ends)) == len(ends) else paths
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """adapters or checkpoints. Raises SalsaError for a folder that is neither, and for members of both kinds."""
+    """adapters or checkpoints. Raises SalsaError for a folder that is neither, and for mixed members."""
     kinds = []
     for folder in folders:
         found = next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), None)
@@ -45,8 +42,8 @@ def kind_of(folders: Sequence[Path]) -> str:
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0)
     require(
         odd == 0,
-        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; members of a soup must be of one kind, so"
-        " merge the adapters into their base first (--merge)",
+        f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; members of a soup must be"
+        " of one kind, so merge the adapters into their base first (--merge)",
     )
     return kinds[0]
 
@@ -61,13 +58,14 @@ def local_members(members: Sequence[Path | str]) -> list[Path]:
     )
     require(
         not unknown,
-        f"no such folder: {', '.join(unknown)}; a member is a folder of an adapter or a checkpoint, or a Hub id (namespace/name)",
+        f"no such folder: {', '.join(unknown)}; a member is a folder of an adapter or a checkpoint, or a Hub id"
+        " (namespace/name)",
     )
     return [local(member) for member in members]
 
 
 def local(name: Path | str, revision: str | None = None, why: str = "") -> Path:
-    """The folder of a member or a base: an existing folder, or the snapshot of a Hub id. why: for the error, who names it."""
+    """An existing folder, or the snapshot of a Hub id. why: for the error, what names the folder."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

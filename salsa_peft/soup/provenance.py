@@ -1,8 +1,8 @@
-"""The origin of a soup's members, for soup.json: paths or Hub ids, revisions, hashes, and the base that each was trained on.
+"""The origin of a soup's members, for soup.json: paths or Hub ids, revisions, hashes, and bases.
 
-The files of an adapter are hashed whole. The weights of a checkpoint are not, because SHA-256 takes longer than averaging them: their hash
-is given if it is known (from a run's manifest or the Hub's cache), and the fingerprint covers the name, shape, dtype and first 64 KiB of
-every tensor. Nothing here depends on the time.
+The files of an adapter are hashed whole. The weights of a checkpoint are not, because SHA-256 takes longer than
+averaging them: their hash is given if it is known (from a run's manifest or the Hub's cache), and the fingerprint
+covers the name, shape, dtype and first 64 KiB of every tensor. Nothing here depends on the time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 def provenance(
     members: Sequence[tuple[str, Path | str, Path]], weights: Sequence[float], base: tuple[Path | str, Path] | None
 ) -> Provenance:
-    """The origins of a soup's members (name, path or id as given, folder) and of its base (as given, folder) if one is read."""
+    """The origins of a soup's members (name, path or id as given, folder) and of its base, if one is read."""
     listed = [
         {"name": name, "weight": weight, **folder_origin(given, folder)}
         for (name, given, folder), weight in zip(members, weights, strict=True)

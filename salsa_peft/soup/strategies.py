@@ -1,8 +1,8 @@
 """Soup strategies: functions from the members and the requested weights to the weights of the soup.
 
-linear and slerp are closed forms. greedy and learned (Wortsman et al., 2022, "Model soups", Recipe 1 and the appendix on learned soups)
-optimize a measure on held-out data, which is passed in; this module knows no models and no data. To add a strategy, write a function here
-and add a row to STRATEGIES.
+linear and slerp are closed forms. greedy and learned (Wortsman et al., 2022, "Model soups", Recipe 1 and the appendix
+on learned soups) optimize a measure on held-out data, which is passed in; this module knows no models and no data. To
+add a strategy, write a function here and add a row to STRATEGIES.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def linear(given: StrategyInput) -> Choice:
 
 
 def slerp(given: StrategyInput) -> Choice:
-    """Spherical interpolation of two task vectors: sin((1−t)ω)/sin ω · δ_0 + sin(tω)/sin ω · δ_1 with their angle ω.
+    """Spherical interpolation of two task vectors: (sin((1−t)ω) δ_0 + sin(tω) δ_1) / sin ω, ω their angle.
 
-    All tensors count as one vector, and t is the second weight. Unlike the mean of two different members, the result keeps their norm; the
-    weights sum to more than 1. Vectors of the same direction are averaged linearly. Raises SalsaError unless there are two members, and for
-    zero or opposite task vectors.
+    All tensors count as one vector, and t is the second weight. Unlike the mean of two different members, the result
+    keeps their norm; the weights sum to more than 1. Vectors of the same direction are averaged linearly. Raises
+    SalsaError unless there are two members, and for zero or opposite task vectors.
     """
     n = len(given.weights)
     require(n == 2, f"strategy slerp: there are {n} members, but slerp needs two; use linear for other numbers")
@@ -77,7 +77,7 @@ def slerp(given: StrategyInput) -> Choice:
 
 
 def greedy(given: StrategyInput) -> Choice:
-    """Add members to a uniform mean, best first, and keep each that does not lower the measure (Wortsman et al., Recipe 1)."""
+    """Add members to a uniform mean, best first, if the measure does not fall (Wortsman et al., Recipe 1)."""
     measure, n = _measure(given, "greedy"), len(given.weights)
     tried: list[dict[str, Any]] = []
 
@@ -97,7 +97,7 @@ def greedy(given: StrategyInput) -> Choice:
 
 
 def learned(given: StrategyInput) -> Choice:
-    """Maximize the measure with Adam over n logits, whose softmax gives the weights. The best point of all steps is the soup.
+    """Maximize the measure with Adam over logits of the weights. The best point of all steps is the soup.
 
     It starts from the requested weights, which must be positive. The tensors of the members are not trained.
     """
@@ -106,7 +106,8 @@ def learned(given: StrategyInput) -> Choice:
     measure = _measure(given, "learned")
     require(
         min(given.weights) > 0,
-        f"strategy learned: it starts from the weights {given.weights}, which must all be above 0; leave them out for uniform weights",
+        f"strategy learned: it starts from the weights {given.weights}, which must all be above 0; leave them out for"
+        " uniform weights",
     )
     logits = torch.tensor(given.weights, dtype=torch.float64).log().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=given.learning_rate)

@@ -1,4 +1,4 @@
-"""The summary of a soup, as `soup()` returns it and soup.json holds it: its types, and the statistics of the members' deltas."""
+"""The summary of a soup (soup.json): its types, and the statistics of the members' deltas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Origin(TypedDict):
     revision: str | None
     """The commit of that repository."""
     files: dict[str, dict[str, Any]]
-    """Size and SHA-256 of configuration and weights. The hash is None if it is not known and was not computed (soup/provenance.py)."""
+    """Size and SHA-256 of configuration and weights; None for a hash that was not computed."""
     fingerprint: str | None
     """Checkpoints: fingerprints.base_fingerprint."""
     base_fingerprint: str | None
@@ -78,7 +78,7 @@ class PairSummary(TypedDict):
 
 
 class SoupSummary(TypedDict, total=False):
-    """Statistics of a soup. `kind` is missing for adapters. Keys that only some kinds of soup have name the kind."""
+    """Statistics of a soup. `kind` is missing for adapters; keys of other kinds only are marked."""
 
     kind: Literal["merged", "checkpoints"]
     strategy: str
@@ -187,7 +187,7 @@ def summarise(members: Sequence[Member], weights: Sequence[float], gram: Array,
 def delta_statistics(
     names: Sequence[str], weights: Sequence[float], gram: Array, members: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Norms, distances and cosines of the members' deltas, with all parameters as one vector. A zero delta has no cosine.
+    """Norms, distances and cosines of the members' deltas, with all parameters as one vector.
 
     gram: ⟨delta_i, delta_j⟩, (n, n). members: further entries for each member.
     """

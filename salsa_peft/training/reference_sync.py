@@ -72,7 +72,7 @@ def _layers(model: Any, policy: str, reference: str) -> Iterator[Any]:
         if not adapters:
             continue
         where = f"reference {reference}: it cannot be synced, because"
-        require(reference in adapters, f"{where} the policy adapts a module that it does not adapt")
+        require(reference in adapters, f"{where} the policy adapts a module that the reference does not adapt")
         plain = all(
             name in layer.lora_A and layer.lora_A[name].weight.ndim == 2 and layer.lora_B[name].bias is None
             for name in adapters

@@ -24,7 +24,7 @@ from salsa_peft.soup.lora.read import CONFIG, KEEPS_BASE, PICKLED, WEIGHTS
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import base_fingerprint, sha256
-from salsa_peft.utils.hub import local_folder
+from salsa_peft.utils.hub import cached_folder, local_folder
 from salsa_peft.utils.messages import short
 from salsa_peft.utils.safetensors_io import SafetensorsFile
 
@@ -100,12 +100,12 @@ def check(recipe: Recipe, stages: Collection[str], hub: bool = False) -> None:
 
 def check_base_available(recipe: Recipe) -> None:
     """Raise SalsaError for a base that is neither local nor cached while HF_HUB_OFFLINE is set."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     base = recipe.model.base
     if base is not None and not is_local(base) and constants.HF_HUB_OFFLINE:
         require(
-            isinstance(try_to_load_from_cache(base, "config.json", revision=recipe.model.revision), str),
+            cached_folder(base, recipe.model.revision) is not None,
             f"model.base: {base} is not in the Hub's cache, and HF_HUB_OFFLINE is set. Download it while online"
             f" (`hf download {base}`), or use a local folder",
         )
@@ -168,14 +168,9 @@ def base_of(recipe: Recipe) -> Checkpoint | None:
     base = recipe.model.base
     if base is None:
         return None
-    folder = Path(base)
-    if not is_local(base):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(base, "config.json", revision=recipe.model.revision)
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
+    folder = Path(base) if is_local(base) else cached_folder(base, recipe.model.revision)
+    if folder is None:
+        return None
     try:
         return read_checkpoint(folder)
     except SalsaError:

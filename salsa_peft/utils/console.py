@@ -16,7 +16,7 @@ from salsa_peft.utils.messages import did_you_mean, one_line
 INTERVAL = 10.0
 """Seconds between two lines of progress where standard error is not a terminal."""
 NOISY_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
-"""Loggers of libraries that warn, when they are imported, about features that this machine does not support."""
+"""Loggers of libraries that warn at import about features that this machine does not support."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +45,7 @@ def say(line: str) -> None:
 
 
 def silence_import_warnings() -> None:
-    """Hide the warnings of NOISY_LOGGERS and Transformers' FutureWarnings; to be called before these libraries are imported."""
+    """Hide the import warnings of NOISY_LOGGERS and Transformers. Call it before importing them."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
@@ -75,7 +75,7 @@ def progress_bar(total: int, description: str, *, interval: float = INTERVAL) ->
 
 
 class _Lines(io.StringIO):
-    """Where a bar is written if there is no terminal: each state of the bar becomes a line on standard error."""
+    """A stream that prints each state of a progress bar as a line on standard error."""
 
     def write(self, text: str) -> int:
         if text.strip():

@@ -1,10 +1,10 @@
-"""The error that a user can mend. Imports nothing, so that a command that needs no recipe does not wait for its schema."""
+"""The error class for mistakes that a user can correct."""
 
 from __future__ import annotations
 
 
 class SalsaError(ValueError):
-    """Something the user can mend: one line that says what was found, what was expected and what to do."""
+    """A mistake that the user can correct. The message is one line: what is wrong, where, and what to do."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, the lock of a run's folder, JSON lines, and what is said of a full disk. Imports no torch."""
+"""Atomic file writes, JSON files, the lock of a run's folder, and disk space. torch is not imported."""
 
 from __future__ import annotations
 
@@ -17,67 +17,77 @@ from typing import Any
 
 from salsa_peft.utils.errors import SalsaError, require
 
-UNWRITTEN = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded", "PytorchStreamWriter failed",
-             "unexpected pos ")  # fmt: skip
-"""What safetensors (Rust) and torch (C++) say of a file that could not be written; torch does not say why."""
+WRITE_FAILED = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded",
+                "PytorchStreamWriter failed", "unexpected pos ")  # fmt: skip
+"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write.
+"""
 
 
 def require_disk_space(folder: Path, size: float, what: str) -> None:
-    """Raise SalsaError, before it is written, where so many bytes can't fit on a folder's disk."""
+    """Raise SalsaError if `size` bytes do not fit on the disk of a folder."""
     place = existing_parent(folder)
     total, _, free = shutil.disk_usage(place)
-    if size > free and total > 0:  # some file systems tell no size
+    if size > free and total > 0:  # some file systems report a size of 0
         raise SalsaError(
-            f"{what}: found {size_text(free)} free on the disk of {place}, expected {size_text(size)}; nothing of it was written, what was saved before is"
-            " whole: make room, then go on from there"
+            f"{what}: needs {size_text(size)}, but only {size_text(free)} are free on the disk of {place}. Nothing"
+            " was written, and earlier"
+            " files are complete; free some space and run the same command again"
         )
 
 
 def disk_full_message(error: BaseException, folder: Path) -> str | None:
-    """What to do about an error in writing for want of room: a full disk, a quota, a limit on files, of Python's, safetensors' or torch's
-    writing; else None."""
-    seen: list[BaseException] = []
+    """What to do about an error that a full disk caused, as text; None for any other error.
+
+    Quotas and limits on file sizes count as full disks. folder: where the files are written, for errors that name no
+    file.
+    """
+    chain: list[BaseException] = []
     one: BaseException | None = error
-    while one is not None and one not in seen:
-        seen.append(one)
+    while one is not None and one not in chain:
+        chain.append(one)
         one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
-    cause = next(filter(_is_full, seen), None)
+    cause = next(filter(_is_disk_full, chain), None)
     if cause is None:
         return None
     named = cause.filename if isinstance(cause, OSError) else None
     folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
-    place = existing_parent(folder)
+    free = shutil.disk_usage(existing_parent(folder)).free
     return (
-        f"{folder}: found no room to write a file ({size_text(shutil.disk_usage(place).free)} free on its disk; quotas and limits count too),"
-        " expected some; what was saved before is whole: make room, then go on from there"
+        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a"
+        " limit on file sizes can also be"
+        " the reason). Earlier files are complete; free some space and run the same command again"
     )
 
 
-def _is_full(error: BaseException) -> bool:
-    """Python's codes, or what torch, safetensors and tokenizers (a plain Exception) say; not of memory that is mapped, whose room is another."""
+def _is_disk_full(error: BaseException) -> bool:
+    """By the error number, or by the message of torch, safetensors or tokenizers.
+
+    Full shared memory is another problem.
+    """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "/dev/shm" not in str(error.filename)
     written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
-    return written and "mmap" not in str(error) and any(words in str(error) for words in UNWRITTEN)
+    return written and "mmap" not in str(error) and any(words in str(error) for words in WRITE_FAILED)
 
 
 def existing_parent(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
+    """The folder itself, or the nearest folder above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def size_text(number: float) -> str:
-    """GiB or MiB."""
-    unit, name = (2**30, "GiB") if abs(number) >= 2**30 else (2**20, "MiB")
-    return f"{number / unit:.1f} {name}"
+def size_text(size: float) -> str:
+    """A number of bytes in GiB or MiB."""
+    unit, name = (2**30, "GiB") if abs(size) >= 2**30 else (2**20, "MiB")
+    return f"{size / unit:.1f} {name}"
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder, which becomes `path` when the block ends without an error.
+    """Give a temporary path, which is renamed to `path` when the block ends without an error.
 
-    The file is flushed to the disk before it is renamed, so that `path` is never seen half-written, not even after kill -9 or a power
-    loss. After an error the temporary file is removed and `path` is unchanged. Raises SalsaError if `path` is a folder.
+    It is in the same folder, and is flushed to the disk before it is renamed, so that `path` is never seen
+    half-written, not even after kill -9 or a power loss. After an error the temporary file is removed and `path` is
+    unchanged. Raises SalsaError if `path` is a folder.
     """
     path = Path(path)
     require(
@@ -96,13 +106,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a file through `replacing`: it is there whole or not at all."""
+    """Write a file through `replacing`: it is complete or does not exist."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises SalsaError, which begins with the path, for a file that cannot be read or is not JSON."""
+    """The content of a JSON file.
+
+    Raises SalsaError, which begins with the path, for a file that cannot be read or is not JSON.
+    """
     try:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
@@ -114,7 +127,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a jsonl file; only \\n ends a line, for U+2028 and its like stand unescaped in JSON, and in what people write."""
+    """The objects of a JSON Lines file.
+
+    Only \\n ends a line: JSON strings may contain other line separators such as U+2028.
+    """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -128,49 +144,55 @@ def sync_folder(folder: Path) -> None:
 
 
 def timestamp() -> str:
-    """Local time to the second, with its offset."""
+    """The local time to the second, with its offset from UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def lock_holder(run: Path) -> str | None:
-    """Who works on a run's folder, in words, or None: nobody. Writes nothing."""
-    try:
-        handle = os.open(run / ".lock", os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(handle)
-    finally:
-        os.close(handle)
-    return None
-
-
-def _holder(handle: int) -> str:
-    return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"
-
-
 def other_files(folder: Path, *own: str) -> str:
-    """What a folder holds besides hidden files and `own`, for a message; empty for nothing."""
+    """The names of a folder's files except `own` and hidden files, for a message; empty if there are none."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name not in own)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """One process per run folder. Raises SalsaError that names the holder; the lock of a process that is gone is free."""
-    run.mkdir(parents=True, exist_ok=True)
-    require(not (run / ".lock").is_dir(), f"{run / '.lock'}: found a folder, expected a file or nothing; move it away")
-    handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process. The lock of a process that has ended is free.
+
+    Raises SalsaError, which names the other process, if the folder is locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    require(not lock.is_dir(), f"{lock}: this is a folder, but the lock is a file of this name; move the folder away")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SalsaError(f"{run}: in use by {_holder(handle)}; wait for it, or use another --output-dir") from error
+            raise SalsaError(
+                f"{folder}: in use by {_read_holder(handle)}; wait for it, or use another --output-dir"
+            ) from error
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"host {socket.gethostname()}, pid {os.getpid()}, since {timestamp()}\n".encode(), 0)
         yield
         os.ftruncate(handle, 0)
     finally:
         os.close(handle)
+
+
+def lock_holder(folder: Path) -> str | None:
+    """The process that has locked a run's folder, as text; None if it is not locked. Writes nothing."""
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_holder(handle)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _read_holder(handle: int) -> str:
+    return " ".join(os.pread(handle, 500, 0).decode("utf-8", "replace").split()) or "another process"

@@ -1,72 +1,80 @@
-"""What a file, a folder or a model is, in 64 digits: the keys of runs and the base that adapters belong to. Imports no torch."""
+"""SHA-256 fingerprints of files, folders and models, for cache keys and to identify an adapter's base.
+
+torch is not imported.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.safetensors_io import BITS
+from salsa_peft.utils.files import read_json
+from salsa_peft.utils.safetensors_io import NO_SAFETENSORS, SafetensorsFile
 from salsa_peft.utils.tensor_names import without_wrappers
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors", "fingerprint.json")
-"""What is read of an adapter's folder, which may hold checkpoints and optimizers too."""
+"""The files of an adapter's folder that count for its fingerprint; its checkpoints do not."""
 FINGERPRINT = "fingerprint.json"
-"""Beside an adapter or a checkpoint: the base that it was trained on."""
+"""The file beside an adapter or checkpoint that holds the fingerprint of its base."""
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
-"""Ends of the names of input embeddings."""
+"""Endings of the names of input embeddings."""
 NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.(attn|attention)\.masked_bias$")
 MASK = re.compile(r"\.(attn|attention)\.bias$")
-"""What files of earlier versions of Transformers hold beside the parameters; a causal mask has four dimensions."""
+"""Buffers that earlier versions of Transformers saved; a causal mask (MASK) has four dimensions.
+"""
 PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
-"""model_type → the base model's prefix, of architectures whose files on the Hub lack it."""
+"""model_type → the base model's prefix, for architectures whose files on the Hub may lack it."""
 
 
 def read_fingerprint(folder: Path) -> str | None:
-    """SHA-256 of the base that the weights in a folder were trained on; None where the folder does not say. Raises SalsaError for a
-    file that says something else."""
+    """The fingerprint of the base that an adapter or checkpoint was trained on; None if it is not saved.
+
+    Raises SalsaError for a damaged file.
+    """
     path = folder / FINGERPRINT
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{path} is not JSON ({error}): save it again") from None
-    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a mapping: save it again")
-    base = content.get("base")
-    require(isinstance(base, str), f"{path}: base is {base!r}, expected the SHA-256 of the base: write it again")
+    content = read_json(path)
+    base = content.get("base") if isinstance(content, dict) else None
+    require(
+        isinstance(base, str), f'{path}: expected {{"base": SHA-256 of the base}}; save the adapter or checkpoint again'
+    )
     return str(base)
 
 
 def canonical_json(data: Any) -> str:
-    """JSON that is the same for the same data. Raises ValueError for NaN, TypeError for what JSON has not."""
+    """JSON text that is the same for equal data.
+
+    Raises ValueError for NaN and TypeError for types that JSON does not have.
+    """
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content."""
+    """The SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(path: str | Path) -> str:
-    """Of a file (its content), an adapter's folder (ADAPTER_FILES), a model's (base_fingerprint, and its configuration and tokenizer) or
-    any other.
+    """The fingerprint of a file (its content) or of a folder.
 
-    Raises SalsaError for what is missing or can't be read.
+    Of an adapter's folder ADAPTER_FILES count, of a model's the base_fingerprint, the configuration and the tokenizer,
+    of any other folder all files that are not hidden. Raises SalsaError if something is missing or cannot be read.
     """
     path = Path(path)
     try:
         return _fingerprint(path)
     except OSError as error:
+        where = error.filename or path
         raise SalsaError(
-            f"{error.filename or path}: found it can't be read ({error.strerror}), expected a file; check its rights, or copy it again"
+            f"{where}: cannot be read ({error.strerror}); check its permissions, or copy it again"
         ) from error
 
 
@@ -88,18 +96,19 @@ def _fingerprint(path: Path) -> str:
 
 
 def base_fingerprint(folder: str | Path) -> str:
-    """SHA-256 over each parameter's name, shape, dtype and first 64 KiB, read from the safetensors files without torch.
+    """SHA-256 over each parameter's name, shape, dtype and first 64 KiB, read from the safetensors files.
 
-    The same however the tensors are spread over files, and whether or not the files hold, beside the parameters, rotary frequencies
-    (`rotary_emb.inv_freq`), GPT-2's causal masks, or tied output embeddings; also under prefixes of wrappers, and with or without the base
-    model's prefix where the Hub's files lack it (PREFIXES). Other names of the same tensors give another fingerprint: a multimodal
-    model's older layout, experts apart or in one. Saved beside every adapter; members of a soup must agree in it.
+    It is saved beside every adapter, and the members of a soup must have the same one. It does not depend on how the
+    tensors are distributed over files, on buffers in the files (rotary frequencies, GPT-2's causal masks), on tied
+    output embeddings, on prefixes of wrappers such as `_orig_mod`, or on the base model's prefix where the Hub's files
+    may lack it (PREFIXES). Other names for the same tensors, such as a multimodal model's older layout or fused
+    experts, give another fingerprint.
     """
     return _digest(_parameters(Path(folder), _tensors(Path(folder))))
 
 
 def base_fingerprints(folder: str | Path) -> list[str]:
-    """The fingerprint, and the one that earlier versions of this package took where the files hold more than parameters."""
+    """The base_fingerprint, and the one of earlier versions of this package if the files hold buffers."""
     found = _tensors(Path(folder))
     both = [_digest(_parameters(Path(folder), found)), _digest(found)]
     return list(dict.fromkeys(both))
@@ -107,18 +116,20 @@ def base_fingerprints(folder: str | Path) -> list[str]:
 
 class _Tensor(NamedTuple):
     dtype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     first: bytes
-    """SHA-256 of its first 64 KiB."""
+    """The SHA-256 of its first 64 KiB."""
 
 
 def _tensors(folder: Path) -> dict[str, _Tensor]:
     found = {}
     for file in _weight_files(folder):
-        for name, (dtype, shape, begin, size) in _header(file).items():
-            with open(file, "rb") as raw:
-                raw.seek(begin)
-                found[name] = _Tensor(dtype, shape, hashlib.sha256(raw.read(min(size, 65536))).digest())
+        entries = SafetensorsFile(file, any_dtype=True).entries
+        with open(file, "rb") as raw:
+            for name, entry in entries.items():
+                raw.seek(entry.begin)
+                first = hashlib.sha256(raw.read(min(entry.size, 65536))).digest()
+                found[name] = _Tensor(entry.dtype, entry.shape, first)
     return found
 
 
@@ -131,7 +142,7 @@ def _digest(tensors: Mapping[str, _Tensor]) -> str:
 
 
 def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
-    """Without what is no parameter, under the names that Transformers saves."""
+    """The parameters alone, without buffers, under the names that Transformers saves."""
     found = {
         without_wrappers(name): tensor
         for name, tensor in tensors.items()
@@ -146,12 +157,9 @@ def _parameters(folder: Path, tensors: Mapping[str, _Tensor]) -> dict[str, _Tens
 
 
 def _model_type(folder: Path) -> str:
-    """By config.json; empty where there is none that says it."""
+    """The model_type of config.json; empty if there is none."""
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{path} is not JSON ({error}): save it again") from None
+    content = read_json(path) if path.is_file() else {}
     return str(content.get("model_type", "")) if isinstance(content, dict) else ""
 
 
@@ -159,43 +167,12 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SalsaError(f"{index}: found no weight_map, expected a safetensors index") from error
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SalsaError(
+                f"{index}: not a safetensors index, which has a weight_map; save the model again"
+            ) from error
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    require(
-        bool(files),
-        f"{folder}: found no safetensors file, expected the model's weights in one (other formats are not read)"
-        "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)",
-    )
+    require(bool(files), f"{folder}: {NO_SAFETENSORS}")
     return files
-
-
-def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Tensor → dtype, shape, where its bytes begin in the file and how many there are. Raises SalsaError unless the file holds them all."""
-    try:
-        with open(file, "rb") as raw:
-            start, size = 8 + int.from_bytes(raw.read(8), "little"), file.stat().st_size
-            entries: Any = json.loads(raw.read(start - 8)) if start <= size else None
-        entries.pop("__metadata__", None)
-        found = {name: (entry["dtype"], entry["shape"], start + entry["data_offsets"][0],
-                        entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in entries.items()}  # fmt: skip
-        odd = [
-            name
-            for name, (dtype, shape, _, length) in found.items()
-            if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * length
-        ]
-        end = max((begin + length for _, _, begin, length in found.values()), default=start)
-    except FileNotFoundError as error:
-        raise SalsaError(f"{file}: no such file, though the index names it") from error
-    except IsADirectoryError as error:
-        raise SalsaError(f"{file}: found a folder, expected a safetensors file; copy or save it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise SalsaError(f"{file}: found a cut or damaged safetensors file; copy or save it again") from error
-    require(
-        not odd and end == size,
-        f"{file}: found {f'other bytes for {odd[0]} than its dtype and shape have' if odd else f'{size} bytes, expected {end}'}:"
-        " a cut or damaged safetensors file; copy or save it again",
-    )
-    return found

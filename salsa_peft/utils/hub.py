@@ -1,5 +1,4 @@
-"""The Hub's refusals as one line with the link that helps: licence, login, a wrong name, no network; and Transformers' of what a
-repository or folder holds: code of its own, weights that are pickled, no tokenizer."""
+"""Downloads of Hub repositories, and the errors of the Hub and Transformers as one line each."""
 
 from __future__ import annotations
 
@@ -10,65 +9,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.safetensors_io import NO_SAFETENSORS
 
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 """A repository's id on the Hub: NAME or NAMESPACE/NAME."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-"""What is downloaded of a model's repository: weights in safetensors, configuration, tokenizer and chat template."""
+"""The files of a model: weights in safetensors, configuration, tokenizer and chat template.
+"""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
 
 
-def explain_hub_error(error: BaseException, model: str | None = None) -> str | None:
-    """What to do about an error that comes from the Hub, also wrapped in Transformers' or datasets' errors; else None.
-
-    `model` is the id to name where the error names none (Transformers' of an offline machine don't).
-    """
-    if "huggingface_hub" not in sys.modules:
-        return None
-    from huggingface_hub import errors
-
-    found = list(_chain(error))
-    text = " ".join(str(one) for one in found)
-    for one in found:
-        if isinstance(one, errors.GatedRepoError):
-            where = _page(one, text)
-            return f"{where} is gated: {where}: accept the licence there, then `hf auth login`"
-    for one in found:
-        if isinstance(one, errors.RevisionNotFoundError):
-            return f"{_page(one, text)}: no such revision there; check `revision`"
-        if isinstance(one, errors.RepositoryNotFoundError):
-            return f"{_page(one, text)}: not found: check the name, or if it is private log in with `hf auth login`"
-    if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
-        return (
-            f"{code[1]}: found code of its own (auto_map), which is never run, expected an architecture and a tokenizer that Transformers"
-            " has itself"
-        )
-    if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
-        return (
-            f"{pickled[1]}: found no safetensors file, expected the model's weights in one (other formats are not read)"
-            "; load the model with Transformers, if you trust the file, and save it again (save_pretrained writes safetensors)"
-        )
-    if "Couldn't instantiate the backend tokenizer" in text and model:
-        return f"{model}: found no tokenizer that Transformers can open, expected its own beside the weights (tokenizer.json)"
-    names = [type(one).__name__ for one in found]
-    if "DatasetNotFoundError" in names:
-        where = _page(None, text)
-        if "gated" in text:
-            return f"{where} is gated: {where}: accept the licence there, then `hf auth login`"
-        return f"{where}: not found: check the name, or if it is private log in with `hf auth login`"
-    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-    if any(isinstance(one, offline) for one in found) or "OfflineModeIsEnabled" in text:
-        where = _page(None, text)
-        where = WEB + model if model and (where == UNKNOWN or where.startswith(WEB + model)) else where
-        return f"{where}: not in the local cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
-    return None
-
-
 def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, revision: str | None = None) -> Path:
-    """An existing folder as it is; for a Hub id the files that match `patterns`, downloaded to the Hub's cache.
+    """The folder of a model or adapter; a Hub repository is downloaded to the Hub's cache.
 
-    Raises SalsaError for a name that is neither, and if the Hub refuses or cannot be reached.
+    patterns: the files to download. Raises SalsaError for a name that is neither a folder nor a Hub id, and if the Hub
+    refuses or cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -79,19 +35,80 @@ def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, rev
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(patterns)))
 
 
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a Hub id's files in the Hub's cache; None if config.json is not there, or if `name` is not a Hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if HUB_ID.match(name) is None:
+        return None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 @contextlib.contextmanager
-def readable_hub_errors(model: str) -> Iterator[None]:
-    """Within the context the Hub's refusals of `model` become SalsaErrors of one line; other errors stay."""
+def readable_hub_errors(name: str) -> Iterator[None]:
+    """Turn errors of the Hub and Transformers about the repository `name` into a SalsaError of one line."""
     try:
         yield
-    except Exception as error:  # its libraries' errors have no class in common
-        line = explain_hub_error(error, model)
+    except Exception as error:  # the libraries' errors have no common class
+        line = explain_hub_error(error, name)
         if line is None:
             raise
         raise SalsaError(line) from error
 
 
+def explain_hub_error(error: BaseException, name: str | None = None) -> str | None:
+    """What to do about an error of the Hub or Transformers, as text; None for any other error.
+
+    The error may be wrapped in one of Transformers or datasets. name: the repository, for errors that do not name it.
+    """
+    if "huggingface_hub" not in sys.modules:
+        return None
+    from huggingface_hub import errors
+
+    chain = list(_chain(error))
+    text = " ".join(map(str, chain))
+    for one in chain:
+        if isinstance(one, errors.GatedRepoError):
+            return _gated(_page(one, text))
+    for one in chain:
+        if isinstance(one, errors.RevisionNotFoundError):
+            return f"{_page(one, text)}: this repository has no such revision; check `revision`"
+        if isinstance(one, errors.RepositoryNotFoundError):
+            return _not_found(_page(one, text))
+    if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
+        return (
+            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use"
+            " one that Transformers supports"
+            " itself"
+        )
+    if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
+        return f"{pickled[1]}: {NO_SAFETENSORS}"
+    if "Couldn't instantiate the backend tokenizer" in text and name:
+        return (
+            f"{name}: Transformers cannot load a tokenizer from here; put the model's tokenizer (tokenizer.json)"
+            " beside its weights"
+        )
+    if any(type(one).__name__ == "DatasetNotFoundError" for one in chain):
+        return (_gated if "gated" in text else _not_found)(_page(None, text))
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    if any(isinstance(one, offline) for one in chain) or "OfflineModeIsEnabled" in text:
+        where = _page(None, text)
+        where = WEB + name if name and (where == UNKNOWN or where.startswith(WEB + name)) else where
+        return f"{where}: not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    return None
+
+
+def _gated(page: str) -> str:
+    return f"{page} is gated: accept its licence on that page, then `hf auth login`"
+
+
+def _not_found(page: str) -> str:
+    return f"{page}: not found. Check the name; if the repository is private, log in with `hf auth login`"
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, its causes and its contexts."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
@@ -103,7 +120,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _page(error: BaseException | None, text: str) -> str:
-    """The repository's page, from the error's own facts or else from the URL or name in the messages."""
+    """The repository's page, from the attributes of the error, or else from a URL or name in the messages."""
     name = getattr(error, "repo_id", None) if error is not None else None
     kind = getattr(error, "repo_type", None) if error is not None else None
     if name is None:

@@ -1,26 +1,30 @@
-"""manifest.json of a result: what its files are, by size and SHA-256, and whether they still are. Imports no torch."""
+"""manifest.json of a result: the size and SHA-256 of each file, and whether the files still match.
+
+torch is not imported.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import salsa_peft
 from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import canonical_json, sha256
 
-VERSIONS = ("torch", "transformers", "peft", "trl")  # and salsa-peft: what a result depends on beside recipe and data
+LIBRARIES = ("torch", "transformers", "peft", "trl")
+"""The libraries, besides salsa-peft itself, whose versions are part of the cache keys."""
 MANIFEST = "manifest.json"
 
 
 def versions() -> dict[str, str]:
-    """Of salsa-peft and the libraries that results depend on; "none" for one that is not installed."""
+    """The versions of salsa-peft and of LIBRARIES; "none" for a library that is not installed."""
     import importlib.metadata
 
     found = {"salsa-peft": salsa_peft.__version__}
-    for name in VERSIONS:
+    for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -29,30 +33,28 @@ def versions() -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A unit folder's manifest, or None where there is none or it cannot be read."""
+    """The manifest of a result; None if it is missing or damaged."""
     try:
-        data = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_json(folder / MANIFEST)
+    except SalsaError:
         return None
     whole = isinstance(data, dict) and isinstance(data.get("files"), dict) and isinstance(data.get("inputs", {}), dict)
     return data if whole and all(_is_entry(entry) for entry in data["files"].values()) else None
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether a manifest says of a file what write_manifest does."""
-    return isinstance(entry, dict) and {name: type(value) for name, value in entry.items()} == {
-        "size": int,
-        "sha256": str,
-    }
+    """Whether a manifest's entry of a file has the form {"size": …, "sha256": …}."""
+    types = {name: type(value) for name, value in entry.items()} if isinstance(entry, dict) else {}
+    return types == {"size": int, "sha256": str}
 
 
 def content_digest(manifest: dict[str, Any]) -> str:
-    """Of a result: what its files hold."""
+    """A SHA-256 of the contents of a result's files."""
     return hashlib.sha256(canonical_json(manifest["files"]).encode()).hexdigest()
 
 
 def changed_file(folder: Path, manifest: dict[str, Any]) -> str | None:
-    """The first file of a result that is not as its manifest says, in words; None: all are."""
+    """The first file of a result that does not match its manifest, as text; None if all files match."""
     for name, entry in manifest["files"].items():
         file = folder / name
         try:
@@ -66,34 +68,30 @@ def changed_file(folder: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def latest_report(run: Path) -> Path | None:
-    """The folder of the report that was finished last."""
+    """The folder of the most recent finished report."""
     there = [path for path in run.glob(f"report/*/{MANIFEST}") if read_manifest(path.parent) is not None]
     return max(there, key=lambda path: path.stat().st_mtime_ns).parent if there else None
 
 
 def finished_results(run: Path) -> dict[str, Path]:
-    """Unit id → its folder, of what the run's newest report was made from, whatever the keys would be by now (other versions, data that moved).
+    """Unit id → folder of the results that the run's latest report was made from.
 
-    Raises SalsaError where there is no finished report, or something that it was made from is gone.
+    Their cache keys may be different by now, for example with other versions of the libraries.
+
+    Raises SalsaError if there is no finished report, or if one of these results is missing or changed.
     """
-    report = latest_report(run)
+    report, again = latest_report(run), f"run it again: salsa run {run}/recipe.yaml --output-dir {run}"
     if report is None:
-        raise SalsaError(
-            f"{run}: found no finished report, expected a finished run; salsa run {run}/recipe.yaml --output-dir {run}"
-        )
+        raise SalsaError(f"{run}: this run has no finished report; {again}")
     folders = {}
     for unit, wanted in (read_manifest(report) or {"inputs": {}})["inputs"].items():
         places = [path.parent for path in sorted(run.glob(f"{unit}/*/{MANIFEST}"))]
         fits = [place for place in places if content_digest(read_manifest(place) or {"files": {}}) == wanted]
         if not fits:
-            raise SalsaError(
-                f"{run}: found no {unit} that its report was made from, expected it; salsa run {run}/recipe.yaml --output-dir {run}"
-            )
+            raise SalsaError(f"{run}: the result of {unit} that the report was made from is missing; {again}")
         for name, entry in (read_manifest(fits[0]) or {"files": {}})["files"].items():
             file = fits[0] / name
             if not file.is_file() or file.stat().st_size != entry.get("size"):
-                raise SalsaError(
-                    f"{run}: found {unit}/{fits[0].name}/{name} missing or changed, expected it as it was written; salsa run {run}/recipe.yaml --output-dir {run}"
-                )
+                raise SalsaError(f"{run}: {unit}/{fits[0].name}/{name} is missing or has changed; {again}")
         folders[unit] = fits[0]
     return folders

@@ -1,4 +1,7 @@
-"""What is said to people: values on one line, the nearest name, pydantic's errors in words, durations. Imports no torch."""
+"""Parts of messages: values on one line, the nearest name, pydantic's errors, durations.
+
+torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at 
 
 
 def short(value: Any) -> str:
-    """A value for a message, on one line and not long."""
+    """The repr of a value, shortened to 58 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def describe(value: Any) -> str:
-    """A value of a row for a message, by what JSON calls it: null, the number 4, an object with the keys a and b."""
+    """A JSON value in words: null, the number 4, an object with the keys a, b."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):
@@ -39,7 +42,7 @@ def describe(value: Any) -> str:
 
 
 def short_path(path: str) -> str:
-    """A path for a message, its end always in it."""
+    """The repr of a path; a long one is shortened at its beginning."""
     text = repr(path)
     return text if len(text) <= 160 else f"'…{text[-158:]}"
 
@@ -50,7 +53,7 @@ def one_line(message: object) -> str:
 
 
 def did_you_mean(found: str, known: list[str], what: str = "known keys") -> str:
-    """For the end of a message: the nearest known name, or all of them."""
+    """The nearest of the known names as a question, or a list of all of them."""
     close = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"{what}: {', '.join(known) or 'none'}"
 
@@ -76,7 +79,7 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
         return key, f"must be {TYPES[kind]}, not {found}"
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
-        return key, f"must be {words} {context[name]}, not {found}"
+        return key, f"must be {words} {context[name]:g}, not {found}"
     if kind == "too_short":
         return key, f"must have at least {context['min_length']} entry, not {found}"
     if kind == "literal_error":
@@ -88,7 +91,7 @@ def explain_validation_error(error: dict[str, Any]) -> tuple[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3:05 or 1:02:03."""
+    """A duration as text: 9.5 s, 12 s, 3:05 or 1:02:03."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
@@ -97,6 +100,6 @@ def duration(seconds: float) -> str:
 
 
 def number_in_name(value: float) -> str:
-    """A number in a policy's name: as short as %g where that is the number, else with all its digits; never a +."""
+    """A number for a policy's name: by %g if that is exact, else with all digits; without a plus sign."""
     text = f"{value:g}"
     return (text if float(text) == value else repr(value)).replace("+", "")

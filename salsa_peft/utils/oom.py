@@ -1,7 +1,7 @@
 """Out-of-memory errors: detecting them, and halving the micro-batch size until the forward pass fits.
 
-transformers.Trainer's auto_find_batch_size restarts training with a smaller global batch; here the global batch keeps its size.
-torch is not imported; accelerate is, after an out-of-memory error.
+transformers.Trainer's auto_find_batch_size restarts training with a smaller global batch; here the global batch keeps
+its size. torch is not imported; accelerate is, after an out-of-memory error.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def largest_proper_divisor(rows: int) -> int | None:
 class MicroBatchLimit:
     """The largest number of rows in one forward pass, halved after an out-of-memory error.
 
-    rows: the limit now. configured: the limit at the start. option: the configuration option that sets it, for messages.
-    single_process: False where other processes wait for this one in collective operations; the limit is then never changed, because
-    the processes would run different numbers of forward passes.
+    rows: the limit now. configured: the limit at the start. option: the configuration option that sets it, for
+    messages. single_process: False where other processes wait for this one in collective operations; the limit is then
+    never changed, because the processes would run different numbers of forward passes.
     """
 
     def __init__(self, rows: int, option: str, *, single_process: bool = True) -> None:
@@ -45,10 +45,10 @@ class MicroBatchLimit:
         self.option, self.single_process = option, single_process
 
     def run(self, work: Callable[[], T], rows: int | None = None) -> T:
-        """Call `work`, which splits its rows by `self.rows`; after an out-of-memory error halve the limit and call it again.
+        """Call `work`, which splits its rows by `self.rows`; if it runs out of memory, again with half.
 
-        rows: how many rows there are, if that can be fewer than the limit. Raises SalsaError if one row alone does not fit, and the
-        out-of-memory error itself unless `single_process`.
+        rows: how many rows there are, if that can be fewer than the limit. Raises SalsaError if one row alone does not
+        fit, and the out-of-memory error itself unless `single_process`.
         """
         while True:
             try:
@@ -67,7 +67,8 @@ class MicroBatchLimit:
         used = min(self.rows, rows or self.rows)
         if used == 1:
             raise SalsaError(
-                f"{self.option}: out of memory with one row at a time; shorten model.max_length or generation.max_new_tokens, set"
+                f"{self.option}: out of memory with one row at a time; shorten model.max_length or"
+                " generation.max_new_tokens, set"
                 f" gradient_checkpointing=true, or use --lora qlora ({' '.join(str(error).split())[:200]})"
             ) from error
         self.rows = used // 2

@@ -1,9 +1,10 @@
-"""What a tensor of a checkpoint is called in the model that Transformers makes of its configuration.
+"""The names that a checkpoint's tensors have in the Transformers model of its configuration.
 
-Files on the Hub name the same parameter in several ways: with or without the base model's prefix, in a multimodal model's older
-layout, one tensor per expert or all experts in one, under the prefixes of `torch.compile` or FSDP. They may also hold what is no
-parameter (rotary frequencies, causal masks). The names here are those of the model's `state_dict`, found with Transformers' own
-conversion mapping on a model without memory (meta device). Transformers is imported where a name is asked for, not before.
+Files on the Hub name the same parameter in several ways: with or without the base model's prefix, in a multimodal
+model's older layout, with one tensor per expert or all experts in one, or under the prefixes of `torch.compile` or
+FSDP. They may also hold buffers (rotary frequencies, causal masks). The names here are those of the model's
+`state_dict`. They are found with Transformers' own conversion mapping, on a model on the meta device. Transformers is
+imported only when a name is asked for.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""What torch.compile, FSDP, activation checkpointing and Lightning call the module that they wrap."""
+"""The names that torch.compile, FSDP, activation checkpointing and Lightning give to wrapped modules."""
 WRAPPED = re.compile(rf"(^|\.)({'|'.join(WRAPPERS)})(?=\.)")
 OUTERMOST = re.compile(r"^(base_model\.model\.)?(module\.)+")
-"""The wrapper of DistributedDataParallel and DeepSpeed, which is only ever around the whole model."""
+"""The wrapper of DistributedDataParallel and DeepSpeed, which always wraps the whole model."""
 
 
 def without_wrappers(name: str) -> str:
-    """A tensor's name without the prefixes of wrappers: `_orig_mod.model.norm.weight` → `model.norm.weight`."""
+    """A tensor's name without wrappers' prefixes: `_orig_mod.model.norm.weight` → `model.norm.weight`."""
     plain = WRAPPED.sub("", name).removeprefix(".")
     return OUTERMOST.sub(lambda found: found[1] or "", plain)
 
@@ -49,33 +51,40 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedNames:
-    """Where a checkpoint's tensors go in the model."""
+    """The places of a checkpoint's tensors in the model."""
 
     names: dict[str, str | None]
-    """Name in the file → the model's (of a tensor that is split: the first part's); None: no parameter, Transformers ignores it."""
+    """Name in the file → name in the model.
+
+    None: Transformers ignores the tensor. For a tensor that is split, the name of its first part.
+    """
     blocks: dict[str, tuple[Block, ...]]
-    """The model's name → what its elements are made of, in their order. A tied head that is not in the file is not here."""
+    """Name in the model → the blocks in the file that hold its elements, in order.
+
+    Tied output embeddings that are not in the file are left out.
+    """
     unknown: list[str]
-    """Names in the file that have no place in the model."""
+    """Names in the file that the model does not have."""
 
 
 class ModelNames:
-    """The tensors of an architecture: the names and shapes of its parameters and persistent buffers, and which are tied."""
+    """The names and shapes of a model's parameters and persistent buffers, and which of them are tied."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        """Output embeddings → the input embeddings that they are tied to by the configuration."""
+        """Output embeddings → the input embeddings to which the configuration ties them."""
 
     def __str__(self) -> str:
         return type(self.model).__name__
 
     def resolve(self, shapes: Mapping[str, Sequence[int]], where: str) -> ResolvedNames:
-        """Where the tensors of these names and shapes go, as `from_pretrained` would put them; `where` is what an error names.
+        """The places that `from_pretrained` would give to tensors of these names and shapes.
 
-        Prefixes of wrappers are taken off first. Raises SalsaError where two tensors go to one place, or one goes there in another shape.
+        Wrappers' prefixes are removed first. where: the folder, for errors. Raises SalsaError if two tensors have the
+        same place, or if a tensor's shape does not fit its place.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -116,7 +125,7 @@ class ModelNames:
         return ResolvedNames(names, blocks, [name for name, found in unplaced.items() if found not in ignored])
 
     def _ignored(self, names: set[str]) -> set[str]:
-        """Of names that the model does not have those that Transformers ignores without a warning."""
+        """Those of these names, which the model does not have, that Transformers ignores without a warning."""
         from transformers.utils.loading_report import LoadStateDictInfo
 
         info = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
@@ -131,9 +140,10 @@ class ModelNames:
         shapes: Mapping[str, Sequence[int]],
         where: str,
     ) -> dict[str, tuple[Block, ...]]:
-        """The blocks of what a converter makes (fused experts, for example), found by converting the numbers of rows.
+        """The blocks of the tensors that a converter makes, such as fused experts.
 
-        Every source is replaced by the numbers of its rows, so the cost does not depend on the rows' length.
+        They are found by converting the numbers of rows in place of the rows, so the cost does not depend on the rows'
+        length.
         """
         import torch
 
@@ -158,18 +168,21 @@ class ModelNames:
 
 def _check_free(taken: str | None, found: str, name: str, where: str) -> None:
     if taken is not None:
-        raise SalsaError(f"{where}: {taken} and {name} are both {found} in the model: remove one of them")
+        raise SalsaError(f"{where}: {taken} and {name} are both {found} in the model; remove one of them")
 
 
 def _wrong_shape(where: str, name: str, given: Sequence[int], found: str, expected: Sequence[int]) -> str:
     return (
-        f"{where}: {name} has shape {list(given)}, but {found}, which it makes in the model, has {list(expected)} by config.json; correct"
-        " the configuration, or save the model again with Transformers"
+        f"{where}: {name} has shape {list(given)}, but {found} in the model has {list(expected)} by config.json;"
+        " correct the configuration, or save the model again with Transformers"
     )
 
 
 def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ...]:
-    """Runs of consecutive rows, each within one source. `starts`: a source's first number, its name, its row's length."""
+    """Runs of consecutive rows, each within one source tensor.
+
+    starts: for each source its first row's number, its name, and the length of its rows.
+    """
     import torch
 
     firsts = [start for start, _, _ in starts]
@@ -188,12 +201,12 @@ def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ..
 
 
 def of_folder(folder: Path) -> ModelNames:
-    """The names of the model that a folder's config.json describes. Raises SalsaError where Transformers cannot make it."""
-    return of_config(json.loads((folder / "config.json").read_bytes()), str(folder / "config.json"))
+    """The ModelNames of a folder's config.json. Raises SalsaError if Transformers does not support it."""
+    return of_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def of_config(config: Mapping[str, Any], where: str) -> ModelNames:
-    """The same of a configuration's content; `where` is the file that an error names."""
+    """The ModelNames of a configuration's content; `where` is the file, for errors."""
     return _made(json.dumps(config, sort_keys=True), where)
 
 
@@ -203,7 +216,7 @@ def _made(content: str, where: str) -> ModelNames:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, on the meta device: its parameters have no memory and no values."""
+    """The model of a configuration on the meta device, without memory for its parameters."""
     import torch
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights, no_tie_weights
 
@@ -213,7 +226,10 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    """A configuration as Transformers reads it: old fields renamed, defaults filled in; quantisation is left out. Raises SalsaError."""
+    """A configuration as Transformers reads it, with old fields renamed and defaults filled in.
+
+    Quantisation is left out. Raises SalsaError if Transformers cannot read it.
+    """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -221,7 +237,8 @@ def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise SalsaError(
-            f"{where}: model_type {kind!r:.60} is not one that transformers {transformers.__version__} has; install a version that has it"
+            f"{where}: transformers {transformers.__version__} does not support model_type {kind!r:.60}; install a version"
+            " that does"
         )
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
@@ -235,14 +252,14 @@ def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether Transformers has the architecture of a config.json's content."""
+    """Whether Transformers supports the architecture of a config.json's content."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return config.get("model_type") in CONFIG_MAPPING
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `architectures` names, else the language model of this configuration, else the base model."""
+    """The model class that `architectures` names, or else the language model of this configuration."""
     from transformers.models.auto import modeling_auto as auto
 
     mappings = (
@@ -256,7 +273,10 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             found = mapping[type(config)]
             candidates += found if isinstance(found, list | tuple) else [found]
     if not candidates:
-        raise SalsaError(f"model_type {config.model_type}: Transformers has no language model of this kind")
+        raise SalsaError(
+            f"Transformers has no language model for the model_type {config.model_type}; use a"
+            " checkpoint of another architecture"
+        )
     named = [one for one in candidates if one.__name__ in (config.architectures or ())]
     chosen: type[PreTrainedModel] = (named or candidates)[0]
     return chosen

@@ -243,10 +243,18 @@ REFUSED = [
             "ppo.max_prompt_length: must be at most 896, not 1000: model.max_length 1024 less generation.max_new_tokens 128"
         ],
     ),
-    ("data.demonstrations=x.jsonl", ["data.demonstrations: found '/", "x.jsonl', which is no file or folder"]),
+    (
+        "data.demonstrations=x.jsonl",
+        [
+            "data.demonstrations: there is no file or folder '",
+            "x.jsonl'; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id",
+        ],
+    ),
     (
         "data.demonstrations=/etc/hostname",
-        ["data.demonstrations: found '/etc/hostname', expected a .jsonl, .json, .parquet, .csv or .tsv file"],
+        [
+            "data.demonstrations: '/etc/hostname' is no data file; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+        ],
     ),
     (
         "evaluate.prompts.x=not an id",
@@ -308,20 +316,20 @@ def test_one_seed_that_is_taken_needs_no_brackets(load, tmp_path):
                 (tmp_path / "mine" / "seed" / name).write_text("{}")
         for found in (load(f"sft.from={taken}"), load(text=RECIPE + f"sft: {{from: {taken}}}\n")):
             assert (found.recipe.sft.from_, found.recipe.sft.seeds, found.recipe.soup.members) == ([path], [0], [0])
-    assert said(load, "sft.from=3") == "--set: sft.from: found 3, expected a list; write [3]"
+    assert said(load, "sft.from=3") == "--set: sft.from: must be a list, not 3; write [3]"
 
 
 def test_the_layer_that_said_it_is_named(load):
     assert said(load, text=RECIPE + "ppo: {learning_rate: fast}\n", lora=None).startswith(
-        "tiny.yaml: ppo.learning_rate: found 'fast'"
+        "tiny.yaml: ppo.learning_rate: must be a number, not 'fast'"
     )
     assert said(load, text=RECIPE + "lora: {ppo: {learning_rate: fast}}\n").startswith(
-        "tiny.yaml: lora: ppo.learning_rate: found"
+        "tiny.yaml: lora: ppo.learning_rate: must be a number, not 'fast'"
     )
     assert said(load, text=RECIPE + "lora: {ppo: {lr: 1}}\n", lora=None).startswith(
         "tiny.yaml: lora: ppo.lr: unknown key"
     )
-    assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: found 3, expected departures")
+    assert said(load, text=RECIPE + "lora: 3\n").startswith("tiny.yaml: lora: must be a mapping of settings, not 3")
     assert "(and 1 more)" in said(load, "ppo.learning_rate=fast", "sft.learning_rate=fast")
 
 
@@ -329,15 +337,24 @@ def test_what_adapters_alone_have_is_refused_for_full_weights_and_unknown_preset
     assert load(lora=None).recipe.mode == "full"
     for key, value in (("model.quantization", "nf4"), ("soup.rank", "4"), ("ppo.value", "adapter")):
         line = said(load, f"{key}={value}", lora=None)
-        assert f"{key}: found {value} with full weights, expected" in line and "add --lora" in line
+        assert f"{key}: {value} needs adapters; add --lora, or set {key}=" in line
         preset = "qlora" if key == "model.quantization" else "lora"
         assert load(f"{key}={value}", lora=preset).recipe.mode == preset
     line = said(load, "model.quantization=nf4")
-    assert "--lora lora: found model.quantization nf4, expected none; take --lora qlora" in line
-    assert "expected 4 bits; take --lora lora" in said(load, "model.quantization=null", lora="qlora")
-    assert "--set adapter.r=8: found full weights" in said(load, "adapter.r=8", lora=None)
-    assert "offload: found frozen with adapters" in said(load, "offload=frozen")
-    assert "precision: found master with adapters, expected auto" in said(load, "precision=master")
+    assert "--lora lora: model.quantization is nf4, which is qlora; use --lora qlora, or remove the key" in line
+    line = said(load, "model.quantization=null", lora="qlora")
+    assert "--lora qlora: model.quantization is null, which is lora; use --lora lora, or remove the key" in line
+    assert "--set adapter.r=8: this run uses full weights, without an adapter; add --lora" in said(
+        load, "adapter.r=8", lora=None
+    )
+    assert (
+        "offload: frozen has no effect with adapters: references share the base, so there is nothing to offload. Set offload=none"
+        in said(load, "offload=frozen")
+    )
+    assert (
+        "precision: master has no effect with adapters: adapters are always trained in float32. Set precision=auto"
+        in said(load, "precision=master")
+    )
     assert load("offload=frozen", lora=None).recipe.offload == "frozen"
     assert "--lora qlroa: unknown preset" in said(load, lora="qlroa")
 
@@ -360,21 +377,27 @@ def test_recipes_by_name(load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "found nothing, expected `key: value` lines"),
-        ("- a", "found a list"),
-        ("name: [", "not YAML (line"),
-        ("name: a\nname: b", "line 2: found the key 'name' twice"),
+        ("", "must contain `key: value` lines, but is empty"),
+        ("- a", "must contain `key: value` lines, but is a list"),
+        ("name: [", "line 2 is not valid YAML: while parsing a flow node, did not find expected node content"),
+        ("name: a\nname: b", "line 2: the key 'name' is there twice"),
         ("a: &x 1", "anchors (&) are not allowed"),
         ("a: *x", "aliases (*) are not allowed"),
         ("a: !!python/object:os.system x", "tags (!) are not allowed"),
         ("a: !!timestamp 2001-01-01", "tags (!) are not allowed"),
-        ("1: a", "found the key 1, expected text"),
-        ("? [a]\n: b", "found the key ['a'], expected text"),
-        ("a: 1\n---\nb: 2", "found a second document"),
+        ("1: a", "line 1: the key 1 is not text; quote it"),
+        ("? [a]\n: b", "line 1: the key ['a'] is not text; quote it"),
+        (
+            "a: 1\n---\nb: 2",
+            "line 2 is not valid YAML: expected a single document in the stream, but found another document",
+        ),
         ("a: " + "[" * 100_000, "nested deeper than 20"),
         ("a: " + "{a: " * 100, "nested deeper than 20"),
         ("\n".join(" " * depth + "a:" for depth in range(1000)), "nested deeper than 20"),
-        ("name: a\x07", "not YAML"),
+        (
+            "name: a\x07",
+            'is not valid YAML: unacceptable character #x0007: control characters are not allowed in "<unicode string>", position 7',
+        ),
         ("#" * (MAX_BYTES + 1), "more than 1000000 bytes"),
         ("a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]", "anchors"),
     ],
@@ -406,12 +429,10 @@ def test_columns(load, tmp_path):
         ("prompts", "prompt, messages, conversations, instruction, question or turns"),
     ):
         line = said(load, f"data.{key}={wrong}")
-        assert line.startswith(
-            f"--set: data.{key}: found the columns text, label in 'wrong.jsonl', expected {expected}"
-        )
+        assert line.startswith(f"--set: data.{key}: 'wrong.jsonl' has the columns text, label; it needs {expected}")
     for content, words in (
-        ("", "no rows"),
-        ("[1]\n", "found [1]"),
+        ("", "'wrong.jsonl' has no rows"),
+        ("[1]\n", "the first row of 'wrong.jsonl' must be a JSON object, not [1]"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("\xff", "not JSON"),
@@ -453,7 +474,7 @@ def test_paths_are_taken_from_the_recipes_folder_or_for_set_the_current_one(tmp_
     assert recipe.data.demonstrations.split == "train[:80%]"
     assert recipe.model.base == "org/model"
     os.remove(tmp_path / "there" / "base" / "config.json")
-    with pytest.raises(SalsaError, match=r"r.yaml: model.base: found no config.json in"):
+    with pytest.raises(SalsaError, match=r"there/base' has no config\.json; give the folder or Hub id of a model"):
         load_recipe("../there/r.yaml", lora="lora", overrides=[])
 
 
@@ -594,7 +615,7 @@ def test_columns_of_other_files(load, tmp_path):
     for file in ("good.json", "good.parquet"):
         assert load(f"data.prompts={file}").recipe.data.prompts.path == str(tmp_path / file)
     for file, expected in (
-        ("wrong.json", "found the columns text in"), ("wrong.parquet", "found the columns text in"),
+        ("wrong.json", "has the columns text; it needs"), ("wrong.parquet", "has the columns text; it needs"),
         ("cut.json", "not JSON"), ("cut.parquet", "not parquet"), ("none.json", "no rows"),
     ):  # fmt: skip
         with pytest.raises(SalsaError, match=f"data.prompts: .*{expected}"):
@@ -615,23 +636,21 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
         for more, line in (
             (
                 "sft.batch_size=10",
-                f"data.demonstrations: found 9 in {file}, 9 of them to train on, expected at least sft.batch_size = 10",
+                f"data.demonstrations: {file} has 9 rows, 9 of them for training, which is less than sft.batch_size = 10",
             ),
             (
                 "sft.subset=0.5",
-                f"9 in {file}, 4 of them to train on (sft.subset 0.5), expected at least sft.batch_size = 8; add some or lower",
+                f"{file} has 9 rows, 4 of them for training (sft.subset 0.5), which is less than sft.batch_size = 8; add rows or lower",
             ),
             (
                 "reward.batch_size=9",
-                "9 in "
-                + file
-                + ", 8 of them to train on (reward.held_out 0.05), expected at least reward.batch_size = 9",
+                f"{file} has 9 rows, 8 of them for training (reward.held_out 0.05), which is less than reward.batch_size = 9",
             ),
             (
                 "ppo.batch_size=16",
-                f"data.prompts: found 9 in {file}, 9 of them to train on, expected at least ppo.batch_size = 16",
+                f"data.prompts: {file} has 9 rows, 9 of them for training, which is less than ppo.batch_size = 16",
             ),
-            ("data.preferences.limit=8", "data.preferences: found 8 in"),
+            ("data.preferences.limit=8", f"data.preferences: {file} has 8 rows"),
         ):
             assert line in said(load, *given, more), (file, more)
     assert load("data.prompts=9.jsonl", "ppo.batch_size=16", "policies.ppo=null", "policies.salsa=null")
@@ -641,7 +660,10 @@ def test_rows_that_fill_no_batch_are_refused_at_once(load, tmp_path):
 def test_text_pairs_need_a_prompt(load, tmp_path):
     """Chosen and rejected as text don't hold it: seen here, not after the seeds are trained."""
     rows(tmp_path / "p.jsonl", {"chosen": "a", "rejected": "b"})
-    with pytest.raises(SalsaError, match=r"data.preferences: found text in chosen and no `prompt`"):
+    with pytest.raises(
+        SalsaError,
+        match=r"data\.preferences: 'p\.jsonl' has text in chosen, which needs a column `prompt` beside it; add the column",
+    ):
         load("data.preferences=p.jsonl")
 
 
@@ -650,7 +672,9 @@ def test_adapters_among_the_answering_models(load, tmp_path, monkeypatch):
     for name in ("sub/a", "salsa"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        with pytest.raises(SalsaError, match=rf"evaluate.models\[0\]: found no {name}"):
+        with pytest.raises(
+            SalsaError, match=rf"evaluate.models\[0\]: .* has no {name}; give the folder or Hub id of a LoRA adapter"
+        ):
             load("evaluate.models=[sub/a]")
         (tmp_path / "sub" / "a" / name).write_text("{}")
     evaluate = load(
@@ -663,19 +687,28 @@ def test_adapters_among_the_answering_models(load, tmp_path, monkeypatch):
 def test_max_steps_of_ppo_are_whole_updates(load):
     """A cut update would be in no log."""
     assert load("ppo.max_steps=8").recipe.ppo.max_steps == 8
-    with pytest.raises(SalsaError, match=r"ppo.max_steps: found 6, expected a multiple of 4, .*set ppo.max_steps=8"):
+    with pytest.raises(
+        SalsaError,
+        match=r"ppo\.max_steps: 6 is not a multiple of 4, the optimizer steps of one update \(num_ppo_epochs × num_mini_batches\); set ppo\.max_steps=8",
+    ):
         load("ppo.max_steps=6")
 
 
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("toy.prompts=100", "toy.prompts: found 100, 100 of them to train on, expected at least ppo.batch_size = 128"),
+        (
+            "toy.prompts=100",
+            "toy.prompts: 100 rows, 100 of them for training, which is less than ppo.batch_size = 128; add rows or lower ppo.batch_size",
+        ),
         (
             "toy.demonstrations=40",
-            "toy.demonstrations: found 40, 20 of them to train on (sft.subset 0.5), expected at least sft.batch_size = 32",
+            "toy.demonstrations: 40 rows, 20 of them for training (sft.subset 0.5), which is less than sft.batch_size = 32; add rows or lower sft.batch_size",
         ),
-        ("policies.a25={reference: soups}", "policies.a25.reference: found 'soups', expected seed-N, base, soup"),
+        (
+            "policies.a25={reference: soups}",
+            "policies.a25.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, or the folder or Hub id (namespace/name) of a LoRA adapter, not 'soups'; did you mean soup?",
+        ),
     ],
 )
 def test_what_would_fail_after_minutes_fails_at_once(setting: str, line: str) -> None:

@@ -62,17 +62,17 @@ def test_a_recipe_as_it_ran_is_read_as_it_is(load: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "more", "said"),
     [
-        ("{kl_coef: [0.1], methods: [pp0]}", "", "search.methods: found 'pp0', which is no policy; did you mean ppo?"),
-        ("{kl_coef: [0.1, 0.1]}", "", "search.kl_coef: found [0.1, 0.1], expected no number twice"),
-        ("{kl_coef: []}", "", "search.kl_coef: found []"),
-        ("{kl_coef: [-1]}", "", "search.kl_coef[0]: found -1"),
+        ("{kl_coef: [0.1], methods: [pp0]}", "", "search.methods: there is no policy 'pp0'; did you mean ppo?"),
+        ("{kl_coef: [0.1, 0.1]}", "", "search.kl_coef: [0.1, 0.1] has a number twice; give each once"),
+        ("{kl_coef: []}", "", "search.kl_coef: must have at least 1 entry, not []"),
+        ("{kl_coef: [-1]}", "", "search.kl_coef[0]: must be at least 0, not -1 (and 2 more)"),
         ("{kl_coef: x}", "", "search.kl_coef"),
-        ("3", "", "search: found 3"),
-        ("{kl_coef: [0.1], by: judge}", "", "search.by: found judge and no evaluate.judge"),
-        ("{kl_coef: [0.1], by: jury}", "", "search.by: found 'jury'"),
-        ("{kl_coef: [0.1], against: seed-1}", "", "search.against: found 'seed-1', expected what answers"),
-        ("{kl_coef: [0.1], against: ppo-kl-0.1}", "", "search.against: found 'ppo-kl-0.1', which is a candidate itself"),
-        ("{kl_coef: [0.1], questions: [inn]}", "", "search.questions: found 'inn', expected some of evaluate.prompts: in, out"),
+        ("3", "", "search: must be a mapping {key: value, …}, not 3"),
+        ("{kl_coef: [0.1], by: judge}", "", "search.by: judge needs evaluate.judge; add it, or set search.by=reward"),
+        ("{kl_coef: [0.1], by: jury}", "", "search.by: must be reward or judge, not 'jury'"),
+        ("{kl_coef: [0.1], against: seed-1}", "", "search.against: 'seed-1' is not an evaluated model; did you mean seed-0?"),
+        ("{kl_coef: [0.1], against: ppo-kl-0.1}", "", "search.against: 'ppo-kl-0.1' is a candidate itself; name another model, such as seed-0"),
+        ("{kl_coef: [0.1], questions: [inn]}", "", "search.questions: evaluate.prompts has no 'inn'; its sets are in, out"),
         ("{kl_coef: [0.1]}", "sweep: {kl_coef: {values: [0.1]}}\n", ""),
         ("{kl_coef: [0.1], methods: [kl-0.1]}", "sweep: {kl_coef: {values: [0.1, 1]}}\n", ""),
     ],
@@ -92,7 +92,10 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
         f"{TEXT}  ppo-kl-0.1: {{reference: base}}\nsearch: {{kl_coef: [0.1], methods: [ppo]}}\n"
     )
-    with pytest.raises(SalsaError, match=r"found a policy ppo-kl-0\.1 among policies"):
+    with pytest.raises(
+        SalsaError,
+        match=r"search: ppo with kl_coef 0\.1 is called ppo-kl-0\.1, but `policies` has a policy of that name; rename that one",
+    ):
         load_recipe(str(tmp_path / "s.yaml"), lora="lora", overrides=[])
 
 

@@ -74,11 +74,14 @@ def test_it_stands_beside_policies_and_can_be_set_or_taken_out(load: Any) -> Non
     """The same policy twice is one; another of that name is refused."""
     both = "policies: {ppo: {reference: seed-0}, kl-1: {reference: soup, kl_coef: 1.0}}\n"
     assert list(policies(load("{kl_coef: {values: [1]}}", more=both))) == ["ppo", "kl-1"]
-    with pytest.raises(SalsaError, match=r"sweep.kl_coef: found a policy kl-1 among policies that says something else"):
+    with pytest.raises(
+        SalsaError,
+        match=r"sweep\.kl_coef: makes a policy kl-1, but `policies` has another policy of that name; rename that one",
+    ):
         load("{kl_coef: {values: [1], reference: seed-1}}", more=both)
     assert list(policies(load("{kl_coef: {values: [1]}}", "sweep.kl_coef.values=[2, 3]"))) == ["kl-2", "kl-3"]
     assert policies(load("{kl_coef: {values: [1]}}", "sweep.kl_coef=null")) == {}
-    said_by_set = "--set: sweep.kl_coef.values: found 'x', expected a list of numbers"
+    said_by_set = "--set: sweep.kl_coef.values: must be a list of numbers, not 'x'"
     with pytest.raises(SalsaError, match=re.escape(said_by_set)):
         load("{kl_coef: {values: [1]}}", "sweep.kl_coef.values=x")
     loaded = load("{alpha: {values: [0.5]}}", "evaluate.models=[alpha-0.5]", "evaluate.pairs=[[alpha-0.5, seed-0]]")
@@ -120,43 +123,58 @@ def test_the_recipe_as_it_ran_has_policies_and_no_sweep(load: Any, tmp_path: Pat
     [
         ("{alhpa: {values: [1]}}", "s.yaml: sweep.alhpa: unknown sweep; did you mean alpha?"),
         ("{alpha: {value: [1]}}", "sweep.alpha.value: unknown key; did you mean values?"),
-        ("{alpha: [1]}", "sweep.alpha: found [1], expected {values"),
-        ("{alpha: {}}", "sweep.alpha.values: found nothing, expected a list of numbers"),
-        ("{alpha: {values: [a]}}", "sweep.alpha.values: found ['a'], expected a list of numbers"),
-        ("{alpha: {values: [0.5, 0.5]}}", "expected no number twice"),
-        ("{alpha: {values: [-0.0, 0]}}", "sweep.alpha.values: found [-0.0, 0], expected no number twice"),
-        ("{alpha: {values: [.nan]}}", "sweep.alpha.values: found [nan], expected a list of numbers"),
-        ("{alpha: {values: [true]}}", "sweep.alpha.values: found [True], expected a list of numbers"),
-        ("{alpha: {values: 0.5}}", "sweep.alpha.values: found 0.5, expected a list of numbers"),
-        ("{alpha: {values: [0.5], members: [0]}}", "sweep.alpha.members: found [0], expected two different positions"),
-        ("{alpha: {values: [0.5], members: [1, 1]}}", "sweep.alpha.members: found [1, 1], expected two different"),
+        ("{alpha: [1]}", "sweep.alpha: must be a mapping {values: […]}, not [1]"),
+        ("{alpha: {}}", "sweep.alpha.values: is required; give a list of numbers"),
+        ("{alpha: {values: [a]}}", "sweep.alpha.values: must be a list of numbers, not ['a']"),
+        ("{alpha: {values: [0.5, 0.5]}}", "sweep.alpha.values: [0.5, 0.5] has a number twice; give each once"),
+        ("{alpha: {values: [-0.0, 0]}}", "sweep.alpha.values: [-0.0, 0] has a number twice; give each once"),
+        ("{alpha: {values: [.nan]}}", "sweep.alpha.values: must be a list of numbers, not [nan]"),
+        ("{alpha: {values: [true]}}", "sweep.alpha.values: must be a list of numbers, not [True]"),
+        ("{alpha: {values: 0.5}}", "sweep.alpha.values: must be a list of numbers, not 0.5"),
+        (
+            "{alpha: {values: [0.5], members: [0]}}",
+            "sweep.alpha.members: must be two different positions 0 to 2 of sft.seeds, not [0]",
+        ),
+        (
+            "{alpha: {values: [0.5], members: [1, 1]}}",
+            "sweep.alpha.members: must be two different positions 0 to 2 of sft.seeds, not [1, 1]",
+        ),
         (
             "{alpha: {values: [0.5], members: [0, 7]}}",
-            "sweep.alpha.members: found [0, 7], expected two different positions 0 to 2",
+            "sweep.alpha.members: must be two different positions 0 to 2 of sft.seeds, not [0, 7]",
         ),
         (
             "{alpha: {values: [0.5], kl_coef: x}}",
-            "sweep.alpha.kl_coef: found 'x', expected a number or a list of numbers",
+            "sweep.alpha.kl_coef: must be a number or a list of numbers, not 'x'",
         ),
-        ("{alpha: {values: [0.5], kl_coef: [0.1, -1]}}", "sweep.alpha.kl_coef: found [0.1, -1], expected at least 0"),
-        ("{members: {values: [1.5]}}", "sweep.members.values: found 1.5, expected whole numbers 1 to 3"),
-        ("{members: {values: [0]}}", "sweep.members.values: found 0, expected whole numbers 1 to 3"),
-        ("{members: {values: [1000000000]}}", "sweep.members.values: found 1e+09, expected whole numbers 1 to 3"),
-        ("{kl_coef: {values: [-1]}}", "sweep.kl_coef.values: found -1, expected numbers of at least 0"),
+        ("{alpha: {values: [0.5], kl_coef: [0.1, -1]}}", "sweep.alpha.kl_coef: must be at least 0, not -1"),
+        (
+            "{members: {values: [1.5]}}",
+            "sweep.members.values: must be whole numbers from 1 to 3, the number of seeds in sft.seeds, not 1.5",
+        ),
+        (
+            "{members: {values: [0]}}",
+            "sweep.members.values: must be whole numbers from 1 to 3, the number of seeds in sft.seeds, not 0",
+        ),
+        (
+            "{members: {values: [1000000000]}}",
+            "sweep.members.values: must be whole numbers from 1 to 3, the number of seeds in sft.seeds, not 1e+09",
+        ),
+        ("{kl_coef: {values: [-1]}}", "sweep.kl_coef.values: must be at least 0, not -1"),
         (
             "{kl_coef: {values: [1], reference: [seed-0, seed-3]}}",
-            "sweep.kl_coef.reference: found seed-3, expected seed-0",
+            "sweep.kl_coef.reference: there is no seed-3; sft.seeds has seed-0 to seed-2",
         ),
         (
             "{kl_coef: {values: [1], reference: {sop: {}}}}",
-            "sweep.kl_coef.reference: found {'sop': {}}, expected seed-N",
+            "sweep.kl_coef.reference: must be seed-N, base, soup, {soup: …}, {shrunk: …}, an adapter's path or a list of these, not {'sop': {}}",
         ),
         ("{kl_coef: {values: [1], kl_coef: 2}}", "sweep.kl_coef.kl_coef: unknown key"),
-        ("{scale: {values: [1], seed: x}}", "sweep.scale.seed: found 'x', expected a position"),
-        ("{scale: {values: [1], seed: 3}}", "sweep.scale.seed: found 3, expected a position 0 to 2 of sft.seeds"),
-        ("[1]", "sweep: found [1], expected kinds such as alpha"),
-        ("0", "sweep: found 0, expected kinds such as alpha"),
-        ('{"a\\nb": {}}', "sweep.'a\\nb': unknown sweep; known ones: alpha, members, kl_coef, scale"),
+        ("{scale: {values: [1], seed: x}}", "sweep.scale.seed: must be a position 0 to 2 of sft.seeds, not 'x'"),
+        ("{scale: {values: [1], seed: 3}}", "sweep.scale.seed: must be a position 0 to 2 of sft.seeds, not 3"),
+        ("[1]", "sweep: must be a mapping such as {alpha: {values: [0, 0.5, 1]}}, not [1]"),
+        ("0", "sweep: must be a mapping such as {alpha: {values: [0, 0.5, 1]}}, not 0"),
+        ('{"a\\nb": {}}', "sweep.'a\\nb': unknown sweep; sweeps: alpha, members, kl_coef, scale"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(load: Any, sweep: str, line: str) -> None:

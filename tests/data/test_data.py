@@ -32,12 +32,12 @@ SYSTEM = {"role": "system", "content": "be brief"}
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """datasets leaves its Arrow files in the test's folder."""
-    import datasets
+    import datasets as hf_datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+    monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hf_datasets.disable_progress_bars()
     yield
-    datasets.enable_progress_bars()
+    hf_datasets.enable_progress_bars()
 
 
 @pytest.fixture
@@ -117,9 +117,12 @@ class TestForms:
         assert take("train[:2]+train[-1:]") == [1, 2, 10]
         assert set(take("train[5:]", limit=3)) < {6, 7, 8, 9, 10}
         for split, line in (
-            ("train[5:2]", "names none of the 10 rows"),
-            ("train[a:]", "is no slice of 10 rows"),
-            ("validation", "split 'validation' cannot be found in a single file"),
+            ("train[5:2]", r"split 'train\[5:2\]' contains none of the 10 rows; use a slice such as train\[:80%\]"),
+            (
+                "train[a:]",
+                r"split 'train\[a:\]' is not a slice of 10 rows \(Unrecognized instruction format: train\[a:\]\); use one such as train\[:80%\]",
+            ),
+            ("validation", "a single file has no split 'validation'"),
         ):
             with pytest.raises(SalsaError, match=line):
                 take(split)
@@ -155,27 +158,27 @@ class TestRefusals:
         ("read", "fine", "row", "message"),
         [
             (datasets.demonstrations, {"text": None, "messages": [user("a"), assistant("b")]}, {"text": "x", "messages": None},
-             ": found columns messages, text, expected messages"),
+             r": has the columns messages, text; it needs messages, conversations, prompt and completion or instruction and output; `text` alone does not show which part is the assistant's, which the loss needs; messages is null"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [user("a")]},
-             ", messages: found no assistant turn, expected at least one"),
+             r", messages: has no assistant turn; add one"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": []},
-             r", messages: found an empty list, expected a list of {role, content} messages"),
+             r", messages: must be a list of \{role, content\} messages, not an empty list"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": None, "content": "a"}]},
-             ", messages: found null as role, expected text"),
+             r", messages: role must be text, not null"),
             (datasets.demonstrations, {"messages": [user("a"), assistant("b")]}, {"messages": [{"role": "user", "content": None}]},
-             ", messages: found null as the content of user, expected text"),
-            (datasets.preferences, FINE, FINE | {"chosen": None}, ": found columns chosen, prompt, rejected, expected chosen"),
-            (datasets.preferences, FINE, FINE | {"rejected": None}, ": found columns chosen, prompt, rejected, expected rejected"),
-            (datasets.preferences, FINE, FINE | {"prompt": None}, ": found columns chosen, prompt, rejected, expected prompt"),
+             r", messages: the content of role user must be text, not null"),
+            (datasets.preferences, FINE, FINE | {"chosen": None}, r": has the columns chosen, prompt, rejected; it needs chosen; chosen is null"),
+            (datasets.preferences, FINE, FINE | {"rejected": None}, r": has the columns chosen, prompt, rejected; it needs rejected; rejected is null"),
+            (datasets.preferences, FINE, FINE | {"prompt": None}, r": has the columns chosen, prompt, rejected; it needs prompt \(or question, instruction or conversations\), because the answers do not contain the prompt; prompt is null"),
             (datasets.preferences, FINE, FINE | {"rejected": [user("q"), user("r")]},
-             ", rejected: found a last turn of user, expected assistant"),
-            (datasets.preferences, FINE, FINE | {"chosen": []}, r", chosen: found an empty list, expected a list"),
-            (datasets.prompts, {"prompt": "q", "x": 1}, {"prompt": None, "x": 1}, ": found columns prompt, x, expected prompt, messages, conversations, instruction, question or turns"),
-            (datasets.prompts, {"prompt": [user("q")]}, {"prompt": []}, r", prompt: found an empty list, expected a list"),
+             r", rejected: must end with an assistant turn, not with a user turn"),
+            (datasets.preferences, FINE, FINE | {"chosen": []}, r", chosen: must be a list of \{role, content\} messages, not an empty list"),
+            (datasets.prompts, {"prompt": "q", "x": 1}, {"prompt": None, "x": 1}, r": has the columns prompt, x; it needs prompt, messages, conversations, instruction, question or turns; prompt is null"),
+            (datasets.prompts, {"prompt": [user("q")]}, {"prompt": []}, r", prompt: must be a list of \{role, content\} messages, not an empty list"),
             (datasets.prompts, {"prompt": [user("q")]}, {"prompt": [user("q"), assistant("a")]},
-             ", prompt: found a last turn of assistant, expected"),
-            (datasets.prompts, {"messages": [user("q")]}, {"messages": [assistant("a")]}, ", messages: found no user turn, expected one"),
-            (datasets.prompts, {"turns": ["a", "b"]}, {"turns": []}, r", turns: found an empty list"),
+             r", prompt: must not end with an assistant turn, because the policy answers next; remove that turn"),
+            (datasets.prompts, {"messages": [user("q")]}, {"messages": [assistant("a")]}, r", messages: has no user turn; add one"),
+            (datasets.prompts, {"turns": ["a", "b"]}, {"turns": []}, r", turns: must be a list of user turns, not an empty list"),
         ],
     )  # fmt: skip
     def test_the_second_row_is_named(
@@ -192,11 +195,11 @@ class TestRefusals:
 
     def test_what_is_no_list_of_messages(self) -> None:
         for value in ("text", 3, None, ["text"], {"role": "user"}):
-            with pytest.raises(SalsaError, match=r"here: found .*expected a list of \{role, content\} messages"):
-                datasets.check_messages(value, "here")
+            with pytest.raises(SalsaError, match=r"here: must be a list of \{role, content\} messages, not "):
+                datasets.parse_messages(value, "here")
 
     def test_a_file_without_rows(self, write: Any) -> None:
-        with pytest.raises(SalsaError, match=r"rows\.jsonl: found no rows, expected at least one"):
+        with pytest.raises(SalsaError, match=r"rows\.jsonl: has no rows"):
             load_rows(write())
 
     def test_messages_without_a_template(self, tokenizer: Any) -> None:
@@ -204,10 +207,13 @@ class TestRefusals:
 
         bare = copy.deepcopy(tokenizer)
         bare.chat_template = None
-        with pytest.raises(SalsaError, match="row 4, prompt: found messages, but the tokenizer has no chat template"):
+        with pytest.raises(
+            SalsaError,
+            match="prompts, row 4, prompt: has messages, but the tokenizer has no chat template; set one, or give text",
+        ):
             datasets.prompt_tokens({"prompt": [user("copy owl")]}, bare, 4)
         assert datasets.prompt_tokens({"prompt": "copy owl"}, bare) == bare("copy owl")["input_ids"]
-        with pytest.raises(SalsaError, match="row 4: found columns text, expected prompt"):
+        with pytest.raises(SalsaError, match="prompts, row 4: has the columns text; it needs prompt"):
             datasets.prompt_tokens({"text": "copy owl"}, bare, 4)
 
 

@@ -65,7 +65,9 @@ def test_the_next_answer_sees_those_before_it(read: Any) -> None:
 
 def test_ids_that_come_twice(read: Any) -> None:
     """A question's id may not; a prompt's own may, then rows' numbers are taken."""
-    with pytest.raises(SalsaError, match="row 3, question_id: found 5, which row 1 has too"):
+    with pytest.raises(
+        SalsaError, match=r"q\.jsonl, row 3, question_id: 5 is also the id of row 1; give each question its own id"
+    ):
         read([{"question_id": 5, "prompt": "a"}, {"question_id": 6, "prompt": "b"}, {"question_id": 5, "prompt": "c"}])
     found = read(
         [{"prompt_id": "x", "prompt": "a"}, {"prompt_id": "y", "prompt": "b"}, {"prompt_id": "x", "prompt": "a"}]
@@ -77,12 +79,15 @@ def test_ids_that_come_twice(read: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"turns": []}, "row 1, turns: found"),
-        ({"turns": "text"}, "row 1, turns: found 'text', expected a list"),
-        ({"turns": ["a", 3]}, "row 1, turns: found the number 3, expected text"),
-        ({"turns": [{"text": "a"}]}, "row 1, turns: found null, expected text"),
-        ({"text": "a"}, "expected prompt, messages, conversations, instruction, question or turns"),
-        ({"prompt": []}, "row 1, prompt: found"),
+        ({"turns": []}, "q.jsonl, row 1, turns: must be a list of user turns, not an empty list"),
+        ({"turns": "text"}, "q.jsonl, row 1, turns: must be a list of user turns, not 'text'"),
+        ({"turns": ["a", 3]}, "q.jsonl, row 1, turns: a turn must be text, not the number 3"),
+        ({"turns": [{"text": "a"}]}, "q.jsonl, row 1, turns: a turn must be text, not null"),
+        (
+            {"text": "a"},
+            "q.jsonl, row 1: has the columns text; it needs prompt, messages, conversations, instruction, question or turns",
+        ),
+        ({"prompt": []}, "q.jsonl, row 1, prompt: must be a list of {role, content} messages, not an empty list"),
     ],
 )
 def test_what_is_no_question_is_refused(read: Any, row: Any, said: str) -> None:

@@ -46,12 +46,12 @@ def sharegpt(*texts: str) -> list[Row]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """datasets leaves its Arrow files in the test's folder."""
-    import datasets
+    import datasets as hf_datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+    monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hf_datasets.disable_progress_bars()
     yield
-    datasets.enable_progress_bars()
+    hf_datasets.enable_progress_bars()
 
 
 @pytest.fixture
@@ -149,23 +149,22 @@ class TestDemonstrations:
     @pytest.mark.parametrize(
         ("row", "said"),
         [
-            ({"text": "### Human: hi ### Assistant: yo"}, "row 1: found columns text, expected messages, conversations, prompt and completion or"
-             " instruction and output; `text` alone does not say which of it is the assistant's, whom the loss is on"),
-            ({"chosen": "a", "rejected": "b"}, "; rows of chosen and rejected are for data.preferences"),
-            ({"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "a"}, "row 1, prompt: found text that a chat template has rendered already"),
+            ({"text": "### Human: hi ### Assistant: yo"}, "rows.jsonl, row 1: has the columns text; it needs messages, conversations, prompt and completion or instruction and output; `text` alone does not show which part is the assistant's, which the loss needs"),
+            ({"chosen": "a", "rejected": "b"}, "rows.jsonl, row 1: has the columns chosen, rejected; it needs messages, conversations, prompt and completion or instruction and output; rows with chosen and rejected belong to data.preferences"),
+            ({"prompt": "<|im_start|>user\nq<|im_end|>\n", "completion": "a"}, "rows.jsonl, row 1, prompt: is already rendered with a chat template ('<|im_start|>user\\nq<|im_end|>\\n'), and the recipe's template would be applied to it again; give messages, or the text of the turn alone"),
             ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, PLAIN[1]]},
-             "row 1, messages: found a part of type 'image_url' in content, expected text: only text can be trained on"),
-            ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0}]}, "messages: found no assistant turn with a weight"),
-            ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0.5}]}, "messages: found weight 0.5, expected 0 or 1"),
-            ({"messages": turns("q", "a", system="s"), "system": "t"}, "row 1, system: found another text than the first turn's system text"),
+             "rows.jsonl, row 1, messages: content has a part of type 'image_url', but only text is supported"),
+            ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0}]}, "messages: every assistant turn has weight 0, so there is nothing to learn; leave out the row"),
+            ({"messages": [*turns("q"), {"role": "assistant", "content": "a", "weight": 0.5}]}, "messages: weight must be 0 or 1, not 0.5; other loss weights are not supported"),
+            ({"messages": turns("q", "a", system="s"), "system": "t"}, "rows.jsonl, row 1, system: differs from the system turn at the start of the messages; remove one of the two"),
             ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "age(1)"}], "tools": "[]"},
-             "row 1, conversations: found 'age(1)', expected JSON"),
-            ({"messages": PLAIN, "tools": "hammer"}, "row 1, tools: found 'hammer', expected JSON"),
-            ({"messages": PLAIN, "tools": [1]}, "row 1, tools: found 1, expected the description of a function (JSON)"),
-            ({"messages": PLAIN, "chat_template_kwargs": [1]}, "row 1, chat_template_kwargs: found [1], expected options"),
-            ({"instruction": "i", "history": ["x"], "output": "o"}, "row 1, history: found 'x', expected pairs"),
+             "rows.jsonl, row 1, conversations: 'age(1)' is not valid JSON (Expecting value: line 1 column 1 (char 0))"),
+            ({"messages": PLAIN, "tools": "hammer"}, "rows.jsonl, row 1, tools: 'hammer' is not valid JSON (Expecting value: line 1 column 1 (char 0))"),
+            ({"messages": PLAIN, "tools": [1]}, "rows.jsonl, row 1, tools: a tool must be the description of a function (JSON), not 1"),
+            ({"messages": PLAIN, "chat_template_kwargs": [1]}, "rows.jsonl, row 1, chat_template_kwargs: must be a mapping of template options, not [1]"),
+            ({"instruction": "i", "history": ["x"], "output": "o"}, "rows.jsonl, row 1, history: must be pairs of a question and its answer, not 'x'"),
             ({"messages": [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
-             "found the arguments [1] of f, expected an object"),
+             "rows.jsonl, row 1, messages: the arguments of f must be an object, not [1]"),
         ],
     )  # fmt: skip
     def test_what_is_refused(self, put: Any, row: Row, said: str) -> None:
@@ -223,7 +222,7 @@ class TestPreferences:
     def test_unpaired_rows_are_refused(self, put: Any) -> None:
         with pytest.raises(
             SalsaError,
-            match=r"row 1: found columns label, messages, expected chosen and rejected; rows with a `label` are unpaired \(KTO's\)",
+            match=r"rows\.jsonl, row 1: has the columns label, messages; it needs chosen and rejected; rows with a `label` are unpaired data for KTO",
         ):
             datasets.preferences(put({"messages": PLAIN, "label": True}))
 
@@ -239,7 +238,7 @@ class TestPreferences:
     def test_text_without_a_prompt_is_refused(self, put: Any) -> None:
         with pytest.raises(
             SalsaError,
-            match=r"row 1: found columns chosen, rejected, expected prompt \(or question, instruction or conversations\)",
+            match=r"rows\.jsonl, row 1: has the columns chosen, rejected; it needs prompt \(or question, instruction or conversations\), because the answers do not contain the prompt",
         ):
             datasets.preferences(put({"chosen": "a", "rejected": "b"}))
 
@@ -305,7 +304,7 @@ class TestTools:
 
     def test_arrow_adds_no_keys(self, put: Any, tmp_path: Path) -> None:
         """Parquet gives every message the keys of all; templates ask whether one is there."""
-        import datasets
+        from datasets import Dataset
 
         other = {"type": "function", "function": {"name": "sum", "arguments": {"of": [1, 2]}}}
         rows = [
@@ -313,7 +312,7 @@ class TestTools:
             {"messages": PLAIN},
             {"messages": [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [other]}]},
         ]
-        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+        Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
         assert datasets.demonstrations(Source(path=str(tmp_path / "rows.parquet"))) == rows
 
     def test_rows_for_trl_are_what_they_were(self) -> None:
@@ -371,7 +370,8 @@ class TestTemplates:
         """It is refused: nothing could be learned."""
         mute = BARE.replace("{{ message.content }}", "")
         with pytest.raises(
-            SalsaError, match="row 1, messages: the tokenizer's chat template leaves out what the user says in turn 1"
+            SalsaError,
+            match=r"rows\.jsonl, row 1, messages: the tokenizer's chat template drops the content of turn 1 \(user\); set model\.chat_template to another template",
         ):
             datasets.demonstrations(put({"messages": turns("xyz", "a")}), tokenizer_of(mute))
 
@@ -479,7 +479,7 @@ class TestBeforeAStageBegins:
         check.check_every_row(recipe, {"ppo"})
         with pytest.raises(
             SalsaError,
-            match=r"data\.prompts: found `tools` or .* in 1 rows \(the first: row 2\), which TRL's rloo leaves out",
+            match=r"data\.prompts: 1 rows \(the first: row 2\) have `tools` or `chat_template_kwargs`, which TRL's rloo ignores; remove the columns, or use algorithm ppo",
         ):
             check.check_every_row(recipe, {"rloo"})
 
@@ -500,22 +500,22 @@ class TestBeforeAStageBegins:
                 if absent is None:
                     check.check_every_row(recipe, {stage})
                     continue
-                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(other .*: level\)"
+                line = rf"reward.model: {name} takes {absent}, which is no column of .*jsonl \(columns besides the prompt: level\)"
                 with pytest.raises(SalsaError, match=line):
                     check.check_every_row(recipe, {stage})
 
     @pytest.mark.parametrize("disk", [True, False])
     def test_folders_are_looked_at_too(self, tmp_path: Path, disk: bool) -> None:
-        import datasets
+        from datasets import Dataset
 
         folder = tmp_path / "set"
-        made = datasets.Dataset.from_list([{"messages": PLAIN}, {"messages": turns("q")}])
+        made = Dataset.from_list([{"messages": PLAIN}, {"messages": turns("q")}])
         folder.mkdir()
         made.save_to_disk(str(folder)) if disk else made.to_json(str(folder / "train.jsonl"))
         recipe: Any = SimpleNamespace(
             data=Data(demonstrations=Source(path=str(folder))), evaluate=SimpleNamespace(prompts={})
         )
-        with pytest.raises(SalsaError, match="set, row 2, messages: found no assistant turn"):
+        with pytest.raises(SalsaError, match="set, row 2, messages: has no assistant turn; add one"):
             check.check_every_row(recipe, {"sft"})
 
     def test_rows_of_the_hub_are_looked_at_too(self, tmp_path: Path, monkeypatch: Any) -> None:
@@ -537,7 +537,10 @@ class TestBeforeAStageBegins:
         whole = datasets.prompts(dataclasses.replace(source, limit=1100))
         assert len(seen[0]) == check.MAX_HUB_ROWS and seen[0] == whole[: check.MAX_HUB_ROWS]
         (tmp_path / "a.jsonl").write_text('{"prompt": "q"}\n{"question_id": 3}\n')
-        with pytest.raises(SalsaError, match=r"hf://datasets/me/x/a\.jsonl, row 2: found columns question_id"):
+        with pytest.raises(
+            SalsaError,
+            match=r"hf://datasets/me/x/a\.jsonl, row 2: has the columns question_id; it needs prompt, messages, conversations, instruction, question or turns",
+        ):
             check.check_every_row(recipe, {"ppo"}, hub=True)
 
     @pytest.mark.parametrize("key", ["preferences", "prompts"])
@@ -579,10 +582,10 @@ class TestFolders:
     @pytest.mark.parametrize(
         ("name", "text", "line"),
         [
-            ("b.jsonl", '{"prompt": [', r"set/b\.jsonl, row 1: found .* expected one JSON object a line"),
-            ("b.jsonl", '{"text": "x"}', r"set/b\.jsonl: found the columns text, and prompt, completion in a\.jsonl, expected the sam"),
-            ("b.jsonl", '{"prompt": [3], "completion": "a"}', r"b\.jsonl, row 1, prompt: found the list \[3\], and text in a\.jsonl"),
-            ("b.csv", "prompt,completion\n1,q,a\n", r"set/b\.csv, row 1: found more fields than the header's"),
+            ("b.jsonl", '{"prompt": [', 'set/b\\.jsonl, row 1: b\'\\{"prompt": \\[\' is not valid JSON \\(Expecting value: line 1 column 13 \\(char 12\\)\\); write one object per line'),
+            ("b.jsonl", '{"text": "x"}', r"has the columns text, but a\.jsonl has prompt, completion\. All files of a folder must have the same columns: name one file, or use a folder for each kind of rows"),
+            ("b.jsonl", '{"prompt": [3], "completion": "a"}', r"set/b\.jsonl, row 1, prompt: is the list \[3\], but text in a\.jsonl; all files of a folder must have the same types"),
+            ("b.csv", "prompt,completion\n1,q,a\n", r"set/b\.csv, row 1: has more fields than the header; put text with commas in quotes"),
         ],
     )  # fmt: skip
     def test_the_odd_file_is_named(self, tmp_path: Path, name: str, text: str, line: str) -> None:
@@ -595,7 +598,10 @@ class TestFolders:
 
     def test_a_packed_file_that_is_no_parquet(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-        with pytest.raises(SalsaError, match=r"a\.parquet: found no Parquet"):
+        with pytest.raises(
+            SalsaError,
+            match=r"a\.parquet: is not a Parquet file",
+        ):
             datasets.demonstrations(Source(path=str(tmp_path)))
 
     def test_a_split_that_is_not_there_accuses_no_file(self, tmp_path: Path) -> None:
@@ -611,7 +617,7 @@ class TestFolders:
         assert datasets.demonstrations(Source(path=str(folder))) and capsys.readouterr().err == ""
         (folder / "b.csv").write_text("prompt,completion\nc,d\n")
         assert len(datasets.demonstrations(Source(path=str(folder)))) == 1
-        assert f"{folder}/b.csv: not read, since the folder's other files are .jsonl\n" in capsys.readouterr().err
+        assert f"{folder}/b.csv: ignored, because the folder's other files are .jsonl\n" in capsys.readouterr().err
 
 
 class TestWrapped:
@@ -641,11 +647,11 @@ class TestWrapped:
         for whole, line in (
             (
                 {"train": [self.ROW], "test": [self.ROW]},
-                "found one object with the lists train, test, expected a list of",
+                "is an object with the lists train, test; put the one to read into its own file",
             ),
             (
                 {"messages": [turns("q", "a")]},
-                "row 1, messages: found the list .*; a list of such lists is a file by colum",
+                r"rows\.json, row 1, messages: must be a list of \{role, content\} messages, not the list \[\[\{'role': 'user', 'content': 'q'\}, \{'role': 'assistant',…; the file seems to hold one list per column, write one object per row",
             ),
         ):
             path.write_text(json.dumps(whole))
@@ -663,9 +669,9 @@ class TestFiles:
         if suffix == ".parquet":
             if packed:
                 pytest.skip("Parquet packs itself")
-            import datasets
+            from datasets import Dataset
 
-            datasets.Dataset.from_list(self.ROWS).to_parquet(str(path))
+            Dataset.from_list(self.ROWS).to_parquet(str(path))
         elif suffix in (".csv", ".tsv"):
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, ["prompt", "completion"], delimiter="\t" if suffix == ".tsv" else ",")
@@ -701,29 +707,29 @@ class TestFiles:
 
     def test_folders_of_save_to_disk(self, tmp_path: Path) -> None:
         """With splits or without; a split that is not there is named with those that are."""
-        import datasets
+        from datasets import Dataset, DatasetDict
 
-        made = datasets.Dataset.from_list([{"messages": PLAIN}, {"messages": CALLED}])
+        made = Dataset.from_list([{"messages": PLAIN}, {"messages": CALLED}])
         made.save_to_disk(str(tmp_path / "one"))
-        datasets.DatasetDict(train=made, test=made.select([0])).save_to_disk(str(tmp_path / "two"))
+        DatasetDict(train=made, test=made.select([0])).save_to_disk(str(tmp_path / "two"))
         assert datasets.demonstrations(Source(path=str(tmp_path / "one"))) == [
             {"messages": PLAIN},
             {"messages": CALLED},
         ]
         assert len(datasets.demonstrations(Source(path=str(tmp_path / "two")))) == 2
         assert datasets.demonstrations(Source(path=str(tmp_path / "two"), split="test")) == [{"messages": PLAIN}]
-        with pytest.raises(SalsaError, match="two: found the splits train, test, expected `split` to be one of them"):
+        with pytest.raises(SalsaError, match="two: has no split 'dev'; use one of train, test"):
             load_rows(Source(path=str(tmp_path / "two"), split="dev"))
 
     @pytest.mark.parametrize(
         ("name", "raw", "said"),
         [
             ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: cannot be read: Not a gzipped file"),
-            ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99, mtime=0)[:-20], "a.jsonl.gz: cannot be unpacked: "),
-            ("a.csv", b"prompt\nq,r\n", "a.csv, row 1: found more fields than the header's, expected as many"),
-            ("a.csv", b"prompt\n\xff\n", "a.csv: found no table ('utf-8' codec can't decode"),
-            ("a.csv", b'prompt\n"q" r\n', "a.csv: found no table ("),
-            ("folder", None, "folder: cannot be read as a data set (split 'train'): "),
+            ("a.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 99, mtime=0)[:-20], "a.jsonl.gz: cannot be decompressed: "),
+            ("a.csv", b"prompt\nq,r\n", "a.csv, row 1: has more fields than the header; put text with commas in quotes"),
+            ("a.csv", b"prompt\n\xff\n", "a.csv: is not a table ('utf-8' codec can't decode"),
+            ("a.csv", b'prompt\n"q" r\n', "a.csv: is not a table ("),
+            ("folder", None, "folder: cannot be read as a dataset (split 'train'): "),
         ],
     )  # fmt: skip
     def test_what_cannot_be_read_is_one_line(self, tmp_path: Path, name: str, raw: bytes | None, said: str) -> None:
@@ -750,7 +756,10 @@ class TestFiles:
 
     @pytest.mark.parametrize("path", ["hf://me/x", "hf://datasets/x", "hf://models/me/x"])
     def test_other_paths_of_the_hub_are_refused(self, path: str) -> None:
-        with pytest.raises(SalsaError, match=r"data.prompts: found 'hf://.*', expected hf://datasets/NAMESPACE/NAME"):
+        with pytest.raises(
+            SalsaError,
+            match=r"data\.prompts: 'hf://.*' must have the form hf://datasets/NAMESPACE/NAME\[/FOLDER or FILE\]",
+        ):
             load_recipe("quickstart", lora="lora", overrides=[f"data.prompts={path}"])
 
     def test_a_file_of_the_hub_is_fetched_and_read_as_one_here(self, tmp_path: Path, monkeypatch: Any) -> None:
@@ -764,7 +773,10 @@ class TestFiles:
             return str(tmp_path / "a.jsonl")
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-        with pytest.raises(SalsaError, match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: found the number 3"):
+        with pytest.raises(
+            SalsaError,
+            match=r"hf://datasets/me/x@v1/a\.jsonl, row 2, prompt: must be text or messages, not the number 3",
+        ):
             datasets.prompts(Source(path="hf://datasets/me/x@v1/a.jsonl"))
         assert asked == [("me/x", "a.jsonl", {"repo_type": "dataset", "revision": "v1"})]
 

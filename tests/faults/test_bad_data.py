@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,14 +97,14 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("raw", "line"),
         [
-            (b"", "rows.jsonl: found no rows, expected at least one"),
-            (b"\n \r\n\t\n", "rows.jsonl: found no rows, expected at least one"),
-            (b"\xef\xbb\xbf", "rows.jsonl: found no rows, expected at least one"),
-            (b"prompt,chosen,rejected\nq,a,b\n", "rows.jsonl, row 1: found b'prompt,chosen,rejected' (Expecting value: line 1"),
-            ("{}\n{}\n".encode("utf-16"), "rows.jsonl: found UTF-16, expected UTF-8; save it as that"),
-            (b"[" * 100_000, "rows.jsonl, row 1: found b'[[[[["),
-            (b'{"prompt": "a\x00b"}', r"""rows.jsonl, row 1: found b'{"prompt": "a\x00b"}' (Invalid control character"""),
-            (b"3\n", "rows.jsonl, row 1: found '3', expected one JSON object a line"),
+            (b"", "rows.jsonl: has no rows"),
+            (b"\n \r\n\t\n", "rows.jsonl: has no rows"),
+            (b"\xef\xbb\xbf", "rows.jsonl: has no rows"),
+            (b"prompt,chosen,rejected\nq,a,b\n", "rows.jsonl, row 1: b'prompt,chosen,rejected' is not valid JSON (Expecting value: line 1"),
+            ("{}\n{}\n".encode("utf-16"), "rows.jsonl: is UTF-16; save it as UTF-8"),
+            (b"[" * 100_000, "rows.jsonl, row 1: b'[[[[["),
+            (b'{"prompt": "a\x00b"}', r"""rows.jsonl, row 1: b'{"prompt": "a\x00b"}' is not valid JSON (Invalid control character"""),
+            (b"3\n", "rows.jsonl, row 1: must be a JSON object, not '3'; write one object per line"),
         ],
     )  # fmt: skip
     def test_what_is_no_jsonl(self, put: Any, kind: str, raw: bytes, line: str) -> None:
@@ -113,12 +114,12 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("bad", "line"),
         [
-            (b"{}", "found no columns, expected {columns}"),
-            (b"null", "found 'None', expected one JSON object a line"),
-            (b"[]", "found '[]', expected one JSON object a line"),
-            (b'{"other": 1}', "found columns other, expected {columns}"),
-            (b'{"a\\nb": 1}', "found columns a b, expected {columns}"),
-            (b'{"other": "\xff"}', "found b'{{\"other\": \"\\xff\"}}' ('utf-8' codec can't decode byte 0xff in position 11"),
+            (b"{}", "has no columns; it needs {columns}"),
+            (b"null", "must be a JSON object, not 'None'; write one object per line"),
+            (b"[]", "must be a JSON object, not '[]'; write one object per line"),
+            (b'{"other": 1}', "has the columns other; it needs {columns}"),
+            (b'{"a\\nb": 1}', "has the columns a b; it needs {columns}"),
+            (b'{"other": "\xff"}', "b'{{\"other\": \"\\xff\"}}' is not valid JSON ('utf-8' codec can't decode byte 0xff in position 11"),
         ],
     )  # fmt: skip
     def test_the_bad_row_is_named(self, put: Any, kind: str, bad: bytes, line: str) -> None:
@@ -134,7 +135,7 @@ class TestFiles:
         line = refusal(read, put(fine, dict.fromkeys(fine)))
         null = next(iter(fine)) if kind != "preferences" else "chosen is null; rejected"
         found = ", ".join(sorted(fine))
-        assert line == f"rows.jsonl, row 2: found columns {found}, expected {columns}; {null} is null"
+        assert line == f"rows.jsonl, row 2: has the columns {found}; it needs {columns}; {null} is null"
 
     @kinds
     def test_a_line_that_was_cut(self, put: Any, kind: str) -> None:
@@ -143,8 +144,8 @@ class TestFiles:
         whole = json.dumps(fine).encode()
         for length in range(1, len(whole)):
             line = refusal(read, put(whole + b"\n" + whole[:length]))
-            assert line.startswith(f"rows.jsonl, row 2: found {whole[:length][:60]!r} (")
-            assert line.endswith("), expected one JSON object a line")
+            assert line.startswith(f"rows.jsonl, row 2: {whole[:length][:60]!r} is not valid JSON (")
+            assert line.endswith("); write one object per line")
 
     @kinds
     @pytest.mark.parametrize(("start", "end"), [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"\n\n", b"\n \n"), (b"\xef\xbb\xbf\r\n", b"\r\n")])  # fmt: skip
@@ -167,14 +168,14 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("suffix", "raw", "line"),
         [
-            (".json", b"", "rows.json: found no rows"),
-            (".json", b"[]", "rows.json: found no rows"),
-            (".json", b"[1]", "rows.json, row 1: found '1', expected one JSON object"),
-            (".json", b"[{", "rows.json: found no JSON (Expecting property name"),
-            (".json", b"[" * 100_000, "rows.json: found no JSON (maximum recursion depth"),
-            (".json", b'[{"prompt": "\xe9"}]', "rows.json: found no JSON ('utf-8' codec can't decode byte 0xe9"),
-            (".parquet", b"", "rows.parquet: found no Parquet ("),
-            (".parquet", b"prompt\nq\n", "rows.parquet: found no Parquet ("),
+            (".json", b"", "rows.json: has no rows"),
+            (".json", b"[]", "rows.json: has no rows"),
+            (".json", b"[1]", "rows.json, row 1: must be a JSON object, not '1'"),
+            (".json", b"[{", "rows.json: is not valid JSON (Expecting property name"),
+            (".json", b"[" * 100_000, "rows.json: is not valid JSON (maximum recursion depth"),
+            (".json", b'[{"prompt": "\xe9"}]', "rows.json: is not valid JSON ('utf-8' codec can't decode byte 0xe9"),
+            (".parquet", b"", "rows.parquet: is not a Parquet file ("),
+            (".parquet", b"prompt\nq\n", "rows.parquet: is not a Parquet file ("),
         ],
     )
     def test_other_forms(self, put: Any, kind: str, suffix: str, raw: bytes, line: str) -> None:
@@ -188,12 +189,15 @@ class TestFiles:
 
     def test_a_folder_that_datasets_reads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its own error names no row; ours says what it found."""
-        import datasets
+        import datasets as hf_datasets
 
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         (tmp_path / "set").mkdir()
         (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt":\n')
-        assert "set/train.jsonl, row 2: found" in refusal(datasets.prompts, Source(path=str(tmp_path / "set")))
+        assert (
+            "set/train.jsonl, row 2: b'{\"prompt\":' is not valid JSON (Expecting value: line 1 column 11 (char 10)); write one object per line"
+            in refusal(datasets.prompts, Source(path=str(tmp_path / "set")))
+        )
 
     @kinds
     def test_a_limited_source_names_the_files_row(self, put: Any, kind: str) -> None:
@@ -202,7 +206,7 @@ class TestFiles:
         rows = [{}, *[fine] * 29]
         order = [number for number, _ in load_rows(put(*[fine] * 30, limit=29))]
         assert order.index(1) != 0  # the shuffle moved it
-        assert refusal(read, put(*rows, limit=29)).startswith("rows.jsonl, row 1: found no columns")
+        assert refusal(read, put(*rows, limit=29)).startswith("rows.jsonl, row 1: has no columns")
 
 
 ODD: list[Any] = [3, 1.5, True, None, {"text": "x"}, [{"type": "text", "text": 3}], ["x", 1], [["x"]], []]
@@ -231,7 +235,8 @@ class TestContent:
     def test_in_a_turn(self, put: Any, read: Any, fine: Any, row: Any, column: str, odd: Any) -> None:
         """Also parts of a content that hold no text."""
         line = refusal(read, put(fine, row(odd)))
-        assert line.startswith(f"rows.jsonl, row 2, {column}: found ") and line.endswith(", expected text")
+        assert line.startswith(f"rows.jsonl, row 2, {column}: ")
+        assert " must be text, not " in line or re.search(r": the content part .* has no text$", line)
 
     @pytest.mark.parametrize("odd", [odd for odd in ODD if odd is not None])
     @pytest.mark.parametrize(
@@ -244,7 +249,10 @@ class TestContent:
     def test_in_the_column(self, put: Any, kind: str, column: str, odd: Any) -> None:
         read, fine, _ = KINDS[kind]
         row = {column: odd} if kind == "prompts" else fine | {column: odd}
-        assert refusal(read, put(fine, row)).startswith(f"rows.jsonl, row 2, {column}: found ")
+        line = refusal(read, put(fine, row))
+        assert re.match(rf"rows\.jsonl, row 2, {column}: ((a turn )?must be .*, not |a message has no role)", line), (
+            line
+        )
 
     @kinds
     @pytest.mark.parametrize("half", [r"\ud800", r"\ude00", r"x\ud83d y"])
@@ -254,11 +262,11 @@ class TestContent:
         for column in (*fine, "category"):
             row = json.dumps(fine | {column: "HERE"}).replace("HERE", half)
             line = refusal(read, put(f"{json.dumps(fine)}\n{row}".encode()))
-            assert line.startswith(f"rows.jsonl, row 2, {column}: found '\\ud")
-            assert "half of a character (a lone surrogate), expected whole ones" in line
+            assert line.startswith(f"rows.jsonl, row 2, {column}: contains '\\ud")
+            assert "half of a character (a lone surrogate); correct the text" in line
         inside = json.dumps({"prompt": [user("HERE")]}).replace("HERE", half)
         if kind in ("prompts", "questions"):
-            assert refusal(read, put(inside.encode())).startswith("rows.jsonl, row 1, prompt: found '\\ud")
+            assert refusal(read, put(inside.encode())).startswith("rows.jsonl, row 1, prompt: contains '\\ud")
 
     def test_two_halves_are_an_emoji(self, put: Any) -> None:
         """As json.dumps writes one."""
@@ -267,7 +275,8 @@ class TestContent:
     def test_half_a_character_in_the_trainers_rows(self, tokenizer: Any) -> None:
         for prompt in ("\ud800", [user("copy \ud800")]):
             with pytest.raises(
-                SalsaError, match=r"^train_dataset, row 2, prompt: found '\\ud800', half of a character"
+                SalsaError,
+                match=r"train_dataset, row 2, prompt: contains '\\ud800', half of a character \(a lone surrogate\); correct the text",
             ):
                 PromptEncoder(tokenizer, None, len(tokenizer))(
                     [{"prompt": "copy owl"}, {"prompt": prompt}], "train_dataset"
@@ -315,18 +324,18 @@ class TestRoles:
     @pytest.mark.parametrize(
         ("read", "row", "line"),
         [
-            (datasets.demonstrations, {"messages": [user("a"), user("b")]}, "messages: found no assistant turn, expected at least one"),
-            (datasets.demonstrations, {"messages": [SYSTEM]}, "messages: found no assistant turn, expected at least one"),
-            (datasets.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: found no assistant turn, expected at least one"),
+            (datasets.demonstrations, {"messages": [user("a"), user("b")]}, "messages: has no assistant turn; add one"),
+            (datasets.demonstrations, {"messages": [SYSTEM]}, "messages: has no assistant turn; add one"),
+            (datasets.demonstrations, {"messages": [user("a"), turn("human", "b")]}, "messages: has no assistant turn; add one"),
             (datasets.demonstrations, {"messages": [{"from": "narrator", "value": "a"}]},
-             "messages: found the unknown role 'narrator', expected human, gpt, system, function_call, observation or tool; rename it"),
-            (datasets.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: found no role in an object with the keys speaker, text, expected messages of {role, content} or {from, value}"),
-            (datasets.preferences, PAIR | {"chosen": [user("q")]}, "chosen: found a last turn of user, expected assistant"),
+             "messages: unknown role 'narrator'; use human, gpt, system, function_call, observation or tool"),
+            (datasets.demonstrations, {"conversations": [{"speaker": "a", "text": "b"}]}, "conversations: a message has no role but is an object with the keys speaker, text; messages need {role, content} or {from, value}"),
+            (datasets.preferences, PAIR | {"chosen": [user("q")]}, "chosen: must end with an assistant turn, not with a user turn"),
             (datasets.preferences, PAIR | {"prompt": [user("q"), assistant("a")]},
-             "prompt: found a last turn of assistant, expected user: the policy answers next"),
-            (datasets.prompts, {"prompt": [user("q"), assistant("a")]}, "prompt: found a last turn of assistant, expected user: the policy answers next"),
-            (datasets.prompts, {"messages": [assistant("a")]}, "messages: found no user turn, expected one"),
-            (questions, {"messages": [SYSTEM, assistant("a")]}, "messages: found no user turn, expected one"),
+             "prompt: must not end with an assistant turn, because the policy answers next; remove that turn"),
+            (datasets.prompts, {"prompt": [user("q"), assistant("a")]}, "prompt: must not end with an assistant turn, because the policy answers next; remove that turn"),
+            (datasets.prompts, {"messages": [assistant("a")]}, "messages: has no user turn; add one"),
+            (questions, {"messages": [SYSTEM, assistant("a")]}, "messages: has no user turn; add one"),
         ],
     )  # fmt: skip
     def test_no_answer_or_no_question(self, put: Any, read: Any, row: Any, line: str) -> None:
@@ -352,7 +361,7 @@ class TestPairs:
 
     def test_none_that_differ(self, put: Any) -> None:
         line = refusal(datasets.preferences, put(PAIR | {"chosen": "-"}))
-        assert line == "rows.jsonl: found chosen and rejected the same in every row, expected pairs that differ"
+        assert line == "rows.jsonl: chosen and rejected are the same in every row; give pairs that differ"
 
     @pytest.mark.parametrize(
         ("chosen", "rejected", "place"),
@@ -368,7 +377,9 @@ class TestPairs:
     def test_of_other_prompts(self, put: Any, chosen: Any, rejected: Any, place: int) -> None:
         """The turn where they part is named; a `prompt` before one of them only is another prompt too."""
         line = refusal(datasets.preferences, put(PAIR, {"prompt": "q", "chosen": chosen, "rejected": rejected}))
-        expected = f"found another prompt than chosen's (turn {place}), expected the same up to an assistant's turn"
+        expected = (
+            f"answers another prompt than chosen does (they differ in turn {place}); both must have the same prompt"
+        )
         assert line == f"rows.jsonl, row 2, rejected: {expected}"
 
     def test_conversations_that_part_at_an_answer(self, put: Any) -> None:
@@ -388,13 +399,13 @@ class TestIds:
         """As number or text: a judge's references go by the text."""
         rows = [{column: one, "prompt": "a"}, {column: 6, "prompt": "b"}, {column: other, "prompt": "c"}]
         line = refusal(questions, put(*rows))
-        assert line == f"rows.jsonl, row 3, {column}: found {other!r}, which row 1 has too, expected each question once"
+        assert line == f"rows.jsonl, row 3, {column}: {other!r} is also the id of row 1; give each question its own id"
 
     def test_an_id_that_is_another_rows_number(self, put: Any) -> None:
         """The row has no id of its own, which the line says."""
         line = refusal(questions, put({"question_id": 2, "prompt": "a"}, {"prompt": "b"}))
         assert line == (
-            "rows.jsonl, row 2: found no id (question_id, uid, prompt_id), and row 1 has its number 2; give every row one, or none"
+            "rows.jsonl, row 2: has no id (question_id, uid, prompt_id), and row 1 has its number 2 as id; give every row an id, or none"
         )
         assert [one.id for one in questions(put({"question_id": 9, "prompt": "a"}, {"prompt": "b"}))] == [9, 2]
 
@@ -541,7 +552,7 @@ class TestTemplates:
         [
             (
                 [SYSTEM, user("q")],
-                "System role not supported; remove the system turn, or set model.chat_template to one that has such turns",
+                "System role not supported; remove the system turn, or set model.chat_template to a template with system turns",
             ),
             ([user("q"), user("r")], "Conversation roles must alternate user/assistant/user/assistant/..."),
         ],
@@ -551,14 +562,14 @@ class TestTemplates:
         read, _, _ = KINDS[kind]
         (fine, _), (row, column) = chats(kind, user("q")), chats(kind, *asked)
         line = refusal(read, put(fine, row), tokenizer=make_chat_tokenizer(GEMMA))
-        assert line == f"rows.jsonl, row 2, {column}: the tokenizer's chat template refuses it: {why}"
+        assert line == f"rows.jsonl, row 2, {column}: the tokenizer's chat template rejects these messages: {why}"
 
     def test_what_it_refuses_of_a_rejected_answer(self, put: Any) -> None:
         """The column is its own."""
         row = {"chosen": [user("q"), assistant("+")], "rejected": [user("q"), assistant("-"), assistant("-")]}
         line = refusal(datasets.preferences, put(row), tokenizer=make_chat_tokenizer(GEMMA))
         assert line.startswith(
-            "rows.jsonl, row 1, rejected: the tokenizer's chat template refuses it: Conversation roles"
+            "rows.jsonl, row 1, rejected: the tokenizer's chat template rejects these messages: Conversation roles"
         )
 
     def test_what_it_refuses_of_the_trainers_rows(self) -> None:
@@ -567,11 +578,11 @@ class TestTemplates:
         with pytest.raises(SalsaError) as caught:
             PromptEncoder(tokenizer, None, len(tokenizer))(rows, "eval_dataset")
         assert str(caught.value) == (
-            "eval_dataset, row 2, prompt: the tokenizer's chat template refuses it: Conversation roles must alternate"
+            "eval_dataset, row 2, prompt: the tokenizer's chat template rejects these messages: Conversation roles must alternate"
             " user/assistant/user/assistant/..."
         )
         with pytest.raises(
-            SalsaError, match=r"^prompts, prompt: the tokenizer's chat template refuses it: System role"
+            SalsaError, match=r"^prompts, prompt: the tokenizer's chat template rejects these messages: System role"
         ):
             datasets.prompt_tokens({"prompt": [SYSTEM, user("q")]}, tokenizer)  # no number is known, so none is said
 
@@ -582,7 +593,7 @@ class TestTemplates:
         line = refusal(read, put(row), tokenizer=make_chat_tokenizer(None))  # type: ignore[arg-type]
         assert (
             line
-            == f"rows.jsonl, row 1, {column}: found messages, but the tokenizer has no chat template; expected text, or set one"
+            == f"rows.jsonl, row 1, {column}: has messages, but the tokenizer has no chat template; set one, or give text"
         )
 
 
@@ -788,7 +799,7 @@ class TestStages:
         job = trained.job["sft/seed-1"]
         assert (
             refusal(lambda _: sft.run(job), source)
-            == "d.jsonl, row 3, messages: found the number 3 as the content of assistant, expected text"
+            == "d.jsonl, row 3, messages: the content of role assistant must be text, not the number 3"
         )
         write(path, rows[:2])
         with pytest.raises(
@@ -855,12 +866,12 @@ class TestBeforeAStageBegins:
     @pytest.mark.parametrize(
         ("kind", "row", "said"),
         [
-            ("demonstrations", '{"messages": [{"role": "user", "content": "q"}]}', "row 37, messages: found no assistant turn"),
-            ("demonstrations", '{"messages": ', "row 37: found"),
-            ("held_out", '{"messages": []}', "row 37, messages: found an empty list"),
-            ("preferences", '{"prompt": "q", "chosen": "+"}', "row 37: found columns chosen, prompt, expected rejected"),
-            ("prompts", '{"text": "q"}', "row 37: found columns text, expected prompt"),
-            ("evaluation", '{"messages": [3]}', "row 37, messages: found the list [3]"),
+            ("demonstrations", '{"messages": [{"role": "user", "content": "q"}]}', "row 37, messages: has no assistant turn; add one"),
+            ("demonstrations", '{"messages": ', "row 37: b'{\"messages\": ' is not valid JSON"),
+            ("held_out", '{"messages": []}', "row 37, messages: must be a list of {role, content} messages, not an empty list"),
+            ("preferences", '{"prompt": "q", "chosen": "+"}', "row 37: has the columns chosen, prompt; it needs rejected"),
+            ("prompts", '{"text": "q"}', "row 37: has the columns text; it needs prompt"),
+            ("evaluation", '{"messages": [3]}', "row 37, messages: must be a list of {role, content} messages, not the list [3]"),
         ],
     )  # fmt: skip
     def test_a_bad_row_is_refused_at_once(self, go: Any, tmp_path: Path, kind: str, row: str, said: str) -> None:

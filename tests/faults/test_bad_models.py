@@ -389,7 +389,7 @@ class World:
         out = self.folder / "taken"
         out.mkdir()
         unit = Unit(stage="sft", name="seed-0", run="salsa_peft.training.sft:run")
-        sft.take(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""), str(path))
+        sft.import_seed(Job(recipe=resolved, unit=unit, folder=out, inputs={}, recipe_yaml=""), str(path))
         return out
 
 
@@ -529,7 +529,7 @@ class TestPickles:
         """A reference's, a soup's member, a reward classifier's."""
         folder, other = (to_folder(make_base(number), tokenizer, tmp_path / f"seed-{number}") for number in (1, 2))
         pickled(folder / "pytorch_model.bin", canary, "model.safetensors")
-        one_line(lambda: as_references(make_base(), [folder]), "seed-1: not a valid safetensors file")
+        one_line(lambda: as_references(make_base(), [folder]), "seed-1: found no safetensors file")
         assert soup_command([str(tmp_path / "soup"), str(folder), str(other)]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert "seed-1: found pytorch_model.bin, which is pickled and never read" in said[-1]

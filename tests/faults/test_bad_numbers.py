@@ -224,7 +224,9 @@ class TestGradients:
     def test_a_learning_rate_without_bounds(self, make_trainer: Any) -> None:
         """Weights of 1e30 after the first update: the second one's rollout has no distribution, and nothing is saved."""
         trainer = make_trainer(learning_rate=1e30)
-        with pytest.raises(SalsaError, match=r"^(model|log-prob|value|KL|loss|gradient norm): found ") as caught:
+        with pytest.raises(
+            SalsaError, match=r"^(model: the logits are|(log-prob|value|KL|loss|gradient norm): PPO computed) "
+        ) as caught:
             trainer.train()
         assert "\n" not in str(caught.value)
         assert not (Path(trainer.args.output_dir) / WEIGHTS).exists()
@@ -277,7 +279,7 @@ class TestWhatWasThereBefore:
             assert "\n" not in str(caught.value)
         assert {path: sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()} == before
         if full:
-            with pytest.raises(SalsaError, match="found a value that is not finite"):
+            with pytest.raises(SalsaError, match="contains NaN or infinite values"):
                 save_checkpoint(trainer.model.policy, folder / "new", trainer.processing_class)
 
     def test_a_rate_that_float32_cannot_hold_saves_nothing(self, make_trainer: Any) -> None:
@@ -303,7 +305,7 @@ class TestFiles:
         return folders
 
     def test_a_soups_member(self, seeds: list[Path], tmp_path: Path, value: float) -> None:
-        with pytest.raises(SalsaError, match=r"seed-1.*found a value that is not finite|seed-1.*not finite") as caught:
+        with pytest.raises(SalsaError, match=r"seed-1.*not finite") as caught:
             averaging.soup(tmp_path / "soup", seeds)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "soup" / WEIGHTS).exists()

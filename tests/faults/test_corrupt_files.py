@@ -116,7 +116,7 @@ def make(job: Job, *_: Any, **__: Any) -> processes.Result:
 @pytest.fixture
 def go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
     """go(…) → (code, units made, units cached, standard error), in the test's folder."""
-    monkeypatch.setattr(processes, "run_in_process", make)
+    monkeypatch.setattr(processes, "run_job", make)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(RECIPE)
 
@@ -234,7 +234,7 @@ def test_a_folder_in_a_files_place_is_named(go: Any, name: str) -> None:
     code, made, _, err = go()
     assert (code, made) == (2, []) and err.splitlines()[
         -1
-    ] == f"{(RUN / name).resolve()}: found a folder, expected a file or nothing; move it away"
+    ] == f"{(RUN / name).resolve()}: this is a folder, but a file of this name is to be written; move the folder away"
     (RUN / name).rmdir()
     assert go()[:2] == (0, [])
 
@@ -344,7 +344,9 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
         return
     with pytest.raises(SalsaError) as caught:
         all(Cache(path).get(f"{number}") for number in range(40))
-    assert "judge_cache.sqlite': found" in str(caught.value) and "\n" not in str(caught.value)
+    assert "judge_cache.sqlite': cannot use this file as the judge's cache" in str(caught.value) and "\n" not in str(
+        caught.value
+    )
     path.rmdir() if damage == "folder" else path.unlink()
     assert Cache(path).put({"1": Reply("b", "stop", 1, 1)})["1"].text == "b"
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -412,7 +414,7 @@ def test_a_flipped_bit_of_a_judges_reply(tmp_path: Path, capsys: Any) -> None:
     cache.close()
     path.write_bytes(path.read_bytes().replace(b"the verdict is [[A]]", b"the verdict is [[B]]"))
     cache = Cache(path)
-    assert cache.get("bad") is None and "the reply bad is damaged; it is asked for anew" in capsys.readouterr().err
+    assert cache.get("bad") is None and "the reply bad is damaged; the judge is asked again" in capsys.readouterr().err
     assert cache.put({"bad": Reply("the verdict is [[A]]", "stop", 1, 1)})["bad"].text == "the verdict is [[A]]"
     assert cache.get("good") == Reply("better: A", "stop", 1, 1) and capsys.readouterr().err == ""
 
@@ -489,7 +491,7 @@ def test_a_state_that_does_not_say_when_it_was_saved(stopped: Any, tmp_path: Pat
     found, passed = checkpoints.last_complete(copy)
     assert (
         found == copy / "checkpoint-2"
-        and "changed: salsa_state.json" in passed[0]
+        and "salsa_state.json has changed" in passed[0]
         and checkpoints.next_number(copy) == 3
     )
 

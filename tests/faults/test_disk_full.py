@@ -90,7 +90,7 @@ class TestCheckpoints:
         """In any of its files: one line, no half of a checkpoint, and from the last whole one the run ends as if nothing had been."""
         trainer = make("full")
         self.fails_at(trainer, 3, lambda: files_up_to(size))
-        with pytest.raises(SalsaError, match="found no room to write a file") as refusal:
+        with pytest.raises(SalsaError, match="a file could not be written because the disk is full") as refusal:
             trainer.train()
         assert "\n" not in str(refusal.value) and str(tmp_path / "full") in str(refusal.value)
         there = checkpoints.checkpoints(tmp_path / "full")
@@ -118,7 +118,7 @@ class TestCheckpoints:
 
         other._require_room = late
         with pytest.raises(
-            SalsaError, match=r"checkpoint-3: found .* free on .*, expected .*; nothing of it was written"
+            SalsaError, match=r"checkpoint-3: needs .*, but only .* are free on the disk of .*\. Nothing was written"
         ):
             other.train()
         assert [folder.name for folder in checkpoints.checkpoints(tmp_path / "other")] == [
@@ -179,7 +179,9 @@ def test_the_disk_that_is_full_is_named(tmp_path: Path) -> None:
     line = disk.disk_full_message(
         OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "blob")), Path("/work")
     )
-    assert line is not None and line.startswith(f"{tmp_path}/cache: found no room")
+    assert line is not None and line.startswith(
+        f"{tmp_path}/cache: a file could not be written because the disk is full"
+    )
     assert disk.disk_full_message(RuntimeError("unable to mmap 64 bytes: No space left on device"), tmp_path) is None
     assert disk.disk_full_message(ValueError("my reward: File too large: x.txt"), tmp_path) is None
 
@@ -217,7 +219,9 @@ class TestFiles:
         base = make_base(tie_word_embeddings=True)
         size = sum(parameter.nbytes for parameter in base.parameters())
         free(monkeypatch, size - 1)
-        with pytest.raises(SalsaError, match=r"policy: found .* free on .*, expected .*; nothing of it was written"):
+        with pytest.raises(
+            SalsaError, match=r"policy: needs .*, but only .* are free on the disk of .*\. Nothing was written"
+        ):
             save_checkpoint(base, tmp_path / "policy", tokenizer)
         free(monkeypatch, size)
         save_checkpoint(base, tmp_path / "policy", tokenizer)
@@ -278,7 +282,9 @@ class TestACommand:
         unit = runs.Unit(stage="sft", name="seed-0", run="full_disk_stage:run")
         loaded = load_recipe("quickstart", lora="lora", overrides=[])
         report = worker.run_stage(runs.Job(recipe=loaded.recipe, unit=unit, folder=tmp_path, inputs={}, recipe_yaml=""))
-        assert report["known"] and report["line"].startswith(f"{tmp_path}: found no room to write a file (")
+        assert report["known"] and report["line"].startswith(
+            f"{tmp_path}: a file could not be written because the disk is full ("
+        )
 
     @pytest.mark.slow
     def test_a_small_disk_that_runs_full_in_the_middle(self, tmp_path: Path, tally: Any) -> None:
@@ -303,7 +309,7 @@ class TestACommand:
             "Path('disk').mkdir()\n"
             "if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={sys.argv[1]}k', 'none', 'disk']).returncode: sys.exit(77)\n"
             "first = subprocess.run(sys.argv[2:], stderr=subprocess.PIPE, text=True)\n"
-            "print(first.returncode, first.stderr.count('Traceback'), 'found no room' in first.stderr or 'free on' in first.stderr, flush=True)\n"
+            "print(first.returncode, first.stderr.count('Traceback'), 'the disk is full' in first.stderr or 'free on' in first.stderr, flush=True)\n"
             "done = len(list(Path('disk/run').glob('*/**/manifest.json')))\n"
             "subprocess.run(['mount', '-o', 'remount,size=200m', 'disk'], check=True)\n"
             "again = subprocess.run(sys.argv[2:], stderr=subprocess.PIPE, text=True)\n"

@@ -67,7 +67,7 @@ def test_what_is_published_is_somebody_s_seeds_reward_and_reference(tmp_path: Pa
         server.faults.append(Fault("POST", "tester/run-salsa/commit/", 403, times=99))
         done = run_recipe(server, home, str(recipe), "--lora", "--output-dir", str(run))
         assert done.returncode == 1, done.stderr[-3000:]
-        assert "1 of 1 not pushed (salsa: tester/run-salsa: the Hub says 403" in done.stderr.splitlines()[-1]
+        assert "1 of 1 not pushed (salsa: tester/run-salsa: the Hub answers 403" in done.stderr.splitlines()[-1]
         assert (run / "report.html").is_file() and (run / hub_push.PENDING).is_file()
         (seed,) = run.glob("sft/seed-0/*/adapter_model.safetensors")
         assert seed.read_bytes() == files(server, "tester/r-seed-0")["adapter_model.safetensors"]
@@ -119,11 +119,23 @@ def test_seeds_can_be_taken_some_trained(tmp_path: Path, tokenizer: Any) -> None
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["sft.from=[null, a/b]"], "data.demonstrations: found nothing, expected a value"),
-        (["sft.from=[a/b]", "sft.seeds=[0, 1]"], "sft.from: found 1 seeds, and 2 in sft.seeds"),
-        (["sft.from=[soup, a/b]"], "sft.from[0]: found 'soup', expected a LoRA adapter's folder or Hub id"),
-        (["sft.from=[./nowhere, a/b]"], "which is no folder, expected a LoRA adapter or a Hub id"),
-        (["sft.from=[1, 2]"], "sft.from[0]: found 1, expected text"),
+        (
+            ["sft.from=[null, a/b]"],
+            "data.demonstrations: is required; add it (or add a `toy` section, the embedded world)",
+        ),
+        (
+            ["sft.from=[a/b]", "sft.seeds=[0, 1]"],
+            "sft.from: found 1 entries for 2 seeds in sft.seeds; give one per seed (null: trained here)",
+        ),
+        (
+            ["sft.from=[soup, a/b]"],
+            "sft.from[0]: 'soup' is no folder or Hub id (namespace/name); give one of a LoRA adapter",
+        ),
+        (
+            ["sft.from=[./nowhere, a/b]"],
+            "sft.from[0]: there is no folder '/work/wt-config/nowhere'; give the folder or Hub id of a LoRA adapter",
+        ),
+        (["sft.from=[1, 2]"], "sft.from[0]: must be text, not 1 (and 1 more)"),
         (["sft.form=[a/b]"], "sft.form: unknown key; did you mean from"),
     ],
 )

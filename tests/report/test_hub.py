@@ -258,7 +258,7 @@ def test_a_push_that_fails_is_pending_and_made_up_for(server: Hub, run: Path, tm
     done = command(server, tmp_path / "home", "push", str(run), "soup", "salsa", "--to", "tester/tiny")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("1 of 2 not pushed (soup: tester/tiny-soup: the Hub says 503)") and "tries again" in last
+    assert last.startswith("1 of 2 not pushed (soup: tester/tiny-soup: the Hub answers 503)") and "tries again" in last
     assert done.stderr.count("again in") == len(hub_push.WAITS)
     assert len(server.repos["tester/tiny-soup"].commits) == 1 and len(server.repos["tester/tiny-salsa"].commits) == 2
     (left,) = json.loads((run / hub_push.PENDING).read_text())
@@ -283,18 +283,18 @@ def test_no_login_a_wrong_token_and_another_s_namespace_are_said_at_once(
     publish_base(server, run)
     wrong = "hf_" + "w" * 34
     for token, to, message in (
-        (wrong, "tester/soup", "the Hub says 401; log in with `hf auth login`, or set HF_TOKEN"),
-        (CANARY, "somebody/soup", "the Hub says 403; take a namespace that your token may write to"),
+        (wrong, "tester/soup", "the Hub answers 401; log in with `hf auth login`, or set HF_TOKEN"),
+        (CANARY, "somebody/soup", "the Hub answers 403; use a namespace that your token may write to"),
     ):
         done = command(server, tmp_path / "home", "push", str(run), "soup", "--to", to, token=token)
         assert done.returncode == 1 and message in done.stderr, done.stderr
         assert "again in" not in done.stderr and "Traceback" not in done.stderr and token not in done.stderr
         (run / hub_push.PENDING).unlink()
     done = command(server, tmp_path / "home", "pull", "tester/none")
-    assert done.returncode == 1 and "tester/none: the Hub says 404; check the name" in done.stderr
+    assert done.returncode == 1 and "tester/none: the Hub answers 404; check the name" in done.stderr
     server.repos["tester/open"] = Repo(private=False)
     done = command(server, tmp_path / "home", "push", str(run), "soup", "--to", "tester/open")
-    assert done.returncode == 1 and "tester/open: found a public repository, expected a private one" in done.stderr
+    assert done.returncode == 1 and "tester/open: is a public repository, but the push is private" in done.stderr
     assert len(server.repos["tester/open"].commits) == 1
     (run / hub_push.PENDING).unlink()
     assert (
@@ -384,23 +384,23 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
 
     recipe = (run / "recipe.yaml").read_text()
     write(recipe.replace("description: ", f"description: {CANARY} "))
-    assert "recipe.yaml: found a token of the Hub in it" in said("soup")
+    assert "recipe.yaml: contains a token of the Hub" in said("soup")
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
     write(recipe.replace("description: ", "description: a-token-of-another-form "))
-    assert "found a token of the Hub in it" in said("soup")
+    assert "contains a token of the Hub" in said("soup")
     write(recipe.replace(f"base: {BASE_ID}", f"base: {tmp_path / 'base'}"))
-    assert "base: found base, which is on this machine alone, expected the base's id" in said("soup")
+    assert "base: base exists only on this machine; give the base's id" in said("soup")
     write(recipe)
     weights = next(run.glob("soup/*/adapter_model.safetensors"))
     raw = weights.read_bytes()
     weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    assert "found it not as it was made" in said("soup")
+    assert "so it is not published" in said("soup")
     weights = next(run.glob("ppo/salsa/*/adapter_model.safetensors"))
     weights.rename(weights.with_name("adapter_model.bin"))
     manifest = json.loads((weights.parent / "manifest.json").read_text())
     manifest["files"]["adapter_model.bin"] = manifest["files"].pop("adapter_model.safetensors")
     (weights.parent / "manifest.json").write_text(json.dumps(manifest))
-    assert "found no weights in safetensors" in said("salsa")
+    assert "has no weights in safetensors" in said("salsa")
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_a_recipe_says_what_is_pushed_and_no_token(sets: list[str], message: str
 def test_pending_that_can_not_be_read_is_said(tmp_path: Path, text: str) -> None:
     """Never dropped in silence."""
     runs.write_atomic(tmp_path / hub_push.PENDING, text)
-    with pytest.raises(SalsaError, match="found something else than was noted"):
+    with pytest.raises(SalsaError, match="cannot be read as a list of pending pushes"):
         hub_push.pending(tmp_path)
 
 
@@ -444,7 +444,7 @@ def test_one_pending_item_that_is_gone_stops_no_other(server: Hub, run: Path, tm
     assert (
         done.returncode == 1
         and "'gone': found no such result" in done.stderr
-        and "found seed-0 pending for it too" in done.stderr
+        and "seed-0 is pending for the same repository" in done.stderr
     )
     assert set(server.repos) == {BASE_ID, "tester/s"}
     assert [row["item"] for row in json.loads((run / hub_push.PENDING).read_text())] == ["gone", "salsa", "seed-0"]
@@ -462,7 +462,7 @@ def test_a_run_that_is_half_there_is_one_line(run: Path, capsys: Any) -> None:
     for text in (b"{}", b"[", None):
         report.unlink() if text is None else report.write_bytes(text)
         assert main(["push", str(run), "soup", "--to", "a/b", "--dry-run"]) == 2
-        assert "found it not as it was made" in capsys.readouterr().err
+        assert "so it is not published" in capsys.readouterr().err
         report.write_bytes(whole)
     (run.parent / "base" / "README.md").write_text("---\nlicense: [a\n---\n")
     report.with_name("manifest.json").unlink()

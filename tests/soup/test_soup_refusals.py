@@ -125,7 +125,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "layer_replication": (
         configure(layer_replication=[[0, 2], [0, 2]]),
-        "layer_replication is [[0, 2], [0, 2]]: this option repeats layers of the base",
+        "layer_replication is [[0, 2], [0, 2]]: it repeats layers of the base",
     ),
     "unknown option": (configure(use_warp=True), "use_warp is True. This version does not know the option"),
     "unknown configuration": (

@@ -151,7 +151,7 @@ class TestFault:
             file.write_bytes({"longer": raw + b"x", "shorter": raw[:-1], "flipped": raw[:-1] + b"\1"}[damage])
         assert (
             checkpoints.fault(file.parents[name.count("/")])
-            == f"{'missing' if damage in ('missing', 'folder') else 'changed'}: {name}"
+            == f"{name} {'is missing' if damage in ('missing', 'folder') else 'has changed'}"
         )
 
     @pytest.mark.parametrize("manifest", [None, "", "{", "[]", "3", "{}", '{"model.safetensors": {}}', "\0\0"])
@@ -185,8 +185,8 @@ class TestFinding:
         (tmp_path / "checkpoint-1" / "model.safetensors").unlink()
         found, passed = checkpoints.last_complete(tmp_path)
         assert found == tmp_path / "checkpoint-2" and len(passed) == 2
-        assert "checkpoint-4: not whole (no checkpoint.json" in passed[0]
-        assert "checkpoint-3: not whole (missing: model.safetensors), passed over" in passed[1]
+        assert "checkpoint-4: skipped, because it is incomplete (no readable checkpoint.json)" in passed[0]
+        assert "checkpoint-3: skipped, because it is incomplete (model.safetensors is missing)" in passed[1]
         (tmp_path / "checkpoint-2" / checkpoints.STATE).unlink()
         assert checkpoints.last_complete(tmp_path)[0] is None and len(checkpoints.last_complete(tmp_path)[1]) == 4
 
@@ -214,7 +214,7 @@ class TestFinding:
         assert checkpoints.next_number(tmp_path) == 4
         (tmp_path / "checkpoint-4" / checkpoints.STATE).write_text("{")
         found, passed = checkpoints.last_complete(tmp_path)
-        assert checkpoints.next_number(tmp_path) == 4 and "checkpoint-4: not whole" in passed[0]
+        assert checkpoints.next_number(tmp_path) == 4 and "checkpoint-4: skipped, because it is incomplete" in passed[0]
         assert found is None or found.name != "checkpoint-4"
 
     @pytest.mark.parametrize(("keep", "left"), [(1, [9, 1]), (2, [9, 1]), (3, [9, 2, 1]), (None, [9, 8, 2, 1])])
@@ -249,10 +249,10 @@ class TestState:
         [
             (
                 {"seed": 2},
-                "checkpoint-3: made with seed 1, found 2 now, expected the same; start anew in another folder",
+                "checkpoint-3: seed was 1 and is 2 now, so this run cannot be resumed. Start a new run in another output_dir",
             ),
-            ({"seed": 1, "temperature": 1.0}, "made with temperature 0.7, found 1.0 now"),
-            ({"prompts": 16}, "made with prompts None, found 16 now"),
+            ({"seed": 1, "temperature": 1.0}, "temperature was 0.7 and is 1.0 now"),
+            ({"prompts": 16}, "prompts was None and is 16 now"),
         ],
     )
     def test_of_another_setting(self, make: Any, now: dict[str, Any], line: str) -> None:
@@ -278,13 +278,19 @@ class TestCut:
         assert checkpoints.cut(tmp_path / "log", 0) is None
         assert not (tmp_path / "log").exists()
         line = checkpoints.cut(tmp_path / "log", 4)
-        assert line is not None and "log: found 0 bytes, 4 at the checkpoint: lines from before it are missing" in line
+        assert (
+            line is not None
+            and "log: lines from before the checkpoint are missing (0 bytes; 4 at the checkpoint)" in line
+        )
 
     def test_a_log_that_is_too_short_is_left_as_it_is(self, tmp_path: Path) -> None:
         """And said: os.truncate would fill it up with zeros, and lost lines are no reason to lose the checkpoint."""
         (tmp_path / "log").write_text("one\n")
         line = checkpoints.cut(tmp_path / "log", 5)
-        assert line is not None and "log: found 4 bytes, 5 at the checkpoint" in line
+        assert (
+            line is not None
+            and "log: lines from before the checkpoint are missing (4 bytes; 5 at the checkpoint)" in line
+        )
         assert (tmp_path / "log").read_text() == "one\n"
 
 

@@ -36,7 +36,7 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.names: dict[int, tuple[str, nn.Module, Tensor]] = {}
-        monkeypatch.setattr(offload, "copied", lambda home, device: home.clone())
+        monkeypatch.setattr(offload, "copy_to", lambda tensor, device: tensor.clone())
 
     def watch(self, name: str, model: nn.Module) -> None:
         """Note each forward of a model."""
@@ -113,24 +113,26 @@ def test_models_are_back_after_an_error(make_watched: Any) -> None:
     assert not device.there()
 
 
-def test_a_parked_model_is_the_one_that_was_given() -> None:
+def test_an_offloaded_model_is_the_one_that_was_given() -> None:
     """Its parameters stay the objects that they were, tied ones tied; buffers go along."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)).requires_grad_(False).eval()
     model[2].weight = model[0].weight
     weight, before = model[0].weight, model[0].weight.data.clone()
-    parked = OffloadedModel(model)
-    with parked.on(torch.device("cpu")):
+    offloaded = OffloadedModel(model)
+    with offloaded.on(torch.device("cpu")):
         assert model[2].weight is model[0].weight is weight
-    assert torch.equal(weight, before) and len(parked.held) == 3 + 2 + 3
+    assert torch.equal(weight, before) and len(offloaded.tensors) == 3 + 2 + 3
 
 
 def test_refusals(make_trainer: Any, make_base: Any) -> None:
     """Nothing to offload; weights that train."""
-    with pytest.raises(SalsaError, match="found frozen where references and reward are adapters on the policy's base"):
+    with pytest.raises(
+        SalsaError, match="offload: frozen has nothing to offload: references and reward are functions, or adapters"
+    ):
         make_trainer(offload="frozen")
-    with pytest.raises(SalsaError, match="offload: found 'all', expected 'none' or 'frozen'"):
+    with pytest.raises(SalsaError, match="offload: must be none or frozen, not 'all'"):
         make_trainer(full=True, offload="all")
-    with pytest.raises(SalsaError, match="that trains or is quantised"):
+    with pytest.raises(SalsaError, match="is trained or quantised and cannot be offloaded"):
         OffloadedModel(make_base())
     trainer = make_trainer([make_base(1)], length_reward, offload="frozen")  # a model of its own beside adapters
     assert roll_out(trainer).kl.abs().max() > 0.1

@@ -127,7 +127,7 @@ def test_ppo_moves_it_and_a_resumed_run_is_the_same(
         json.loads(line)["objective/kl"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()
     ] == [row["objective/kl"] for row in rows]
     other = make_trainer(["soup"] if not full else [make_base(1)], full=full, folder=tmp_path / "part", max_steps=5, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")  # fmt: skip
-    with pytest.raises(SalsaError, match="moving references"):
+    with pytest.raises(SalsaError, match="it holds other synced references than this run has"):
         other.train(resume_from_checkpoint=True)
 
 
@@ -162,7 +162,7 @@ def test_in_trl_an_adapter_moves_and_a_model_is_left_to_trl(
     gone = sum((mixed[place] - value).norm() ** 2 for place, value in deltas(model, "soup").items())
     best = sum((torch.linalg.svdvals(value)[4:] ** 2).sum() for value in mixed.values())
     assert float(gone) == pytest.approx(float(best), rel=1e-3), "moved once, as far as its rank allows"
-    with pytest.raises(SalsaError, match="expected TRL's own sync_ref_model"):
+    with pytest.raises(SalsaError, match="use TRL's sync_ref_model for full weights"):
         use_reference(trainer, FrozenReference("soup", None, make_base(1), 1, 0.5))
     assert causal_lm(trainer.model) is causal_lm(model)
 
@@ -187,11 +187,20 @@ def test_a_recipe_says_how_a_soup_moves() -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ({"soup": {"sync_every": 0}}, "p.soup.sync_every: found 0, expected a whole number of updates"),
-        ({"soup": {"mixup_alpha": 0.5}}, "p.soup.sync_every: found None"),
-        ({"soup": {"sync_every": 2, "mixup_alpha": 1.5}}, "p.soup.mixup_alpha: found 1.5"),
-        ({"soup": {"sync_every": 2, "mixup_alpha": 0}}, "p.soup.mixup_alpha: found 0"),
-        ({"shrunk": {"seed": 0, "scale": 0.5, "sync_every": 2}}, "expected {seed: N, scale: λ}"),
+        ({"soup": {"sync_every": 0}}, "p.soup.sync_every: must be a whole number of updates of at least 1, not 0"),
+        (
+            {"soup": {"mixup_alpha": 0.5}},
+            "p.soup.sync_every: must be a whole number of updates of at least 1, not None",
+        ),
+        (
+            {"soup": {"sync_every": 2, "mixup_alpha": 1.5}},
+            "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 1.5",
+        ),
+        (
+            {"soup": {"sync_every": 2, "mixup_alpha": 0}},
+            "p.soup.mixup_alpha: must be a number above 0 and at most 1, not 0",
+        ),
+        ({"shrunk": {"seed": 0, "scale": 0.5, "sync_every": 2}}, "must have the form {seed: N, scale: λ}"),
     ],
 )
 def test_bad_numbers_are_refused(reference: Any, message: str) -> None:
@@ -204,13 +213,13 @@ def test_bad_numbers_are_refused(reference: Any, message: str) -> None:
 def test_what_can_not_move_is_refused(make_trainer: Any, make_base: Any, make_adapter: Any) -> None:
     """Before training: the base is every role's, embeddings have no rule, a policy's own modules no place; TRL's full weights have TRL's own."""
     for options, message in (
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "found LoRA on a Embedding, expected plain linear layers"),
-        ({"target_modules": ["q_proj"]}, "found a module that the policy alone adapts"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "it has LoRA on a Embedding, not only on plain linear layers"),
+        ({"target_modules": ["q_proj"]}, "the policy adapts a module that the reference does not adapt"),
     ):
         model = make_adapter(make_adapter(make_base(), "policy", 1), "soup", 2, **options)
         with pytest.raises(SalsaError, match=message):
             reference_sync.check([FrozenReference("soup", "soup", None, 1, 0.5)], model, "policy")
-    with pytest.raises(SalsaError, match="found sync_every for the base"):
+    with pytest.raises(SalsaError, match="the base cannot be synced"):
         make_trainer([FrozenReference("base", None, None, 2, 0.5)])
     policies = "policies={a: {algorithm: dpo, reference: {soup: {sync_every: 2}}}}"
     with pytest.raises(SalsaError, match="found sync_every with dpo and full weights"):

@@ -19,13 +19,12 @@ def test_what_is_left_of_the_pairs_is_said_plainly() -> None:
     recipe = load_recipe("quickstart", lora="lora", overrides=["reward.batch_size=8", "reward.held_out=0.1"]).recipe
     assert reward_model.count_held_out(recipe, 20, 9) == 1
     assert reward_model.count_held_out(recipe, 100, 100) == 10
-    for fitting, told in ((8, "12 longer than model.max_length = 32 tokens and 1 held out (reward.held_out 0.1), which leaves 7 to train"),
-                          (0, "20 longer than model.max_length = 32 tokens and 0 held out (reward.held_out 0.1), which leaves 0 to train")):  # fmt: skip
+    for fitting, told in ((8, "12 are longer than model.max_length = 32 tokens and 1 are held out (reward.held_out 0.1). The 7 that"),
+                          (0, "20 are longer than model.max_length = 32 tokens and 0 are held out (reward.held_out 0.1). The 0 that")):  # fmt: skip
         with pytest.raises(SalsaError) as caught:
             reward_model.count_held_out(recipe, 20, fitting)
-        assert (
-            f"data.preferences: found 20 pairs, {told} on, expected at least reward.batch_size = 8; add pairs"
-            in str(caught.value)
+        assert f"data.preferences: of 20 pairs {told} are left are fewer than reward.batch_size = 8. Add pairs" in str(
+            caught.value
         )
 
 

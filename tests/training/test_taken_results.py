@@ -146,8 +146,8 @@ def test_a_seed_that_is_taken_is_one_of_this_run(
     ).exists()
     assert not (out / "all_results.json").exists() and not (out / "trainer_state.json").exists()
     said = capsys.readouterr().err
-    assert said.count("no fingerprint.json says which base") == 1
-    assert ("it names another (unsloth/tiny-bnb-4bit)" in said) == (maker == "unsloth")
+    assert said.count("has no fingerprint.json, so that its base cannot be checked") == 1
+    assert ("It names unsloth/tiny-bnb-4bit as its base" in said) == (maker == "unsloth")
     assert ("another chat template" in said) == (maker == "trl")
 
 
@@ -160,7 +160,7 @@ def test_a_base_named_by_a_relative_path_is_no_other(
         config = read(folder / adapters.CONFIG) | {"base_model_name_or_path": named}
         (folder / adapters.CONFIG).write_text(json.dumps(config))
         take(small, base, folder, tmp_path / f"out-{other}")
-        assert ("it names another" in capsys.readouterr().err) == other
+        assert ("It names ./base-other as its base" in capsys.readouterr().err) == other
 
 
 @pytest.mark.parametrize("maker", ["peft", "axolotl", "llama-factory", "trl"])
@@ -266,9 +266,9 @@ def logits_of_base(model: Any) -> torch.Tensor:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
-    "dora": ({"use_dora": True}, "use_dora: True, and no mean of such adapters is an adapter; merge it"),
-    "bias": ({"bias": "all"}, "bias: 'all', and that is part of the base"),
-    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], and that is part of the base"),
+    "dora": ({"use_dora": True}, "use_dora: True, and the mean of such adapters is not an adapter; merge it"),
+    "bias": ({"bias": "all"}, "bias: 'all', and that changes the base"),
+    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], and that changes the base"),
     "reward": ({"task_type": "SEQ_CLS"}, "is a reward adapter"),
 }
 
@@ -294,7 +294,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     lora = elsewhere.adapter_by("axolotl", base, tmp_path / "lora", 1)
     full = elsewhere.checkpoint(base, tmp_path / "full", 1)
     for given in ("sft.from", "policies.salsa.reference"):
-        assert "lora is a LoRA adapter, and this run uses full weights. Add --lora" in plan(
+        assert "lora is a LoRA adapter, but this run uses full weights. Add --lora" in plan(
             salsa, {given: named(given, lora)}
         )
         assert "full is a full checkpoint, and this run uses LoRA adapters. Run it without --lora" in plan(
@@ -417,15 +417,15 @@ def test_llama_factorys_reward_model(base: Path, tmp_path: Path) -> None:
 
 def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
     adapter = elsewhere.adapter(base, tmp_path / "plain", 1)
-    assert "is a LoRA adapter without a score head" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "has no score head, so it scores nothing" in plan(salsa, {"reward": str(adapter)}, "--lora")
     assert "uses full weights" not in plan(salsa, {"reward": str(adapter)}, "--lora")
     two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
-    assert "a score head of 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
+    assert "a score head with 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
     save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
     assert "the value head of PPO" in plan(salsa, {"reward": str(adapter)}, "--lora")
     for words in ((), ("--lora",)):
         several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
-        assert "is a classifier of 2 labels, and a reward is one number" in plan(
+        assert "is a classifier with 2 labels, but a reward is one number" in plan(
             salsa, {"reward": str(several)}, *words
         )
         causal = elsewhere.checkpoint(base, tmp_path / f"causal{len(words)}", 1)
@@ -453,8 +453,8 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     for given, words, line in (
-        ({"reward": "me/several"}, ("--lora",), "is a classifier of 2 labels, and a reward is one number"),
-        ({"reward": "me/several"}, (), "is a classifier of 2 labels, and a reward is one number"),
+        ({"reward": "me/several"}, ("--lora",), "is a classifier with 2 labels, but a reward is one number"),
+        ({"reward": "me/several"}, (), "is a classifier with 2 labels, but a reward is one number"),
         ({"reward": "me/gone"}, (), "reward.model: https://huggingface.co/me/gone: not in the local cache and the Hub"),
         ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
@@ -526,7 +526,7 @@ def test_a_whole_run_of_seeds_from_elsewhere(
     for name, tensor in merged[-1].items():
         mean = torch.stack([one[name].double() for one in merged[:-1]]).mean(0)
         torch.testing.assert_close(tensor.double(), mean, atol=1e-5 if words else 2e-3, rtol=0)
-    assert said.count("no fingerprint.json says which base") == 5
+    assert said.count("has no fingerprint.json, so that its base cannot be checked") == 5
 
 
 @pytest.mark.slow
@@ -564,7 +564,7 @@ def test_one_seed_has_a_soup_of_one_by_default(small: Path) -> None:
     assert made.soup.members == [0] and made.landscape is not None and made.landscape.line is None
     assert load_recipe(str(small), lora="lora", overrides=["sft.from=[a/b]"]).recipe.soup.members == [0]
     assert load_recipe(str(small), lora="lora", overrides=[]).recipe.soup.members == [0, 1]
-    with pytest.raises(SalsaError, match=r"soup.members: found seed 1"):
+    with pytest.raises(SalsaError, match=r"soup.members: there is no seed 1"):
         load_recipe(str(small), lora="lora", overrides=["sft.seeds=[7]", "soup.members=[0, 1]"])
 
 
@@ -667,7 +667,7 @@ def test_names_that_no_module_of_the_base_has_are_refused_by_the_plan(
     }
     folder = keyed(elsewhere.adapter(base, tmp_path / "theirs", 1), change[kind])
     said = plan(salsa, {"sft.from": [None, str(folder)]}, "--lora")
-    assert f"sft.from[1]: {folder} changes " in said and "has no such module" in said
+    assert f"sft.from[1]: {folder} adapts " in said and "has no such module" in said
 
 
 def test_adapters_on_other_parameters_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -677,7 +677,7 @@ def test_adapters_on_other_parameters_are_refused_by_the_plan(base: Path, tmp_pa
         content = read(folder / adapters.CONFIG) | {"target_parameters": parameters}
         (folder / adapters.CONFIG).write_text(json.dumps(content))
     said = plan(salsa, {"sft.from": [str(folders[0]), None], "policies.salsa.reference": str(folders[1])}, "--lora")
-    assert f"policies.salsa.reference: {folders[1]} adapts the parameters mlp.up, and sft.from[0]" in said
+    assert f"policies.salsa.reference: {folders[1]} has target_parameters mlp.up, and sft.from[0]" in said
 
 
 @pytest.mark.parametrize("kind", ["path", "copy"])
@@ -743,7 +743,7 @@ def test_target_modules_that_the_base_lacks(base: Path, tmp_path: Path, salsa: A
     sft.check_targets(Adapter(target_modules=["q_proj", "self_attn.v_proj", "layers.0.mlp.up_proj"]), model)
     sft.check_targets(Adapter(target_modules=r".*\.(q|v)_proj"), model)
     sft.check_targets(Adapter(), model)
-    with pytest.raises(SalsaError, match="no module of the base fits the regular expression"):
+    with pytest.raises(SalsaError, match="no module of the base matches the regular expression"):
         sft.check_targets(Adapter(target_modules="q_proj|v_proj"), model)
     with pytest.raises(SalsaError, match="has no module up_porj"):
         sft.check_targets(Adapter(target_modules=["up_porj", "q_proj"]), model)

@@ -86,9 +86,9 @@ def test_refusals_of_a_hub(tmp_path):
         assert line.startswith(page), (how, name, kind, line)
         assert "\n" not in line
         if name == "org/gated":
-            assert f"{page}: accept the licence there, then `hf auth login`" in line
+            assert f"{page} is gated: accept its licence on that page, then `hf auth login`" in line
         if name == "org/missing":
-            assert "check the name, or if it is private log in" in line
+            assert "Check the name; if the repository is private, log in" in line
 
 
 def test_offline(tmp_path):

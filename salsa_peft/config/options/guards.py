@@ -1,4 +1,7 @@
-"""The recipe's `ppo.guards`: names, default limits and actions of the guards in training/ppo/guards.py. Imports no torch."""
+"""The recipe's `ppo.guards`: default limits and actions of the guards in training/ppo/guards.py.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class GuardSetting(NamedTuple):
 
 
 def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, GuardSetting]:
-    """The setting of every guard, from a recipe's `guards`. Raises SalsaError that starts with `where` and the guard's name."""
+    """The setting of every guard, from a recipe's `guards`. Raises SalsaError that starts with `where`."""
     require(isinstance(guards, Mapping), f"{where}: must be a mapping such as {{length: stop}}, not {short(guards)}")
     for name in guards:
         if name not in DEFAULTS:

@@ -1,4 +1,7 @@
-"""The `hub` section: what a finished run pushes to the Hub. The token is never in a recipe but from `hf auth login` or HF_TOKEN."""
+"""The `hub` section: what a finished run pushes to the Hub.
+
+The token comes from `hf auth login` or HF_TOKEN, never from a recipe.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT
+from salsa_peft.config.fields import STRICT, require_unique
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
 NAMESPACE = re.compile(PART % 62 + r"\Z")
 REPO_ID = re.compile((PART % 62).replace(".*", "[^/]*") + "/" + PART % 94 + r"\Z")
-"""Pattern of namespace/name, for repositories to create: stricter than `utils.hub.HUB_ID`, which accepts what exists."""
+"""Pattern of namespace/name, for repositories to create: stricter than `utils.hub.HUB_ID`, which accepts what
+exists."""
 REPO_EXPECTED = (
     "expected namespace/name, of letters, digits and single dots, - and _ between them, at most 96 characters"
 )
@@ -22,7 +26,7 @@ REPO_EXPECTED = (
 
 @dataclass(config=STRICT, kw_only=True)
 class Hub:
-    """Pushing results after the report. If a push fails, the run still succeeds; `salsa hub push RUN` tries again."""
+    """Results to push after the report. If a push fails, the run succeeds; repeat with `salsa hub push RUN`."""
 
     push: list[str] = dataclasses.field(default_factory=list)
     """Results to push, one repository each: soup, reward, seed-N, a policy's name. Empty: none."""
@@ -46,5 +50,4 @@ class Hub:
             )
         fits = self.base_model is None or REPO_ID.match(self.base_model) is not None
         require(fits, f"{where}.base_model: found {short(self.base_model)}, {REPO_EXPECTED}")
-        for value in self.push:
-            require(self.push.count(value) == 1, f"{where}.push: names {short(value)} twice; name it once")
+        require_unique(f"{where}.push", self.push)

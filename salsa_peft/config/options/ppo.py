@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from salsa_peft.config.fields import Count, NonNegative, Positive
+from salsa_peft.config.fields import Count, NonNegative, Positive, require_multiple
 from salsa_peft.config.options.guards import parse_guards
 from salsa_peft.config.options.rollout import check_rollout_options
 from salsa_peft.utils.errors import require
@@ -16,7 +15,7 @@ from salsa_peft.utils.errors import require
 
 @dataclasses.dataclass(kw_only=True)
 class Sampling:
-    """How responses are sampled. There is no top-p or top-k: the log-probs must be those of the sampled distribution."""
+    """Sampling of responses. No top-p or top-k: log-probs must be those of the sampled distribution."""
 
     max_new_tokens: Count = 128
     """Maximum length of a response, EOS included (TRL's response_length)."""
@@ -60,13 +59,14 @@ class PPOOptions:
     kl_coef: NonNegative = 0.2
     """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
-    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2 and k3 (Schulman); abs = |k1|; full: exact, over
-    the whole vocabulary."""
+    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2 and k3 (Schulman); abs = |k1|; full: exact,
+    over the whole vocabulary."""
     kl_per: Literal["response", "token"] = "response"
-    """KL penalty of a response: the sum over its tokens, or their mean. With the mean, short responses have no advantage
-    over long ones. Logs, kl_target and the adaptive controller always use the sum."""
+    """KL penalty of a response: the sum over its tokens, or their mean. With the mean, short responses have no
+    advantage over long ones. Logs, kl_target and the adaptive controller always use the sum."""
     kl_control: Literal["fixed", "adaptive"] = "adaptive"
-    """adaptive: β is adjusted towards kl_target (Ziegler et al., 2019; TRL 0.8; the paper's "initial KL coefficient")."""
+    """adaptive: β is adjusted towards kl_target (Ziegler et al., 2019; TRL 0.8; the paper's "initial KL
+    coefficient")."""
     kl_target: Positive = 6.0
     """Target KL of the adaptive controller, nats per response (default: TRL 0.8)."""
     kl_horizon: Positive = 10_000.0
@@ -112,16 +112,13 @@ class PPOOptions:
 
         prefix: the section's key with a dot, for messages.
         """
-        minibatch, rest = divmod(batch_size, self.num_mini_batches)
-        require(
-            rest == 0,
-            f"{prefix}batch_size: {batch_size} is not a multiple of num_mini_batches {self.num_mini_batches};"
-            f" set {prefix}batch_size={math.ceil(batch_size / self.num_mini_batches) * self.num_mini_batches}",
-        )
+        count = self.num_mini_batches
+        require_multiple(f"{prefix}batch_size", batch_size, count, f"num_mini_batches {count}")
+        minibatch = batch_size // count
         micro = micro_batch_size or minibatch
         require(
             minibatch % micro == 0,
-            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {self.num_mini_batches} ="
+            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {count} ="
             f" {minibatch} responses",
         )
 
@@ -130,14 +127,12 @@ class PPOOptions:
 
         Raises SalsaError unless all processes get the same number, and each share divides into micro-batches.
         """
-        minibatch = batch_size // self.num_mini_batches
-        share, rest = divmod(minibatch, processes)
-        whole = self.num_mini_batches * processes
-        require(
-            rest == 0,
-            f"{prefix}batch_size: minibatches of {minibatch} responses cannot be shared equally by {processes} processes;"
-            f" set {prefix}batch_size={math.ceil(batch_size / whole) * whole}",
+        parts, of = (
+            self.num_mini_batches * processes,
+            f"num_mini_batches {self.num_mini_batches} × {processes} processes",
         )
+        require_multiple(f"{prefix}batch_size", batch_size, parts, of)
+        share = batch_size // parts
         micro, local = micro_batch_size or share, batch_size // processes
         require(
             share % micro == 0,
@@ -147,13 +142,14 @@ class PPOOptions:
         rollout = self.rollout_batch_size or local
         require(
             processes == 1 or local % rollout == 0,
-            f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each of"
+            f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each"
+            " of"
             f" {processes} processes",
         )
         return share
 
     def check_options(self, prefix: str) -> None:
-        """Raise SalsaError for options that contradict one another. prefix: the section's key with a dot, for messages."""
+        """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
         rollout = self.old_logprobs == "rollout"
         check_rollout_options(
@@ -161,12 +157,14 @@ class PPOOptions:
         )
         require(
             not (rollout and self.rollout_backend != "hf"),
-            f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf computes"
+            f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf"
+            " computes"
             " log-probs as the update does; use recompute",
         )
         require(
             not (rollout and self.kl_estimator == "full"),
-            f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden states;"
+            f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden"
+            " states;"
             " use recompute",
         )
         require(

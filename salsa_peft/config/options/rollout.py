@@ -1,4 +1,4 @@
-"""Keys of `rollout_options` for each `rollout_backend`, and options of the engine that a backend lacks."""
+"""Keys of `rollout_options` for each `rollout_backend`, and options that a backend does not support."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
         "enable_sleep_mode", "model_impl",
     ),
 }  # fmt: skip
-"""Fields of Transformers' ContinuousBatchingConfig and of TRL's VLLMGeneration. tensor_parallel_size is left out: TRL splits
-the responses into equal shares, and the size of a rollout need not be divisible."""
+"""Fields of Transformers' ContinuousBatchingConfig and of TRL's VLLMGeneration. tensor_parallel_size is left out: TRL
+splits the responses into equal shares, and the size of a rollout need not be divisible."""
 
 
 def check_rollout_options(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive
-from salsa_peft.utils.errors import require
+from salsa_peft.config.fields import STRICT, Count, NonNegative, Positive, require_multiple
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -35,8 +33,8 @@ class Training:
     max_grad_norm: Positive = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down to it."""
     optim: Literal["adamw_torch_fused", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """Optimizer, as in Transformers. The paged ones (bitsandbytes, CUDA) move their state to CPU memory when the GPU is full; on a CPU
-    adamw_torch_fused replaces them, with a warning. `precision: stochastic` uses its own optimizer."""
+    """Optimizer, as in Transformers. The paged ones (bitsandbytes, CUDA) move their state to CPU memory when the GPU is
+    full; on a CPU adamw_torch_fused replaces them, with a warning. `precision: stochastic` uses its own optimizer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -45,9 +43,5 @@ class Training:
         micro = self.micro_batch_size
         parts = (micro or 1) * processes
         factors = [f"micro_batch_size {micro}"] * (micro is not None) + [f"num_processes {processes}"] * (processes > 1)
-        require(
-            self.batch_size % parts == 0,
-            f"{section}.batch_size: {self.batch_size} is not a multiple of {' × '.join(factors)};"
-            f" set {section}.batch_size={math.ceil(self.batch_size / parts) * parts}"
-            f"{' or another micro_batch_size' if micro is not None else ''}",
-        )
+        more = " or another micro_batch_size" if micro is not None else ""
+        require_multiple(f"{section}.batch_size", self.batch_size, parts, " × ".join(factors), more)

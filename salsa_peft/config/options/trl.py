@@ -5,13 +5,12 @@ To add another option of a TRL trainer, add a field here and a keyword in traini
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import STRICT, NonNegative, Positive, Seed
+from salsa_peft.config.fields import STRICT, NonNegative, Positive, Seed, require_multiple
 from salsa_peft.config.options.training import Training
 from salsa_peft.utils.errors import require
 
@@ -33,8 +32,8 @@ class PreferenceTraining(TRLTraining):
     """Settings of the trainers that learn from `data.preferences`."""
 
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Fraction of the pairs that is not trained on; dpo's metrics give their accuracy and margin. With the reward model's fraction, it is
-    the same pairs."""
+    """Fraction of the pairs that is not trained on; dpo's metrics give their accuracy and margin. With the reward
+    model's fraction, it is the same pairs."""
 
     def held_out_rows(self, pairs: int) -> int:
         """Number of held-out pairs out of `pairs`, at least one if there is one."""
@@ -48,7 +47,8 @@ class PreferenceTraining(TRLTraining):
         """Raise SalsaError if that many pairs do not fill a batch."""
         require(
             (self.rows_per_epoch(pairs, None) or 0) >= self.batch_size,
-            f"data.preferences: {pairs} pairs, {self.held_out_rows(pairs)} of them held out ({section}.held_out {self.held_out:g}), are too"
+            f"data.preferences: {pairs} pairs, {self.held_out_rows(pairs)} of them held out ({section}.held_out"
+            f" {self.held_out:g}), are too"
             f" few for {section}.batch_size = {self.batch_size}; add pairs or lower {section}.batch_size",
         )
 
@@ -66,7 +66,7 @@ class DPO(PreferenceTraining):
 
 @dataclass(config=STRICT, kw_only=True)
 class KTO(PreferenceTraining):
-    """TRL's KTOTrainer (Ethayarajh et al., 2024). A pair gives a desirable and an undesirable response; batch_size counts responses."""
+    """TRL's KTOTrainer (Ethayarajh et al., 2024). batch_size counts responses, two per pair."""
 
     desirable_weight: NonNegative = 1.0
     """Loss weight of the chosen responses, as in KTOConfig."""
@@ -79,14 +79,15 @@ class KTO(PreferenceTraining):
         micro = self.micro_batch_size or self.batch_size
         require(
             micro > 1,
-            f"{section}.micro_batch_size: must be at least 2, not {micro}, because KTO's KL term pairs each prompt with another response of"
+            f"{section}.micro_batch_size: must be at least 2, not {micro}, because KTO's KL term pairs each prompt"
+            " with another response of"
             " the micro-batch",
         )
 
 
 @dataclass(config=STRICT, kw_only=True)
 class OnlineTraining(TRLTraining):
-    """Settings of the trainers that sample responses to `data.prompts`. Temperature and response length are in `generation`.
+    """Settings of the trainers that sample responses to `data.prompts`, as the section `generation` says.
 
     batch_size counts responses.
     """
@@ -103,7 +104,8 @@ class OnlineTraining(TRLTraining):
         wanted = self.batch_size // self.num_generations
         require(
             prompts >= wanted,
-            f"data.prompts: found {prompts} prompts, expected at least {section}.batch_size / num_generations = {wanted}; add prompts or"
+            f"data.prompts: found {prompts} prompts, expected at least {section}.batch_size / num_generations ="
+            f" {wanted}; add prompts or"
             f" lower {section}.batch_size",
         )
 
@@ -111,16 +113,12 @@ class OnlineTraining(TRLTraining):
         """Raise SalsaError unless the batch divides into micro-batches and into groups of num_generations."""
         Training.check(self, section, processes)
         group = self.num_generations
-        require(
-            self.batch_size % group == 0,
-            f"{section}.batch_size: {self.batch_size} is not a multiple of num_generations {group};"
-            f" set {section}.batch_size={math.ceil(self.batch_size / group) * group}",
-        )
+        require_multiple(f"{section}.batch_size", self.batch_size, group, f"num_generations {group}")
 
 
 @dataclass(config=STRICT, kw_only=True)
 class RLOO(OnlineTraining):
-    """TRL's RLOOTrainer (Ahmadian et al., 2024): REINFORCE with the KL in the reward and the group's other responses as baseline."""
+    """TRL's RLOOTrainer (Ahmadian et al., 2024): REINFORCE with the KL in the reward."""
 
     kl_coef: Positive = 0.05
     """TRL's `beta` (default: TRL)."""

@@ -24,16 +24,17 @@ def assistant_tokens(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and for each 1 if it belongs to an answer or ends it, else 0.
 
-    The mask comes from the template's {% generation %} marks; without marks, from rendering the conversation up to each answer; if the
-    template renders a turn differently once later turns follow (Qwen3's reasoning), from TRL's version of the template. Raises SalsaError
-    if none of these works. options: other inputs of the template, such as `tools`.
+    The mask comes from the template's {% generation %} marks; without marks, from rendering the conversation up to each
+    answer; if the template renders a turn differently once later turns follow (Qwen3's reasoning), from TRL's version
+    of the template. Raises SalsaError if none of these works. options: other inputs of the template, such as `tools`.
     """
     chat = content_for_template(messages, tokenizer)
     if has_generation_marks(tokenizer):
         return _marked(chat, tokenizer, None, options)
     require(
         tokenizer.is_fast,
-        "tokenizer: is a slow one, which gives no character offsets of its tokens. Use a fast tokenizer (tokenizer.json).",
+        "tokenizer: is a slow one, which gives no character offsets of its tokens. Use a fast tokenizer"
+        " (tokenizer.json).",
     )
     spans = _spans(chat, tokenizer, options)
     if spans is None:
@@ -79,7 +80,7 @@ def _spans(chat: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str
 
 
 def _before(chat: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
-    """The rendered text before an answer; if the conversation starts with an answer, the text that opens it."""
+    """The rendered text before an answer; of a first turn, the text that opens it."""
     if turn:
         return render(chat[:turn], tokenizer, add_generation_prompt=True, **options)
     opening = assistant_turn(tokenizer).opening
@@ -87,13 +88,14 @@ def _before(chat: Messages, turn: int, text: str, tokenizer: PreTrainedTokenizer
 
 
 def _of_trl(tokenizer: PreTrainedTokenizerBase) -> str:
-    """TRL's version of a known template, with {% generation %} marks. Raises SalsaError for an unknown template."""
+    """TRL's version of the template, with {% generation %} marks. Raises SalsaError if TRL has none."""
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         return str(get_training_chat_template(tokenizer))
     except ValueError as error:
         raise SalsaError(
-            "model.chat_template: has no {% generation %} marks and renders earlier turns differently once later ones follow, so the"
+            "model.chat_template: has no {% generation %} marks and renders earlier turns differently once later ones"
+            " follow, so the"
             " assistant's tokens cannot be found. Use chatml, zephyr, or a Jinja file with {% generation %} marks."
         ) from error

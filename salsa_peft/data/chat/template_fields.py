@@ -1,6 +1,7 @@
-"""What a chat template does with messages: the form that it reads, the fields that it drops, and the tokens with loss.
+"""What a chat template does with messages: the form it reads, the fields it drops, the loss mask.
 
-A template drops fields without an error; a field is dropped if changing it does not change the rendered text. Imports no torch.
+A template drops fields without an error; a field is dropped if changing it does not change the rendered text. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> Any:
-    """The result of apply_chat_template. Raises SalsaError that names `where` for a missing template or an error in it."""
+    """The result of apply_chat_template. Raises SalsaError for a missing template or an error in it."""
     require(
         tokenizer.chat_template is not None,
         f"{where}: has messages, but the tokenizer has no chat template; set one, or give text",
@@ -52,7 +53,7 @@ def apply_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, where
 
 @cached_per_tokenizer
 def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template reads a tool call's arguments as JSON text (DeepSeek) instead of an object, which is the convention."""
+    """Whether the template reads a tool call's arguments as JSON text (DeepSeek) instead of an object."""
 
     def shown(arguments: Any) -> bool:
         function = {"name": "f", "arguments": arguments}
@@ -93,7 +94,7 @@ def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
 def dropped_fields(
     messages: Messages, tokenizer: PreTrainedTokenizerBase | None, where: str, options: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Names of what the template drops from messages: a system turn, a tool turn, `tool_calls`, `tools` … [] without a tokenizer.
+    """Names of what the template drops from messages: a system turn, `tool_calls`, `tools` …
 
     Raises SalsaError if the template rejects the messages, or drops the content of a user or assistant turn.
     """
@@ -119,7 +120,8 @@ def dropped_fields(
         ):
             require(
                 role not in CHAT_ROLES,
-                f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set model.chat_template to another"
+                f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set"
+                " model.chat_template to another"
                 " template",
             )
             found.append(f"a {role} turn")
@@ -147,10 +149,10 @@ def _other_words(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of a row's chat, and for each 1 if it has loss: the assistant's, except in turns that `skipped` names.
+    """Token ids of a row's chat, and for each 1 if it has loss: the assistant's, except `skipped` turns.
 
-    A turn starts where the tokens of the messages before it, with the generation prompt, first differ from those of the whole chat (TRL
-    finds a completion's start in this way), and ends where the next assistant turn starts.
+    A turn starts where the tokens of the messages before it, with the generation prompt, first differ from those of the
+    whole chat (TRL finds a completion's start in this way), and ends where the next assistant turn starts.
     """
     messages = row["messages"]
     ids, mask = assistant_tokens(messages, tokenizer, **template_options(row))

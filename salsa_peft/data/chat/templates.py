@@ -1,6 +1,7 @@
 """Chat templates: rendering messages, token ids with one BOS, and text that a template adds by itself.
 
-Transformers renders and tokenizes. Some templates omit the BOS or write today's date; `prepare_template` corrects both for training.
+Transformers renders and tokenizes. Some templates omit the BOS or write today's date; `prepare_template` corrects both
+for training.
 """
 
 from __future__ import annotations
@@ -102,14 +103,14 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, with one BOS if the tokenizer adds one, also for rendered text that starts with its own."""
+    """Token ids of a text, with one BOS if the tokenizer adds it, also for text that starts with a BOS."""
     ids: list[int] = list(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
     return ids[1:] if adds_bos(tokenizer) and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 @cached_per_tokenizer
 def template_lacks_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer adds a BOS to texts but its template writes none, so that Transformers tokenizes chats without BOS."""
+    """Whether the tokenizer adds a BOS to texts, but its template writes none in chats."""
     if tokenizer.chat_template is None or not adds_bos(tokenizer):
         return False
     try:
@@ -122,8 +123,9 @@ def template_lacks_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def prepare_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Correct the tokenizer's template in place for training, and return descriptions of the changes.
 
-    The template then writes the BOS that the tokenizer adds to texts, for every tool that applies it (TRL's trainers, vLLM), and a fixed
-    date instead of today's, so that prompts do not change from day to day. Results are saved with this tokenizer.
+    The template then writes the BOS that the tokenizer adds to texts, for every tool that applies it (TRL's trainers,
+    vLLM), and a fixed date instead of today's, so that prompts do not change from day to day. Results are saved with
+    this tokenizer.
     """
     lines, found = [], templates_by_name(tokenizer.chat_template)
     named = {name: fixed_date(template) for name, template in found.items()}
@@ -153,7 +155,7 @@ def fixed_date(template: str) -> str:
 
 @cached_per_tokenizer
 def default_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text that the template adds before the first user turn, such as a default system prompt or today's date, or ""."""
+    """Text that the template adds before the first user turn: a default system prompt, today's date, or ""."""
     chat = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
     if tokenizer.chat_template is None:
         return ""

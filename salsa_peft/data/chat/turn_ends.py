@@ -1,7 +1,7 @@
 """The tokens that end a response, and the padding token.
 
-Many templates end a turn with another token than the tokenizer's EOS (Llama 3's <|eot_id|>, Phi-3's <|end|>, Gemma's <end_of_turn>), which
-rendering a turn shows, and a generation_config may name several.
+Many templates end a turn with another token than the tokenizer's EOS (Llama 3's <|eot_id|>, Phi-3's <|end|>, Gemma's
+<end_of_turn>), which rendering a turn shows, and a generation_config may name several.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class AssistantTurn(NamedTuple):
     end: int | None
     """Token that ends the turn. None: there is no template, or it writes no such token (LLaVA)."""
     after: tuple[int, ...]
-    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's reward training includes them."""
+    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's reward training includes
+    them."""
     opening: str
     """Text of the generation prompt: Qwen's <|im_start|>assistant and a newline."""
 
@@ -78,9 +79,10 @@ def _closing_place(ids: list[int], special: list[int]) -> int:
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, rows: int | None = None
 ) -> tuple[int, ...]:
-    """Ids of the tokens that end a response: the template's end-of-turn token first, then EOS, then those of generation_config.
+    """Ids of the tokens that end a response: the template's end of turn, EOS, and generation_config's.
 
-    rows: number of output embeddings. Ids without a token or without an embedding are left out, since they cannot be sampled.
+    rows: number of output embeddings. Ids without a token or without an embedding are left out, since they cannot be
+    sampled.
     """
     configured = None if generation_config is None else generation_config.eos_token_id
     found = [
@@ -102,7 +104,7 @@ def model_stop_token_ids(tokenizer: PreTrainedTokenizerBase, lm: Any) -> tuple[i
 
 
 def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str]:
-    """Notes for the log about a tokenizer and its template, one line each. ends: the ids of stop_token_ids."""
+    """Notes for the log about a tokenizer and its template. ends: the ids of stop_token_ids."""
     lines = []
     if ends != (tokenizer.eos_token_id,):
         named = ", ".join(
@@ -118,27 +120,30 @@ def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -
         )
     if any("strftime_now(" in template for template in templates_by_name(tokenizer.chat_template).values()):
         lines.append(
-            "its chat template writes today's date, so prompts change every day and the run cannot be resumed tomorrow; write a fixed date into"
+            "its chat template writes today's date, so prompts change every day and the run cannot be resumed"
+            " tomorrow; write a fixed date into"
             " the template"
         )
     if template_lacks_bos(tokenizer):
         lines.append(
-            f"its tokenizer adds {tokenizer.bos_token} to texts, but its chat template writes none; if the model was trained with it in chats,"
+            f"its tokenizer adds {tokenizer.bos_token} to texts, but its chat template writes none; if the model was"
+            " trained with it in chats,"
             " put {{ bos_token }} at the start of the template"
         )
     if assistant_turn(tokenizer).end is None:
         lines.append(
-            "its chat template writes no end-of-turn token, so SFT teaches none, and responses may reach the maximum length"
+            "its chat template writes no end-of-turn token, so SFT teaches none, and responses may reach the maximum"
+            " length"
         )
     return lines
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> str:
-    """A padding token that no template writes and that ends no response. stop_ids: the ids of stop_token_ids.
+    """A padding token that no template writes and that is not in `stop_ids`.
 
-    In this order: the tokenizer's own, one with "pad" in its name, a reserved one, unk, another special token, and last the EOS (GPT-2 has no
-    other). EOS is safe: this package never finds a sequence's end by its padding, and the reward stage sets up Transformers' classifiers
-    accordingly.
+    In this order: the tokenizer's own, one with "pad" in its name, a reserved one, unk, another special token, and last
+    the EOS (GPT-2 has no other). EOS is safe: this package never finds a sequence's end by its padding, and the reward
+    stage sets up Transformers' classifiers accordingly.
     """
     used = {*stop_ids, *_written(tokenizer)}
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder

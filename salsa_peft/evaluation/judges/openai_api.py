@@ -110,13 +110,10 @@ class Endpoint:
     async def _ask(self, client: openai.AsyncOpenAI, messages: Messages, retries: int = 0) -> Outcome:
         """One request with the client's retries."""
         section, limit = self.section, self.limit
-        options: dict[str, Any] = {limit: section.max_tokens} | (
-            {"extra_headers": {RETRIES: str(retries)}} if retries else {}
-        )
+        options: dict[str, Any] = {"model": section.model, "messages": messages, "temperature": section.temperature}
+        options |= {limit: section.max_tokens} | ({"extra_headers": {RETRIES: str(retries)}} if retries else {})
         try:
-            found = await client.chat.completions.with_raw_response.create(
-                model=str(section.model), messages=messages, temperature=section.temperature, **options
-            )  # type: ignore[call-overload]
+            found = await client.chat.completions.with_raw_response.create(**options)
         except BudgetSpentError:
             return Outcome(None, f"not asked: the budget of {section.budget} requests is used up")
         except openai.APIStatusError as error:

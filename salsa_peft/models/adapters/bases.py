@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: where that is on this machine, and whether a given base is the same one."""
+"""The base that an adapter was trained on: where it is, and whether a given base is the same one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprints, read_fingerprint
-from salsa_peft.utils.hub import HUB_ID
+from salsa_peft.utils.hub import HUB_ID, cached_folder
 
 SIZES = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "intermediate_size",
@@ -22,11 +22,12 @@ SIZES = (
 
 
 def require_same_family(folder: Path, base: Mapping[str, Any], name: str, where: str = "") -> str | None:
-    """Raise SalsaError if the adapter in `folder` names a base of another architecture or size than `base`, a config.json's content.
+    """Raise SalsaError if an adapter names a base of another architecture or size than `base`.
 
-    PEFT loads such an adapter without an error if the shapes of its modules agree, as for Mistral and Llama 3. name: the name of
-    `base`; where: the recipe's key, for the message. Returns the name of the adapter's base if its config.json is not on this machine,
-    and None if it was compared, if the adapter has a fingerprint to compare instead, or if it names no base.
+    PEFT loads such an adapter without an error if the shapes of its modules agree, as for Mistral and Llama 3. base: a
+    config.json's content; name: its name; where: the recipe's key, for the message. Returns the name of the adapter's
+    base if its config.json is not on this machine, and None if it was compared, if the adapter has a fingerprint to
+    compare instead, or if it names no base.
     """
     file = folder / "adapter_config.json"
     if not file.is_file() or read_fingerprint(folder) is not None:
@@ -41,8 +42,8 @@ def require_same_family(folder: Path, base: Mapping[str, Any], name: str, where:
     if own is None:
         return trained_on
     remedy = (
-        f"Use {trained_on} as the base, or another adapter; if it was trained on {name}, say so in its adapter_config.json"
-        " (base_model_name_or_path)"
+        f"Use {trained_on} as the base, or another adapter; if it was trained on {name}, say so in its"
+        " adapter_config.json (base_model_name_or_path)"
     )
     start = f"{where + ': ' if where else ''}{folder} was trained on {trained_on}"
     mine, other = _model_types(own), _model_types(base)
@@ -66,7 +67,7 @@ def _model_types(config: Mapping[str, Any]) -> list[str]:
 
 
 def local_base(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The folder of the base that an adapter names, if the name is a path: absolute, or relative to here, to the adapter or its parent."""
+    """The base's folder if an adapter names a path, relative to here, to the adapter or to its parent."""
     name = config["base_model_name_or_path"]
     if not name:
         return None
@@ -75,32 +76,21 @@ def local_base(config: dict[str, Any], adapter: Path) -> Path | None:
 
 
 def base_folder(config: dict[str, Any], adapter: Path) -> Path | None:
-    """The base that an adapter names, if it is on this machine: a folder, or a Hub id in the cache. Nothing is downloaded."""
-    return local_base(config, adapter) or _cached(config["base_model_name_or_path"] or "", config["revision"])
-
-
-def _cached(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a Hub id's files in the Hub's cache; None if they are not there, or if `name` is not a Hub id."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(name.rstrip("/"), "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    """The base that an adapter names, if it is a local folder or a Hub id in the cache."""
+    name = (config["base_model_name_or_path"] or "").rstrip("/")
+    return local_base(config, adapter) or cached_folder(name, config["revision"])
 
 
 def _folder(name: str) -> Path | None:
     """The folder of a model that is named by a path or a Hub id, if it is on this machine."""
-    return Path(name) if name and Path(name).is_dir() else _cached(name)
+    return Path(name) if name and Path(name).is_dir() else cached_folder(name)
 
 
 def fingerprints_of(name: str) -> list[str] | None:
-    """The fingerprints, of this version and earlier ones, of the base of a model, which is a folder or a Hub id.
+    """Fingerprints, in this and earlier formats, of the base of a model given by its folder or Hub id.
 
-    A model that was trained from a base says its base's fingerprint in its own fingerprint.json. None if the files are not on this
-    machine.
+    A model that was trained from a base says its base's fingerprint in its own fingerprint.json. None if the files are
+    not on this machine.
     """
     folder = _folder(name)
     if folder is None:
@@ -112,9 +102,10 @@ def fingerprints_of(name: str) -> list[str] | None:
 
 
 def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:
-    """Raise SalsaError if the weights in `folder` were trained on another base than `name`, which has the fingerprints `base`.
+    """Raise SalsaError if weights were trained on another base than `name`, whose fingerprints are `base`.
 
-    If one of the two has no fingerprint, architecture and size are compared, and a line says that the base cannot be checked.
+    If one of the two has no fingerprint, architecture and size are compared, and a line says that the base cannot be
+    checked.
     """
     found = read_fingerprint(folder)
     if found is None or base is None:
@@ -127,6 +118,6 @@ def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:
         return
     require(
         found in base,
-        f"{folder}: these weights were trained on another base (fingerprint {found[:12]} …) than {name} ({base[0][:12]} …); use the base"
-        " that they were trained on",
+        f"{folder}: these weights were trained on another base (fingerprint {found[:12]} …) than {name}"
+        f" ({base[0][:12]} …); use the base that they were trained on",
     )

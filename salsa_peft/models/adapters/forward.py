@@ -1,8 +1,8 @@
-"""LoRA forward of linear layers without PEFT's temporaries: W x, then B(A x)·scaling added in place by one product.
+"""LoRA forward without PEFT's temporary tensors: W x, then B(A x)·scaling added in place.
 
-PEFT allocates three tensors of the output's size in each layer and keeps one. On SmolLM2-135M (CPU, micro-batch 4) this forward lowers
-PPO's peak memory by a sixth (2,511 MB → 2,116 MB) and the time of forward and backward by a twentieth. All other cases (DoRA, dropout,
-merged, quantised, biases, mixed batches) use PEFT's forward.
+PEFT allocates three tensors of the output's size in each layer and keeps one. On SmolLM2-135M (CPU, micro-batch 4) this
+forward lowers PPO's peak memory by a sixth (2,511 MB → 2,116 MB) and the time of forward and backward by a twentieth.
+All other cases (DoRA, dropout, merged, quantised, biases, mixed batches) use PEFT's forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def install(model: nn.Module) -> None:
-    """Use this forward in every plain LoRA layer of the model; other layers, and layers adapted later, keep PEFT's."""
+    """Use this forward in all plain LoRA layers that the model has now; other layers keep PEFT's."""
     for layer in model.modules():
         if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
             vars(layer)["forward"] = MethodType(forward, layer)

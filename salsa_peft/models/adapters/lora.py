@@ -1,13 +1,14 @@
 """LoRA adapters on one shared base: read, attach, switch, save.
 
-PEFT's own `set_adapter` sets requires_grad on the adapter that it activates, so frozen references would become trainable. `Toggle` lists
-the tuner layers once and sets one attribute in each.
+PEFT's own `set_adapter` sets requires_grad on the adapter that it activates, so frozen references would become
+trainable. `Toggle` lists the tuner layers once and sets one attribute in each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,15 +44,7 @@ KEEPS_BASE = {"gaussian", "eva", "orthogonal"}
 
 def lora_config(adapter: Adapter, task_type: str = "CAUSAL_LM", **options: Any) -> LoraConfig:
     """PEFT's LoraConfig of a recipe's `adapter` section."""
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.lora_dropout,
-        target_modules=adapter.target_modules,
-        use_rslora=adapter.use_rslora,
-        task_type=task_type,
-        **options,
-    )
+    return LoraConfig(**dataclasses.asdict(adapter), task_type=task_type, **options)
 
 
 def unused_name(model: nn.Module, name: str) -> str:
@@ -67,14 +60,13 @@ def adapter_folder(name: str) -> Path:
 
 
 def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Read an adapter's folder → its configuration, and its tensors by the names under which PEFT saves them.
+    """Read an adapter's folder → its configuration, and its tensors by PEFT's names.
 
     Raises SalsaError if a file is missing or damaged, if the adapter is not LoRA, and for values that are not finite.
     """
     for name in (CONFIG, WEIGHTS):
-        require(
-            (folder / name).is_file(), f"{folder}: no {name} in this folder; use a PEFT adapter saved with safetensors"
-        )
+        found = (folder / name).is_file()
+        require(found, f"{folder}: no {name} in this folder; use a PEFT adapter saved with safetensors")
     config = PeftConfig.from_pretrained(str(folder))
     require(isinstance(config, LoraConfig), f"{folder}: this is a {config.peft_type} adapter; use a LoRA adapter")
     tensors = read_tensors(folder / WEIGHTS)
@@ -84,34 +76,29 @@ def read(folder: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
 
 
 def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, trainable: bool = False) -> PeftModel:
-    """Add the adapter in `folder` to the shared base as `name`: in float32, frozen unless `trainable`, and not active.
+    """Add the adapter in `folder` to the base as `name`: float32, frozen unless `trainable`, not active.
 
-    A reward adapter's score head is not loaded (see `score_head`), nor are copies of the base's own weights, which PEFT saves with
-    adapters of embeddings. On the meta device only names and shapes are compared. Raises SalsaError if the adapter's tensors and the
-    base's modules do not match one to one, or if the adapter changes weights of the base.
+    A reward adapter's score head is not loaded (see `score_head`), nor are copies of the base's own weights, which PEFT
+    saves with adapters of embeddings. On the meta device only names and shapes are compared. Raises SalsaError if the
+    adapter's tensors and the base's modules do not match one to one, or if the adapter changes weights of the base.
     """
     config, tensors = read(folder)
     require_base_unchanged(config, str(folder))
     require_factors_only(config, str(folder))
     tensors = _lora_factors(model, tensors, folder)
     config.modules_to_save, config.inference_mode, config.task_type = None, False, "CAUSAL_LM"
-    config.base_model_name_or_path = str(
-        model.name_or_path
-    )  # PEFT warns of another name; bases.py has compared the bases
+    config.base_model_name_or_path = str(model.name_or_path)  # or PEFT would warn; bases.py has compared the bases
     _require_same_parameters(model, config, folder)
     try:
         model = _add(model, name, config)
         tensors = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[name], tensors, name)
     except NoMatchingPeftModuleError as error:
         raise SalsaError(
-            f"{folder}: the base has none of the adapter's target modules {config.target_modules}; use an adapter of this base"
+            f"{folder}: the base has none of the adapter's target modules {config.target_modules}; use an adapter of"
+            " this base"
         ) from error
-    _require_same_shapes(
-        get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False),
-        tensors,
-        folder,
-        "the base's modules",
-    )
+    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    _require_same_shapes(held, tensors, folder, "the base's modules")
     if not next(model.parameters()).is_meta:
         set_peft_model_state_dict(model, {key: value.float() for key, value in tensors.items()}, adapter_name=name)
     set_trainable(model, name, trainable)
@@ -119,7 +106,7 @@ def attach(model: PreTrainedModel | PeftModel, folder: Path, name: str, *, train
 
 
 def load(model: PeftModel, name: str, folder: Path) -> None:
-    """Load the weights in `folder` into the adapter `name` on the model. Raises SalsaError if their names or shapes differ."""
+    """Load weights into the adapter `name`. Raises SalsaError if their names or shapes differ."""
     _, tensors = read(folder)
     held = get_peft_model_state_dict(model, adapter_name=name)
     _require_same_shapes(held, tensors, folder, f"adapter {name!r}")
@@ -134,15 +121,15 @@ def _require_same_shapes(
     different = sorted({key for key, _ in shapes[0] ^ shapes[1]})
     require(
         not different,
-        f"{folder}: {len(different)} tensors do not match {target} in name and shape ({', '.join(different[:2])} …); use an adapter of"
-        " this base and these target modules",
+        f"{folder}: {len(different)} tensors do not match {target} in name and shape ({', '.join(different[:2])} …);"
+        " use an adapter of this base and these target modules",
     )
 
 
 def _lora_factors(
     model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor], folder: Path
 ) -> dict[str, torch.Tensor]:
-    """LoRA's own tensors of an adapter, without copies of the base's weights. Raises SalsaError if such a copy was trained."""
+    """The adapter's LoRA factors. Raises SalsaError if it holds trained copies of the base's weights too."""
     parameters = causal_lm(model).named_parameters(remove_duplicate=False)
     base = {name.replace(".base_layer.", "."): value for name, value in parameters}
     for key, value in tensors.items():
@@ -155,33 +142,34 @@ def _lora_factors(
 
 
 def _require_same_parameters(model: PreTrainedModel | PeftModel, config: LoraConfig, folder: Path) -> None:
-    """Raise SalsaError if LoRA on parameters (of experts) differs from that of another adapter on this base; PEFT cannot hold both."""
+    """Raise SalsaError if another adapter on this base adapts other parameters; PEFT cannot hold both."""
     for name, other in model.peft_config.items() if isinstance(model, PeftModel) else ():
         both = [set(one.target_parameters or ()) for one in (config, other)]  # type: ignore[attr-defined]
         require(
             not all(both) or both[0] == both[1],
-            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base adapts"
-            f" {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same parameters; train both with the same"
-            " target_modules and target_parameters",
+            f"{folder}: it adapts the parameters {', '.join(sorted(both[0]))}, and adapter {name!r} on the same base"
+            f" adapts {', '.join(sorted(both[1]))}. PEFT holds adapters side by side only if they adapt the same"
+            " parameters; train both with the same target_modules and target_parameters",
         )
 
 
 def require_base_unchanged(config: LoraConfig, where: str) -> None:
-    """Raise SalsaError, which begins with `where`, for an initialisation that changes the base's weights, such as PiSSA or OLoRA."""
+    """Raise SalsaError, beginning with `where`, for an initialisation such as PiSSA that changes the base."""
     initial = config.init_lora_weights
     require(
         not isinstance(initial, str) or initial in KEEPS_BASE,
-        f"{where}: init_lora_weights {initial!r} changes the weights of the base, which all roles share; use {', '.join(sorted(KEEPS_BASE))}"
-        " or true",
+        f"{where}: init_lora_weights {initial!r} changes the weights of the base, which all roles share; use"
+        f" {', '.join(sorted(KEEPS_BASE))} or true",
     )
 
 
 def require_factors_only(config: LoraConfig, where: str) -> None:
-    """Raise SalsaError, which begins with `where`, for trained biases or tokens, which are part of the shared base."""
+    """Raise SalsaError, beginning with `where`, for trained biases or tokens, which belong to the base."""
     for field, value in (("bias", config.bias), ("trainable_token_indices", config.trainable_token_indices)):
         require(
             not value or value == "none",
-            f"{where}: {field} is {value!r}, so the adapter holds trained weights of the base, which all roles share; {MERGE}",
+            f"{where}: {field} is {value!r}, so the adapter holds trained weights of the base, which all roles share;"
+            f" {MERGE}",
         )
 
 
@@ -195,14 +183,11 @@ def _add(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> P
 
 @contextlib.contextmanager
 def removed(model: PeftModel, name: str) -> Iterator[None]:
-    """Remove a frozen adapter, and add it again if the context ends with an error; requires_grad of all else stays as it is."""
+    """Remove a frozen adapter, and add it again if the context ends with an error."""
     config, weights = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.delete_adapter(name)
-    for (
-        parameter,
-        required,
-    ) in trainable:  # PEFT's delete_adapter activates another adapter, which sets its requires_grad
+    for parameter, required in trainable:  # delete_adapter activates another adapter, which sets its requires_grad
         parameter.requires_grad_(required)
     try:
         yield
@@ -214,7 +199,7 @@ def removed(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def score_head(folder: Path) -> nn.Linear:
-    """Load the score head of a reward adapter: Linear(H, 1), float32, frozen; saved by PEFT, or as LLaMA-Factory's value head."""
+    """Load the score head, Linear(H, 1), that PEFT or LLaMA-Factory saved with a reward adapter; frozen."""
     _, tensors = read(folder)
     weight, bias = next((value for key, value in tensors.items() if SCORE.fullmatch(key)), None), None
     if weight is None and (folder / VALUE_HEAD).is_file():
@@ -222,12 +207,13 @@ def score_head(folder: Path) -> nn.Linear:
         weight, bias = tensors.get(names.VALUE_WEIGHT), tensors.get(names.VALUE_BIAS)
     if weight is None:
         raise SalsaError(
-            f"{folder} is an adapter without a score head, so it scores nothing; a reward adapter is trained with task_type SEQ_CLS, which"
-            " saves one"
+            f"{folder} is an adapter without a score head, so it scores nothing; a reward adapter is trained with"
+            " task_type SEQ_CLS, which saves one"
         )
     require(
         weight.shape[0] == 1,
-        f"{folder} has a score head of {weight.shape[0]} labels, and a reward is one number; train it with num_labels 1, or pass a function",
+        f"{folder} has a score head of {weight.shape[0]} labels, and a reward is one number; train it with num_labels"
+        " 1, or pass a function",
     )
     head = nn.Linear(weight.shape[1], 1, bias=bias is not None)
     head.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
@@ -272,13 +258,11 @@ class Toggle:
 
     @contextlib.contextmanager
     def __call__(self, name: str | None) -> Iterator[None]:
-        """Within the context the adapter `name` is active (None: the base alone); afterwards the previous state is restored."""
+        """Context in which the adapter `name` is active; None: the base alone. The previous state is restored."""
         if self.names != list(self.model.peft_config):
             self.names, self.layers = list(self.model.peft_config), tuner_layers(self.model)
-        require(
-            name is None or name in self.names,
-            f"adapter {name!r}: the model has no adapter of this name; attach it first",
-        )
+        known = name is None or name in self.names
+        require(known, f"adapter {name!r}: the model has no adapter of this name; attach it first")
         layers, before = self.layers, [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
         try:
             for layer in layers:  # vars: nn.Module.__setattr__ is 50 times as slow and does nothing more for these two
@@ -290,7 +274,7 @@ class Toggle:
 
 
 def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextManager[None]:
-    """Context in which the adapter `name` is active, or none if it is None; a model of full weights accepts None only."""
+    """Context in which the adapter `name` is active; None: no adapter, as in a model of full weights."""
     if isinstance(model, PeftModel):
         return Toggle(model)(name)
     require(name is None, f"adapter {name!r}: a {type(model).__name__} of full weights has no adapters")
@@ -299,10 +283,10 @@ def active(model: nn.Module, name: str | None) -> contextlib.AbstractContextMana
 
 def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None,
          extra: dict[str, torch.Tensor] | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:  # fmt: skip
-    """Save the adapter `name` as an ordinary PEFT folder, its configuration last; `extra`: more tensors, by PEFT's names.
+    """Save an adapter as an ordinary PEFT folder, its configuration last.
 
-    state_dict: the gathered weights of a sharded model. Raises SalsaError before writing if a weight is not finite or the disk has no
-    space.
+    state_dict: the gathered weights of a sharded model. Raises SalsaError before writing if a weight is not finite or
+    the disk has no space.
     """
     weights = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}

@@ -18,9 +18,10 @@ BASE = ".base_layer"
 
 
 def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base's parameters by its own names, tied ones once, with `adapter` merged as by PEFT's merge_and_unload.
+    """Yield the base's parameters with `adapter` merged as by merge_and_unload, by the base's names.
 
-    Each layer is copied and merged on its own, one at a time. Raises SalsaError for adapters that cannot be merged into the base.
+    Each layer is copied and merged on its own, one at a time. Raises SalsaError for adapters that cannot be merged into
+    the base.
     """
     base = model.get_base_model()
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -43,7 +44,7 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _wrappers(layer: Any) -> list[Any]:
-    """The layer and the LoRA layers that it wraps: PEFT nests one for each parameter of a stack of experts."""
+    """The layer and those it wraps: PEFT nests one LoRA layer for each parameter of a stack of experts."""
     found = [layer]
     while isinstance(found[-1].base_layer, BaseTunerLayer):
         found.append(found[-1].base_layer)
@@ -64,16 +65,16 @@ def _require_mergeable(base: Any, layers: Mapping[str, Any], adapter: str) -> No
     bases = {path: layer.get_base_layer() for path, layer in layers.items()}
     nested = [path for path, own in bases.items() if any(isinstance(m, BaseTunerLayer) for m in own.modules())]
     quantised = [path for path, own in bases.items() if not all(w.is_floating_point() for w in own.parameters())]
-    odd = [*wrapped, *nested, *quantised]
+    unmergeable = [*wrapped, *nested, *quantised]
     require(
-        not odd,
-        f"{', '.join(odd[:1])}: this layer has a trained copy, nested adapters or quantised weights. rollout_backend vllm needs weights that an"
-        " adapter can be merged into; use rollout_backend hf",
+        not unmergeable,
+        f"{', '.join(unmergeable[:1])}: this layer has a trained copy, nested adapters or quantised weights."
+        " rollout_backend vllm needs weights that an adapter can be merged into; use rollout_backend hf",
     )
     embeddings = base.get_input_embeddings()
     tied = embeddings.weight is base.get_output_embeddings().weight
     require(
         not (tied and isinstance(embeddings, BaseTunerLayer) and adapter in embeddings._get_available_adapters()),
-        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it would change both; use"
-        " rollout_backend hf",
+        "target_modules: the adapter is on input embeddings that are tied to the output embeddings, and merging it"
+        " would change both; use rollout_backend hf",
     )

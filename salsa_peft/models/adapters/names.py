@@ -1,4 +1,4 @@
-"""Names of the tensors in an adapter's files, as PEFT, TRL and LLaMA-Factory save them. Imports no torch."""
+"""Names of the tensors in adapter files of PEFT, TRL and LLaMA-Factory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from salsa_peft.utils.tensor_names import WRAPPERS
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PARALLEL = "module"
-"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can also have this name itself."""
+"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can also have this name
+itself."""
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")
 SAVED, ORIGINAL, TOKENS = ".modules_to_save.", ".original_module.", ".token_adapter."
 DELTA = "trainable_tokens_delta"
@@ -23,18 +24,18 @@ TRAINING = (".lora_velora_", ".lora_monteclora_")
 
 
 def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict[str, str]:
-    """PEFT's name of each tensor → its name in the file, without tensors that PEFT never reads from a file.
+    """Map PEFT's name of each tensor to its name in the file, without tensors that PEFT does not read.
 
-    Logs one warning if the file's names contain parts that PEFT's do not. Raises SalsaError for a file with the tensors of two adapters,
-    or with one tensor under two names.
+    Logs one warning if the file's names contain parts that PEFT's do not. Raises SalsaError for a file with the tensors
+    of two adapters, or with one tensor under two names.
     """
     own = own_module(config)
     unwrapped = {key: unwrap(key, own) for key in keys}
     names = {match["linear"] or match["embedding"] for key in unwrapped.values() if (match := NAMED.fullmatch(key))}
     require(
         len(names) <= 1,
-        f"{path}: the tensors of {len(names)} adapters ({', '.join(sorted(map(str, names)))}) are in one file: save each with PEFT's "
-        "save_pretrained, which writes a folder for each",
+        f"{path}: the tensors of {len(names)} adapters ({', '.join(sorted(map(str, names)))}) are in one file: save"
+        " each with PEFT's save_pretrained, which writes a folder for each",
     )
     name = next(iter(names), None)
     found: dict[str, str] = {}
@@ -64,13 +65,13 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
 
 
 def own_module(config: dict[str, Any]) -> bool:
-    """Whether the model may have a module called `module`: auto_mapping names a class of neither Transformers nor a wrapper's library."""
+    """Whether the model itself may have a module named `module`, since its class is not Transformers'."""
     library = str((config["auto_mapping"] or {}).get("parent_library") or "transformers")
     return not library.startswith(("transformers", "torch.nn.parallel", "deepspeed", "accelerate"))
 
 
 def unwrap(key: str, own: bool = False) -> str:
-    """A name without the parts that wrappers add, at its start or within; with `own`, `module` is removed at the start only."""
+    """A name without parts that wrappers add; with `own`, `module` is removed at the start only."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     if not own:
         return ".".join(part for part in parts if part != PARALLEL)
@@ -80,7 +81,7 @@ def unwrap(key: str, own: bool = False) -> str:
 
 
 def without_adapter(key: str, name: str | None) -> str | None:
-    """PEFT's name of a saved tensor; None for tensors that the adapter does not compute with, such as the original of a saved module."""
+    """PEFT's name of a saved tensor; None if the adapter does not compute with it."""
     if ORIGINAL in key or any(part in key for part in TRAINING):
         return None
     if TOKENS in key and DELTA not in key:
@@ -97,12 +98,13 @@ SCORE_HEAD = f"{PREFIX}score.weight"
 SCORE = re.compile(re.escape(PREFIX) + r"(score|classifier)(\.modules_to_save(\.\w+)?)?\.weight")
 """All names of a score head: also those of older versions, and of state dicts saved without PEFT."""
 VALUE_HEAD = "value_head.safetensors"
-"""The file in which LLaMA-Factory saves the head of a reward model, TRL's value head; also that of the value head of PPO here."""
+"""The file in which LLaMA-Factory saves the head of a reward model, TRL's value head; also that of the value head of
+PPO here."""
 VALUE_WEIGHT, VALUE_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 """Tensors of LLaMA-Factory's file. The value head of PPO here has other names."""
 MERGE = (
-    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that checkpoint: in a recipe"
-    " with full weights (without --lora), in a script as a model"
+    "merge it into its base (PEFT's merge_and_unload, or `salsa soup OUT ADAPTER --merge --base BASE`) and use that"
+    " checkpoint: in a recipe with full weights (without --lora), in a script as a model"
 )
 """The remedy in messages about an adapter that trains more than LoRA factors."""
 
@@ -110,6 +112,6 @@ MERGE = (
 def trained_module(what: str, name: str) -> str:
     """The error message for an adapter that holds a trained copy of a module of the base."""
     return (
-        f"{what} holds {name}, a trained copy of a module of the base (modules_to_save, or embeddings that were resized). All roles share"
-        f" one base here, so that it cannot be switched on and off with the adapter; {MERGE}"
+        f"{what} holds {name}, a trained copy of a module of the base (modules_to_save, or embeddings that were"
+        f" resized). All roles share one base here, so that it cannot be switched on and off with the adapter; {MERGE}"
     )

@@ -1,1 +1,1 @@
-"""What a base's config.json says: sizes, memory, and what a run cannot do with it. Imports no torch."""
+"""Facts that a base's config.json gives: sizes, GPU memory, and conflicts with a recipe. Imports no torch."""

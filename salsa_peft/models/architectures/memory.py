@@ -1,10 +1,10 @@
-"""What a recipe needs of a GPU, stage by stage, counted from config.json before anything is loaded.
+"""Estimate of the GPU memory that each stage of a recipe needs, computed from config.json.
 
-    need = weights + optimizer + max over phases (gradients + activations + KV cache + logits + what the phase makes)
+memory = weights + optimizer + max over phases (gradients + activations + KV cache + logits + temporaries)
 
-Phases of ppo: generate, score, train, step. On CUDA the base is bf16 (`dtype: auto`); adapters and heads are float32. It is an estimate:
-formulas are named beside the lines, what the allocator wastes is MARGIN. Left out: other programs on the card, and what `uncounted` says.
-Held against PPO on a CPU, tensor by tensor: tests/models/architectures/test_memory.py. Imports no torch.
+The phases of ppo are generate, score, train and step. On CUDA the base is bf16 (`dtype: auto`), adapters and heads are
+float32. Not counted: other programs on the GPU, and what `uncounted` lists.
+tests/models/architectures/test_memory_measured.py compares the estimate with PPO on a CPU. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,37 +18,40 @@ from salsa_peft.models.architectures.sizes import Architecture, architecture_of_
 
 GIB = 2**30
 CONTEXT = int(0.6 * GIB)
-"""CUDA's own, with cuBLAS's workspace."""
+"""The CUDA context, with cuBLAS's workspace."""
 MARGIN = 1.04
-"""What the allocator can't use for holes between blocks."""
+"""Factor for the allocator's fragmentation."""
 CHUNK = 256
-"""Tokens whose logits exist at one time, in PPO (models/logprobs.py) and in TRL's SFT loss."""
+"""Tokens whose logits exist at a time, in PPO (models/logprobs.py) and in TRL's SFT loss."""
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes of a weight with its share of the scales (QLoRA, section 3)."""
+"""Bytes per quantised weight, with its share of the scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}
-"""Bytes of a trained weight, its gradient, its AdamW states (torchao's 8-bit ones have a scale a block of 256)."""
+"""Bytes per trained weight, of its gradient and of its AdamW states (torchao's 8-bit states have a scale per block of
+256)."""
 STATES = {"paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes of the states of optimizers that hold no two float32 (bitsandbytes: a scale a block of 256)."""
+"""Bytes per weight of the states of optimizers with other states than two float32 (bitsandbytes: a scale per block of
+256)."""
 FOREACH = 4
-"""Bytes a weight for which adamw_torch on CUDA makes square roots, all at once; the fused one makes none."""
+"""Bytes per weight of the square roots that adamw_torch computes for all weights at once on CUDA; the fused one does
+not."""
 SAMPLED = 8
-"""float32 logits' worth that choosing a token takes: scores, log-probs, probabilities, and these and their sums in float64."""
+"""Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, and these and their sums in float64.
+"""
 SCORED = 4.25
-"""Of log-probs with their entropy, a chunk at a time: both, a mask, what it fills, their product."""
+"""Memory for log-probs and entropies of a chunk, in float32 logits: both, a mask, the masked copy, their product."""
 LEARNED = 3.25
-"""Of log-probs with their gradient: logits, log-probs, a mask, those of the chunk before."""
+"""Memory for log-probs with their gradient, in float32 logits: logits, log-probs, a mask, those of the chunk before."""
 ANEW = 1.25
-"""Layers' worth that the backward of a checkpointed layer holds at a time."""
+"""Memory for the backward of a checkpointed layer, in activations of one layer."""
 STAGES = ("sft", "reward", "ppo", "landscape", "evaluate")
 Precision = Literal["master", "stochastic"]
 
 
 class Estimate(NamedTuple):
-    """Bytes on one GPU at a stage's peak."""
+    """Bytes on one GPU in a phase of a stage."""
 
     stage: str
     phase: str
-    """In which the peak is."""
     weights: float
     gradients: float
     optimizer: float
@@ -56,33 +59,33 @@ class Estimate(NamedTuple):
     kv_cache: float
     logits: float
     parameters: int
-    """Of the base."""
+    """Parameters of the base."""
 
     @property
     def total(self) -> float:
-        """With CUDA's own and what the allocator wastes."""
+        """The sum, with the CUDA context and fragmentation."""
         parts = (self.weights, self.gradients, self.optimizer, self.activations, self.kv_cache, self.logits)
         return CONTEXT + MARGIN * sum(parts)
 
 
 def estimate(recipe: Recipe, stage: str, size: Architecture, card: float | None = None) -> Estimate:
-    """A stage's need at its peak; `card`: bytes, for `precision: auto`."""
+    """The phase of a stage with the highest memory; `card`: the GPU's bytes, for `precision: auto`."""
     precision = choose_precision(recipe, stage, card, size)
     phases = _Stage(recipe, stage, size, precision).phases()
     return max(phases, key=lambda found: found.total)
 
 
 def stages_of(recipe: Recipe) -> list[str]:
-    """Those of the recipe that hold the base on a GPU."""
+    """The stages of a recipe that load the base on a GPU."""
     by_ppo = any(policy.algorithm == "ppo" for policy in recipe.policies.values())
-    there = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
-    return [stage for stage in STAGES if there.get(stage, True)]
+    optional = {"reward": recipe.reward.trained, "ppo": by_ppo, "landscape": recipe.landscape is not None}
+    return [stage for stage in STAGES if optional.get(stage, True)]
 
 
 def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Architecture | None = None) -> Precision:
-    """Of full weights that a stage trains: the recipe's, or by `auto` master where the card (bytes) has room for it, else stochastic.
+    """The precision of full weights: for `auto`, master if that fits on the card (bytes), else stochastic.
 
-    Without a card, and where weights are sharded over several, master.
+    Always master for `auto` without a card, and for weights sharded over several.
     """
     if recipe.precision != "auto":
         return recipe.precision
@@ -94,81 +97,76 @@ def choose_precision(recipe: Recipe, stage: str, card: float | None, size: Archi
 
 
 def _sharded(recipe: Recipe) -> int:
-    """Pieces that trained weights, gradients and states are cut into."""
+    """The number of shards of trained weights, gradients and optimizer states."""
     return recipe.num_processes if recipe.sharded else 1
 
 
 def uncounted(recipe: Recipe) -> list[str]:
-    """What a recipe puts on the card and `estimate` does not know the size of."""
+    """Descriptions of what a recipe holds on the GPU and `estimate` does not count."""
     found = [
-        f"{part.value}, whose config.json is not at hand"
+        f"{part.value}, whose config.json is not on this machine"
         for part in recipe.reward.parts
         if part.kind == "classifier" and architecture_of_base(part.value) is None
     ]
     moving = any(one.sync_every for policy in recipe.policies.values() for one in policy.references("reference"))
     if moving and recipe.mode == "full":
-        found.append("that a moving reference is held in float32")
+        found.append("the float32 copy of a moving reference")
     others = sorted({policy.algorithm for policy in recipe.policies.values()} - {"ppo"})
     if others:
-        found.append(f"{', '.join(others)}: policies that TRL's trainers train")
+        found.append(f"{', '.join(others)}: policies that TRL trains")
     options = recipe.ppo.rollout_options
-    if (
-        "ppo" in stages_of(recipe)
-        and recipe.ppo.rollout_backend == "vllm"
-        and options.get("mode", "colocate") == "colocate"
-    ):
+    colocated = recipe.ppo.rollout_backend == "vllm" and options.get("mode", "colocate") == "colocate"
+    if "ppo" in stages_of(recipe) and colocated:
         share = options.get("gpu_memory_utilization", 0.3)
-        found.append(f"vLLM beside ppo, which takes {share:.0%} of the card (rollout_options: gpu_memory_utilization)")
+        found.append(f"vLLM beside ppo, which takes {share:.0%} of the GPU (rollout_options: gpu_memory_utilization)")
     judge = recipe.evaluate.judge
     if judge is not None and judge.kind == "local":
         size = architecture_of_base(str(judge.model))
         weights = "" if size is None else f", {2 * size.parameters / GIB:.1f} GiB of weights in bf16 and its KV cache"
         found.append(
-            f"the judge {judge.model}, alone in its stage{weights} (evaluate.judge.concurrency games in a batch)"
+            f"the judge {judge.model}, alone in its stage{weights} (evaluate.judge.concurrency requests per batch)"
         )
     return found
 
 
 class _Stage:
-    """A stage's bytes. B sequences of one forward, L tokens of a sequence."""
+    """The memory of a stage, in bytes."""
 
     def __init__(self, recipe: Recipe, stage: str, size: Architecture, precision: Precision) -> None:
         self.recipe, self.stage, self.size, self.precision = recipe, stage, size, precision
         self.full = recipe.mode == "full"
-        self.width = 4 if recipe.model.dtype == "float32" else 2  # bytes of the base's numbers
+        self.width = 4 if recipe.model.dtype == "float32" else 2  # bytes per number of the base
         self.trains = stage in ("sft", "reward", "ppo")
         self.optim = getattr(recipe, stage).optim if self.trains and (precision == "master" or not self.full) else ""
-        self.own_values = (
-            stage == "ppo" and recipe.ppo.value == "adapter"
-        )  # beside the policy's, with a forward of its own
+        self.own_values = stage == "ppo" and recipe.ppo.value == "adapter"  # a second adapter, with its own forward
 
-    # what stays
+    # weights, gradients, optimizer states
 
     def base(self) -> float:
-        """One frozen base: nf4 of the linear layers, the rest as it is."""
+        """A frozen base, with linear layers in nf4 if it is quantised."""
         rest = self.size.parameters - self.size.in_linears
         quantised = NF4.get(self.recipe.model.quantization or "", self.width)
         return quantised * self.size.in_linears + self.width * rest
 
     def adapter(self, rank: int | None = None) -> int:
-        """Parameters of an adapter of the recipe's modules."""
+        """Parameters of an adapter on the recipe's target modules."""
         lora = self.recipe.adapter
         assert lora is not None
         return self.size.adapter(rank or lora.r, lora.target_modules)
 
     def references(self) -> list[int]:
-        """Of the policy that has most: members of each reference."""
+        """The number of members of each reference, for the policy whose references need the most memory."""
         lists = [
             policy.references("reference") for policy in self.recipe.policies.values() if policy.algorithm == "ppo"
         ]
         soup = len(self.recipe.soup.members)
-        counted = [
+        counted = [  # a moving reference has the policy's rank in addition
             [(soup if one.soup else len(one.members)) + (one.sync_every is not None) for one in each] for each in lists
-        ]  # one that moves has room for the policy's rank
-        return max(counted, key=len if self.full else sum, default=[])  # models of their own, or adapters' ranks
+        ]
+        return max(counted, key=len if self.full else sum, default=[])  # whole models, or ranks of adapters
 
     def roles(self) -> tuple[list[float], float]:
-        """Frozen weights of each model or adapter beside the one that is trained or answers, and of the base that all share."""
+        """The frozen weights of each further model or adapter, and those of the shared base."""
         ppo, kinds = self.stage == "ppo", [] if self.stage in ("sft", "reward") else self.recipe.reward.parts
         rewards = sum(part.kind == "adapter" for part in kinds)
         classifiers = [self.classifier(part.value) for part in kinds if part.kind == "classifier"]
@@ -187,18 +185,18 @@ class _Stage:
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()
 
     def classifier(self, path: str) -> float:
-        """A sequence classifier of the user's, in the recipe's dtype, without output embeddings; 0 where `uncounted` names it."""
+        """A sequence classifier in the recipe's dtype; 0 if `uncounted` lists it."""
         found = architecture_of_base(path)
         return 0.0 if found is None else float(self.width * (found.parameters - found.head))
 
     def trained(self) -> int:
-        """Parameters that are trained."""
+        """The number of trained parameters."""
         if not self.trains:
             return 0
         return self.size.parameters if self.full else self.adapter() * (1 + self.own_values)
 
     def held(self, phase: str) -> tuple[float, float, float]:
-        """Weights, gradients and optimizer states on the card in a phase."""
+        """Weights, gradients and optimizer states in a phase."""
         roles, shared = self.roles()
         if self.full and self.recipe.offload == "frozen" and self.stage == "ppo":
             roles = [max(roles)] if phase == "score" and roles else []
@@ -208,52 +206,50 @@ class _Stage:
         weights = shared + sum(roles) + weight * count / pieces
         casts = self.precision == "master" and phase != "step"
         if self.full and count and (casts or (pieces > 1 and phase in ("generate", "score"))):
-            weights += 2 * count  # autocast's bf16 copies, or the whole policy gathered for a rollout
-        there = gradient * count / pieces if phase in ("train", "step") else 0.0
-        if there and pieces == 1 and self.recipe.num_processes > 1:
-            there *= 2  # DDP's buckets
+            weights += 2 * count  # autocast's bf16 copies, or the policy gathered for a rollout
+        gradients = gradient * count / pieces if phase in ("train", "step") else 0.0
+        if pieces == 1 and self.recipe.num_processes > 1:
+            gradients *= 2  # DDP's buckets
         temporary = 0.0
         if phase == "step" and self.full and self.precision == "stochastic":
             temporary = 12.0 * self.size.largest
         elif phase == "step" and self.optim == "adamw_torch":
             temporary = FOREACH * count / pieces
-        return weights, there, states * count / pieces + temporary
+        return weights, gradients, states * count / pieces + temporary
 
-    # what a phase makes
+    # activations, KV cache, logits
 
     def layer(self) -> float:
-        """Numbers of a token that one layer's backward wants: norms, queries, keys, values, attention, the MLP's four; a copy of every
-        adapted module's input, in the adapter's precision."""
+        """Numbers per token that one layer saves for its backward.
+
+        With adapters also a copy of every adapted module's input, in the adapter's precision.
+        """
         size = self.size
         heads, narrow = size.heads * size.head_dim, size.kv_heads * size.head_dim
         numbers = 6 * size.hidden + 3 * heads + 2 * narrow + 4 * size.inner
         return numbers if self.full else numbers + 5 * size.hidden + heads + size.inner
 
     def activations(self, tokens: int, checkpointing: bool) -> float:
-        """What a forward over `tokens` tokens keeps for its backward; checkpointed: every layer's input."""
+        """Memory that a forward saves for its backward; with checkpointing only each layer's input."""
         size, width, forwards = self.size, self.width, 1 + self.own_values
-        end = 6 * size.hidden  # bytes of a token in the last norm, which is in float32
+        end = 6 * size.hidden  # bytes per token of the last norm, which is in float32
         if not checkpointing:
             return tokens * forwards * (size.layers * self.layer() * width + end)
         residual = 4 if self.full and self.precision == "master" else width
         return tokens * forwards * (size.layers * size.hidden * residual + end)
 
     def forward(self, tokens: int) -> float:
-        """Of a forward alone: what one layer has at a time, with adapters its widest input in float32 too; a layer's weights out of 4 bits."""
-        unpacked = (
-            2 * max(one.inputs * one.outputs for one in self.size.linears) if self.recipe.model.quantization else 0
-        )
-        return (
-            tokens * (self.width * (4 * self.size.hidden + 3 * self.size.inner) + 4 * self.size.inner * (not self.full))
-            + unpacked
-        )
+        """Memory of a forward without backward: activations and dequantised weights of one layer."""
+        size, largest = self.size, max(one.inputs * one.outputs for one in self.size.linears)
+        per_token = self.width * (4 * size.hidden + 3 * size.inner) + 4 * size.inner * (not self.full)
+        return tokens * per_token + (2 * largest if self.recipe.model.quantization else 0)
 
     def logits(self, tokens: int, copies: float = 3) -> float:
-        """float32 logits of so many tokens, and what is made of them."""
+        """Memory of `copies` tensors like the float32 logits of `tokens` tokens."""
         return 4.0 * copies * tokens * self.size.vocabulary
 
     def phases(self) -> list[Estimate]:
-        """Every phase's need."""
+        """The memory of each phase."""
         recipe, sampling = self.recipe, self.recipe.generation
         if self.stage in ("sft", "reward"):
             section: Training = getattr(recipe, self.stage)
@@ -262,22 +258,16 @@ class _Stage:
         length = recipe.model.max_length
         if self.stage == "ppo" and recipe.ppo.max_prompt_length:
             length = recipe.ppo.max_prompt_length + sampling.max_new_tokens
-        rows = sampling.batch_size
-        if self.stage == "ppo":
-            rows = rollout_batch(recipe)
-        cache = self.width * self.size.kv_per_token * rows * length
-        later = (
-            self.width * self.size.kv_per_token * rows * sampling.max_new_tokens
-        )  # of the cache, not there in the first forward
-        prefill = max(
-            self.forward(rows * (length - sampling.max_new_tokens)) - later, cache / self.size.layers
-        )  # or a layer's, as it grows
-        found = [self._phase("generate", prefill, cache, self.logits(rows, SAMPLED))]
-        found.append(
-            self._phase(
-                "score", self.forward(rows * length), 0.0, self.logits(CHUNK, SCORED if self.stage == "ppo" else 0)
-            )
-        )
+        rows = rollout_batch(recipe) if self.stage == "ppo" else sampling.batch_size
+        per_token = self.width * self.size.kv_per_token * rows
+        cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: not there in the first forward
+        first = self.forward(rows * (length - sampling.max_new_tokens)) - later
+        prefill = max(first, cache / self.size.layers)  # a layer's cache is copied when it grows
+        scored = self.logits(CHUNK, SCORED if self.stage == "ppo" else 0)
+        found = [
+            self._phase("generate", prefill, cache, self.logits(rows, SAMPLED)),
+            self._phase("score", self.forward(rows * length), 0.0, scored),
+        ]
         if self.stage == "ppo":
             micro = micro_batch(recipe.ppo, recipe.num_processes, recipe.ppo.num_mini_batches)
             found += self._training(micro * length, recipe.ppo.gradient_checkpointing, True)
@@ -287,7 +277,7 @@ class _Stage:
         copies = LEARNED if self.stage == "ppo" else 4 if self.full else 3
         logits = self.logits(min(CHUNK, tokens), copies) if with_logits else 0.0
         made = self.activations(tokens, checkpointing) + self.forward(0)
-        if checkpointing:  # a layer is made anew when the logits are gone
+        if checkpointing:  # a layer is recomputed after the logits are freed
             made += max(0.0, ANEW * tokens * self.layer() * self.width - logits)
         return [self._phase("train", made, 0.0, logits), self._phase("step", 0.0, 0.0, 0.0)]
 
@@ -299,10 +289,10 @@ class _Stage:
 
 
 def micro_batch(section: Training, processes: int, minibatches: int = 1) -> int:
-    """Rows of one training forward in one process."""
+    """The rows of one training forward in one process."""
     return section.micro_batch_size or max(1, section.batch_size // minibatches // processes)
 
 
 def rollout_batch(recipe: Recipe) -> int:
-    """Responses generated or scored in one call, in one process."""
+    """The responses generated or scored in one call in one process."""
     return recipe.ppo.rollout_batch_size or math.ceil(recipe.ppo.batch_size / recipe.num_processes)

@@ -1,17 +1,19 @@
-"""A decoder's sizes by its config.json: parameters, linear layers, KV cache. Counted, not loaded; imports no torch.
+"""Parameters, linear layers and KV cache of a decoder, from its config.json. Imports no torch.
 
-Exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and what is built like them (tests hold them against Transformers); for others the
-same field names are taken for the same things. Left out: mixtures of experts, state spaces, encoders.
+Exact for Llama, Mistral, Gemma, Qwen2, Qwen3 and similar architectures, as tests against Transformers show. Others are
+read as if their fields meant the same. Not covered: mixtures of experts, state-space models, encoders.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from salsa_peft.config.schema import Recipe
+from salsa_peft.utils.errors import SalsaError
+from salsa_peft.utils.files import read_json
+from salsa_peft.utils.hub import cached_folder
 
 KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": {
@@ -27,13 +29,13 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""The paper's bases, which are gated on the Hub: facts of their published config.json, so that a plan needs no access."""
+"""The published config.json of the paper's bases, which are gated on the Hub, so that --dry-run needs no access."""
 TIED = ("gemma", "gemma2", "gemma3_text")
-"""Architectures whose output embeddings are the input's where config.json says nothing."""
+"""Architectures whose input and output embeddings are tied by default."""
 
 
 class Linear(NamedTuple):
-    """A linear layer of every decoder layer."""
+    """A linear layer that every decoder layer has."""
 
     name: str
     inputs: int
@@ -43,7 +45,7 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What config.json says of a decoder."""
+    """The sizes of a decoder."""
 
     kind: str
     hidden: int
@@ -56,19 +58,16 @@ class Architecture:
     tied: bool
     qkv_bias: bool
     norms: int
-    """Weights of the norms of one layer."""
+    """Parameters of the norms of one layer."""
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Architecture:
-        """Raises KeyError for one that is no such decoder."""
+        """Read a config.json's content. Raises KeyError for a model that is not such a decoder."""
         config = config.get("text_config", config)
-        kind, hidden, heads = (
-            str(config.get("model_type", "")),
-            int(config["hidden_size"]),
-            int(config["num_attention_heads"]),
-        )
+        kind, hidden = str(config.get("model_type", "")), int(config["hidden_size"])
+        heads = int(config["num_attention_heads"])
         head_dim = int(config.get("head_dim") or hidden // heads)
-        of_heads = 2 * head_dim if kind in ("qwen3", "gemma3_text") else 0  # of queries and of keys
+        of_heads = 2 * head_dim if kind in ("qwen3", "gemma3_text") else 0  # norms of queries and keys
         return cls(
             kind=kind,
             hidden=hidden,
@@ -85,7 +84,7 @@ class Architecture:
 
     @property
     def linears(self) -> list[Linear]:
-        """Of one layer: what nf4 quantises and all-linear adapts."""
+        """The linear layers of one decoder layer, which nf4 quantises and all-linear adapts."""
         h, wide, narrow = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             Linear("q_proj", h, wide, self.qkv_bias), Linear("k_proj", h, narrow, self.qkv_bias),
@@ -96,51 +95,50 @@ class Architecture:
 
     @property
     def in_linears(self) -> int:
-        """Parameters of all layers' linear weights."""
+        """Weights of the linear layers of all decoder layers, without biases."""
         return self.layers * sum(linear.inputs * linear.outputs for linear in self.linears)
 
     @property
     def parameters(self) -> int:
-        """All of them, tied embeddings once."""
+        """All parameters, tied embeddings once."""
         biases = self.layers * sum(linear.outputs for linear in self.linears if linear.bias)
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.in_linears + biases + self.layers * self.norms + self.hidden + embeddings
 
     @property
     def head(self) -> int:
-        """Of them the output embeddings', which a sequence classifier has not."""
+        """Parameters of the output embeddings, which a sequence classifier does not have; 0 if they are tied."""
         return 0 if self.tied else self.vocabulary * self.hidden
 
     @property
     def largest(self) -> int:
-        """Parameters of the largest weight."""
+        """Parameters of the largest single weight."""
         return max(self.vocabulary * self.hidden, *(linear.inputs * linear.outputs for linear in self.linears))
 
     @property
     def kv_per_token(self) -> int:
-        """Keys' and values' numbers of one token, all layers."""
+        """Numbers in the keys and values of one token over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def adapter(self, rank: int, modules: str | list[str]) -> int:
-        """Parameters of a LoRA adapter of this rank."""
+        """Parameters of a LoRA adapter of this rank on these target modules."""
         chosen = [one for one in self.linears if modules == "all-linear" or one.name in modules]
         return self.layers * sum(rank * (one.inputs + one.outputs) for one in chosen)
 
 
 def architecture_of_recipe(recipe: Recipe) -> Architecture | None:
-    """The base's; None where its config.json is not at hand, or is of nothing like these."""
-    base = recipe.model.base
-    if base is None:
+    """The architecture of a recipe's base; None if its config.json is not local or not of such a decoder."""
+    if recipe.model.base is None:
         toy = recipe.toy
         assert toy is not None
         sizes = {"hidden_size": toy.hidden_size, "intermediate_size": 2 * toy.hidden_size, "num_hidden_layers": toy.num_layers,
                  "num_attention_heads": toy.num_heads, "vocab_size": 66, "model_type": "llama"}  # fmt: skip
         return Architecture.of(sizes)
-    return architecture_of_base(base, recipe.model.revision)
+    return architecture_of_base(recipe.model.base, recipe.model.revision)
 
 
 def architecture_of_base(base: str, revision: str | None = None) -> Architecture | None:
-    """A folder's, or a Hub id's that is in the cache or known; None as above."""
+    """The architecture of a folder or Hub id; None as for `architecture_of_recipe`."""
     found = config_of_base(base, revision)
     try:
         return None if found is None else Architecture.of(found)
@@ -149,17 +147,12 @@ def architecture_of_base(base: str, revision: str | None = None) -> Architecture
 
 
 def config_of_base(base: str, revision: str | None) -> dict[str, Any] | None:
-    """config.json of a folder, or of a Hub id that is in the cache or known; nothing is fetched."""
-    path = Path(base) / "config.json"
-    if not Path(base).is_absolute():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(base, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return KNOWN.get(base)
-        path = Path(cached)
+    """config.json of a folder, or of a Hub id in the cache or in KNOWN; None without one."""
+    folder = Path(base) if Path(base).is_absolute() else cached_folder(base, revision)
+    if folder is None:
+        return KNOWN.get(base)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(folder / "config.json")
+    except SalsaError:
         return None
     return content if isinstance(content, dict) else None

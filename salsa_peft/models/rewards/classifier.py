@@ -1,7 +1,7 @@
-"""A sequence classifier as reward: any architecture with one label, its own tokenizer and its own chat template.
+"""A sequence classifier of any architecture as reward, with its own tokenizer and chat template.
 
-Responses are decoded and tokenized again, unless the classifier has the policy's tokenizer and chat template: then it scores the policy's
-token ids.
+Responses are decoded and tokenized again, unless the classifier has the policy's tokenizer and chat template: then it
+scores the policy's token ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from salsa_peft.config.rewards import WRITE_A_FUNCTION
 from salsa_peft.data.chat.template_fields import messages_for_template, template_options
 from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
 from salsa_peft.models.responses import append_tokens, ends_turn, pad_right
 from salsa_peft.models.rewards.base import Reward, Rows
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 class ClassifierReward(Reward):
     """The classifier's one logit for prompt and response.
 
-    Messages: prompt and response, as an assistant's turn, go through the classifier's chat template, which closes the turn even if the
-    response was cut by the length limit. Text: prompt and response go through the classifier's tokenizer, which adds its special tokens.
-    If policy and classifier share tokenizer and template, the sampled ids are scored, with what the template writes after a token that
-    ends a turn. A sequence longer than the classifier can read loses tokens after its first one, and is counted in
-    `rewards/<name>/truncated`. Raises SalsaError for more than one label, and for messages without a chat template.
+    Messages: prompt and response, as an assistant's turn, go through the classifier's chat template, which closes the
+    turn even if the response was cut by the length limit. Text: prompt and response go through the classifier's
+    tokenizer, which adds its special tokens. If policy and classifier share tokenizer and template, the sampled ids are
+    scored, with what the template writes after a token that ends a turn. A sequence longer than the classifier can read
+    loses tokens after its first one, and is counted in `rewards/<name>/truncated`. Raises SalsaError for more than one
+    label, and for messages without a chat template.
     """
 
     def __init__(self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase,
@@ -50,11 +51,14 @@ class ClassifierReward(Reward):
         embeddings: Any = classifier.get_input_embeddings().weight
         labels, rows = classifier.config.num_labels, len(embeddings)
         require(
-            labels == 1, f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)"
+            labels == 1,
+            f"reward {name}: the classifier has {labels} labels, and a reward is one number (num_labels 1)."
+            f" {WRITE_A_FUNCTION}",
         )
         require(
             len(tokenizer) <= rows,
-            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its own tokenizer",
+            f"reward {name}: the tokenizer has {len(tokenizer)} tokens, and the classifier {rows} embeddings; use its"
+            " own tokenizer",
         )
         self.classifier, self.tokenizer, self.policy_tokenizer = classifier.eval(), tokenizer, policy_tokenizer
         self.classifier.requires_grad_(False)
@@ -105,8 +109,8 @@ class ClassifierReward(Reward):
         for row, prompt, both, answer in zip(rows, prompts, whole, answers, strict=True):
             require(
                 "prompt" in row,
-                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its tokenizer is not the"
-                " policy's; add `prompt`",
+                f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its"
+                " tokenizer is not the policy's; add `prompt`",
             )
             if isinstance(
                 row["prompt"], str
@@ -122,9 +126,10 @@ class ClassifierReward(Reward):
         where = f"reward {self.name}"
         require(
             self.tokenizer.chat_template is not None,
-            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a classifier with a template",
+            f"{where}: its tokenizer has no chat template, and the prompts are messages; use text prompts, or a"
+            " classifier with a template",
         )
-        chat = messages_for_template(check_messages(messages, where), self.tokenizer)
+        chat = messages_for_template(parse_messages(messages, where), self.tokenizer)
         try:
             encoded: Any = self.tokenizer.apply_chat_template(chat, return_dict=True, **options)
         except TemplateError as error:
@@ -133,12 +138,12 @@ class ClassifierReward(Reward):
 
     def _truncate(self, sequences: list[list[int]]) -> list[list[int]]:
         over = sum(len(ids) > self.longest for ids in sequences)
-        self.tally.add(f"rewards/{self.name}/truncated", over, len(sequences))
+        self.add_metric(f"rewards/{self.name}/truncated", over, len(sequences))
         if over and not self.truncation_reported:
             self.truncation_reported = True
             say(
-                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the {self.longest} tokens"
-                " that it reads; the beginnings of these prompts are cut off"
+                f"reward {self.name}: {over} of {len(sequences)} responses are, with their prompts, longer than the"
+                f" {self.longest} tokens that it reads; the beginnings of these prompts are cut off"
             )
         return [ids if len(ids) <= self.longest else [*ids[:1], *ids[1 - self.longest :]] for ids in sequences]
 
@@ -154,7 +159,7 @@ class ClassifierReward(Reward):
 
 def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, *, name: str | None = None,
                            dtype: str = "auto") -> ClassifierReward:  # fmt: skip
-    """Load a sequence classifier, a folder or Hub id, in safetensors format. Raises SalsaError for a model without a trained head."""
+    """Load the sequence classifier of a folder or Hub id. Raises SalsaError without a trained head."""
     folder = local_folder(path)
     require((folder / "config.json").is_file(), f"{path}: no config.json in this folder; use a sequence classifier")
     with readable_hub_errors(str(folder)):
@@ -167,11 +172,7 @@ def load_classifier_reward(path: str, policy_tokenizer: PreTrainedTokenizerBase,
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    labels, missing = loaded.config.num_labels, sorted(report["missing_keys"])
-    require(
-        labels == 1,
-        f"{path}: the classifier has {labels} labels, and a reward is one number (num_labels 1). {WRITE_A_FUNCTION}",
-    )
+    missing = sorted(report["missing_keys"])
     require(not missing, f"{path}: it has no weights for {', '.join(missing[:2])}; use a trained sequence classifier")
     loaded.config.get_text_config().use_cache = False
     name = name or path.rstrip("/").rsplit("/", 1)[-1]

@@ -1,6 +1,7 @@
 """A Python function as reward, with the signature of TRL's reward functions; decoding of responses.
 
-Of the arguments in TRL 1.16, `trainer_state`, `log_extra` (rewards are used without a trainer too) and `environments` are not passed.
+Of the arguments in TRL 1.16, `trainer_state`, `log_extra` (rewards are used without a trainer too) and `environments`
+are not passed.
 """
 
 from __future__ import annotations
@@ -36,17 +37,18 @@ RESERVED = re.compile(
 
 
 class FunctionReward(Reward):
-    """`function(prompts, completions, completion_ids, **columns) -> list[float | None]`, with the signature of TRL's reward functions.
+    """A `function(prompts, completions, completion_ids, **columns) -> list[float | None]`, as in TRL.
 
     It is called by keyword, with those of these arguments that it takes (as in TRL 1.16):
 
-    - prompts: as in the data, text or messages; completions: text, or [{role: assistant, content}] for messages. Special tokens are
-      left out unless `special_tokens` keeps them.
+    - prompts: as in the data, text or messages; completions: text, or [{role: assistant, content}] for messages.
+      Special tokens are left out unless `special_tokens` keeps them.
     - completion_ids: lists of token ids, with EOS. Every other column of the data: a list of its values.
-    - log_metric(name, value): logs a metric, averaged. finished (not in TRL): whether each response ended before the length limit.
+    - log_metric(name, value): logs a metric, averaged. finished (not in TRL): whether each response ended before the
+      length limit.
 
-    An async function is awaited. None instead of a score means that the reward does not apply to a response; only parts of a weighted
-    sum may return it.
+    An async function is awaited. None instead of a score means that the reward does not apply to a response; only parts
+    of a weighted sum may return it.
     """
 
     def __init__(
@@ -58,8 +60,8 @@ class FunctionReward(Reward):
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         require(
             not positional,
-            f"{self._where}: it takes {', '.join(positional)} by position only, and rewards are called by keyword; remove the / from its"
-            " signature",
+            f"{self._where}: it takes {', '.join(positional)} by position only, and rewards are called by keyword;"
+            " remove the / from its signature",
         )
         self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -79,20 +81,20 @@ class FunctionReward(Reward):
         scores, applies = self.scores_and_mask(responses, rows)
         require(
             bool(applies.all()),
-            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses. Only a part of a weighted sum may do"
-            " that; return a number for each",
+            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses. Only a part of a"
+            " weighted sum may do that; return a number for each",
         )
         return scores
 
     def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Scores (B,), float32, and a mask (B,) of the responses for which the function returned a number; the score of others is 0."""
+        """Scores (B,), float32, and a mask (B,), False with score 0 where the function returned None."""
         arguments = self._arguments(responses, rows)
         absent = sorted(self.needs - arguments.keys())
         columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
         require(
             not absent,
-            f"{self._where}: it takes {', '.join(absent)}, which is no column of the data (columns: {columns}); rename it, or give it a"
-            " default",
+            f"{self._where}: it takes {', '.join(absent)}, which is no column of the data (columns: {columns}); rename"
+            " it, or give it a default",
         )
         taken = {name: value for name, value in arguments.items() if self.keywords or name in self.takes}
         scores = self.function(**taken)
@@ -103,7 +105,8 @@ class FunctionReward(Reward):
         require(is_list, f"{self._where}: it returned {scores!r:.80}; return a list of one score for each response")
         require(
             len(scores) == len(rows),
-            f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each response",
+            f"{self._where}: it returned {len(scores)} scores for {len(rows)} responses; return one score for each"
+            " response",
         )
         scores, device = list(scores), responses.response_ids.device
         applies = torch.tensor([score is not None for score in scores], device=device)
@@ -121,8 +124,8 @@ class FunctionReward(Reward):
         columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
-            f"{self._where}: the data has a column `finished`, and rewards are passed an argument of that name (whether each response ended"
-            " before the length limit); rename the column",
+            f"{self._where}: the data has a column `finished`, and rewards are passed an argument of that name"
+            " (whether each response ended before the length limit); rename the column",
         )
         data = {**{key: [row.get(key) for row in rows] for key in columns}, "prompts": prompts}
         return {
@@ -139,12 +142,12 @@ class FunctionReward(Reward):
         }
 
     def _log_metric(self, name: str, value: float) -> None:
-        """What a function gets as `log_metric`. Raises SalsaError for a reserved name, and for a value that is not a number."""
+        """The argument `log_metric`. Raises SalsaError for a reserved name or a value that is not a number."""
         where = f"{self._where}: log_metric"
         require(isinstance(name, str), f"{where}: the name {name!r:.60} is not text")
         require(not RESERVED.fullmatch(name), f"{where}: {name!r} is the name of a metric of training; use another")
         try:
-            self.tally.add(name, float(value), 1)
+            self.add_metric(name, float(value), 1)
         except (TypeError, ValueError) as error:
             raise SalsaError(f"{where}: the value {value!r:.60} of {name!r} is not a number") from error
 
@@ -156,7 +159,7 @@ def _number(score: Any) -> float:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, special_tokens: bool = False) -> list[str]:
-    """Decode the token ids (B, L) where the mask (B, L) is True, without special tokens unless `special_tokens`."""
+    """Decode token ids (B, L) where the mask is True, without special tokens unless `special_tokens`."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
 
@@ -172,7 +175,8 @@ def row_prompts(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: 
 def load_function(value: str) -> Callable[..., Any]:
     """Import the function [FOLDER/]module:name; without FOLDER from the current folder or Python's path.
 
-    Raises SalsaError if there is no such function, if the module cannot be imported, and if another module has its name.
+    Raises SalsaError if there is no such function, if the module cannot be imported, and if another module has its
+    name.
     """
     folder, module, name = split_function(value)
     if folder is None and find_module(os.getcwd(), module) is not None:

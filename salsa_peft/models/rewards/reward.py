@@ -41,8 +41,8 @@ EXPECTED = "pass the folder or Hub id of a reward adapter or a sequence classifi
 class AdapterReward(Reward):
     """A reward adapter on the shared base, with its linear head on the last token of the conversation.
 
-    tokenizer: the one whose chat template the adapter was trained with. What the template writes after the token that ends a turn is
-    scored too, as in TRL's RewardTrainer; None: no such text is added.
+    tokenizer: the one whose chat template the adapter was trained with. What the template writes after the token that
+    ends a turn is scored too, as in TRL's RewardTrainer; None: no such text is added.
     """
 
     def __init__(
@@ -91,9 +91,10 @@ class Part(NamedTuple):
 
 
 class WeightedReward(Reward):
-    """Σ weight · score over the parts that apply to a response (a function that returns None does not), as in TRL.
+    """Σ weight · score over the parts that apply to a response, as in TRL.
 
-    The weights are not renormalised. A part of weight 0 is only logged. Raises SalsaError if no part applies to a response.
+    The weights are not renormalised. A part of weight 0 is only logged. Raises SalsaError if no part applies to a
+    response.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
@@ -110,14 +111,15 @@ class WeightedReward(Reward):
         any_applies = torch.zeros_like(total, dtype=torch.bool)
         for reward, weight, name in self.parts:
             scores, applies = reward.scores_and_mask(responses, rows)
-            self.tally.add(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
+            self.add_metric(f"rewards/{name}/mean", scores[applies].sum().item(), int(applies.sum()))
             if weight:
                 total = total + weight * scores  # 0 where it does not apply
                 any_applies |= applies
         names = ", ".join(part.name for part in self.parts if part.weight)
         require(
             bool(any_applies.all()),
-            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response needs a score",
+            f"reward: none of {names} applies to {int((~any_applies).sum())} of {len(rows)} responses; each response"
+            " needs a score",
         )
         return total
 
@@ -125,12 +127,12 @@ class WeightedReward(Reward):
         """The rewards in the sum; those of a sum within it are listed one by one."""
         return [one for part in self.parts for one in part.reward.components()]
 
-    def take_figures(self) -> dict[str, tuple[float, int]]:
-        """`rewards/<name>/mean` of each part, over the responses that it applied to, and the parts' own metrics."""
-        figures = super().take_figures()
+    def take_metrics(self) -> dict[str, tuple[float, int]]:
+        """`rewards/<name>/mean` of each part where it applied, and the parts' own metrics."""
+        metrics = super().take_metrics()
         for part in self.parts:
-            figures |= part.reward.take_figures()
-        return figures
+            metrics |= part.reward.take_metrics()
+        return metrics
 
 
 def adapter_in(reward: Reward) -> AdapterReward | None:
@@ -141,7 +143,8 @@ def adapter_in(reward: Reward) -> AdapterReward | None:
 def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int = 64) -> Reward:
     """Make a Reward of what a library user passes:
 
-    - a folder or Hub id of a reward adapter (with an adapter_config.json; `model` must be a PeftModel) or of a sequence classifier;
+    - a folder or Hub id of a reward adapter (with an adapter_config.json; `model` must be a PeftModel) or of a sequence
+      classifier;
     - a sequence classifier in memory, whose name_or_path leads to its tokenizer;
     - a function with the signature of TRL's reward functions, or its name as [FOLDER/]module:name;
     - a Reward, or any callable `(responses, rows) → (B,)`;
@@ -153,7 +156,7 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
         require(bool(reward), f"reward: the list is empty; {EXPECTED}")
         return WeightedReward([_as_part(entry, model, tokenizer, micro_batch_size) for entry in reward])
     if isinstance(reward, str | Path):
-        return _from_name(str(reward), model, tokenizer, micro_batch_size)
+        return _load(str(reward), model, tokenizer, micro_batch_size)
     if isinstance(reward, PreTrainedModel | PeftModel):
         name = str(causal_lm(reward).name_or_path or "")
         require(
@@ -185,15 +188,19 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
     return Part(reward, float(weight), reward.name if name is None else name)
 
 
-def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Reward:
-    if not os.path.isdir(name) and FUNCTION.match(name):
-        return FunctionReward(load_function(name), tokenizer)
-    folder = lora.adapter_folder(name)
+def _load(
+    path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, **options: Any
+) -> Reward:
+    """The reward of a module:name, folder or Hub id; `options` are those of load_classifier_reward."""
+    if not os.path.isdir(path) and FUNCTION.match(path):
+        return FunctionReward(load_function(path), tokenizer)
+    folder = lora.adapter_folder(path)
     if not (folder / lora.CONFIG).is_file():
-        return load_classifier_reward(name, tokenizer, micro_batch_size)
+        return load_classifier_reward(path, tokenizer, micro_batch_size, **options)
     if not isinstance(model, PeftModel):
         raise SalsaError(
-            f"{name}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a sequence classifier"
+            f"{path}: this is a reward adapter, and the policy is a {type(model).__name__} without adapters; use a"
+            " sequence classifier"
         )
     base = str(causal_lm(model).name_or_path)
     bases.require_same_base(folder, bases.fingerprints_of(base), base)
@@ -203,24 +210,17 @@ def _from_name(name: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, 
 
 def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
-    """The reward of a recipe's `reward:` section; `inputs["reward"]` is the reward stage's folder, if that stage trains one."""
+    """The reward of a recipe; `inputs["reward"]` is the reward stage's folder, if it trains one."""
     parts = []
     for part in recipe.reward.parts:
-        if part.kind == ADAPTER and recipe.adapter is not None:
-            reward = as_reward(inputs["reward"], model, tokenizer, micro_batch_size)
-        elif part.kind == "function":
-            reward = FunctionReward(load_function(part.value), tokenizer)
-        elif part.kind == "classifier" and (lora.adapter_folder(part.value) / lora.CONFIG).is_file():
-            reward = _from_name(part.value, model, tokenizer, micro_batch_size)
-        else:  # in a recipe of full weights the reward stage trains a classifier
-            path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
-            reward = load_classifier_reward(path, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)
+        path = str(inputs["reward"]) if part.kind == ADAPTER else part.value
+        reward = _load(path, model, tokenizer, micro_batch_size, name=part.name, dtype=recipe.model.dtype)
         parts.append(Part(reward, part.weight, part.name))
     return parts[0].reward if len(parts) == 1 and parts[0].weight == 1 else WeightedReward(parts)
 
 
 class RunningScale:
-    """Divides scores by the standard deviation of all scores so far, these included (TRL 0.8's RunningMoments)."""
+    """Divides scores by the standard deviation of all scores so far (TRL 0.8's RunningMoments)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0

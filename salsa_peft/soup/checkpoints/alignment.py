@@ -34,8 +34,6 @@ class OutputFile(NamedTuple):
     header: bytes
     pieces: list[str]
     """Keys of Alignment.rows, in the order of their bytes."""
-    size: int
-    """The number of bytes of its tensors."""
 
 
 class Alignment(NamedTuple):
@@ -43,24 +41,19 @@ class Alignment(NamedTuple):
 
     checkpoint: Checkpoint
     """The checkpoint whose files, names and dtypes the soup has."""
-    member: int
-    """Its position among the checkpoints."""
     files: dict[str, OutputFile]
     rows: list[dict[str, Place]]
     """For each checkpoint: piece (a tensor or a part of one) → where it is."""
+    layout: dict[str, Place]
+    """The row of the checkpoint whose layout is written."""
     untied: bool
     """Whether the soup has output embeddings of its own, though config.json says that they are tied."""
 
-    def layout(self) -> dict[str, Place]:
-        """Piece → where it is in the checkpoint whose layout and dtypes are written."""
-        return self.rows[self.member]
-
 
 def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
-    """Find the tensors of the soup in every checkpoint. The layout is that of the first one, or of the first whose output embeddings
-    differ from its input embeddings.
+    """Find the tensors of the soup in every checkpoint.
 
-    Raises SalsaError naming file and field or tensor for another architecture, vocabulary, tensor, shape or kind of dtype.
+    The layout is that of the first checkpoint, or of the first whose output embeddings differ from its input embeddings. Raises SalsaError naming file and field or tensor for another architecture, vocabulary, tensor, shape or kind of dtype.
     """
     head = checkpoints[0]
     for other in checkpoints[1:]:
@@ -68,11 +61,8 @@ def align(checkpoints: Sequence[Checkpoint]) -> Alignment:
         check_vocabulary(head.folder, other.folder)
     if all(_same_names(head, checkpoint) for checkpoint in checkpoints):
         rows = [dict(checkpoint.tensors) for checkpoint in checkpoints]
-        files = {
-            name: OutputFile(file.header, list(file.entries), file.size - file.begin)
-            for name, file in head.files.items()
-        }
-        return Alignment(head, 0, files, rows, untied=False)
+        files = {name: OutputFile(file.header, list(file.entries)) for name, file in head.files.items()}
+        return Alignment(head, files, rows, rows[0], untied=False)
     return _align_by_model([ModelTensors.of(checkpoint) for checkpoint in checkpoints])
 
 
@@ -81,10 +71,8 @@ def _same_names(head: Checkpoint, other: Checkpoint) -> bool:
     return (
         head.tensors.keys() == other.tensors.keys()
         and head.tied == other.tied
-        and all(
-            place.entry.shape == other.tensors[name].entry.shape and _same_kind(place.entry, other.tensors[name].entry)
-            for name, place in head.tensors.items()
-        )
+        and all(place.entry.shape == other.tensors[name].entry.shape for name, place in head.tensors.items())
+        and all(_same_kind(place.entry, other.tensors[name].entry) for name, place in head.tensors.items())
         and all(tensor_names.without_wrappers(name) == name for name in other.tensors)
         and not _lacks_head(head)
         and (not other.tied or _differing_head(other) is None)
@@ -97,7 +85,7 @@ def _same_kind(one: Entry, other: Entry) -> bool:
 
 
 def _lacks_head(checkpoint: Checkpoint) -> bool:
-    """Whether a language model has no output embeddings of a usual name, though config.json does not tie them to the input's."""
+    """Whether a language model lacks output embeddings, though config.json does not tie them."""
     causal = any(str(name).endswith("ForCausalLM") for name in checkpoint.config.get("architectures") or ())
     with_input = any(name.endswith(EMBEDDINGS) for name in checkpoint.tensors)
     with_head = any(name.endswith(HEADS) for name in checkpoint.tensors)
@@ -118,7 +106,7 @@ def _differing_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def check_tied(checkpoint: Checkpoint) -> None:
-    """Raise SalsaError if config.json ties the output embeddings, but the files have other values for them."""
+    """Raise SalsaError if the files have other values for output embeddings that config.json ties."""
     differing = _differing_head(checkpoint) if checkpoint.tied else None
     if differing is not None:
         head, embeddings = differing
@@ -156,16 +144,16 @@ def _align_by_model(views: Sequence[ModelTensors]) -> Alignment:
                 pieces.append(piece)
                 for row, place in zip(rows, places, strict=True):
                     row[piece] = place
-        files[file_name] = OutputFile(_header(file), pieces, file.size - file.begin)
+        files[file_name] = OutputFile(_header(file), pieces)
     untied = own is not None and bool(chosen.names.tied)
-    return Alignment(chosen.checkpoint, views.index(chosen), files, rows, untied)
+    return Alignment(chosen.checkpoint, files, rows, rows[views.index(chosen)], untied)
 
 
 def _check_same_tensors(chosen: ModelTensors, view: ModelTensors) -> None:
     for name in sorted(chosen.parts.keys() ^ view.parts.keys()):
         lacks, has = (view, chosen) if name in chosen.parts else (chosen, view)
         raise SalsaError(
-            f"{lacks.checkpoint.folder}: {lacks.names} there has no {name}, but {has.parts[name][0].place.file.path} has it"
+            f"{lacks.checkpoint.folder}: the model ({lacks.names}) has no {name}, but {has.parts[name][0].place.file.path} has it"
             f" ({has.names}); members of a soup must have the same tensors: leave one out, or save it again with this tensor"
         )
     for name in chosen.parts:
@@ -203,7 +191,7 @@ def _pieces(chosen: ModelTensors, name: str, views: Sequence[ModelTensors]) -> I
 
 
 def _no_parameter(view: ModelTensors, name: str, place: Place) -> Place:
-    """Where a tensor that is no parameter is read: the checkpoint's own floats of that name and shape, else those at `place`."""
+    """Where to read a tensor that is no parameter: the checkpoint's own floats, else `place`."""
     found = view.checkpoint.tensors[name] if view.spans.get(name) == [] else place
     return found if found.entry.shape == place.entry.shape and found.entry.dtype in FLOATS else place
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a soup of full checkpoints, one block at a time: the weighted sum, and products of the members' differences.
+"""The weighted sum of a block of the members' values, and the products of their differences.
 
 NumPy and not torch, whose import takes longer than averaging 2 GB. NumPy has no bfloat16, and converting with astype would take most
 of the time, so bfloat16 values are widened in pairs: of a little-endian 32-bit word u, u << 16 is the float32 of the even element and
@@ -48,7 +48,7 @@ class BlockDtypes(NamedTuple):
 
 
 class NotFinite(Exception):
-    """A value that is not finite: the number of its member (None: it is in the sum), and which element of the block it is."""
+    """A value that is not finite: its member (None: it is in the sum) and its element in the block."""
 
     def __init__(self, member: int | None, element: int) -> None:
         super().__init__(member, element)
@@ -56,7 +56,7 @@ class NotFinite(Exception):
 
 
 class SumPlan:
-    """What is computed of every block. `weights` has one number for each member; None: only the products are computed."""
+    """What is computed of every block. Without `weights` (one for each member) only the products are."""
 
     def __init__(self, members: int, weights: Sequence[float] | None, pivot: int) -> None:
         self.members, self.weights, self.pivot = members, weights, pivot
@@ -88,7 +88,7 @@ class BlockSums:
         self._spare, self._out = np.empty(size, np.uint32), np.empty(size, np.uint16)
 
     def add(self, dtypes: BlockDtypes, count: int, write: bool) -> tuple[list[float], Buffer]:
-        """The products of the differences, in the order of SumPlan.pairs, and the bytes of the sum, if it is to be written.
+        """The products of the differences, in the order of SumPlan.pairs, and the bytes of the sum if `write`.
 
         Raises NotFinite.
         """
@@ -103,7 +103,7 @@ class BlockSums:
     def _add(
         self, dtypes: BlockDtypes, count: int, write: bool, halves: bool, wide: type[np.floating], careful: bool = False
     ) -> tuple[list[float], Buffer] | None:
-        """As `add`; None if a product is not finite, unless `careful`. `halves`: even and odd elements are kept apart."""
+        """As `add`; None if a product is not finite and not `careful`. `halves`: bfloat16 is widened in pairs."""
         plan, padded = self.plan, -(-count // ROW) * ROW  # zeros after the last value change no sum
         values = self._wide[wide][:, :padded]
         if halves:
@@ -152,7 +152,7 @@ class BlockSums:
             yield widen(row[: count * BITS[dtype] // 8].view(DTYPES[dtype]), dtype)
 
     def _sum(self, values: Array) -> None:
-        """Sum into the pivot's row. Differences are subtracted, rather than their negatives added, since −0.0 − 0.0 is −0.0."""
+        """Sum into the pivot's row. Differences are subtracted rather than added, since −0.0 − 0.0 is −0.0."""
         plan, total = self.plan, values[self.plan.pivot]
         assert plan.weights is not None
         if abs(plan.sum - 1) > 1e-6:
@@ -172,7 +172,7 @@ class BlockSums:
         return total
 
     def _keep_zeros(self, total: Array, values: Array) -> Array:
-        """Where all members are zero, give the sum the sign of the pivot's zero. `values`: the pivot's, and the others' differences."""
+        """Where all members are zero, use the pivot's zero, which has a sign. `values`: pivot and differences."""
         if not self.plan.mean:
             zeros = np.flatnonzero(total == 0)
             same = zeros[(values[:, zeros] == 0).all(0)]
@@ -180,9 +180,9 @@ class BlockSums:
         return total
 
     def _join(self, total: Array, wide: Array) -> Array:
-        """Even and odd elements in float64 → bfloat16 in their order. Overwrites `total`, and `wide`, a row of float32.
+        """Round even and odd elements to bfloat16 and join them.
 
-        First to float32, towards zero, with the last bit set if that is not exact (round to odd); then to 16 bits, to nearest, ties to
+        Overwrites `total`, and `wide`, a row of float32. Rounds first to float32, towards zero, with the last bit set if that is not exact (round to odd); then to 16 bits, to nearest, ties to
         even: bits + 0x7FFF + (the last bit that stays), cut off.
         """
         long, rest = total.view(np.uint64), self._direct[1, : len(total)].view(np.uint64)

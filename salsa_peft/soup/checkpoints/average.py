@@ -1,4 +1,4 @@
-"""The weighted sum of full checkpoints, streamed: memory is bounded by pieces of a few MB, whatever the size of the models.
+"""The weighted sum of full checkpoints, streamed in pieces of a few MB that bound the memory.
 
 The soup has the shards, headers, dtypes and configuration of the first member. If another member has output embeddings of its own and
 the first has them tied to the input embeddings, the soup has that member's layout. Members may differ in shards, in float dtypes and in
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salsa_peft.soup.checkpoints.alignment import Alignment, align
-from salsa_peft.soup.checkpoints.companions import Source, copy_companions
+from salsa_peft.soup.checkpoints.companions import copy_companions
 from salsa_peft.soup.checkpoints.read import (
     CONFIG,
     INDEX,
@@ -51,9 +51,9 @@ def average(
     progress: Progress | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write Σ w_i θ_i, for weights of any sum, into the folder `out`; return the summary, which is also in out/soup.json.
+    """Write Σ w_i θ_i into the folder `out` and return the summary, which is also in out/soup.json.
 
-    A member of weight 0 is checked by its headers, but its values are not read. With `base` the summary has the norms and cosines of
+    Weights may have any sum. A member of weight 0 is checked by its headers, but its values are not read. With `base` the summary has the norms and cosines of
     what each member adds to it, without it only distances. `more` is added to the summary. Raises SalsaError naming file and tensor;
     then nothing is written.
     """
@@ -63,7 +63,8 @@ def average(
     folders = [Path(member) for member in members]
     called = default_names(folders, names)
     read = [read_checkpoint(folder, name) for folder, name in zip(folders, called, strict=True)]
-    everything = [*read, *([] if base is None else [read_checkpoint(Path(base))])]
+    origin = None if base is None else read_checkpoint(Path(base), "base")
+    everything = read if origin is None else [*read, origin]
     for checkpoint in everything:
         check_plain(checkpoint)
     aligned = align(everything)
@@ -72,8 +73,8 @@ def average(
             check_manifest(checkpoint)
         products = _write_shards(output, aligned, numbers, progress)
         _write_index(output, aligned)
-        used = [Source(row.name, row.folder) for row, weight in zip(read, numbers, strict=True) if weight != 0]
-        taken = copy_companions(output, used, None if base is None else Path(base))
+        used = [row for row, weight in zip(read, numbers, strict=True) if weight != 0]
+        taken = copy_companions(output, used, origin)
         summary = {"kind": "checkpoints", "strategy": strategy} | _figures(read, numbers, products, base is not None)
         summary |= _sizes(aligned.checkpoint) | {"shards": len(aligned.files)} | taken | dict(more or {})
         summary["seconds"] = round(time.perf_counter() - begun, 3)
@@ -82,7 +83,7 @@ def average(
 
 
 def gram(members: Sequence[Path | str], base: Path | str) -> torch.Tensor:
-    """⟨θ_i − θ_base, θ_j − θ_base⟩, with all tensors as one vector: (members, members), float64. Streamed; writes nothing."""
+    """⟨θ_i − θ_base, θ_j − θ_base⟩ with all tensors as one vector: (members, members), float64."""
     import torch
 
     read = [read_checkpoint(Path(folder)) for folder in (base, *members)]
@@ -96,7 +97,7 @@ def gram(members: Sequence[Path | str], base: Path | str) -> torch.Tensor:
 def _write_shards(
     output: Output, aligned: Alignment, numbers: Sequence[float], progress: Progress | None
 ) -> list[list[float]]:
-    """Write all shards → the products of the differences from the member of the largest weight, summed over shards.
+    """Write all shards → the products of the differences from the member of the largest weight.
 
     Their rows are the members whose weight is not 0, then the base, whose weight in the sum is 0.
     """
@@ -104,13 +105,14 @@ def _write_shards(
     rows, weights = [aligned.rows[i] for i in used], [weight for weight in numbers if weight != 0]
     weights += [0.0] * (len(rows) - len(weights))
     pivot = max(range(len(rows)), key=lambda i: abs(weights[i]))
-    layout = aligned.layout()
     total = [[0.0] * len(rows) for _ in rows]
     count = byte_counter(progress, _size_of(aligned))
     for name, file in aligned.files.items():
         with output.shard(name, file.header) as write:
-            products = stream(file.pieces, rows, weights, pivot=pivot, layout=layout, write=write, progress=count)
-        total = [[a + b for a, b in zip(mine, yours, strict=True)] for mine, yours in zip(total, products, strict=True)]
+            products = stream(
+                file.pieces, rows, weights, pivot=pivot, layout=aligned.layout, write=write, progress=count
+            )
+        total = [[a + b for a, b in zip(old, new, strict=True)] for old, new in zip(total, products, strict=True)]
     return total
 
 
@@ -132,7 +134,7 @@ def _write_index(output: Output, aligned: Alignment) -> None:
 
 
 def _config(aligned: Alignment) -> bytes | str:
-    """The content of config.json: unchanged, unless output embeddings that it calls tied have values of their own."""
+    """The content of config.json: unchanged, unless it ties output embeddings that have their own values."""
     if not aligned.untied:
         return (aligned.checkpoint.folder / CONFIG).read_bytes()
     config = dict(aligned.checkpoint.config) | {"tie_word_embeddings": False}
@@ -143,7 +145,7 @@ def _config(aligned: Alignment) -> bytes | str:
 
 def _size_of(aligned: Alignment) -> int:
     """The size of the soup's tensors in bytes."""
-    return sum(file.size for file in aligned.files.values())
+    return sum(file.size - file.begin for file in aligned.checkpoint.files.values())
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
 def _figures(
     read: Sequence[Checkpoint], weights: Sequence[float], products: list[list[float]], with_base: bool
 ) -> dict[str, Any]:
-    """The summary's members and pairs and, with a base (the last row of `products`), the norms of what they add to it.
+    """The summary's members, pairs and norms; the base, if there is one, is the last row of `products`.
 
     The products ⟨a, b⟩ are of differences from one of the members. Of differences from the base o they are
     ⟨a, b⟩ − ⟨a, o⟩ − ⟨b, o⟩ + ⟨o, o⟩.
@@ -187,5 +189,5 @@ def _figures(
 
 
 def _root(square: float) -> float | None:
-    """The square root: 0 where rounding left a sum of squares below zero, None where it overflowed float64."""
+    """The square root of a sum of squares: 0 if rounding left it below zero, None if it overflowed."""
     return math.sqrt(max(square, 0.0)) if math.isfinite(square) else None

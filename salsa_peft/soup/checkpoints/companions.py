@@ -1,4 +1,4 @@
-"""The files that go with the weights of a soup of checkpoints: tokenizer, chat template and settings. Imports no torch.
+"""The files that go with a soup's weights: tokenizer, chat template and settings. Imports no torch.
 
 Members may have no tokenizer, a tokenizer with fewer added tokens, or no chat template. The soup gets the tokenizer with the most
 tokens (the first of equal ones), that tokenizer's chat template or else the first there is, and the settings of generation and of a
@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from salsa_peft.soup.checkpoints.read import read_mapping
+from salsa_peft.soup.checkpoints.read import Checkpoint, read_mapping
 from salsa_peft.soup.checkpoints.vocabularies import vocabulary_of, warn_about_special_tokens
 from salsa_peft.soup.checkpoints.write import Output
 
@@ -28,13 +28,6 @@ PATTERNS = (
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
-class Source(NamedTuple):
-    """A member, or the base."""
-
-    name: str
-    folder: Path
-
-
 def companion_files(folder: Path) -> dict[str, Path]:
     """Name → path of the files that go with a folder's weights."""
     paths = [path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()]
@@ -46,16 +39,15 @@ def has_vocabulary(names: Iterable[str]) -> bool:
     return any(name in VOCABULARIES or name.endswith((".model", ".tiktoken")) for name in names)
 
 
-def copy_companions(output: Output, members: Sequence[Source], base: Path | None = None) -> dict[str, str | None]:
-    """Copy the files that go with the weights; the base's if no member has a tokenizer. Warns where members differ.
+def copy_companions(output: Output, members: Sequence[Checkpoint], base: Checkpoint | None) -> dict[str, str | None]:
+    """Copy the files that go with the weights, and warn where the members differ in them.
 
-    Returns the names of the members whose tokenizer and chat template were taken.
+    The base's count too if no member has a tokenizer. Returns the names of the members whose tokenizer and chat template were taken.
     """
     found = {member: companion_files(member.folder) for member in members}
-    sources = list(members)
     if base is not None and not any(map(has_vocabulary, found.values())):
-        sources.append(Source("base", base))
-        found[sources[-1]] = companion_files(base)
+        found[base] = companion_files(base.folder)
+    sources = list(found)
     files: dict[str, Path] = {}
     for part in ("generation", "processor"):
         first = next((given for given in found.values() if any(_part(name) == part for name in given)), {})
@@ -79,10 +71,10 @@ def copy_companions(output: Output, members: Sequence[Source], base: Path | None
         texts = sorted(templates[speaker].values())
         other = [source.name for source in sources if sorted(templates[source].values()) != texts]
         _warn("chat template: taken from %s, since %s has none or another", speaker, other)
-    return {"tokenizer": owner and owner.name, "chat_template": speaker and speaker.name}
+    return {"tokenizer": owner.name if owner else None, "chat_template": speaker.name if speaker else None}
 
 
-def _warn(line: str, taken: Source, others: Sequence[str]) -> None:
+def _warn(line: str, taken: Checkpoint, others: Sequence[str]) -> None:
     if others:
         logger.warning(line, taken.name, " and ".join(others))
 
@@ -102,7 +94,7 @@ def _has_template_file(given: Mapping[str, Path]) -> bool:
 
 
 def _templates(given: Mapping[str, Path]) -> dict[str, bytes]:
-    """File name → content of a folder's chat templates; those inside tokenizer_config.json as files of their own."""
+    """File name → content of the chat templates; one in tokenizer_config.json becomes a file of its own."""
     if _has_template_file(given) or SETTINGS not in given:
         return {name: path.read_bytes() for name, path in given.items() if _part(name) == "template"}
     inside: Any = read_mapping(given[SETTINGS]).get("chat_template")

@@ -37,7 +37,7 @@ LENGTHS = ("dynamic", "longrope")
 
 
 def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Path, other_path: Path) -> None:
-    """Raise SalsaError naming the first field in which two config.json differ, if the difference changes what the model computes."""
+    """Raise SalsaError naming the first field in which two config.json differ in what the model computes."""
     if _plain(head) == _plain(other):
         return
     kinds = [config.get("model_type") for config in (head, other)]
@@ -48,22 +48,22 @@ def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Pa
         for field in sorted(_plain(head).keys() & _plain(other).keys()):
             require(head[field] == other[field], _line(field, other[field], head[field], other_path, head_path))
         return
-    mine, yours = (
+    first, second = (
         tensor_names.read_config(config, str(path)) for config, path in ((head, head_path), (other, other_path))
     )
-    found = difference(mine, yours)
+    found = difference(first, second)
     if found is not None:
         raise SalsaError(_line(found[0], found[2], found[1], other_path, head_path))
 
 
-def _line(field: str, yours: Any, mine: Any, other_path: Path, head_path: Path) -> str:
+def _line(field: str, second: Any, first: Any, other_path: Path, head_path: Path) -> str:
     why = "the same weights would compute something else; average models of one architecture, or correct the file that is wrong"
     if field.endswith("vocab_size"):
         why = (
             "their embeddings have different numbers of rows; resize one model to the other's with model.resize_token_embeddings(…) and"
             " save it again"
         )
-    return f"{other_path}: {field} is {yours!r:.80}, but {mine!r:.80} in {head_path}: {why}"
+    return f"{other_path}: {field} is {second!r:.80}, but {first!r:.80} in {head_path}: {why}"
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +76,12 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(head: PreTrainedConfig, other: PreTrainedConfig, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two configurations of one class differ in effect: its name and both values, or None.
+    """The first field in which two configurations of one class differ in effect, and both values; or None.
 
     Only the fields that the class declares are compared, since no model reads the others.
     """
-    mine, yours = head.to_dict(), other.to_dict()
-    parts = [name for name in type(head).sub_configs if name in mine]
+    first, second = head.to_dict(), other.to_dict()
+    parts = [name for name in type(head).sub_configs if name in first]
     for name in parts:
         one, two = vars(head).get(name), vars(other).get(name)
         if one is None or two is None or type(one) is not type(two):
@@ -94,47 +94,49 @@ def difference(head: PreTrainedConfig, other: PreTrainedConfig, prefix: str = ""
     if parts and type(head).__name__ != type(other).__name__:
         return prefix + "model_type", head.model_type, other.model_type
     ignored = WITHOUT_EFFECT.union(parts, ROPE)
-    if "sliding" not in str(mine.get("layer_types", "sliding")) and mine.get("layer_types") == yours.get("layer_types"):
+    if "sliding" not in str(first.get("layer_types", "sliding")) and first.get("layer_types") == second.get(
+        "layer_types"
+    ):
         ignored |= {"sliding_window"}
     fields = type(head)().to_dict().keys() - ignored
     for field in sorted(fields, key=lambda field: (field in DERIVED, field)):
-        if not _same(field, mine.get(field), yours.get(field)):
-            return prefix + field, mine.get(field), yours.get(field)
+        if not _same(field, first.get(field), second.get(field)):
+            return prefix + field, first.get(field), second.get(field)
     if not _same_rope(head, other):
-        return prefix + "rope_parameters", mine.get("rope_parameters"), yours.get("rope_parameters")
+        return prefix + "rope_parameters", first.get("rope_parameters"), second.get("rope_parameters")
     return None
 
 
-def _same(field: str, mine: Any, yours: Any) -> bool:
-    """Whether two values of a field mean the same: numbers to float32's precision, null as false, activations by their values."""
-    if isinstance(mine, float | int) and isinstance(yours, float | int):
-        return math.isclose(mine, yours, rel_tol=1e-6)
-    if isinstance(mine, str) and isinstance(yours, str) and ("act" in field):
-        return mine == yours or _same_activation(mine, yours)
-    if isinstance(mine, dict) and isinstance(yours, dict):
-        return mine.keys() == yours.keys() and all(_same(field, mine[key], yours[key]) for key in mine)
-    return mine == yours or (not mine and not yours and {type(mine), type(yours)} <= {bool, type(None)})
+def _same(field: str, first: Any, second: Any) -> bool:
+    """Whether two values of a field mean the same, such as null and false, or two names of an activation."""
+    if isinstance(first, float | int) and isinstance(second, float | int):
+        return math.isclose(first, second, rel_tol=1e-6)
+    if isinstance(first, str) and isinstance(second, str) and ("act" in field):
+        return first == second or _same_activation(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(field, first[key], second[key]) for key in first)
+    return first == second or (not first and not second and {type(first), type(second)} <= {bool, type(None)})
 
 
-def _same_activation(mine: str, yours: str) -> bool:
-    """Whether two activation functions of Transformers agree to float32's precision, as gelu_new and gelu_pytorch_tanh do."""
+def _same_activation(first: str, second: str) -> bool:
+    """Whether two activations agree to float32's precision, as gelu_new and gelu_pytorch_tanh do."""
     import torch
     from transformers.activations import ACT2FN
 
-    if mine not in ACT2FN or yours not in ACT2FN:
+    if first not in ACT2FN or second not in ACT2FN:
         return False
     values = torch.linspace(-12, 12, 4097, dtype=torch.float64)
     one, two = (
-        ACT2FN[name].double() if isinstance(ACT2FN[name], torch.nn.Module) else ACT2FN[name] for name in (mine, yours)
+        ACT2FN[name].double() if isinstance(ACT2FN[name], torch.nn.Module) else ACT2FN[name] for name in (first, second)
     )
     return bool(torch.allclose(one(values), two(values), rtol=1e-6, atol=1e-6))
 
 
 def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
-    """Whether the rotary embeddings are the same: by their parameters, else by the frequencies that the models compute."""
-    mine, yours = (_rope(config) for config in (head, other))
-    if "longest" in mine or "longest" in yours or mine == yours:
-        return mine == yours
+    """Whether rotary embeddings have the same parameters, or else the same computed frequencies."""
+    first, second = (_rope(config) for config in (head, other))
+    if "longest" in first or "longest" in second or first == second:
+        return first == second
     import torch
 
     one, two = _frequencies(head), _frequencies(other)
@@ -145,7 +147,7 @@ def _same_rope(head: PreTrainedConfig, other: PreTrainedConfig) -> bool:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """rope_parameters without synonyms and nulls, and with the number of positions if the embeddings depend on it."""
+    """rope_parameters without synonyms and nulls, with the number of positions if that matters."""
     content = config.to_dict()
     given = content.get("rope_parameters") or {}
     flat = {

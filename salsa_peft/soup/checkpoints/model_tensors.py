@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from salsa_peft.soup.checkpoints.read import CONFIG, Checkpoint, Place
 from salsa_peft.utils import tensor_names
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.safetensors_io import BITS, Entry, read_exactly
+from salsa_peft.utils.safetensors_io import BITS, Entry
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,7 @@ class Part(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Elements of a tensor in a file, from `first` on: they are the elements `start` to `stop` of the model's tensor `name`."""
+    """Elements `start` to `stop` of the model's tensor `name`; in the file's tensor they begin at `first`."""
 
     first: int
     name: str
@@ -50,7 +49,9 @@ class ModelTensors:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, names: tensor_names.ModelNames | None = None) -> ModelTensors:
-        """The tensors by the names of config.json's model, or by `names`. Raises SalsaError for a tensor that the model does not have."""
+        """Resolve the tensors by the names of config.json's model, or by `names`.
+
+        Raises SalsaError for a tensor that the model does not have."""
         where = str(checkpoint.folder)
         names = names or tensor_names.of_config(checkpoint.config, str(checkpoint.folder / CONFIG))
         found = names.resolve({name: place.entry.shape for name, place in checkpoint.tensors.items()}, where)
@@ -99,7 +100,7 @@ class ModelTensors:
 
 
 def _slice(place: Place, start: int, stop: int) -> Place:
-    """The elements `start` to `stop` of a tensor as a tensor of one dimension; the tensor itself if these are all."""
+    """The elements `start` to `stop` of a tensor, in one dimension; the tensor itself if these are all."""
     entry, width = place.entry, BITS[place.entry.dtype] // 8
     if (start, stop) == (0, math.prod(entry.shape)):
         return place
@@ -113,12 +114,8 @@ def same_bits(one: Place, other: Place) -> bool:
     return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
 
 
-def _chunks(place: Place) -> Iterator[bytes]:
-    descriptor = os.open(place.file.path, os.O_RDONLY)
-    try:
-        for start in range(0, place.entry.size, 2**21):
-            piece = bytearray(min(2**21, place.entry.size - start))
-            read_exactly(descriptor, memoryview(piece), place.entry.begin + start, place.file.path)
-            yield bytes(piece)
-    finally:
-        os.close(descriptor)
+def _chunks(place: Place) -> Iterator[bytearray]:
+    for start in range(0, place.entry.size, 2**21):
+        chunk = bytearray(min(2**21, place.entry.size - start))
+        place.file.read_into(memoryview(chunk), place.entry.begin + start)
+        yield chunk

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.fingerprints import sha256
+from salsa_peft.utils.manifests import MANIFEST, read_manifest
 from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, INDEX, SINGLE, MANIFEST = "config.json", "model.safetensors.index.json", "model.safetensors", "manifest.json"
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -35,7 +36,7 @@ class Place(NamedTuple):
     entry: Entry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model folder that Transformers opens, read by its headers."""
 
@@ -70,7 +71,9 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
-    """Read configuration and headers. Raises SalsaError for files that are missing, cut, pickled or do not belong together."""
+    """Read a checkpoint's configuration and headers.
+
+    Raises SalsaError for files that are missing, cut, pickled or do not belong together."""
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of a checkpoint")
     if not (folder / CONFIG).is_file() and (folder / "adapter_config.json").is_file():
         raise SalsaError(
@@ -130,18 +133,18 @@ def _unlisted(folder: Path) -> list[str]:
     """The weight files of a folder without an index: a single one, or a complete set of numbered ones."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    there = sorted(path.name for path in folder.glob("*.safetensors"))
-    numbered = [found for name in there if (found := NUMBERED.fullmatch(name))]
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    numbered = [found for name in present if (found := NUMBERED.fullmatch(name))]
     if numbered and len({found[2] for found in numbered}) == 1:
         total = numbered[0][2]
         wanted = [f"model-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-        missing = next((name for name in wanted if name not in there), None)
+        missing = next((name for name in wanted if name not in present), None)
         require(missing is None, f"{folder}: {missing} of {int(total)} weight files is missing; copy it again")
         return wanted
     pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
     held = ""
-    if there:
-        held = f"; it holds {', '.join(there)[:200]}, which Transformers does not read"
+    if present:
+        held = f"; it holds {', '.join(present)[:200]}, which Transformers does not read"
     elif pickled is not None:
         held = f"; it holds {pickled}, which is a pickle and never read"
     raise SalsaError(
@@ -166,41 +169,32 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 
 def check_manifest(checkpoint: Checkpoint) -> None:
-    """Compare weights and configuration with the manifest that a run wrote beside them, if there is one; this reads every byte.
+    """Compare weights and configuration with the manifest of a run, if there is one.
 
-    Raises SalsaError naming the file that changed. A manifest.json of another tool is ignored.
+    This reads every byte. Raises SalsaError naming the file that changed. A manifest.json of another tool is ignored.
     """
-    path = checkpoint.folder / MANIFEST
-    if not path.is_file():
+    folder = checkpoint.folder
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if (folder / MANIFEST).is_file():
+            read_mapping(folder / MANIFEST)  # refuses a damaged one
         return
-    listed = read_mapping(path).get("files")
-    if not isinstance(listed, dict) or not all(
-        isinstance(entry, dict) and "sha256" in entry for entry in listed.values()
-    ):
-        return
-    names = [name for name in (CONFIG, INDEX, *checkpoint.files) if (checkpoint.folder / name).is_file()]
-    for name in names:
-        require(
-            name in listed,
-            f"{checkpoint.folder / name}: the file is not listed in {MANIFEST}; make the checkpoint again",
-        )
-        size = (checkpoint.folder / name).stat().st_size
-        expected = listed[name].get("size")
-        require(
-            size == expected,
-            f"{checkpoint.folder / name}: the file has {size} bytes, but {expected} in {MANIFEST}; copy or make it again",
-        )
+    names = [name for name in (CONFIG, INDEX, *checkpoint.files) if (folder / name).is_file()]
     with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL
-        for name, found in zip(names, pool.map(sha256, [checkpoint.folder / name for name in names]), strict=True):
+        for name, digest in zip(names, pool.map(sha256, [folder / name for name in names]), strict=True):
+            entry, size = manifest["files"].get(name), (folder / name).stat().st_size
             require(
-                found == listed[name]["sha256"],
-                f"{checkpoint.folder / name}: the file changed: its SHA-256 is {found[:12]}…, but {str(listed[name]['sha256'])[:12]}… in"
-                f" {MANIFEST}; copy or make it again",
+                entry is not None, f"{folder / name}: the file is not listed in {MANIFEST}; make the checkpoint again"
+            )
+            require(
+                entry == {"size": size, "sha256": digest},
+                f"{folder / name}: the file changed: it has {size} bytes and SHA-256 {digest[:12]}…, but in {MANIFEST} it has"
+                f" {entry['size']} and {entry['sha256'][:12]}…; copy or make it again",
             )
 
 
 def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """The members' names in the summary: as given, else the folders' names, or their paths if those are not distinct."""
+    """The members' names: as given, else the folders' names, or their paths if those are not distinct."""
     if names is None:
         short = [folder.resolve().name for folder in folders]
         return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
@@ -209,7 +203,7 @@ def default_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[
 
 
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
-    """The weights as floats. Raises SalsaError unless there is one finite number for each member; negative ones extrapolate."""
+    """The weights as floats. Raises SalsaError unless there is one finite number for each member."""
     shown = ", ".join(map(str, weights))
     require(
         len(weights) == members,

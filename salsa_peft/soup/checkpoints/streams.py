@@ -57,7 +57,7 @@ class Run:
 
 
 def runs_of(names: Sequence[str], members: Sequence[Mapping[str, Place]], layout: Mapping[str, Place]) -> list[Run]:
-    """Join tensors, given in the order in which they are written, to the longest possible runs; `layout` has the dtypes."""
+    """Join tensors, in the order in which they are written, to the longest runs; `layout` has the dtypes."""
     runs: list[Run] = []
     for name in names:
         places, dtype = [member[name] for member in members], layout[name].entry.dtype
@@ -106,10 +106,9 @@ def stream(
     write: Writer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
-    """Write Σ w_i x_i of the tensors `names`, in this order and in the dtypes of `layout` → the products of the differences from
-    member `pivot`: (members, members).
+    """Write Σ w_i x_i → the products of the differences from member `pivot`: (members, members).
 
-    Integer and bool tensors must have the same bits in all members whose weight is not 0; they add nothing to the products. `progress`
+    The tensors `names` are written in this order and in the dtypes of `layout`. Integer and bool tensors must have the same bits in all members whose weight is not 0; they add nothing to the products. `progress`
     is called with the bytes of each piece. Raises SalsaError naming file and tensor; of several errors, the first in order.
     """
     plan = SumPlan(len(members), weights, pivot)
@@ -139,7 +138,7 @@ def stream(
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[[Piece], list[float]], tasks: Iterator[Piece]
 ) -> Iterator[tuple[Piece, list[float]]]:
-    """Yield results in the order of the tasks, of which a few run ahead; after an error no task is started."""
+    """Yield results in the order of the tasks, a few of which run ahead. After an error none is started."""
     ahead: collections.deque[tuple[Piece, Future[list[float]]]] = collections.deque()
     try:
         for piece in tasks:

@@ -1,4 +1,4 @@
-"""Reads tokenizers as plain files and compares them: the ids of their tokens, and their BOS and EOS tokens."""
+"""Reads and compares the files of tokenizers: the ids of tokens, and the BOS and EOS tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from salsa_peft.utils.errors import SalsaError, require
 
 logger = logging.getLogger(__name__)
 
+TOKENS, PIECES = ("tokenizer.json", "vocab.json"), ("tokenizer.model",)
+"""The files that list the tokens of a vocabulary: Transformers' in JSON, and SentencePiece's in protobuf."""
+
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """The bos_token and eos_token that a folder's tokenizer_config.json names."""
@@ -23,7 +26,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def warn_about_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
-    """Warn if a member's tokenizer has another BOS or EOS than the one taken for the soup. `folders`: member's name → folder."""
+    """Warn if a member (name → folder) has another BOS or EOS token than the member `taken`."""
     own = special_tokens(folders[taken])
     for name, folder in folders.items():
         for token, text in special_tokens(folder).items():
@@ -32,48 +35,40 @@ def warn_about_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
 
 
 def check_vocabulary(head: Path, other: Path) -> None:
-    """Raise SalsaError if two tokenizers have another id for the same token, or another token for the same id.
+    """Raise SalsaError if two tokenizers have different ids for a token, or different tokens for an id.
 
     Rows of embeddings are averaged by id.
     """
-    if _vocabulary_file(head, PIECES) is None or _vocabulary_file(other, PIECES) is None:
+    pairs = [(_vocabulary_file(head, names), _vocabulary_file(other, names)) for names in (TOKENS, PIECES)]
+    head_file, other_file = next((pair for pair in pairs if all(pair)), (None, None))
+    if head_file is None or other_file is None:
+        if all(any(found) for found in zip(*pairs, strict=True)):
+            logger.warning(
+                "the tokenizers of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
+                head, other,
+            )  # fmt: skip
         return
-    kinds = next(
-        (one for one in (TOKENS, PIECES[-1:]) if _vocabulary_file(head, one) and _vocabulary_file(other, one)), None
-    )
-    if kinds is None:
-        logger.warning(
-            "the tokenizers of %s and %s were not compared: one has no tokenizer.json, the other no tokenizer.model",
-            head,
-            other,
-        )
+    if head_file.read_bytes() == other_file.read_bytes():
         return
-    mine, yours = Path(str(_vocabulary_file(head, kinds))), Path(str(_vocabulary_file(other, kinds)))
-    if mine.read_bytes() == yours.read_bytes():
-        return
-    known, found = vocabulary(mine), vocabulary(yours)
+    known, found = vocabulary(head_file), vocabulary(other_file)
     remedy = (
         "rows of embeddings are averaged by id, so members of a soup must share a vocabulary; leave one of them out"
     )
     for token, number in found.items():
         require(
             known.get(token, number) == number,
-            f"{yours}: the id of token {token!r:.40} is {number}, but {known.get(token)} in {mine}: {remedy}",
+            f"{other_file}: the id of token {token!r:.40} is {number}, but {known.get(token)} in {head_file}: {remedy}",
         )
     tokens: dict[int, set[str]] = {}
     for token, number in known.items():
         tokens.setdefault(number, set()).add(token)
     shared = {number for token, number in found.items() if known.get(token) == number}
     for token, number in found.items():
-        there = "" if number in shared else min(tokens.get(number, {""}))
+        expected = "" if number in shared else min(tokens.get(number, {""}))
         require(
-            there == "", f"{yours}: the token of id {number} is {token!r:.40}, but {there!r:.40} in {mine}: {remedy}"
+            expected == "",
+            f"{other_file}: the token of id {number} is {token!r:.40}, but {expected!r:.40} in {head_file}: {remedy}",
         )
-
-
-TOKENS = ("tokenizer.json", "vocab.json")
-PIECES = (*TOKENS, "tokenizer.model")
-"""Files that list the tokens of a vocabulary; the last is SentencePiece's, in protobuf."""
 
 
 def _vocabulary_file(folder: Path, names: Sequence[str] = TOKENS) -> Path | None:
@@ -87,7 +82,7 @@ def vocabulary_of(folder: Path) -> dict[str, int] | None:
 
 
 def vocabulary(path: Path) -> dict[str, int]:
-    """Token → id of a tokenizer.json or tokenizer.model, or of a vocab.json and the added_tokens.json beside it."""
+    """Token → id of a tokenizer.json, a tokenizer.model, or a vocab.json with its added_tokens.json."""
     if path.suffix == ".model":
         return _pieces(path)
     content = read_mapping(path)

@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 
 class Output:
-    """A soup that is being written to a hidden folder inside `target`, until `finish` moves it into `target`."""
+    """A soup that is written to a hidden folder inside `target`, until `finish` moves it into `target`."""
 
     def __init__(self, target: Path) -> None:
         self.target, self.folder = target, target / PARTIAL

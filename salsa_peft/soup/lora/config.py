@@ -18,7 +18,7 @@ UNCLEAR = "[^.]*"
 
 
 def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, int]) -> dict[str, Any]:
-    """The fields of the soup's LoraConfig for inference, as JSON. ranks: module or parameter → rank in the soup."""
+    """The fields of the soup's LoraConfig for inference. ranks: module or parameter → rank in the soup."""
     configs = [member.config for member in members]
     head = configs[0]
     targeted = {targeted_name(stacks.shapes[name], name): r for name, r in ranks.items()}
@@ -57,7 +57,7 @@ def targeted_name(shape: Shape, name: str) -> str:
 
 
 def targets_match(member: Member, stacks: Stacks) -> bool:
-    """Whether the member's own targets cover the soup's modules under the names that these have in the soup."""
+    """Whether the member's own targets cover all modules of the soup."""
     targeted = target_rule(member.folder, member.config)
     tied = EMBEDDINGS if member.config["ensure_weight_tying"] else ()
     return all(
@@ -69,7 +69,7 @@ def targets_match(member: Member, stacks: Stacks) -> bool:
 
 
 def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
-    """Targets that list every module and parameter by its full name. Parameters whose names are unknown keep the members' targets."""
+    """Targets that list all modules and parameters by full name, or the members' if a name is unknown."""
     parameters = [name for name, shape in stacks.shapes.items() if shape.parameter is not None]
     modules = [name for name in targeted if name not in parameters and not name.endswith(UNCLEAR)]
     unclear = next((m for m in stacks.members for f in m.factors.values() if f.shape.parameter == ""), None)
@@ -78,7 +78,7 @@ def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
 
 
 def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
-    """modules_to_save of the soup: the members' own if they agree, else all of them, with what a member saved because it was tied."""
+    """modules_to_save of the soup: the members' own if they agree, else the union, with tied modules."""
     configs = [member.config for member in members]
     if agree(configs, "modules_to_save", "ensure_weight_tying"):
         return configs[0]["modules_to_save"] or None
@@ -92,7 +92,7 @@ def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
 
 
 def bias_of(members: Sequence[Member]) -> str:
-    """The soup's `bias` option: the members' own if they agree, else whether any bias of the base is in the soup."""
+    """The `bias` option of the soup: that of the members if they agree, else `all` if it holds any bias."""
     configs = [member.config for member in members]
     if agree(configs, "bias"):
         return str(configs[0]["bias"])
@@ -106,12 +106,12 @@ def agree(configs: Sequence[dict[str, Any]], *names: str) -> bool:
 
 
 def as_sorted(value: Any) -> Any:
-    """A list in sorted order, because the order means nothing in LoraConfig's fields; other values unchanged."""
+    """A list in sorted order, because order means nothing in LoraConfig; other values unchanged."""
     return sorted(value) if isinstance(value, list) else value
 
 
 def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
-    """PEFT's rank_pattern for modules of another rank: by last name if all modules of that name have the rank, else by full name."""
+    """rank_pattern for modules of another rank: by last name if that is unambiguous, else by full name."""
     by_leaf: dict[str, set[int]] = {}
     for module, r in ranks.items():
         by_leaf.setdefault(module.rpartition(".")[2], set()).add(r)

@@ -1,8 +1,9 @@
-"""The LoRA factors of all members, stacked module by module; read from the files on access, or held in memory.
+"""The LoRA factors of all members, stacked per module; read from files on access or held in memory.
 
     delta = Σ_i w_i · scaling_i · B_i · A_i = (B · diag(w · scaling)) · A        A = [A_0; A_1; …], B = [B_0, B_1, …]
 
-A convolution is viewed as a matrix with in · kernel columns. A member without LoRA on a module has no rows there: its delta is zero.
+A convolution is viewed as a matrix with in · kernel columns. A member without LoRA on a module has no rows there: its
+delta is zero.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.lora.non_lora import wrapped
 from salsa_peft.soup.lora.read import MERGES
 from salsa_peft.soup.lora.svd import Moments
-from salsa_peft.soup.lora.targets import WRAPPED, Shape, registration_order
-from salsa_peft.soup.lora.tensors import Member, strip_wrappers
+from salsa_peft.soup.lora.targets import WRAPPED, Shape, registration_order, strip_wrappers
+from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.utils.errors import require
 
 
 class Stack(NamedTuple):
-    """The stacked factors of one module. Shapes, with R = Σ r_i: A (R, in), B (out, R), scaling (R,), member (R,), bias (n, out).
+    """The stacked factors of one module, with R = Σ r_i: A (R, in), B (out, R), bias (n, out).
 
-    With several blocks (experts, groups): A (blocks, R, in) and B (blocks, out, R), where R and out are those of one block.
+    With several blocks (experts, groups): A (blocks, R, in) and B (blocks, out, R), where R and out are those of one
+    block.
     """
 
     A: Array
@@ -56,13 +58,13 @@ class Stack(NamedTuple):
         yield from zip(self.A, self.B, strict=True) if self.A.ndim == 3 else [(self.A, self.B)]
 
     def gram(self, blocks: Sequence[Moments], n: int) -> Array:
-        """⟨delta_i, delta_j⟩ of this module: (n, n), float64. tr((B_i A_i)ᵀ B_j A_j) = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), summed over blocks."""
+        """⟨delta_i, delta_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), summed over the module's blocks: (n, n), float64."""
         owner = np.eye(n)[self.member] * self.scaling[:, None]
         return np.asarray(owner.T @ sum(block.AA * block.BB for block in blocks) @ owner)
 
 
 class Stacks(Mapping[str, Stack]):
-    """Module → Stack. Raises SalsaError if the members' layers differ, and on access if a value is not finite."""
+    """Module → Stack. Raises SalsaError if the members' layers differ or a value is not finite."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
@@ -76,7 +78,7 @@ class Stacks(Mapping[str, Stack]):
         """Safetensors' name of the dtype that represents every member's factors exactly."""
         self.with_bias = any(member.config["lora_bias"] for member in members)
         self.wrappers = Counter(shape.holder for shape in self.shapes.values())
-        """Module with LoRA → number of PEFT wrappers around it: one, or one per targeted parameter of the module."""
+        """Module with LoRA → number of PEFT wrappers around it (one per targeted parameter of the module)."""
         self.held: dict[str, Stack] = {}
 
     def __getitem__(self, module: str) -> Stack:
@@ -109,21 +111,22 @@ class Stacks(Mapping[str, Stack]):
         self.held = dict(self.items())
 
     def check_saveable(self) -> None:
-        """Raise SalsaError for a combination that PEFT has no adapter for. It can still be merged into the base."""
+        """Raise SalsaError for a combination that PEFT has no adapter for; it can still be merged."""
         odd = [module for module, shape in self.shapes.items() if shape.embedding or shape.parameter is not None]
         require(
             not self.with_bias or not odd,
-            f"{self.members[0].folder}: PEFT has no adapter with lora_bias and LoRA on {odd[0] if odd else ''}, which this soup would"
-            f" need; {MERGES}",
+            f"{self.members[0].folder}: PEFT has no adapter with lora_bias and LoRA on {odd[0] if odd else ''}, which"
+            f" this soup would need; {MERGES}",
         )
 
     def check_not_alora(self) -> None:
-        """Raise SalsaError for aLoRA adapters: they are not active for every token, so a shared model cannot apply them."""
+        """Raise SalsaError for aLoRA adapters, which a shared model cannot apply to some tokens only."""
         tokens = self.members[0].config["alora_invocation_tokens"]
         require(
             not tokens,
-            f"{self.members[0].folder}: alora_invocation_tokens are {tokens}. aLoRA is active only after these tokens, so it can be neither"
-            " merged nor used as a reference; save the soup as an adapter, or train the members as plain LoRA",
+            f"{self.members[0].folder}: alora_invocation_tokens are {tokens}. aLoRA is active only after these tokens,"
+            " so it can be neither merged nor used as a reference; save the soup as an adapter, or train the members"
+            " as plain LoRA",
         )
 
     def wrapper_path(self, module: str) -> str:
@@ -131,7 +134,7 @@ class Stacks(Mapping[str, Stack]):
         return wrapped(self.shapes[module].holder, self.wrappers) + WRAPPED * self.depth(module)
 
     def depth(self, module: str) -> int:
-        """The number of wrappers of other parameters of the same module around this one. The first registered lies innermost."""
+        """The number of wrappers around this one for other parameters of its module; the first lies innermost."""
         shape = self.shapes[module]
         if shape.parameter is None:
             return 0
@@ -155,7 +158,8 @@ def stacked_shape(module: str, members: Sequence[Member]) -> Shape:
         found, expected = describe_layer(shape), describe_layer(first)
         require(
             found == expected and shape.embedding == first.embedding,
-            f"{member.file.path}: {module} {found}, but in {head.file.path} it {expected}; a soup needs members of one base",
+            f"{member.file.path}: {module} {found}, but in {head.file.path} it {expected}; a soup needs members of one"
+            " base",
         )
     return first._replace(rank=sum(shape.rank for _, shape in owners))
 
@@ -174,19 +178,20 @@ def check_invocation_tokens(members: Sequence[Member]) -> None:
         tokens = [m.config["alora_invocation_tokens"] for m in (member, head)]
         require(
             tokens[0] == tokens[1],
-            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {head.folder}. aLoRA is active only after its"
-            " tokens, so no adapter is the mean of these; train the members with the same tokens",
+            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {head.folder}. aLoRA is"
+            " active only after its tokens, so no adapter is the mean of these; train the members with the same tokens",
         )
 
 
 def check_parameters(members: Sequence[Member]) -> None:
-    """Raise SalsaError if tensor names do not tell which of a module's parameters they belong to, and members differ in these."""
+    """Raise SalsaError if members differ in target_parameters that tensor names do not tell apart."""
     unclear = [(module, m) for m in members for module, f in m.factors.items() if f.shape.parameter == ""]
     for module, member in unclear:
         for other in members:
             same = sorted(other.config["target_parameters"] or ()) == sorted(member.config["target_parameters"] or ())
             require(
                 same and not (member.config["rank_pattern"] or member.config["alpha_pattern"]),
-                f"{member.file.path}: the name {module} does not tell which of target_parameters it belongs to, and {other.folder} has other"
-                " target_parameters, or there are rank or alpha patterns; train the members with the same target_parameters and one rank",
+                f"{member.file.path}: the name {module} does not tell which of target_parameters it belongs to, and"
+                f" {other.folder} has other target_parameters, or there are rank or alpha patterns; train the members"
+                " with the same target_parameters and one rank",
             )

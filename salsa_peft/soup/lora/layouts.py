@@ -1,10 +1,11 @@
-"""Convert an adapter's module names to those of the current Transformers version, with PEFT's own conversion.
+"""Convert an adapter's module names to those of the current Transformers, with PEFT's own conversion.
 
-    language_model.model.layers.0.…                     →  model.language_model.layers.0.…            multimodal models before 4.52
-    block_sparse_moe.experts.3.w1.lora_A, .w3.lora_A    →  mlp.experts.base_layer.lora_A (stacked)    experts before 5.0
+    language_model.model.layers.0.…            →  model.language_model.layers.0.…    multimodal models before 4.52
+    block_sparse_moe.experts.3.w1, .w3.lora_A  →  mlp.experts.base_layer.lora_A      experts before 5.0, now stacked
 
-If the base is on this machine and its files name every module of the adapter, nothing is converted. Otherwise the model is built without
-weights, and modules that it does not have after the conversion are rejected; PEFT would ignore them with a warning.
+If the base is on this machine and its files name every module of the adapter, nothing is converted. Otherwise the model
+is built without weights, and modules that it does not have after the conversion are rejected; PEFT would ignore them
+with a warning.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from salsa_peft.models.adapters.bases import base_folder
 from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays as float_arrays
 from salsa_peft.soup.lora.read import DEFAULTS, WEIGHTS
+from salsa_peft.soup.lora.targets import WRAPPED, strip_wrappers
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.safetensors_io import Entry, SafetensorsFile
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 
 EXPERT = re.compile(r"(?P<holder>.*\.experts)\.\d+\.")
-WRAPPED = ".base_layer"
 Names = dict[str, str]
 """PEFT's name of a tensor → its name in the file."""
 
@@ -50,14 +51,18 @@ class ConvertedFile(SafetensorsFile):
 def to_current_layout(
     names: Names, config: dict[str, Any], file: SafetensorsFile, folder: Path
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """Names, configuration and tensors as PEFT converts them when it loads the adapter. Most adapters need no conversion."""
+    """Names, configuration and tensors as PEFT converts them on loading. Most adapters stay unchanged."""
     modules = sorted(set(lora_modules(names)))
     old_experts = any(EXPERT.match(module) for module in modules)
     base = base_folder(config, folder)
     if base is not None and not old_experts and all(in_base(module, *base_modules(str(base))) for module in modules):
         return names, config, file
     first = None
-    for model in candidate_models(base, config, modules):
+    if base is not None:
+        models = models_of(str(base), config["task_type"])
+    else:
+        models = iter([mixtral(modules)] if any("block_sparse_moe.experts." in module for module in modules) else [])
+    for model in models:
         places = {name for name, _ in model.named_modules()}
         if set(modules) <= places:
             return names, config, file
@@ -68,8 +73,8 @@ def to_current_layout(
         first = first or (odd, type(model).__name__)
     if first is not None and base is not None:
         raise SalsaError(
-            f"{folder / WEIGHTS}: {first[1]}, the model of {base}, has no module {first[0]}, so PEFT would ignore its tensors; correct"
-            " base_model_name_or_path, or save the adapter again from the model that it was trained on"
+            f"{folder / WEIGHTS}: {first[1]}, the model of {base}, has no module {first[0]}, so PEFT would ignore its"
+            " tensors; correct base_model_name_or_path, or save the adapter again from the model that it was trained on"
         )
     return names, config, file
 
@@ -79,20 +84,18 @@ def lora_modules(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         module, lora, _ = name.removeprefix(PREFIX).rpartition(".lora_")
         if lora:
-            while module.endswith(WRAPPED):
-                module = module.removesuffix(WRAPPED)
-            yield module.replace(f"{WRAPPED}.", ".")
+            yield strip_wrappers(module)[0].replace(f"{WRAPPED}.", ".")
 
 
 def in_base(module: str, places: frozenset[str], first: frozenset[str]) -> bool:
-    """Whether a base's files name a module. Files of a model without head lack the first part; tied output embeddings are in no file."""
+    """Whether a base's files name a module, also without its first part, as in files of a headless model."""
     head, _, rest = module.partition(".")
     return module in places or module == "lm_head" or (head not in first and rest in places)
 
 
 @functools.lru_cache(maxsize=8)
 def base_modules(base: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The modules that a base's safetensors files name, and the first parts of these names. Empty if there are no such files."""
+    """The modules that a base's safetensors files name, and the first parts of these names."""
     index = Path(base) / "model.safetensors.index.json"
     try:
         if index.is_file():
@@ -106,14 +109,6 @@ def base_modules(base: str) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(places), frozenset(part[0] for part in parts)
 
 
-def candidate_models(base: Path | None, config: dict[str, Any], modules: list[str]) -> Iterator[nn.Module]:
-    """Models without weights that the adapter may belong to, the likeliest first."""
-    if base is not None:
-        yield from models_of(str(base), config["task_type"])
-    elif any("block_sparse_moe.experts." in module for module in modules):
-        yield mixtral(1 + max(int(number) for module in modules for number in re.findall(r"\.layers\.(\d+)\.", module)))
-
-
 HEADS = {
     "SEQ_CLS": ["ForSequenceClassification"],
     "TOKEN_CLS": ["ForTokenClassification"],
@@ -122,14 +117,14 @@ HEADS = {
     "FEATURE_EXTRACTION": [],
     "CAUSAL_LM": ["ForImageTextToText", "ForCausalLM"],
 }
-"""PEFT's task_type → suffixes of the auto classes of Transformers that may open the base, besides AutoModel."""
+"""PEFT's task_type → suffixes of Transformers' auto classes that may open the base, besides AutoModel."""
 ANY_HEAD = [
     "ForImageTextToText", "ForCausalLM", "ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForMaskedLM", "ForSequenceClassification",
 ]  # fmt: skip
 
 
 def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
-    """The base's model under each class that may be meant, and of a multimodal model its language model. Code of the base is not run."""
+    """The base's model, and its language model, under each auto class that may be meant."""
     for text in (False, True):
         for head in (*HEADS.get(task or "", ANY_HEAD), ""):
             model = without_weights(base, f"AutoModel{head}", text)
@@ -139,7 +134,7 @@ def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
 
 @functools.lru_cache(maxsize=4)
 def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
-    """A base's model, or its language model, on the meta device; None if the auto class does not support this configuration."""
+    """The base's model or its language model on the meta device; None if the auto class does not support it."""
     import torch
     import transformers
 
@@ -152,15 +147,15 @@ def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
         return None
 
 
-@functools.lru_cache(maxsize=2)
-def mixtral(layers: int) -> nn.Module:
-    """The modules of a Mixtral, for adapters with block_sparse_moe in their names whose base is not on this machine."""
+def mixtral(modules: Iterable[str]) -> nn.Module:
+    """The modules of a Mixtral, for adapters with block_sparse_moe names whose base is not available."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    layers = 1 + max(int(number) for module in modules for number in re.findall(r"\.layers\.(\d+)\.", module))
     config = MixtralConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1, num_local_experts=1,
-        vocab_size=8,
+        hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=1, num_key_value_heads=1,
+        num_local_experts=1, vocab_size=8,
     )  # fmt: skip
     with torch.device("meta"):
         return MixtralForCausalLM(config)
@@ -169,7 +164,7 @@ def mixtral(layers: int) -> nn.Module:
 def convert(
     model: nn.Module, names: Names, config: dict[str, Any], file: SafetensorsFile
 ) -> tuple[Names, dict[str, Any], SafetensorsFile]:
-    """PEFT's conversion of names, configuration and tensors for the model. Values are read only if PEFT joins tensors."""
+    """PEFT's conversion of names, configuration and tensors. Values are read only if it joins tensors."""
     import torch
     from peft import LoraConfig
     from peft.utils import transformers_weight_conversion as peft_conversion

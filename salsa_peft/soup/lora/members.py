@@ -1,4 +1,4 @@
-"""Checks across the members of a soup of adapters: one base, one vocabulary, one layout; and which tokenizer the soup gets."""
+"""Checks that members share a base, vocabulary and layout, and the choice of the soup's tokenizer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ QUANTISED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
 def check_one_base(members: Sequence[Member], same_base: bool = False, merging: bool = False) -> None:
     """Raise SalsaError that names two members of different bases.
 
-    The fingerprints decide if every member has one; otherwise the bases that the configurations name are compared too. same_base: the
-    caller asserts that the bases are the same. merging: no warning for members without a fingerprint, because the merge gives its own.
+    The fingerprints decide if every member has one; otherwise the bases that the configurations name are compared too.
+    same_base: the caller asserts that the bases are the same. merging: no warning for members without a fingerprint,
+    because the merge gives its own.
     """
     unknown = [member for member in members if member.fingerprint is None]
     known = [member for member in members if member.fingerprint is not None]
@@ -37,8 +38,8 @@ def check_one_base(members: Sequence[Member], same_base: bool = False, merging: 
         require(
             same_base or member.fingerprint == known[0].fingerprint,
             f"{member.folder} was trained on base {str(member.fingerprint)[:12]}…, {known[0].folder} on"
-            f" {str(known[0].fingerprint)[:12]}… (see their {FINGERPRINT}); a soup needs members of one base. If the difference does not"
-            " matter, pass same_base=True (--same-base)",
+            f" {str(known[0].fingerprint)[:12]}… (see their {FINGERPRINT}); a soup needs members of one base. If the"
+            " difference does not matter, pass same_base=True (--same-base)",
         )
     if not same_base and not merging and len(members) > 1:
         for member in unknown:
@@ -51,14 +52,15 @@ def check_one_base(members: Sequence[Member], same_base: bool = False, merging: 
     for member in members:
         require(
             same_base or not unknown or same_names(member, head),
-            f"{member.folder} names the base {base_label(member)}, {head.folder} names {base_label(head)}, and without a {FINGERPRINT} in"
-            " every member they cannot be compared; if they are the same base, pass same_base=True (--same-base)",
+            f"{member.folder} names the base {base_label(member)}, {head.folder} names {base_label(head)}, and without"
+            f" a {FINGERPRINT} in every member they cannot be compared; if they are the same base, pass same_base=True"
+            " (--same-base)",
         )
         tasks = [m.config["task_type"] for m in (member, head)]
         require(
             tasks[0] == tasks[1] or member.factors.keys() == head.factors.keys(),
-            f"{member.folder} has task_type {tasks[0]!r}, {head.folder} has {tasks[1]!r}, and their modules differ; a soup needs members of"
-            " one task, so train them with the same task_type",
+            f"{member.folder} has task_type {tasks[0]!r}, {head.folder} has {tasks[1]!r}, and their modules differ; a"
+            " soup needs members of one task, so train them with the same task_type",
         )
 
 
@@ -69,10 +71,10 @@ def base_label(member: Member) -> str:
 
 
 def same_names(member: Member, other: Member) -> bool:
-    """Whether two members name the same base: the same Hub id or folder, or two local folders with the same weights.
+    """Whether two members name the same base: one Hub id or folder, or two folders with the same weights.
 
-    Upper and lower case of Hub ids, trailing slashes, the spelling of paths, and the Hub's cache as a path make no difference. Neither does
-    unsloth's suffix of quantized bases, which gives a warning.
+    Upper and lower case of Hub ids, trailing slashes, the spelling of paths, and the Hub's cache as a path make no
+    difference. Neither does unsloth's suffix of quantized bases, which gives a warning.
     """
     names = [canonical_base(m) for m in (member, other)]
     if names[0] == names[1]:
@@ -148,8 +150,9 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
         first, odd = known[0], next(token for token in sorted(tokens) if token not in vocabularies[known[0].name])
         other = next(member for member in known if odd in vocabularies[member.name])
         raise SalsaError(
-            f"{other.folder / VOCABULARY}: token {odd!r:.40} is missing in {first.folder}, which has tokens that are missing here, so no"
-            " member's tokenizer has all tokens; put one tokenizer with all of them into every member's folder",
+            f"{other.folder / VOCABULARY}: token {odd!r:.40} is missing in {first.folder}, which has tokens that are"
+            " missing here, so no member's tokenizer has all tokens; put one tokenizer with all of them into every"
+            " member's folder",
         )
     templates = {member.name: found for member in have if (found := template_of(member.folder)) is not None}
     source = chosen.name if chosen.name in templates else next(iter(templates), None)
@@ -159,7 +162,7 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
 
 
 def vocabularies_of(members: Sequence[Member]) -> dict[str, dict[str, int]]:
-    """Member's name → token → id, for members with a tokenizer.json. Equal files are read once; if all are equal, none is read."""
+    """Member's name → token → id, for members with a tokenizer.json. If all files are equal, none is read."""
     paths = {m.name: m.folder / VOCABULARY for m in members if (m.folder / VOCABULARY).is_file()}
     digests = {name: sha256(path) for name, path in paths.items()}
     all_equal = len(set(digests.values())) == 1
@@ -190,13 +193,14 @@ def check_ids(mine: Member, known: dict[str, int], other: Member, given: dict[st
         own = known.get(token, number)
         require(
             own == number,
-            f"{other.folder / VOCABULARY}: token {token!r:.40} has id {number}, but {own} in {mine.folder}; the members of a soup share a"
-            " vocabulary, and an adapter that was trained with another tokenizer cannot be averaged",
+            f"{other.folder / VOCABULARY}: token {token!r:.40} has id {number}, but {own} in {mine.folder}; the members"
+            " of a soup share a vocabulary, and an adapter that was trained with another tokenizer cannot be averaged",
         )
         require(
             token in known or number not in tokens,
-            f"{other.folder / VOCABULARY}: id {number} is token {token!r:.40}, but {tokens.get(number, '')!r:.40} in {mine.folder}; the"
-            " members of a soup share a vocabulary. Give the added tokens different ids and train again",
+            f"{other.folder / VOCABULARY}: id {number} is token {token!r:.40}, but {tokens.get(number, '')!r:.40} in"
+            f" {mine.folder}; the members of a soup share a vocabulary. Give the added tokens different ids and train"
+            " again",
         )
 
 
@@ -229,24 +233,19 @@ TOWER = ("model", "language_model")
 
 
 def unify_layouts(members: Sequence[Member]) -> list[Member]:
-    """Rename modules that members name by different layouts of a multimodal model: all get the name in the newest layout."""
+    """Rename modules that members name by different layouts of a multimodal model to the newest layout."""
     variants: dict[tuple[str, ...], set[str]] = {}
     apart: set[tuple[str, ...]] = set()  # one member has two of these names, so they are two modules
     for member in members:
         mine: set[tuple[str, ...]] = set()
         for name in (*member.factors, *member.direct):
-            key = without_tower(name)
+            key = tuple(part for part in name.split(".") if part not in TOWER)
             variants.setdefault(key, set()).add(name)
             apart |= {key} & mine
             mine.add(key)
     moved = {key: names for key, names in variants.items() if len(names) > 1 and key not in apart}
     renamed = {name: newest_name(names) for names in moved.values() for name in names}
     return [rename_modules(member, renamed) for member in members] if renamed else list(members)
-
-
-def without_tower(name: str) -> tuple[str, ...]:
-    """The parts of a module's name that are the same in every layout."""
-    return tuple(part for part in name.split(".") if part not in TOWER)
 
 
 def newest_name(names: set[str]) -> str:

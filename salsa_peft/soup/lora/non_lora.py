@@ -1,9 +1,10 @@
-"""The parameters of an adapter that are not LoRA factors: modules_to_save, biases, saved embeddings, rows of trained tokens.
+"""Parameters besides LoRA factors: modules_to_save, biases, saved embeddings, rows of trained tokens.
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1
 
-They are averaged directly, with one tensor per member in memory at a time. If the weights have another sum (a shrunk delta, a point of
-a landscape), this mean does not exist, because the members do not hold the base's own values; such weights are rejected.
+They are averaged directly, with one tensor per member in memory at a time. If the weights have another sum (a shrunk
+delta, a point of a landscape), this mean does not exist, because the members do not hold the base's own values; such
+weights are rejected.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.lora.read import CONFIG, MERGES
@@ -31,7 +31,7 @@ def holders(members: Sequence[Member], name: str) -> list[Member]:
 
 
 def check_same(members: Sequence[Member]) -> None:
-    """Raise SalsaError if only some members hold a trained parameter: the others have the base's value, which a soup does not read.
+    """Raise SalsaError if only some members hold a trained parameter, or if its shapes differ.
 
     Untrained weights that PEFT saves with a layer that has LoRA may be missing in some files.
     """
@@ -42,24 +42,26 @@ def check_same(members: Sequence[Member]) -> None:
             shapes = [list(m.file.entries[m.direct[name]].shape) for m in (member, have[0])]
             require(
                 shapes[0] == shapes[1],
-                f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the bases differ, at least in their"
-                " vocabulary; a soup needs members of one base",
+                f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the bases"
+                " differ, at least in their vocabulary; a soup needs members of one base",
             )
         lacks = next((member for member in members if name not in member.direct), None)
         if lacks is not None and not frozen(members, name):
             raise SalsaError(
-                f"{lacks.file.path} has no {name}, but {have[0].folder} has it. It is averaged directly, so every member must have it; train"
-                f" them with the same modules_to_save, bias and trained tokens, or use the base: {MERGES}"
+                f"{lacks.file.path} has no {name}, but {have[0].folder} has it. It is averaged directly, so every"
+                " member must have it; train them with the same modules_to_save, bias and trained tokens, or use the"
+                f" base: {MERGES}"
             )
 
 
 def check_tokens(head: Member, member: Member, name: str) -> None:
     """Raise SalsaError if two members trained different tokens. The order may differ."""
-    if is_tokens(name):
+    if name.endswith(TOKENS):
         require(
             sorted(member.token_indices(name)) == sorted(head.token_indices(name)),
-            f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of {head.folder}, and a soup does"
-            f" not read the other rows from the base; train the same tokens, or use the base: {MERGES}",
+            f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of"
+            f" {head.folder}, and a soup does not read the other rows from the base; train the same tokens, or use the"
+            f" base: {MERGES}",
         )
 
 
@@ -79,8 +81,8 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
     for name in parameter_names(members):
         require(
             frozen(members, name),
-            f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to 1:"
-            f" {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
+            f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to"
+            f" 1: {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
         )
 
 
@@ -90,7 +92,7 @@ def dtype_of(members: Sequence[Member], name: str) -> str:
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:
-    """Σ w_i x_i with Σ w_i = 1, in float32, as x_p + Σ w_i (x_i − x_p): the mean of equal values is that value to the bit."""
+    """Σ w_i x_i in float32, as x_p + Σ w_i (x_i − x_p), so that the mean of equal values is exact."""
     have = [i for i, member in enumerate(members) if name in member.direct]
     pivot = max(have, key=lambda i: abs(weights[i]))
     start = values(members, pivot, name)
@@ -106,24 +108,14 @@ def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Arra
 def values(members: Sequence[Member], i: int, name: str) -> Array:
     """The values of member i; rows of trained tokens in the first member's order."""
     found = members[i].read(members[i].direct[name])
-    if not is_tokens(name) or i == 0:
+    if not name.endswith(TOKENS) or i == 0:
         return found
     mine = members[i].token_indices(name)
     return found[[mine.index(token) for token in members[0].token_indices(name)]]
 
 
-def is_tokens(name: str) -> bool:
-    """Whether a parameter is rows of trained tokens, not a whole tensor."""
-    return name.endswith(TOKENS)
-
-
-def saved_as(name: str, wrappers: Mapping[str, int]) -> str:
-    """PEFT's name of the saved parameter. wrappers: module with LoRA → number of PEFT wrappers around it."""
-    return PREFIX + wrapped(name, wrappers)
-
-
 def wrapped(name: str, wrappers: Mapping[str, int]) -> str:
-    """The name of a parameter or module inside a model with PEFT wrappers around some of the modules above it."""
+    """The name of a parameter or module in a model where PEFT has wrapped some of the modules above it."""
     parts = name.split(".")
     found: list[str] = []
     for i, part in enumerate(parts):

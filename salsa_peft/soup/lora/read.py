@@ -1,7 +1,8 @@
 """PEFT adapter folders on disk: their files, adapter_config.json and manifest.
 
-An adapter that cannot be averaged is rejected with the file and the reason. The configuration is read as plain JSON: importing peft
-takes more time and memory than averaging a 7B model's adapters. The tensors of a folder are read in soup/lora/tensors.py.
+An adapter that cannot be averaged is rejected with the file and the reason. The configuration is read as plain JSON:
+importing peft takes more time and memory than averaging a 7B model's adapters. The tensors of a folder are read in
+soup/lora/tensors.py.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SUMMARY = "soup.json"
 MORE_TEMPLATES = "additional_chat_templates"
-"""Folder in which Transformers saves the named chat templates of a tokenizer (for tools, for documents)."""
+"""Folder in which Transformers saves a tokenizer's named chat templates (for tools, for documents)."""
 TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 EMPTY_IS_NONE = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
@@ -43,26 +44,30 @@ DEFAULTS: dict[str, Any] = {
 }
 """The fields of LoraConfig that a soup reads, with PEFT's defaults."""
 IGNORED = (
-    "peft_type", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
-    "corda_config", "lora_ga_config", "loftq_config", "velora_config", "monteclora_config", "merge_weights",
+    "peft_type", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size",
+    "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config",
+    "monteclora_config", "merge_weights",
 )  # fmt: skip
-"""Fields that do not change what a trained adapter computes: initialization (init_lora_weights says whether that changed the base),
-training (VeLoRA, MonteCLoRA) and run-time settings."""
+"""Fields that do not change what a trained adapter computes: initialization, training and run-time settings.
+
+init_lora_weights says whether the initialization changed the base.
+"""
 MERGES = "--merge adds such adapters to their base exactly"
 WHY = {
     "use_dora": f"a DoRA delta is not linear in its factors, so no single adapter is the mean; {MERGES}",
-    "layer_replication": "this option repeats layers of the base, which a soup does not read; merge each adapter with PEFT and average the"
-    " checkpoints",
-    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which current PEFT versions read differently; train the adapter again",
+    "layer_replication": "it repeats layers of the base, which a soup does not read; merge each adapter with PEFT and"
+    " average the checkpoints",
+    "enable_lora": "this is the fused-layer LoRA of PEFT 0.2, which current versions read differently; train it again",
     "use_qalora": "QA-LoRA pools the input of a layer, so its delta is not B·A; train the adapters without it",
     "use_bdlora": "the factors of BD-LoRA are block-diagonal and sharded; train the adapters without it",
-    "arrow_config": "Arrow chooses between adapters for every token, so there is no single delta; average the task adapters instead",
+    "arrow_config": "Arrow chooses between adapters for every token, so there is no single delta; average the task"
+    " adapters instead",
     "kasa_config": "KaSA truncates the weights of the base; merge each adapter with PEFT and average the checkpoints",
     "megatron_config": "the layers of Megatron are sharded; save the adapter from an unsharded model",
 }
 """Options that a soup of adapters does not support → the reason, and what to do instead."""
 MERGE_ONLY = ("use_dora",)
-"""Options that need the values of the base: supported by a soup that is merged into the base, not by a soup that is an adapter."""
+"""Options that only a soup merged into the base supports, because they need the base's values."""
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules"), (list, str)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
@@ -72,7 +77,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "trainable_token_indices": (list, dict),
 }
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change its weights."""
+"""Values of init_lora_weights that leave the base unchanged, unlike PiSSA, OLoRA, LoftQ and others."""
 CONVERT_PICKLE = (
     'python -c "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in '
     "torch.load('adapter_model.bin', weights_only=True).items()}, 'adapter_model.safetensors')\""
@@ -82,8 +87,8 @@ CONVERT_PICKLE = (
 def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
     """The fields of DEFAULTS from an adapter's configuration.
 
-    Raises SalsaError for other PEFT methods than LoRA, and for options with which the delta is not scaling · B · A. merging: the adapters
-    are merged into their base, so the options of MERGE_ONLY are allowed.
+    Raises SalsaError for other PEFT methods than LoRA, and for options with which the delta is not scaling · B · A.
+    merging: the adapters are merged into their base, so the options of MERGE_ONLY are allowed.
     """
     path = folder / CONFIG
     require(path.is_file(), f"{path} is missing: a PEFT adapter folder holds {CONFIG} and {WEIGHTS}")
@@ -106,25 +111,26 @@ def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
     initial = config["init_lora_weights"]
     require(
         initial in KEEPS_BASE,
-        f"{path}: init_lora_weights is {initial!r}, which changes the weights of the base. Save the adapter with PEFT's save_pretrained and"
-        " path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter of the unchanged base",
+        f"{path}: init_lora_weights is {initial!r}, which changes the weights of the base. Save the adapter with PEFT's"
+        " save_pretrained and path_initial_model_for_weight_conversion, which makes it an ordinary LoRA adapter of the"
+        " unchanged base",
     )
     return config
 
 
 def check_unsupported(path: Path, field: str, value: Any) -> None:
-    """Reject an option that changes what the adapter computes; warn about an unknown option that is ignored.
+    """Raise SalsaError for an option that changes what the adapter computes; warn about an ignored one.
 
-    An unknown option that is empty is off. A number or a string only configures what another option switches on, and PEFT ignores
-    unknown fields too. True, a list or a mapping may switch something on, so they are rejected.
+    An unknown option that is empty is off. A number or a string only configures what another option switches on, and
+    PEFT ignores unknown fields too. True, a list or a mapping may switch something on, so they are rejected.
     """
     if value in (None, False, "", [], {}):
         return
     require(field not in WHY, f"{path}: {field} is {value!r}: {WHY.get(field)}")
     require(
         isinstance(value, int | float | str) and not isinstance(value, bool),
-        f"{path}: {field} is {value!r:.80}. This version does not know the option, and it may change what the adapter computes; if it does"
-        f" not, remove it from {CONFIG}",
+        f"{path}: {field} is {value!r:.80}. This version does not know the option, and it may change what the adapter"
+        f" computes; if it does not, remove it from {CONFIG}",
     )
     logger.warning(
         "warning: %s: %s is %r; this version does not know the option and ignores it, as PEFT does", path, field, value
@@ -132,12 +138,12 @@ def check_unsupported(path: Path, field: str, value: Any) -> None:
 
 
 def open_weights(folder: Path) -> SafetensorsFile:
-    """The header of an adapter's weights. Raises SalsaError for pickled, missing or empty files, and where the manifest does not match."""
+    """The header of an adapter's weights. Raises SalsaError for a pickled, missing, empty or changed file."""
     path = folder / WEIGHTS
     require(
         path.is_file() or not (folder / PICKLED).exists(),
-        f"{folder} holds {PICKLED}, a pickle, which is never read because it can run code. If you trust it, convert it in that folder with "
-        + CONVERT_PICKLE,
+        f"{folder} holds {PICKLED}, a pickle, which is never read because it can run code. If you trust it, convert it"
+        " in that folder with " + CONVERT_PICKLE,
     )
     require(path.is_file(), f"{path} is missing: a PEFT adapter folder holds {CONFIG} and {WEIGHTS}")
     file = SafetensorsFile(path)
@@ -160,5 +166,6 @@ def check_manifest(folder: Path) -> None:
         require(path.is_file(), f"{path} is missing, but {MANIFEST} lists it; copy the folder again")
         require(
             path.stat().st_size == entry.get("size") and sha256(path) == entry.get("sha256"),
-            f"{path} does not have the size or SHA-256 that {MANIFEST} lists: it is damaged or was changed; copy or make it again",
+            f"{path} does not have the size or SHA-256 that {MANIFEST} lists: it is damaged or was changed; copy or"
+            " make it again",
         )

@@ -1,10 +1,11 @@
-"""Several LoRA adapters of one base as one adapter of rank Σ r_i, whose members can be re-weighted in place.
+"""Several LoRA adapters of one base as one adapter of rank Σ r_i that can be re-weighted in place.
 
     delta = Σ_i w_i · scaling_i · B_i · A_i        scaling_i = alpha_i / r_i, with rsLoRA alpha_i / √r_i
 
-The mean of products is not the product of means, so the factors are stacked, not averaged: A = [A_0; A_1; …] and
-B = [w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding. Members may differ in rank, alpha,
-rsLoRA, patterns and modules. Parameters without LoRA factors are averaged directly (soup/lora/non_lora.py).
+The mean of products is not the product of means, so the factors are stacked, not averaged: A = [A_0; A_1; …] and B =
+[w_0·scaling_0·B_0, w_1·scaling_1·B_1, …] multiply to the weighted delta up to float32 rounding. Members may differ in
+rank, alpha, rsLoRA, patterns and modules. Parameters without LoRA factors are averaged directly
+(soup/lora/non_lora.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SCORE_HEAD = "score.weight"
 class StackedAdapter:
     """Several LoRA adapters of one base as one adapter of rank Σ r_i.
 
-    Each member is a block of columns of B. Another point on the line or plane between members only rescales these blocks.
+    Each member is a block of columns of B. Another point on the line or plane between members only rescales these
+    blocks.
     """
 
     def __init__(self, members: Sequence[Member], stacks: Stacks) -> None:
@@ -47,10 +49,10 @@ class StackedAdapter:
     def load(
         cls, members: Sequence[Path | str], names: Sequence[str] | None = None, *, same_base: bool = False
     ) -> StackedAdapter:
-        """Read the headers of local PEFT adapter folders. Values are read on use. Raises SalsaError for adapters that cannot be averaged.
+        """Read the headers of local PEFT folders. Raises SalsaError for adapters that cannot be averaged.
 
-        names: what summaries call the members (default: the folders' names). same_base: the members share a base, even if fingerprints or
-        names differ.
+        names: what summaries call the members (default: the folders' names). same_base: the members share a base, even
+        if fingerprints or names differ.
         """
         require(bool(members), "members: none given; a soup needs at least one adapter folder")
         folders = [Path(member) for member in members]
@@ -61,22 +63,19 @@ class StackedAdapter:
         return cls(read, Stacks(read))
 
     def check(self, weights: Sequence[float]) -> list[float]:
-        """One weight per member, of any sum; of sum 1 if parameters are averaged directly. Raises SalsaError for others."""
+        """The weights as floats. Raises SalsaError unless there is one per member, with an allowed sum."""
         checked = check_weights(weights, len(self.members))
         non_lora.check_sum(self.members, checked)
         return checked
-
-    def _config(self) -> dict[str, Any]:
-        self.stacks.check_saveable()
-        return config_fields(self.members, self.stacks, {m: shape.rank for m, shape in self.stacks.shapes.items()})
 
     def save(self, folder: Path, weights: Sequence[float], *, strategy: str = "linear", rank: int | None = None,
              dtype: str | torch.dtype | None = None, progress: Callable[[int, int], None] | None = None,
              more: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write the soup as a PEFT adapter folder. Returns its summary, which is also written to soup.json.
 
-        rank: reduce modules of a higher rank to this one by SVD; the summary's `error` is the loss. dtype: of the factors (default: the
-        members' dtype). progress: called with (modules done, modules in all). more: further entries of the summary.
+        rank: reduce modules of a higher rank to this one by SVD; the summary's `error` is the loss. dtype: of the
+        factors (default: the members' dtype). progress: called with (modules done, modules in all). more: further
+        entries of the summary.
         """
         return save(
             self.members, self.stacks, Path(folder), self.check(weights), strategy=strategy, rank=rank,
@@ -84,7 +83,7 @@ class StackedAdapter:
         )  # fmt: skip
 
     def gram(self) -> torch.Tensor:
-        """⟨delta_i, delta_j⟩ summed over modules: (members, members), float64, without parameters that are averaged directly."""
+        """⟨delta_i, delta_j⟩ summed over the modules with LoRA: (members, members), float64."""
         import torch
 
         total = torch.zeros(len(self.members), len(self.members), dtype=torch.float64)
@@ -95,16 +94,18 @@ class StackedAdapter:
         return total
 
     def attach(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
-        """Add the soup to a live model as a frozen float32 adapter that is not active. Its factors stay in memory.
+        """Add the soup to a live model as a frozen, inactive float32 adapter. Its factors stay in memory.
 
-        The active adapter and all requires_grad flags stay as they are. A score head is left to models/adapters/lora.py. Raises SalsaError
-        for other parameters that are averaged directly, because they cannot be on a shared base.
+        The active adapter and all requires_grad flags stay as they are. A score head is left to
+        models/adapters/lora.py. Raises SalsaError for other parameters that are averaged directly, because they cannot
+        be on a shared base.
         """
         import torch
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
         self.check(weights)
+        self.stacks.check_saveable()
         self.stacks.check_not_alora()
         self._check_shared(model)
         if adapter_name in model.peft_config:
@@ -112,16 +113,18 @@ class StackedAdapter:
         missing = next((module for module in self.stacks if not has_module(model, self.stacks, module)), None)
         require(
             missing is None,
-            f"{self.members[0].folder} has LoRA on {missing}, which the model does not have; the soup belongs to another base",
+            f"{self.members[0].folder} has LoRA on {missing}, which the model does not have; the soup belongs to"
+            " another base",
         )
         self.stacks.load_in_memory()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        fields = self._config() | {"modules_to_save": None, "bias": "none"}
+        ranks = {module: shape.rank for module, shape in self.stacks.shapes.items()}
+        fields = config_fields(self.members, self.stacks, ranks) | {"modules_to_save": None, "bias": "none"}
         fields["target_parameters"] = shared_target_parameters(model, self.stacks, fields["target_parameters"])
         model.add_adapter(adapter_name, LoraConfig(**{name: fields[name] for name in fields if name != "peft_type"}))
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and adapter_name in layer.r:
-                # PEFT activates "default" in a layer that it has just wrapped, even if that is the name of the new adapter
+                # PEFT activates "default" in a layer that it has just wrapped, even if the new adapter has that name
                 layer.set_adapter(model.active_adapters, inference_mode=True)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
@@ -148,8 +151,9 @@ class StackedAdapter:
                 same = values.shape == parameter.shape and torch.equal(values.to(parameter), parameter)
             require(
                 same,
-                f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the base, which a base"
-                " that several adapters share cannot take; save the soup and open it with PEFT on a base of its own",
+                f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the"
+                " base, which a base that several adapters share cannot take; save the soup and open it with PEFT on a"
+                " base of its own",
             )
 
     def set_weights(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
@@ -169,7 +173,8 @@ class StackedAdapter:
 def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: str) -> tuple[Any, Any, Any]:
     """The live parameters A, B and, with lora_bias, B's bias (else None).
 
-    Raises SalsaError if the layer has no such adapter, if its shapes are not those of the soup, or if it is merged into the base.
+    Raises SalsaError if the layer has no such adapter, if its shapes are not those of the soup, or if it is merged into
+    the base.
     """
     layer = find_layer(model, stacks, module)
     if adapter_name not in model.peft_config or adapter_name not in layer.r:
@@ -184,8 +189,8 @@ def live_factors(model: PeftModel, stacks: Stacks, module: str, adapter_name: st
     shapes, expected = (tuple(A.shape), tuple(B.shape)), shape.saved(shape.rank)
     require(
         shapes == expected,
-        f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, those of this soup {expected}; the adapter is"
-        " another soup, or belongs to another base",
+        f"{module}: the factors of adapter {adapter_name!r} have the shapes {shapes}, those of this soup {expected};"
+        " the adapter is another soup, or belongs to another base",
     )
     require(
         adapter_name not in layer.merged_adapters,
@@ -208,7 +213,7 @@ def find_layer(model: PeftModel, stacks: Stacks, module: str) -> Any:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """A submodule by its name in the base. The children of a layer that PEFT has wrapped are those of the layer inside."""
+    """A submodule by its name in the base, looked up inside PEFT's wrappers."""
     found: Any = model
     for part in path.split("."):
         while part not in found._modules and "base_layer" in found._modules:
@@ -232,7 +237,7 @@ def has_module(model: PeftModel, stacks: Stacks, module: str) -> bool:
 
 
 def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str] | None) -> list[str] | None:
-    """target_parameters of a further adapter on a model. PEFT requires all adapters of a model to have the same.
+    """target_parameters of a further adapter: those of the model's adapters, since PEFT allows no others.
 
     Raises SalsaError if those of the model lack a parameter that the soup has factors for.
     """
@@ -246,7 +251,7 @@ def shared_target_parameters(model: PeftModel, stacks: Stacks, wanted: list[str]
         known = any(name == target or name.endswith(f".{target}") for target in given)
         require(
             not shape.parameter or known,
-            f"{name} has LoRA in the soup, but the adapters of the model have target_parameters {sorted(given)}. PEFT requires all adapters"
-            " of a model to have the same; load the policy with those of the soup",
+            f"{name} has LoRA in the soup, but the adapters of the model have target_parameters {sorted(given)}. PEFT"
+            " requires all adapters of a model to have the same; load the policy with those of the soup",
         )
     return sorted(given)

@@ -1,11 +1,12 @@
-"""The best adapter of a smaller rank: an SVD of the small core between two orthonormal bases of the stacked thin factors.
+"""The best adapter of a smaller rank, by an SVD of the small core between two orthonormal bases.
 
     B·diag(c)·A = Q_b · core · Q_aᵀ,  core = R_b·diag(c)·R_aᵀ = U·S·Vᵀ      (Core Space merging)
     B̂ = Q_b·U·√S,  Â = √S·Vᵀ·Q_aᵀ                                          the first `rank` singular values
 
-Eckart and Young: nothing of that rank is nearer in Frobenius norm, and what is lost is the tail √Σ_{i>rank} S_i², known from the core.
-The bases come from the Cholesky factors of the float64 Gram matrices, which a soup's summary needs anyway (4096 × 32: a fifth of a
-Householder QR's time); where a factor is too near to rank deficiency for that, from QR in float64.
+By the Eckart–Young theorem no matrix of that rank is nearer in Frobenius norm. The error is the tail √Σ_{i>rank} S_i²,
+which the core gives too. The bases come from the Cholesky factors of the float64 Gram matrices, which a soup's summary
+needs anyway and which take a fifth of the time of a Householder QR (4096 × 32). Nearly rank-deficient factors take the
+QR in float64 instead.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import numpy as np
 from salsa_peft.soup.arrays import Array
 
 WELL_CONDITIONED = 1e5
-"""Up to this condition number (in Frobenius norm) the error of Cholesky's basis, condition² · 1e-16, stays below 1e-6."""
+"""Highest condition number for the Cholesky basis, whose error is condition² · 1e-16 ≤ 1e-6."""
 
 
 class Moments(NamedTuple):
-    """Thin factors in float64 and what is made of them once. Shapes: A (R, in), B (out, R), AA = A·Aᵀ and BB = Bᵀ·B (R, R)."""
+    """Factors and their Gram matrices in float64: A (R, in), B (out, R), AA = A·Aᵀ and BB = Bᵀ·B (R, R)."""
 
     A: Array
     B: Array
@@ -31,7 +32,7 @@ class Moments(NamedTuple):
 
 
 class Recompressed(NamedTuple):
-    """Shapes: A (rank, in), B (out, rank), float64; `lost` and `norm` are squared Frobenius norms, of what is cut off and of the whole."""
+    """A (rank, in), B (out, rank) in float64, and the squared norms of the part cut off and of the whole."""
 
     A: Array
     B: Array
@@ -40,7 +41,7 @@ class Recompressed(NamedTuple):
 
 
 def moments(A: Array, B: Array) -> Moments:
-    """Shapes: A (R, in), B (out, R)."""
+    """The moments of factors A (R, in) and B (out, R)."""
     A, B = A.astype(np.float64, copy=False), B.astype(np.float64, copy=False)
     return Moments(A, B, A @ A.T, B.T @ B)
 
@@ -62,7 +63,7 @@ def recompress(given: Moments, coefficients: Array, rank: int) -> Recompressed:
 
 
 def basis(X: Array, gram: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """X = Q·R with orthonormal Q: R, and the function Y → Q·Y. Shapes: X (n, k), gram = XᵀX (k, k), float64."""
+    """R of X = Q·R with orthonormal Q, and the function Y → Q·Y. X: (n, k), gram = XᵀX: (k, k), float64."""
     try:
         L = np.linalg.cholesky(gram)
         inverse = np.linalg.inv(L)
@@ -74,6 +75,6 @@ def basis(X: Array, gram: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def by_householder(X: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The same for any X."""
+    """The same by a QR decomposition, for any X."""
     Q, R = np.linalg.qr(X)
     return R, lambda Y: Q @ Y

@@ -1,7 +1,8 @@
-"""PEFT's rules for an adapter's modules: which are targeted, with which rank, scaling and shape, and which are saved whole.
+"""PEFT's rules for an adapter's modules: targets, ranks, scaling, shapes of factors, modules_to_save.
 
-A parameter that is targeted itself (target_parameters, mostly a stack of experts) has its factors at the module that holds it. If a
-module holds several such parameters, PEFT nests their wrappers in the order in which the module registers the parameters:
+A parameter that is targeted itself (target_parameters, mostly a stack of experts) has its factors at the module that
+holds it. If a module holds several such parameters, PEFT nests their wrappers in the order in which the module
+registers the parameters:
 
     mlp.experts.base_layer.lora_A.weight     the first, gate_up_proj
     mlp.experts.lora_A.weight                the last, down_proj
@@ -28,7 +29,8 @@ ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 class Shape(NamedTuple):
     """The shape of LoRA factors, and the module or parameter that they belong to.
 
-    A stack of experts (target_parameters) has one delta per expert, a grouped convolution one per group. These are its `blocks`.
+    A stack of experts (target_parameters) has one delta per expert, a grouped convolution one per group. These are its
+    `blocks`.
     """
 
     rank: int
@@ -41,7 +43,7 @@ class Shape(NamedTuple):
     holder: str
     """The module whose PEFT wrapper holds the factors."""
     parameter: str | None
-    """With target_parameters, the parameter's name in `holder`; "" if the tensor names do not tell which. None: the factors of a layer."""
+    """Name of the targeted parameter in `holder`, "" if the tensor names do not tell it; None: a layer."""
     owner: str
     """The targeted module: for the out_proj of an attention, the attention."""
 
@@ -64,7 +66,7 @@ class Shape(NamedTuple):
         return A.reshape(len(A), -1) if self.blocks == 1 else A.reshape(self.blocks, len(A) // self.blocks, -1)
 
     def blocks_B(self, B: Any) -> Any:
-        """B as PEFT saves it, an array or a tensor → (out, R), or with several blocks (blocks, out / groups, R / groups)."""
+        """B as PEFT saves it → (out, R), or with several blocks (blocks, out / groups, R / groups)."""
         if self.blocks == 1:
             return B.reshape(len(B), -1)
         if self.groups > 1:
@@ -79,7 +81,7 @@ class Shape(NamedTuple):
 
 
 def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether PEFT puts LoRA on a module of that name. With 'all-linear' and None, which depend on the base, any module counts."""
+    """A function that tells whether PEFT puts LoRA on a module of that name; with 'all-linear', on any."""
     path = folder / CONFIG
     targets = config["target_modules"]
     if any(
@@ -108,32 +110,42 @@ def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
     return lambda module: pattern.fullmatch(module) is not None
 
 
+def strip_wrappers(path: str) -> tuple[str, int]:
+    """A module's name without the wrappers around its parameters, and the number of these wrappers."""
+    module = path
+    while module.endswith(WRAPPED):
+        module = module.removesuffix(WRAPPED)
+    return module, (len(path) - len(module)) // len(WRAPPED)
+
+
 def is_saved(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor belongs to modules_to_save: PEFT takes every module whose name ends with one of them, and all inside it."""
+    """Whether a tensor lies in a module of modules_to_save, that is, whose name ends with one of them."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(module) for path in paths for module in config["modules_to_save"] or ())
 
 
 def rank_and_scaling(folder: Path, config: dict[str, Any], module: str) -> tuple[int, float]:
-    """r and scaling of a module as in PEFT's LoraModel: the first pattern in the file that matches is used."""
+    """r and scaling of a module as in PEFT's LoraModel: the first matching pattern is used."""
     path = folder / CONFIG
     r = by_pattern(config["rank_pattern"], module, config["r"], path)
     alpha = by_pattern(config["alpha_pattern"], module, config["lora_alpha"], path)
     require(
         isinstance(r, int) and r >= 1 and isinstance(alpha, int | float) and math.isfinite(alpha),
-        f"{path}: {module} has rank {r!r} and alpha {alpha!r}; the rank must be a whole number of at least 1, alpha a finite number",
+        f"{path}: {module} has rank {r!r} and alpha {alpha!r}; the rank must be a whole number of at least 1, alpha a"
+        " finite number",
     )
     return r, alpha / math.sqrt(r) if config["use_rslora"] else alpha / r
 
 
 def by_pattern(patterns: dict[str, Any], module: str, default: Any, path: Path) -> Any:
-    """The value of the first pattern that matches a module, by the rule of peft.utils.other.get_pattern_key."""
+    """The value of the first pattern that matches a module, as in peft.utils.other.get_pattern_key."""
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
     except re.error as error:
         raise SalsaError(
-            f"{path}: rank_pattern or alpha_pattern holds an invalid regular expression ({error}); save the adapter again"
+            f"{path}: rank_pattern or alpha_pattern holds an invalid regular expression ({error}); save the adapter"
+            " again"
         ) from None
 
 
@@ -156,7 +168,7 @@ def registration_order(parameter: str) -> tuple[int, str]:
 
 
 def parameter_at(module: str, depth: int, levels: int, config: dict[str, Any]) -> str | None:
-    """The parameter of a module whose wrapper lies `depth` of `levels` wrappers inside; None if the names do not tell.
+    """The parameter whose wrapper lies `depth` of `levels` wrappers inside; None if the names do not tell.
 
     The outermost wrapper (depth 0) is on the parameter that the module registers last.
     """
@@ -180,13 +192,13 @@ def read_shape(
     shown = f"lora_A {list(A)} and lora_B {list(B)}"
     require(
         0 not in (*A, *B) and len(A) > 1 < len(B),
-        f"{path}: {module} has {shown}: the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered when it was saved; save it"
-        " again from the gathered model",
+        f"{path}: {module} has {shown}: the parts of a sharded model (DeepSpeed ZeRO-3, FSDP) were not gathered when it"
+        " was saved; save it again from the gathered model",
     )
     require(
         len(A) == len(B) and set(B[2:]) <= {1} and (not embedding or len(A) == 2),
-        f"{path}: {module} has {shown}, which are neither two matrices nor the factors of a convolution (lora_B with kernel 1); save the"
-        " adapter again",
+        f"{path}: {module} has {shown}, which are neither two matrices nor the factors of a convolution (lora_B with"
+        " kernel 1); save the adapter again",
     )
     holder, parameter, owner = place
     r, _ = rank_and_scaling(path.parent, config, owner if parameter is None else module)
@@ -194,7 +206,7 @@ def read_shape(
     groups = A[0] // B[1] if len(A) > 2 and 0 < B[1] < A[0] and A[0] % B[1] == 0 and B[0] % (A[0] // B[1]) == 0 else 1
     require(
         A[0] == B[1] * groups == r * experts,
-        f"{path}: {module} has {shown}, but r and rank_pattern of {CONFIG} say rank {r}, so PEFT would not load the file; correct them there,"
-        " or save the adapter again",
+        f"{path}: {module} has {shown}, but r and rank_pattern of {CONFIG} say rank {r}, so PEFT would not load the"
+        " file; correct them there, or save the adapter again",
     )
     return Shape(r, A[1:], B[0], embedding, experts, groups, holder, parameter, owner)

@@ -1,14 +1,14 @@
-"""The tensors of a PEFT adapter folder, identified by name and header: LoRA factors, or values that are averaged directly.
+"""The tensors of a PEFT adapter folder: LoRA factors, and parameters that are averaged directly.
 
-    lora_A, lora_B               a delta scaling · B · A of a linear layer, or of a convolution as a matrix (in · kernel columns)
-    … of a stack of experts      one delta per expert: A (r · experts, in), B (out, r · experts), the expert last in B's columns
-    … of a grouped convolution   one delta per group: B (out, r / groups)
-    lora_embedding_A, _B         the transposed delta of an embedding
-    lora_B.bias                  scaling · b, added to the layer's output (lora_bias)
-    anything else                whole parameters of the base: modules_to_save, biases, saved embeddings, rows of trained tokens
+    lora_A, lora_B             a delta scaling · B · A of a linear layer, or of a convolution (in · kernel columns)
+    … of a stack of experts    one delta per expert: A (r · experts, in), B (out, r · experts), the expert last in B
+    … of grouped convolutions  one delta per group: B (out, r / groups)
+    lora_embedding_A, _B       the transposed delta of an embedding
+    lora_B.bias                scaling · b, added to the layer's output (lora_bias)
+    anything else              parameters of the base: modules_to_save, biases, embeddings, rows of trained tokens
 
-scaling = alpha / r, or alpha / √r with rsLoRA. A tensor that is unknown, has no counterpart, has the wrong rank or shape, or is not
-finite (checked when it is read) is rejected with the file and the reason.
+scaling = alpha / r, or alpha / √r with rsLoRA. A tensor that is unknown, has no counterpart, has the wrong rank or
+shape, or is not finite (checked when it is read) is rejected with the file and the reason.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from salsa_peft.soup.lora.targets import (
     parameters_of,
     rank_and_scaling,
     read_shape,
+    strip_wrappers,
     target_rule,
 )
 from salsa_peft.utils.errors import require
@@ -69,16 +70,16 @@ class Member:
     factors: dict[str, Factors]
     """By module, or by parameter with target_parameters, sorted by name."""
     direct: dict[str, str]
-    """Parameters that are averaged directly: name in the base (for trained tokens, the embedding's name + TOKENS) → tensor name."""
+    """Parameters that are averaged directly: name in the base (+ TOKENS for trained tokens) → tensor name."""
     frozen: frozenset[str] = frozenset()
-    """Those of `direct` that are untrained weights of the base, which PEFT saves with layers that have LoRA."""
+    """Those of `direct` that are untrained weights of the base, which PEFT saves with LoRA layers."""
 
     @property
     def ranks(self) -> dict[str, int]:
         return {module: factors.shape.rank for module, factors in self.factors.items()}
 
     def read(self, key: str) -> Array:
-        """The values of a tensor as float32 (float64 if it is saved so). Raises SalsaError for a value that is not finite."""
+        """A tensor in float32 (float64 if it is saved so). Raises SalsaError for values that are not finite."""
         return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
@@ -91,7 +92,7 @@ class Member:
 
 
 def read_member(folder: Path, name: str) -> Member:
-    """Read configuration, fingerprint and header of an adapter, and check them against one another. No values are read."""
+    """Read and check configuration, fingerprint and header of an adapter. No values are read."""
     config = read_config(folder)
     file = open_weights(folder)
     names = plain_names(file.entries, config, file.path)
@@ -99,7 +100,8 @@ def read_member(folder: Path, name: str) -> Member:
     parts, direct = sort_tensors(file, names, config)
     require(bool(parts), f"{file.path} holds no LoRA tensors (lora_A and lora_B); save the adapter again")
     factors = dict(sorted(read_all_factors(file, parts, config)))
-    frozen = frozenset(name for name in direct if is_frozen(name, factors))
+    weights = {f"{module}.weight" for module in factors}  # PEFT saves the weight of a targeted embedding too
+    frozen = frozenset(weights & direct.keys())
     member = Member(name, folder, config, read_fingerprint(folder), file, factors, dict(sorted(direct.items())), frozen)
     check_direct(member)
     return member
@@ -127,15 +129,10 @@ def sort_tensors(
         entry = file.entries[key]
         require(
             entry.dtype in DTYPES,
-            f"{file.path}: {key} has dtype {entry.dtype} (shape {list(entry.shape)}); save the adapter in one of {', '.join(DTYPES)}",
+            f"{file.path}: {key} has dtype {entry.dtype} (shape {list(entry.shape)}); save the adapter in one of"
+            f" {', '.join(DTYPES)}",
         )
     return parts, direct
-
-
-def is_frozen(name: str, factors: dict[str, Factors]) -> bool:
-    """Whether a parameter is the weight of a layer that has LoRA itself: PEFT saves targeted embeddings so."""
-    module, _, leaf = name.rpartition(".")
-    return leaf == "weight" and module in factors
 
 
 def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
@@ -148,12 +145,16 @@ def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
     if key.endswith(TOKENS):
         if config["trainable_token_indices"]:
             return None
-        return f"these are rows of trained tokens, but {CONFIG} has no trainable_token_indices; add them there, or save the adapter again"
+        return (
+            f"these are rows of trained tokens, but {CONFIG} has no trainable_token_indices; add them there, or save"
+            " the adapter again"
+        )
     saved = is_saved(name, config)
     if name.endswith(".bias") and config["bias"] == "none" and not saved:
         return f"{CONFIG} has bias 'none', but PEFT would load this bias; set bias to 'all' there, or remove the tensor"
     if not saved and not name.endswith((".bias", ".weight")):
-        return f"unknown tensor, which belongs to none of modules_to_save ({config['modules_to_save']!r}); save the adapter again"
+        modules = config["modules_to_save"]
+        return f"unknown tensor, which belongs to none of modules_to_save ({modules!r}); save the adapter again"
     return None  # also for embeddings, which PEFT saves if they were resized or are targeted
 
 
@@ -176,19 +177,11 @@ def read_all_factors(
         tied = config["ensure_weight_tying"] and module.rpartition(".")[2] in EMBEDDINGS
         require(
             not depth and (targeted(owner) or tied),
-            f"{file.path}: {path} is not among the target_modules or target_parameters of {CONFIG}, so PEFT would ignore its tensors; add it"
-            " there, or save the adapter again",
+            f"{file.path}: {path} is not among the target_modules or target_parameters of {CONFIG}, so PEFT would"
+            " ignore its tensors; add it there, or save the adapter again",
         )
         found.append((module, read_factors(file, module, given, config, (module, None, owner))))
     return found
-
-
-def strip_wrappers(path: str) -> tuple[str, int]:
-    """A module's name without the wrappers around its parameters, and the number of these wrappers."""
-    module = path
-    while module.endswith(WRAPPED):
-        module = module.removesuffix(WRAPPED)
-    return module, (len(path) - len(module)) // len(WRAPPED)
 
 
 def read_factors(
@@ -198,20 +191,20 @@ def read_factors(
     config: dict[str, Any],
     place: tuple[str, str | None, str],
 ) -> Factors:
-    """The factors of one module, checked against the configuration. place: Shape's holder, parameter and owner."""
+    """One module's factors, checked against the configuration. place: holder, parameter, owner of Shape."""
     parts = {part.removesuffix(".weight"): key for part, key in found.items()}
     kind = "embedding_" if any(part.startswith("embedding") for part in parts) else ""
     halves = [f"{kind}A", f"{kind}B"]
     require(
         set(parts) - {"B.bias"} == set(halves),
-        f"{file.path}: {module} has {' and '.join(f'lora_{part}' for part in sorted(parts))}, but both {' and '.join(f'lora_{half}' for half in halves)}"
-        " are needed; save the adapter again",
+        f"{file.path}: {module} has {' and '.join(f'lora_{part}' for part in sorted(parts))}, but both"
+        f" {' and '.join(f'lora_{half}' for half in halves)} are needed; save the adapter again",
     )
     bias = parts.get("B.bias")
     require(
         (bias is not None) == (config["lora_bias"] and not kind),
-        f"{file.path}: {bias or module + '.lora_B.bias'} is {'in' if bias else 'not in'} the file, but {CONFIG} has lora_bias"
-        f" {config['lora_bias']}; correct lora_bias there, or save the adapter again",
+        f"{file.path}: {bias or module + '.lora_B.bias'} is {'in' if bias else 'not in'} the file, but {CONFIG} has"
+        f" lora_bias {config['lora_bias']}; correct lora_bias there, or save the adapter again",
     )
     A, B = (file.entries[parts[half]].shape for half in halves)
     shape = read_shape(file.path, module, (A, B), config, place, bool(kind))
@@ -229,16 +222,19 @@ def check_direct(member: Member) -> None:
     saved = config["modules_to_save"]
     require(
         not saved or any(is_saved(name, config) for name in member.direct),
-        f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load it; remove them from {CONFIG}, or save the adapter again",
+        f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load it; remove them from {CONFIG}, or"
+        " save the adapter again",
     )
     tokens = [name for name in member.direct if name.endswith(TOKENS)]
     require(
         bool(tokens) or not config["trainable_token_indices"],
-        f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove them there, or save the adapter again",
+        f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove them there, or save the adapter"
+        " again",
     )
     for name in tokens:
         rows, expected = member.file.entries[member.direct[name]].shape[0], len(member.token_indices(name))
         require(
             rows == expected,
-            f"{path}: {member.direct[name]} has {rows} rows, but trainable_token_indices name {expected} tokens; save the adapter again",
+            f"{path}: {member.direct[name]} has {rows} rows, but trainable_token_indices name {expected} tokens; save"
+            " the adapter again",
         )

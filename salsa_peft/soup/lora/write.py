@@ -1,4 +1,4 @@
-"""Write a soup of adapters as a PEFT adapter folder, module by module, so that only one module's factors are in memory at a time."""
+"""Write a soup of adapters as a PEFT adapter folder, with one module's factors in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.checkpoints.write import LOCK
@@ -35,18 +36,20 @@ logger = logging.getLogger(__name__)
 
 
 class Section(NamedTuple):
-    """Consecutive tensors of the file: name, dtype and shape of each, and the function that computes them in this order."""
+    """Consecutive tensors of the file: names, dtypes and shapes, and the function that computes them."""
 
     layout: list[tuple[str, str, tuple[int, ...]]]
     make: Callable[[], Iterator[Array]]
 
 
-def save(members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str, rank: int | None,
-         dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
-    """Write the folder and return the summary, which is also its soup.json. The arguments are those of StackedAdapter.save.
+def save(
+    members: Sequence[Member], stacks: Stacks, folder: Path, weights: Sequence[float], *, strategy: str,
+    rank: int | None, dtype: str | None, progress: Callable[[int, int], None] | None, more: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the folder and return the summary. The arguments are those of StackedAdapter.save.
 
-    Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder that another process
-    is writing. An earlier soup in the folder stays until the new weights are complete.
+    Raises SalsaError, and leaves no new file behind, for a soup that cannot be computed or written and for a folder
+    that another process is writing. An earlier soup in the folder stays until the new weights are complete.
     """
     code, ranks = dtype_code(dtype, stacks.dtype), output_ranks(stacks.shapes, rank)
     stacks.check_saveable()
@@ -75,7 +78,7 @@ def save(members: Sequence[Member], stacks: Stacks, folder: Path, weights: Seque
 
 @contextlib.contextmanager
 def locked_output(folder: Path, members: Sequence[Member]) -> Iterator[None]:
-    """Hold the folder's lock. Temporary files of a killed write are removed, and at the end a new folder that stayed empty."""
+    """Lock the output folder, remove temporary files of a killed write, and sync the folder at the end."""
     made = not folder.exists()
     with locked(folder):
         try:
@@ -124,10 +127,10 @@ def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
 
 
 def write_weights(folder: Path, parts: list[Section]) -> None:
-    """Write the weights. When they are complete, the files of an earlier soup are removed, its configuration first.
+    """Write the weights. When they are complete, remove the files of an earlier soup.
 
-    From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed last, because a
-    tokenizer in a folder without one is not a soup's and stays.
+    From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed
+    last, because a tokenizer in a folder without one is not a soup's and stays.
     """
     header = make_header(entry for part in parts for entry in part.layout)
     with safetensors_writer(folder / WEIGHTS, header) as write:
@@ -145,20 +148,23 @@ def write_weights(folder: Path, parts: list[Section]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def sections(members: Sequence[Member], stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int], totals: Totals,
-             progress: Callable[[int, int], None] | None) -> list[Section]:  # fmt: skip
+def sections(
+    members: Sequence[Member], stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str, int],
+    totals: Totals, progress: Callable[[int, int], None] | None,
+) -> list[Section]:  # fmt: skip
     """The parts of the file. Wide dtypes come first, so that every tensor is aligned to its element size."""
     layout = [(name, code, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])]
     found = [Section(layout, partial(factors, stacks, weights, code, ranks, totals, progress))]
     for name in non_lora.parameter_names(members):
         kept, holder = non_lora.dtype_of(members, name), non_lora.holders(members, name)[0]
-        entry = (non_lora.saved_as(name, stacks.wrappers), kept, holder.file.entries[holder.direct[name]].shape)
-        found.append(Section([entry], partial(averaged, members, name, weights, kept)))
+        path = PREFIX + non_lora.wrapped(name, stacks.wrappers)
+        layout = [(path, kept, holder.file.entries[holder.direct[name]].shape)]
+        found.append(Section(layout, partial(averaged, members, name, weights, kept)))
     return sorted(found, key=lambda part: -BITS[part.layout[0][1]])
 
 
 def averaged(members: Sequence[Member], name: str, weights: Sequence[float], code: str) -> Iterator[Array]:
-    """A parameter that is averaged directly, when its turn comes."""
+    """A parameter that is averaged directly, computed when it is written."""
     yield arrays.narrow(non_lora.mean(members, name, weights), code)
 
 
@@ -196,7 +202,7 @@ def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str
 
 
 def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
-    """A and B in the file's dtype. The change of their product is added to `totals`: B̂Â − BA = (B̂ − B)Â + B(Â − A)."""
+    """A and B in the file's dtype. Adds the change B̂Â − BA = (B̂ − B)Â + B(Â − A) to `totals`."""
     narrowed = [arrays.narrow(values, code) for values in (A, B)]
     if code not in ("F32", "F64"):
         A_hat, B_hat = (arrays.widen(values, code) for values in narrowed)
@@ -209,7 +215,7 @@ def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
 
 
 def check_out(folder: Path, members: Sequence[Member]) -> None:
-    """Raise SalsaError if the soup's folder is a member, a file, or holds anything but an earlier soup of adapters."""
+    """Raise SalsaError if the output folder is a member or holds anything but an earlier adapter soup."""
     require(
         all(folder.resolve() != member.folder.resolve() for member in members),
         f"{folder} is a member of the soup and is never overwritten; name another folder",

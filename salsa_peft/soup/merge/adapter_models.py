@@ -1,4 +1,4 @@
-"""An adapter that PEFT loads into a model whose base weights take no memory, and merges a few modules at a time.
+"""Lets PEFT merge an adapter a few modules at a time, in a model whose base weights take no memory.
 
 The base's values are put into the modules to merge, PEFT merges them, and the merged values are taken out again. So names, tied weights,
 DoRA, fused attention projections, experts and whatever else PEFT merges are exactly PEFT's.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,7 +30,7 @@ INSIDE = "base_model.model."
 
 
 def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model whose parameters are float32 zeros on the CPU, each one number expanded to its shape; tied if the config says so."""
+    """A model whose parameters take no memory: float32 zeros, each one number expanded to its shape."""
     from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
     with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
@@ -48,16 +47,15 @@ def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -
     return model
 
 
-@dataclass
-class WrappedModule:
+class WrappedModule(NamedTuple):
     """A module of the base that PEFT wrapped."""
 
     module: torch.nn.Module
     parameters: list[str]
     """The base's parameters in it, by their first names in the model."""
-    rank: int = 0
+    rank: int
     """The rank of its LoRA; 0: it has none."""
-    saved: bool = False
+    saved: bool
     """Whether it is one of modules_to_save, so that its values replace the base's."""
 
 
@@ -95,7 +93,7 @@ class AdapterModel:
                 }
                 result: Any = set_peft_model_state_dict(loaded, dict(tensors), ADAPTER, low_cpu_mem_usage=True)
             except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
-                raise SalsaError(f"{self.path}: {_in_a_line(error, type(model).__name__)}") from error
+                raise SalsaError(f"{self.path}: {_error_line(error, type(model).__name__)}") from error
         odd = next((key for key in sorted(result.unexpected_keys) if not _is_copy(key, tensors)), None)
         require(
             odd is None,
@@ -108,22 +106,19 @@ class AdapterModel:
             f"{self.path}: has no values for {empty}, which adapter_config.json names: the file is incomplete, or {ANOTHER}",
         )
         inner: torch.nn.Module = loaded.get_base_model()
+        self._take_replaced(inner, places, now)
         found: dict[str, WrappedModule] = {}
         kinds: tuple[type[torch.nn.Module], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # type: ignore[assignment]
         for name, module in inner.named_modules():
             if isinstance(module, kinds) and not _inside(name, found):
-                found[name] = WrappedModule(module, [])
-        self._take_replaced(inner, places, now)
-        for wrapped in found.values():
-            inside = {self._firsts[_address(p)] for p in wrapped.module.parameters() if _address(p) in self._firsts}
-            wrapped.parameters = sorted(inside)
-            layers = [module for module in wrapped.module.modules() if isinstance(module, LoraLayer)]
-            wrapped.saved = isinstance(wrapped.module, ModulesToSaveWrapper)
-            wrapped.rank = max((layer.r[ADAPTER] for layer in layers), default=0)
+                inside = {self._firsts[_address(p)] for p in module.parameters() if _address(p) in self._firsts}
+                ranks = (layer.r[ADAPTER] for layer in module.modules() if isinstance(layer, LoraLayer))
+                saved = isinstance(module, ModulesToSaveWrapper)
+                found[name] = WrappedModule(module, sorted(inside), max(ranks, default=0), saved)
         return found
 
     def _take_replaced(self, inner: torch.nn.Module, places: Iterable[str], now: Mapping[str, torch.Tensor]) -> None:
-        """Move the values that replace parameters of the base into `replaced`, and put the blank parameters back."""
+        """Move values that replace parameters of the base into `replaced`, and put blank parameters back."""
         for place in places:
             parameter = now[place]
             if _address(parameter) in self._firsts:
@@ -134,7 +129,7 @@ class AdapterModel:
             inner.get_submodule(holder)._parameters[leaf] = self._blanks[first]
 
     def touched(self) -> dict[str, list[str]]:
-        """First names of the parameters that the adapter may change → the parameters that must be merged together with each."""
+        """Parameters that the adapter may change → those that must be merged with them, all by first name."""
         found = {first: [first] for first in self.replaced}
         for wrapped in self.wrapped.values():
             for first in wrapped.parameters:
@@ -147,7 +142,7 @@ class AdapterModel:
         return first in self.replaced or any(one.saved and first in one.parameters for one in self.wrapped.values())
 
     def tied_deltas(self, names: Sequence[str]) -> bool:
-        """Whether there is LoRA on one of several modules that share a parameter, so that its merge changes the others too."""
+        """Whether LoRA is on one of several modules that share a parameter, so that its merge changes all."""
         shared = {self.first[name] for name in names if name != self.first[name]}
         return any(w.rank > 0 and shared & set(w.parameters) for w in self.wrapped.values())
 
@@ -157,7 +152,7 @@ class AdapterModel:
         return bool(firsts & self.replaced.keys()) or bool(self._inside(firsts))
 
     def low_rank(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """left (rows, r) and right (r, columns), if the merge adds only their product to a single parameter; None if it does more."""
+        """left (rows, r) and right (r, columns), if the merge only adds their product to one parameter."""
         firsts = {self.first[name] for name in names}
         inside = list(self._inside(firsts).values())
         if len(names) != 1 or len(inside) != 1 or firsts & self.replaced.keys() or not _is_plain(inside[0].module):
@@ -174,9 +169,9 @@ class AdapterModel:
         return {name: one for name, one in self.wrapped.items() if any(first in firsts for first in one.parameters)}
 
     def merged_values(self, names: Sequence[str], read: ReadParameter, untie: bool = False) -> dict[str, torch.Tensor]:
-        """The merged values of parameters, in float32. Parameters that must be merged together must be given together.
+        """The merged values of parameters, in float32.
 
-        Tied parameters are one tensor, as when PEFT merges, or with `untie` one each. Rows that the base does not have (added tokens)
+        Parameters that must be merged together must be given together. Tied parameters are one tensor, as when PEFT merges, or with `untie` one each. Rows that the base does not have (added tokens)
         start from zeros.
         """
         inside = self._inside({self.first[name] for name in names})
@@ -220,7 +215,7 @@ class AdapterModel:
 
 
 def _address(parameter: torch.Tensor) -> int:
-    """The address of a parameter's memory (meta tensors: 0), since PEFT may make another object of the same memory (MultiheadAttention)."""
+    """The address of a parameter's memory: PEFT may make another object of it. 0 for a meta tensor."""
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
 
 
@@ -230,7 +225,7 @@ def _inside(name: str, found: Mapping[str, Any]) -> bool:
     return any(".".join(parts[:end]) in found for end in range(1, len(parts)))
 
 
-def _in_a_line(error: Exception, model: str) -> str:
+def _error_line(error: Exception, model: str) -> str:
     """The error of PEFT or torch about an adapter that does not fit a model, in one line."""
     line = " ".join(str(error).split())
     if found := re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", line):
@@ -241,7 +236,7 @@ def _in_a_line(error: Exception, model: str) -> str:
 
 
 def _is_copy(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether PEFT saved a tensor twice but reads it once: of modules_to_save, or the trained tokens of tied embeddings."""
+    """Whether PEFT saved a tensor twice but reads it once: modules_to_save, or trained tokens when tied."""
     if not any(part in key for part in (SAVED, ORIGINAL, TOKENS)):
         return False
     leaf = key.rpartition(".")[2]

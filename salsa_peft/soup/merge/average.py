@@ -137,7 +137,7 @@ def _check_fingerprints(checkpoint: Checkpoint, members: Sequence[Member], same_
 
 
 def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
-    """Raise SalsaError if the member's tokenizer, which goes with the merge, has new tokens for which the merge has no rows."""
+    """Raise SalsaError if the member's tokenizer has new tokens for which the merge has no rows."""
     path, own = member / "tokenizer.json", checkpoint.folder / "tokenizer.json"
     shapes = {name: shape for entries in plan.layout.values() for name, _, shape in entries}
     name = next((name for name in shapes if name.endswith(EMBEDDINGS)), None)
@@ -156,7 +156,7 @@ def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
 
 
 def _write_tokenizer(output: Output, checkpoint: Checkpoint, tokenizer: TokenizerSource | None) -> None:
-    """Write the member's tokenizer and chat template, else the base's; the settings of generation are the base's."""
+    """Write the member's tokenizer and chat template, else the base's; generation settings are the base's."""
     found = companion_files(checkpoint.folder)
     given = {} if tokenizer is None else companion_files(tokenizer.folder)
     complete = has_vocabulary(given)

@@ -23,21 +23,17 @@ class Layout:
         tensors = [(dtype, math.prod(shape)) for entries in plan.layout.values() for _, dtype, shape in entries]
         self.parameters = sum(count for _, count in tensors)
         self.tensor_bytes = sum(count * BITS[dtype] // 8 for dtype, count in tensors)
-
-    @property
-    def size(self) -> int:
-        """The number of bytes of all shards."""
-        return self.tensor_bytes + sum(8 + len(header) for header in self.headers.values())
+        self.size = self.tensor_bytes + sum(8 + len(header) for header in self.headers.values())
 
     def index(self) -> bytes | str:
         """The content of model.safetensors.index.json."""
         given = (self.plan.source.checkpoint.folder / INDEX).read_bytes()
         content = json.loads(given)
         shards = {name: file for file, entries in self.plan.layout.items() for name, _, _ in entries}
-        metadata = {"total_size": self.tensor_bytes}
         if content["weight_map"] == shards and content.get("metadata", {}).get("total_size") == self.tensor_bytes:
             return given
-        return json.dumps({"metadata": metadata, "weight_map": dict(sorted(shards.items()))}, indent=2) + "\n"
+        new = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(shards.items()))}
+        return json.dumps(new, indent=2) + "\n"
 
     def config(self) -> bytes | str:
         """The content of config.json, with the number of rows of the embeddings and whether they are tied."""

@@ -1,4 +1,4 @@
-"""Reads the members of a merged soup and lets PEFT load each into a model of the base's architecture.
+"""Reads the members of a merged soup, and lets PEFT load each into a model of the base's architecture.
 
 The model's class is the one that the base's configuration names, else another class of that configuration that takes every member's
 tensors: an adapter may have been trained on the language model of a multimodal base. Embeddings that were resized in training are resized
@@ -8,7 +8,6 @@ here too.
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,21 +17,17 @@ import torch
 
 from salsa_peft.models.adapters.names import own_module, plain_names, unwrap
 from salsa_peft.soup.checkpoints.read import Checkpoint, default_names
-from salsa_peft.soup.lora.read import CONFIG, PICKLED, WEIGHTS, check_manifest, read_config
+from salsa_peft.soup.lora.read import CONFIG, open_weights, read_config
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.merge.adapter_models import AdapterModel, blank_model
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.fingerprints import read_fingerprint
-from salsa_peft.utils.safetensors_io import SafetensorsFile
 from salsa_peft.utils.tensor_names import ModelNames, model_class
 from salsa_peft.utils.tensor_names import read_config as read_model_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedConfig, PreTrainedModel
-
-logger = logging.getLogger(__name__)
-
 
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -55,26 +50,20 @@ def read_members(folders: Sequence[Path], names: Sequence[str] | None) -> list[M
 
 
 def _read(folder: Path, name: str) -> Member:
-    config, path = read_config(folder, merging=True), folder / WEIGHTS
-    require(
-        path.is_file() or not (folder / PICKLED).exists(),
-        f"{folder} holds {PICKLED}, which is a pickle and never read: save the adapter as {WEIGHTS}",
-    )
-    require(path.is_file(), f"{path} is missing: a member is a PEFT adapter folder with {CONFIG} and {WEIGHTS}")
+    config = read_config(folder, merging=True)
     task = config["task_type"]
     require(
         task not in HEADS,
         f"{folder} is an adapter of a classifier (task_type {task}), whose head a language model does not have; average the adapters"
         " without --merge, and open the result with PEFT",
     )
-    file = SafetensorsFile(path)
-    require(bool(file.entries), f"{path} holds no tensors: save the adapter again")
-    check_manifest(folder)
-    return Member(name, folder, config, read_fingerprint(folder), file, {}, {})
+    return Member(name, folder, config, read_fingerprint(folder), open_weights(folder), {}, {})
 
 
 def load_members(members: Sequence[Member], checkpoint: Checkpoint) -> LoadedMembers:
-    """Load every member into a blank model of its own. Raises SalsaError naming file and tensor if no model of the base takes it."""
+    """Load every member into a blank model of its own.
+
+    Raises SalsaError naming file and tensor if no model of the base takes it."""
     where = str(checkpoint.folder / "config.json")
     config = read_model_config(checkpoint.config, where)
     given = [(member, _tensors(member), _lora_config(member)) for member in members]
@@ -115,7 +104,7 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], archi
 def _classes(
     config: PreTrainedConfig, members: Sequence[Member]
 ) -> list[tuple[type[PreTrainedModel], PreTrainedConfig]]:
-    """The classes, with their configurations, that the members may have been trained on; the likeliest first."""
+    """The model classes that the members may have been trained on, likeliest first, with their configs."""
     from transformers.models.auto import modeling_auto as auto
 
     found: list[tuple[type[PreTrainedModel], PreTrainedConfig]] = [(model_class(config), config)]
@@ -130,7 +119,7 @@ def _classes(
 
 
 def _tensors(member: Member) -> dict[str, torch.Tensor]:
-    """The member's tensors in float32, by names without the prefixes of wrappers. Raises SalsaError for a value that is not finite."""
+    """The member's tensors in float32, by names without prefixes of wrappers. All must be finite."""
     found = {}
     names = plain_names(member.file.entries, member.config, member.file.path)
     known, own = set(names.values()), own_module(member.config)

@@ -1,4 +1,4 @@
-"""Plans a merge: which tensors of the base change, what is merged together, and the shapes of the result.
+"""Plans a merge: which tensors change, which are merged together, and their shapes in the result.
 
 A unit is a set of parameters that must be merged together: those of one module that PEFT wraps, tied ones, and those that share a tensor
 in the base's files (fused or split by Transformers' conversion mapping). It is computed when the first of its tensors is written.
@@ -33,7 +33,7 @@ class Unit(NamedTuple):
 
 
 class Plan:
-    """What a merge changes and computes. Raises SalsaError for a change that the base's files have no tensor for."""
+    """What a merge changes and computes. Raises SalsaError for a change to a tensor that the base lacks."""
 
     def __init__(self, source: PlainBase, loaded: LoadedMembers, weights: Sequence[float], untie: bool = False) -> None:
         self.source, self.loaded, self.weights, self.untie = source, loaded, list(weights), untie
@@ -93,7 +93,7 @@ class Plan:
         ]
 
     def _check(self, unit: Unit) -> None:
-        """Raise SalsaError if the base's files lack a parameter of a unit, or have it in a dtype that is no float."""
+        """Raise SalsaError if the base's files lack a parameter of a unit, or its dtype is not a float."""
         for name in unit.names:
             known = any(self.first[name] == self.first[other] for other in unit.names if other in self.resolved.blocks)
             require(
@@ -109,7 +109,7 @@ class Plan:
             )
 
     def _check_rows(self) -> None:
-        """Raise SalsaError if a member lacks embeddings that were resized in training: the base has no values for added rows."""
+        """Raise SalsaError if a member lacks resized embeddings, since the base has no values for added rows."""
         for name in self.first:
             shape = self.shapes[name]
             odd = next((a for a in self.adapters if shape != self.names.shapes[name] and not a.replaces(name)), None)
@@ -120,7 +120,7 @@ class Plan:
             )
 
     def _check_result(self) -> None:
-        """Raise SalsaError if the result lacks a parameter of the model, which would be initialised at random."""
+        """Raise SalsaError if the result lacks a parameter: Transformers would initialise it at random."""
         folder = self.source.checkpoint.folder
         shapes = {name: shape for entries in self.layout.values() for name, _, shape in entries}
         found = self.loaded.result.resolve(shapes, str(folder))
@@ -129,15 +129,17 @@ class Plan:
                 "warning: %s: %s and %d other tensors have no place in %s; they are copied unchanged", folder, name,
                 len(found.unknown) - 1, self.names,
             )  # fmt: skip
-        there = {self.first[name] for name in found.blocks if name in self.first}
-        missing = next((n for n, first in self.first.items() if first not in there and n not in self.names.tied), None)
+        present = {self.first[name] for name in found.blocks if name in self.first}
+        missing = next(
+            (n for n, first in self.first.items() if first not in present and n not in self.names.tied), None
+        )
         require(
             missing is None,
             f"{folder}: the base has no tensor {missing}, so {self.names} would initialise it at random; save the base again",
         )
 
     def _written(self, source: str) -> tuple[int, ...]:
-        """The shape of a tensor in the result: the base's, except for embeddings that were resized in training."""
+        """The shape of a tensor in the result: the base's, except for embeddings resized in training."""
         found = self.source.shape(source)
         unit = self.unit_of.get(source)
         if unit is None or self.loaded.rows is None:
@@ -146,7 +148,7 @@ class Plan:
         return self.shapes[names[0]] if len(names) == 1 and len(self.resolved.blocks[names[0]]) == 1 else found
 
     def _untie(self) -> None:
-        """If embeddings that were tied differ after the merge, give the output embeddings a tensor of their own."""
+        """Give output embeddings their own tensor if they are tied in the base but differ after the merge."""
         for head, embeddings in self.names.tied.items():
             unit = next((unit for unit in self.units if head in unit.names), None)
             if unit is None:
@@ -195,7 +197,7 @@ class Plan:
         )
 
     def _keep(self, unit: Unit, values: Mapping[str, torch.Tensor], figures: Figures, alone: str | None = None) -> None:
-        """Put a unit's values into the tensors of the files, and `alone`, which is in no file of the base, into its own."""
+        """Keep a unit's values as tensors of the files; `alone` is a tensor that no file of the base has."""
         found: dict[str, torch.Tensor] = {} if alone is None else {alone: values[alone]}
         shares = Counter(block.source for name in unit.names for block in self.resolved.blocks.get(name, ()))
         for name in unit.names:
@@ -239,7 +241,7 @@ class Plan:
         return f"{self.source.checkpoint.folder}: {name}"
 
     def _factors(self, source: str) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] | None:
-        """(member, left and right) of a tensor to which LoRA adds products of low rank and nothing else; None if more is done to it."""
+        """(member, left and right) of a tensor to which LoRA just adds products of low rank; else None."""
         unit = self.unit_of.get(source)
         if unit is None or source in self.done or len(unit.names) != 1 or unit.sources != [source]:
             return None
@@ -265,7 +267,7 @@ class Plan:
             yield rounded(base, left[start : start + len(base)] @ right, given.dtype, figures, self._what(source))
 
     def _blocks(self, name: str) -> tuple[Block, ...]:
-        """Where a parameter is in the base's files; one that they do not have is where the parameters are that it is tied to."""
+        """Where a parameter, or one that it is tied to, is in the base's files."""
         same = [name, *(other for other in self.first if self.first[other] == self.first[name])]
         return next(self.resolved.blocks[other] for other in same if other in self.resolved.blocks)
 

@@ -1,4 +1,4 @@
-"""The base that adapters are merged into: plain, dequantised from bitsandbytes' 4 bits, or quantised to 4 bits and back.
+"""The base of a merge: plain, dequantised from bitsandbytes' 4 bits, or quantised to 4 bits and back.
 
 A merge is never written in 4 bits, since quantising again would lose the delta. A checkpoint in bitsandbytes' 4 bits is dequantised to its
 compute dtype. `nf4` (`nf4-double`: with quantised scales, as in QLoRA) quantises and dequantises the linear layers of a plain base, since
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from salsa_peft.soup.checkpoints.read import CONFIG, Checkpoint
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.safetensors_io import BITS, NAMES, read_exactly, safetensors_dtype
+from salsa_peft.utils.safetensors_io import BITS, NAMES, safetensors_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -65,19 +64,15 @@ class PlainBase:
         shape = entry.shape or (1,)
         columns = math.prod(shape[1:])
         step, width = max(1, elements // max(1, columns)), columns * BITS[entry.dtype] // 8
-        descriptor = os.open(file.path, os.O_RDONLY)
-        try:
-            for start in range(0, shape[0], step):
-                rows = min(step, shape[0] - start)
-                raw = torch.empty(rows * width, dtype=torch.uint8)
-                read_exactly(descriptor, raw.numpy().data, entry.begin + start * width, file.path)
-                yield start, raw.view(getattr(torch, NAMES[entry.dtype])).reshape(rows, *shape[1:])
-        finally:
-            os.close(descriptor)
+        for start in range(0, shape[0], step):
+            rows = min(step, shape[0] - start)
+            raw = torch.empty(rows * width, dtype=torch.uint8)
+            file.read_into(raw.numpy().data, entry.begin + start * width)
+            yield start, raw.view(getattr(torch, NAMES[entry.dtype])).reshape(rows, *shape[1:])
 
 
 class Requantised(PlainBase):
-    """A plain base whose linear layers are quantised to 4 bits and dequantised again, each held whole in memory meanwhile."""
+    """A plain base whose linear layers are quantised to 4 bits and dequantised again, one at a time."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
         super().__init__(checkpoint)
@@ -102,7 +97,7 @@ class Requantised(PlainBase):
 
 
 class Dequantised(PlainBase):
-    """A checkpoint in bitsandbytes' 4 bits, dequantised to its compute dtype, each weight held whole in memory meanwhile."""
+    """A checkpoint in bitsandbytes' 4 bits, dequantised to its compute dtype one weight at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -160,7 +155,7 @@ class Dequantised(PlainBase):
 
 
 def open_base(checkpoint: Checkpoint, quantized_base: str | None) -> PlainBase:
-    """The base as `quantized_base` asks for it. Raises SalsaError if it does not fit the base, or bitsandbytes is missing."""
+    """Open a base. Raises SalsaError if `quantized_base` does not fit it, or bitsandbytes is missing."""
     require(
         quantized_base is None or quantized_base in DOUBLE,
         f"quantized_base: {quantized_base!r:.40} is not one of {', '.join(DOUBLE)}",

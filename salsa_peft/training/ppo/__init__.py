@@ -1,1 +1,1 @@
-"""PPO with any references. `from salsa_peft import SalsaPPOTrainer, SalsaPPOConfig` imports trainer and config."""
+"""PPO with any references. `from salsa_peft import SalsaPPOTrainer` imports the trainer."""

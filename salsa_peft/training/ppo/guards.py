@@ -157,7 +157,7 @@ GUARDS: dict[str, Guard] = {
     "empty": Guard(empty, SHORT),
     "length": Guard(length, SHORT),
     "repetition": Guard(repetitive, f"{GIBBERISH}; set missing_eos_penalty if responses never end"),
-    "entropy_low": Guard(entropy_low, f"{GIBBERISH}. Or there is only one answer to every prompt"),
+    "entropy_low": Guard(entropy_low, f"{GIBBERISH}, unless every prompt has only one good answer"),
     "entropy_high": Guard(entropy_high, GIBBERISH),
     "kl_coef": Guard(kl_coef, "Widen kl_coef_min and kl_coef_max, or change kl_target or learning_rate"),
     "negative_kl": Guard(

@@ -212,12 +212,13 @@ def print_samples(rows: Sequence[Mapping[str, Any]], update: int, stream: TextIO
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("prompt", ratio=1, overflow="fold")
     table.add_column("response", ratio=2, overflow="fold")
+    most = 2 * console.width // 3
     for row in rows:
         prompt, response = printable(str(row["prompt"])), printable(str(row["response"]))
-        if len(prompt) > console.width:
-            prompt = f"…{prompt[-console.width :]}"
-        if len(response) > 2 * console.width:
-            response = f"{response[: 2 * console.width]}…"
+        if len(prompt) > most:
+            prompt = f"…{prompt[-most:]}"
+        if len(response) > 2 * most:
+            response = f"{response[: 2 * most]}…"
         table.add_row(f"{row['score']:.3f}", f"{row['kl']:.2f}", Text(prompt), Text(response))
     with console.capture() as captured:
         console.print(table)

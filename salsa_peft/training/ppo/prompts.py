@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_template, template_options
 from salsa_peft.data.chat.templates import adds_bos
 from salsa_peft.data.datasets import RowWarnings, prompt_tokens
-from salsa_peft.data.message_formats import parse_messages as check_messages
+from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import max_positions
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
@@ -134,5 +134,5 @@ class PromptEncoder(NamedTuple):
         if not isinstance(messages, list):
             return []
         where = f"{name}, row {number}, prompt"
-        messages = messages_for_template(check_messages(messages, where), self.tokenizer)
+        messages = messages_for_template(parse_messages(messages, where), self.tokenizer)
         return dropped_fields(messages, self.tokenizer, where, template_options(row))

@@ -244,7 +244,7 @@ class RolloutMaker:
     def figures(self) -> dict[str, float]:
         """The reward's metrics for the last batch besides scores, averaged over all processes."""
         sums: dict[str, list[float]] = {}
-        for name, (total, count) in self._gathered(list(self.reward.take_figures().items())):
+        for name, (total, count) in self._gathered(list(self.reward.take_metrics().items())):
             entry = sums.setdefault(name, [0.0, 0])
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}

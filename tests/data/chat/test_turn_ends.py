@@ -107,17 +107,24 @@ class TestEnds:
         tokenizer, lm = make("qwen"), Tiny(make("qwen")).lm
         lm.generation_config.eos_token_id = [2, 0]
         check_tokenizer(tokenizer, lm)
-        line = "processing_class: its chat template puts a text before every conversation that brings no system turn: "
+        line = "processing_class: its chat template starts conversations without a system turn with this text: "
         assert capsys.readouterr().err.splitlines() == [
-            "processing_class: a response ends with any of <|im_end|> (2), <|endoftext|> (0)",
+            "processing_class: a response ends at any of <|im_end|> (2), <|endoftext|> (0)",
             line + "'<|im_start|>system Be helpful.'",
         ]
         plain = make("llama2")
         check_tokenizer(_padded(plain), Tiny(plain).lm)
-        assert "its chat template writes none, so that chats go without" in capsys.readouterr().err
+        assert (
+            "but its chat template writes none; if the model was trained with it in chats, put {{ bos_token }}"
+            in capsys.readouterr().err
+        )
         dated = make("llama3", template="{{ bos_token + strftime_now('%d %b %Y') }}" + tiny_tokenizers.LLAMA3)
-        assert "others tomorrow" in "".join(turn_ends.tokenizer_notes(dated, (2,)))
-        assert "writes no token that ends" in "".join(turn_ends.tokenizer_notes(make("llava"), (2,)))
+        assert "so prompts change every day and the run cannot be resumed tomorrow" in "".join(
+            turn_ends.tokenizer_notes(dated, (2,))
+        )
+        assert "writes no end-of-turn token, so SFT teaches none" in "".join(
+            turn_ends.tokenizer_notes(make("llava"), (2,))
+        )
 
 
 def _padded(tokenizer: Any) -> Any:
@@ -157,7 +164,9 @@ class TestBOS:
         adds = tiny_tokenizers.KINDS[kind].get("adds_bos", False)
         before = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
         lines = chat_templates.prepare_template(tokenizer)
-        line = f"the chat template did not write the {tokenizer.bos_token} that its tokenizer begins texts with; now it does"
+        line = (
+            f"its chat template did not write the {tokenizer.bos_token} that its tokenizer adds to texts; now it does"
+        )
         assert lines == [line] * adds
         assert not chat_templates.prepare_template(tokenizer)
         whole = tokenizer.apply_chat_template(CHATS[1], return_dict=True)["input_ids"]
@@ -196,7 +205,10 @@ class TestBOS:
     def test_a_date_is_fixed(self) -> None:
         dated = "{% set day = strftime_now('%d %b %Y') %}{{ bos_token + strftime_now(\"%Y\") + day }}"
         tokenizer = make("llama3", template=dated)
-        assert "writes today's date: it is 26 Jul 2024" in chat_templates.prepare_template(tokenizer)[0]
+        assert (
+            "its chat template writes today's date; this run uses 26 Jul 2024, so that prompts stay the same"
+            in chat_templates.prepare_template(tokenizer)[0]
+        )
         assert tokenizer.apply_chat_template(CHATS[0], tokenize=False) == "<|begin_of_text|>202426 Jul 2024"
 
     @pytest.mark.parametrize(
@@ -255,7 +267,8 @@ class TestLossMask:
         tokenizer = make("qwen", template=tiny_tokenizers.FORGETFUL)
         assert loss(tokenizer, CHATS[0]) == ["sat<|im_end|>"]
         with pytest.raises(
-            SalsaError, match=r"^model.chat_template: the template has no {% generation %} marks and renders earlier"
+            SalsaError,
+            match=r"model\.chat_template: has no \{% generation %\} marks and renders earlier turns differently once later ones follow, so the assistant's tokens cannot be found\. Use chatml, zephyr, or a Jinja file with \{% generation %\} marks\.",
         ):
             assistant_tokens(CHATS[1], tokenizer)
         tokenizer.chat_template = qwen3_chat_template
@@ -529,13 +542,14 @@ class TestLoading:
         tokenizer = make("qwen", template=None)
         tokenizer.save_pretrained(tmp_path)
         recipe: Any = SimpleNamespace(model=SimpleNamespace(base=str(tmp_path), chat_template="tokenizer"))
-        line = rf"^model.chat_template: '{tmp_path}' has no chat template of its own. Use chatml, zephyr, or a path to a Jinja file.$"
+        line = rf"^model.chat_template: '{tmp_path}' has no chat template. Use chatml, zephyr, or the path of a Jinja file.$"
         with pytest.raises(SalsaError, match=line):
             paths.check_template(recipe)
         make("qwen").save_pretrained(tmp_path)
         paths.check_template(recipe)
         recipe.model.chat_template = "tokeniser"
         with pytest.raises(
-            SalsaError, match=r"expected tokenizer \(the base's own\), a Jinja file, or one of ours: chatml, zephyr$"
+            SalsaError,
+            match=r"Use tokenizer \(the base's own\), the path of a Jinja file, or a bundled template: chatml, zephyr$",
         ):
             paths.check_template(recipe)

@@ -151,16 +151,34 @@ class TestFastChat:
     @pytest.mark.parametrize(
         ("change", "expected"),
         [
-            ({"pair-math-v1": None}, "no prompt pair-math-v1,"),
-            ({"pair-v2": {"prompt_template": "{question} {answer_a}"}}, "pair-v2: found the fields"),
+            (
+                {"pair-math-v1": None},
+                "judge_prompts.jsonl': has no prompt pair-math-v1; give FastChat's judge_prompts.jsonl",
+            ),
+            (
+                {"pair-v2": {"prompt_template": "{question} {answer_a}"}},
+                "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'question']; it must have answer_a, answer_b, question",
+            ),
             (
                 {"pair-v2": {"prompt_template": "{question.__class__} {answer_a} {answer_b}"}},
-                "pair-v2: found the fields",
+                "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'answer_b', 'question.__class__']; it must have answer_a, answer_b, question",
             ),
-            ({"pair-v2": {"prompt_template": "{question!r} {answer_a} {answer_b}"}}, "pair-v2: found the fields"),
-            ({"pair-v2": {"prompt_template": "{question"}}, "pair-v2: found the fields"),
-            ({"pair-v2": {"output_format": "[[rating]]"}}, "pair-v2: expected system_prompt"),
-            ({"pair-v2": {"system_prompt": None}}, "pair-v2: expected system_prompt"),
+            (
+                {"pair-v2": {"prompt_template": "{question!r} {answer_a} {answer_b}"}},
+                "judge_prompts.jsonl': the template of pair-v2 has the fields ['answer_a', 'answer_b', 'question!r']; it must have answer_a, answer_b, question",
+            ),
+            (
+                {"pair-v2": {"prompt_template": "{question"}},
+                "judge_prompts.jsonl': the template of pair-v2 has the fields []; it must have answer_a, answer_b, question",
+            ),
+            (
+                {"pair-v2": {"output_format": "[[rating]]"}},
+                "judge_prompts.jsonl': the prompt pair-v2 must have system_prompt, prompt_template and the output_format [[A]], as in FastChat",
+            ),
+            (
+                {"pair-v2": {"system_prompt": None}},
+                "judge_prompts.jsonl': the prompt pair-v2 must have system_prompt, prompt_template and the output_format [[A]], as in FastChat",
+            ),
         ],
     )
     def test_another_file_is_refused(self, prompts: Path, change: dict[str, Any], expected: str) -> None:
@@ -177,7 +195,8 @@ class TestFastChat:
         if text is not None:
             path.write_text(text)
         for read in (read_prompts, read_references):
-            with pytest.raises(SalsaError, match=r"p\.jsonl.*expected"):
+            reasons = "no such file; give the path|every line must be a JSON object|cannot be read as JSON lines"
+            with pytest.raises(SalsaError, match=rf"p\.jsonl': ({reasons})"):
                 read(path)
 
     def test_reference_answers(self, tmp_path: Path) -> None:
@@ -187,7 +206,9 @@ class TestFastChat:
         path.write_text("\n".join(map(json.dumps, rows)))
         assert read_references(path) == {"101": ("one", "two"), "x": ("three",)}
         path.write_text('{"question_id": 1, "choices": []}')
-        with pytest.raises(SalsaError, match="without question_id and choices"):
+        with pytest.raises(
+            SalsaError, match=r"gpt-4\.jsonl': a row lacks question_id or choices; give FastChat's reference answers"
+        ):
             read_references(path)
 
 
@@ -259,17 +280,17 @@ class TestSection:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ({"kind": "openai"}, "evaluate.judge.model: found nothing for openai"),
-            ({"kind": "reward", "model": "x"}, "evaluate.judge.model: found 'x', expected none"),
-            ({"kind": "local", "model": "m", "prompt": "fastchat"}, "evaluate.judge.prompts: found nothing"),
-            ({"kind": "openai", "model": "m", "base_url": "localhost:8000"}, "evaluate.judge.base_url: found 'localhost:8000'"),
-            ({"kind": "openai", "model": "m", "base_url": "http://[::1"}, "evaluate.judge.base_url: expected an address"),
-            ({"kind": "openai", "model": "m", "base_url": "https://me:hush@host/v1"}, "evaluate.judge.base_url: found a password"),
-            ({"kind": "openai", "model": "m", "base_url": "https://host/v1?key=hush"}, "evaluate.judge.base_url: found a password"),
-            ({"kind": "openai", "model": "m", "api_key_env": "sk-hush"}, "evaluate.judge.api_key_env: expected the name"),
-            ({"kind": "function", "model": "no_such_module_here:f"}, "evaluate.judge.model: found no module no_such_module_here"),
-            ({"kind": "local", "model": "/nowhere/at/all"}, "evaluate.judge.model: found no config.json"),
-            ({"kind": "local", "model": "m", "references": "/nowhere.jsonl"}, "/nowhere.jsonl': found no such file"),
+            ({"kind": "openai"}, "evaluate.judge.model: kind openai needs the name of a model at the endpoint; add it"),
+            ({"kind": "reward", "model": "x"}, "evaluate.judge.model: kind reward uses the recipe's reward; remove the model 'x'"),
+            ({"kind": "local", "model": "m", "prompt": "fastchat"}, "evaluate.judge.prompts: prompt fastchat needs the path of FastChat's judge_prompts.jsonl; add it, or set evaluate.judge.prompt=figure7"),
+            ({"kind": "openai", "model": "m", "base_url": "localhost:8000"}, "evaluate.judge.base_url: must be an address such as http://localhost:8000/v1, not 'localhost:8000'"),
+            ({"kind": "openai", "model": "m", "base_url": "http://[::1"}, "evaluate.judge.base_url: must be an address such as http://localhost:8000/v1"),
+            ({"kind": "openai", "model": "m", "base_url": "https://me:hush@host/v1"}, "evaluate.judge.base_url: must not contain a password or a query, because recipes are saved; put a key into the environment"),
+            ({"kind": "openai", "model": "m", "base_url": "https://host/v1?key=hush"}, "evaluate.judge.base_url: must not contain a password or a query, because recipes are saved; put a key into the environment"),
+            ({"kind": "openai", "model": "m", "api_key_env": "sk-hush"}, "evaluate.judge.api_key_env: must be the name of an environment variable, such as OPENAI_API_KEY, and never the key itself"),
+            ({"kind": "function", "model": "no_such_module_here:f"}, "evaluate.judge.model: there is no module no_such_module_here in the recipe's folder or on Python's path"),
+            ({"kind": "local", "model": "/nowhere/at/all"}, "evaluate.judge.model: '/nowhere/at/all' has no config.json; give a chat model's folder or Hub id"),
+            ({"kind": "local", "model": "m", "references": "/nowhere.jsonl"}, "evaluate.judge.references: '/nowhere.jsonl': no such file; give the path of FastChat's reference answers"),
         ],
     )  # fmt: skip
     def test_in_one_line(self, options: dict[str, Any], expected: str) -> None:

@@ -215,7 +215,7 @@ def test_what_is_not_the_recipes_own_base_counts_too(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in memory.uncounted(unknown)] == ["someone/unknown", "vLLM beside ppo"]
     judged, _ = paper("llama2_full", "lora", f"evaluate.judge={{kind: local, model: {MISTRAL}}}")
     assert memory.uncounted(judged) == [
-        f"the judge {MISTRAL}, alone in its stage, 13.5 GiB of weights in bf16 and its KV cache (evaluate.judge.concurrency games in a batch)"
+        f"the judge {MISTRAL}, alone in its stage, 13.5 GiB of weights in bf16 and its KV cache (evaluate.judge.concurrency requests per batch)"
     ]
 
 

@@ -185,10 +185,10 @@ class TestFunction:
         reward = FunctionReward(logs, tokenizer)
         for _ in range(3):
             reward(*answered)
-        assert reward.take_figures() == {"shape": (9.0, 3)}
-        assert reward.take_figures() == {}
+        assert reward.take_metrics() == {"shape": (9.0, 3)}
+        assert reward.take_metrics() == {}
         reward(*answered)
-        assert reward.take_figures() == {"shape": (4.0, 1)}
+        assert reward.take_metrics() == {"shape": (4.0, 1)}
 
     @pytest.mark.parametrize(
         ("name", "value", "line"),
@@ -363,7 +363,7 @@ class TestClassifier:
         assert found.tolist() == pytest.approx(expected, abs=1e-5)
         assert (found.dtype, found.std() > 0.1) == (torch.float32, True)
         assert not any(p.requires_grad for p in reward.classifier.parameters())
-        assert reward.take_figures() == {"rewards/rm/truncated": (0.0, 3)}
+        assert reward.take_metrics() == {"rewards/rm/truncated": (0.0, 3)}
 
     @pytest.mark.parametrize("pad_is_eos", [False, True])
     def test_the_last_token_that_counts_is_scored_also_where_it_is_the_padding_token(
@@ -419,7 +419,7 @@ class TestClassifier:
         cut = [ids if len(ids) <= 7 else [ids[0], *ids[-6:]] for ids in whole]
         assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
         reward(responses, rows)
-        assert reward.take_figures() == {"rewards/small/truncated": (4.0, 6)}
+        assert reward.take_metrics() == {"rewards/small/truncated": (4.0, 6)}
         assert capsys.readouterr().err.count("longer than the 7 tokens that it reads") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
@@ -480,11 +480,11 @@ class TestSum:
         reward = rewards.WeightedReward([(one, 2.0, "one"), (other, -0.5, "other"), (silent, 0.0, "silent")])
         assert reward(*answered).tolist() == [0.0, 4.0, 2.0]
         figures = {"rewards/one/mean": (6.0, 3), "rewards/other/mean": (12.0, 2), "rewards/silent/mean": (21.0, 3)}
-        assert reward.take_figures() == figures
-        assert reward.take_figures() == {}
+        assert reward.take_metrics() == figures
+        assert reward.take_metrics() == {}
         reward(*answered)
         reward(*answered)
-        assert reward.take_figures() == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
+        assert reward.take_metrics() == {name: (2 * total, 2 * n) for name, (total, n) in figures.items()}
 
     def test_a_response_to_which_nothing_applies(self, answered: Any, tokenizer: Any) -> None:
         """A part of weight 0 does not save it; NaN is a score, not None."""
@@ -571,7 +571,7 @@ class TestAsReward:
         assert rewards.adapter_in(adapter) is adapter
         assert rewards.adapter_in(function) is None
         assert rewards.adapter_in(make([own, function])) is None
-        assert make(own).take_figures() == {}
+        assert make(own).take_metrics() == {}
 
     def test_a_sum_within_a_sum_names_all_its_models(self, model: Any, tokenizer: Any, reward_folder: Path) -> None:
         """What a checkpoint identifies and `offload: frozen` moves: rewards one by one, and the parameters of a torch module."""
@@ -689,31 +689,73 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("text", "line"),
         [
-            ("reward: own_score:g:h", "reward.model: found 'own_score:g:h', expected a function as module:name"),
-            ("reward: own_score.py:f", "expected a function as module:name, such as my_rewards:score, without .py"),
-            ("reward: ':f'", "expected a function as module:name"),
+            (
+                "reward: own_score:g:h",
+                r"reward\.model: 'own_score:g:h' is not a function; write module:name, such as my_rewards:score",
+            ),
+            (
+                "reward: own_score.py:f",
+                r"reward\.model: 'own_score\.py:f' is not a function; write module:name without \.py, such as my_rewards:score",
+            ),
+            ("reward: ':f'", r"reward\.model: ':f' is not a function; write module:name, such as my_rewards:score"),
             (
                 "reward: own_score:h",
-                "reward.model: found no h in own_score in '.*recipes', expected a function of that name",
+                r"reward\.model: the module own_score in",
             ),
-            ("reward: other_score:f", "found no module other_score in the recipe's folder or on Python's path"),
-            ("reward: ./away/own_score:f", "found no module own_score in '.*away', expected one"),
-            ("reward: adaptor", "found 'adaptor', expected adapter, module:name .*did you mean adapter"),
-            ("reward: ./gone", "which is no folder, expected a sequence classifier or a Hub id"),
-            ("reward: []", "found an empty list, expected adapter"),
-            ("reward: 3", "reward.model: found 3, expected adapter"),
-            ("reward: {model: {model: adapter}}", "expected adapter, module:name"),
-            ("reward: [adapter, 3]", r"reward.model\[1\]: found 3, expected adapter"),
-            ("reward: [{weight: 2}]", r"reward.model\[0\]: found the keys weight, expected model, weight and name"),
-            ("reward: [{model: adapter, weigth: 2}]", "found the keys model, weigth, expected model, weight and name"),
-            ("reward: [{model: adapter, weight: x}]", r"reward.model\[0\].weight: found 'x', expected a number"),
-            ("reward: [{model: adapter, weight: true}]", "weight: found True, expected a number"),
-            ("reward: [{model: adapter, name: a b}]", "name: found 'a b', expected letters"),
-            ("reward: [org/rm, other/rm]", "found 2 parts called rm, expected a name of its own for each"),
+            (
+                "reward: other_score:f",
+                r"reward\.model: there is no module other_score in the recipe's folder or on Python's path",
+            ),
+            ("reward: ./away/own_score:f", r"reward\.model: there is no module own_score in"),
+            (
+                "reward: adaptor",
+                r"reward\.model: must be adapter, module:name \(a function\), or the folder or Hub id \(namespace/name\) of a reward adapter or sequence classifier, not 'adaptor'; did you mean adapter\?",
+            ),
+            ("reward: ./gone", "recipes/gone'; give the folder or Hub id of a sequence classifier"),
+            (
+                "reward: []",
+                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, but this list is empty",
+            ),
+            (
+                "reward: 3",
+                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+            ),
+            (
+                "reward: {model: {model: adapter}}",
+                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not \{'model': 'adapter'\}",
+            ),
+            (
+                "reward: [adapter, 3]",
+                r"reward\.model\[1\]: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+            ),
+            (
+                "reward: [{weight: 2}]",
+                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found weight",
+            ),
+            (
+                "reward: [{model: adapter, weigth: 2}]",
+                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found model, weigth",
+            ),
+            (
+                "reward: [{model: adapter, weight: x}]",
+                r"reward\.model\[0\]\.weight: must be a number \(0: logged, but not part of the sum\), not 'x'",
+            ),
+            (
+                "reward: [{model: adapter, weight: true}]",
+                r"weight: must be a number \(0: logged, but not part of the sum\), not True",
+            ),
+            (
+                "reward: [{model: adapter, name: a b}]",
+                "name: must consist of letters, digits, dots, - and _, at most 64, not 'a b'",
+            ),
+            (
+                "reward: [org/rm, other/rm]",
+                r"reward\.model: 2 parts have the name rm; give each its own name: \{model: …, name: …\}",
+            ),
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
             (
                 "reward: own_score:f\nppo: {value: adapter}",
-                "ppo.value: found adapter, which starts from the reward adapter, but",
+                r"ppo\.value: adapter is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
             ),
         ],
     )
@@ -727,9 +769,9 @@ class TestRecipe:
         [
             (
                 "def f(completions, /): return []",
-                "f takes completions by position only, and rewards are called by keyw",
+                r"reward\.model: f has the positional-only arguments completions, but rewards are called by keyword; remove the / from its signature",
             ),
-            ("async def f(completions: return []", r"f_score.py' is no Python \(invalid syntax, line 1\)"),
+            ("async def f(completions: return []", r"recipes/f_score\.py' is not valid Python: invalid syntax, line 1"),
             (
                 "import no_such_package.deep\ndef f(completions): ...",
                 "f_score.py' imports no_such_package, which is not",
@@ -764,13 +806,19 @@ class TestRecipe:
         saved(tmp_path / "recipes" / "three", labels=3)
         saved(tmp_path / "recipes" / "mute", template=None)
         for name, line in (
-            ("three", r"is a classifier of 3 labels, and a reward is one number \(num_labels 1\). Write a function"),
+            (
+                "three",
+                r"recipes/three' is a classifier with 3 labels, but a reward is one number \(num_labels 1\)\. Write a Python function that loads the model and returns one score per response \(reward: module:name\), or use a classifier with num_labels 1, such as TRL's RewardTrainer saves",
+            ),
             ("mute", "no chat template"),
         ):
             with pytest.raises(SalsaError, match=line):
                 load(f"reward: ./{name}\n")
         (tmp_path / "recipes" / "rm" / "config.json").write_text("[")
-        with pytest.raises(SalsaError, match="can't be read as JSON"):
+        with pytest.raises(
+            SalsaError,
+            match=r"recipes/rm/config\.json: not valid JSON \(Expecting value: line 1 column 2 \(char 1\)\); copy or save the file again",
+        ):
             load("reward: ./rm\n")
 
     def test_the_reward_stage_is_there_where_an_adapter_is_trained(self, load: Any) -> None:
@@ -782,7 +830,10 @@ class TestRecipe:
                 assert ("reward" in found[unit].inputs) is trained
         few = RECIPE.replace("toy: {}", "toy: {preferences: 4}")
         Path("few.yaml").write_text(few)
-        with pytest.raises(SalsaError, match=r"toy\.preferences: found 4, 3 of them to train on"):
+        with pytest.raises(
+            SalsaError,
+            match=r"toy\.preferences: 4 rows, 3 of them for training \(reward\.held_out 0\.05\), which is less than reward\.batch_size = 8; add rows or lower reward\.batch_size",
+        ):
             load_recipe("few.yaml", lora="lora", overrides=[])
         Path("few.yaml").write_text(f"{few}reward: org/rm\n")
         assert not load_recipe("few.yaml", lora="lora", overrides=[]).recipe.reward.trained
@@ -796,7 +847,10 @@ class TestRecipe:
             if fits:
                 load_recipe("whole.yaml", lora="lora", overrides=[])
             else:
-                with pytest.raises(SalsaError, match=r"data.preferences: found nothing, expected a value"):
+                with pytest.raises(
+                    SalsaError,
+                    match=r"data\.preferences: is required; add it \(or add a `toy` section, the embedded world\)",
+                ):
                     load_recipe("whole.yaml", lora="lora", overrides=[])
 
     def test_what_a_result_depends_on(self, load: Any, tmp_path: Path) -> None:
@@ -854,7 +908,7 @@ class TestRecipe:
         total = make(["adapter", {"model": str(rm), "weight": 2, "name": "judge"}], {"reward": reward_folder})
         expected = adapter(*answered) + 2 * make(str(rm), {})(*answered)
         torch.testing.assert_close(total(*answered), expected)
-        assert total.take_figures().keys() == {
+        assert total.take_metrics().keys() == {
             "rewards/adapter/mean",
             "rewards/judge/mean",
             "rewards/judge/truncated",

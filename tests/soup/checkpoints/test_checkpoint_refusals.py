@@ -105,8 +105,8 @@ REFUSED = {
     "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w is U8, of a quantised model"),
     "NaN": (poison(math.nan), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight has a value that is not finite"),
     "infinity": (poison(-math.inf), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight has a value that is not finite"),
-    "truncated": (truncate, r"b/model.safetensors: found \d+ bytes, expected \d+: it is cut"),
-    "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: found no such file, .*; copy or download it again"),
+    "truncated": (truncate, r"b/model.safetensors: truncated or damaged: \d+ bytes, expected \d+"),
+    "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: cannot be read \(No such file or directory\); copy or download the weights again"),
     "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias is in none of the shards that the index names; save"),
     "escape": (escape, r"b/model.safetensors.index.json: there is no weight_map of plain file names"),
     "pickled": (pickled, r"b: this folder has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle and never read"),
@@ -170,13 +170,14 @@ def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
     (b / SINGLE).write_bytes(raw)
     with pytest.raises(
         SalsaError,
-        match=r"b/model.safetensors: the file changed: its SHA-256 is .* in manifest.json; copy or make it again",
+        match=r"b/model.safetensors: the file changed: it has \d+ bytes and SHA-256 .*; copy or make it again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     listed[CONFIG]["size"] = 1
     (b / "manifest.json").write_text(json.dumps({"files": listed}))
     with pytest.raises(
-        SalsaError, match=r"b/config.json: the file has \d+ bytes, but 1 in manifest.json; copy or make it again"
+        SalsaError,
+        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but in manifest.json it has 1 and .*; copy or make it again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     assert not (tmp_path / "none").exists()

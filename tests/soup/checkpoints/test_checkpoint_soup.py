@@ -240,7 +240,9 @@ def test_tied_embeddings_may_be_saved_twice(tmp_path: Path) -> None:
     assert files(tmp_path / "alone") == files(tmp_path / "out")
     silent = {key: value for key, value in PLAIN.items() if key != "tie_word_embeddings"}  # not tied by Llama's default
     e, f = write(tmp_path / "e", single[0], config=silent), write(tmp_path / "f", odd, config=silent)
-    with pytest.raises(SalsaError, match=r"/e: LlamaForCausalLM there has no lm_head.weight, but .*/f/model.* has it"):
+    with pytest.raises(
+        SalsaError, match=r"/e: the model \(LlamaForCausalLM\) has no lm_head.weight, but .*/f/model.* has it"
+    ):
         average(tmp_path / "none", [e, f], [0.5, 0.5])
 
 

@@ -122,7 +122,7 @@ def test_nothing_is_wider_than_the_terminal(columns: str, text: str, monkeypatch
     monkeypatch.setenv("COLUMNS", columns)
     lines = shown(row(text, text, -12345.678, 1234.5)).splitlines()
     assert max(map(cell_len, lines)) <= int(columns)
-    assert len(lines) <= 16
+    assert len(lines) <= 14
     assert sum(map(len, lines)) < 5000  # though marks above letters take no column
     assert max(map(cell_len, shown(row(text, text), terminal=False).splitlines())) <= PIPE_WIDTH
 
@@ -137,7 +137,7 @@ def test_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch):
         print_samples([row()], 3)
         cleared, table, below = stream.getvalue()[before:].partition("update 3")
     assert table
-    assert re.fullmatch(r"\r *\r", cleared)
+    assert re.fullmatch(r"\r *\r+", cleared)
     assert "ppo/salsa" in below[below.index("Because.") :]
     assert "ppo/salsa" not in below[: below.index("Because.")]
 
@@ -165,4 +165,5 @@ def test_beside_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[s
         print_samples([row()], 3)
         bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert [re.split(r"  |:", line)[0] for line in lines[1:4]] == ["ppo", "update 3", "ppo"]
+    starts = [re.split(r"  |:", line)[0] for line in lines]
+    assert [start for start in starts if start in ("ppo", "update 3")][1:4] == ["ppo", "update 3", "ppo"]

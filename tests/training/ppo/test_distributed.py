@@ -249,12 +249,12 @@ def sharded(**options: Any) -> Any:
         (
             {"state_dict_type": "SHARDED_STATE_DICT"},
             {},
-            "fsdp_state_dict_type: found SHARDED_STATE_DICT, expected FULL_STATE_DICT",
+            "fsdp_state_dict_type: checkpoints need FULL_STATE_DICT, not SHARDED_STATE_DICT",
         ),
-        ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: found true, expected false"),
+        ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: true is not supported"),
         ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing: .*set gradient_checkpointing"),
-        ({}, {"rollout_backend": "vllm"}, "rollout_backend: found vllm with sharded weights"),
-        ({}, {"rollout_compile": True}, "rollout_backend: found hf, compiled, with sharded weights"),
+        ({}, {"rollout_backend": "vllm"}, "rollout_backend: vllm does not work with sharded weights"),
+        ({}, {"rollout_compile": True}, "rollout_backend: hf, compiled, does not work with sharded weights"),
     ],
 )
 def test_what_is_refused(
@@ -289,14 +289,14 @@ def deepspeed(precision: str = "no", more: dict[str, Any] | None = None, **optio
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({"zero_stage": 2}, {}, "zero_stage: found 2, expected 3"),
-        ({"zero3_save_16bit_model": False}, {}, "zero3_save_16bit_model: found false, expected true"),
-        ({"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device: found cpu, expected none"),
-        ({"offload_param_device": "cpu"}, {}, "offload_param_device: found cpu, expected none"),
-        ({"precision": "fp16"}, {}, "fp16: found true with DeepSpeed"),
-        ({"more": {"optimizer": {"type": "Adam"}}}, {}, "optimizer: found one in DeepSpeed's configuration"),
-        ({"more": {"scheduler": {"type": "WarmupLR"}}}, {}, "scheduler: found one in DeepSpeed's configuration"),
-        ({}, {"rollout_backend": "vllm"}, "rollout_backend: found vllm with sharded weights"),
+        ({"zero_stage": 2}, {}, "zero_stage: 2 is not supported, 3 is"),
+        ({"zero3_save_16bit_model": False}, {}, "zero3_save_16bit_model: checkpoints need true"),
+        ({"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device: cpu is not supported"),
+        ({"offload_param_device": "cpu"}, {}, "offload_param_device: cpu is not supported"),
+        ({"precision": "fp16"}, {}, "fp16: true is not supported with DeepSpeed"),
+        ({"more": {"optimizer": {"type": "Adam"}}}, {}, "optimizer: remove it from DeepSpeed's configuration"),
+        ({"more": {"scheduler": {"type": "WarmupLR"}}}, {}, "scheduler: remove it from DeepSpeed's configuration"),
+        ({}, {"rollout_backend": "vllm"}, "rollout_backend: vllm does not work with sharded weights"),
     ],
 )
 def test_what_is_refused_of_deepspeed(options: dict[str, Any], arguments: dict[str, Any], message: str) -> None:

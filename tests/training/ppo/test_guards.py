@@ -124,8 +124,8 @@ def test_the_message_is_one_line_with_the_numbers_and_the_remedy():
     (alarm,) = alarms(parse_guards({"length": "stop"}), row(response_length=8.0, entropy=20.0, update=12), SOUND)
     assert alarm.action == "stop"
     assert alarm.message == (
-        "guards.length: update 12: found a mean response length of 8 tokens, expected at least 10 (0.25 × the first update's 40);"
-        " the KL-hack, few tokens cost little KL: set min_new_tokens or kl_per=token, or lower kl_coef"
+        "guards.length: update 12: the mean response length is 8 tokens; the limit is 10 (0.25 × the first update's 40)."
+        " Short responses cost little KL, which PPO can exploit: set min_new_tokens or kl_per=token, or lower kl_coef"
     )
 
 
@@ -166,23 +166,26 @@ def test_off_is_silent():
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"lenght": "warn"}, r"^guards: found 'lenght', expected a guard; did you mean length\?$"),
+        ({"lenght": "warn"}, r"^guards: unknown guard 'lenght'; did you mean length\?$"),
         ({"x": "warn"}, "guards: empty, length, repetition"),
-        ({1: "warn"}, "^guards: found 1, expected a guard"),
-        ({"length": "halt"}, "^guards.length: found 'halt', expected off, warn, stop$"),
-        ({"length": True}, "^guards.length: found True, expected off, warn, stop$"),
-        ({"length": 0.3}, "^guards.length: found 0.3"),
-        ({"length": None}, "^guards.length: found None"),
-        ({"length": {}}, "^guards.length: found {}"),
-        ({"length": {"limits": 1}}, "^guards.length: found the key 'limits', expected action or limit$"),
-        ({"length": {"limit": 1.1}}, "^guards.length.limit: found 1.1, expected a number from 0 to 1$"),
-        ({"kl": {"limit": -1}}, "^guards.kl.limit: found -1, expected a number from 0$"),
-        ({"kl": {"limit": math.nan}}, "^guards.kl.limit: found nan"),
-        ({"kl": {"limit": math.inf}}, "^guards.kl.limit: found inf"),
-        ({"kl": {"limit": True}}, "^guards.kl.limit: found True"),
-        ({"kl": {"limit": "30"}}, "^guards.kl.limit: found '30'"),
-        ({"kl": {"action": "halt"}}, "^guards.kl.action: found 'halt'"),
-        (["length"], r"^guards: found \['length'\], expected a mapping"),
+        (
+            {1: "warn"},
+            "guards: unknown guard 1; guards: empty, length, repetition, entropy_low, entropy_high, kl_coef, negative_kl, kl",
+        ),
+        ({"length": "halt"}, r"guards\.length: must be off, warn or stop, not 'halt'"),
+        ({"length": True}, r"guards\.length: must be off, warn or stop, not True"),
+        ({"length": 0.3}, r"guards\.length: must be off, warn or stop, not 0\.3"),
+        ({"length": None}, r"guards\.length: must be off, warn or stop, not None"),
+        ({"length": {}}, r"guards\.length: is empty; give an action, a limit or both"),
+        ({"length": {"limits": 1}}, r"guards\.length: unknown key 'limits'; the keys are action and limit"),
+        ({"length": {"limit": 1.1}}, r"guards\.length\.limit: must be a number from 0 to 1, not 1\.1"),
+        ({"kl": {"limit": -1}}, r"guards\.kl\.limit: must be a number of at least 0, not -1"),
+        ({"kl": {"limit": math.nan}}, r"guards\.kl\.limit: must be a number of at least 0, not nan"),
+        ({"kl": {"limit": math.inf}}, r"guards\.kl\.limit: must be a number of at least 0, not inf"),
+        ({"kl": {"limit": True}}, r"guards\.kl\.limit: must be a number of at least 0, not True"),
+        ({"kl": {"limit": "30"}}, r"guards\.kl\.limit: must be a number of at least 0, not '30'"),
+        ({"kl": {"action": "halt"}}, r"guards\.kl\.action: must be off, warn or stop, not 'halt'"),
+        (["length"], r"guards: must be a mapping such as \{length: stop\}, not \['length'\]"),
     ],
 )
 def test_what_a_recipe_may_not_say(said: dict, message: str):

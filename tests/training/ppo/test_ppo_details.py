@@ -159,7 +159,7 @@ class TestRandomNumbers:
         first, again = (trainer.rollout_maker.evaluate(trainer.eval_dataset) for _ in range(2))
         assert torch.equal(first[0].response_ids, again[0].response_ids) and torch.equal(first[1], again[1])
         assert torch.equal(roll_out(trainer).responses.response_ids, expected.response_ids)
-        with pytest.raises(SalsaError, match="eval_dataset: found none"):
+        with pytest.raises(SalsaError, match="eval_dataset: there are no prompts to evaluate on"):
             make_trainer().evaluate()
 
 

@@ -17,15 +17,15 @@ CHAT = PROMPTS[0]["prompt"]
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        (None, "data: found None, expected rows with"),
-        ({"train": PROMPTS}, r"data: found dict of \['train'\], .* pass one of these"),
+        (None, "data: pass rows with `prompt` or `input_ids`, not None"),
+        ({"train": PROMPTS}, r"data: this is a dict with the keys \['train'\]. Pass the dataset of one of them"),
         (["a b"], "data, row 1: found 'a b', expected a mapping"),
-        ([PROMPTS[0], {"prompt": None, "id": 1}], "data, row 2, prompt: found None, expected text or messages"),
-        ([{"text": "a"}], "data, row 1: found the columns text, expected `prompt` or `input_ids`"),
-        ([{"prompt": [{"role": "system", "content": "be good"}, *CHAT]}], "data, row 1, prompt: the tokenizer's chat template refuses it"),
-        ([{"prompt": [*CHAT, {"role": "assistant", "content": "owl"}]}], "data, row 1, prompt: found a last turn of assistant"),
-        ([{"input_ids": [1, 9999]}], r"data, row 1: found token id \[9999\], expected 0 to 64"),
-        ([{"input_ids": [1, -1]}], r"data, row 1: found token id \[-1\], expected 0 to 64"),
+        ([PROMPTS[0], {"prompt": None, "id": 1}], "data, row 2, prompt: this is None; it must be text or messages"),
+        ([{"text": "a"}], "data, row 1: there is neither `prompt` nor `input_ids`, only text"),
+        ([{"prompt": [{"role": "system", "content": "be good"}, *CHAT]}], r"data, row 1, prompt: the tokenizer's chat template rejects these messages: the embedded world knows the roles user and assistant, not system; remove the system turn, or set model\.chat_template to a template with system turns"),
+        ([{"prompt": [*CHAT, {"role": "assistant", "content": "owl"}]}], "data, row 1, prompt: the last message is the assistant's"),
+        ([{"input_ids": [1, 9999]}], r"data, row 1: token id \[9999\] has no embedding; the model's are 0 to 64"),
+        ([{"input_ids": [1, -1]}], r"data, row 1: token id \[-1\] has no embedding; the model's are 0 to 64"),
     ],
 )  # fmt: skip
 def test_what_is_no_prompt(tokenizer: Any, rows: Any, line: str) -> None:
@@ -41,7 +41,7 @@ def test_datasets(tokenizer: Any) -> None:
     made = Dataset.from_dict({"input_ids": [[3, 4, 5], [6]]})
     for rows in (made, made.with_format("torch"), made.to_iterable_dataset(), list(made)):
         assert [prompt.tokens for prompt in encode(rows, "data")[0]] == [[3, 4, 5], [6]]
-    with pytest.raises(SalsaError, match=r"data: found DatasetDict of \['train'\]"):
+    with pytest.raises(SalsaError, match=r"data: this is a DatasetDict with the keys \['train'\]"):
         encode(DatasetDict(train=made), "data")
 
 
@@ -68,7 +68,7 @@ def test_the_longest_prompt(make_base: Any, tokenizer: Any) -> None:
     assert (longest(64), longest(64, given=200), longest(64, given=9)) == (57, 57, 9)
     assert longest(64, 16) == 9
     with pytest.raises(
-        SalsaError, match="max_new_tokens: found 7, expected less than the 7 tokens that the models read"
+        SalsaError, match="max_new_tokens: 7 leaves no room for a prompt in the 7 tokens that the models can read"
     ):
         longest(64, 7)
 
@@ -80,5 +80,7 @@ def test_the_trainer_tells_of_both_sets(make_trainer: Any, capsys: Any) -> None:
     assert (trainer.left_out, len(trainer.eval_dataset)) == (1, 2)
     said = capsys.readouterr().err
     assert "train_dataset: 1 of 17 prompts left out" in said and "eval_dataset: 1 of 3 prompts left out" in said
-    with pytest.raises(SalsaError, match="eval_dataset: found none"):
+    with pytest.raises(
+        SalsaError, match=r"eval_dataset: there are no prompts to evaluate on\. Pass rows with `prompt`"
+    ):
         trainer.evaluate(long)

@@ -124,7 +124,7 @@ def test_another_micro_batch_goes_on_with_the_same_global_batches(
 def test_a_checkpoint_of_another_setting_is_refused(make_run: Any) -> None:
     """Named with both values; nothing is changed."""
     make_run("c").train()
-    with pytest.raises(SalsaError, match="made with batch_size 8, found 16 now, expected the same"):
+    with pytest.raises(SalsaError, match="batch_size was 8 and is 16 now, so this run cannot be resumed"):
         make_run("c", batch_size=16, micro_batch_size=None).train(resume_from_checkpoint=True)
 
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
         (newest / checkpoints.MANIFEST).write_text("{")
     trainer = make_run("d")
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-16: not whole" in capsys.readouterr().err
+    assert "checkpoint-16: skipped, because it is incomplete" in capsys.readouterr().err
     assert digests(trainer) == unbroken
 
 

@@ -83,12 +83,10 @@ class TestFolder:
         """In one line that offers to go on; which still works, to the same end. Also where the other is to go on there."""
         broken_off(make(max_steps=2), 2)
         before = contents(tmp_path / "run")
-        with pytest.raises(
-            SalsaError, match=r"output_dir: found checkpoint-1 of an earlier run in .*/run, expected no checkpoint"
-        ):
+        with pytest.raises(SalsaError, match=r"output_dir: .*/run already has checkpoint-1 of an earlier run"):
             make().train()
         make("other", max_steps=2).train()
-        with pytest.raises(SalsaError, match="another output_dir starts a new one"):
+        with pytest.raises(SalsaError, match="or choose another output_dir for a new one"):
             make().train(resume_from_checkpoint=tmp_path / "other" / "checkpoint-2")
         assert contents(tmp_path / "run") == before
         make(max_steps=2).train(resume_from_checkpoint=True)
@@ -108,7 +106,7 @@ class TestFolder:
         assert updates(tmp_path / "run", "metrics.1.jsonl") == [1]
         assert updates(tmp_path / "run", "metrics.2.jsonl") == [1, 2]
         assert updates(tmp_path / "run", "eval_completions.2.jsonl") == [0, 0, 0]
-        assert "run: an earlier run's logs are kept as metrics.2.jsonl" in capsys.readouterr().err
+        assert "run: logs of an earlier run are kept as metrics.2.jsonl" in capsys.readouterr().err
 
     def test_going_on_in_another(self, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """With the logs so far; where they are lost that is said, and the run goes on."""
@@ -122,7 +120,7 @@ class TestFolder:
         (tmp_path / "run" / "metrics.jsonl").unlink()
         make("third").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
         assert updates(tmp_path / "third") == [4]
-        assert "metrics.jsonl: found 0 bytes" in capsys.readouterr().err
+        assert "metrics.jsonl: lines from before the checkpoint are missing (0 bytes;" in capsys.readouterr().err
 
     def test_going_on_from_an_earlier_checkpoint_keeps_the_later_lines(
         self, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -131,7 +129,7 @@ class TestFolder:
         make().train()
         broken_off(make(), 1, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1")
         assert updates(tmp_path / "run") == [1] and updates(tmp_path / "run", "metrics.1.jsonl") == [1, 2, 3, 4]
-        assert "the logs as they were are kept as metrics.1.jsonl" in capsys.readouterr().err
+        assert "a copy of the logs is kept as metrics.1.jsonl" in capsys.readouterr().err
         broken_off(make(), 2, resume_from_checkpoint=tmp_path / "run" / "checkpoint-1")
         assert steps(tmp_path / "run") == [2, 4, 3, 1]
         again = make()
@@ -160,7 +158,9 @@ class TestSameTrainer:
         assert steps(tmp_path / "run") == [2] and updates(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
         again = make(save_total_limit=1)
         assert again.train(resume_from_checkpoint=True).global_step == 4
-        assert again.update == 8 and updates(tmp_path / "run") == list(range(1, 9)) and steps(tmp_path / "run") == [4]
+        assert (
+            again.ppo.update == 8 and updates(tmp_path / "run") == list(range(1, 9)) and steps(tmp_path / "run") == [4]
+        )
 
     def test_broken_off_between_micro_batches(self, make: Any, tmp_path: Path) -> None:
         """Resumed, to the bit; or begun anew: the update that was cut has no number."""
@@ -199,15 +199,18 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("now", "line"),
         [
-            ({"kl_estimator": "k3"}, "made with kl_estimator k1, found k3 now, expected the same; start anew"),
-            ({"gamma": 0.5}, r"made with gamma 1.0, found 0.5 now"),
-            ({"references": ["seed-0"]}, r"made with references \['\w{12}'\], found \['\w{12}'\] now"),
-            ({"references": ["base"]}, r"references \['\w{12}'\], found \['base'\] now"),
-            ({"prompts": PROMPTS[::-1]}, r"made with prompts 16 \(\w{12}\), found 16 \(\w{12}\) now"),
-            ({"adapter": {"lora_alpha": 64}}, "made with lora_alpha 8, found 64 now"),
-            ({"base": {"seed": 1}}, r"made with base \w{12}, found \w{12} now"),
-            ({"optim": "sgd"}, "made with optim adamw_torch_fused, found sgd now"),
-            ({"value_head_learning_rate": 1e-2}, "made with own value_head_learning_rate False, found True now"),
+            (
+                {"kl_estimator": "k3"},
+                "kl_estimator was k1 and is k3 now, so this run cannot be resumed. Start a new run",
+            ),
+            ({"gamma": 0.5}, r"gamma was 1.0 and is 0.5 now"),
+            ({"references": ["seed-0"]}, r"references was \['\w{12}'\] and is \['\w{12}'\] now"),
+            ({"references": ["base"]}, r"references was \['\w{12}'\] and is \['base'\] now"),
+            ({"prompts": PROMPTS[::-1]}, r"prompts was 16 \(\w{12}\) and is 16 \(\w{12}\) now"),
+            ({"adapter": {"lora_alpha": 64}}, "lora_alpha was 8 and is 64 now"),
+            ({"base": {"seed": 1}}, r"base was \w{12} and is \w{12} now"),
+            ({"optim": "sgd"}, "optim was adamw_torch_fused and is sgd now"),
+            ({"value_head_learning_rate": 1e-2}, "own value_head_learning_rate was False and is True now"),
         ],
     )
     def test_what_may_not_change_is_named(self, ended: Path, make_trainer: Any, now: dict[str, Any], line: str) -> None:
@@ -238,7 +241,7 @@ class TestOptions:
         trainer.train(resume_from_checkpoint=True)
         said = capsys.readouterr().err
         assert (
-            "checkpoint-1: goes on with other options: learning_rate 0.001 → 0.002, value_head_learning_rate 0.01 → 0.04"
+            "checkpoint-1: resuming with changed options: learning_rate 0.001 → 0.002, value_head_learning_rate 0.01 → 0.04"
             in said
         )
         assert "kl_coef 0.1 → 0.9" in said and said.count("→") == 3
@@ -263,14 +266,14 @@ class TestOptions:
 
     def test_nothing_goes_to_the_hub(self, make: Any, tmp_path: Path) -> None:
         """Refused in a line each; the token is in no file."""
-        with pytest.raises(SalsaError, match=r"push_to_hub: found [Tt]rue, expected [Ff]alse"):
+        with pytest.raises(SalsaError, match="push_to_hub: true is not supported, only false"):
             make(push_to_hub=True)
         trainer = make(hub_token="hf_secret_of_this_test", max_steps=1)
         trainer.train()
         trainer.save_model()
         trainer.save_state()
         for call in (trainer.push_to_hub, trainer.create_model_card):
-            with pytest.raises(SalsaError, match="found a PPO trainer"):
+            with pytest.raises(SalsaError, match="the PPO trainer"):
                 call()
         found = contents(tmp_path)
         assert "run/checkpoint-1/adapter_model.safetensors" in found

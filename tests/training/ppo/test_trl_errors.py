@@ -285,10 +285,10 @@ def test_no_resume(make_trainer: Any, tmp_path: Path, step: int) -> None:
     assert [state["stopped_early"] for state in states] == [False, True, True]
     again = make_trainer(folder=tmp_path / "run", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
-    assert again.state.global_step == whole.state.global_step == 8 and again.update == 2
+    assert again.state.global_step == whole.state.global_step == 8 and again.ppo.update == 2
     assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(again), strict=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log and b"rewards/flat/mean" in log
-    assert again.kl_coef == whole.kl_coef != 0.1
+    assert again.ppo.kl_coef == whole.ppo.kl_coef != 0.1
 
 
 def test_no_text_prompts(make_trainer: Any, tokenizer: Any) -> None:
