@@ -220,7 +220,7 @@ class TestVocabulary:
     def test_a_reference_of_another_vocabulary_is_refused(self, make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
         rows = len(tokenizer)
         folder = to_folder(make_base(1, vocab_size=rows + 3), tokenizer, tmp_path / "large")
-        line = rf"found a vocabulary of {rows + 3} tokens in .*large, expected the policy's, {rows}"
+        line = rf"the vocabulary of .*large has {rows + 3} tokens, the policy's has {rows}"
         one_line(lambda: as_references(make_base(), [folder]), line)
 
 
@@ -558,7 +558,7 @@ class TestPickles:
         run = tmp_path / "run"
         shutil.copytree(stopped, run)
         checkpoint = pickled(run / "checkpoint-1" / name, canary)
-        line = rf"checkpoint-1, which is not whole \(changed: {name}\)"
+        line = rf"checkpoint-1 is not a complete checkpoint \({name} has changed\)"
         if signed:
             listed = json.loads((checkpoint / MANIFEST).read_text())
             listed[name] = {"size": (checkpoint / name).stat().st_size, "sha256": sha256(checkpoint / name)}

@@ -13,7 +13,7 @@ import torch
 from hub_server import Hub, Repo
 from paths import ROOT
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft.config.job import Unit
@@ -102,7 +102,7 @@ def _weights(folder: Path, base: Path, make_adapter: Any, seed: int, lora: bool,
     model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), config)
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
-    tensors = {name: tensor.clone() for name, tensor in adapters.load_file(folder / adapters.WEIGHTS).items()}
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / adapters.WEIGHTS).items()}
     assert SCORE_HEAD in tensors
     save_file(tensors, folder / adapters.WEIGHTS)
 
