@@ -75,7 +75,7 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
         (LLAMA, ["adapter.target_modules=[q_proj,lm_head]"], "lora", "adapter.target_modules: lm_head is the output embeddings"),
         (LLAMA, ["adapter.target_modules=.*(q_proj|lm_head)"], "lora", "adapter.target_modules: lm_head is the output embeddings"),
         (MIXTRAL, ["adapter.lora_dropout=0.1"], "lora", r"adapter.lora_dropout: must be 0, because all-linear adapts the experts .*target_modules=\[q_proj"),
-        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: vllm needs other names of merged experts"),
+        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: vllm expects other names of merged experts"),
         ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "has router_jitter_noise in its config.json, which adds noise in training mode"),
         ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "has hidden_dropout in its config.json"),
         ({**LLAMA, "model_type": "rwkv"}, [], None, r"is a rwkv model, whose implementation in Transformers reads the padding .* Use another base"),

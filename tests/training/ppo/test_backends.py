@@ -652,7 +652,7 @@ class TestVLLM:
         def make(args: SalsaPPOConfig, processes: Accelerator | SimpleNamespace | None = None) -> VLLM:
             return VLLM(model, args, tokenizer, processes or Accelerator(cpu=True))  # type: ignore[arg-type]
 
-        with pytest.raises(SalsaError, match="temperature: vllm samples at 0.01 to 2, not at 3"):
+        with pytest.raises(SalsaError, match=r"temperature: vllm samples at 0\.01 to 2, not at 3"):
             make(vllm_options(options, with_vllm, temperature=3.0))
         with pytest.raises(SalsaError, match="mode: server works with one process, not 2"):
             make(vllm_options(options, with_vllm), SimpleNamespace(num_processes=2))
