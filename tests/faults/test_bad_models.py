@@ -451,7 +451,7 @@ class TestAnotherBase:
         assert len(list(world.base.glob("*.safetensors"))) > 1
         assert base_fingerprint(world.base) == before
         assert as_references(world.policy(), [world.seeds[1]])[0].adapter == "reference-0"
-        assert "can't be checked" not in capsys.readouterr().err
+        assert "cannot be checked" not in capsys.readouterr().err
 
 
 @pytest.fixture
