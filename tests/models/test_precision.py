@@ -130,7 +130,9 @@ def test_bf16_weights_need_an_optimizer_that_rounds_at_random(make_full: Any) ->
     """And fp16 ones are refused with any."""
     make_full("a")
     for optim in ({"optim_args": "bf16_stochastic_round=False"}, {"optim_args": None}, {"optim": "adamw_torch"}):
-        with pytest.raises(SalsaError, match=r"in bfloat16, which rounds small steps away.* optim_args='bf16_stochastic_round=True'"):
+        with pytest.raises(
+            SalsaError, match=r"in bfloat16, which rounds small steps away.* optim_args='bf16_stochastic_round=True'"
+        ):
             make_full("a", **optim)
     with pytest.raises(SalsaError, match="in float16, which rounds small steps away"):
         make_full("a", dtype=torch.float16)
