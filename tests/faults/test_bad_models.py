@@ -149,9 +149,14 @@ class TestAnotherTokenizersClassifier:
     def test_without_its_tokenizer_it_is_refused(self, make_base: Any, tokenizer: Any, tmp_path: Path) -> None:
         """Never the policy's in its place."""
         own_classifier(self.other(tokenizer)).save_pretrained(tmp_path / "rm")
-        one_line(lambda: as_reward(str(tmp_path / "rm"), make_base(), tokenizer), r"rm: Transformers cannot load a tokenizer from here")
+        one_line(
+            lambda: as_reward(str(tmp_path / "rm"), make_base(), tokenizer),
+            r"rm: Transformers cannot load a tokenizer from here",
+        )
         in_memory = LlamaForSequenceClassification.from_pretrained(tmp_path / "rm")
-        one_line(lambda: as_reward(in_memory, make_base(), tokenizer), r"rm: Transformers cannot load a tokenizer from here")
+        one_line(
+            lambda: as_reward(in_memory, make_base(), tokenizer), r"rm: Transformers cannot load a tokenizer from here"
+        )
 
 
 class TestVocabulary:
@@ -271,9 +276,7 @@ def test_a_seed_that_is_taken_is_looked_at(tokenizer: Any, make_base: Any, make_
     world = World(tmp_path, tokenizer, make_base, make_adapter)
     config = json.loads((world.seeds[1] / "adapter_config.json").read_text())
     (world.seeds[1] / "adapter_config.json").write_text(json.dumps(config | {"bias": "lora_only"}))
-    one_line(
-        lambda: world.take(world.seeds[1]), r"sft.from: .*seed-1 has bias: 'lora_only', and that changes the base"
-    )
+    one_line(lambda: world.take(world.seeds[1]), r"sft.from: .*seed-1 has bias: 'lora_only', and that changes the base")
     (tmp_path / "taken").rmdir()
     tensors = load_file(world.seeds[0] / WEIGHTS)
     tensors[max(tensors)].view(-1)[0] = float("nan")
@@ -494,7 +497,7 @@ class TestPickles:
         folder = pickled(world.base / "pytorch_model.bin", canary, "model.safetensors")
         line = r"base: this folder has no safetensors file, and weights in other formats are not read. If you trust the weights, load the model"
         one_line(lambda: load_base(str(folder), Model(), world.tokenizer), line)
-        planned = r"model.base: .*base' has its weights in pytorch_model.bin alone, pickles, which are never read"
+        planned = r"model.base: .*base' has its weights only in pytorch_model.bin, a pickle, which is never loaded"
         one_line(lambda: world.take(world.seeds[0]), planned)
 
     def test_of_a_seed(self, world: World, canary: Path, capsys: Any) -> None:
@@ -532,7 +535,7 @@ class TestPickles:
         one_line(lambda: as_references(make_base(), [folder]), "seed-1: this folder has no safetensors file")
         assert soup_command([str(tmp_path / "soup"), str(folder), str(other)]) == 2
         said = capsys.readouterr().err.strip().splitlines()
-        assert "seed-1: found pytorch_model.bin, which is pickled and never read" in said[-1]
+        assert "it holds pytorch_model.bin, which is a pickle and never read" in said[-1]
         classifier = to_folder(own_classifier(tokenizer), tokenizer, tmp_path / "rm")
         pickled(classifier / "pytorch_model.bin", canary, "model.safetensors")
         one_line(lambda: as_reward(str(classifier), make_base(), tokenizer), "rm: this folder has no safetensors file")
