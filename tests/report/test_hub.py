@@ -345,9 +345,9 @@ def test_full_weights_are_pushed_as_checkpoints(
         (["push", "RUN", "soup", "--to", "name"], "--to: found 'name', expected namespace/name"),
         (
             ["push", "RUN", "salas", "--to", "a/b"],
-            "'salas': found no such result, expected one of this recipe; did you mean salsa?",
+            "this recipe has no result 'salas'; did you mean salsa?",
         ),
-        (["push", "RUN", "seed-7", "--to", "a/b"], "found no such result"),
+        (["push", "RUN", "seed-7", "--to", "a/b"], "this recipe has no result 'seed-7'"),
         (["push", "RUN", "soup", "soup", "--to", "a/b"], "soup soup: name each item once"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "/tmp/x"], "--base-model: found '/tmp/x'"),
         (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: not a run's folder, since it has no recipe.yaml"),
@@ -406,11 +406,20 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["hub.push=[salas]"], "hub.push: 'salas': found no such result"),
-        (["hub.push=[soup]"], "hub.base_model: found none, and the base is the embedded world of this machine"),
+        (["hub.push=[salas]"], "hub.push: this recipe has no result 'salas'; did you mean salsa?"),
+        (
+            ["hub.push=[soup]"],
+            "hub.base_model: is required, because the base is the embedded world; give the base's Hub id",
+        ),
         (["hub={push: [soup], base_model: nobody}"], "hub.base_model: found 'nobody', expected namespace/name"),
-        (["hub={push: [soup], base_model: a/b, namespace: ../x}"], "hub.namespace: found '../x'"),
-        (["hub={push: [soup, soup], base_model: a/b}"], "hub.push: found 'soup' twice"),
+        (
+            ["hub={push: [soup], base_model: a/b, namespace: ../x}"],
+            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64, not '../x'",
+        ),
+        (
+            ["hub={push: [soup, soup], base_model: a/b}"],
+            "hub.push: ['soup', 'soup'] has an entry twice; give each once",
+        ),
         (["hub.token=hf_secret"], "hub.token: unknown key"),
     ],
 )
@@ -443,7 +452,7 @@ def test_one_pending_item_that_is_gone_stops_no_other(server: Hub, run: Path, tm
     done = command(server, tmp_path / "home", "push", str(run))
     assert (
         done.returncode == 1
-        and "'gone': found no such result" in done.stderr
+        and "this recipe has no result 'gone'" in done.stderr
         and "seed-0 is pending for the same repository" in done.stderr
     )
     assert set(server.repos) == {BASE_ID, "tester/s"}

@@ -268,7 +268,7 @@ class TestCommand:
         assert "none: found no recipe.yaml" in capsys.readouterr().err
         (tmp_path / "a" / "recipe.yaml").write_text("name: r\nbeta: 1\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "recipe.yaml: beta: found 1" in capsys.readouterr().err
+        assert "recipe.yaml: beta: is not valid: Unexpected keyword argument; found 1" in capsys.readouterr().err
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
     def test_what_can_not_be_meant(

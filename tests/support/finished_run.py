@@ -13,7 +13,7 @@ import torch
 from hub_server import Hub, Repo
 from paths import ROOT
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from salsa_peft.config.job import Unit
@@ -24,7 +24,7 @@ from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.report.page import write_report
-from salsa_peft.soup import average as averaging
+from salsa_peft.soup import average
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 BASE_ID = "tester/tiny-base"
@@ -69,7 +69,7 @@ def make_run(
             write_report(step.folder, synthetic_run.synthetic())
             (step.folder / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
         elif unit.stage == "soup":
-            averaging.soup(
+            average.soup(
                 step.folder, [steps["sft/seed-0"].folder, steps["sft/seed-1"].folder], names=["seed-0", "seed-1"]
             )
         else:
@@ -102,7 +102,7 @@ def _weights(folder: Path, base: Path, make_adapter: Any, seed: int, lora: bool,
     model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), config)
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
-    tensors = {name: tensor.clone() for name, tensor in adapters.load_file(folder / adapters.WEIGHTS).items()}
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / adapters.WEIGHTS).items()}
     assert SCORE_HEAD in tensors
     save_file(tensors, folder / adapters.WEIGHTS)
 
