@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Measure all points, and print those of the line."""
-    found = measured(args, accepted)
+    found = measure_all(args, accepted)
     for line in found["lines"]:
         print(f"{line['name']}")
         for point in line["points"]:
@@ -68,7 +68,7 @@ def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) ->
     print(f"written to {args.out}")
 
 
-def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
+def landscape_section(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
     """The points to measure.
 
     Without --scales the default control points are included if `shrinks`: members can be scaled.
@@ -92,7 +92,7 @@ def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
     return Landscape(**chosen)
 
 
-def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
+def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
     """Measure all points; write landscape.json and the figures line-… and plane-… as SVG and PNG."""
     folders = [local(member) for member in args.members]
     kind, names = kind_of(folders), member_names(args.members)
@@ -101,7 +101,7 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
         f"{args.out}: this folder is a member; name another one",
     )
     # weights that are averaged without a base (a score head) cannot be scaled
-    section = section_of(
+    section = landscape_section(
         args, kind, kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
     )
     args.out.mkdir(parents=True, exist_ok=True)

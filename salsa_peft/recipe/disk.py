@@ -60,8 +60,8 @@ def need(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: fl
     final = peak = 0.0
     for step in to_run:
         there = bytes_in(step.folder)
-        kept, way = written(recipe, step.unit.stage, size, gpu)
-        peak = max(peak, final - there + way)
+        kept, peak_of_unit = unit_bytes(recipe, step.unit.stage, size, gpu)
+        peak = max(peak, final - there + peak_of_unit)
         final += kept - there
     folder = next(iter(steps.values())).folder
     place = existing_parent(folder)
@@ -78,7 +78,7 @@ def bytes_in(folder: Path) -> int:
     return found
 
 
-def written(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -> tuple[float, float]:
+def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -> tuple[float, float]:
     """Bytes that one unit of a stage writes: its result, and the peak while it runs."""
     width, one, count = _width(recipe, size, gpu), 4.0, size.parameters
     if recipe.adapter is None:

@@ -129,7 +129,7 @@ def stream(
         for piece, products in _in_order(pool, work, pieces(runs, PIECE)):
             total = [a + b for a, b in zip(total, products, strict=True)]
             if write is not None:
-                write.all_before(piece.place + piece.size)
+                write.start_writeback(piece.place + piece.size)
             if progress is not None:
                 progress(piece.size)
     return plan.table(total)
