@@ -297,7 +297,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
         assert "lora is a LoRA adapter, but this run uses full weights. Add --lora" in plan(
             salsa, {given: named(given, lora)}
         )
-        assert "full is a full checkpoint, and this run uses LoRA adapters. Run it without --lora" in plan(
+        assert "full is a full checkpoint, but this run uses LoRA adapters. Run it without --lora" in plan(
             salsa, {given: named(given, full)}, "--lora"
         )
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
@@ -422,7 +422,7 @@ def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path
     two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
     assert "a score head with 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
     save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
-    assert "the value head of PPO" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "this is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
     for words in ((), ("--lora",)):
         several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
         assert "is a classifier with 2 labels, but a reward is one number" in plan(
@@ -455,7 +455,11 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
     for given, words, line in (
         ({"reward": "me/several"}, ("--lora",), "is a classifier with 2 labels, but a reward is one number"),
         ({"reward": "me/several"}, (), "is a classifier with 2 labels, but a reward is one number"),
-        ({"reward": "me/gone"}, (), "reward.model: https://huggingface.co/me/gone: not in the local cache and the Hub"),
+        (
+            {"reward": "me/gone"},
+            (),
+            "reward.model: https://huggingface.co/me/gone: not in the local cache, and the Hub",
+        ),
         ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
@@ -564,7 +568,7 @@ def test_one_seed_has_a_soup_of_one_by_default(small: Path) -> None:
     assert made.soup.members == [0] and made.landscape is not None and made.landscape.line is None
     assert load_recipe(str(small), lora="lora", overrides=["sft.from=[a/b]"]).recipe.soup.members == [0]
     assert load_recipe(str(small), lora="lora", overrides=[]).recipe.soup.members == [0, 1]
-    with pytest.raises(SalsaError, match=r"soup.members: there is no seed 1"):
+    with pytest.raises(SalsaError, match=r"soup.members: there is no seed-1"):
         load_recipe(str(small), lora="lora", overrides=["sft.seeds=[7]", "soup.members=[0, 1]"])
 
 
