@@ -301,12 +301,12 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
             salsa, {given: named(given, full)}, "--lora"
         )
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
-    assert "adapter_model.bin, a pickle, which is never read" in plan(salsa, {"sft.from": [str(lora)]}, "--lora")
+    assert "adapter_model.bin, a pickle, which is never loaded" in plan(salsa, {"sft.from": [str(lora)]}, "--lora")
     other = make_base("gemma", tmp_path / "other")
     wide = elsewhere.adapter(other, tmp_path / "wide", 1)
     said = plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
     assert (
-        "policies.salsa.reference: " in said and "by a matrix of 128 × 64" in said and "trained on another base" in said
+        "policies.salsa.reference: " in said and "by a matrix of 128 × 64" in said and "so the adapter belongs to another base" in said
     )
     assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
@@ -460,7 +460,7 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
             (),
             "reward.model: https://huggingface.co/me/gone: not in the local cache, and the Hub",
         ),
-        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
+        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter belongs to another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
         assert salsa(given, "--dry-run", *words)[0] == 0 and not asked, "a plan fetches nothing"
