@@ -306,7 +306,9 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     wide = elsewhere.adapter(other, tmp_path / "wide", 1)
     said = plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
     assert (
-        "policies.salsa.reference: " in said and "by a matrix of 128 × 64" in said and "so the adapter belongs to another base" in said
+        "policies.salsa.reference: " in said
+        and "with a delta of 128 × 64" in said
+        and "so the adapter belongs to another base" in said
     )
     assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
