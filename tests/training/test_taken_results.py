@@ -314,7 +314,9 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
-    assert "is a IA3 adapter; only LoRA" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
+    assert "is an adapter of kind IA3. Use a LoRA adapter" in plan(
+        salsa, {"policies.salsa.reference": str(wide)}, "--lora"
+    )
 
 
 def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:
