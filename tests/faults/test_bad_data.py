@@ -802,7 +802,8 @@ class TestStages:
         )
         write(path, rows[:2])
         with pytest.raises(
-            SalsaError, match=r"^data\.demonstrations: found 2 rows with an answer within .* fewer than sft"
+            SalsaError,
+            match=r"^data\.demonstrations: found 2 rows with an answer within .* tokens, fewer than sft.batch_size = 4",
         ):
             sft.run(job)
         assert (
