@@ -306,13 +306,17 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     wide = elsewhere.adapter(other, tmp_path / "wide", 1)
     said = plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
     assert (
-        "policies.salsa.reference: " in said and "by a matrix of 128 × 64" in said and "trained on another base" in said
+        "policies.salsa.reference: " in said
+        and "with a delta of 128 × 64" in said
+        and "so the adapter belongs to another base" in said
     )
     assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
-    assert "is a IA3 adapter; only LoRA" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
+    assert "is an adapter of kind IA3. Use a LoRA adapter" in plan(
+        salsa, {"policies.salsa.reference": str(wide)}, "--lora"
+    )
 
 
 def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -422,7 +426,7 @@ def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path
     two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
     assert "a score head with 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
     save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
-    assert "the value head of PPO" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "this is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
     for words in ((), ("--lora",)):
         several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
         assert "is a classifier with 2 labels, but a reward is one number" in plan(
@@ -455,8 +459,12 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
     for given, words, line in (
         ({"reward": "me/several"}, ("--lora",), "is a classifier with 2 labels, but a reward is one number"),
         ({"reward": "me/several"}, (), "is a classifier with 2 labels, but a reward is one number"),
-        ({"reward": "me/gone"}, (), "reward.model: https://huggingface.co/me/gone: not in the local cache and the Hub"),
-        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
+        (
+            {"reward": "me/gone"},
+            (),
+            "reward.model: https://huggingface.co/me/gone: not in the local cache, and the Hub",
+        ),
+        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter belongs to another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
         assert salsa(given, "--dry-run", *words)[0] == 0 and not asked, "a plan fetches nothing"
@@ -564,7 +572,7 @@ def test_one_seed_has_a_soup_of_one_by_default(small: Path) -> None:
     assert made.soup.members == [0] and made.landscape is not None and made.landscape.line is None
     assert load_recipe(str(small), lora="lora", overrides=["sft.from=[a/b]"]).recipe.soup.members == [0]
     assert load_recipe(str(small), lora="lora", overrides=[]).recipe.soup.members == [0, 1]
-    with pytest.raises(SalsaError, match=r"soup.members: there is no seed 1"):
+    with pytest.raises(SalsaError, match=r"soup.members: there is no seed-1"):
         load_recipe(str(small), lora="lora", overrides=["sft.seeds=[7]", "soup.members=[0, 1]"])
 
 
