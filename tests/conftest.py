@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -61,6 +62,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from salsa_peft.data.toy import make_tokenizer
 
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
+    from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
+
+    chats = [[{"role": "user", "content": text}] for text in draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
 
 @pytest.fixture(scope="module")
