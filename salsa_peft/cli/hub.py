@@ -1,124 +1,118 @@
-"""`salsa hub`: results of a run to the Hub, and from it.
+"""`salsa hub`: pushes results of a run to the Hub, and pulls them.
 
-    salsa hub push RUN soup salsa --to you/smollm2          you/smollm2-soup, you/smollm2-salsa; private, one commit each
-    salsa hub push RUN                                      what is pending: a push that failed
-    salsa hub pull you/smollm2-soup [FOLDER]                its files, safetensors only
+    salsa hub push RUN soup salsa --to you/smollm2     you/smollm2-soup, you/smollm2-salsa; private, one commit each
+    salsa hub push RUN                                 the pending results, whose push failed
+    salsa hub pull you/smollm2-soup [FOLDER]           the files of a repository, weights in safetensors only
 
-A recipe takes a Hub id or a folder as a seed (`sft: {from: […]}`), a reward model or a reference, without pulling first.
+A recipe can name a Hub id as a seed (`sft: {from: […]}`), reward model or reference; it need not be pulled first.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from salsa_peft.config.options.hub import REPO_EXPECTED, REPO_ID
 from salsa_peft.report import hub as hub_push
 from salsa_peft.report import model_card
 from salsa_peft.soup.lora.read import CONFIG
-from salsa_peft.utils import files as runs
 from salsa_peft.utils.console import Parser, say
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.files import locked
 from salsa_peft.utils.messages import one_line, short
 
 EPILOG = __doc__.split("\n\n", 1)[1] if __doc__ else ""
 
 
 def parser() -> Parser:
-    """The options."""
-    import argparse
-
+    """The command line."""
     made = Parser(prog="salsa hub", description="Push results of a run to the Hub, or pull one.", epilog=EPILOG,
                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = made.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="push | pull")
-    push = commands.add_parser("push", help="results of a run, a repository and a commit each")
-    push.add_argument("run", metavar="RUN", help="a run's folder")
-    push.add_argument(
-        "items", nargs="*", metavar="ITEM", help="soup, reward, seed-N, a policy's name; none: what is pending"
+    push = commands.add_parser("push", help="push results of a run, each to a repository in one commit").add_argument
+    push("run", metavar="RUN", help="a run's folder")
+    push("items", nargs="*", metavar="ITEM", help="soup, reward, seed-N or a policy's name (default: pending results)")
+    push("--to", metavar="NAMESPACE/NAME", help="the repository; for several items NAMESPACE/NAME-ITEM")
+    push("--public", action="store_true", help="make the repository public (default: private)")
+    push("--base-model", metavar="ID", help="the base's id on the Hub, if the run's base is a local folder")
+    push("--dry-run", action="store_true", help="show the model card and the files, and send nothing")
+    push("--debug", action="store_true", help="show the traceback of an error")
+    pull = commands.add_parser("pull", help="download a repository, weights in safetensors only").add_argument
+    pull("repo", metavar="ID", help="namespace/name")
+    pull(
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help="an empty or new folder (default: the Hub's cache; its path is printed)",
     )
-    push.add_argument("--to", metavar="NAMESPACE/NAME", help="the repository; of several items NAMESPACE/NAME-ITEM")
-    push.add_argument("--public", action="store_true", help="let everybody see it (default: private)")
-    push.add_argument("--base-model", metavar="ID", help="the base's id on the Hub, where the run's is a local folder")
-    push.add_argument("--dry-run", action="store_true", help="show card and files, send nothing")
-    push.add_argument("--debug", action="store_true", help="show traces")
-    pull = commands.add_parser("pull", help="a repository's files, safetensors only")
-    pull.add_argument("repo", metavar="ID", help="namespace/name")
-    pull.add_argument(
-        "folder", nargs="?", metavar="FOLDER", help="where to (default: the Hub's cache, whose folder is printed)"
-    )
-    pull.add_argument("--revision", metavar="REVISION", help="branch, tag or commit")
-    pull.add_argument("--debug", action="store_true", help="show traces")
+    pull("--revision", metavar="REVISION", help="a branch, tag or commit")
+    pull("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0; 2 for what can be mended before anything was sent; 1 where the Hub refused or could not be reached."""
-    args = parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    """The command.
+
+    Returns 0; 2 for an error of the user before anything is sent; 1 if the Hub refuses or cannot be reached.
+    """
+    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        return pull(args.repo, args.folder, args.revision) if args.command == "pull" else _push(args)
-    except (Failed, SalsaError) as error:
+        return pull(args.repo, args.folder, args.revision) if args.command == "pull" else push(args)
+    except (HubFailure, SalsaError) as error:
         if args.debug:
             traceback.print_exc()
         say(one_line(error))
-        return 1 if isinstance(error, Failed) else 2
+        return 1 if isinstance(error, HubFailure) else 2
 
 
-class Failed(Exception):
-    """The Hub did not take or give something."""
+class HubFailure(Exception):
+    """The Hub refused something or could not be reached."""
 
 
-def _push(args: object) -> int:
-    options = vars(args)
-    run = Path(os.path.abspath(options["run"]))
-    require(
-        (run / "recipe.yaml").is_file(), f"{options['run']}: found no recipe.yaml in it, expected the folder of a run"
-    )
-    names, to, base = options["items"], options["to"], options["base_model"]
-    require(
-        bool(names) == bool(to),
-        f"--to: found {'it without items' if to else 'none'}, expected --to namespace/name with items to push",
-    )
-    require(len(set(names)) == len(names), f"{' '.join(names)}: found an item twice, expected each once")
+def push(args: argparse.Namespace) -> int:
+    """Push the items that the arguments name, or the pending ones; prints the repositories' URLs."""
+    run, names, to, base = Path(os.path.abspath(args.run)), args.items, args.to, args.base_model
+    require((run / "recipe.yaml").is_file(), f"{args.run}: not a run's folder, since it has no recipe.yaml")
+    require(not to or bool(names), "--to: name the items to push as well, such as soup")
+    require(not names or bool(to), "--to: is required with items; add --to namespace/name")
+    require(len(set(names)) == len(names), f"{' '.join(names)}: name each item once")
     require(base is None or REPO_ID.match(base) is not None, f"--base-model: found {short(base)}, {REPO_EXPECTED}")
     require(
-        bool(names) or (not options["public"] and base is None),
-        "--public, --base-model: found one without items, expected none: what is pending goes as it was asked for; name the items and --to",
+        bool(names) or (not args.public and base is None),
+        "--public, --base-model: need items and --to; pending results are pushed with the options that they had before",
     )
+    repos = {name: to if len(names) == 1 else f"{to}-{name}" for name in names}
+    for repo in repos.values():
+        require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
     wanted = [
-        hub_push.Push(
-            item=name, to=to if len(names) == 1 else f"{to}-{name}", private=not options["public"], base_model=base
-        )
-        for name in names
+        hub_push.Push(item=name, to=repo, private=not args.public, base_model=base) for name, repo in repos.items()
     ]
-    for one in wanted:
-        require(REPO_ID.match(one.to) is not None, f"--to: found {short(one.to)}, {REPO_EXPECTED}")
     require(
         bool(wanted or hub_push.pending(run)),
-        f"{options['run']}: found nothing pending, expected items to push, such as soup",
+        f"{args.run}: nothing is pending; name items to push, such as soup, and --to namespace/name",
     )
-    if options["dry_run"]:
+    if args.dry_run:
         return _show(run, wanted or hub_push.pending(run))
-    with runs.locked(run):
+    with locked(run):
         folders = model_card.result_folders(run)
         recipe = model_card.recipe_of_run(run, folders)
-        for one in wanted:  # refusals before anything is sent or noted
+        for one in wanted:  # errors come before anything is sent or noted
             model_card.find_item(run, recipe, one.item, one.base_model, folders)
-        wanted = wanted or hub_push.pending(run)
         try:
-            done = hub_push.push_all(run, wanted, recipe, folders)
+            done = hub_push.push_all(run, wanted or hub_push.pending(run), recipe, folders)
         except SalsaError as error:
-            raise Failed(str(error)) from error
+            raise HubFailure(str(error)) from error
     for pushed in done:
         print(pushed["url"], flush=True)
     return 0
 
 
 def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
-    """Card and file list of each, nothing sent."""
+    """Print the model card and the files of each item."""
     folders = model_card.result_folders(run)
     recipe = model_card.recipe_of_run(run, folders)
     for one in wanted:
@@ -136,33 +130,35 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
 
 
 def pull(repo: str, folder: str | None, revision: str | None) -> int:
-    """Fetch what salsa_peft publishes of a repository; prints its folder."""
-    require(REPO_ID.match(repo) is not None, f"{short(repo)}: found no id of the Hub, {REPO_EXPECTED}")
-    require(folder != "" and revision != "", f"{repo}: found an empty FOLDER or --revision, expected a name")
+    """Download the files of a repository that salsa_peft publishes; prints the folder."""
+    require(REPO_ID.match(repo) is not None, f"ID: found {short(repo)}, {REPO_EXPECTED}")
+    require(folder != "" and revision != "", f"{repo}: FOLDER and --revision must not be empty")
     from huggingface_hub import HfApi, snapshot_download
 
     if folder is not None:
         made = Path(folder)
-        require(not made.exists() or made.is_dir(), f"{folder}: found a file, expected a folder; name another one")
+        require(not made.exists() or made.is_dir(), f"{folder}: this is a file; name a folder")
         kept = sorted(path.name for path in made.iterdir() if path.name != ".cache") if made.is_dir() else []
-        require(not kept, f"{folder}: found {kept[:1]} in it, expected an empty folder; name another one")
+        require(
+            not kept, f"{folder}: this folder is not empty (it has {', '.join(kept[:1])}); name an empty or new one"
+        )
     patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
-    options: dict[str, Any] = {
-        "revision": revision,
-        "local_dir": folder,
-        "allow_patterns": patterns,
-        "ignore_patterns": "*/*",
-    }
+
+    def download() -> str:
+        return snapshot_download(
+            repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
+        )
+
     try:
         names = hub_push.with_retries(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
         require(
             bool({CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
-            f"{repo}: found no adapter and no checkpoint in safetensors, expected one (other formats are not fetched)",
+            f"{repo}: has no adapter and no checkpoint in safetensors; other formats are not downloaded",
         )
-        found = Path(hub_push.with_retries(lambda: snapshot_download(repo, **options), repo))
+        found = Path(hub_push.with_retries(download, repo))
     except SalsaError as error:
-        raise Failed(str(error)) from error
+        raise HubFailure(str(error)) from error
     print(os.path.abspath(found) if folder else found, flush=True)
     return 0
 

@@ -1,7 +1,8 @@
-"""`salsa landscape OUT A B [C]`: a measure along the line of two members, on the plane of three, as JSON and figures.
+"""`salsa landscape`: a measure along the line of two members and on the plane of three.
 
-Members are adapters of one base, or checkpoints; the paper's Figure 2 without a recipe. Between points of adapters n scalars change;
-of checkpoints the model's weights are written anew. The recipe's landscape stage (evaluation/landscape.py) has intervals over prompts besides.
+This is the paper's Figure 2 without a recipe. Members are adapters of one base, or checkpoints. For adapters only the
+members' scales change between points; for checkpoints the model's weights are computed again. The landscape stage of a
+recipe (evaluation/landscape.py) also has intervals over prompts.
 """
 
 from __future__ import annotations
@@ -29,42 +30,36 @@ RESULT = "landscape.json"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
-    made = Parser(prog="salsa landscape", description="A measure along the line of two members, and on the plane of three.",
+    """The command line."""
+    made = Parser(prog="salsa landscape", description="A measure along the line of two members, and on the plane of"
+                                                      " three.",
                   epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    made.add_argument("out", metavar="OUT", type=Path, help=f"folder of {RESULT} and the figures")
-    made.add_argument(
-        "members", metavar="MEMBER", nargs="+", help="two or three adapters, or checkpoints: folders or Hub ids"
-    )
-    made.add_argument("--alphas", metavar="α,α", help="points of the line (default: -0.5 to 1.5 by 0.25)")
-    made.add_argument(
-        "--scales", metavar="λ,λ", help="adapters: points of the control, base + λ · the first member's delta"
-    )
-    made.add_argument(
+    add = made.add_argument
+    add("out", metavar="OUT", type=Path, help=f"folder for {RESULT} and the figures")
+    add("members", metavar="MEMBER", nargs="+", help="two or three adapters, or checkpoints: folders or Hub ids")
+    add("--alphas", metavar="α,α", help="points of the line (default: -0.5 to 1.5 in steps of 0.25)")
+    add("--scales", metavar="λ,λ", help="adapters: control points, the base plus λ times the first member's delta")
+    add(
         "--resolution",
         type=positive_integer,
         default=4,
         help="steps along an edge of the plane's triangle (default: 4)",
     )
-    made.add_argument("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
-    made.add_argument(
-        "--same-base",
-        action="store_true",
-        help="adapters: they are of one base, whatever they call it (asserted by you)",
-    )
+    add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
+    add("--same-base", action="store_true", help="adapters: take their bases as the same, whatever their names are")
     add_measure(made)
-    made.add_argument("--debug", action="store_true", help="show the trace of an error")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 and one line on stderr."""
+    """The command. Returns 0, or 2 after an error."""
     args = parser().parse_args(join_weights(sys.argv[1:] if argv is None else argv, ("--alphas", "--scales")))
-    return run_command("salsa landscape", args, told)
+    return run_command("salsa landscape", args, measure_and_print)
 
 
-def told(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
-    """Measure, and say what the line gave."""
+def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
+    """Measure all points, and print those of the line."""
     found = measured(args, accepted)
     for line in found["lines"]:
         print(f"{line['name']}")
@@ -74,14 +69,18 @@ def told(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
 
 
 def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
-    """Which points are measured; without --scales the control is among them if members can be shrunk. Raises SalsaError for other
-    than two or three members."""
+    """The points to measure.
+
+    Without --scales the default control points are included if `shrinks`: members can be scaled.
+
+    Raises SalsaError unless there are two or three members.
+    """
     n = len(args.members)
-    require(n in (2, 3), f"members: found {n}, expected two (a line) or three (a plane, and the line of the first two)")
-    require(args.measure is not None, "--measure: found none, expected sft_loss, reward or module:name")
+    require(n in (2, 3), f"MEMBER: found {n}, expected two (a line) or three (a plane, and the line of the first two)")
+    require(args.measure is not None, "--measure: is required; use sft_loss, reward or module:name")
     require(
         not args.scales or kind == ADAPTERS,
-        "--scales: found checkpoints as members, expected adapters: what a checkpoint added to its base is not known here",
+        "--scales: needs adapters; the difference of a checkpoint from its base is not known here",
     )
     chosen: dict[str, Any] = {"line": [0, 1], "plane": [0, 1, 2] if n == 3 else None, "resolution": args.resolution}
     for option, text in (("alphas", args.alphas), ("scales", args.scales)):
@@ -94,14 +93,14 @@ def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
 
 
 def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
-    """Measure every point; write landscape.json, line-….svg and .png, plane-…."""
+    """Measure all points; write landscape.json and the figures line-… and plane-… as SVG and PNG."""
     folders = [local(member) for member in args.members]
     kind, names = kind_of(folders), member_names(args.members)
     require(
         args.out.resolve() not in [folder.resolve() for folder in folders],
-        f"{args.out}: found a member, expected another folder",
+        f"{args.out}: this folder is a member; name another one",
     )
-    # what is averaged directly (a score head) has no base to shrink to
+    # weights that are averaged without a base (a score head) cannot be scaled
     section = section_of(
         args, kind, kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
     )
@@ -124,7 +123,7 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
 
 
 def draw(found: Mapping[str, Any], folder: Path) -> None:
-    """The figures, each as SVG and PNG."""
+    """Write the figures as SVG and PNG."""
     from salsa_peft.report.plots import draw_landscape
     from salsa_peft.report.style import looks
 

@@ -1,4 +1,4 @@
-"""The `salsa` command: `salsa run`, `soup`, `landscape`, `report`, `hub`, `doctor`. Each is also `python -m salsa_peft.<module>`."""
+"""The `salsa` command, which calls one of COMMANDS."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from salsa_peft.utils.messages import did_you_mean, one_line
 
 HELP = """usage: salsa COMMAND …
 
-  salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   the whole of SALSA from one recipe
-  salsa soup OUT MEMBER MEMBER …                            average adapters, or checkpoints
-  salsa landscape OUT MEMBER MEMBER [MEMBER] …              a measure along the line or on the plane between them
-  salsa hub push RUN ITEM … --to NAMESPACE/NAME             soup, policies, seeds, reward to the Hub; salsa hub pull ID
-  salsa report RUN [RUN …] | --paper                        the report of a finished run again, several in one; the paper's tables
-  salsa doctor [RUN]                                        what this machine has for a run, and what is wrong with it
+  salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   run a recipe, from the SFT seeds to the report
+  salsa soup OUT MEMBER MEMBER …                            average adapters or checkpoints
+  salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure the models on the line or plane of members
+  salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
+  salsa report RUN [RUN …] | --paper                        make the report of one or several runs; the paper's tables
+  salsa doctor [RUN]                                        check this machine, and the results of a run
 
-`salsa COMMAND --help` says more; `salsa --version`."""
+`salsa COMMAND --help` shows the options; `salsa --version` the version."""
 
 
 COMMANDS = {

@@ -1,10 +1,6 @@
-"""`salsa report`: a finished run's report again, several runs' in one, or the paper's tables.
+"""`salsa report`: the report of a finished run, of several runs, or the paper's tables.
 
-    salsa report RUN                        a run's folder, or a recipe with `salsa run`'s own options
-    salsa report RUN RUN … [--output-dir FOLDER]
-    salsa report --paper                    Tables 1 to 5 from their counts, and what does not agree
-
-The pages themselves: report/page.py and report/joined.py.
+The pages are made in report/page.py and report/joined.py.
 """
 
 from __future__ import annotations
@@ -23,33 +19,33 @@ from salsa_peft.utils.messages import one_line
 
 HELP = """usage: salsa report RUN [RUN …] | --paper
 
-  salsa report RUN                             the report of a finished run's folder again
-  salsa report RUN RUN … [--output-dir DIR]    several runs in one: models × questions; into `joined` beside the first, or DIR
-  salsa report RECIPE --lora …                 the same by a recipe, with `salsa run`'s options
-  salsa report --paper                         the paper's Tables 1 to 5 from their counts, and what does not agree"""
-NO_RUN = "found no recipe.yaml in it, expected the folder of a finished run"
+  salsa report RUN                             the report of a finished run again, by its folder
+  salsa report RUN RUN … [--output-dir DIR]    one report of several runs, in DIR or in `joined` beside the first run
+  salsa report RECIPE --lora …                 the report of a finished run again, by `salsa run`'s arguments
+  salsa report --paper                         the paper's Tables 1 to 5 from their counts, and what disagrees"""
+NO_RUN = "not the folder of a run, since it has no recipe.yaml"
 JOINED = "joined"
-"""Folder of several runs' report, beside the first of them."""
+"""The folder of the report of several runs, beside the first run."""
 NARROWEST = 165
-"""Columns of the paper's tables."""
+"""The columns that the paper's tables need on a terminal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns 0; 2 for what the user can mend, else `salsa run`'s code."""
+    """The command. Returns 0, 2 for an error of the user, or the exit code of `salsa run`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and set(words) & {"-h", "--help"}:
         print(HELP)
         return 0
     try:
         if "--paper" in words:
-            require(words == ["--paper"], f"--paper: found {' '.join(words)}, expected it alone")
+            require(words == ["--paper"], "--paper: takes no other arguments")
             return _paper()
         names = _names(words)
         if names is not None and len(names) > 1:
             return _joined(names, words)
         if names is not None and names and not _is_recipe(names[0]):
             require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
-            require("--output-dir" not in words, f"--output-dir: found it with one run, expected none: its report goes into {names[0]}; it is for several")  # fmt: skip
+            require("--output-dir" not in words, f"--output-dir: is for several runs; the report of one run goes into {names[0]}")  # fmt: skip
     except SalsaError as error:
         say(one_line(error))
         return 2
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _names(words: Sequence[str]) -> list[str] | None:
-    """The runs, where nothing else but --output-dir is said; None: a recipe with `salsa run`'s options."""
+    """The runs, if --output-dir is the only option; None for `salsa run`'s options."""
     names, rest = [], iter(words)
     for word in rest:
         if word == "--output-dir":
@@ -73,7 +69,7 @@ def _names(words: Sequence[str]) -> list[str] | None:
 
 
 def _is_recipe(word: str) -> bool:
-    """A recipe's file, or a bundled one's name."""
+    """Whether a word is a recipe's file, or the name of a bundled recipe."""
     return os.path.isfile(word) or word.removesuffix(".yaml") in bundled_names("recipes")
 
 
@@ -93,7 +89,7 @@ def _paper() -> int:
 
 def _joined(names: Sequence[str], words: Sequence[str]) -> int:
     out_dir = words[words.index("--output-dir") + 1] if "--output-dir" in words[:-1] else None
-    require(out_dir != "" and words[-1] != "--output-dir", "--output-dir: found nothing, expected a folder")
+    require(out_dir != "" and words[-1] != "--output-dir", "--output-dir: needs a folder's name")
     from salsa_peft.report.gather import gather
     from salsa_peft.report.joined import Run, write_joined
 
@@ -104,16 +100,21 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
         folder = Path(os.path.abspath(name))
         saved = folder / "recipe.yaml"
         try:
-            told = gather(saved_recipe(saved), manifests.finished_results(folder), saved.read_text(encoding="utf-8"))
+            gathered = gather(
+                saved_recipe(saved), manifests.finished_results(folder), saved.read_text(encoding="utf-8")
+            )
         except KeyError as error:
-            raise SalsaError(f"{name}: found results without {error}, of an earlier salsa_peft, expected this one's; salsa run {name}/recipe.yaml --output-dir {name}") from error  # fmt: skip
-        found.append(Run(told, folder))
+            raise SalsaError(
+                f"{name}: its results have no {error}, since an earlier salsa_peft made them; run it again: salsa run"
+                f" {name}/recipe.yaml --output-dir {name}"
+            ) from error
+        found.append(Run(gathered, folder))
     out = Path(os.path.abspath(out_dir or found[0].folder.parent / JOINED))
-    require(not _is_run(str(out)), f"--output-dir: {out} is a run's folder, expected another one")
+    require(not _is_run(str(out)), f"--output-dir: {out} is a run's folder; choose another one")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SalsaError(f"--output-dir: {out} can't be made ({error.strerror}); choose another folder") from error
+        raise SalsaError(f"--output-dir: {out} cannot be created ({error.strerror}); choose another folder") from error
     write_joined(out, found)
     print(out / "report.html", flush=True)
     return 0

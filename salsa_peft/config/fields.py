@@ -44,7 +44,7 @@ def require_unique(key: str, values: Sequence[Any]) -> None:
 
 
 def require_multiple(key: str, value: int, factor: int, of: str, more: str = "") -> None:
-    """Raise SalsaError unless `value` is a multiple of `factor`, which the message calls `of`."""
+    """Raise SalsaError unless `value` is a multiple of `factor`. `of` names the factor in the message."""
     whole = math.ceil(value / factor) * factor
     require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
 
@@ -65,7 +65,7 @@ def check_keys(label: str, value: Any, root: type) -> None:
             for key, entry in value.items():
                 check(_join(where, key), entry, typing.get_args(hint)[1])
         elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
-            known = field_types(hint)
+            known = field_types(typing.cast(Any, hint))
             for key, entry in value.items():
                 if key not in known:
                     raise SalsaError(

@@ -24,8 +24,7 @@ class Unit:
     inputs: tuple[str, ...] = ()
     """Ids of the units whose results it reads."""
     key_fields: dict[str, Any] = field(default_factory=dict)
-    """Cache-key fields: the settings that the result depends on, as JSON data, without local paths (these are in
-    `files`)."""
+    """Cache-key fields: settings that the result depends on, as JSON data; local paths are in `files`."""
     files: tuple[str, ...] = ()
     """Local files and folders whose content is part of the cache key."""
     multi_unit: bool = False

@@ -34,8 +34,7 @@ class Judge:
     api_key_env: str = "OPENAI_API_KEY"
     """openai: name of the environment variable with the API key. The key itself is never in a recipe, log or file."""
     prompt: Literal["figure7", "fastchat"] = "figure7"
-    """Judge prompt. figure7: the one of the paper's Figure 7, reworded. fastchat: FastChat's prompts, by turn and
-    category."""
+    """Judge prompt. figure7: the paper's (Figure 7), reworded. fastchat: FastChat's, by turn and category."""
     prompts: str | None = None
     """fastchat: path of FastChat's judge_prompts.jsonl."""
     references: str | None = None
@@ -84,7 +83,7 @@ class Judge:
 
 
 def as_judge(value: Any) -> Any:
-    """A judge given as text, which is its kind, as a mapping; other values unchanged."""
+    """Convert a judge given as text, its kind, to a mapping. Other values are unchanged."""
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -138,8 +137,7 @@ def check_ready(judge: Judge, where: str) -> None:
     require(
         own or bool(os.environ.get(judge.api_key_env, "").strip()),
         f"{where}.api_key_env: the environment variable {judge.api_key_env} is not set; put the key for OpenAI's"
-        " endpoint into it"
-        f" (export {judge.api_key_env}=…), or set {where}.base_url to your own endpoint",
+        f" endpoint into it (export {judge.api_key_env}=…), or set {where}.base_url to your own endpoint",
     )
 
 
@@ -151,7 +149,7 @@ PROMPT_FIELDS = {
 
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:
-    """FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for another file."""
+    """FastChat's pairwise prompts from judge_prompts.jsonl. Raises SalsaError for a file of another form."""
     prompts = {row["name"]: row for row in _rows(path, "judge_prompts.jsonl") if isinstance(row.get("name"), str)}
     file, lacking = short_path(str(path)), sorted(set(PROMPT_FIELDS) - set(prompts))
     require(not lacking, f"{file}: has no prompt {', '.join(lacking)}; give FastChat's judge_prompts.jsonl")

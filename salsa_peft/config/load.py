@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from salsa_peft.config import paths, sweeps, validate
-from salsa_peft.config.fields import check_keys, field_types
+from salsa_peft.config.fields import check_keys
 from salsa_peft.config.paths import bundled_folder
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.config.yaml import parse_yaml, read_yaml
@@ -33,6 +33,7 @@ ATOMIC = {"reference"}
 """Keys whose value a later layer replaces as a whole: {soup: …} and {shrunk: …} do not merge."""
 NAMED = (("policies",), ("sweep",), ("evaluate", "prompts"))
 """Mappings from names: a null in a later layer removes an entry."""
+SOURCE_KEYS = {field.name for field in dataclasses.fields(Source)}
 RECIPE_TYPE = TypeAdapter(Recipe)
 
 
@@ -57,8 +58,7 @@ class LoadedRecipe:
     preset: str | None
     """Name of the adapter preset (--lora)."""
     changes: list[tuple[str, Any, Any]]
-    """(key, before, after) of each setting that the preset or the recipe's `lora:` section changed; before is None if
-    unset."""
+    """(key, before or None, after) of each setting that the preset or the recipe's `lora:` section changed."""
     reset_by_lora: frozenset[str] = frozenset()
     """Keys that the recipe's `lora:` section sets, without those that `--set` changed afterwards."""
 
@@ -69,7 +69,7 @@ def bundled_names(kind: str) -> list[str]:
 
 
 def find_recipe(path_or_name: str) -> Path:
-    """The file of a recipe's path or bundled name (.yaml is optional). Raises SalsaError if there is none."""
+    """The file of a recipe given by path or bundled name (.yaml is optional). Raises SalsaError."""
     path = os.path.abspath(os.path.expanduser(path_or_name)) if "\0" not in path_or_name else ""
     if os.path.isfile(path):
         return Path(path)
@@ -123,8 +123,7 @@ def load_recipe(
     require(  # for example, the saved recipe of a QLoRA run with --lora lora
         lora not in ("lora", "qlora") or recipe.mode == lora,
         f"--lora {lora}: model.quantization is {recipe.model.quantization or 'null'}, which is {recipe.mode}; use"
-        f" --lora {recipe.mode}, or"
-        " remove the key",
+        f" --lora {recipe.mode}, or remove the key",
     )
     return LoadedRecipe(recipe, data, path, lora, changes, frozenset(reset))
 
@@ -193,13 +192,13 @@ def _place(data: dict[str, Any], keys: list[str], nested: Any, text: str) -> dic
     inner: Any = data
     for position, key in enumerate(keys[:-1]):
         nested = nested[key]
-        there = inner.get(key)
-        if isinstance(there, str) and paths.is_source(keys[: position + 1]):
-            there = {"path": there}
+        current = inner.get(key)
+        if isinstance(current, str) and paths.is_source(keys[: position + 1]):
+            current = {"path": current}
         where = ".".join(keys[: position + 1])
-        fits = there is None or isinstance(there, dict)
-        require(fits, f"--set {text}: {where} is {short(there)}, which has no settings inside; set {where} itself")
-        inner[key] = there if there is not None else {}
+        fits = current is None or isinstance(current, dict)
+        require(fits, f"--set {text}: {where} is {short(current)}, which has no settings inside; set {where} itself")
+        inner[key] = current if current is not None else {}
         inner = inner[key]
     inner[keys[-1]] = nested[keys[-1]]
     return data
@@ -212,18 +211,14 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """
     result = dict(under)
     for key, value in over.items():
-        there = result.get(key)
-        if (
-            isinstance(value, dict)
-            and isinstance(there, str)
-            and set(value) <= {f.name for f in dataclasses.fields(Source)}
-        ):
-            there = {"path": there}
+        current = result.get(key)
+        if isinstance(value, dict) and isinstance(current, str) and set(value) <= SOURCE_KEYS:
+            current = {"path": current}
         section = isinstance(value, dict) and key not in ATOMIC
-        if section and there is not None and not isinstance(there, dict) and key != "judge":  # text is the judge's kind
+        if section and not (current is None or isinstance(current, dict) or key == "judge"):  # a judge may be text
             continue
-        merges = section and isinstance(there, dict)
-        result[key] = merge(typing.cast(dict, there), value) if merges else copy.deepcopy(value)
+        merges = section and isinstance(current, dict)
+        result[key] = merge(typing.cast(dict, current), value) if merges else copy.deepcopy(value)
     return result
 
 
@@ -278,7 +273,7 @@ def _typed(data: dict[str, Any], layers: list[Layer], file: str) -> Recipe:
 
 @contextlib.contextmanager
 def _naming_layer(layers: list[Layer], file: str) -> Iterator[None]:
-    """Errors `key: …` from within get the label of the layer that set the key in front."""
+    """Put the label of the layer that set the key in front of errors `key: …` raised in the block."""
     try:
         yield
     except SalsaError as error:
@@ -302,9 +297,11 @@ def _origin(key: str, layers: list[Layer], file: str) -> str:
 
 
 def _changes(before: dict[str, Any], middle: list[Layer], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    defaults = dataclasses.asdict(Recipe(name=""))
+    old, new = merge(defaults, before), merge(defaults, after)
     keys = dict.fromkeys(key for layer in middle for key in _leaves(layer.data, ()))
-    pairs = [(".".join(key), _lookup(key, before), _lookup(key, after)) for key in keys]
-    return [(key, old, new) for key, old, new in pairs if old != new]
+    pairs = [(".".join(key), _value(old, key), _value(new, key)) for key in keys]
+    return [(key, was, now) for key, was, now in pairs if was != now]
 
 
 def _leaves(value: Any, where: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -313,16 +310,7 @@ def _leaves(value: Any, where: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [leaf for key, entry in value.items() for leaf in _leaves(entry, (*where, key))]
 
 
-def _lookup(key: tuple[str, ...], data: Any) -> Any:
-    """The value of a key in the departures, or the schema's default, or None."""
-    hint: Any = Recipe
+def _value(data: Any, key: tuple[str, ...]) -> Any:
     for part in key:
-        fields = {field.name: field for field in dataclasses.fields(hint)} if dataclasses.is_dataclass(hint) else {}
-        default = None
-        if part in fields:
-            factory = fields[part].default_factory
-            default = fields[part].default if factory is dataclasses.MISSING else factory()
-        hint = field_types(hint).get(part) if fields else None
-        data = data.get(part, default) if isinstance(data, dict) else getattr(data, part, default)
-        data = None if data is dataclasses.MISSING else data
+        data = data.get(part) if isinstance(data, dict) else None
     return data

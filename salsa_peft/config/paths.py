@@ -187,8 +187,7 @@ def check_template(recipe: Recipe) -> None:
     require(
         is_local(template) and os.path.isfile(template),
         f"model.chat_template: {short_path(template)} is no file. Use {OWN_TEMPLATE} (the base's own), the path of a"
-        " Jinja file, or a"
-        f" bundled template: {', '.join(names) or 'none'}",
+        f" Jinja file, or a bundled template: {', '.join(names) or 'none'}",
     )
 
 

@@ -168,9 +168,8 @@ class SoupSection(Soup):
     greedy: a member joins the uniform mean if the measure does not fall; learned: weights by gradient of the measure
     (both Wortsman et al., 2022)."""
     measure: str = "sft_loss"
-    """Measure for greedy and learned: sft_loss on data.held_out, reward (mean score of one response to each of
-    data.prompts), or module:name, a Python function of the model where higher is better. learned supports sft_loss
-    only."""
+    """Measure of greedy and learned: sft_loss on data.held_out, reward (mean score of responses to data.prompts), or
+    module:name, a Python function of the model, higher is better. learned supports sft_loss only."""
     limit: Count = 128
     """Rows that the measure uses: the first ones."""
     steps: Count = 20

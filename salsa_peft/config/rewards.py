@@ -28,8 +28,7 @@ FUNCTION = re.compile(rf"(?:(?P<folder>[^\0:]*)/)?(?P<module>{WORD}(?:\.{WORD})*
 SEQUENCE_CLASSIFIER = "ForSequenceClassification"
 WRITE_A_FUNCTION = (
     "Write a Python function that loads the model and returns one score per response (reward: module:name), or use a"
-    " classifier with"
-    " num_labels 1, such as TRL's RewardTrainer saves"
+    " classifier with num_labels 1, such as TRL's RewardTrainer saves"
 )
 """Advice for a reward model that is not a classifier with one label."""
 ACCEPTED_MODELS = (
@@ -114,7 +113,7 @@ def find_module(folder: str | None, module: str) -> Path | None:
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         found: list[ModuleSpec | None] = [finder.find_spec(".".join(parts[:depth]), search) for finder in finders]
-        spec = next((one for one in found if one is not None), None)
+        spec = next((candidate for candidate in found if candidate is not None), None)
         if spec is None or (depth < len(parts) and spec.submodule_search_locations is None):
             return None
         search = list(spec.submodule_search_locations or [])
@@ -146,8 +145,7 @@ def check_signature(where: str, value: str) -> None:
     require(
         not names,
         f"{where}: {value.rpartition(':')[2]} has the positional-only arguments {', '.join(names)}, but rewards are"
-        " called by keyword;"
-        " remove the / from its signature",
+        " called by keyword; remove the / from its signature",
     )
 
 
@@ -164,9 +162,8 @@ def check_columns(where: str, value: str, columns: Collection[str], data: str) -
     require(
         not absent,
         f"{where}: {value.rpartition(':')[2]} takes {', '.join(absent)}, which is no column of {data} (columns besides"
-        " the prompt:"
-        f" {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the column, or"
-        " give the argument a default",
+        f" the prompt: {', '.join(sorted(passed)) or 'none'}) and not one of {', '.join(REWARD_ARGUMENTS)}. Add the"
+        " column, or give the argument a default",
     )
 
 
@@ -246,8 +243,7 @@ def check_classifier_folder(where: str, folder: str) -> None:
     require(
         str(names[0]).endswith(SEQUENCE_CLASSIFIER),
         f"{where}: {short_path(folder)} is a {names[0]}, which Transformers does not load as a sequence classifier: it"
-        " has no score head with one"
-        f" label. {WRITE_A_FUNCTION}",
+        f" has no score head with one label. {WRITE_A_FUNCTION}",
     )
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
     require(

@@ -44,8 +44,7 @@ class Source:
     name: str | None = None
     """Configuration of the Hub dataset."""
     split: str = "train"
-    """Split of a Hub dataset or folder, or a slice of it (train[:80%]). A single file is the split train, and can be
-    sliced."""
+    """Split of a Hub dataset or folder, or a slice (train[:80%]). A single file has only train, and slices of it."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     limit: Count | None = None
@@ -70,17 +69,14 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights. auto: bfloat16 on CUDA, float32 on a CPU. Adapters and heads are always float32."""
     quantization: Literal["nf4", "nf4-double"] | None = None
-    """QLoRA (Dettmers et al., 2023): the frozen base's linear layers in 4 bits; nf4-double also quantizes their scales.
-    Adapters only."""
+    """QLoRA (Dettmers et al., 2023): the base in 4 bits; nf4-double also quantizes the scales. Adapters only."""
     attn_implementation: str | None = None
     """As in Transformers: sdpa, eager, flash_attention_2 … None: Transformers' default. auto: flash_attention_2 on CUDA
     if the package flash-attn is installed, else sdpa. Paper A.1: flash attention."""
     max_length: Count = 1024
-    """Maximum number of tokens of a training sequence (SFT, reward), and of prompt and response together in PPO. Paper
-    A.1: 2048."""
+    """Maximum tokens of a training sequence, and of prompt plus response in PPO. Paper A.1: 2048."""
     chat_template: str | None = None
-    """chatml or zephyr (bundled), tokenizer (the base's own), or the path of a Jinja file. None: the embedded
-    world's."""
+    """chatml, zephyr, tokenizer (the base's own), or the path of a Jinja file. None: the embedded world's."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -108,8 +104,7 @@ class Data:
     preferences: DataSource | None = None
     """Reward model, DPO, KTO: rows with `chosen` and `rejected`, and with `prompt` unless these two contain it."""
     prompts: DataSource | None = None
-    """PPO, RLOO, GRPO: rows with `prompt`, or `messages` (whose last assistant turn is dropped), or another accepted
-    column."""
+    """PPO, RLOO, GRPO: rows with `prompt`, `messages` (without the last answer), or another accepted column."""
     held_out: DataSource | None = None
     """Demonstrations that no seed was trained on, for the measure sft_loss of greedy and learned soups."""
 
@@ -119,8 +114,7 @@ class SFT(Training):
     """Supervised fine-tuning of the seeds (TRL's SFTTrainer), with loss on the assistant's tokens only."""
 
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0, 1])
-    """Random seeds, one per fine-tuned model. `seed-N` and soup members are positions in this list. A seed sets data
-    order and adapter initialization."""
+    """Random seeds of data order and adapter initialization. `seed-N` and soup members are positions in this list."""
     learning_rate: Positive = 2.5e-5
     """Peak learning rate. Paper A.1."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -152,8 +146,7 @@ class Reward(Training):
     weight_decay: NonNegative = 0.001
     """AdamW's weight decay. Paper A.2."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = dataclasses.field(default_factory=lambda: [0])
-    """Seeds of the data order. With several, one reward model is trained per seed and their soup is the reward (WARM,
-    Ramé et al., 2024)."""
+    """Seeds of the data order. With several, the reward is the soup of their models (WARM, Ramé et al., 2024)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
 
@@ -192,15 +185,14 @@ class PPO(PPOOptions, Training):
     save_steps: Count = 50
     """Optimizer steps between two checkpoints, from which a stopped run resumes. The newest two are kept."""
     eval_prompts: str | None = None
-    """Name of the set in evaluate.prompts that is answered and scored during training. None: no evaluation during
-    training."""
+    """Set in evaluate.prompts that is answered and scored during training. None: no such evaluation."""
     eval_steps: Count = 100
     """Optimizer steps between two such evaluations."""
     eval_limit: Count = 64
     """Number of prompts in such an evaluation: the first ones of the set."""
 
     def check(self, section: str, processes: int = 1) -> None:
-        """Raise SalsaError unless batch sizes divide, options agree and max_steps is a multiple of an update."""
+        """Raise SalsaError unless batch sizes divide, options agree and max_steps is a number of whole updates."""
         self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
@@ -273,8 +265,7 @@ class Evaluate:
     """Pairs of models to compare. The name of a searched policy means the candidate that was picked. Empty: every
     policy and the soup against seed-0, and every two policies."""
     models: list[str] = dataclasses.field(default_factory=list)
-    """More models to evaluate, written like references: base, seed-1 … (strings only). seed-0, soup and policies are
-    always evaluated."""
+    """More models to evaluate than seed-0, soup and policies, as reference strings: base, seed-1 …"""
     temperature: Literal["category"] | NonNegative = "category"
     """Temperature of the answers. category: FastChat's temperatures for MT-Bench categories (0 for math, 0.7 for
     writing …) and generation.temperature for all other questions. A number: for all questions; 0 is greedy decoding."""
@@ -305,8 +296,7 @@ class Recipe:
     offload: Literal["none", "frozen"] = "none"
     """frozen: full-weight references and reward models are kept in CPU memory while the policy generates and trains."""
     num_processes: Count = 1
-    """Processes of the training stages (sft, reward, ppo), one per GPU. More than one are started by `accelerate
-    launch`."""
+    """Processes of sft, reward and ppo, one per GPU. `accelerate launch` starts more than one."""
     accelerate: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     """Strategy of several processes: the name of a file in recipes/accelerate. No effect with one process."""
     export: list[Literal["merged"]] = dataclasses.field(default_factory=list)
@@ -316,11 +306,9 @@ class Recipe:
     adapter: Adapter | None = None
     """LoRA settings, set by --lora. None: full weights."""
     sweep: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Policies that differ in one number (config/sweeps.py). They are written into `policies` when the recipe is read,
-    so a saved recipe has no sweep."""
+    """Policies that differ in one number (config/sweeps.py), written into `policies` when the recipe is read."""
     search: Search | None = None
-    """Trains each policy at several KL coefficients and picks one (config/sweeps.py). The candidates are written into
-    `policies` too."""
+    """Trains policies at several KL coefficients and picks one of each (config/sweeps.py)."""
     toy: Toy | None = None
     """Sizes of the embedded world. None: the recipe names its own base and data."""
     data: Data = dataclasses.field(default_factory=Data)

@@ -1,7 +1,7 @@
 """Checks of a recipe across its sections: names, positions, batch sizes, modes, local files.
 
-Each raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked before the
-first stage, not here. Imports no torch.
+Each check raises a SalsaError that starts with the key; config/load.py adds the file. Hub repositories are checked
+before the first stage, not here. Imports no torch.
 """
 
 from __future__ import annotations
@@ -97,21 +97,18 @@ def _check_weights(where: str, path: str, recipe: Recipe) -> None:
         has_adapter, has_model = (folder / "adapter_config.json").is_file(), (folder / "config.json").is_file()
         require(
             (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file(),
-            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load it with PEFT and save"
-            " it again"
-            " (save_pretrained writes adapter_model.safetensors)",
+            f"{where}: {folder} holds adapter_model.bin, a pickle, which is never loaded. Load it with PEFT and save it"
+            " again (save_pretrained writes adapter_model.safetensors)",
         )
         require(  # axolotl saves the base's config.json beside an adapter
             has_adapter or not has_model or not adapters,
             f"{where}: {folder} is a full checkpoint, but this run uses LoRA adapters. Run it without --lora (every"
-            " seed and reference is then"
-            " a checkpoint), or name an adapter",
+            " seed and reference is then a checkpoint), or name an adapter",
         )
         require(
             not has_adapter or adapters,
             f"{where}: {folder} is a LoRA adapter, but this run uses full weights. Add --lora, or merge it first:"
-            " `salsa soup MERGED"
-            f" {folder.name} --merge --base BASE`",
+            f" `salsa soup MERGED {folder.name} --merge --base BASE`",
         )
     for file in ("adapter_config.json", "adapter_model.safetensors") if adapters else ("config.json",):
         check_path(where, path, what, file)
@@ -123,8 +120,7 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
     require(
         not sync or not recipe.sharded,
         f"{where}.reference: sync_every does not work with accelerate {recipe.accelerate}, which shards the weights;"
-        " remove sync_every or set"
-        " accelerate=ddp",
+        " remove sync_every or set accelerate=ddp",
     )
     if algorithm == "ppo":
         return
@@ -140,14 +136,12 @@ def _check_algorithm(where: str, policy: Policy, references: list[Reference], re
     require(
         len(references) == 1 or algorithm != "grpo",
         f"{where}.reference: grpo supports one reference, not {len(references)}, because the k3 estimate of a mean is"
-        " not the mean of the k3"
-        " estimates; use one, such as soup",
+        " not the mean of the k3 estimates; use one, such as soup",
     )
     require(
         algorithm in PREFERENCE_ALGORITHMS or recipe.generation.min_new_tokens == 0,
         f"generation.min_new_tokens: must be 0 with a policy of algorithm {algorithm}, not"
-        f" {recipe.generation.min_new_tokens}, because TRL"
-        " computes log-probs as if EOS had been allowed",
+        f" {recipe.generation.min_new_tokens}, because TRL computes log-probs as if EOS had been allowed",
     )
 
 
@@ -164,12 +158,12 @@ def _check_mode(recipe: Recipe) -> None:
                 f" {{{key}: {default}}}`",
             )
         return
-    for key, value, default in (
+    for key, found, unset in (
         ("model.quantization", recipe.model.quantization, None),
         ("soup.rank", recipe.soup.rank, None),
         ("ppo.value", recipe.ppo.value, "head"),
     ):
-        require(value == default, f"{key}: {value} needs adapters; add --lora, or set {key}={default or 'null'}")
+        require(found == unset, f"{key}: {found} needs adapters; add --lora, or set {key}={unset or 'null'}")
 
 
 def _check_sharded(recipe: Recipe) -> None:
@@ -215,12 +209,11 @@ def _check_lengths(recipe: Recipe) -> None:
     require(
         prompt is None or prompt + sampling.max_new_tokens <= limit,
         f"ppo.max_prompt_length: must be at most {limit - sampling.max_new_tokens}, not {prompt}: model.max_length"
-        f" {limit} less"
-        f" generation.max_new_tokens {sampling.max_new_tokens}",
+        f" {limit} less generation.max_new_tokens {sampling.max_new_tokens}",
     )
 
 
-def _maybe(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     """The end of a message that names the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -232,12 +225,11 @@ def _check_reference(where: str, reference: Reference, recipe: Recipe) -> None:
         require_seed(where, member, seeds)
     if reference.path is not None:
         what = "a LoRA adapter" if recipe.adapter is not None else "a checkpoint"
-        hint = _maybe(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
+        hint = _suggestion(reference.path, ["base", "soup", *(f"seed-{n}" for n in range(seeds))])
         require(
             "/" in reference.path,
-            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id"
-            f" (namespace/name) of {what}, not"
-            f" {short(reference.path)}{hint}",
+            f"{where}: must be seed-N, base, soup, {{soup: …}}, {{shrunk: …}}, or the folder or Hub id (namespace/name)"
+            f" of {what}, not {short(reference.path)}{hint}",
         )
         _check_weights(where, reference.path, recipe)
 
@@ -255,8 +247,7 @@ def _check_reward(recipe: Recipe) -> None:
     require(
         recipe.ppo.value == "head" or recipe.reward.trained,
         "ppo.value: adapter is initialized from the reward adapter, but reward.model trains none; set ppo.value=head,"
-        " or add adapter to"
-        " reward.model",
+        " or add adapter to reward.model",
     )
 
 
@@ -264,15 +255,13 @@ def _check_classifier(part: RewardPart, recipe: Recipe) -> None:
     require(
         "/" in part.value,
         "reward.model: must be adapter, module:name (a function), or the folder or Hub id (namespace/name) of a reward"
-        " adapter or sequence"
-        f" classifier, not {short(part.value)}{_maybe(part.value, ['adapter'])}",
+        f" adapter or sequence classifier, not {short(part.value)}{_suggestion(part.value, ['adapter'])}",
     )
     if is_local(part.value) and (Path(part.value) / "adapter_config.json").is_file():
         require(
             recipe.adapter is not None,
             f"reward.model: {short(Path(part.value).name)} is an adapter, but this run uses full weights; name a"
-            " sequence classifier, or add"
-            " --lora",
+            " sequence classifier, or add --lora",
         )
         check_path("reward.model", part.value, "a reward adapter", "adapter_model.safetensors")
         return
@@ -322,7 +311,9 @@ def _check_evaluate(recipe: Recipe) -> None:
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: must be two different names, not {short(pair)}")
         for name in pair:
-            require(name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{_maybe(name, models)}")
+            require(
+                name in models, f"{where}: {short(name)} is not one of {', '.join(models)}{_suggestion(name, models)}"
+            )
 
 
 def _check_hub(recipe: Recipe) -> None:
@@ -337,8 +328,7 @@ def _check_hub(recipe: Recipe) -> None:
     require(
         not section.push or section.base_model is not None or (base is not None and not is_local(base)),
         "hub.base_model: is required, because the base is"
-        f" {'the embedded world' if base is None else 'a local folder'}; give the base's"
-        " Hub id (namespace/name)",
+        f" {'the embedded world' if base is None else 'a local folder'}; give the base's Hub id (namespace/name)",
     )
 
 

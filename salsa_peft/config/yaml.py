@@ -37,7 +37,7 @@ class _Rejected(yaml.MarkedYAMLError):
     """Valid YAML that is not allowed in a recipe."""
 
 
-class RecipeLoader(*BASES):
+class RecipeLoader(*BASES):  # type: ignore[misc]
     """A SafeLoader with YAML 1.2's scalars that rejects what is not plain data."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012

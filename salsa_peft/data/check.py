@@ -15,7 +15,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,13 @@ def check_local(recipe: Recipe) -> None:
     check_rows(recipe)
 
 
-def sources(recipe: Recipe) -> Iterator[tuple[str, str, Source]]:
-    """(key, kind, source) of every dataset that the recipe names."""
-    for kind in ROW_KINDS:
-        source = getattr(recipe.data, kind)
-        if source is not None:
-            yield f"data.{kind}", ROW_KINDS[kind], source
-    for name, source in recipe.evaluate.prompts.items():
-        yield f"evaluate.prompts.{name}", "prompts", source
-
-
 def check_sources(recipe: Recipe) -> None:
     """Raise SalsaError for a source that does not exist, or whose first row is of another kind."""
-    for key, kind, source in sources(recipe):
+    named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in ROW_KINDS.items()]
+    named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]
+    for key, kind, source in named:
+        if source is None:
+            continue
         if is_local(source.path) and not os.path.isdir(source.path):
             path = short_path(source.path)
             require(os.path.isfile(source.path), f"{key}: there is no file or folder {path}; give {ACCEPTED_SOURCES}")
@@ -102,9 +96,8 @@ def check_rows(recipe: Recipe) -> None:
         found = f"toy.{key}: {rows} rows" if source is None else f"data.{key}: {Path(source.path).name} has {rows} rows"
         require(
             usable >= batch,
-            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows"
-            " or lower"
-            f" {stage}.batch_size",
+            f"{found}, {usable} of them for training{why}, which is less than {stage}.batch_size = {batch}; add rows or"
+            f" lower {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
         rows = _number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")

@@ -50,7 +50,6 @@ def evaluation_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
 
 
 DROPPED_FIELD = "have {} that the tokenizer's chat template drops, so the model does not see it"
-DROPPED_SYSTEM_TURN = DROPPED_FIELD.format("a system turn")
 EMPTY_ANSWER = "have an empty answer, from which a model learns to say nothing"
 EMPTY_PROMPT = "have an empty prompt"
 IDENTICAL_PAIR = "are left out, because chosen and rejected are the same"
@@ -94,13 +93,13 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
     turns without loss. tokenizer: renders each row with its chat template as a check, and determines the form of the
     messages.
     """
-    rows, odd = [], RowWarnings(source.path)
+    rows, warnings = [], RowWarnings(source.path)
     loaded = load_rows(source)
     for number, row in loaded:
         where = f"{source.path}, row {number}"
         found, more = row_formats.demonstration(row, where), row_parts.template_inputs(row, where)
         if row_formats.is_undesirable(row):
-            odd.add(number, UNDESIRABLE)
+            warnings.add(number, UNDESIRABLE)
             continue
         messages = list(found.messages)
         while messages and messages[-1]["role"] != "assistant":
@@ -113,18 +112,20 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
             f"{where}, {found.column}: every assistant turn has weight 0, so there is nothing to learn; leave out the"
             " row",
         )
-        odd.add(
+        warnings.add(
             number,
             PLACEHOLDER_INPUT,
             str(row.get("input")).strip().lower() in EMPTY_INPUTS and row.get("input") is not None,
         )
         messages = messages_for_template(messages, tokenizer)
         fields = dropped_fields(messages, tokenizer, f"{where}, {found.column}", template_options(more))
-        odd.add_dropped(number, fields)
+        warnings.add_dropped(number, fields)
         calls = TOOL_CALLS_FIELD not in fields
-        odd.add(number, EMPTY_ANSWER, any(is_empty(messages[place], calls) for place in spoken if place not in skipped))
+        warnings.add(
+            number, EMPTY_ANSWER, any(is_empty(messages[place], calls) for place in spoken if place not in skipped)
+        )
         rows.append({"messages": messages, **more, **({"skipped": skipped} if skipped else {})})
-    odd.print(len(loaded))
+    warnings.print(len(loaded))
     require(bool(rows), f"{source.path}: every row has the label false; give demonstrations to learn from")
     return rows
 
@@ -137,13 +138,11 @@ def is_empty(message: dict[str, Any], calls: bool = True) -> bool:
 def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> list[dict[str, Any]]:
     """Rows {chosen, rejected}: whole chats that start with the prompt (TRL's implicit-prompt form).
 
-    Identical pairs are left out.
-
-    A prompt column is put before answers that do not contain the prompt. Rows also have `tools` and
-    `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a check, and
-    determines the form of the messages.
+    Identical pairs are left out. A prompt column is put before answers that do not contain the prompt. Rows also have
+    `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat template as a
+    check, and determines the form of the messages.
     """
-    rows, odd = [], RowWarnings(source.path)
+    rows, warnings = [], RowWarnings(source.path)
     loaded = load_rows(source)
     for number, row in loaded:
         where = f"{source.path}, row {number}"
@@ -152,21 +151,21 @@ def preferences(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
         for name, chat in zip(pair.names, sides.values(), strict=True):
             last = chat[-1]["role"]
             require(last == "assistant", f"{where}, {name}: must end with an assistant turn, not with a {last} turn")
-        odd.add(number, REPEATED_PROMPT, pair.prompt_removed)
+        warnings.add(number, REPEATED_PROMPT, pair.prompt_removed)
         if pair.chosen == pair.rejected:
-            odd.add(number, IDENTICAL_PAIR)
+            warnings.add(number, IDENTICAL_PAIR)
             continue
         check_same_prompt(pair.chosen, pair.rejected, f"{where}, {pair.names[1]}")
-        odd.add(number, EMPTY_ANSWER, is_empty(pair.chosen[-1]))
-        odd.add(number, UNRELATED_PROMPT, row_formats.has_unrelated_prompt(pair))
+        warnings.add(number, EMPTY_ANSWER, is_empty(pair.chosen[-1]))
+        warnings.add(number, UNRELATED_PROMPT, row_formats.has_unrelated_prompt(pair))
         sides = {name: messages_for_template(chat, tokenizer) for name, chat in sides.items()}
         fields = [
             dropped_fields(chat, tokenizer, f"{where}, {name}", template_options(more))
             for name, chat in zip(pair.names, sides.values(), strict=True)
         ]
-        odd.add_dropped(number, sorted(set().union(*fields)))
+        warnings.add_dropped(number, sorted(set().union(*fields)))
         rows.append({**sides, **more})
-    odd.print(len(loaded))
+    warnings.print(len(loaded))
     require(bool(rows), f"{source.path}: chosen and rejected are the same in every row; give pairs that differ")
     return rows
 
@@ -191,13 +190,13 @@ def prompts(
     Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat
     template as a check.
     """
-    rows, odd = [], RowWarnings(source.path)
+    rows, warnings = [], RowWarnings(source.path)
     for number, row in load_rows(source):
         where = f"{source.path}, row {number}"
         prompt, more = read_prompt(row, where), row_parts.template_inputs(row, where)
-        odd.add(number, EMPTY_PROMPT, not prompt.texts[0].strip())
-        odd.add(number, PROMPT_WITHOUT_SYSTEM, row_formats.prompt_lacks_system_turn(row, prompt))
-        odd.add_dropped(
+        warnings.add(number, EMPTY_PROMPT, not prompt.texts[0].strip())
+        warnings.add(number, PROMPT_WITHOUT_SYSTEM, row_formats.prompt_lacks_system_turn(row, prompt))
+        warnings.add_dropped(
             number,
             dropped_fields(
                 messages_for_template(prompt.messages, tokenizer),
@@ -207,7 +206,7 @@ def prompts(
             ),
         )
         rows.append({**(row if columns else {}), "prompt": prompt.messages, **more})
-    odd.print(len(rows))
+    warnings.print(len(rows))
     return rows
 
 
@@ -217,8 +216,7 @@ def check_no_template_options(rows: Sequence[dict[str, Any]], stage: str) -> Non
     require(
         not own,
         f"data.prompts: {len(own)} rows (the first: row {min(own, default=0)}) have `tools` or `chat_template_kwargs`,"
-        f" which TRL's {stage} ignores;"
-        " remove the columns, or use algorithm ppo",
+        f" which TRL's {stage} ignores; remove the columns, or use algorithm ppo",
     )
 
 

@@ -37,8 +37,8 @@ ACCEPTED_SOURCES = (
 def load_rows(source: Source) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a source with their numbers from 1; with `limit`, the first after a fixed shuffle.
 
-    Local files are read here and not by datasets, whose cache goes by path and time and whose errors name no row.
-    Raises SalsaError, also for a source without rows.
+    Blank lines are not counted. Local files are read here and not by datasets, whose cache goes by path and time and
+    whose errors name no row. Raises SalsaError, also for a source without rows.
     """
     check_split(source)
     single = is_single_file(source)
@@ -63,8 +63,7 @@ def check_split(source: Source) -> None:
     require(
         not is_single_file(source) or source.split == "train" or "[" in source.split,
         f"{source.path}: a single file has no split {source.split!r}. Remove `split`, use a slice such as train[:80%],"
-        " or name the file with this"
-        " split",
+        " or name the file with this split",
     )
 
 
@@ -322,16 +321,14 @@ def check_same_columns(folder: Path) -> None:
         require(
             known.keys() == rows[0].keys(),
             f"{path}: has the columns {columns}, but {first.name} has {others}. All files of a folder must have the"
-            " same columns: name one file,"
-            " or use a folder for each kind of rows",
+            " same columns: name one file, or use a folder for each kind of rows",
         )
         for name, value in rows[0].items():
             expected = TYPE_NAMES.get(type(known[name]))
             require(
                 None in (value, known[name]) or TYPE_NAMES.get(type(value)) == expected,
-                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of"
-                " a folder must have the"
-                " same types",
+                f"{path}, row 1, {one_line(name)}: is {describe(value)}, but {expected} in {first.name}; all files of a"
+                " folder must have the same types",
             )
 
 
@@ -346,5 +343,4 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 """Suffix → function that reads the rows of a file."""
 TYPE_NAMES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false"}
 BUILDER_SUFFIXES = {"json": (".jsonl", ".ndjson", ".json"), "csv": (".csv", ".tsv"), "parquet": (".parquet",)}
-"""Builder that datasets uses for a folder → suffixes of the files that it reads; it ignores the others without a
-message."""
+"""Builder of datasets → suffixes of the files that it reads in a folder; it ignores others silently."""

@@ -34,8 +34,7 @@ TEMPERATURES: Mapping[str, float] = {
 }
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
-"""Columns with a question's id, in FastChat, arena-hard-auto and Hub datasets. A prompt_id may repeat, as it belongs to
-a text."""
+"""Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. A prompt_id may repeat."""
 
 
 class Question(NamedTuple):
@@ -70,7 +69,7 @@ def questions(
     columns: keep the data's other columns. tokenizer: renders each row with its chat template as a check.
     """
     found, numbers, seen, by_row = [], [], dict[str, int](), False
-    odd = RowWarnings(source.path)
+    warnings = RowWarnings(source.path)
     for number, row in load_rows(source):
         where = f"{source.path}, row {number}"
         prompt, more = read_prompt(row, where), template_inputs(row, where)
@@ -90,8 +89,8 @@ def questions(
         )
         by_row |= twice
         seen[str(identity)] = number
-        odd.add(number, EMPTY_PROMPT, any(not turn.strip() for turn in turns))
-        odd.add_dropped(
+        warnings.add(number, EMPTY_PROMPT, any(not turn.strip() for turn in turns))
+        warnings.add_dropped(
             number,
             dropped_fields(
                 messages_for_template(messages, tokenizer),
@@ -113,7 +112,7 @@ def questions(
                 row={**(row if columns else {}), **more},
             )
         )
-    odd.print(len(found))
+    warnings.print(len(found))
     return [question._replace(id=number) for question, number in zip(found, numbers, strict=True)] if by_row else found
 
 

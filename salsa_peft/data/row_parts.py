@@ -46,8 +46,7 @@ def read_text(row: Row, name: str, where: str) -> str:
     require(
         not start.startswith(TURN_MARKS),
         f"{where}, {name}: is already rendered with a chat template ({short(value)}), and the recipe's template would"
-        " be applied to it again;"
-        " give messages, or the text of the turn alone",
+        " be applied to it again; give messages, or the text of the turn alone",
     )
     return str(value)
 

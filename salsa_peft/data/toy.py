@@ -127,7 +127,7 @@ def _render(prompt: str, answer: list[str] | None = None) -> str:
 
 
 def _noisy(rng: random.Random, prompt: str, share: float, most: int | None = None) -> list[str]:
-    """A right answer, or with probability `share` one with 1 to `most` errors (None: its words)."""
+    """A right answer, or with probability `share` one with 1 to `most` errors (None: any number)."""
     answer = draw_answer(rng, prompt)
     return add_errors(rng, answer, rng.randint(1, most or len(answer))) if rng.random() < share else answer
 

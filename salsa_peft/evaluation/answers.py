@@ -1,7 +1,7 @@
 """Multi-turn answers of a model with their scores, for the evaluate stage and the landscape.
 
-A batch contains answers of one turn, one temperature and one length limit. Batches do not depend on which answers are already known, so
-that a resumed run gives the same answers as an uninterrupted one.
+A batch contains answers of one turn, one temperature and one length limit. Batches do not depend on which answers are
+already known, so that a resumed run gives the same answers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from salsa_peft.data import datasets
 from salsa_peft.data.chat.turn_ends import stop_token_ids
 from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
-from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate_batches
 from salsa_peft.models.responses import Responses, pad_prompts
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.stage_context import StageContext, prompts_that_fit
-from salsa_peft.utils.statistics import mean_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,9 +55,10 @@ def answer(
     known: Known | None = None,
     keep: Callable[[Rows], None] = lambda rows: None,
 ) -> Rows:
-    """A row for each turn of each question, in order, with response, scores and length, from `adapter` or the full weights (None).
+    """A row for each turn of each question, in order, with response, scores and length.
 
-    known: existing answers, which are not generated again. keep: called with the rows of each new batch.
+    adapter: None answers with the full weights. known: existing answers, which are not generated again. keep: called
+    with the rows of each new batch.
     """
     found = dict(known or {})
     with lora.active(model, adapter):
@@ -151,14 +150,9 @@ def _rows(
 
 
 def fitting_questions(job: Job, context: StageContext, questions: Sequence[Question]) -> list[Question]:
-    """Questions whose first turn leaves room for a full answer within model.max_length; the number of others is reported.
+    """Questions whose first turn leaves room for a full answer within model.max_length.
 
-    Raises SalsaError if there is none.
+    The number of the others is reported. Raises SalsaError if there is none.
     """
     rows = [{**question.row, "prompt": question.messages, "question": question} for question in questions]
     return [row["question"] for row in prompts_that_fit(job, context, rows)]
-
-
-def means(rows: Sequence[Mapping[str, Any]], measure: str) -> Any:
-    """The mean score of all turns with its interval over questions."""
-    return mean_interval([row["scores"][measure] for row in rows], clusters(rows))

@@ -1,4 +1,4 @@
-"""Scores of answers → which model wins each pair by each measure, and the KL coefficient that a search by the reward picks.
+"""Scores of answers → win rates of pairs, and the KL coefficient that a search by the reward picks.
 
 Computed from answers.jsonl on demand, so that a new pair in the recipe needs no new answers. Imports no torch.
 """
@@ -32,7 +32,7 @@ def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
 
 
 def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[str]) -> list[dict[str, Any]]:
-    """Win rates and mean difference of each pair by each measure on one set of questions, clustered by question."""
+    """Win rates and mean difference of each pair by each measure on one set of questions."""
     found = []
     for (a, b), measure in itertools.product(wanted, measures):
         x, y = ([row["scores"][measure] for row in answers[model]] for model in (a, b))
@@ -45,7 +45,7 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
 
 
 def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any] | None:
-    """What a search by the reward tried and picked (`sweeps.pick`); None without a search, or if the judge picks.
+    """What a search by the reward tried and picked (`sweeps.pick`); None if there is no such search.
 
     Each candidate's rate is over all questions of the search's sets.
     """
@@ -61,7 +61,7 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
 
 
 def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
-    """Pairs to compare: candidates of a search with its opponent, then the recipe's pairs with the candidates that were picked."""
+    """Candidates of a search with its opponent, then the recipe's pairs with the picked candidates."""
     return list(
         dict.fromkeys(sweeps.candidate_pairs(recipe) + sweeps.with_picked(sweeps.compared_pairs(recipe), found))
     )

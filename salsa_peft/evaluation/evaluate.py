@@ -1,4 +1,4 @@
-"""The evaluate stage: seed-0, the soup and every policy answer held-out questions, and their answers are scored.
+"""The evaluate stage: seed-0, soup and policies answer held-out questions, and are scored.
 
 Answers are written to the disk batch by batch: a stage that was killed continues with the missing ones.
 """
@@ -53,9 +53,10 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
 
 
 def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
-    """One model for all names, and for each name a function that prepares the model and returns the adapter to activate.
+    """One model for all names, and for each name a function that returns the adapter to activate.
 
-    All adapters are attached beforehand. Full weights are read into the model when the function is called, and it returns None.
+    All adapters are attached beforehand. Full weights are read into the model when the function is called, and it
+    returns None.
     """
     recipe, inputs, names = job.recipe, job.inputs, model_names(job.recipe)
     if recipe.adapter is not None:
@@ -74,7 +75,7 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
 
 
 def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
-    """Means and intervals of each model on one set of questions, over all turns, clustered by question. names: the measures."""
+    """Means and intervals of each model on one set of questions, clustered by question."""
     rows = next(iter(answers.values()))
     of = clusters(rows)
     models = {
@@ -90,18 +91,22 @@ def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
 
 
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """(index, turn) → row of unfinished answers. Lines that do not match their checksum are left out and reported."""
+    """(index, turn) → row of unfinished answers; damaged lines are left out and reported."""
     lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
     whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
     if len(whole) < len(lines):
         say(
-            f"{path}: {len(lines) - len(whole)} of {len(lines)} lines are damaged or incomplete; their answers are generated again"
+            f"{path}: {len(lines) - len(whole)} of {len(lines)} lines are damaged or incomplete; their answers are"
+            " generated again"
         )
     return {(row["index"], row["turn"]): row for row in map(json.loads, whole)}
 
 
 def append_partial(path: Path, rows: Rows) -> None:
-    """Append a batch with a checksum in each line and flush it; it starts on a new line, because the last one may be incomplete."""
+    """Append a batch with a checksum in each line and flush it.
+
+    It starts on a new line, because the last one may be incomplete.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row).encode() for row in rows]
     with path.open("ab") as file:

@@ -28,9 +28,9 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def write_answers(
     folder: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Write question.jsonl and model_answer/ of one set into `folder`; answers: model → rows of answers.jsonl, in order.
+    """Write question.jsonl and model_answer/ of one set into `folder`.
 
-    If two models have the same file name, the second gets a number.
+    answers: model → rows of answers.jsonl, in order. If two models have the same file name, the second gets a number.
     """
     asked = [
         {"question_id": one.id, "category": one.category or "general", "turns": list(one.turns)}
@@ -71,7 +71,7 @@ BASELINE_SECOND = {"a": "A>B", "b": "B>A", "tie": "A=B", "missing": None}
 def write_judgments(
     folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, str]]
 ) -> None:
-    """Write judgments.jsonl and both projects' files; prompts: the judge's prompts in the two orders of each row."""
+    """Write judgments.jsonl and both projects' files. prompts: the judge's prompts of each row."""
     judge, now = file_stem(section.model or section.kind), time.time()
     files: dict[Path, list[dict[str, Any]]] = {folder / "judgments.jsonl": list(rows)}
     for row, both in zip(rows, prompts, strict=True):
@@ -85,7 +85,7 @@ def write_judgments(
 
 
 def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str], now: float) -> dict[str, Any]:
-    """A line of FastChat's gen_judgment.py in mode pairwise. A missing verdict is its "error", which show_result.py drops."""
+    """A line of FastChat's gen_judgment.py in pairwise mode; a missing verdict is its "error"."""
     return {
         "question_id": row["question_id"],
         "model_1": file_stem(row["a"]),
@@ -103,7 +103,7 @@ def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str]
 
 
 def arena_hard_row(row: dict[str, Any], prompts: tuple[str, str], judge: str) -> dict[str, Any]:
-    """A line of arena-hard-auto's gen_judgment.py: the baseline's answer is shown first in its first game, second in its second."""
+    """A line of arena-hard-auto's gen_judgment.py, which shows the baseline's answer first."""
 
     def game(score: str | None, text: str, prompt: str) -> dict[str, Any]:
         return {"score": score, "judgment": {"answer": text}, "prompt": [{"role": "user", "content": prompt}]}

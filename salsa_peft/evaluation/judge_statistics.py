@@ -1,4 +1,4 @@
-"""Judgments of two models, each turn in both orders → win rates, intervals and tests, and how reliable the judge is."""
+"""Judgments in both orders → win rates, intervals and tests, and how reliable the judge is."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Judgment(NamedTuple):
 
     @property
     def tie_kind(self) -> str | None:
-        """agreed: both orders tie; half: one does; flipped: each order has another winner. None if it is no tie."""
+        """agreed: both orders tie; half: one does; flipped: their winners differ. None: no tie."""
         if self.winner != "tie":
             return None
         return ("flipped", "half", "agreed")[(self.first, self.second).count("tie")]
@@ -68,8 +68,8 @@ class PairResult:
     low: float
     high: float
     interval: str
-    """`tango`: each question has one judgment, or all of its judgments agree in every question. `bootstrap`: over questions with their turns
-    together, never narrower than Tango's interval of independent judgments."""
+    """`tango`: each question has one judgment, or all of its judgments agree in every question. `bootstrap`: over
+    questions with their turns together, never narrower than Tango's interval of independent judgments."""
     p_value: float
     """Exact sign test; with several turns a question its clustered form, `statistics.sign_flip_test`."""
     worst_low: float
@@ -90,7 +90,10 @@ class PairResult:
 
 
 def pair_result(rows: Sequence[Judgment], seed: int = 0) -> PairResult:
-    """Counts, rates, interval and test of one pair. Raises ValueError for no judgments, a turn twice, or an unknown winner."""
+    """Counts, rates, interval and test of one pair.
+
+    Raises ValueError for no judgments, a turn that is judged twice, and an unknown winner.
+    """
     _check(rows)
     kept = [row for row in rows if row.winner != "missing"]
     missing = len(rows) - len(kept)
@@ -162,10 +165,10 @@ class OverSeeds:
 
 
 def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
-    """Judgments of each training seed's run → the rate, resampling runs and questions (`statistics.bootstrap_interval`).
+    """Judgments of each training seed's run → the rate, resampling runs and questions.
 
-    Runs share questions by `Judgment.question`; a question may be absent from some of them. Raises ValueError for no runs and
-    for a run without a verdict.
+    Runs share questions by `Judgment.question`; a question may be absent from some of them. Raises ValueError for no
+    runs and for a run without a verdict.
     """
     kept = [[row for row in rows if row.winner != "missing"] for rows in runs]
     if not kept or not all(kept):

@@ -1,7 +1,8 @@
-"""The landscape stage: mean score along the line between two seeds and on the plane of three (paper, Figure 2).
+"""The landscape stage: scores on the line between two seeds and the plane of three (Figure 2).
 
-For adapters a point is n weights of one stacked adapter, so that deltas are interpolated exactly and no adapter is built. For full weights a
-point is computed from the seeds' checkpoints. Beside the line there is a control without averaging: base + λ·δ of one seed.
+For adapters a point is n weights of one stacked adapter, so that deltas are interpolated exactly and no adapter is
+built. For full weights a point is computed from the seeds' checkpoints. Beside the line there is a control without
+averaging: base + λ·δ of one seed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.evaluation.answers import answer, fitting_questions, means
+from salsa_peft.evaluation.answers import answer, fitting_questions
+from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import FunctionReward
@@ -31,6 +33,7 @@ from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.console import progress_bar
 from salsa_peft.utils.files import write_atomic
+from salsa_peft.utils.statistics import mean_interval
 
 POINT = "landscape"
 """Name of the stacked adapter on the base."""
@@ -55,20 +58,21 @@ def mean_scores(
     context: StageContext,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Measure → mean score with its interval over questions, of one answer to each turn from `adapter` or the full weights (None)."""
+    """Measure → mean score with its interval over questions, of one answer to each turn."""
     rows = answer(model, adapter, questions, rewards, context, seed)
-    return {name: asdict(means(rows, name)) for name in rewards}
+    of = clusters(rows)
+    return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in rewards}
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
-    """Barycentric weights of a triangular grid with `resolution` steps on an edge, and one more step beyond the triangle."""
+    """Barycentric weights of a triangular grid with `resolution` steps on an edge, and one beyond."""
     steps = range(-1, resolution + 2)
     points = [(i, j, resolution - i - j) for i, j in itertools.product(steps, steps)]
     return [(i / resolution, j / resolution, k / resolution) for i, j, k in points if -1 <= k <= resolution + 1]
 
 
 def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """line | shrunk (the control) | plane → its names and its points: (position on the axis, member → weight).
+    """line, shrunk (the control) and plane → names and points (axis position, member → weight).
 
     names: names of the members by position (default: seed-0, seed-1 …).
     """
@@ -132,7 +136,7 @@ def run(job: Job) -> dict[str, Any]:
 def adjustable_model(
     context: StageContext, seeds: Mapping[int, Path]
 ) -> tuple[Any, str | None, Callable[[list[float]], None]]:
-    """A model, the adapter to activate (None for full weights), and a function that sets the model to base + Σ w δ of the seeds."""
+    """A model, its adapter (None: full weights), and a function that sets it to base + Σ w δ of the seeds."""
     positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()

@@ -1,8 +1,8 @@
 """Length-controlled win rate: the estimated win rate of a model if both answers were equally long.
 
-Judges prefer longer answers. As in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), a logistic model predicts the outcome from tanh of
-the standardised length difference, and the rate is its prediction at difference 0. Left out: their term for a question's difficulty, which
-needs many models on the same questions.
+Judges prefer longer answers. As in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), a logistic model predicts the
+outcome from tanh of the standardised length difference, and the rate is its prediction at difference 0. Left out: their
+term for a question's difficulty, which needs many models on the same questions.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ FEW, DECIDED = 20, 10
 """Fewest questions, and fewest judgments other than ties, from which two parameters can be estimated."""
 RESAMPLES = 2_000
 RIDGE = 0.1
-"""½ RIDGE φ² is added to the loss: a weak prior on the slope (standard deviation 3.2), which keeps it finite where length alone separates
-wins from losses. The intercept, which gives the rate, has no prior."""
+"""½ RIDGE φ² is added to the loss: a weak prior on the slope (standard deviation 3.2), which keeps it finite where
+length alone separates wins from losses. The intercept, which gives the rate, has no prior."""
 STEPS = 30
 
 
 def length_controlled(
     outcomes: np.ndarray, differences: np.ndarray, questions: np.ndarray, seed: int = 0
 ) -> dict[str, float] | None:
-    """{"rate", "low", "high"}: logit E[y] = θ + φ tanh(d / s), s the standard deviation of d; the rate is σ(θ).
+    """{"rate", "low", "high"} at equal length: logit E[y] = θ + φ tanh(d / s), the rate is σ(θ).
 
-    outcomes (N,): 1, ½, 0 (a tie is half a win: Papke and Wooldridge's fractional response, 1996); differences (N,): length of a's
-    answer − length of b's, in tokens; questions (N,): 0-based number of each judgment's question. The interval is a percentile
-    bootstrap over questions with s fixed. None if the rate cannot be estimated: fewer than 20 questions or 10 decided judgments, equal
-    lengths or equal outcomes throughout, or one model's answers always longer (equal length would be an extrapolation).
+    outcomes (N,): 1, ½, 0 (a tie is half a win: Papke and Wooldridge's fractional response, 1996); differences (N,): d,
+    length of a's answer − length of b's, in tokens, with s their standard deviation; questions (N,): 0-based number of
+    each judgment's question. The interval is a percentile bootstrap over questions with s fixed. None if the rate
+    cannot be estimated: fewer than 20 questions or 10 decided judgments, equal lengths or equal outcomes throughout, or
+    one model's answers always longer (equal length would be an extrapolation).
     """
     spread, count = float(differences.std()), int(np.unique(questions).size)
     one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0

@@ -41,7 +41,7 @@ class LogitScaling(NamedTuple):
         return product if self.cap is None else product.div_(self.cap).tanh_() * self.cap
 
     def slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """∂ logit / ∂ product: factor · (1 − (logit / cap)²), (…, V); None without a cap (it is `factor`)."""
+        """∂ logit / ∂ product (…, V), which is factor · (1 − (logit / cap)²); None without a cap: it is `factor`."""
         return None if self.cap is None else (logits / self.cap).square_().neg_().add_(1).mul_(self.factor)
 
 
@@ -232,7 +232,7 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """log π(label | state) and entropies, (N,) float32, from hidden (N, H), labels (N,), forbidden (N,).
 
-    The log-probs have a gradient. The entropies are for logging and have none; they are 0 unless `with_entropy`.
+    forbidden: True where EOS is excluded. The log-probs have a gradient. The entropies are for logging and have none; they are 0 unless `with_entropy`.
     """
     if not head.weight.requires_grad:
         return TokenLogprobs(*_FrozenHead.apply(hidden, labels, forbidden, head, with_entropy))

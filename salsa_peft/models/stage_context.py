@@ -214,9 +214,9 @@ def report_left_out(job: Job, left_out: int, rows: int, why: str) -> None:
 def prompts_that_fit(
     job: Job, context: StageContext, rows: list[dict[str, Any]], where: str = "evaluate.prompts"
 ) -> list[dict[str, Any]]:
-    """The prompts that leave room for a response within model.max_length; how many do not is printed.
+    """The prompts that leave room for a response within model.max_length; the number of others is printed.
 
-    where: the recipe's key for the error. Raises SalsaError if none fits.
+    where: the recipe's key, for the error. Raises SalsaError if no prompt fits.
     """
     longest = context.recipe.model.max_length - context.recipe.generation.max_new_tokens
     kept = [row for row in rows if len(prompt_tokens(row, context.tokenizer)) <= longest]

@@ -52,7 +52,7 @@ def load_tokenizer(
 
 
 def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
-    """The generation settings of generation_config.json, else of config.json; None without both."""
+    """The generation settings of generation_config.json, else of config.json; None if both are missing."""
     for name in ("generation_config.json", "config.json"):
         with readable_hub_errors(base):
             file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -28,7 +28,10 @@ from salsa_peft.utils.messages import one_line
 
 
 def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES, prog: str = "salsa run") -> int:
-    """The command. Returns 0; 2 for an error in the recipe or options; 1 if a stage failed; 130 and 143 after SIGINT and SIGTERM."""
+    """The command.
+
+    Returns 0; 2 for an error in the recipe or options; 1 if a stage failed; 130 and 143 after SIGINT and SIGTERM.
+    """
     args = parse_args(sys.argv[1:] if argv is None else argv, prog)
     folder = Path()
     try:
@@ -46,8 +49,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
         code, line = 1, one_line(error)
     except OSError as error:
         line = (
-            f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept; run the same command"
-            " again"
+            f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept;"
+            " run the same command again"
         )
         code, line = 1, one_line(disk_full_message(error, folder) or line)
     except KeyboardInterrupt:
@@ -61,7 +64,10 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
 
 
 def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespace:
-    """The command line. `--lora` may be followed by a preset's name; a word after it that is none is the recipe if no other is given."""
+    """The command line.
+
+    `--lora` may be followed by a preset's name; a word after it that is none is the recipe if no other is given.
+    """
     presets, recipes = bundled_names("adapters"), bundled_names("recipes")
     parser = Parser(
         prog=prog,
@@ -90,7 +96,8 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
         args.recipe, args.lora = [args.lora], "lora"
     if len(args.recipe) != 1:
         parser.error(
-            f"found {len(args.recipe)} recipes ({' '.join(args.recipe) or 'none'}), expected one YAML file or bundled name"
+            f"found {len(args.recipe)} recipes ({' '.join(args.recipe) or 'none'}), expected one YAML file or"
+            " bundled name"
         )
     if args.gpu is not None and not args.dry_run:
         parser.error("--gpu needs --dry-run: it is the GPU to plan for, and does not choose the GPU of a run")

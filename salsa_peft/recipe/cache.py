@@ -1,7 +1,7 @@
 """The cache of a run's results: each unit's key and folder, and whether its result is up to date.
 
-A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. Its manifest is written last, so a folder without one is unfinished.
-torch is not imported.
+A unit's folder is <run>/<stage>/[<name>/]<first 12 digits of the key>. Its manifest is written last, so a folder
+without one is unfinished. torch is not imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BEGUN = "begun.json"
 TEMPORARY = re.compile(
     r"(checkpoint-\d+|\.?partial|not-finite)(/|\Z)|begun\.json\Z|(metrics|completions|eval_completions)\.\d+\.jsonl\Z|(.*/)?\.[^/]+\.tmp\Z"
 )
-"""Files of a stage that are not part of its result: checkpoints, unfinished files, logs of earlier attempts."""
+"""Files of a stage that are not part of its result, such as checkpoints and unfinished files."""
 KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
 
@@ -41,7 +41,7 @@ class Step:
 
 
 def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
-    """SHA-256 of the unit's cache-key fields, its inputs' keys, its files' fingerprints and the libraries' versions.
+    """SHA-256 of a unit's key fields, its inputs' keys, its files' fingerprints and the versions.
 
     fingerprints: a cache of file fingerprints, to which those of new files are added.
     """
@@ -59,7 +59,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
 
 
 def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
-    """Write a result's manifest, its last file: key, size and SHA-256 of each file, digests of the inputs, and `facts`."""
+    """Write a result's manifest, its last file: key, files with hashes, inputs, and `facts`."""
     files = {}
     for file in sorted(step.folder.rglob("*")):
         name = file.relative_to(step.folder).as_posix()
@@ -96,7 +96,7 @@ def remove_temporary_files(folder: Path) -> None:
 
 
 def why_outdated(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
-    """Why the result in `folder` cannot be used; None if it is complete and was made from the inputs as they are now."""
+    """Why the result in `folder` cannot be used; None if it is complete and made from these inputs."""
     if not folder.is_dir():
         return "new"
     if (manifest := read_manifest(folder)) is None:
@@ -113,7 +113,9 @@ def why_outdated(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | 
 
 
 def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, Step]:
-    """Unit id → step, in the order of the stages. A unit whose inputs have to run has to run too. Writes nothing.
+    """Unit id → step, in the order of the stages.
+
+    A unit whose inputs have to run has to run too. Writes nothing.
 
     forced: units or stages that run even if their results are up to date.
     """

@@ -1,4 +1,4 @@
-"""--dry-run: where results will be, what is cached and what is to do and why, how batches divide, what --lora changed."""
+"""The plan that --dry-run prints: units, batch sizes, memory, disk space, and what --lora changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +27,13 @@ from salsa_peft.recipe.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "kv_cache", "logits")
+PRESET = "--lora"
+"""The key of an adapter preset among settings."""
 PRESETS: dict[str, Literal["nf4-double"] | None] = {"lora": None, "qlora": "nf4-double"}
-"""Preset → quantisation of its base."""
-OF_FULL_WEIGHTS = {"offload": "none", "precision": "auto"}
-"""Keys that are refused with adapters → what they must be there."""
-
-
-NOTHING = "a larger card, or a smaller model.max_length"
+"""Adapter preset → quantisation of the base."""
+FULL_WEIGHTS_ONLY = {"offload": "none", "precision": "auto"}
+"""Keys that adapters do not support → the value that they must have with adapters."""
+NOTHING = "a larger GPU, or a smaller model.max_length"
 ORDER = (
     "gradient_checkpointing",
     "micro_batch_size",
@@ -45,33 +44,36 @@ ORDER = (
     "lora",
     "qlora",
 )
-"""Changes by what they cost, the least first."""
+"""Changes that save memory, the least expensive first."""
 
 
-def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], card: Gpu | None) -> None:
-    """Print the plan on standard output; writes nothing else. card: what the stages' needs are held against."""
-    console = Console(highlight=False, soft_wrap=True)
+def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], gpu: Gpu | None) -> None:
+    """Print the plan on standard output. gpu: the GPU to plan for."""
+    console, recipe = Console(highlight=False, soft_wrap=True), loaded.recipe
     console.print(Text(f"results: {run}"))
     console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
     console.print()
     _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
-    _print(console, ["training", "batch", "steps"], _arithmetic(loaded.recipe))
-    _print_memory(console, loaded, card)
-    console.print(Text(disk.told(loaded.recipe, steps, asked, None if card is None else float(card.bytes)) + "\n"))
-    answered = steps["evaluate"]
-    asked_of_judge = costs.plan_line(loaded.recipe, answered.folder / "answers.jsonl" if answered.why is None else None)
-    if asked_of_judge is not None:
-        console.print(Text(f"{asked_of_judge}\n"))
-    idle = {*ALGORITHMS} - {policy.algorithm for policy in loaded.recipe.policies.values()}
-    changed = [
-        [key, _plain(before), _plain(after)] for key, before, after in loaded.changes if key.split(".")[0] not in idle
-    ]
-    if changed:
-        _print(console, ["--lora changed", "from", "to"], changed)
+    _print(console, ["training", "batch", "steps"], _training_rows(recipe))
+    _print_memory(console, loaded, gpu)
+    console.print(Text(disk.plan_line(recipe, steps, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
+    answers = steps["evaluate"]
+    judge = costs.plan_line(recipe, answers.folder / "answers.jsonl" if answers.why is None else None)
+    if judge is not None:
+        console.print(Text(f"{judge}\n"))
+    unused = {*ALGORITHMS} - {policy.algorithm for policy in recipe.policies.values()}
+    used = [change for change in loaded.changes if change[0].split(".")[0] not in unused]
+    rows = [[key, *("–" if value is None else str(value) for value in values)] for key, *values in used]
+    if rows:
+        _print(console, ["--lora changed", "from", "to"], rows)
 
 
 def _print(console: Console, header: list[str], rows: list[list[str]], narrow: int = 28) -> None:
-    if not console.is_terminal:  # plain lines, whatever the width
+    """Print a table; where there is no terminal, as plain lines of any width.
+
+    narrow: the least width of a column there.
+    """
+    if not console.is_terminal:
         widths = [max(narrow, *map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in [header, *rows]:
             console.print(Text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
@@ -85,38 +87,29 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
     console.print()
 
 
-def _print_memory(console: Console, loaded: LoadedRecipe, card: Gpu | None) -> None:
-    """What each stage needs of a GPU at its peak, what would make it fit, and what all of them."""
+def _print_memory(console: Console, loaded: LoadedRecipe, gpu: Gpu | None) -> None:
+    """Print each stage's peak GPU memory, and what makes a stage, or all stages, fit the GPU."""
     recipe = loaded.recipe
     size = architecture_of_recipe(recipe)
     if size is None:
-        console.print(Text(f"memory: known when the config.json of {recipe.model.base} is at hand\n"))
+        console.print(Text(f"memory: not known before the config.json of {recipe.model.base} is downloaded\n"))
         return
-    rows = []
-    room = None if card is None else float(card.bytes)
+    rows, limit = [], None if gpu is None else float(gpu.bytes)
     for stage in memory.stages_of(recipe):
-        found = memory.estimate(recipe, stage, size, room)
-        helps = None if room is None else advice(recipe, [stage], size, room, loaded.reset_by_lora)
-        held = (
-            memory.choose_precision(recipe, stage, room, size)
-            if recipe.mode == "full" and stage in TRAINING
-            else recipe.mode
-        )
-        fits = "" if room is None else "fits" if helps is None else f"too large; {helps}"
+        found = memory.estimate(recipe, stage, size, limit)
+        helps = None if limit is None else advice(recipe, [stage], size, limit, loaded.reset_by_lora)
+        full = recipe.mode == "full" and stage in TRAINING
+        weights = memory.choose_precision(recipe, stage, limit, size) if full else recipe.mode
+        fits = "" if limit is None else "fits" if helps is None else f"too large; {helps}"
         parts = [_bytes(getattr(found, part)) for part in MEMORY]
-        rows.append([stage, f"{found.phase} ({held})", *parts, _bytes(found.total), fits])
-    against = "no card" if card is None else f"{card.name}, {card.bytes / memory.GIB:.0f} GiB"
-    header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "in all", against]
+        rows.append([stage, f"{found.phase} ({weights})", *parts, _bytes(found.total), fits])
+    against = "no GPU" if gpu is None else f"{gpu.name}, {gpu.bytes / memory.GIB:.0f} GiB"
+    header = ["GPU memory", "peak in", *(part.replace("_", " ") for part in MEMORY), "total", against]
     _print(console, header, rows, narrow=9)
-    together = None if room is None else advice(recipe, memory.stages_of(recipe), size, room, loaded.reset_by_lora)
+    together = None if limit is None else advice(recipe, memory.stages_of(recipe), size, limit, loaded.reset_by_lora)
     if together is not None:
-        console.print(
-            Text(
-                f"all stages fit with: {together}\n"
-                if together != NOTHING
-                else f"no change makes all stages fit: {NOTHING}\n"
-            )
-        )
+        start = "no option makes all stages fit; use" if together == NOTHING else "all stages fit with:"
+        console.print(Text(f"{start} {together}\n"))
     for one in memory.uncounted(recipe):
         console.print(Text(f"not counted: {one}\n"))
 
@@ -133,12 +126,8 @@ def _row(step: Step, asked: set[str]) -> list[str]:
     return [step.unit.id, state, step.why or ""]
 
 
-def _plain(value: object) -> str:
-    return "–" if value is None else str(value)
-
-
-def _arithmetic(recipe: Recipe) -> list[list[str]]:
-    """What one optimizer step sees in each training stage, and how many steps there are where the rows are known."""
+def _training_rows(recipe: Recipe) -> list[list[str]]:
+    """For each training stage the batch of an optimizer step, and the number of steps if it is known."""
     demonstrations, pairs, prompts = (
         getattr(recipe.toy, kind) if recipe.toy and source is None else count_rows(source)
         for kind, source in (
@@ -146,32 +135,22 @@ def _arithmetic(recipe: Recipe) -> list[list[str]]:
         )
     )
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
-    shares = (
-        None if demonstrations is None else demonstrations * sft.subset,
-        None if pairs is None else pairs - reward.held_out_rows(pairs),
-    )
-    rows = [
-        [f"sft, each of {len(sft.seeds)} seeds", _batch(sft), _steps(sft, shares[0])],
-    ]
+    steps = _steps(sft, None if demonstrations is None else demonstrations * sft.subset)
+    rows = [[f"sft, each of {len(sft.seeds)} seeds", _batch(sft), steps]]
     if reward.trained:
-        rows.append(["reward", _batch(reward), _steps(reward, shares[1])])
-    by: Counter[str] = Counter(policy.algorithm for policy in recipe.policies.values())
-    if by["ppo"]:
+        steps = _steps(reward, None if pairs is None else pairs - reward.held_out_rows(pairs))
+        rows.append(["reward", _batch(reward), steps])
+    policies: Counter[str] = Counter(policy.algorithm for policy in recipe.policies.values())
+    if policies["ppo"]:
         minibatch = ppo.batch_size // ppo.num_mini_batches
         micro = ppo.micro_batch_size or minibatch
         parts = f"{_count(ppo.num_mini_batches, 'minibatch')} × {_count(minibatch // micro, 'micro-batch')} of {micro}"
-        batch = f"{ppo.batch_size} responses = {parts}"
-        per_update = f"{ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps an update"
-        rows.append([f"ppo, each of {by['ppo']} policies", batch, f"{_updates(ppo, prompts)}, {per_update}"])
-    for algorithm in [one for one in ALGORITHMS if by[one]]:
+        steps = f"{_updates(ppo, prompts)}, {ppo.num_ppo_epochs} × {ppo.num_mini_batches} optimizer steps per update"
+        rows.append([f"ppo, each of {policies['ppo']} policies", f"{ppo.batch_size} responses = {parts}", steps])
+    for algorithm in [name for name in ALGORITHMS if policies[name]]:
         section = getattr(recipe, algorithm)
-        rows.append(
-            [
-                f"{algorithm}, each of {by[algorithm]} policies",
-                _batch(section),
-                _steps(section, section.rows_per_epoch(pairs, prompts)),
-            ]
-        )
+        steps = _steps(section, section.rows_per_epoch(pairs, prompts))
+        rows.append([f"{algorithm}, each of {policies[algorithm]} policies", _batch(section), steps])
     return rows
 
 
@@ -188,74 +167,72 @@ def _steps(training: Training, rows: float | None) -> str:
     if training.max_steps > 0:
         return f"{training.max_steps} steps (max_steps)"
     if rows is None:
-        return "steps known when the data is there"
+        return "steps not known before the data is downloaded"
     steps = math.ceil(math.ceil(rows / training.batch_size) * training.num_train_epochs)
     return f"about {steps} steps ({rows:.0f} rows × {training.num_train_epochs:g} epochs)"
 
 
 def _updates(ppo: PPO, rows: int | None) -> str:
-    """Rollout batches; a pass over the prompts leaves out those that don't fill one."""
+    """The number of PPO updates. An epoch leaves out prompts that do not fill a batch."""
     if ppo.max_steps > 0:
         return f"{ppo.max_steps // ppo.steps_per_update} updates (max_steps = {ppo.max_steps} optimizer steps)"
     if rows is None:
-        return "updates known when the data is there"
+        return "updates not known before the data is downloaded"
     updates = math.ceil(rows // ppo.batch_size * ppo.num_train_epochs)
     return f"about {updates} updates ({rows} rows × {ppo.num_train_epochs:g} epochs)"
 
 
 def advice(
-    recipe: Recipe, stages: Sequence[str], size: Architecture, card: float, reset_by_lora: Collection[str] = ()
+    recipe: Recipe, stages: Sequence[str], size: Architecture, gpu: float, reset_by_lora: Collection[str] = ()
 ) -> str | None:
-    """What would make stages fit a card (bytes), all of them: the first single change that does, else several, each as small as will do;
-    None where they fit, NOTHING where nothing does. reset_by_lora: keys that adding an adapter sets by itself."""
+    """Options with which all these stages fit a GPU (bytes): one change, or else as few as possible.
 
-    def fits(preset: str, settings: dict[str, str]) -> bool:
-        other = changed(recipe, preset, settings)
-        return all(memory.estimate(other, stage, size, card).total <= card for stage in stages)
+    None if the stages fit as they are; NOTHING if no options help. reset_by_lora: keys that adding an adapter resets.
+    """
 
-    if fits("", {}):
+    def fits(settings: dict[str, str]) -> bool:
+        other = with_settings(recipe, settings)
+        return all(memory.estimate(other, stage, size, gpu).total <= gpu for stage in stages)
+
+    if fits({}):
         return None
-    offered = sorted(
-        (one for stage in stages for one in _changes(recipe, stage)), key=lambda one: ORDER.index(_kind(*one))
-    )
-    for preset, setting in offered:
-        if fits(preset, setting):
-            return _words(recipe, preset, setting, reset_by_lora)
-    taken, settings = "", dict[str, str]()
-    for preset, setting in offered:
-        taken = preset or taken
-        settings = {
-            key: value for key, value in (settings | setting).items() if not taken or key not in OF_FULL_WEIGHTS
-        }
-        if fits(taken, settings):
-            return _words(recipe, taken, _least(settings, offered, partial(fits, taken)), reset_by_lora)
+    changes = [change for stage in stages for change in _changes(recipe, stage)]
+    changes.sort(key=lambda change: ORDER.index(change.get(PRESET) or next(iter(change)).rpartition(".")[2]))
+    for change in changes:
+        if fits(change):
+            return _options(recipe, change, reset_by_lora)
+    settings: dict[str, str] = {}
+    for change in changes:
+        settings |= change
+        if PRESET in settings:
+            settings = {key: value for key, value in settings.items() if key not in FULL_WEIGHTS_ONLY}
+        if fits(settings):
+            return _options(recipe, _fewest(settings, changes, fits), reset_by_lora)
     return NOTHING
 
 
-def _least(
-    settings: dict[str, str], offered: list[tuple[str, dict[str, str]]], fits: Callable[[dict[str, str]], bool]
+def _fewest(
+    settings: dict[str, str], changes: list[dict[str, str]], fits: Callable[[dict[str, str]], bool]
 ) -> dict[str, str]:
-    """Without the settings that are not needed, the others at the first value offered that will do."""
-    for key in list(settings):
+    """The settings without those that are not needed; of the others the first value that fits."""
+    for key in [key for key in settings if key != PRESET]:
         without = {name: value for name, value in settings.items() if name != key}
-        values = [setting[key] for _, setting in offered if key in setting]
-        tries = [without, *({**settings, key: value} for value in values)]
+        tries = [without, *({**settings, key: change[key]} for change in changes if key in change)]
         settings = next((one for one in tries if fits(one)), settings)
     return settings
 
 
-def _kind(preset: str, setting: dict[str, str]) -> str:
-    return preset or next(iter(setting)).rpartition(".")[2]
+def with_settings(recipe: Recipe, settings: dict[str, str]) -> Recipe:
+    """The recipe with some of its keys changed.
 
-
-def changed(recipe: Recipe, preset: str, settings: dict[str, str]) -> Recipe:
-    """The recipe with a preset's adapter ("": as it is; r 16 on all linears where it has none) and some of its settings."""
-    if preset:
-        model = dataclasses.replace(recipe.model, quantization=PRESETS[preset])
-        recipe = dataclasses.replace(
-            recipe, adapter=recipe.adapter or Adapter(), model=model, offload="none", precision="auto"
-        )
+    With PRESET an adapter of rank 16 is added, if there is none.
+    """
     for key, text in settings.items():
+        if key == PRESET:
+            model = dataclasses.replace(recipe.model, quantization=PRESETS[text])
+            adapter = recipe.adapter or Adapter()
+            recipe = dataclasses.replace(recipe, adapter=adapter, model=model, offload="none", precision="auto")
+            continue
         section, _, name = key.rpartition(".")
         value: Any = int(text) if text.isdigit() else True if text == "true" else text
         if section:
@@ -264,38 +241,37 @@ def changed(recipe: Recipe, preset: str, settings: dict[str, str]) -> Recipe:
     return recipe
 
 
-def _changes(recipe: Recipe, stage: str) -> list[tuple[str, dict[str, str]]]:
-    """(preset, setting), one of the two, from what costs least to what costs most; sizes that divide what they are parts of."""
-    found: list[tuple[str, dict[str, str]]] = []
+def _changes(recipe: Recipe, stage: str) -> list[dict[str, str]]:
+    """Changes of one setting that save memory in a stage. Sizes stay divisors of the batch."""
+    found: list[dict[str, str]] = []
     if stage in TRAINING:
         section: Training = getattr(recipe, stage)
         if not section.gradient_checkpointing:
-            found.append(("", {f"{stage}.gradient_checkpointing": "true"}))
+            found.append({f"{stage}.gradient_checkpointing": "true"})
         micro = memory.micro_batch(section, recipe.num_processes, recipe.ppo.num_mini_batches if stage == "ppo" else 1)
-        found += [("", {f"{stage}.micro_batch_size": str(smaller)}) for smaller in _divisors(micro)]
+        found += [{f"{stage}.micro_batch_size": str(smaller)} for smaller in _divisors(micro)]
     if recipe.mode == "full" and stage == "ppo" and recipe.offload == "none":
-        found.append(("", {"offload": "frozen"}))
+        found.append({"offload": "frozen"})
     if recipe.mode == "full" and stage in TRAINING and recipe.precision == "master" and not recipe.sharded:
-        found.append(("", {"precision": "stochastic"}))
+        found.append({"precision": "stochastic"})
     key = "ppo.rollout_batch_size" if stage == "ppo" else "generation.batch_size"
     rows = memory.rollout_batch(recipe) if stage == "ppo" else recipe.generation.batch_size
-    found += [("", {key: str(smaller)}) for smaller in _divisors(rows) if stage not in ("sft", "reward")]
-    found += [("lora", {})] * (recipe.mode == "full") + [("qlora", {})] * (
-        recipe.mode != "qlora" and not recipe.sharded
-    )
+    found += [{key: str(smaller)} for smaller in _divisors(rows) if stage not in ("sft", "reward")]
+    found += [{PRESET: "lora"}] if recipe.mode == "full" else []
+    found += [{PRESET: "qlora"}] if recipe.mode != "qlora" and not recipe.sharded else []
     return found
 
 
 def _divisors(number: int) -> list[int]:
-    """Those that are smaller, the largest first."""
+    """The divisors smaller than a number, the largest first."""
     return [part for part in range(number - 1, 0, -1) if number % part == 0]
 
 
-def _words(recipe: Recipe, preset: str, settings: dict[str, str], reset_by_lora: Collection[str] = ()) -> str:
-    """What to add to the command."""
-    mode = [f"--lora{'' if preset == 'lora' else ' ' + preset}"] * bool(preset)
-    found = {"offload": recipe.offload, "precision": recipe.precision} if preset else {}
-    idle = {
-        key: OF_FULL_WEIGHTS[key] for key in found if found[key] != OF_FULL_WEIGHTS[key] and key not in reset_by_lora
-    }
-    return " ".join([*mode, *(f"--set {key}={value}" for key, value in {**idle, **settings}.items())])
+def _options(recipe: Recipe, settings: dict[str, str], reset_by_lora: Collection[str] = ()) -> str:
+    """Settings as options of the command."""
+    options, settings = [], dict(settings)
+    if preset := settings.pop(PRESET, None):
+        options.append("--lora" if preset == "lora" else f"--lora {preset}")
+        kept = {key: value for key, value in FULL_WEIGHTS_ONLY.items() if key not in reset_by_lora}
+        settings = {key: value for key, value in kept.items() if getattr(recipe, key) != value} | settings
+    return " ".join([*options, *(f"--set {key}={value}" for key, value in settings.items())])

@@ -1,6 +1,6 @@
-"""The GPUs of this machine (by nvidia-smi), whether a recipe's stages fit them, and what to halve after an out-of-memory error.
+"""This machine's GPUs, whether a recipe fits them, and smaller batches after out-of-memory errors.
 
-torch is not imported.
+The GPUs are those that nvidia-smi lists; torch is not imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing, fails or takes more than five seconds."""
+    """The GPUs that CUDA_VISIBLE_DEVICES allows; none if nvidia-smi is missing, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
@@ -53,7 +53,7 @@ def gpus() -> list[Gpu]:
 
 
 def _visible(found: dict[str, Gpu], variable: str | None) -> list[Gpu]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or by the beginning of a UUID, in its order; all if it is not set.
+    """The GPUs that CUDA_VISIBLE_DEVICES names by number or beginning of a UUID; all if it is not set.
 
     A MIG instance is counted as the first whole GPU, since nvidia-smi's list does not tell its size.
     """
@@ -77,7 +77,7 @@ def smallest_gpu(size: float) -> int:
 
 
 def planned_mb(recipe: Recipe, stage: str) -> float | None:
-    """The estimated GPU memory of a stage on this machine, without CUDA's context, in MB; None for a stage without a model."""
+    """The estimated GPU memory of a stage here, in MB, without CUDA's context; None without a model."""
     size, there = architecture_of_recipe(recipe), gpus()
     if size is None or stage not in stages_of(recipe):
         return None
@@ -86,7 +86,10 @@ def planned_mb(recipe: Recipe, stage: str) -> float | None:
 
 
 def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES) -> list[str]:
-    """Raise SalsaError if a large base has no GPU; return a warning for each stage that may not fit. stages: those that will run."""
+    """Raise SalsaError if a large base has no GPU; return a warning for each stage that may not fit.
+
+    stages: those that will run.
+    """
     size = architecture_of_recipe(recipe)
     asked = [stage for stage in stages_of(recipe) if stage in stages]
     if size is None or not asked:
@@ -98,8 +101,9 @@ def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES
     most = max(needs.values(), key=lambda one: one.total)
     require(
         bool(there) or size.parameters < LARGE,
-        f"model.base: a model of {size.parameters / 1e9:.1f} B parameters needs a CUDA GPU, and nvidia-smi lists none. Use a machine with"
-        f" a GPU of at least about {most.total / GIB:.0f} GiB (for {most.stage}); --dry-run --gpu {smallest_gpu(most.total)} shows what each stage needs",
+        f"model.base: a model of {size.parameters / 1e9:.1f} B parameters needs a CUDA GPU, and nvidia-smi lists none."
+        f" Use a machine with a GPU of at least about {most.total / GIB:.0f} GiB (for {most.stage}); --dry-run --gpu"
+        f" {smallest_gpu(most.total)} shows what each stage needs",
     )
     return [
         f"{stage} may not fit: it needs about {found.total / GIB:.1f} GiB in {found.phase}, and {there[0].name} has"
@@ -118,7 +122,8 @@ def check_processes(recipe: Recipe) -> None:
     )
     require(
         there == 0 or count <= there,
-        f"num_processes: found {count}, but this machine has {there} GPU{'s' * (there > 1)} and each process needs one; lower it to {there}",
+        f"num_processes: found {count}, but this machine has {there} GPU{'s' * (there > 1)} and each process needs"
+        f" one; lower it to {there}",
     )
     require(
         backend != "zero3" or importlib.util.find_spec("deepspeed") is not None,
@@ -135,7 +140,7 @@ class Halved(NamedTuple):
 
 
 def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
-    """The recipe with half the micro-batch size in a stage and the same global batch; None if nothing can be halved."""
+    """The recipe with half the micro-batch size in a stage; None if nothing can be halved."""
     if stage in ("sft", "reward", "ppo", *ALGORITHMS):
         return _halve_training(recipe, stage)
     rows = recipe.generation.batch_size

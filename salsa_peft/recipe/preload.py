@@ -1,8 +1,8 @@
 """The imports of all stages, loaded once by the fork server, so that each stage starts at once.
 
-Nothing here may start a thread or use a device, since the stages' processes are forks of the fork server. (pyarrow starts one idle thread, of
-its memory allocator.) The libraries' own progress bars and messages are switched off: a stage has one progress bar, and its metrics are
-in its folder.
+Nothing here may start a thread or use a device, since the stages' processes are forks of the fork server. (pyarrow
+starts one idle thread, of its memory allocator.) The libraries' own progress bars and messages are switched off: a
+stage has one progress bar, and its metrics are in its folder.
 """
 
 # ruff: noqa: E402

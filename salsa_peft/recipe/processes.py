@@ -1,8 +1,9 @@
 """Runs each stage in processes of its own, so that its memory is freed when it ends.
 
-One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by `accelerate launch`.
-In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job and sends back one report. The
-processes end with the command, even if that is ended by kill -9. torch is not imported here.
+One process is forked from a fork server that has imported the libraries (recipe/preload.py); several are started by
+`accelerate launch`. In both cases the processes run recipe/worker.py: each connects to a Unix socket, receives the job
+and sends back one report. The processes end with the command, even if that is ended by kill -9. torch is not imported
+here.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from salsa_peft.utils.files import write_atomic
 
 PRELOAD = ["salsa_peft.recipe.preload"]
 GRACE = 120.0
-"""Seconds between SIGTERM and SIGKILL, in which a stage may save a checkpoint; a second signal cuts them short."""
+"""Seconds between SIGTERM and SIGKILL, in which a stage may save a checkpoint."""
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
 """A failed process in the log of torch's launcher: its rank and exit code."""
 AFTER_OTHERS = (-signal.SIGTERM, -signal.SIGABRT, 128 + signal.SIGTERM)
-"""Exit codes of processes that were ended because another one had failed: by the launcher, by NCCL, by saving on SIGTERM."""
+"""Exit codes of processes that ended because another had failed: by the launcher, NCCL, SIGTERM.
+"""
 
 
 class StageError(Exception):
@@ -65,8 +67,8 @@ class Result:
 def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Result:
     """Run a job in `count` new processes and wait for them.
 
-    log: where the traceback of an error is written, or what the launcher printed. Raises StageError with the first error of any process.
-    On any exception the processes are ended first.
+    log: where the traceback of an error is written, or what the launcher printed. Raises StageError with the first
+    error of any process. On any exception the processes are ended first.
     """
     with tempfile.TemporaryDirectory(prefix="salsa-") as folder, socket.socket(socket.AF_UNIX) as server:
         address = os.path.join(folder, "socket")
@@ -122,7 +124,7 @@ def to_result(reports: dict[int, dict[str, Any]], unit: str, log: Path, *, debug
 
 
 class _Workers:
-    """The processes of a job, seen from the command: `process` is the only one, or the launcher of several."""
+    """The processes of a job, seen from the command; `process` is the only one or the launcher."""
 
     def __init__(self, job: Job, server: socket.socket, process: Any) -> None:
         self.job, self.server, self.process = job, server, process
@@ -156,7 +158,10 @@ class _Workers:
             connection.close()
 
     def end(self) -> None:
-        """Send SIGTERM to the processes themselves (the launcher would wait 30 s only), and SIGKILL after GRACE or a second signal."""
+        """Send SIGTERM to the processes, and SIGKILL after GRACE seconds or a second signal.
+
+        SIGTERM does not go to the launcher, which would wait for 30 seconds only.
+        """
         if self.process.pid is None:
             return
         try:
@@ -201,7 +206,10 @@ def _launched(job: Job, address: str, log: Path) -> Any:
 
 
 def _set_environment(recipe: Recipe) -> None:
-    """The environment variables of the processes. Python 3.11's fork server finds modules to preload on PYTHONPATH alone."""
+    """The environment variables of the processes.
+
+    Python 3.11's fork server finds modules to preload on PYTHONPATH alone.
+    """
     package = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package not in paths:
@@ -223,9 +231,10 @@ def launch_command(recipe: Recipe, address: str) -> list[str]:
 
 
 def _exec_launcher(command: list[str], log: str) -> None:
-    """Replace this process by the launcher, in a session of its own so that Ctrl-C reaches the command alone.
+    """Replace this process by the launcher, in a session that Ctrl-C does not reach.
 
-    Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes of failed processes.
+    Its standard output is the command's standard error; its standard error is the log, where it writes the exit codes
+    of failed processes.
     """
     os.setsid()
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Runs a recipe: the stages in order, each in a process of its own; a stage whose result is up to date is skipped.
+"""Runs a recipe: its stages in order, each in a process of its own. Cached results are not made again.
 
 The command is recipe/__main__.py. torch is not imported.
 """
@@ -71,9 +71,12 @@ def run(
     gpu: hardware.Gpu | None = None,
     debug: bool = False,
 ) -> None:
-    """Run a recipe in a folder, or print its plan (`dry_run`). Raises SalsaError, and StageError for a stage that failed.
+    """Run a recipe in a folder, or print its plan (`dry_run`).
 
-    only, force: stages or units that run at all, and that run again. gpu: what a dry run plans for, instead of this machine's GPU.
+    Raises SalsaError, and StageError for a stage that failed.
+
+    only, force: stages or units that run at all, and that run again. gpu: what a dry run plans for, instead of this
+    machine's GPU.
     """
     recipe = loaded.recipe
     work = [unit for stage in stages.values() for unit in stage.units(recipe, stage.run)]
@@ -124,9 +127,7 @@ def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], as
     for name, step in steps.items():
         if name in asked:
             _run_unit(step, steps, loaded.recipe, recipe_yaml, folder, debug)
-        if (
-            step.folder in reports
-        ):  # a copy under a fixed name; the result's folder also has report.md, summary.json and the figures
+        if step.folder in reports:  # a copy under a fixed name; report.md and the figures stay in the result's folder
             write_atomic(folder / REPORT, (step.folder / REPORT).read_bytes())
             print(folder / REPORT, flush=True)
 
@@ -161,7 +162,10 @@ def _run_unit(
 def _run_job(
     job: Job, step: cache.Step, steps: dict[str, cache.Step], resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
-    """Run a job, with half the micro-batch size after each out-of-memory error → the result, the last job, and what was halved."""
+    """Run a job, with half the micro-batch size after each out-of-memory error.
+
+    Returns the result, the job with its last recipe, and the halved keys with their values.
+    """
     halved: dict[str, int] = {}
     while True:
         if not resumed:
@@ -177,7 +181,8 @@ def _run_job(
             say(one_line(error))
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
             say(
-                f"{job.unit.id} … {'resuming' if resumed else 'running again'} with {changes}; the global batch stays the same"
+                f"{job.unit.id} … {'resuming' if resumed else 'running again'} with {changes}; the global batch"
+                " stays the same"
             )
             job = dataclasses.replace(job, recipe=smaller.recipe)
             halved |= {key: after for key, (_, after) in smaller.changed.items()}
@@ -189,7 +194,7 @@ def _processes(job: Job) -> int:
 
 
 def _empty(folder: Path) -> None:
-    """Empty a result's folder, the manifest first: after a kill the result counts as unfinished, not as damaged."""
+    """Empty a result's folder, the manifest first, so that after a kill the result is unfinished."""
     if folder.is_dir() and not folder.is_symlink():
         manifest = folder / MANIFEST
         if not manifest.is_dir():
@@ -201,7 +206,10 @@ def _empty(folder: Path) -> None:
 
 
 def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
-    """The ids of the units that `words` name, by stage or by unit. Raises SalsaError, which names the nearest, for any other word."""
+    """The ids of the units that `words` name, by stage or by unit.
+
+    Raises SalsaError, which names the nearest, for any other word.
+    """
     found: set[str] = set()
     for word in words:
         ids = {unit.id for unit in work if word in (unit.id, unit.stage)}
@@ -244,7 +252,12 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
 
 
 def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
-    """Raise SalsaError if a unit that will run lacks a GPU, processes, disk space or an API key here; return warnings, one line each."""
+    """Raise SalsaError if this machine lacks what a unit that will run needs; return warnings.
+
+    It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
+    """
+    from huggingface_hub import get_token
+
     stages = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in stages):
         hardware.check_processes(recipe)
@@ -252,18 +265,11 @@ def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str])
     if "judge" in stages and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
-    if "hub" in asked and steps and not logged_in():
+    if "hub" in asked and steps and get_token() is None:
         warnings.append(
             "hub.push: you are not logged in, so the push will stay pending; `hf auth login`, or set HF_TOKEN"
         )
     return warnings
-
-
-def logged_in() -> bool:
-    """Whether there is a token for the Hub."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None
 
 
 def run_folder(loaded: LoadedRecipe, output_dir: str | None) -> Path:

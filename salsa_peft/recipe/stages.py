@@ -1,6 +1,6 @@
-"""The thin stages: what a job's folders hold → the function of data/toy.py, soup/__main__.py or cli/report.py that does the work.
+"""The stages toy, soup and report, which call functions that know nothing of jobs.
 
-Those three stand on their own and know nothing of jobs; the stages with loops are functions `run` of their own modules.
+The other stages are functions `run` of their own modules.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import shutil
 from typing import Any
 
 from salsa_peft.config.job import Job
-from salsa_peft.utils import files
 from salsa_peft.utils.console import progress_bar
+from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, read_fingerprint
 
 
 def toy(job: Job) -> dict[str, Any]:
-    """The embedded world: base, tokenizer, data."""
+    """Build the embedded world: base, tokenizer and data."""
     from salsa_peft.data.toy import build
 
     assert job.recipe.toy is not None
@@ -31,39 +31,40 @@ def toy(job: Job) -> dict[str, Any]:
 
 
 def soup(job: Job) -> dict[str, Any]:
-    """The seeds' soup, an ordinary PEFT adapter, exact unless a rank is asked for, or checkpoint; its weights given or found by a measure."""
+    """Average the seeds to an ordinary PEFT adapter or a checkpoint."""
     from salsa_peft.models.stage_context import StageContext
-    from salsa_peft.soup.average import soup as cook
+    from salsa_peft.soup.average import soup as average
+    from salsa_peft.soup.measures import recipe_measure
 
-    section = job.recipe.soup
-    cooked = job.folder / "cooked"
+    section, full = job.recipe.soup, job.recipe.adapter is None
     names = [f"seed-{member}" for member in section.members]
-    folders, measure = [job.inputs[f"sft/{name}"] for name in names], None
-    if section.uses_measure:
-        from salsa_peft.soup.measures import recipe_measure
-
-        measure = recipe_measure(job, folders)
-    base = (
-        None if job.recipe.adapter is not None else StageContext.of_job(job).folder
-    )  # of checkpoints: where deltas begin
-    summary = cook(
-        cooked, folders, section.resolved_weights, names=names, strategy=section.strategy, measure=measure, steps=section.steps,
-        step_size=section.step_size, rank=section.rank, base=base,
-    )  # fmt: skip
+    folders, partial = [job.inputs[f"sft/{name}"] for name in names], job.folder / "partial"
+    summary = average(
+        partial,
+        folders,
+        section.resolved_weights,
+        names=names,
+        strategy=section.strategy,
+        measure=recipe_measure(job, folders) if section.uses_measure else None,
+        steps=section.steps,
+        step_size=section.step_size,
+        rank=section.rank,
+        base=StageContext.of_job(job).folder if full else None,
+    )
     bases = {read_fingerprint(folder) for folder in folders}
-    if job.recipe.adapter is None and len(bases) == 1 and None not in bases:  # a soup of adapters has it already
-        files.write_atomic(cooked / FINGERPRINT, json.dumps({"base": bases.pop()}))
-    for file in cooked.iterdir():
+    if full and len(bases) == 1 and None not in bases:  # a soup of adapters already has a fingerprint
+        write_atomic(partial / FINGERPRINT, json.dumps({"base": bases.pop()}))
+    for file in partial.iterdir():
         shutil.move(file, job.folder / file.name)
-    cooked.rmdir()
+    partial.rmdir()
     return dict(summary)
 
 
 def report(job: Job) -> dict[str, Any]:
-    """report.html, report.md, summary.json, and the recipe as it ran, of everything that the run's folders hold."""
+    """Write report.html, report.md, summary.json and the resolved recipe."""
     from salsa_peft.report.gather import gather
     from salsa_peft.report.page import write_report
 
     summary = write_report(job.folder, gather(job.recipe, job.inputs, job.recipe_yaml))
-    files.write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)
+    write_atomic(job.folder / "recipe.yaml", job.recipe_yaml)
     return {"numbers": len(json.dumps(summary))}

@@ -1,7 +1,7 @@
-"""A stage's process: it receives its job from the command, runs the stage function, and reports the result or the error.
+"""A stage's process: receives a job from the command, runs it, and reports the result or the error.
 
-`python -m salsa_peft.recipe.worker ADDRESS` does the same in each process of `accelerate launch`. ADDRESS is a Unix socket of the
-command. The connection closes when the command ends, even by kill -9, and the process then kills itself.
+`python -m salsa_peft.recipe.worker ADDRESS` does the same in each process of `accelerate launch`. ADDRESS is a Unix
+socket of the command. The connection closes when the command ends, even by kill -9, and the process then kills itself.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def main(address: str, *, launched: bool = False) -> None:
 
 
 def receive_job(address: str, rank: int) -> tuple[Connection, Job, list[str]]:
-    """The connection to the command, the job, and the modules to import first. Ends this process if the command is gone."""
+    """The connection to the command, the job, and the modules to import first.
+
+    Ends this process if the command is gone.
+    """
     client = socket.socket(socket.AF_UNIX)
     try:
         client.connect(address)
@@ -72,8 +75,8 @@ def receive_job(address: str, rank: int) -> tuple[Connection, Job, list[str]]:
 def _redirect_output(launched: bool) -> None:
     """Send standard output to standard error, since the command's standard output holds its results alone.
 
-    The launcher's standard output is the command's standard error. Only the first of several processes writes there; the output of the
-    others goes to the launcher's log.
+    The launcher's standard output is the command's standard error. Only the first of several processes writes there;
+    the output of the others goes to the launcher's log.
     """
     if launched and os.environ["RANK"] == "0":
         sys.stderr = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
@@ -83,7 +86,7 @@ def _redirect_output(launched: bool) -> None:
 
 
 def run_stage(job: Job) -> dict[str, Any]:
-    """Call the job's stage function → a report: its facts, time and memory, or the error as one line and as a traceback."""
+    """Call a job's stage function and return a report: facts and costs, or the error."""
     start = time.perf_counter()
     try:
         module, name = job.unit.run.split(":")

@@ -1,8 +1,8 @@
-"""Numbers → sentences: what the run found, computed from its evaluation and its landscape, whatever the outcome.
+"""Numbers → sentences: what the run found, computed from its evaluation and landscape.
 
-The wording follows the intervals: a difference whose interval includes 0 is "not distinguishable", never "slightly better". The controls (a
-`shrunk` reference, the untuned base) are named in the same sentence as the soup, since they can do as well. Left out: claims about other
-training seeds, because one run is one replicate.
+The wording follows the intervals: a difference whose interval includes 0 is "not distinguishable", never "slightly
+better". The controls (a `shrunk` reference, the untuned base) are named in the same sentence as the soup, since they
+can do as well. Left out: claims about other training seeds, because one run is one replicate.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from salsa_peft.utils.statistics import compare_scores, paired_difference
 FEW = 30
 """Fewer prompts than this cause a warning: the t-interval assumes a mean that is nearly normal."""
 REPLICATE = (
-    "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what "
-    "the same recipe would give with other seeds."
+    "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what the"
+    " same recipe would give with other seeds."
 )
 
 
@@ -56,19 +56,19 @@ def order(evaluation: Mapping[str, Any], policies: Mapping[str, Any]) -> list[st
 
 
 def is_control(name: str, policies: Mapping[str, Any]) -> bool:
-    """Whether it is `base`, `shrunk`, or a policy whose reference is the untuned base or one seed shrunk towards it."""
+    """Whether it is `base`, `shrunk`, or a policy with the base or one shrunk seed as reference."""
     return name in ("base", "shrunk") or (name in policies and policies[name].reference.startswith(("shrunk", "base")))
 
 
 def is_untuned_control(one: Mapping[str, Any], policies: Mapping[str, Any]) -> bool:
-    """Whether b of a comparison is a control without PPO (the base, one shrunk seed): far away, and reported separately."""
+    """Whether b of a comparison is a control without PPO, which is reported separately."""
     return one["b"] not in policies and is_control(one["b"], policies)
 
 
 def difference(
     evaluation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], dataset: str, measure: str, a: str, b: str
 ) -> dict[str, Any] | None:
-    """a − b from the evaluation (in either order), else paired from the answers; None if neither has both models."""
+    """a − b from the evaluation, else paired from the answers; None if neither has both models."""
     names = {"dataset": dataset, "measure": measure, "a": a, "b": b}
     for pair in evaluation["datasets"][dataset].get("pairs", []):
         if pair["measure"] == measure and (pair["a"], pair["b"]) == (a, b):
@@ -100,7 +100,7 @@ def difference(
 def comparisons(
     evaluation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], policies: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The main comparisons on every dataset: soup with seed, SALSA with PPO, and each control in the soup's place."""
+    """The main comparisons: soup with seed, SALSA with PPO, each control in the soup's place."""
     if not evaluation.get("datasets"):
         return []
     names = order(evaluation, policies)
@@ -127,7 +127,7 @@ def _policy_with(reference: str, name: str, policies: Mapping[str, Any]) -> str:
 
 
 def headline(evaluation: Mapping[str, Any]) -> str:
-    """The main measure: the gold reward if there is one, because policies are trained on the reward model's scores."""
+    """The main measure: the gold reward if there is one; policies are trained on the reward model."""
     return "gold" if "gold" in evaluation["measures"] else evaluation["measures"][0]
 
 
@@ -178,7 +178,7 @@ def _aside(one: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
 
 
 def _along(landscape: Mapping[str, Any]) -> list[str]:
-    """What the first line and the first control line show: midpoint, ends, and the best of the shrunk points."""
+    """The first line's midpoint and ends, and the best point of the first control line."""
     measure = headline(landscape)
     text = []
     for kind in ("line", "shrunk"):
@@ -189,8 +189,8 @@ def _along(landscape: Mapping[str, Any]) -> list[str]:
         at = {round(point["at"], 6): point["scores"][measure] for point in one["points"]}
         if kind == "line" and {0.0, 0.5, 1.0} <= at.keys():
             text.append(
-                f"Along the line {ends[0]} to {ends[1]}, before PPO, by {MEASURES.get(measure, measure)}: "
-                f"midpoint {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
+                f"Along the line {ends[0]} to {ends[1]}, before PPO, by {MEASURES.get(measure, measure)}: midpoint"
+                f" {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
             )
         if kind == "shrunk":
             best = max(at, key=lambda x: float(at[x]["mean"]))
@@ -205,7 +205,7 @@ def _along(landscape: Mapping[str, Any]) -> list[str]:
 
 
 def of_judge(judged: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """The judge's results as sentences: the first set of questions, and the other sets. judged: judge_tables.judged."""
+    """The judge's results (judge_tables.judged) as sentences: the first set, and the other sets."""
     sentences = []
     for dataset, data in judged["datasets"].items():
         turns = f", {data['turns']} turns each" if data["turns"] > 1 else ""
@@ -232,13 +232,14 @@ def _rate(pair: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
 def warnings(
     evaluation: Mapping[str, Any], landscape: Mapping[str, Any] | None, reward: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Cautions: a reward model no better than chance, few prompts, intervals that include 0, many comparisons."""
+    """Cautions: a poor reward model, few prompts, intervals that include 0, many comparisons."""
     accuracy = (reward or {}).get("accuracy", {}).get("held_out")
     found = []
     if accuracy and accuracy["low"] <= 0.5:
         found.append(
-            f"The reward model ranks {percent(accuracy['mean'])}% [{percent(accuracy['low'])}, {percent(accuracy['high'])}] of"
-            f" {accuracy['n']} held-out pairs as the data does: not distinguishable from chance, so its scores may be noise."
+            f"The reward model ranks {percent(accuracy['mean'])}% [{percent(accuracy['low'])},"
+            f" {percent(accuracy['high'])}] of {accuracy['n']} held-out pairs as the data does: not distinguishable"
+            " from chance, so its scores may be noise."
         )
     datasets = evaluation.get("datasets", {})
     found += [
@@ -252,8 +253,8 @@ def warnings(
     inconclusive = sum(pair["difference"]["low"] <= 0 <= pair["difference"]["high"] for pair in pairs)
     if inconclusive:
         found.append(
-            f"By scores, in {inconclusive} of the {len(pairs)} comparisons under “Wins and losses” the interval of the difference includes 0: "
-            "no difference was shown there."
+            f"By scores, in {inconclusive} of the {len(pairs)} comparisons under “Wins and losses” the interval of the"
+            " difference includes 0: no difference was shown there."
         )
     if len(pairs) > 1:
         found.append(f"By scores, p-values and intervals are not corrected for the {len(pairs)} comparisons made.")

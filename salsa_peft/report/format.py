@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,7 +57,7 @@ def p_value(value: float) -> str:
 
 
 def tidy(text: str, longest: int = LONGEST) -> str:
-    """Text that is safe to write anywhere: control characters as their pictures, lone surrogates as ?, cut at `longest` characters."""
+    """Text without control characters and lone surrogates, cut at `longest` characters."""
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
@@ -107,17 +107,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-FILTERS: dict[str, Callable[..., str]] = {
-    "number": number,
-    "fixed": fixed,
-    "est": estimate,
-    "signed": signed,
-    "percent": percent,
-    "p": p_value,
-    "tidy": tidy,
-    "md": markdown,
-    "fence": fence,
-}
+FILTERS = (number, fixed, estimate, signed, percent, p_value, tidy, markdown, fence)
 
 
 def render(template: str, **context: Any) -> str:
@@ -129,5 +119,5 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         autoescape=lambda name: bool(name and "html" in name),
     )
-    environment.filters |= FILTERS
+    environment.filters |= {one.__name__: one for one in FILTERS}
     return environment.get_template(template).render(context).rstrip()

@@ -1,4 +1,4 @@
-"""The folders of a finished run → the input of its report, and the identity by which runs with other training seeds are grouped."""
+"""The folders of a finished run → the input of its report, and the identity of replicates."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class ReportInput:
     base: str
     versions: dict[str, str]
     units: list[dict[str, Any]]
-    """{"unit", "key", "inputs", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb"}; inputs: ids of units; numbers may be None."""
+    """{"unit", "key", "inputs", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb"}; inputs: ids of units; numbers
+    may be None."""
     seeds: dict[str, dict[str, Any]]
     reward: dict[str, Any]
     soup: dict[str, Any]
@@ -196,7 +197,7 @@ def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """The parts of the reward, unless it is the trained adapter alone, and the measurements of the reward stage, if there was one."""
+    """The reward's parts, if it is not the trained adapter alone, and the reward stage's metrics."""
     parts = recipe.reward.parts
     alone = recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
     rows = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {last_part(part.value)}" for part in parts}

@@ -1,6 +1,7 @@
-"""The hub stage: results of a run → repositories on the Hub, one commit each; failed requests are repeated, failed pushes stay pending.
+"""The hub stage: results of a run → repositories on the Hub, one commit each.
 
-huggingface_hub finds the token (HF_TOKEN, or `hf auth login`); it is sent only in the Authorization header.
+Failed requests are repeated; failed pushes stay pending. huggingface_hub finds the token (HF_TOKEN, or `hf auth
+login`); it is sent only in the Authorization header.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Push:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Push what the recipe's `hub` section names. Raises SalsaError at the end if a push failed; it stays pending."""
+    """Push what the recipe's `hub` section names. Raises SalsaError at the end if a push failed."""
     section, folder = job.recipe.hub, job.folder.parent.parent
     start = f"{section.namespace or ''}/{section.name or folder.name}"
     wanted = [
@@ -58,8 +59,8 @@ def run(job: Job) -> dict[str, Any]:
 def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[str, Path]) -> list[dict[str, Any]]:
     """Push results of a run; returns {item, to, commit, url, private} of each.
 
-    All of them become pending first, and each is removed from the pending ones once it is on the Hub. Raises SalsaError that names the
-    failed ones.
+    All of them become pending first, and each is removed from the pending ones once it is on the Hub. Raises SalsaError
+    that names the failed ones.
     """
     asked = [(one.item, one.to) for one in wanted]
     queue = [*(one for one in pending(run) if (one.item, one.to) not in asked), *wanted]
@@ -84,13 +85,14 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
         say(f"hub  {one.item} → {done[-1]['url']}{' (private)' if one.private else ''}")
     require(
         not failed,
-        f"{len(failed)} of {len(wanted)} not pushed ({'; '.join(failed)}). The run itself is complete; salsa hub push {run} tries again",
+        f"{len(failed)} of {len(wanted)} not pushed ({'; '.join(failed)}). The run itself is complete; salsa hub push"
+        f" {run} tries again",
     )
     return done
 
 
 def push(wanted: Push, item: Item) -> dict[str, Any]:
-    """Push one result in one commit. Raises SalsaError if the Hub refuses, or cannot be reached after several tries."""
+    """Push one result in one commit. Raises SalsaError if the Hub refuses or does not answer."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(library_name="salsa_peft")
@@ -100,8 +102,8 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
     there = with_retries(lambda: api.model_info(repo), repo)
     require(
         there.private or not wanted.private,
-        f"{repo}: is a public repository, but the push is private; make it private on the Hub, push elsewhere, or use --public"
-        " (hub.private: false)",
+        f"{repo}: is a public repository, but the push is private; make it private on the Hub, push elsewhere, or use"
+        " --public (hub.private: false)",
     )
 
     def commit() -> Any:
@@ -118,14 +120,14 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
 
 
 def repository(api: Any, to: str) -> str:
-    """namespace/name; a missing namespace is that of the user who is logged in. Raises SalsaError for an impossible name."""
+    """namespace/name; the default namespace is the user's. Raises SalsaError for an invalid name."""
     repo = f"{with_retries(api.whoami, 'the login')['name']}{to}" if to.startswith("/") else to
     require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
     return repo
 
 
 def with_retries(call: Callable[[], Result], what: str) -> Result:
-    """The result of a call to the Hub, repeated if the Hub is busy or the connection breaks; other errors become SalsaErrors."""
+    """A call's result, repeated if the Hub is busy or the connection breaks. Raises SalsaError."""
     from huggingface_hub import errors
 
     for wait in (*WAITS, None):

@@ -1,8 +1,9 @@
-"""Several runs in one report: models × questions (paper, Table 1). Runs that differ only in their training seeds form one group.
+"""Several runs in one report: models × questions (paper, Table 1).
 
-A run is compared by its judge, or without one by its headline measure; a model with several judges has several rows. A group of replicates
-has one rate over runs and questions (`judge_statistics.over_seeds`). p-values are over questions, corrected over the cells of a column.
-Left out: what the report of a single run shows.
+Runs that differ only in their training seeds form one group. A run is compared by its judge, or without one by its
+headline measure; a model with several judges has several rows. A group of replicates has one rate over runs and
+questions (`judge_statistics.over_seeds`). p-values are over questions, corrected over the cells of a column. Left
+out: what the report of a single run shows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Run(NamedTuple):
 
 
 def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
-    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns the summary. Raises SalsaError."""
+    """Write the report's pages, figures and summary.json; returns the summary. Raises SalsaError."""
     groups = replicates(runs)
     rows = table(groups)
     require(
@@ -72,7 +73,8 @@ def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         for other in same:
             require(
                 other.report.training_seeds != run.report.training_seeds,
-                f"{run.folder}: has the same recipe and training seeds as {other.folder} ({run.report.training_seeds}); give each run once",
+                f"{run.folder}: has the same recipe and training seeds as {other.folder}"
+                f" ({run.report.training_seeds}); give each run once",
             )
         same.append(run)
     names: list[str] = []
@@ -84,7 +86,7 @@ def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
-    """Rows {"model", "base", "dataset", "by", "runs", "cells": (a, b) → cell}, p-values corrected (Holm) over a pair's cells."""
+    """Rows {"model", "base", "dataset", "by", "runs", "cells": (a, b) → cell}, with Holm's correction."""
     rows: list[dict[str, Any]] = []
     for name, of in groups:
         for by, same in _by_judge(of).items():
@@ -106,7 +108,7 @@ def _cells_with_verdicts(rows: Sequence[Mapping[str, Any]], pair: tuple[str, str
 
 
 def _by_judge(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Name of the judge or measure → its runs; different judges of the same name (another folder or prompt) get a number."""
+    """Name of the judge or measure → its runs; different judges of the same name get a number."""
     found: dict[str, list[Run]] = {}
     known: dict[str, Any] = {}
     for run in runs:
@@ -125,7 +127,7 @@ def _datasets(run: ReportInput) -> dict[str, Any]:
 
 
 def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
-    """Pairs of methods: a searched policy has one name, whichever β was picked; candidates that were not picked are left out."""
+    """Pairs of methods; a searched policy has one name, whichever β was picked."""
     found: list[tuple[str, str]] = []
     for run in runs:
         passed = judge_tables.passed_over(run.report)
@@ -138,7 +140,7 @@ def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
 
 
 def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] | None:
-    """The rate over all runs of a group and their questions; None if no run compared the pair, rates None if none has a verdict."""
+    """The rate over a group's runs; None if no run compared the pair."""
     given = [rows for run in runs if (rows := _judgments(run.report, dataset, a, b))]
     if not given:
         return None
@@ -176,7 +178,7 @@ def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]
 
 
 def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """For each pair the number of cells above 50%, and of those that remain significant after Holm's correction."""
+    """Sentences: in how many cells a pair's rate is above 50%, and in how many after correction."""
     sentences = []
     for pair in pairs:
         cells = _cells_with_verdicts(rows, pair)
@@ -184,8 +186,8 @@ def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]])
         significant = sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells)
         of = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
         sentences.append(
-            f"{pair[0]} over {pair[1]}: the interval of the adjusted win rate lies above 50% in {above} of {of}, below in {below};"
-            f" above with p < 0.05 after Holm’s correction over them in {significant}."
+            f"{pair[0]} over {pair[1]}: the interval of the adjusted win rate lies above 50% in {above} of {of}, below"
+            f" in {below}; above with p < 0.05 after Holm’s correction over them in {significant}."
         )
     return sentences
 
@@ -196,13 +198,14 @@ def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Mapping[st
         least = min(cell["runs"] for cell in row["cells"].values())
         if least < row["runs"]:
             found.append(
-                f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have no verdict on a pair and"
-                " are not part of its rate."
+                f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have"
+                " no verdict on a pair and are not part of its rate."
             )
     judges = list(dict.fromkeys(row["by"] for row in rows))
     if len(judges) > 1:
         found.append(
-            f"Rows are judged by {len(judges)} judges ({', '.join(judges)}), whose rates cannot be compared with one another."
+            f"Rows are judged by {len(judges)} judges ({', '.join(judges)}), whose rates cannot be compared with one"
+            " another."
         )
     return found
 

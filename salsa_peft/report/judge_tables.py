@@ -1,7 +1,7 @@
-"""A judge's results → the report's tables and the points of its ablation figures (paper: Tables 1 to 5, Figures 1, 4, 5).
+"""A judge's results → the report's tables and ablation points (paper: Tables 1 to 5, Figures 4, 5).
 
-Without a judge, ablations and joined reports use the pairs of the headline measure. If base, questions and models are those of the paper, its
-cell is shown beside the run's.
+Without a judge, ablations and joined reports use the pairs of the headline measure. If base, questions and models are
+those of the paper, its cell is shown beside the run's.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def method(run: ReportInput, name: str) -> str:
 
 
 def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
-    """Judgments of a pair turn by turn, in whichever order it was judged; without a judge from the scores of `measure`."""
+    """Judgments of a pair in either order; without a judge from the scores of `measure`."""
     if run.verdicts is not None:
         swap = {"a": "b", "b": "a", "tie": "tie", "missing": "missing"}
         rows = []
@@ -118,8 +118,8 @@ def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -
 def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
     """Figures 4a, 5 and A.4, each {"kind", "dataset", "against", "xlabel", "points", "log"}.
 
-    A point is one policy's win rate over one opponent, by the judge, or without one by the measure. What a search tried is a figure of
-    its own.
+    A point is one policy's win rate over one opponent, by the judge, or without one by the measure. What a search tried
+    is a figure of its own.
     """
     source = (run.verdicts or run.evaluation).get("datasets", {})
     found = []
@@ -172,8 +172,8 @@ def warnings(run: ReportInput) -> list[str]:
     search = searched(run)
     if search is not None and set(search["datasets"]) & set(run.verdicts["datasets"]):
         found.append(
-            f"β was picked by win rate on {', '.join(f'“{name}”' for name in search['datasets'])} and is reported on the same questions,"
-            " which favours the picked value; search.questions can name a set of its own."
+            f"β was picked by win rate on {', '.join(f'“{name}”' for name in search['datasets'])} and is reported on"
+            " the same questions, which favours the picked value; search.questions can name a set of its own."
         )
     return found
 
@@ -182,8 +182,8 @@ def _reliability(pairs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     missing, n = sum(pair["missing"] for pair in pairs), sum(pair["n"] for pair in pairs)
     if missing:
         yield (
-            f"{missing} of {missing + n} judgments have no verdict and are not part of the rates; the tables give the adjusted rate"
-            " if all of them had been lost or won."
+            f"{missing} of {missing + n} judgments have no verdict and are not part of the rates; the tables give the"
+            " adjusted rate if all of them had been lost or won."
         )
     flips = _mean(pairs, "flip_rate")
     if flips is not None and flips > 0.3:

@@ -1,4 +1,4 @@
-"""What is published of a result: its files, and a model card with loading code, lineage and measurements."""
+"""Published files of a result, and its model card: loading code, lineage, measurements."""
 
 from __future__ import annotations
 
@@ -81,13 +81,14 @@ class Item:
 def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, folders: dict[str, Path]) -> Item:
     """A result by its name. folders: unit id → its finished folder.
 
-    Raises SalsaError for an unknown name, a result that is missing or was changed, and a base that is only on this machine.
+    Raises SalsaError for an unknown name, a result that is missing or was changed, and a base that is only on this
+    machine.
     """
     base = base_model or recipe.model.base
     if base is None or os.path.isabs(base):
         raise SalsaError(
-            f"base: {'the embedded world' if base is None else Path(base).name} exists only on this machine; give the base's id on the Hub:"
-            " --base-model namespace/name, or hub.base_model in the recipe"
+            f"base: {'the embedded world' if base is None else Path(base).name} exists only on this machine; give the"
+            " base's id on the Hub: --base-model namespace/name, or hub.base_model in the recipe"
         )
     kind, unit = unit_of(recipe, name)
     folder, report = folders.get(unit), folders.get("report")
@@ -106,7 +107,7 @@ def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, fold
 
 
 def result_folders(run: Path) -> dict[str, Path]:
-    """Unit id → its folder: the inputs of the latest report and the report; without one the latest finished folder of each unit."""
+    """Unit id → its folder: the latest report's inputs, or without a report each latest result."""
     report = manifests.latest_report(run)
     if report is not None:
         return {**manifests.finished_results(run), "report": report}
@@ -120,7 +121,7 @@ def result_folders(run: Path) -> dict[str, Path]:
 
 
 def recipe_of_run(run: Path, folders: dict[str, Path]) -> Recipe:
-    """The recipe of the report, because the run's recipe.yaml may be a later one; without a report the run's."""
+    """The recipe of the report; the run's recipe.yaml may be a later one."""
     own = folders["report"] / RECIPE if "report" in folders else run / RECIPE
     return saved_recipe(own if own.is_file() else run / RECIPE)
 
@@ -137,7 +138,8 @@ def check_unchanged(folder: Path) -> None:
     why = manifests.changed_file(folder, manifests.read_manifest(folder) or {"files": {}})
     require(
         why is None,
-        f"{folder}: differs from its {manifests.MANIFEST} ({why}), so it is not published; delete the folder and run again",
+        f"{folder}: differs from its {manifests.MANIFEST} ({why}), so it is not published; delete the folder and run"
+        " again",
     )
 
 
@@ -181,7 +183,7 @@ def without_paths(value: Any) -> Any:
 
 
 def check_secrets(files: dict[str, Path | bytes]) -> None:
-    """Raise SalsaError if a text to be published contains the token in use, or anything that looks like a token of the Hub."""
+    """Raise SalsaError if a text contains the token in use, or anything like a token of the Hub."""
     token = (get_token() or "").encode()
     for name, content in files.items():
         if name.endswith((".safetensors", ".png")):
@@ -228,7 +230,7 @@ def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
 
 
 def licence_of(item: Item, online: bool) -> str | None:
-    """The licence in the base's own card: in its folder, in the Hub's cache, or on the Hub; None if it cannot be known."""
+    """The licence in the base's own card, local or on the Hub; None if it cannot be known."""
     base = item.recipe.model.base
     own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
     cached = try_to_load_from_cache(item.base, "README.md")
@@ -251,8 +253,7 @@ def loading_code(item: Item, repo: str) -> str:
     name, package = (f"AutoPeft{name}", "peft") if item.adapter else (f"Auto{name}", "transformers")
     more = ", num_labels=1" if item.kind == "reward" and item.adapter else ""
     return (
-        f"from {package} import {name}\n"
-        "from transformers import AutoTokenizer\n"
+        f"from {package} import {name}\nfrom transformers import AutoTokenizer\n"
         f'model, tokenizer = {name}.from_pretrained("{repo}"{more}), AutoTokenizer.from_pretrained("{repo}")'
     )
 
@@ -299,7 +300,7 @@ def lineage(item: Item) -> list[tuple[str, str]]:
 
 
 def members(item: Item) -> list[dict[str, str]]:
-    """A soup's members, from the provenance in soup.json: {name, version of salsa_peft, weight, source, weights, base}."""
+    """A soup's members: {name, version of salsa_peft, weight, source, weights, base}."""
     found: dict[str, Any] = item.metrics.get("provenance", {}) if item.kind == "soup" else {}
     rows = []
     for member in found.get("members", []):

@@ -15,7 +15,7 @@ from salsa_peft.report.style import Panel
 
 
 def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
-    """Writes report.html, report.md, figures/*.png and summary.json into `folder`; returns the content of summary.json."""
+    """Write report.html, report.md, figures/*.png and summary.json; returns the summary."""
     found, drawn = context(run), draw(run)
     return write_pages(folder, "report", {**found, "run": run}, drawn, summarise(run, found))
 
@@ -27,7 +27,7 @@ def write_pages(
     drawn: Mapping[str, Sequence[Panel]],
     summary: dict[str, Any],
 ) -> dict[str, Any]:
-    """Render one context as HTML and as Markdown; write the figures as PNG and all numbers as JSON beside them."""
+    """Write one context as HTML and as Markdown, figures as PNG, and the summary as JSON."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for panel in (one for section in drawn.values() for one in section):
         (folder / "figures" / f"{panel.name}.png").write_bytes(panel.png)
@@ -59,7 +59,8 @@ def context(run: ReportInput) -> dict[str, Any]:
             *judge_tables.warnings(run),
             *findings.warnings(run.evaluation, run.landscape, run.reward),
             *(
-                f"{percent(share)}% of the answers to “{dataset}” were truncated at generation.max_new_tokens ({run.limit})."
+                f"{percent(share)}% of the answers to “{dataset}” were truncated at generation.max_new_tokens"
+                f" ({run.limit})."
                 for dataset, share in truncated(run).items()
             ),
         ],
@@ -98,12 +99,13 @@ def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
     """Every number of the report: finite floats or null. found: the templates' context."""
     datasets = run.evaluation.get("datasets", {})
     judged = found["judged"] or {"datasets": {}}
+
+    def fields(*names: str) -> dict[str, Any]:
+        return {name: getattr(run, name) for name in names}
+
     return finite(
         {
-            "name": run.name,
-            "mode": run.mode,
-            "base": run.base,
-            "versions": run.versions,
+            **fields("name", "mode", "base", "versions"),
             "finding": [*found["lead"], *found["more"]],
             "warnings": found["warnings"],
             "comparisons": found["compared"],
@@ -114,10 +116,7 @@ def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
             },
             "search": found["search"],
             "ablations": judge_tables.ablations(run, findings.headline(run.evaluation)) if datasets else [],
-            "training_seeds": run.training_seeds,
-            "fingerprint": run.fingerprint,
-            "evaluation": run.evaluation,
-            "landscape": run.landscape,
+            **fields("training_seeds", "fingerprint", "evaluation", "landscape"),
             "scores": {
                 dataset: {measure: scores_of(run, dataset, measure) for measure in run.evaluation["measures"]}
                 for dataset in datasets
@@ -125,10 +124,7 @@ def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
             "policies": {
                 name: _policy_summary(policy, found["training"].get(name)) for name, policy in run.policies.items()
             },
-            "seeds": run.seeds,
-            "reward": run.reward,
-            "soup": run.soup,
-            "units": run.units,
+            **fields("seeds", "reward", "soup", "units"),
             "total": found["total"],
         }
     )
@@ -150,7 +146,7 @@ def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[
 
 
 def training(policy: PolicyReport) -> dict[str, Any]:
-    """β at the start and the end; score, KL and length as means over the first and the last tenth of the updates."""
+    """β at the start and the end; score, KL and length as means over the first and last tenth."""
     rows, tenth = policy.metrics, max(1, len(policy.metrics) // 10)
     table: dict[str, Any] = {"updates": len(rows), "episodes": rows[-1]["episode"]}
     for key, (short, _) in CURVES.items():
@@ -178,7 +174,7 @@ SHORT = 140
 
 
 def sample_answers(run: ReportInput) -> dict[str, Any]:
-    """{"pair": the main pair or None, "datasets": dataset → its first questions in order, not chosen by their outcome}."""
+    """{"pair": the main pair or None, "datasets": dataset → its first questions in order}."""
     names, pair = findings.order(run.evaluation, run.policies), main_pair(run)
     rows: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
     for row in run.answers:
@@ -215,7 +211,7 @@ def sample_answers(run: ReportInput) -> dict[str, Any]:
 
 
 def main_pair(run: ReportInput) -> tuple[str, str] | None:
-    """The pair by which answers are filtered: the judge's first pair, else the first one of the evaluation."""
+    """The pair by which answers are filtered: the judge's first, else the evaluation's first."""
     for source in (run.verdicts, run.evaluation):
         for data in (source or {}).get("datasets", {}).values():
             for pair in data.get("pairs", []):

@@ -1,7 +1,7 @@
-"""The paper's Tables 1 to 5 (Chegini et al. 2024, arXiv 2411.01798) recomputed from its counts, with intervals and inconsistencies.
+"""The paper's Tables 1 to 5 (arXiv 2411.01798) recomputed from its counts, with intervals.
 
-paper_tables.json contains what the paper counted and printed, nothing computed. Intervals are over judgments, which are treated as
-independent, and are from one training seed.
+paper_tables.json contains what the paper counted and printed, nothing computed. Intervals are over judgments, which are
+treated as independent, and are from one training seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from salsa_peft.report.format import p_value, percent
 from salsa_peft.utils.statistics import WinRates, holm, win_rates
 
 ROUNDING = 0.01 + 1e-9
-"""Percentage points between a printed rate and the rate of its counts that rounding, or cutting the last digit, explains."""
+"""Percentage points between a printed rate and the rate of its counts that rounding, or cutting the last digit,
+explains."""
 BASES = {"llama27b": "Llama2-7B", "mistral7b": "Mistral-7B", "gemma2b": "Gemma-2B"}
 """Start of a base's name, letters and digits only → the paper's name."""
 SETS = {"mtbench": "MT-Bench", "arenahard": "Arena-Hard", "ultrafeedback": "UltraFeedback"}
@@ -98,7 +99,7 @@ def _count(row: dict[str, Any]) -> int:
 
 
 def _dataset(row: dict[str, Any], rows: list[dict[str, Any]], possible: dict[str, int]) -> str:
-    """The set that a row's counts can be of: its own, or, if it has too many judgments for that, the one it was swapped with."""
+    """The set that a row's counts can be of: its own, or the one its label was swapped with."""
     same = [one for one in rows if all(one[key] == row[key] for key in ("table", "model", "a", "b"))]
     if all(_count(one) <= possible[one["dataset"]] for one in same):
         return str(row["dataset"])
@@ -117,7 +118,7 @@ def _swapped_label(row: dict[str, Any], possible: dict[str, int]) -> str:
 
 
 def _wrong_rate(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> str:
-    """Printed rates of a over b (turn 0) or b over a (turn 1) that differ from the counts', and the cell they may be copied from."""
+    """Printed rates of a over b (turn 0) or b over a (1) that differ from the counts', as text."""
     step = -1 if turn else 1
     a, b = (row["a"], row["b"])[::step]
     wins, losses = (row["wins"], row["losses"])[::step]
@@ -144,7 +145,7 @@ def table1() -> list[tuple[Cell, str]]:
 
 
 def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
-    """The paper's cell for a run's pair, a over b, or None. base: a Hub id or a folder's name; a, b: names in the recipe."""
+    """The paper's cell for a run's pair, a over b, or None. base: a Hub id or a folder's name."""
 
     def known(names: dict[str, str], name: str) -> str | None:
         letters = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
@@ -166,7 +167,8 @@ def flags() -> list[str]:
     found = [f"Table {cell.table}, {cell.model}, {flag}" if flag.startswith("labelled") else f"Table {cell.table}, {cell.model}, {cell.labelled}, {flag}"
              for cell in cells() for flag in cell.flags]  # fmt: skip
     return found + [
-        f"Table 1, {cell.model}, {cell.dataset}, {cell.a} over {cell.b}: printed {printed}, the counts give {percent(cell.rates.adjusted_win_rate)}"
+        f"Table 1, {cell.model}, {cell.dataset}, {cell.a} over {cell.b}: printed {printed}, the counts give"
+        f" {percent(cell.rates.adjusted_win_rate)}"
         for cell, printed in table1()
         if abs(float(printed) - 100 * cell.rates.adjusted_win_rate) > ROUNDING
     ]

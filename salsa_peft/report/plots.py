@@ -53,7 +53,7 @@ def line(
     limits: tuple[float, float],
     soup: float | None,
 ) -> Panel:
-    """Score along lines of weights (paper's Fig. 2a, b). soup: the midpoint's score on the first line, drawn in every panel."""
+    """Score along lines of weights (paper's Fig. 2a, b). soup: score of the first line's midpoint."""
     shrunk, ends = lines[0]["kind"] == "shrunk", lines[0]["ends"]
 
     def draw(axes: Axes) -> None:
@@ -84,7 +84,7 @@ def line(
 
 
 def plane(name: str, title: str, given: Mapping[str, Any], measure: str) -> Panel:
-    """Score on the plane of three seeds in barycentric coordinates, with their triangle dotted (paper's Fig. 2c)."""
+    """Score on the plane of three seeds in barycentric coordinates (paper's Fig. 2c)."""
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
     spots = np.array([point["weights"] for point in given["points"]]) @ corners
     values = np.array([point["scores"][measure]["mean"] for point in given["points"]])
@@ -118,7 +118,7 @@ def curve(
     styles: Mapping[str, Look],
     log: bool = False,
 ) -> Panel:
-    """A metric over PPO's episodes: each update as a thin line, a rolling mean over a tenth of the updates as a thick one."""
+    """A metric over PPO's episodes, with a rolling mean over a tenth of the updates."""
 
     def draw(axes: Axes) -> None:
         for policy, rows in policies.items():
@@ -150,7 +150,7 @@ def ablation(
     log: bool,
     styles: Mapping[str, Look],
 ) -> Panel:
-    """Adjusted win rate against a setting of the policies (paper's Fig. 4a, 5); for each name a line through its best policies."""
+    """Adjusted win rate against a setting, with a line through the best policies (Fig. 4a, 5)."""
     names = list(dict.fromkeys(point["name"] for point in points))
     looks = {**dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False)), **styles}
 

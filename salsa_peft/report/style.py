@@ -1,7 +1,7 @@
 """Appearance of the report's figures: palette, type sizes, and matplotlib's drawing as inline SVG.
 
-A model has the same colour, dash and marker in every figure (Okabe and Ito's palette, safe for colour-blind readers). Uses matplotlib's
-object interface, not pyplot's global state.
+A model has the same colour, dash and marker in every figure (Okabe and Ito's palette, safe for colour-blind readers).
+Uses matplotlib's object interface, not pyplot's global state.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float) -> P
 
 
 def _inline(svg: str) -> str:
-    """matplotlib's SVG file as an element of the page: unused ids and namespaces removed, colours as the page's variables."""
+    """matplotlib's SVG as an element of the page, with its colours as CSS variables."""
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace("xlink:href", "href")
     tag, _, content = svg.partition(">")
     svg = re.sub(r' (?:width|height)="[^"]*pt"', "", tag) + ">" + content
@@ -130,7 +130,7 @@ def _inline(svg: str) -> str:
 
 
 def variables() -> dict[str, str]:
-    """Colour of a drawing → the CSS variable that replaces it, so that figures follow the page's dark mode."""
+    """Colour of a drawing → the CSS variable that replaces it, for the page's dark mode."""
     palette = {look.color: f"--series-{index}" for index, look in enumerate((*KNOWN.values(), *SPARE))}
     return {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | palette
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class SFTLoss:
-    """Mean log-likelihood in nats, minus the SFT loss, of the assistant tokens in held-out demonstrations.
+    """The negative SFT loss: mean log-likelihood (nats) of assistant tokens in held-out demonstrations.
 
     Rows: {messages}. The assistant tokens are those of SFT (data/chat/assistant_masks.py). Raises SalsaError if no row
     has one within max_length.

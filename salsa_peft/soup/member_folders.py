@@ -18,7 +18,7 @@ CONFIGS = {ADAPTERS: ADAPTER_CONFIG, CHECKPOINTS: "config.json"}
 def member_names(members: Sequence[Path | str]) -> list[str]:
     """Names for summaries: the unit of a run's folder (sft/seed-0), else the last part of the path or id.
 
-    If these are not unique, the full paths or ids.
+    If these are not unique, the names are the full paths or ids.
     """
     units = [(read_manifest(Path(member)) or {}).get("unit") for member in members]
     paths = [str(member) for member in members]
@@ -27,7 +27,7 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """adapters or checkpoints. Raises SalsaError for a folder that is neither, and for mixed members."""
+    """The members' kind: adapters or checkpoints. Raises SalsaError for other folders and for a mixture."""
     kinds = []
     for folder in folders:
         found = next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), None)

@@ -78,7 +78,7 @@ class PairSummary(TypedDict):
 
 
 class SoupSummary(TypedDict, total=False):
-    """Statistics of a soup. `kind` is missing for adapters; keys of other kinds only are marked."""
+    """Statistics of a soup. `kind` is missing for adapters. A key of some kinds only names them first."""
 
     kind: Literal["merged", "checkpoints"]
     strategy: str

@@ -136,7 +136,7 @@ def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def cut(file: Path, size: int) -> str | None:
+def truncate_log(file: Path, size: int) -> str | None:
     """Truncate a log to its size at the checkpoint. Returns a line if it is shorter already."""
     found = file.stat().st_size if file.exists() else 0
     if found < size:

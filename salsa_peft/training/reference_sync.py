@@ -124,7 +124,10 @@ def state_dict(model: Any, references: Sequence[FrozenReference]) -> dict[str, T
 def load_state_dict(model: Any, references: Sequence[FrozenReference], saved: dict[str, Tensor]) -> None:
     """Restore `state_dict`. Raises SalsaError if it belongs to other references."""
     weights = dict(_weights(model, references))
-    require(weights.keys() == saved.keys(), "checkpoint: it holds other synced references than this run has")
+    require(
+        weights.keys() == saved.keys(),
+        "checkpoint: its synced references are not those of this run; pass the same references",
+    )
     for key, weight in weights.items():
         weight.copy_(saved[key])
 

@@ -107,7 +107,9 @@ def as_references(
     cannot be a reference of this policy, and for weights of another base (by fingerprint; a missing one is reported).
     """
     given = repr(str(references)) if isinstance(references, str | Path) else type(references).__name__
-    require(references is None or isinstance(references, list | tuple), f"references: {given} is not a list")
+    require(
+        references is None or isinstance(references, list | tuple), f"references: {given} is not a list; pass a list"
+    )
     require(bool(references), "references: the list is empty. 'base' is the model without its adapters")
     names = names or [f"reference-{index}" for index in range(len(references))]
     return [_as_reference(model, reference, name) for reference, name in zip(references, names, strict=True)]
@@ -122,7 +124,7 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
     if isinstance(reference, PreTrainedModel):
         return freeze(model, reference, reference.name_or_path or new_name)
     if not isinstance(reference, str | Path):
-        raise SalsaError(f"references: a {type(reference).__name__} cannot be a reference. {EXPECTED}")
+        raise SalsaError(f"references: {type(reference).__name__} objects cannot be references. {EXPECTED}")
     name = str(reference)
     folder = Path(name)
     if isinstance(model, PeftModel) and name == "base":

@@ -88,7 +88,8 @@ def run(job: Job) -> dict[str, Any]:
     limit = f"answer within model.max_length = {recipe.model.max_length} tokens"
     require(
         kept >= section.batch_size,
-        f"data.demonstrations: found {kept} rows with an {limit}, fewer than sft.batch_size = {section.batch_size}",
+        f"data.demonstrations: found {kept} rows with an {limit}, fewer than sft.batch_size = {section.batch_size}."
+        " Add rows, raise model.max_length or lower sft.batch_size",
     )
     report_left_out(job, len(rows) - kept, len(rows), f"no {limit}")
     # 3. train and save

@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 
 class GracefulStop:
-    """Whether training has to stop: after SIGTERM, or after the alarm of a guard whose action is `stop`.
+    """Records that training has to stop: after SIGTERM, or after a guard's alarm with action stop.
 
     The signal only sets a flag, which is read between two sampled tokens and after each optimizer step.
     """

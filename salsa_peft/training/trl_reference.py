@@ -163,7 +163,8 @@ def head_options(trainer: Any) -> dict[str, Any]:
     if not isinstance(trainer, DPOTrainer | KTOTrainer):
         options["temperature"] = trainer.temperature
     if isinstance(trainer, GRPOTrainer):
-        options["cast_lm_head_to_fp32"] = trainer.args.cast_lm_head_to_fp32
+        args: Any = trainer.args
+        options["cast_lm_head_to_fp32"] = args.cast_lm_head_to_fp32
     return options
 
 

@@ -29,9 +29,8 @@ def require_disk_space(folder: Path, size: float, what: str) -> None:
     total, _, free = shutil.disk_usage(place)
     if size > free and total > 0:  # some file systems report a size of 0
         raise SalsaError(
-            f"{what}: needs {size_text(size)}, but only {size_text(free)} are free on the disk of {place}. Nothing"
-            " was written, and earlier"
-            " files are complete; free some space and run the same command again"
+            f"{what}: needs {size_text(size)}, but only {size_text(free)} are free on the disk of {place}. Nothing was"
+            " written, and earlier files are complete; free some space and run the same command again"
         )
 
 

@@ -18,6 +18,8 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 """
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
+GATED = "{} is gated: accept its licence on that page, then `hf auth login`"
+NOT_FOUND = "{}: not found. Check the name; if the repository is private, log in with `hf auth login`"
 
 
 def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, revision: str | None = None) -> Path:
@@ -68,19 +70,18 @@ def explain_hub_error(error: BaseException, name: str | None = None) -> str | No
 
     chain = list(_chain(error))
     text = " ".join(map(str, chain))
-    for one in chain:
-        if isinstance(one, errors.GatedRepoError):
-            return _gated(_page(one, text))
-    for one in chain:
-        if isinstance(one, errors.RevisionNotFoundError):
-            return f"{_page(one, text)}: this repository has no such revision; check `revision`"
-        if isinstance(one, errors.RepositoryNotFoundError):
-            return _not_found(_page(one, text))
+    for kind, words in (
+        (errors.GatedRepoError, GATED),
+        (errors.RevisionNotFoundError, "{}: this repository has no such revision; check `revision`"),
+        (errors.RepositoryNotFoundError, NOT_FOUND),
+    ):
+        for one in chain:
+            if isinstance(one, kind):
+                return words.format(_page(one, text))
     if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
         return (
-            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use"
-            " one that Transformers supports"
-            " itself"
+            f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use one"
+            " that Transformers supports itself"
         )
     if pickled := re.search(r"no file named model\.safetensors.* found in directory (.+?)\.(?:\s|$)", text):
         return f"{pickled[1]}: {NO_SAFETENSORS}"
@@ -90,21 +91,13 @@ def explain_hub_error(error: BaseException, name: str | None = None) -> str | No
             " beside its weights"
         )
     if any(type(one).__name__ == "DatasetNotFoundError" for one in chain):
-        return (_gated if "gated" in text else _not_found)(_page(None, text))
+        return (GATED if "gated" in text else NOT_FOUND).format(_page(None, text))
     offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     if any(isinstance(one, offline) for one in chain) or "OfflineModeIsEnabled" in text:
         where = _page(None, text)
         where = WEB + name if name and (where == UNKNOWN or where.startswith(WEB + name)) else where
         return f"{where}: not in the local cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is set)"
     return None
-
-
-def _gated(page: str) -> str:
-    return f"{page} is gated: accept its licence on that page, then `hf auth login`"
-
-
-def _not_found(page: str) -> str:
-    return f"{page}: not found. Check the name; if the repository is private, log in with `hf auth login`"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

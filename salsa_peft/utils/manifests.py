@@ -1,7 +1,4 @@
-"""manifest.json of a result: the size and SHA-256 of each file, and whether the files still match.
-
-torch is not imported.
-"""
+"""manifest.json of a result: the size and SHA-256 of each file, and whether the files still match."""
 
 from __future__ import annotations
 

@@ -32,8 +32,7 @@ NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16
 """safetensors' name of a dtype → torch's name."""
 NO_SAFETENSORS = (
     "this folder has no safetensors file, and weights in other formats are not read. If you trust the weights, load"
-    " the model with"
-    " Transformers and save it again (save_pretrained writes safetensors)"
+    " the model with Transformers and save it again (save_pretrained writes safetensors)"
 )
 Buffer = bytes | bytearray | memoryview
 EARLY = 2**25

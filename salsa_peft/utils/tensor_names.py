@@ -18,11 +18,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.utils.errors import SalsaError
-from salsa_peft.utils.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -198,11 +196,6 @@ def _blocks(numbers: Any, starts: list[tuple[int, str, int]]) -> tuple[Block, ..
             blocks.append(Block(name, (at - start) * width, (stop - at) * width))
             at = stop
     return tuple(blocks)
-
-
-def of_folder(folder: Path) -> ModelNames:
-    """The ModelNames of a folder's config.json. Raises SalsaError if Transformers does not support it."""
-    return of_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def of_config(config: Mapping[str, Any], where: str) -> ModelNames:

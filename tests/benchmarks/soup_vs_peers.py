@@ -3,7 +3,8 @@
     python tests/benchmarks/soup_vs_peers.py --mergekit-python VENV/bin/python [--gigabytes 2] [--repeats 3] [--folder TMP]
 
 Two random bf16 checkpoints with Llama's names and shapes, two shards each, are made in a temporary folder and read once, so that all
-three start from a warm cache. Whole processes are timed, Python's start included, in turn within every repeat; medians. `cp` does
+three start from a warm cache. Whole processes are timed, Python's start included, in turn within every repeat; medians. Ours is the
+command `salsa soup`. `cp` does
 not fsync, ours does: `cp_sync` is cp and sync of what it wrote, `ours_unsynced` is ours with fsync made a no-op. On a virtual machine
 the first touch of a page that the host has not given yet, or has taken back since it was freed, costs more than what is written into
 it (2 GB of page cache: 5 s, later 0.6 s), and who comes first would pay it. So before every run, of whomever, a process of its own

@@ -49,7 +49,7 @@ class TestTheCommand:
         assert cli.main(["doctor"]) == 0
         said = capsys.readouterr().out
         lines = said.splitlines()
-        assert lines[-1] == "nothing is wrong" and not [line for line in lines if line.startswith("!")]
+        assert lines[-1] == "no problems" and not [line for line in lines if line.startswith("!")]
         for name in (
             "python",
             "torch",
@@ -71,12 +71,12 @@ class TestTheCommand:
         """With what to do, and code 1."""
         two = {
             "one": lambda: iter([Finding("good", "4")]),
-            "two": lambda: iter([Finding("bad", "5", "expected 6; take 6")]),
+            "two": lambda: iter([Finding("bad", "5", "Take 6")]),
         }
         monkeypatch.setattr(doctor, "CHECKS", two)
         assert cli.main(["doctor"]) == 1
         assert capsys.readouterr().out.splitlines() == [
-            "  good               4", "! bad                5", "", "1 wrong:", "  bad: found 5; expected 6; take 6",
+            "  good               4", "! bad                5", "", "1 problem:", "  bad: 5. Take 6",
         ]  # fmt: skip
 
     def test_a_check_that_fails_is_a_finding(self, capsys: Any, monkeypatch: Any) -> None:
@@ -109,11 +109,10 @@ class TestTheCommand:
     def test_a_folder_that_is_no_run(self, capsys: Any, tmp_path: Path) -> None:
         """One line, code 2, at once."""
         assert cli.main(["doctor", str(tmp_path)]) == 2
-        assert capsys.readouterr().err == f"{tmp_path}: found no recipe.yaml, expected a run's folder\n"
+        assert capsys.readouterr().err == f"{tmp_path}: not a run's folder, since it has no recipe.yaml\n"
         assert cli.main(["doctor", "NONSENSE"]) == 2
         assert (
-            capsys.readouterr().err
-            == "NONSENSE: found no such folder, expected a run's, such as runs/quickstart-lora\n"
+            capsys.readouterr().err == "NONSENSE: no such folder; name a run's folder, such as runs/quickstart-lora\n"
         )
         assert cli.main(["doctor", "x" * 300]) == 2 and capsys.readouterr().err.count("\n") == 1
 
@@ -128,8 +127,8 @@ class TestPackages:
         real = importlib.metadata.version
         monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.12.0" if name == "trl" else real(name))
         trl = found(doctor.versions)["trl"]
-        assert trl.found == "1.12.0" and trl.wrong is not None
-        assert ">=1.16" in trl.wrong and "<2" in trl.wrong and trl.wrong.count("pip install 'trl") == 1
+        assert trl.found == "1.12.0" and trl.advice is not None
+        assert ">=1.16" in trl.advice and "<2" in trl.advice and trl.advice.count("pip install 'trl") == 1
 
     def test_one_that_is_missing(self, monkeypatch: Any) -> None:
         """Of those it needs it is wrong; of those it can do without it is said."""
@@ -141,7 +140,7 @@ class TestPackages:
             return real(name)
 
         monkeypatch.setattr(importlib.metadata, "version", version)
-        assert found(doctor.versions)["peft"].wrong == "expected it; pip install 'peft>=0.21'"
+        assert found(doctor.versions)["peft"].advice == "Install it: pip install 'peft>=0.21'"
         assert found(doctor.extras)["bitsandbytes"] == Finding(
             "bitsandbytes", "not installed (--lora qlora, paged optimizers: pip install 'salsa-peft[qlora]')"
         )
@@ -150,7 +149,7 @@ class TestPackages:
         """As where its parts do not fit one another."""
         monkeypatch.setitem(sys.modules, "datasets", None)
         (broken,) = list(doctor.libraries())
-        assert broken.name == "import datasets" and "ModuleNotFoundError" in broken.found and broken.wrong is not None
+        assert broken.name == "import datasets" and "ModuleNotFoundError" in broken.found and broken.advice is not None
 
 
 class TestMachine:
@@ -162,7 +161,7 @@ class TestMachine:
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         (gpu,) = list(doctor.devices())
-        assert gpu.wrong is not None and "expected PyTorch to see NVIDIA H200; found torch" in gpu.wrong
+        assert gpu.advice is not None and " does not see NVIDIA H200: install a CUDA build" in gpu.advice
 
     def test_little_room(self, monkeypatch: Any) -> None:
         """Each place is named."""
@@ -171,13 +170,13 @@ class TestMachine:
         places = found(doctor.disk)
         assert list(places) == ["disk, results", "disk, Hub's cache", "disk, temporary"]
         for place in places.values():
-            assert place.found.startswith("1.0 GiB free for /") and place.wrong is not None
-            assert "expected 5 GiB free" in place.wrong
+            assert place.found.startswith("1.0 GiB free for /") and place.advice is not None
+            assert "needs at least 5 GiB" in place.advice
 
     def test_a_folder_that_cannot_be_written_to(self, monkeypatch: Any) -> None:
         """And which option chooses another."""
         monkeypatch.setattr(os, "access", lambda *_: False)
-        assert [place.wrong and place.wrong.split("(")[1] for place in doctor.disk()] == [
+        assert [place.advice and place.advice.split("(")[1] for place in doctor.disk()] == [
             "--output-dir)",
             "HF_HOME)",
             "TMPDIR)",
@@ -192,7 +191,7 @@ class TestMachine:
 
         monkeypatch.setattr(functional, "quantize_4bit", broken)
         (row,) = list(doctor.four_bits())
-        assert row.found == "RuntimeError: no kernel image is available" and row.wrong is not None
+        assert row.found == "RuntimeError: no kernel image is available" and row.advice is not None
 
 
 class TestHub:
@@ -215,7 +214,7 @@ class TestHub:
         server.token = "another"
         done = asked(server.environment(tmp_path) | {"HF_TOKEN": CANARY})
         assert (
-            "('login', 'the Hub answers 401', 'expected a token that it knows; `hf auth login` again')" in done.stdout
+            "('login', 'the Hub answers 401', 'The Hub does not know this token; `hf auth login` again')" in done.stdout
         )
         assert CANARY not in done.stdout + done.stderr
 
@@ -227,23 +226,19 @@ class TestHub:
         server.faults.append(Fault("HEAD", "/api/models", 0, times=20))
         done = asked(server.environment(tmp_path))
         assert "cannot be reached (" in done.stdout and "set HF_HUB_OFFLINE=1" in done.stdout
-        assert "there is a token, which could not be tried" in done.stdout and CANARY not in done.stdout + done.stderr
+        assert (
+            "there is a token, but it could not be checked" in done.stdout and CANARY not in done.stdout + done.stderr
+        )
 
     def test_a_proxy_in_between(self, server: Any, tmp_path: Path) -> None:
         """Its answer is not the Hub's."""
         server.faults.append(Fault("HEAD", "/api/models", 407, times=20))
-        assert (
-            "answers 407', 'expected 200; look for a proxy or a login page"
-            in asked(server.environment(tmp_path)).stdout
-        )
+        assert "answers 407', 'Look for a proxy or a login page" in asked(server.environment(tmp_path)).stdout
 
     def test_a_hub_out_of_order(self, server: Any, tmp_path: Path) -> None:
         """A 503 is said as that."""
         server.faults.append(Fault("HEAD", "/api/models", 503, times=20))
-        assert (
-            "answers 503', 'expected 200; it is out of order, try again later'"
-            in asked(server.environment(tmp_path)).stdout
-        )
+        assert "answers 503', 'The Hub has a problem; try again later'" in asked(server.environment(tmp_path)).stdout
 
     def test_the_token_is_not_among_the_variables(self, monkeypatch: Any) -> None:
         """Nor any other secret."""
@@ -275,31 +270,31 @@ class TestARun:
         monkeypatch.setattr(doctor, "CHECKS", {})
         assert cli.main(["doctor", str(run)]) == 0
         assert (
-            "ppo/salsa/222222222222 unfinished: the same command goes on, or makes it again" in capsys.readouterr().out
+            "ppo/salsa/222222222222 unfinished: the same command continues it or runs it again"
+            in capsys.readouterr().out
         )
         (run / "soup" / ("0" * 12) / "weights.bin").write_bytes(b"weighss")
         before = sorted(run.rglob("*"))
         assert cli.main(["doctor", str(run)]) == 1
         said = capsys.readouterr().out
         assert (
-            "! soup/000000000000  changed: weights.bin" in said
-            and "run the recipe again, which makes soup anew" in said
+            "! soup/000000000000  changed: weights.bin" in said and "Run the recipe again; it makes soup again" in said
         )
-        assert "  sft/seed-0/111111111111 whole, 0.0 MB" in said and sorted(run.rglob("*")) == before
+        assert "  sft/seed-0/111111111111 complete, 0.0 MB" in said and sorted(run.rglob("*")) == before
 
     def test_a_manifest_that_cannot_be_read(self, run: Path) -> None:
         """It is named, not taken for none."""
         (run / "soup" / ("0" * 12) / MANIFEST).write_text("{")
-        rows = {row.name: row for row in doctor.of_run(run)}
-        assert rows["soup/000000000000"].found == "manifest.json cannot be read" and rows["soup/000000000000"].wrong
+        rows = {row.name: row for row in doctor.run_results(run)}
+        assert rows["soup/000000000000"].found == "manifest.json cannot be read" and rows["soup/000000000000"].advice
 
     def test_who_works_on_it(self, run: Path) -> None:
         """As long as he does."""
         with locked(run):
-            rows = {row.name: row.found for row in doctor.of_run(run)}
+            rows = {row.name: row.found for row in doctor.run_results(run)}
             assert rows["lock"].startswith("host ") and f"pid {os.getpid()}, since " in rows["lock"]
-            assert rows["ppo/salsa/222222222222"] == "in work"
-        assert next(iter(doctor.of_run(run))) == Finding("lock", "free")
+            assert rows["ppo/salsa/222222222222"] == "in progress"
+        assert next(iter(doctor.run_results(run))) == Finding("lock", "free")
         with contextlib.suppress(FileNotFoundError):
             (run / ".lock").unlink()
-        assert next(iter(doctor.of_run(run))) == Finding("lock", "free")
+        assert next(iter(doctor.run_results(run))) == Finding("lock", "free")

@@ -140,8 +140,8 @@ REFUSED = [
     ("soup.weights=[0.5,0.6]", ["soup.weights: [0.5, 0.6] sum to 1.1, not 1; scale them"]),
     ("soup.weights=[1]", ["soup.weights: found 1 weights for 2 members"]),
     ("soup.weights=[.nan,1]", ["soup.weights[0]: must be a finite number, not nan"]),
-    ("soup.members=[0,2]", ["soup.members: there is no seed 2; members are positions 0 to 1 of sft.seeds"]),
-    ("soup.members=[0,0]", ["soup.members: [0, 0] names a member twice; name each once"]),
+    ("soup.members=[0,2]", ["soup.members: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
+    ("soup.members=[0,0]", ["soup.members: [0, 0] has an entry twice; give each once"]),
     ("policies.a.reference=seed-2", ["policies.a.reference: there is no seed-2; sft.seeds has seed-0 to seed-1"]),
     ("policies.a.reference=[]", ["policies.a.reference: is an empty list; name at least one reference"]),
     (
@@ -206,7 +206,7 @@ REFUSED = [
         ],
     ),
     ("sft.seeds=[]", ["sft.seeds: must have at least 1 entry, not []"]),
-    ("sft.seeds=[1,1]", ["sft.seeds: [1, 1] has a seed twice; give each once"]),
+    ("sft.seeds=[1,1]", ["sft.seeds: [1, 1] has an entry twice; give each once"]),
     ("sft.seeds=[1.5]", ["sft.seeds[0]: must be a whole number, not 1.5"]),
     ("sft.batch_size=0", ["sft.batch_size: must be at least 1, not 0"]),
     ("sft.gradient_checkpointing=yes", ["sft.gradient_checkpointing: must be true or false, not 'yes'"]),
@@ -259,7 +259,7 @@ REFUSED = [
     (
         "evaluate.prompts.x=not an id",
         [
-            "evaluate.prompts.x: 'not an id' is neither a file or folder nor a Hub id; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
+            "evaluate.prompts.x: 'not an id' is no file, folder or Hub id; give a .jsonl, .json, .parquet, .csv or .tsv file (also .gz, .bz2, .xz), a folder, hf://datasets/… or a Hub id"
         ],
     ),
     ("model.base=./nowhere", ["model.base: there is no folder ", "/nowhere'; give the folder or Hub id of a model"]),

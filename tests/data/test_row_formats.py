@@ -535,7 +535,7 @@ class TestBeforeAStageBegins:
     def test_the_hub_out_of_reach_is_said_before_a_seed_is_trained(self, tmp_path: Path, key: str, capfd: Any) -> None:
         words = ["quickstart", "--lora", "--output-dir", str(tmp_path / "out"), "--set", f"data.{key}=me/x"]
         assert salsa_run(words) == 2
-        assert "huggingface.co/datasets/me/x: not in the local cache and the Hub" in capfd.readouterr().err
+        assert "huggingface.co/datasets/me/x: not in the local cache, and the Hub" in capfd.readouterr().err
         assert not (tmp_path / "out").exists()
         assert salsa_run([*words, "--dry-run"]) == 0, "a plan fetches nothing"
 
@@ -771,6 +771,6 @@ class TestFiles:
     def test_the_hub_out_of_reach_is_one_line(self) -> None:
         for path in ("me/x", "hf://datasets/me/x", "hf://datasets/me/x/a.jsonl", "hf://datasets/me/x/data/*.parquet"):
             with pytest.raises(
-                SalsaError, match=r"huggingface.co/datasets/me/x: not in the local cache and the Hub cannot be reached"
+                SalsaError, match=r"huggingface.co/datasets/me/x: not in the local cache, and the Hub cannot be reached"
             ):
                 load_rows(Source(path=path))

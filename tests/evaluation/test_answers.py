@@ -13,7 +13,7 @@ from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.config.schema import Evaluate, Generation, Model
 from salsa_peft.data.datasets import prompt_tokens
 from salsa_peft.data.questions import Question
-from salsa_peft.evaluation import answers, comparisons, evaluate
+from salsa_peft.evaluation import comparisons, evaluate
 from salsa_peft.evaluation import fastchat as fastchat_files
 from salsa_peft.evaluation.answers import answer
 from salsa_peft.evaluation.comparisons import clusters
@@ -21,6 +21,7 @@ from salsa_peft.models import generation
 from salsa_peft.models.generation import generate, row_seeds
 from salsa_peft.models.responses import Responses
 from salsa_peft.utils.files import read_json_lines
+from salsa_peft.utils.statistics import mean_interval
 
 WORDS = ["owl", "saw", "fig", "cod", "oak"]
 
@@ -270,7 +271,10 @@ def test_intervals_are_over_questions() -> None:
     assert clusters(rows) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     one = [row for row in rows if row["turn"] == 1]
     assert clusters(one) is None
-    wide, narrow = answers.means(one, "reward"), answers.means(rows, "reward")
+    wide, narrow = (
+        mean_interval([row["scores"]["reward"] for row in part], clusters(part))  # type: ignore[index]
+        for part in (one, rows)
+    )
     assert (narrow.mean, narrow.low, narrow.high) == pytest.approx((wide.mean, wide.low, wide.high))
 
 

@@ -520,7 +520,7 @@ class TestTemplates:
         source = put(fine, nothing, lost, fine, lost)
         rows = read(source, tokenizer=make_chat_tokenizer(template))
         assert len(rows) == 5 and rows == read(source)
-        told = f"{source.path}: 2 of 5 rows (the first: row 3) {datasets.DROPPED_SYSTEM_TURN}\n"
+        told = f"{source.path}: 2 of 5 rows (the first: row 3) {datasets.DROPPED_FIELD.format('a system turn')}\n"
         assert capsys.readouterr().err == told
         read(source, tokenizer=make_chat_tokenizer(KEPT))
         assert capsys.readouterr().err == ""
@@ -531,7 +531,8 @@ class TestTemplates:
         source = put(row)
         datasets.preferences(source, make_chat_tokenizer(DROPPING))
         assert (
-            capsys.readouterr().err == f"{source.path}: 1 of 1 rows (the first: row 1) {datasets.DROPPED_SYSTEM_TURN}\n"
+            capsys.readouterr().err
+            == f"{source.path}: 1 of 1 rows (the first: row 1) {datasets.DROPPED_FIELD.format('a system turn')}\n"
         )
 
     def test_the_trainer_tells_it_too(self, capsys: Any) -> None:
@@ -539,7 +540,7 @@ class TestTemplates:
         tokenizer = make_chat_tokenizer(DROPPING)
         rows = [{"prompt": [user("q")]}, {"prompt": [SYSTEM, user("q")]}, {"prompt": "text"}, {"input_ids": [5]}]
         prompts, left_out = PromptEncoder(tokenizer, None, len(tokenizer))(rows, "train_dataset")
-        told = f"train_dataset: 1 of 4 rows (the first: row 2) {datasets.DROPPED_SYSTEM_TURN}\n"
+        told = f"train_dataset: 1 of 4 rows (the first: row 2) {datasets.DROPPED_FIELD.format('a system turn')}\n"
         assert left_out == 0 and capsys.readouterr().err == told
         assert prompts[0].tokens == prompts[1].tokens and tokenizer.decode(prompts[1].tokens) == "<user>q<assistant>"
         PromptEncoder(tokenizer, None, len(tokenizer), quiet=True)(rows, "train_dataset")
@@ -806,7 +807,10 @@ class TestStages:
             SalsaError, match=r"^data\.demonstrations: found 2 rows with an answer within .* at least sft"
         ):
             sft.run(job)
-        assert f"{path}: 1 of 2 rows (the first: row 2) {datasets.DROPPED_SYSTEM_TURN}\n" in capsys.readouterr().err
+        assert (
+            f"{path}: 1 of 2 rows (the first: row 2) {datasets.DROPPED_FIELD.format('a system turn')}\n"
+            in capsys.readouterr().err
+        )
         path.write_text(whole, encoding="utf-8")
         assert not list(job.folder.glob("*.safetensors"))
 
@@ -824,7 +828,7 @@ class TestStages:
         assert metrics["pairs"] == {"train": len(TEXTS) + 1 - 2, "held_out": 2} and metrics["left_out"] == 1
         said = capsys.readouterr().err
         assert f"{path}: 1 of 12 rows (the first: row 1) {datasets.IDENTICAL_PAIR}\n" in said
-        assert f"{path}: 1 of 12 rows (the first: row 3) {datasets.DROPPED_SYSTEM_TURN}\n" in said
+        assert f"{path}: 1 of 12 rows (the first: row 3) {datasets.DROPPED_FIELD.format('a system turn')}\n" in said
         assert "reward  1 of 11 rows left out: longer than model.max_length = 96 tokens" in said
 
 

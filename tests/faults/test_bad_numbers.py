@@ -18,7 +18,7 @@ from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import RunningScale, as_reward
 from salsa_peft.models.weights import save_checkpoint
-from salsa_peft.soup import average as averaging
+from salsa_peft.soup import average
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.checks import check_model
 from salsa_peft.training.references import as_references
@@ -107,7 +107,7 @@ class TestWeights:
         """Its KL is no number, also where β is 0; a second reference that is sound does not hide it."""
         trainer = make_trainer(["seed-0", "soup"], **options)
         factor("soup", value)(trainer)
-        refused(trainer, r"^KL: found (nan|-?inf) in PPO, expected a finite number; nothing saved, the batch is in ")
+        refused(trainer, r"^KL: PPO computed (nan|-?inf)\. No checkpoint was saved; the batch is in ")
 
     def test_in_the_policy(self, make_trainer: Any, value: float) -> None:
         trainer = make_trainer()
@@ -126,7 +126,7 @@ class TestWeights:
     def test_in_the_value_head(self, make_trainer: Any, value: float, old_logprobs: str) -> None:
         trainer = make_trainer(old_logprobs=old_logprobs)
         value_head(value)(trainer)
-        refused(trainer, r"^value: found (nan|-?inf) in PPO, expected a finite number")
+        refused(trainer, r"^value: PPO computed (nan|-?inf)\. No checkpoint was saved")
 
     def test_before_the_trainer_is_made(self, make_trainer: Any, make_base: Any, value: float) -> None:
         """A frozen model as reference, and a policy, are looked at when they are given."""
@@ -143,7 +143,7 @@ class TestWeights:
 
         trainer = make_trainer()
         factor("soup", value)(trainer)
-        folder = Path(refused(trainer, "^KL: found ").rsplit("the batch is in ", 1)[1])
+        folder = Path(refused(trainer, "^KL: PPO computed ").rsplit("the batch is in ", 1)[1])
         rows = [json.loads(line) for line in (folder / "batch.jsonl").read_text().splitlines()]
         tensors = load_file(folder / "batch.safetensors")
         assert (len(rows), set(rows[0])) == (8, {"prompt", "response"})
@@ -162,7 +162,7 @@ class TestScores:
     def test_that_are_none(self, make_trainer: Any, value: float, rows: slice, options: dict[str, Any]) -> None:
         """Said as the reward gave it: a clip would make 5 of infinity."""
         refused(
-            make_trainer(reward=say(value, rows), **options), f"^score: found {value} in PPO, expected a finite number"
+            make_trainer(reward=say(value, rows), **options), f"^score: PPO computed {value}. No checkpoint was saved"
         )
 
     @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ class TestScores:
         """1e30 squared is infinity in float32: the value loss says so before a step. Scores that are all alike have no deviation to be
         divided by."""
         refused(
-            make_trainer(reward=say(1e30, rows), **options), r"^loss: found (inf|nan) in PPO, expected a finite number"
+            make_trainer(reward=say(1e30, rows), **options), r"^loss: PPO computed (inf|nan)\. No checkpoint was saved"
         )
 
     def test_a_clip_makes_5_of_1e30(self, make_trainer: Any, tmp_path: Path) -> None:
@@ -213,13 +213,13 @@ class TestGradients:
     def test_one_that_is_none_makes_no_step(self, make_trainer: Any, max_grad_norm: float, value: float) -> None:
         trainer = make_trainer(max_grad_norm=max_grad_norm)
         next(iter(adapters.parameters(trainer.model.policy, "policy"))).register_hook(lambda gradient: gradient + value)
-        refused(trainer, r"^gradient norm: found (nan|inf) in PPO, expected a finite number")
+        refused(trainer, r"^gradient norm: PPO computed (nan|inf)\. No checkpoint was saved")
 
     def test_that_overflows(self, make_trainer: Any) -> None:
         """A weight of 1e30 behind a normalisation: the loss is a number, its gradient is none."""
         trainer = make_trainer()
         factor("policy", 1e30, 1)(trainer)
-        refused(trainer, r"^gradient norm: found nan in PPO")
+        refused(trainer, r"^gradient norm: PPO computed nan")
 
     def test_a_learning_rate_without_bounds(self, make_trainer: Any) -> None:
         """Weights of 1e30 after the first update: the second one's rollout has no distribution, and nothing is saved."""
@@ -230,7 +230,7 @@ class TestGradients:
             trainer.train()
         assert "\n" not in str(caught.value)
         assert not (Path(trainer.args.output_dir) / WEIGHTS).exists()
-        with pytest.raises(SalsaError, match="learning_rate: found inf, expected a finite number"):
+        with pytest.raises(SalsaError, match="learning_rate: must be a finite number, not inf"):
             make_trainer(learning_rate=INF)
 
 
@@ -248,7 +248,7 @@ class TestWhatWasThereBefore:
 
         options = {"save_strategy": "steps", "save_steps": 1, "reward": reward}
         broken = make_trainer(folder=tmp_path / "a", **options)
-        with pytest.raises(SalsaError, match="score: found nan"):
+        with pytest.raises(SalsaError, match="score: PPO computed nan"):
             broken.train()
         there = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*"))
         assert there == ["checkpoint-1"]
@@ -306,7 +306,7 @@ class TestFiles:
 
     def test_a_soups_member(self, seeds: list[Path], tmp_path: Path, value: float) -> None:
         with pytest.raises(SalsaError, match=r"seed-1.*not finite") as caught:
-            averaging.soup(tmp_path / "soup", seeds)
+            average.soup(tmp_path / "soup", seeds)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "soup" / WEIGHTS).exists()
 
@@ -372,14 +372,12 @@ class TestEmptyResponses:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["objective/empty_share"] for row in rows] == [1.0, 1.0]
         assert all(value is not None and math.isfinite(value) for row in rows for value in row.values())
-        assert "guards.empty: update 1: found 100% of the responses empty" in capsys.readouterr().err
+        assert "guards.empty: update 1: 100% of the responses are empty" in capsys.readouterr().err
 
     def test_a_guard_that_stops_leaves_a_whole_checkpoint(self, make_trainer: Any) -> None:
         trainer = make_trainer(guards={"empty": "stop"})
         ends_at_once(trainer)
-        with pytest.raises(
-            SalsaError, match=r"guards.empty: update 1: found 100% .*; checkpoint-1 is saved in "
-        ) as caught:
+        with pytest.raises(SalsaError, match=r"guards.empty: update 1: 100% .*; checkpoint-1 is saved in ") as caught:
             trainer.train()
         assert "\n" not in str(caught.value)
         checkpoint = Path(trainer.args.output_dir) / "checkpoint-1"
@@ -423,7 +421,9 @@ class TestSmallBatches:
 
     @pytest.mark.parametrize("prompts", [0, 7])
     def test_a_batch_larger_than_the_data_is_refused(self, make_trainer: Any, tmp_path: Path, prompts: int) -> None:
-        with pytest.raises(SalsaError, match=rf"^train_dataset: found {prompts} prompts .* batch_size = 8; ") as caught:
+        with pytest.raises(
+            SalsaError, match=rf"^train_dataset: found {prompts} prompts .* batch_size = 8\. "
+        ) as caught:
             make_trainer(prompts=PROMPTS[:prompts])
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()

@@ -160,7 +160,7 @@ def test_every_file_of_a_finished_run_by_every_damage(go: Any, damage: str, tall
         assert (code, made) == (0, [unit, *after] if first else [unit]), (name, err)
         assert cached == ([one for one in UNITS if one not in made] if first else [])
         assert [line for line in err.splitlines() if name in line and " … " in line] == [
-            f"{unit} … {why}: {name}: made again"
+            f"{unit} … {why}: {name}: running again"
         ]
         assert contents(RUN) == expected
     tally(tries=len(FILES), finished_unit_files=len(FILES), damages=len(DAMAGES))
@@ -186,7 +186,7 @@ def test_a_manifest_that_is_none(go: Any, damage: str) -> None:
         DAMAGES[damage](path)
     code, made, _, err = go()
     assert code == 0 and made == ["soup", *AFTER["soup"]]
-    assert "soup … unfinished: made again" in err and contents(RUN) == expected
+    assert "soup … unfinished: running again" in err and contents(RUN) == expected
     assert go()[1] == []
 
 
@@ -260,7 +260,7 @@ def test_what_an_unfinished_policy_was_begun_from(go: Any, damage: str) -> None:
         if damaged:
             DAMAGES[damage](place / "begun.json")
         _, made, _, err = go()
-        assert made[0] == "ppo/salsa" and ("unfinished: made again" if damaged else "unfinished: goes on") in err
+        assert made[0] == "ppo/salsa" and ("unfinished: running again" if damaged else "unfinished: resuming") in err
         assert (place / "left.txt").exists() is not damaged
         if damage != "longer" or not damaged:
             (place / "left.txt").unlink(missing_ok=True)
@@ -331,7 +331,7 @@ def test_a_judges_cache(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "judge_cache.sqlite"
     cache = Cache(path)
     cache.put({f"{number}": Reply("a" * 3000, "stop", 1, 1) for number in range(40)})
-    cache.close()
+    cache.file.close()
     if damage == "garbage":
         raw = bytearray(path.read_bytes())
         for page in range(4096, len(raw), 4096):
@@ -411,7 +411,7 @@ def test_a_flipped_bit_of_a_judges_reply(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "judge_cache.sqlite"
     cache = Cache(path)
     cache.put({"good": Reply("better: A", "stop", 1, 1), "bad": Reply("the verdict is [[A]]", "stop", 1, 1)})
-    cache.close()
+    cache.file.close()
     path.write_bytes(path.read_bytes().replace(b"the verdict is [[A]]", b"the verdict is [[B]]"))
     cache = Cache(path)
     assert cache.get("bad") is None and "the reply bad is damaged; the judge is asked again" in capsys.readouterr().err
@@ -473,7 +473,11 @@ def test_every_file_of_a_checkpoint_by_every_damage(stopped: Any, tmp_path: Path
             if not passed:
                 quiet.append((name, damage))
             else:
-                assert len(passed) == 1 and "checkpoint-3: not whole" in passed[0] and name in passed[0]
+                assert (
+                    len(passed) == 1
+                    and "checkpoint-3: skipped, because it is incomplete" in passed[0]
+                    and name in passed[0]
+                )
             shutil.rmtree(copy)
     assert {name for name, _ in quiet} <= {"salsa_state.json"}, quiet  # one that says it is older is not looked at
     tally(tries=len(there) * len(DAMAGES), checkpoint_files=len(there))
@@ -523,11 +527,13 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     copy = tmp_path / "copy"
     shutil.copytree(place, copy)
     DAMAGES[damage](copy / "checkpoint-3" / name)
-    with pytest.raises(SalsaError, match=rf"checkpoint-3, which is not whole \((changed|missing): {name}\)"):
+    with pytest.raises(
+        SalsaError, match=rf"checkpoint-3 is not a complete checkpoint \({name} (has changed|is missing)\)"
+    ):
         tiny.make_trainer(tokenizer, copy, **OPTIONS).train(resume_from_checkpoint=str(copy / "checkpoint-3"))
     tiny.make_trainer(tokenizer, copy, **OPTIONS).train(resume_from_checkpoint=True)
     said = [line for line in capsys.readouterr().err.splitlines() if name in line]
-    assert len(said) == 1 and "passed over" in said[0]
+    assert len(said) == 1 and "skipped, because it is incomplete" in said[0]
     timeless = [[{k: v for k, v in json.loads(line).items() if "time" not in k and "per_second" not in k} for line in text.splitlines()]
                 for text in (metrics, (copy / "metrics.jsonl").read_text())]  # fmt: skip
     assert timeless[0] == timeless[1] and len(timeless[0]) >= 2

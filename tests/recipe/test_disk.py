@@ -58,12 +58,12 @@ def test_full_weights_by_hand(tmp_path: Path) -> None:
     found = disk.need(job, plan(job, tmp_path), list(plan(job, tmp_path)), CARD)
     assert found is not None
     model, reward = 2 * size.parameters, 2 * (size.parameters - 32000 * 4096 + 4096)
-    assert found.stays == 7 * model + reward
+    assert found.final == 7 * model + reward
     checkpoint = (2 + 2 + 8 / 256) * size.parameters  # bf16 weights, 8-bit states
-    assert found.most == found.stays - model + 3 * checkpoint
+    assert found.peak == found.final - model + 3 * checkpoint
     master = disk.need(job, plan(job, tmp_path), list(plan(job, tmp_path)), None)
     assert (
-        master is not None and master.most == found.stays - model + 3 * 12 * size.parameters
+        master is not None and master.peak == found.final - model + 3 * 12 * size.parameters
     )  # float32, two float32 states
     one = paper("llama2_full", None, "ppo.max_steps=400")[0]
     assert disk.written(one, "ppo", size, CARD) == (
@@ -93,16 +93,16 @@ def test_what_is_there_writes_nothing_more(tmp_path: Path) -> None:
     steps = plan(job, tmp_path)
     model = 2 * size.parameters
     alone = disk.need(job, steps, ["sft/seed-0"], CARD)
-    assert alone is not None and (alone.stays, alone.most, alone.place) == (model, model, tmp_path)
+    assert alone is not None and (alone.final, alone.peak, alone.place) == (model, model, tmp_path)
     steps["sft/seed-0"].folder.mkdir(parents=True)
     steps["sft/seed-0"].folder.joinpath("half.bin").write_bytes(bytes(1000))
     begun = disk.need(job, steps, ["sft/seed-0"], CARD)
-    assert begun is not None and begun.stays == model - 1000
+    assert begun is not None and begun.final == model - 1000
     cached = {
         name: runs.Step(unit=step.unit, key=step.key, folder=step.folder, why=None) for name, step in steps.items()
     }
     nothing = disk.need(job, cached, list(cached), CARD)
-    assert nothing is not None and nothing.stays == nothing.most == 0
+    assert nothing is not None and nothing.final == nothing.peak == 0
 
 
 def test_a_run_that_cannot_fit_is_refused(
@@ -114,23 +114,26 @@ def test_a_run_that_cannot_fit_is_refused(
     assert salsa_run(words) == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and line.startswith(
-        f"results: found 120.0 GiB free on the disk of {tmp_path}, expected 163.5 GiB, of which 100.2 GiB stay"
+        f"results: need 163.5 GiB during the run (100.2 GiB when it is finished), but only 120.0 GiB are free on the disk of {tmp_path}"
     )
-    assert line.endswith("take --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
+    assert line.endswith("use --output-dir on a larger disk, or --lora") and not list(tmp_path.iterdir())
     free.free = 145 * GIB
     assert salsa_run(words) == 2
-    assert "or --set ppo.save_steps=100000 (one checkpoint a policy, at its end), or --lora" in capsys.readouterr().err
+    assert (
+        "or --set ppo.save_steps=100000 (one checkpoint per policy, at its end), or --lora" in capsys.readouterr().err
+    )
     assert salsa_run([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert (
-        "disk: 100.2 GiB more when all is done, at most 163.5 GiB at one time; 145.0 GiB free" in said
-        and ": too little; take" in said
+        "disk: 100.2 GiB more when the run is finished, at most 163.5 GiB during the run; 145.0 GiB free" in said
+        and ": too little; use" in said
     )
     assert salsa_run([*words, "--lora", "--dry-run"]) == 0
     assert "too little" not in capsys.readouterr().out
     assert salsa_run(["smollm2", "--dry-run"]) == 0
     assert (
-        "disk: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand" in capsys.readouterr().out
+        "disk: not known before the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is downloaded"
+        in capsys.readouterr().out
     )
 
 
@@ -160,6 +163,6 @@ def test_it_is_what_a_run_writes(lora: str | None, tmp_path: Path, monkeypatch: 
         done.set()
         watching.join()
     assert expected is not None
-    assert disk.bytes_in(folder) == pytest.approx(expected.stays, rel=0.05)
-    assert most[0] == pytest.approx(expected.most, rel=0.05)
+    assert disk.bytes_in(folder) == pytest.approx(expected.final, rel=0.05)
+    assert most[0] == pytest.approx(expected.peak, rel=0.05)
     shutil.rmtree(folder)

@@ -111,14 +111,14 @@ def test_the_plan_shows_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     plan = capsys.readouterr().out
     assert "--gpu, 24 GiB" in plan and "too large; --lora" in plan and "all stages fit with: --lora\n" in plan
     assert salsa_run(["llama2_full", "--dry-run", "--gpu", "1"]) == 0
-    assert "no change makes all stages fit: a larger card" in capsys.readouterr().out
+    assert "no option makes all stages fit; use a larger GPU" in capsys.readouterr().out
     assert salsa_run(["smollm2", "--lora", "--dry-run"]) == 0
     assert (
-        "memory: known when the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is at hand"
+        "memory: not known before the config.json of HuggingFaceTB/SmolLM2-135M-Instruct is downloaded"
         in capsys.readouterr().out
     )
     for words, line in (
-        (["--gpu", "24"], "found --gpu without --dry-run"),
+        (["--gpu", "24"], "--gpu needs --dry-run"),
         (["--dry-run", "--gpu", "big"], "found big, expected GiB"),
     ):
         with pytest.raises(SystemExit) as caught:

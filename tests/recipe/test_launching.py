@@ -166,17 +166,17 @@ def test_memory_is_of_the_machine_and_of_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["sft.batch_size=9"], r"sft.batch_size: found 9, expected a multiple of num_processes 2; set sft.batch_size=10"),
+        (["sft.batch_size=9"], r"sft.batch_size: 9 is not a multiple of num_processes 2; set sft.batch_size=10"),
         (["reward.batch_size=24", "reward.micro_batch_size=8"],
-         r"reward.batch_size: found 24, expected a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or another"),
-        (["ppo.batch_size=6", "ppo.num_mini_batches=2"], r"ppo.batch_size / num_mini_batches: found minibatches of 3 .* set ppo.batch_size=8"),
-        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: found 8, expected a divisor of 4"),
-        (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: found 4, expected a divisor of 6"),
-        (["accelerate=fsdp2", "model.quantization=nf4"], r"model.quantization: found nf4 with accelerate fsdp2, .* expected none; or set"),
-        (["accelerate=zero3", "precision=stochastic"], r"precision: found stochastic with accelerate zero3"),
-        (["accelerate=fsdp2", "reward.seeds=[0, 1]"], r"reward.seeds: found \[0, 1\] with accelerate fsdp2, .* expected one seed"),
-        (["accelerate=fsdp2", "ppo.rollout_backend=paged"], r"ppo.rollout_backend: found paged with accelerate fsdp2"),
-        (["accelerate=fsdp2", "reward.optim=paged_adamw_8bit"], r"reward.optim: found paged_adamw_8bit with accelerate fsdp2"),
+         r"reward.batch_size: 24 is not a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or another"),
+        (["ppo.batch_size=6", "ppo.num_mini_batches=2"], r"ppo.batch_size: 6 is not a multiple of num_mini_batches 2 × 2 processes; set ppo.batch_size=8"),
+        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: 8 does not divide 4, the responses of a minibatch"),
+        (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: 4 does not divide 6, the responses of a rollout batch"),
+        (["accelerate=fsdp2", "model.quantization=nf4"], r"model.quantization: nf4 does not work with accelerate fsdp2, .* set model.quantization=null or accelerate=ddp"),
+        (["accelerate=zero3", "precision=stochastic"], r"precision: stochastic does not work with accelerate zero3, .* set precision=master or"),
+        (["accelerate=fsdp2", "reward.seeds=[0, 1]"], r"reward.seeds: \[0, 1\] does not work with accelerate fsdp2, .* set reward.seeds=\[0\] or"),
+        (["accelerate=fsdp2", "ppo.rollout_backend=paged"], r"ppo.rollout_backend: paged does not work with accelerate fsdp2, .* set ppo.rollout_backend=hf or"),
+        (["accelerate=fsdp2", "reward.optim=paged_adamw_8bit"], r"reward.optim: paged_adamw_8bit does not work with accelerate fsdp2, .* set reward.optim=adamw_torch_fused or"),
     ],
 )  # fmt: skip
 def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: str) -> None:

@@ -355,8 +355,10 @@ def test_a_policy_that_was_killed_goes_on_and_ends_the_same(run: Path, tmp_path:
     until(process, folder, "ppo/mkl/*/checkpoint-1")
     process.terminate()
     said = process.communicate()[1]
-    assert process.returncode == 143 and "unfinished: goes on" in said and "ppo/salsa  goes on from checkpoint-" in said
-    assert "terminated; the same command goes on" in said
+    assert (
+        process.returncode == 143 and "unfinished: resuming" in said and "ppo/salsa  goes on from checkpoint-" in said
+    )
+    assert "terminated; run the same command again to continue" in said
     done = command(folder, *often)
     assert done.returncode == 0 and "ppo/mkl  goes on from checkpoint-" in done.stderr, done.stderr
     for name in ("ppo/salsa", "ppo/mkl"):

@@ -150,7 +150,7 @@ def test_the_plan(here, capsys):
     for line in (
         f"results: {here}/runs/tiny-lora",
         "sft, each of 3 seeds          8 rows = 4 micro-batches of 2  about 6 steps (20 rows × 2 epochs)",
-        "16 responses = 2 minibatches × 2 micro-batches of 4  about 800 updates (6400 rows × 2 epochs), 4 × 2 optimizer steps an update",
+        "16 responses = 2 minibatches × 2 micro-batches of 4  about 800 updates (6400 rows × 2 epochs), 4 × 2 optimizer steps per update",
         "ppo.learning_rate             2e-06                         2e-05",
         "adapter.r                     –                             16",
     ):
@@ -225,7 +225,7 @@ def test_output_dir(here, capsys):
     assert salsa_run(["tiny.yaml", "--lora", "--dry-run", "--output-dir", "elsewhere"]) == 0
     assert f"results: {here}/elsewhere\n" in capsys.readouterr().out
     assert salsa_run(["tiny.yaml", "--lora", "--output-dir", "tiny.yaml/x"]) == 2
-    assert "which is a file, expected a folder" in capsys.readouterr().err
+    assert "tiny.yaml is a file; choose a folder" in capsys.readouterr().err
 
 
 def test_no_stage_is_imported_by_the_table():

@@ -273,7 +273,7 @@ def test_a_push_that_fails_is_pending_and_made_up_for(server: Hub, run: Path, tm
     made_up = command(server, tmp_path / "home", "push", str(run))
     assert made_up.returncode == 0, made_up.stderr
     assert len(server.repos["tester/tiny-soup"].commits) == 2 and not (run / hub_push.PENDING).exists()
-    assert "found nothing pending" in command(server, tmp_path / "home", "push", str(run)).stderr
+    assert "nothing is pending" in command(server, tmp_path / "home", "push", str(run)).stderr
 
 
 def test_no_login_a_wrong_token_and_another_s_namespace_are_said_at_once(
@@ -340,26 +340,26 @@ def test_full_weights_are_pushed_as_checkpoints(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["push", "RUN", "soup"], "--to: found none, expected --to namespace/name"),
+        (["push", "RUN", "soup"], "--to: is required with items; add --to namespace/name"),
         (["push", "RUN", "soup", "--to", "../../etc"], "--to: found '../../etc', expected namespace/name"),
         (["push", "RUN", "soup", "--to", "name"], "--to: found 'name', expected namespace/name"),
         (
             ["push", "RUN", "salas", "--to", "a/b"],
-            "'salas': found no such result, expected one of this recipe; did you mean salsa?",
+            "this recipe has no result 'salas'; did you mean salsa?",
         ),
-        (["push", "RUN", "seed-7", "--to", "a/b"], "found no such result"),
-        (["push", "RUN", "soup", "soup", "--to", "a/b"], "found an item twice"),
+        (["push", "RUN", "seed-7", "--to", "a/b"], "this recipe has no result 'seed-7'"),
+        (["push", "RUN", "soup", "soup", "--to", "a/b"], "soup soup: name each item once"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "/tmp/x"], "--base-model: found '/tmp/x'"),
-        (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: found no recipe.yaml in it"),
+        (["push", "nowhere", "soup", "--to", "a/b"], "nowhere: not a run's folder, since it has no recipe.yaml"),
         (["push", "RUN", "soup", "--to", "a/b--c"], "--to: found 'a/b--c', expected namespace/name"),
         (["push", "RUN", "soup", "--to", "a/b.git"], "--to: found 'a/b.git'"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "a/b..c"], "--base-model: found 'a/b..c'"),
         (["push", "RUN", "soup", "salsa", "--to", "a/" + "x" * 93], "expected namespace/name"),
-        (["push", "RUN", "--public"], "--public, --base-model: found one without items"),
-        (["pull", "a/b", "RUN"], "in it, expected an empty folder"),
-        (["pull", "a/b", ""], "a/b: found an empty FOLDER or --revision"),
-        (["pull", "a"], "'a': found no id of the Hub"),
-        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: found a file, expected a folder"),
+        (["push", "RUN", "--public"], "--public, --base-model: need items and --to"),
+        (["pull", "a/b", "RUN"], "this folder is not empty (it has "),
+        (["pull", "a/b", ""], "a/b: FOLDER and --revision must not be empty"),
+        (["pull", "a"], "ID: found 'a', expected namespace/name"),
+        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: this is a file; name a folder"),
     ],
 )
 def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], message: str) -> None:
@@ -406,11 +406,20 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["hub.push=[salas]"], "hub.push: 'salas': found no such result"),
-        (["hub.push=[soup]"], "hub.base_model: found none, and the base is the embedded world of this machine"),
+        (["hub.push=[salas]"], "hub.push: this recipe has no result 'salas'; did you mean salsa?"),
+        (
+            ["hub.push=[soup]"],
+            "hub.base_model: is required, because the base is the embedded world; give the base's Hub id",
+        ),
         (["hub={push: [soup], base_model: nobody}"], "hub.base_model: found 'nobody', expected namespace/name"),
-        (["hub={push: [soup], base_model: a/b, namespace: ../x}"], "hub.namespace: found '../x'"),
-        (["hub={push: [soup, soup], base_model: a/b}"], "hub.push: found 'soup' twice"),
+        (
+            ["hub={push: [soup], base_model: a/b, namespace: ../x}"],
+            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64, not '../x'",
+        ),
+        (
+            ["hub={push: [soup, soup], base_model: a/b}"],
+            "hub.push: ['soup', 'soup'] has an entry twice; give each once",
+        ),
         (["hub.token=hf_secret"], "hub.token: unknown key"),
     ],
 )
@@ -443,7 +452,7 @@ def test_one_pending_item_that_is_gone_stops_no_other(server: Hub, run: Path, tm
     done = command(server, tmp_path / "home", "push", str(run))
     assert (
         done.returncode == 1
-        and "'gone': found no such result" in done.stderr
+        and "this recipe has no result 'gone'" in done.stderr
         and "seed-0 is pending for the same repository" in done.stderr
     )
     assert set(server.repos) == {BASE_ID, "tester/s"}

@@ -255,7 +255,7 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "Table 5, Mistral-7B" in out and max(map(len, out.splitlines())) > 120
         assert report.main(["--paper", "x"]) == 2
-        assert "found --paper x, expected it alone" in capsys.readouterr().err
+        assert "--paper: takes no other arguments" in capsys.readouterr().err
 
     def test_what_is_no_finished_run_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Before anything is written; a run is what its newest report was made from, whatever keys would be now."""
@@ -263,12 +263,12 @@ class TestCommand:
             (tmp_path / name).mkdir()
             (tmp_path / name / "recipe.yaml").write_text("name: r\ntoy: {}\npolicies: {ppo: {reference: seed-0}}\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "a: found no finished report, expected a finished run" in capsys.readouterr().err
+        assert "a: this run has no finished report; run it again: salsa run " in capsys.readouterr().err
         assert report.main([str(tmp_path / "a"), str(tmp_path / "none")]) == 2
         assert "none: found no recipe.yaml" in capsys.readouterr().err
         (tmp_path / "a" / "recipe.yaml").write_text("name: r\nbeta: 1\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-        assert "recipe.yaml: beta: found 1" in capsys.readouterr().err
+        assert "recipe.yaml: beta: is not valid: Unexpected keyword argument; found 1" in capsys.readouterr().err
         assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
     def test_what_can_not_be_meant(
@@ -279,16 +279,16 @@ class TestCommand:
         (tmp_path / "a" / "recipe.yaml").write_text("name: r\n")
         run, seen = str(tmp_path / "a"), []
         for words, said in (
-            ([run, "--output-dir", "x"], "--output-dir: found it with one run"),
-            ([run, run, "--output-dir"], "--output-dir: found nothing"),
-            (["/nope"], "/nope: found no recipe.yaml in it"),
-            ([str(tmp_path)], "found no recipe.yaml in it"),
+            ([run, "--output-dir", "x"], "--output-dir: is for several runs"),
+            ([run, run, "--output-dir"], "--output-dir: needs a folder's name"),
+            (["/nope"], "/nope: not the folder of a run, since it has no recipe.yaml"),
+            ([str(tmp_path)], "not the folder of a run"),
         ):
             assert report.main(words) == 2
             err = capsys.readouterr().err
             assert said in err and err.count("\n") == 1
         assert report.main(["--help"]) == 0 and "--paper" in capsys.readouterr().out
-        monkeypatch.setattr(report.recipe, "main", lambda words, prog: seen.append(words) or 0)
+        monkeypatch.setattr(report, "run_recipe", lambda words, prog: seen.append(words) or 0)
         redo = ["--stages", "report", "--force", "report"]
         for words, meant in (
             ([run], [f"{run}/recipe.yaml", "--output-dir", run]),
@@ -320,10 +320,10 @@ class TestCommand:
         os.utime(tmp_path / "report" / "9" / "manifest.json", (30, 30))
         assert runs_of.finished_results(tmp_path) == {"sft/seed-0": tmp_path / "sft" / "seed-0" / "1"}
         (tmp_path / "sft" / "seed-0" / "1" / "x").write_text("longer")
-        with pytest.raises(SalsaError, match="found sft/seed-0/1/x missing or changed"):
+        with pytest.raises(SalsaError, match="sft/seed-0/1/x is missing or has changed; run it again"):
             runs_of.finished_results(tmp_path)
         shutil.rmtree(tmp_path / "sft" / "seed-0" / "1")
-        with pytest.raises(SalsaError, match="found no sft/seed-0 that its report was made from"):
+        with pytest.raises(SalsaError, match="the result of sft/seed-0 that the report was made from is missing"):
             runs_of.finished_results(tmp_path)
 
 

@@ -150,7 +150,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
     "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x'; the rank must be"),
     "not json": (write("adapter_config.json", "{"), "adapter_config.json: not valid JSON"),
-    "list": (write("adapter_config.json", "[]"), "adapter_config.json: holds a list, not a mapping"),
+    "list": (write("adapter_config.json", "[]"), "adapter_config.json: this is a list, not a mapping"),
     "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json: not valid JSON"),
     "no config": (
         rename("adapter_config.json", "x"),

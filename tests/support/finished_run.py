@@ -24,7 +24,7 @@ from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.recipe import cache as runs
 from salsa_peft.recipe.units import POLICY_UNITS, report_units, reward_units, sft_units, soup_units
 from salsa_peft.report.page import write_report
-from salsa_peft.soup import average as averaging
+from salsa_peft.soup import average
 from salsa_peft.utils.fingerprints import base_fingerprint
 
 BASE_ID = "tester/tiny-base"
@@ -69,7 +69,7 @@ def make_run(
             write_report(step.folder, synthetic_run.synthetic())
             (step.folder / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
         elif unit.stage == "soup":
-            averaging.soup(
+            average.soup(
                 step.folder, [steps["sft/seed-0"].folder, steps["sft/seed-1"].folder], names=["seed-0", "seed-1"]
             )
         else:

@@ -266,18 +266,18 @@ class TestState:
 class TestCut:
     def test_what_came_after_the_checkpoint_is_taken_off(self, tmp_path: Path) -> None:
         (tmp_path / "log").write_text("one\ntwo\nhal")
-        checkpoints.cut(tmp_path / "log", 8)
+        checkpoints.truncate_log(tmp_path / "log", 8)
         assert (tmp_path / "log").read_text() == "one\ntwo\n"
-        checkpoints.cut(tmp_path / "log", 8)
+        checkpoints.truncate_log(tmp_path / "log", 8)
         assert (tmp_path / "log").read_text() == "one\ntwo\n"
-        checkpoints.cut(tmp_path / "log", 0)
+        checkpoints.truncate_log(tmp_path / "log", 0)
         assert (tmp_path / "log").read_text() == ""
 
     def test_a_log_that_is_not_there(self, tmp_path: Path) -> None:
         """Is one of 0 bytes, and is not made."""
-        assert checkpoints.cut(tmp_path / "log", 0) is None
+        assert checkpoints.truncate_log(tmp_path / "log", 0) is None
         assert not (tmp_path / "log").exists()
-        line = checkpoints.cut(tmp_path / "log", 4)
+        line = checkpoints.truncate_log(tmp_path / "log", 4)
         assert (
             line is not None
             and "log: lines from before the checkpoint are missing (0 bytes; 4 at the checkpoint)" in line
@@ -286,7 +286,7 @@ class TestCut:
     def test_a_log_that_is_too_short_is_left_as_it_is(self, tmp_path: Path) -> None:
         """And said: os.truncate would fill it up with zeros, and lost lines are no reason to lose the checkpoint."""
         (tmp_path / "log").write_text("one\n")
-        line = checkpoints.cut(tmp_path / "log", 5)
+        line = checkpoints.truncate_log(tmp_path / "log", 5)
         assert (
             line is not None
             and "log: lines from before the checkpoint are missing (4 bytes; 5 at the checkpoint)" in line

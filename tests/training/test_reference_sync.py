@@ -127,7 +127,7 @@ def test_ppo_moves_it_and_a_resumed_run_is_the_same(
         json.loads(line)["objective/kl"] for line in (tmp_path / "part" / "metrics.jsonl").read_text().splitlines()
     ] == [row["objective/kl"] for row in rows]
     other = make_trainer(["soup"] if not full else [make_base(1)], full=full, folder=tmp_path / "part", max_steps=5, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")  # fmt: skip
-    with pytest.raises(SalsaError, match="it holds other synced references than this run has"):
+    with pytest.raises(SalsaError, match="its synced references are not those of this run"):
         other.train(resume_from_checkpoint=True)
 
 

@@ -118,7 +118,7 @@ def test_a_policy_that_was_stopped_goes_on(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(60) == 143
     err = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False).stderr
-    assert err.count("ppo/both  goes on from checkpoint-") == 1 and "ppo/both … done" in err, err[-2000:]
+    assert err.count("ppo/both  resuming from checkpoint-") == 1 and "ppo/both … done" in err, err[-2000:]
     rows = (unit(tmp_path / "two", "ppo/both") / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["update"] for row in rows] == list(range(1, 81))
 

@@ -17,8 +17,7 @@ from salsa_peft.utils.messages import short
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,%d}[A-Za-z0-9_])?(?<!\.git)"
 NAMESPACE = re.compile(PART % 62 + r"\Z")
 REPO_ID = re.compile((PART % 62).replace(".*", "[^/]*") + "/" + PART % 94 + r"\Z")
-"""Pattern of namespace/name, for repositories to create: stricter than `utils.hub.HUB_ID`, which accepts what
-exists."""
+"""Pattern of a repository to create, stricter than `utils.hub.HUB_ID`, which accepts what exists."""
 REPO_EXPECTED = (
     "expected namespace/name, of letters, digits and single dots, - and _ between them, at most 96 characters"
 )

@@ -20,8 +20,7 @@ class Sampling:
     max_new_tokens: Count = 128
     """Maximum length of a response, EOS included (TRL's response_length)."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """EOS and end-of-turn tokens have probability 0 before this many tokens, in policy and references alike. Keeps the
-    policy from lowering the KL by short responses."""
+    """Tokens before EOS can occur, in policy and references. Prevents lowering the KL by short responses."""
     temperature: Positive = 1.0
     """Sampling temperature. Log-probs are computed at this temperature too (TRL's default is 0.7)."""
 
@@ -59,14 +58,12 @@ class PPOOptions:
     kl_coef: NonNegative = 0.2
     """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
-    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2 and k3 (Schulman); abs = |k1|; full: exact,
-    over the whole vocabulary."""
+    """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman); abs = |k1|; full: exact."""
     kl_per: Literal["response", "token"] = "response"
     """KL penalty of a response: the sum over its tokens, or their mean. With the mean, short responses have no
     advantage over long ones. Logs, kl_target and the adaptive controller always use the sum."""
     kl_control: Literal["fixed", "adaptive"] = "adaptive"
-    """adaptive: β is adjusted towards kl_target (Ziegler et al., 2019; TRL 0.8; the paper's "initial KL
-    coefficient")."""
+    """adaptive: β follows kl_target (Ziegler et al., 2019; TRL 0.8; the paper's "initial KL coefficient")."""
     kl_target: Positive = 6.0
     """Target KL of the adaptive controller, nats per response (default: TRL 0.8)."""
     kl_horizon: Positive = 10_000.0
@@ -86,18 +83,15 @@ class PPOOptions:
     vf_coef: NonNegative = 0.1
     """Weight of the value loss (default: TRL)."""
     value_head_learning_rate: Positive | None = None
-    """Learning rate of the value head, which starts at zero and may need a higher one than the policy. None:
-    learning_rate."""
+    """Learning rate of the value head, which starts at zero. None: learning_rate."""
     whiten_rewards: bool = False
     """Scale per-token rewards to unit variance without shifting the mean (default: TRL)."""
     max_ratio: Positive = 10.0
     """A minibatch whose mean probability ratio exceeds this is skipped (TRL 0.8: ratio_threshold)."""
     target_kl: Positive | None = None
-    """Early stopping: the rest of an update is skipped once approxkl (nats per token) exceeds 1.5 times this (TRL 0.8:
-    early_stopping). None: off."""
+    """Skip the rest of an update once approxkl exceeds 1.5 times this, nats per token (TRL 0.8). None: off."""
     guards: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Guard → off | warn | stop, or {action, limit}; training/ppo/guards.py describes the guards. Guards not named here
-    keep their defaults."""
+    """Guard → off | warn | stop, or {action, limit}. training/ppo/guards.py describes the guards."""
     missing_eos_penalty: NonNegative | None = None
     """Subtracted from the score of a response without EOS or end-of-turn token (TRL). None: off."""
     score_clip: Positive | None = None
@@ -143,8 +137,7 @@ class PPOOptions:
         require(
             processes == 1 or local % rollout == 0,
             f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each"
-            " of"
-            f" {processes} processes",
+            f" of {processes} processes",
         )
         return share
 
@@ -158,14 +151,12 @@ class PPOOptions:
         require(
             not (rollout and self.rollout_backend != "hf"),
             f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf"
-            " computes"
-            " log-probs as the update does; use recompute",
+            " computes log-probs as the update does; use recompute",
         )
         require(
             not (rollout and self.kl_estimator == "full"),
             f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden"
-            " states;"
-            " use recompute",
+            " states; use recompute",
         )
         require(
             self.kl_coef_min <= self.kl_coef,

@@ -24,8 +24,7 @@ class Toy:
     pretrain_long: Share = 0.3
     """Fraction of these whose answer has five or six words. That length is out of distribution for all later data."""
     pretrain_noise: Share = 0.5
-    """Fraction of these whose answer has errors, from one to as many as words: the base learns the language, but not to
-    answer well."""
+    """Fraction of these with one or more errors in the answer, so that the base learns to answer, but not well."""
     pretrain_graded: Share = 1.0
     """Fraction of these that end with a grade from bad to perfect, from which a reward model can learn to judge."""
     pretrain_steps: Count = 800

@@ -79,9 +79,8 @@ class KTO(PreferenceTraining):
         micro = self.micro_batch_size or self.batch_size
         require(
             micro > 1,
-            f"{section}.micro_batch_size: must be at least 2, not {micro}, because KTO's KL term pairs each prompt"
-            " with another response of"
-            " the micro-batch",
+            f"{section}.micro_batch_size: must be at least 2, not {micro}, because KTO's KL term pairs each prompt with"
+            " another response of the micro-batch",
         )
 
 
@@ -105,8 +104,7 @@ class OnlineTraining(TRLTraining):
         require(
             prompts >= wanted,
             f"data.prompts: found {prompts} prompts, expected at least {section}.batch_size / num_generations ="
-            f" {wanted}; add prompts or"
-            f" lower {section}.batch_size",
+            f" {wanted}; add prompts or lower {section}.batch_size",
         )
 
     def check(self, section: str, processes: int = 1) -> None:

@@ -7,13 +7,20 @@ no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
-from salsa_peft.data.chat.templates import ANSWER, USER, cached_per_tokenizer, content_for_template, render
+from salsa_peft.data.chat.templates import (
+    ANSWER,
+    USER,
+    cached_per_tokenizer,
+    common_prefix_length,
+    content_for_template,
+    render,
+)
 from salsa_peft.data.message_formats import Messages, parse_tools
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
@@ -121,8 +128,7 @@ def dropped_fields(
             require(
                 role not in CHAT_ROLES,
                 f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set"
-                " model.chat_template to another"
-                " template",
+                " model.chat_template to another template",
             )
             found.append(f"a {role} turn")
         more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
@@ -159,7 +165,7 @@ def trained_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     if not row.get("skipped"):
         return ids, mask
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    starts = [_common(_before(row, place, tokenizer), ids) for place in places]
+    starts = [common_prefix_length(_before(row, place, tokenizer), ids) for place in places]
     for place, start, end in zip(places, starts, [*starts[1:], len(ids)], strict=True):
         if place in row["skipped"]:
             mask[start:end] = [0] * (end - start)
@@ -173,9 +179,3 @@ def _before(row: Mapping[str, Any], place: int, tokenizer: PreTrainedTokenizerBa
         row["messages"][:place], add_generation_prompt=True, return_dict=True, **template_options(row)
     )
     return list(encoded["input_ids"])
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )

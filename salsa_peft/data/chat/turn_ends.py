@@ -36,8 +36,7 @@ class AssistantTurn(NamedTuple):
     end: int | None
     """Token that ends the turn. None: there is no template, or it writes no such token (LLaVA)."""
     after: tuple[int, ...]
-    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's reward training includes
-    them."""
+    """Tokens that the template writes after it: Qwen's newline, Phi-3's <|endoftext|>. TRL's rewards read them."""
     opening: str
     """Text of the generation prompt: Qwen's <|im_start|>assistant and a newline."""
 
@@ -120,9 +119,8 @@ def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -
         )
     if any("strftime_now(" in template for template in templates_by_name(tokenizer.chat_template).values()):
         lines.append(
-            "its chat template writes today's date, so prompts change every day and the run cannot be resumed"
-            " tomorrow; write a fixed date into"
-            " the template"
+            "its chat template writes today's date, so prompts change every day and the run cannot be resumed tomorrow;"
+            " write a fixed date into the template"
         )
     if template_lacks_bos(tokenizer):
         lines.append(

@@ -1,8 +1,8 @@
 """Replies of judges in one SQLite file, so that no request is sent twice.
 
-A reply is committed to the disk before it is used. The file uses SQLite's rollback journal instead of its write-ahead log: that one needs
-shared memory, which run folders on network disks lack, and judges are slower than an fsync. Left out: prompts, which are in the run's
-judgments, and requests without a reply (errors, refusals).
+A reply is committed to the disk before it is used. The file uses SQLite's rollback journal instead of its write-ahead
+log: that one needs shared memory, which run folders on network disks lack, and judges are slower than an fsync. Left
+out: prompts, which are in the run's judgments, and requests without a reply (errors, refusals).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from salsa_peft.utils.messages import one_line, short_path
 
 VERSION = 2
 TABLE = (
-    "CREATE TABLE replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL,"
-    " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, digest TEXT)"
+    "CREATE TABLE replies (key TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL, prompt_tokens INTEGER NOT"
+    " NULL, completion_tokens INTEGER NOT NULL, digest TEXT)"
 )
 FIELDS = "text, finish, prompt_tokens, completion_tokens"
 WAIT = 60.0
@@ -71,7 +71,8 @@ class Cache:
                     self.file.execute(f"PRAGMA user_version = {VERSION}")
         require(
             version in (0, 1, VERSION),
-            f"{self._name}: this judge cache has version {version}, expected {VERSION}; move the file away to ask the judge again",
+            f"{self._name}: this judge cache has version {version}, expected {VERSION}; move the file away to ask the"
+            " judge again",
         )
 
     def _add_digests(self) -> None:
@@ -91,7 +92,7 @@ class Cache:
         return None if row is None else Reply(*row[:-1])
 
     def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
-        """Store all replies or none. Returns what is stored, which is another process's reply where that came first."""
+        """Store all replies or none; returns what is stored, which may be another process's reply."""
         with self._readable_errors(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(
@@ -100,9 +101,6 @@ class Cache:
             )
         kept = {key: self.get(key) for key in replies}
         return {key: reply for key, reply in kept.items() if reply is not None}
-
-    def close(self) -> None:
-        self.file.close()
 
     @property
     def _name(self) -> str:
@@ -115,6 +113,6 @@ class Cache:
             yield
         except (sqlite3.Error, OSError, ValueError, OverflowError) as error:
             raise SalsaError(
-                f"{self._name}: cannot use this file as the judge's cache: {one_line(error)}; free space on its disk, or move the file"
-                " away to ask the judge again"
+                f"{self._name}: cannot use this file as the judge's cache: {one_line(error)}; free space on its disk,"
+                " or move the file away to ask the judge again"
             ) from error

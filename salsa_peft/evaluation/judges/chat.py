@@ -1,7 +1,8 @@
-"""A chat model as judge, wherever it runs: comparisons → prompts → replies → verdicts, with the replies cached.
+"""A chat model as judge: comparisons → prompts → replies → verdicts, with the replies cached.
 
-It works in rounds: first every comparison is sent, then those whose reply had no verdict are sent again. The backend (an endpoint, a model
-in this process) gets distinct requests that are not in the cache, and hands over each reply as soon as it has it.
+It works in rounds: first every comparison is sent, then those whose reply had no verdict are sent again. The backend
+(an endpoint, a model in this process) gets distinct requests that are not in the cache, and hands over each reply as
+soon as it has it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, JudgeProm
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")
+"""What a judge counts."""
 NO_VERDICT = "no verdict in its answer"
 
 
@@ -29,14 +31,16 @@ class Outcome(NamedTuple):
 
 
 class ChatBackend(Protocol):
-    """Sends requests to a chat model."""
+    """Sends requests to a chat model and counts them."""
+
+    calls: dict[str, int]
 
     @property
     def address(self) -> tuple[str, str]:
         """Endpoint and model, as in the cache's key."""
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
-        """Send all requests; `done` is called with outcomes, one or several at a time, as soon as they are known."""
+        """Send all requests; `done` is called with one or several outcomes as soon as they are known."""
 
 
 class _Pending:
@@ -55,18 +59,12 @@ class _Pending:
 class ChatJudge:
     """(comparisons, progress) → verdicts in the same order. `calls` counts over all calls.
 
-    asked: requests sent, each counted once with its retries. cached: replies found in the cache. Tokens: those of the requests sent.
+    asked: requests sent, each counted once with its retries. cached: replies found in the cache. Tokens: those of the
+    requests sent.
     """
 
-    def __init__(
-        self,
-        section: Judge,
-        backend: ChatBackend,
-        calls: dict[str, int],
-        cache: Path | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.section, self.backend, self.calls, self.say = section, backend, calls, say
+    def __init__(self, section: Judge, backend: ChatBackend, cache: Path | None, say: Callable[[str], None]) -> None:
+        self.section, self.backend, self.calls, self.say = section, backend, backend.calls, say
         self.cache, self.render = Cache(cache), renderer(section)
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
@@ -126,7 +124,7 @@ def _updated(before: Verdict, outcome: Outcome) -> Verdict:
     if outcome.reply is None:
         return before._replace(why=outcome.why)
     winner = read_verdict(outcome.reply.text)
-    why = NO_VERDICT + (", which max_tokens cut" if outcome.reply.finish == "length" else "")
+    why = NO_VERDICT + (", which was cut off at max_tokens" if outcome.reply.finish == "length" else "")
     return before._replace(
         winner=winner, text=outcome.reply.text, asked=before.asked + 1, why="" if winner is not None else why
     )

@@ -1,7 +1,7 @@
 """Estimate of a judge's calls and tokens for --dry-run. Imports no torch.
 
-The number of calls is exact once the answers exist. Before that it is counted from the files of the questions, and tokens assume answers
-of `generation.max_new_tokens`: an upper bound.
+The number of calls is exact once the answers exist. Before that it is counted from the files of the questions, and
+tokens assume answers of `generation.max_new_tokens`: an upper bound.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ ON_THE_HUB = {
     ("lmarena-ai/arena-hard-auto-v0.1", "train"): (500, (102,)),
     ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): (2000, (150,)),
 }
-"""(Hub id, split) of the paper's sets → number of questions, and tokens up to each turn (measured means; the last one is a guess)."""
+"""(Hub id, split) of the paper's sets → number of questions, and tokens up to each turn (measured means; the last one
+is a guess)."""
 
 
 class Cost(NamedTuple):
@@ -58,13 +59,16 @@ def plan_line(recipe: Recipe, answers: Path | None) -> str | None:
         return f"judge: {name}, {found.calls:,} comparisons"
     much = "about" if found.exact else "at most about"
     return (
-        f"judge: {name}, {found.calls:,} calls, {much} {found.tokens_in / 1e6:.2g} M tokens in and {found.tokens_out / 1e6:.2g} M out,"
-        " minus replies in the cache"
+        f"judge: {name}, {found.calls:,} calls, {much} {found.tokens_in / 1e6:.2g} M tokens in and"
+        f" {found.tokens_out / 1e6:.2g} M out, minus replies in the cache"
     )
 
 
 def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
-    """answers: answers.jsonl of the finished evaluate stage. None if the questions are not known before the stage starts."""
+    """Calls and tokens of the recipe's judge; None if the questions cannot be counted in advance.
+
+    answers: answers.jsonl of the finished evaluate stage, if there is one.
+    """
     sizes = None if answers is None else _from_answers(answers)
     exact = sizes is not None
     if sizes is None:
@@ -90,7 +94,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 
 
 def _turns(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens of the questions up to it) for each turn of a local jsonl file or of one of the paper's sets."""
+    """(turn, tokens up to it) for each turn of a local jsonl file or of one of the paper's sets."""
     if (source.path, source.split) in ON_THE_HUB:
         questions, lengths = ON_THE_HUB[source.path, source.split]
         return list(enumerate(lengths, 1)) * min(questions, source.limit or questions)
@@ -118,7 +122,7 @@ def _texts(row: Any) -> list[str]:
 
 
 def _from_answers(path: Path) -> dict[str, list[int]]:
-    """Set of questions → tokens of a question and two answers for each turn, with the mean length of the answers."""
+    """Set of questions → tokens of question and answers for each turn, by the answers' mean length."""
     shown: dict[tuple[str, Any, int], list[tuple[int, int]]] = {}
     for row in read_json_lines(path):
         key = (row["dataset"], row["index"], row["turn"])

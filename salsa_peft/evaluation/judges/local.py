@@ -1,7 +1,7 @@
-"""A chat model in this process as judge: its own chat template, batches of similar length padded on the left, greedy or sampled.
+"""A chat model in this process as judge, with its own chat template, greedy or sampled.
 
-With a temperature each row is sampled with a seed of its request, so that its reply does not depend on the batch. The model is loaded with
-the first request that is not in the cache.
+With a temperature each row is sampled with a seed of its request, so that its reply does not depend on the batch. The
+model is loaded with the first request that is not in the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from salsa_peft.config.judge import Judge
 from salsa_peft.data.chat.templates import content_for_template
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.evaluation.judges.cache import Reply
-from salsa_peft.evaluation.judges.chat import Messages, Outcome
+from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.models.base import device, max_positions, resolve_dtype
 from salsa_peft.models.generation import WITHOUT_FLOAT64, sample_token, uniform_numbers
 from salsa_peft.models.responses import pad_prompts
@@ -45,8 +45,8 @@ class Row(NamedTuple):
 class LocalModel:
     """Answers requests and counts them in `calls`."""
 
-    def __init__(self, section: Judge, calls: dict[str, int]) -> None:
-        self.section, self.calls = section, calls
+    def __init__(self, section: Judge) -> None:
+        self.section, self.calls = section, dict.fromkeys(CALLS, 0)
         self.folder = local_folder(str(section.model))
         self.identity = fingerprint(self.folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
@@ -83,9 +83,10 @@ class LocalModel:
                 done(self._answer(alike[start : start + self.section.concurrency]))
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids by the model's chat template; if that takes no system message, its text is put before the user's.
+        """Token ids by the model's chat template.
 
-        A special token that is spelled out in an answer stays plain text.
+        If the template takes no system message, its text is put before the user's. A special token that is spelled
+        out in an answer stays plain text.
         """
         messages = [{**message, "content": self._plain(message["content"])} for message in messages]
         try:
@@ -136,7 +137,7 @@ class LocalModel:
 
 
 class SeededSampling(LogitsProcessor):
-    """Samples each row's token by the inverse CDF at the row's own uniform numbers, and leaves it as the only finite logit."""
+    """Samples each row's token from the row's own uniform numbers."""
 
     def __init__(self, seeds: Sequence[int], length: int, temperature: float, place: torch.device) -> None:
         uniforms = uniform_numbers(seeds, length)

@@ -1,7 +1,8 @@
 """A judge behind an OpenAI-compatible endpoint, asked through the package openai.
 
-The client itself retries rate limits, server errors, timeouts and broken connections, and waits as long as a Retry-After header says. Here
-is what it leaves open: how many requests run at once, the budget, and what an error means for one comparison or for all of them.
+The client itself retries rate limits, server errors, timeouts and broken connections, and waits as long as a
+Retry-After header says. Here is what it leaves open: how many requests run at once, the budget, and what an error means
+for one comparison or for all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import openai
 
 from salsa_peft.config.judge import Judge
 from salsa_peft.evaluation.judges.cache import Reply
-from salsa_peft.evaluation.judges.chat import Messages, Outcome
+from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import one_line
 
@@ -31,7 +32,8 @@ NO_KEY = "none"
 DEFAULT = "https://api.openai.com/v1"
 """The client's own default; the environment variable OPENAI_BASE_URL overrides it, as it does there."""
 NO_COMPLETION = 599
-"""Status given to a successful response without a chat completion (an HTML page, an error), so that the client retries it."""
+"""Status given to a successful response without a chat completion (an HTML page, an error), so that the client retries
+it."""
 RETRIES = "x-stainless-retry-count"
 """Header in which the client counts the retries of a request."""
 NEW_LIMIT = "max_completion_tokens"
@@ -47,21 +49,26 @@ STOPS: dict[int | str, str] = {401: "key", 403: "key", 402: "account", 404: "mod
 
 
 class BudgetSpentError(openai.OpenAIError):
-    """The run has sent as many requests as `evaluate.judge.budget` allows. The client passes its own errors on without a retry."""
+    """The run has sent as many requests as `evaluate.judge.budget` allows.
+
+    The client raises its own errors without a retry.
+    """
 
 
 class Endpoint:
     """Sends requests to the endpoint and counts them in `calls`.
 
-    Raises SalsaError where no other request can succeed either: a wrong key or model, an exhausted account, an endpoint that is down.
+    Raises SalsaError where no other request can succeed either: a wrong key or model, an exhausted account, an endpoint
+    that is down.
     """
 
-    def __init__(self, section: Judge, calls: dict[str, int]) -> None:
-        self.section, self.calls = section, calls
+    def __init__(self, section: Judge) -> None:
+        self.section, self.calls = section, dict.fromkeys(CALLS, 0)
         self.key = os.environ.get(section.api_key_env, "").strip() or NO_KEY
         require(
             self.key.isascii() and self.key.isprintable() and " " not in self.key,
-            f"{WHERE}.api_key_env: the key in {section.api_key_env} must be printable ASCII without spaces, as HTTP headers require",
+            f"{WHERE}.api_key_env: the key in {section.api_key_env} must be printable ASCII without spaces, as HTTP"
+            " headers require",
         )
         self.base_url = section.base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT
         base = urlsplit(self.base_url)
@@ -95,7 +102,8 @@ class Endpoint:
             raise errors[0] from None
         require(
             self.answered > 0 or self.failed == 0,
-            f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (the last time: {self.last}); {TRY}",
+            f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (the last time: {self.last});"
+            f" {TRY}",
         )
 
     async def _work(
@@ -139,7 +147,7 @@ class Endpoint:
         self.calls["asked" if request.headers[RETRIES] == "0" else "retried"] += 1
 
     async def _check_response(self, response: Any) -> None:
-        """Hook after each response: read it within the timeout, and tell the client what to retry beside its own rules."""
+        """Hook after each response: what the client is to retry beside its own rules."""
         async with asyncio.timeout(self.section.timeout):  # the client's own timeout starts anew with every byte
             await response.aread()
         if response.is_success and reply_of(response.content) is None:
@@ -148,11 +156,11 @@ class Endpoint:
             response.headers["x-should-retry"] = "false"
 
     def _refused(self, error: openai.APIStatusError) -> Outcome:
-        """What a status that the client does not retry, or no longer, means for this comparison. Raises SalsaError if it concerns all."""
+        """The outcome of a refused comparison. Raises SalsaError if the refusal concerns all of them."""
         status, code = error.status_code, str(error.code or "")
-        said = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
+        problem = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
         if status != 401:  # OpenAI's message to a wrong key shows its ends
-            said += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
+            problem += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
         mend = {
             "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint accepts",
             "model": f"check {WHERE}.model and {WHERE}.base_url (which mostly ends in /v1)",
@@ -161,31 +169,34 @@ class Endpoint:
         }
         wrong = STOPS.get(code) or STOPS.get(status)
         if wrong is not None:
-            raise SalsaError(f"{WHERE}: {self.endpoint}, model {self.section.model}: {said}; {mend[wrong]}")
+            raise SalsaError(f"{WHERE}: {self.endpoint}, model {self.section.model}: {problem}; {mend[wrong]}")
         wait = error.response.headers.get("retry-after", "")
         require(
             not wait.isdigit() or int(wait) <= LONGEST_WAIT,
-            f"{WHERE}: {self.endpoint}: {said}, and it asks to wait {wait} s; run again later: answers so far are kept",
+            f"{WHERE}: {self.endpoint}: {problem}, and it asks to wait {wait} s; run again later: answers so far are kept",
         )
         if status == 413 or (status in (400, 422) and TOO_LONG.search(error.message)):
             return Outcome(None, "its prompt is too long for the judge")
-        return Outcome(None, "the endpoint's filter refused it") if code == "content_filter" else self._unanswered(said)
+        return (
+            Outcome(None, "the endpoint's filter refused it") if code == "content_filter" else self._unanswered(problem)
+        )
 
-    def _unanswered(self, said: str) -> Outcome:
-        self.failed, self.last = self.failed + 1, said
+    def _unanswered(self, problem: str) -> Outcome:
+        self.failed, self.last = self.failed + 1, problem
         require(
             self.failed < PATIENCE,
-            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (the last time: {said}); {TRY}",
+            f"{WHERE}: {self.endpoint} gave no answer to {self.failed} requests in a row (the last time: {problem});"
+            f" {TRY}",
         )
-        return Outcome(None, f"no answer: {said}")
+        return Outcome(None, f"no answer: {problem}")
 
     def _clean(self, text: str) -> str:
         """Without the key, which an endpoint may send back."""
         return text if self.key == NO_KEY else text.replace(self.key, "[key]")
 
     def _line(self, text: str) -> str:
-        said = one_line(self._clean(text))
-        return said if len(said) <= 200 else f"{said[:199]}…"
+        problem = one_line(self._clean(text))
+        return problem if len(problem) <= 200 else f"{problem[:199]}…"
 
 
 def reply_of(body: bytes) -> Reply | None:

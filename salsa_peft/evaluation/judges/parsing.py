@@ -1,14 +1,17 @@
 """A judge's reply → its verdict: [[A]], [[B]] or [[C]].
 
-On a reply with a single bracket the result is FastChat's. FastChat searches for [[A]], then [[B]], then [[C]], anywhere in the reply, and
-so reads a judge that repeats its instruction, or quotes an answer that contains a verdict, as A. Here each bracket is classified by its use:
+On a reply with a single bracket the result is FastChat's. FastChat searches for [[A]], then [[B]], then [[C]], anywhere
+in the reply, and so reads a judge that repeats its instruction, or quotes an answer that contains a verdict, as A. Here
+each bracket is classified by its use:
 
-- ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated, hypothetical, in a question,
-  or as code (`x[[A]]`);
-- a verdict: anywhere else; a declared verdict if the text calls it one ("final verdict: …"), or if it is a line or sentence of its own.
+- ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated,
+  hypothetical, in a question, or as code (`x[[A]]`);
+- a verdict: anywhere else; a declared verdict if the text calls it one ("final verdict: …"), or if it is a line or
+  sentence of its own.
 
-Declared verdicts take precedence. If the remaining brackets name different letters, the last one counts if the text says that it revises
-the earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked again. Imports no torch.
+Declared verdicts take precedence. If the remaining brackets name different letters, the last one counts if the text
+says that it revises the earlier one, or if it ends the reply; otherwise there is no verdict, and the judge is asked
+again. Imports no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ REPEATED = re.compile(
     r"|<\|The Start of [^|]*\|>.*?(<\|The End of [^|]*\|>|\Z)",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-"""An answer or the whole prompt that the judge repeats between the delimiters of our prompts, FastChat's or Arena-Hard's."""
+"""An answer or the whole prompt that the judge repeats between the delimiters of our prompts, FastChat's or
+Arena-Hard's."""
 FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
 NEGATED = re.compile(
     r"(\b(not|never|nor|neither|cannot|rather than|instead of|as opposed to)\b|n[’']t\b)[^:;.!?\n]{0,30}$",
@@ -190,7 +194,7 @@ def _led_in(before: str) -> bool:
 
 
 def _quotation(before: str) -> int | None:
-    """Characters from the start of the quotation that the bracket is in to the bracket; None outside quotations."""
+    """Characters from a quotation's start to the bracket inside it; None outside quotations."""
     places = [before.rfind(mark) for mark in '"`' if before.count(mark) % 2]
     places += [
         before.rfind(opening)

@@ -1,7 +1,8 @@
 """The judges of pairwise comparisons: openai | local | reward | function.
 
-A judge is a callable `(comparisons, progress) → verdicts`, in the same order, with `calls`; it calls progress with the number of
-comparisons just decided. It sees one comparison at a time; the two orders of a pair of answers are two comparisons.
+A judge is a callable `(comparisons, progress) → verdicts`, in the same order, with `calls`; it calls progress with the
+number of comparisons just decided. It sees one comparison at a time; the two orders of a pair of answers are two
+comparisons.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ class PairwiseJudge(Protocol):
 
 
 class RewardJudge:
-    """Compares `Comparison.scores`: a tie up to a difference of `margin`, missing where a score is not finite."""
+    """Compares `Comparison.scores`: a tie up to a difference of `margin`, missing if not finite."""
 
     def __init__(self, margin: float) -> None:
         self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)
@@ -50,7 +51,8 @@ class RewardJudge:
     def _verdict(self, comparison: Comparison) -> Verdict:
         if comparison.scores is None:
             raise SalsaError(
-                f"{WHERE}: the answers have no scores of the recipe's reward, which this judge compares; set {WHERE}.kind to another judge"
+                f"{WHERE}: the answers have no scores of the recipe's reward, which this judge compares; set"
+                f" {WHERE}.kind to another judge"
             )
         a, b = comparison.scores
         text = f"scores {a:.4f} and {b:.4f}"
@@ -60,14 +62,15 @@ class RewardJudge:
 
 
 class FunctionJudge:
-    """`function(questions, first, second, **more) -> list["A" | "B" | "C" | "tie" | None]`, called with keyword arguments.
+    """A Python function as judge: `function(questions, first, second, **more) -> list of verdicts`.
 
-    questions: for each comparison the user's turns up to the judged one as messages, [{role: user, content}, …]. first, second: the
-    texts of the two answers to the last turn. It may also take `conversations_first`, `conversations_second` (messages with the earlier
-    answers, the judged one last), `turns` (the number of the judged turn), `categories`, and `references` (lists by turn, or None).
-    It returns one verdict for each comparison: A if the first answer is better, B if the second is, C or tie if neither is, None for no
-    verdict (the comparison counts as missing). It is called with at most `concurrency` comparisons at once. An async function is
-    awaited. Nothing is cached.
+    questions: for each comparison the user's turns up to the judged one as messages, [{role: user, content}, …]. first,
+    second: the texts of the two answers to the last turn. It may also take `conversations_first`,
+    `conversations_second` (messages with the earlier answers, the judged one last), `turns` (the number of the judged
+    turn), `categories`, and `references` (lists by turn, or None). It returns one verdict for each comparison: A if the
+    first answer is better, B if the second is, C or tie if neither is, None for no verdict (the comparison counts as
+    missing). It is called with at most `concurrency` comparisons at once. An async function is awaited. Nothing is
+    cached.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], batch: int) -> None:
@@ -80,8 +83,9 @@ class FunctionJudge:
         unknown = [one.name for one in named if one.name not in known and one.default is one.empty]
         require(
             not positional and not unknown,
-            f"judge {name}: its parameter {', '.join(positional or unknown)} {'is positional-only' if positional else 'is unknown'};"
-            f" it can take the keyword arguments {', '.join(sorted(known))}",
+            f"judge {name}: its parameter {', '.join(positional or unknown)}"
+            f" {'is positional-only' if positional else 'is unknown'}; it can take the keyword arguments"
+            f" {', '.join(sorted(known))}",
         )
         self.takes = {one.name for one in named}
 
@@ -93,10 +97,11 @@ class FunctionJudge:
             found = self.function(**given)
             found = asyncio.run(_awaited(found)) if inspect.isawaitable(found) else found
             self.calls["asked"] += len(part)
-            sized = not isinstance(found, str | bytes | Mapping | Set) and hasattr(found, "__len__")
+            sized = isinstance(found, Sized) and not isinstance(found, str | bytes | Mapping | Set)
             require(
                 sized and len(found) == len(part),
-                f"judge {self.name}: returned {short(found)}, expected a list of {len(part)} verdicts, one for each comparison",
+                f"judge {self.name}: returned {short(found)}, expected a list of {len(part)} verdicts, one for each"
+                " comparison",
             )
             verdicts += [self._verdict(one) for one in found]
             progress(len(part))
@@ -142,19 +147,13 @@ def _openai(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     check_ready(section, WHERE)
     from salsa_peft.evaluation.judges.openai_api import Endpoint
 
-    calls = dict.fromkeys(CALLS, 0)
-    return ChatJudge(section, Endpoint(section, calls), calls, cache, say)
+    return ChatJudge(section, Endpoint(section), cache, say)
 
 
 def _local(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
     from salsa_peft.evaluation.judges.local import LocalModel
 
-    calls = dict.fromkeys(CALLS, 0)
-    return ChatJudge(section, LocalModel(section, calls), calls, cache, say)
-
-
-def _reward(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
-    return RewardJudge(section.margin)
+    return ChatJudge(section, LocalModel(section), cache, say)
 
 
 def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
@@ -166,12 +165,12 @@ def _function(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:
 JUDGES: dict[str, Callable[[Judge, Path | None, Say], PairwiseJudge]] = {
     "openai": _openai,
     "local": _local,
-    "reward": _reward,
+    "reward": lambda section, cache, say: RewardJudge(section.margin),
     "function": _function,
 }
 """Kind → its constructor: (section of the recipe, file of the cache or None, function that prints a line) → judge."""
 
 
 def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
-    """The judge that a recipe names. Raises SalsaError, before any request, if it lacks something it needs."""
+    """The judge of a recipe. Raises SalsaError, before any request, if it lacks what it needs."""
     return JUDGES[section.kind](section, cache, say)

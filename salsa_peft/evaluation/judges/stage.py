@@ -1,7 +1,8 @@
-"""The judge stage: judges the answers of every pair of models to every question, turn by turn, in both orders.
+"""The judge stage: the answers of every pair of models are judged, turn by turn, in both orders.
 
-A model wins a turn only if it wins in both orders (FastChat's rule). Replies are kept in <run>/judge_cache.sqlite as soon as they arrive: a
-run that was killed repeats no request, and a judge stage with another pair sends only what is new.
+A model wins a turn only if it wins in both orders (FastChat's rule). Replies are kept in <run>/judge_cache.sqlite as
+soon as they arrive: a run that was killed repeats no request, and a judge stage with another pair sends only what is
+new.
 """
 
 from __future__ import annotations

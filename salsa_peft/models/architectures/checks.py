@@ -63,7 +63,7 @@ ATTENTION = "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError if the base's config.json, where it is on this machine, does not fit the recipe."""
+    """Raise SalsaError if the base's config.json is on this machine and does not fit the recipe."""
     if recipe.model.base is None:
         return
     config = config_of_base(recipe.model.base, recipe.model.revision)
@@ -285,6 +285,6 @@ def _check_experts(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
     require(
         recipe.ppo.rollout_backend != "vllm",
-        "ppo.rollout_backend: vllm needs other names of merged experts than Transformers'. Set"
-        f" ppo.rollout_backend=hf, or {ATTENTION}",
+        "ppo.rollout_backend: vllm expects other names of merged experts than Transformers. Set ppo.rollout_backend=hf,"
+        f" or {ATTENTION}",
     )

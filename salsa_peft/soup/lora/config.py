@@ -78,7 +78,7 @@ def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
 
 
 def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
-    """modules_to_save of the soup: the members' own if they agree, else the union, with tied modules."""
+    """modules_to_save of the soup: the members' if they agree, else all of theirs and tied modules."""
     configs = [member.config for member in members]
     if agree(configs, "modules_to_save", "ensure_weight_tying"):
         return configs[0]["modules_to_save"] or None
@@ -111,7 +111,7 @@ def as_sorted(value: Any) -> Any:
 
 
 def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
-    """rank_pattern for modules of another rank: by last name if that is unambiguous, else by full name."""
+    """The rank_pattern of modules without the usual rank, by last name if unambiguous, else by full name."""
     by_leaf: dict[str, set[int]] = {}
     for module, r in ranks.items():
         by_leaf.setdefault(module.rpartition(".")[2], set()).add(r)
@@ -120,8 +120,6 @@ def rank_pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
         leaf = module.rpartition(".")[2]
         if r != usual and module.endswith(UNCLEAR):
             pattern[f"^{re.escape(module.removesuffix(UNCLEAR))}{UNCLEAR}"] = r
-        elif (
-            r != usual
-        ):  # PEFT matches (.*\.)?(KEY)$ and takes the first key that fits; no two of these keys fit one module
+        elif r != usual:  # PEFT takes the first KEY for which (.*\.)?(KEY)$ matches; these keys exclude one another
             pattern[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(module)}"] = r
     return pattern

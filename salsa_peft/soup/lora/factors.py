@@ -64,7 +64,7 @@ class Stack(NamedTuple):
 
 
 class Stacks(Mapping[str, Stack]):
-    """Module → Stack. Raises SalsaError if the members' layers differ or a value is not finite."""
+    """Mapping of module to Stack. Raises SalsaError if members' layers differ or a value is not finite."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
@@ -120,7 +120,7 @@ class Stacks(Mapping[str, Stack]):
         )
 
     def check_not_alora(self) -> None:
-        """Raise SalsaError for aLoRA adapters, which a shared model cannot apply to some tokens only."""
+        """Raise SalsaError for aLoRA adapters: a shared model cannot apply an adapter to some tokens only."""
         tokens = self.members[0].config["alora_invocation_tokens"]
         require(
             not tokens,

@@ -37,7 +37,7 @@ Names = dict[str, str]
 
 
 class ConvertedFile(SafetensorsFile):
-    """An adapter's file whose tensors are in memory because PEFT joined several of them into one."""
+    """An adapter's file with its tensors in memory, because PEFT joined some of them."""
 
     def __init__(self, path: Path, arrays: Mapping[str, float_arrays.Array]) -> None:
         super().__init__(path)
@@ -124,7 +124,7 @@ ANY_HEAD = [
 
 
 def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
-    """The base's model, and its language model, under each auto class that may be meant."""
+    """The base's model and its language model, built with each auto class that the adapter may need."""
     for text in (False, True):
         for head in (*HEADS.get(task or "", ANY_HEAD), ""):
             model = without_weights(base, f"AutoModel{head}", text)
@@ -134,7 +134,7 @@ def models_of(base: str, task: str | None) -> Iterator[nn.Module]:
 
 @functools.lru_cache(maxsize=4)
 def without_weights(base: str, name: str, text: bool) -> nn.Module | None:
-    """The base's model or its language model on the meta device; None if the auto class does not support it."""
+    """The base's model or its language model, on the meta device; None if it has no such auto class."""
     import torch
     import transformers
 

@@ -26,7 +26,7 @@ QUANTISED = re.compile(r"(-unsloth)?-bnb-[48]bit$")
 
 
 def check_one_base(members: Sequence[Member], same_base: bool = False, merging: bool = False) -> None:
-    """Raise SalsaError that names two members of different bases.
+    """Raise SalsaError if two members have different bases.
 
     The fingerprints decide if every member has one; otherwise the bases that the configurations name are compared too.
     same_base: the caller asserts that the bases are the same. merging: no warning for members without a fingerprint,

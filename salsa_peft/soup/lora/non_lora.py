@@ -31,7 +31,7 @@ def holders(members: Sequence[Member], name: str) -> list[Member]:
 
 
 def check_same(members: Sequence[Member]) -> None:
-    """Raise SalsaError if only some members hold a trained parameter, or if its shapes differ.
+    """Raise SalsaError if only some members hold a trained parameter, or if they hold it in other shapes.
 
     Untrained weights that PEFT saves with a layer that has LoRA may be missing in some files.
     """

@@ -48,7 +48,7 @@ IGNORED = (
     "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config",
     "monteclora_config", "merge_weights",
 )  # fmt: skip
-"""Fields that do not change what a trained adapter computes: initialization, training and run-time settings.
+"""Fields that do not change what a trained adapter computes: start, training and run-time settings.
 
 init_lora_weights says whether the initialization changed the base.
 """

@@ -86,7 +86,7 @@ def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
     targets = config["target_modules"]
     if any(
         config[field] not in (None, [], "") for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
-    ):  # the rules for these are PEFT's own, which costs its import
+    ):  # PEFT's own rules; importing it takes time
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -119,7 +119,7 @@ def strip_wrappers(path: str) -> tuple[str, int]:
 
 
 def is_saved(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor lies in a module of modules_to_save, that is, whose name ends with one of them."""
+    """Whether a tensor lies in a module whose name ends with one of modules_to_save, as PEFT matches them."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(module) for path in paths for module in config["modules_to_save"] or ())

@@ -110,7 +110,7 @@ def read_member(folder: Path, name: str) -> Member:
 def sort_tensors(
     file: SafetensorsFile, names: dict[str, str], config: dict[str, Any]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """names (PEFT's name → name in the file) → {module: {part: tensor}} of LoRA, and Member.direct."""
+    """Sort tensors into {module: {part: tensor}} of LoRA and Member.direct. names: PEFT's → the file's."""
     parts: dict[str, dict[str, str]] = {}
     direct: dict[str, str] = {}
     for plain, key in names.items():
@@ -161,7 +161,7 @@ def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
 def read_all_factors(
     file: SafetensorsFile, parts: dict[str, dict[str, str]], config: dict[str, Any]
 ) -> list[tuple[str, Factors]]:
-    """(module or parameter, its factors). Raises SalsaError for a module on which PEFT would not put LoRA."""
+    """The factors by module or parameter. Raises SalsaError for a module that PEFT would not put LoRA on."""
     targeted = target_rule(file.path.parent, config)
     levels = Counter(strip_wrappers(path)[0] for path in parts)
     found = []

@@ -100,7 +100,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def dtype_code(dtype: str | None, default: str) -> str:
-    """Safetensors' name of a torch dtype's name; None: the default."""
+    """Safetensors' name of a dtype that is given by torch's name; None is the default."""
     codes = {NAMES[code]: code for code in arrays.DTYPES}
     name = NAMES[default] if dtype is None else dtype.removeprefix("torch.")
     require(name in codes, f"dtype: {dtype!r} is not supported; use one of {', '.join(codes)}")
@@ -108,7 +108,7 @@ def dtype_code(dtype: str | None, default: str) -> str:
 
 
 def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
-    """Module → rank in the file: the stacked rank, or a smaller rank that was asked for."""
+    """Module → rank in the file: the stacked rank, or the requested rank if that is smaller."""
     require(
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1),
         f"rank: {rank!r} is not a whole number of at least 1; leave it out for an exact soup",
@@ -130,7 +130,7 @@ def write_weights(folder: Path, parts: list[Section]) -> None:
     """Write the weights. When they are complete, remove the files of an earlier soup.
 
     From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed
-    last, because a tokenizer in a folder without one is not a soup's and stays.
+    last, because a tokenizer in a folder without a summary does not belong to a soup and stays.
     """
     header = make_header(entry for part in parts for entry in part.layout)
     with safetensors_writer(folder / WEIGHTS, header) as write:

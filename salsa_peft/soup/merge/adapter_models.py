@@ -103,7 +103,7 @@ class AdapterModel:
         empty = next((name for name, parameter in now.items() if parameter.is_meta), None)
         require(
             empty is None,
-            f"{self.path}: has no values for {empty}, which adapter_config.json names: the file is incomplete, or {ANOTHER}",
+            f"{self.path}: there are no values for {empty}, which adapter_config.json asks for: the file is incomplete, or {ANOTHER}",
         )
         inner: torch.nn.Module = loaded.get_base_model()
         self._take_replaced(inner, places, now)

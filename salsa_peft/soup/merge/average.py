@@ -143,9 +143,7 @@ def _check_tokenizer(checkpoint: Checkpoint, plan: Plan, member: Path) -> None:
     name = next((name for name in shapes if name.endswith(EMBEDDINGS)), None)
     if name is None or not path.is_file():
         return
-    known = (
-        vocabulary(own) if own.is_file() else {}
-    )  # the base's own tokens may outnumber its rows, as Gemma 3's image token does
+    known = vocabulary(own) if own.is_file() else {}  # the base may have more tokens than rows, as Gemma 3 does
     rows, tokens = shapes[name][0], {token: n for token, n in vocabulary(path).items() if known.get(token) != n}
     last = max(tokens, key=lambda token: tokens[token], default="")
     require(

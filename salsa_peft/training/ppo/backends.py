@@ -162,8 +162,8 @@ class Paged:
 
     def _settings(self) -> GenerationConfig:
         return GenerationConfig(
-            do_sample=True, temperature=self.args.temperature, top_k=0, top_p=1.0, max_new_tokens=self.args.max_new_tokens,
-            eos_token_id=list(self.ends), pad_token_id=int(self.tokenizer.pad_token_id),
+            do_sample=True, temperature=self.args.temperature, top_k=0, top_p=1.0,
+            max_new_tokens=self.args.max_new_tokens, eos_token_id=list(self.ends), pad_token_id=int(self.tokenizer.pad_token_id),
         )  # fmt: skip
 
     def _config(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> ContinuousBatchingConfig:
@@ -179,7 +179,7 @@ class Paged:
 
 
 def _collect(manager: Any, count: int, check: Check | None) -> dict[str, list[int]]:
-    """Request name → token ids of the response. Raises SalsaError for a failed one, and what `check` raises."""
+    """Request name → tokens of the response. Raises SalsaError if one failed, and what `check` raises."""
     answers: dict[str, list[int]] = {}
     while len(answers) < count:
         if check is not None:
@@ -282,15 +282,17 @@ class VLLM:
                 return merged_parameters(self.model, policy)  # type: ignore[arg-type]
 
         # vLLM would also stop at the EOS tokens in the base's files, which min_tokens forbids too
-        plain = {"ignore_eos": True, "stop_token_ids": list(self.ends), "min_tokens": self.args.min_new_tokens, "presence_penalty": 0.0,
-                 "frequency_penalty": 0.0}  # fmt: skip
+        plain = {
+            "ignore_eos": True, "stop_token_ids": list(self.ends), "min_tokens": self.args.min_new_tokens,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        }  # fmt: skip
         if self.args.min_new_tokens:
             require_same_ends(causal_lm(self.model), self.ends)
         try:
             return Engine(
-                self.model, accelerator, self.tokenizer, temperature=self.args.temperature, top_p=1.0, top_k=0, min_p=0.0,
-                repetition_penalty=1.0, max_completion_length=self.args.max_new_tokens, logprobs=None, generation_kwargs=plain,
-                **options,
+                self.model, accelerator, self.tokenizer, temperature=self.args.temperature, top_p=1.0, top_k=0,
+                min_p=0.0, repetition_penalty=1.0, max_completion_length=self.args.max_new_tokens, logprobs=None,
+                generation_kwargs=plain, **options,
             )  # fmt: skip
         except (OSError, RuntimeError) as error:
             raise SalsaError(f"rollout_backend: vllm does not start: {' '.join(str(error).split())}") from error

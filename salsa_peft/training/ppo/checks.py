@@ -94,7 +94,7 @@ def check_adapters(model: PeftModel) -> None:
 def check_trained(
     model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments
 ) -> None:
-    """Raise SalsaError unless only LoRA factors or full weights train, in a fine dtype, without noise.
+    """Raise SalsaError unless LoRA factors or full weights alone train, in a suitable dtype, without noise.
 
     Call it when all adapters are attached and dropout is removed.
     """
@@ -187,7 +187,7 @@ def check_sharding(accelerator: Accelerator, args: SalsaPPOConfig) -> None:
 
 
 def _check_fsdp(plugin: Any) -> None:
-    require(plugin.fsdp_version == 2, f"fsdp_version: {plugin.fsdp_version} is not supported, 2 is; {USE_CONFIG}")
+    require(plugin.fsdp_version == 2, f"fsdp_version: {plugin.fsdp_version} is not supported, only 2; {USE_CONFIG}")
     kind = plugin.state_dict_type.name
     require(kind == "FULL_STATE_DICT", f"fsdp_state_dict_type: checkpoints need FULL_STATE_DICT, not {kind}")
     for key in ("cpu_ram_efficient_loading", "activation_checkpointing"):
@@ -200,7 +200,7 @@ def _check_fsdp(plugin: Any) -> None:
 
 
 def _check_deepspeed(plugin: Any) -> None:
-    require(plugin.zero_stage == 3, f"zero_stage: {plugin.zero_stage} is not supported, 3 is; {USE_CONFIG}")
+    require(plugin.zero_stage == 3, f"zero_stage: {plugin.zero_stage} is not supported, only 3; {USE_CONFIG}")
     require(plugin.zero3_save_16bit_model, "zero3_save_16bit_model: checkpoints need true")
     for key in ("offload_optimizer_device", "offload_param_device"):
         require(vars(plugin)[key] == "none", f"{key}: {vars(plugin)[key]} is not supported; set it to none")

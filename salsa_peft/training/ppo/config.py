@@ -103,7 +103,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         for name, default in DERIVED.items():
             if given[name] not in (default, getattr(self, name)):
                 say(
-                    f"{name}: {given[name]} is ignored; it is {getattr(self, name)}, from batch_size ="
+                    f"{name}: {given[name]} is ignored; {getattr(self, name)} follows from batch_size ="
                     f" {self.batch_size}, num_mini_batches and micro_batch_size"
                 )
         require(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, float]
 LENGTH, ENTROPY, REPETITION = START = ("objective/response_length", "objective/entropy", "objective/repetition")
 QUIET_UPDATES = 10
-"""Updates without an alarm after which a guard warns again, so that it does not warn in every second update."""
+"""Updates without an alarm after which a guard warns again, instead of in every other update."""
 
 
 class KLCoefBounds(NamedTuple):
@@ -109,9 +109,13 @@ def kl_coef(metrics: GuardInput, limit: float) -> str | None:
     beta, found = metrics.row["objective/kl_coef"], metrics.row["objective/kl"]
     lowest, highest, target = metrics.bounds
     if highest is not None and beta >= highest * (1 - limit) and found > target:
-        return f"β is {beta:.3g} (kl_coef_max), and the KL of {found:.3g} nats per response is above kl_target = {target:g}"
+        return (
+            f"β is {beta:.3g} (kl_coef_max), and the KL is above kl_target = {target:g}: {found:.3g} nats per response"
+        )
     if 0 < beta <= lowest * (1 + limit) and found < target:
-        return f"β is {beta:.3g} (kl_coef_min), and the KL of {found:.3g} nats per response is below kl_target = {target:g}"
+        return (
+            f"β is {beta:.3g} (kl_coef_min), and the KL is below kl_target = {target:g}: {found:.3g} nats per response"
+        )
     return None
 
 
@@ -141,7 +145,7 @@ def entropy(row: Row) -> float:
 
 
 class Guard(NamedTuple):
-    """A row of GUARDS."""
+    """A guard: its check, and what to do after an alarm."""
 
     check: Callable[[GuardInput, float], str | None]
     """Takes the metrics and the limit. Returns what is wrong, or None."""

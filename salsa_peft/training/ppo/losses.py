@@ -81,7 +81,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 class PPOLoss(NamedTuple):
-    """Loss and logged metrics of a micro-batch: sums over its tokens / tokens of the whole minibatch."""
+    """Loss and logged metrics of a micro-batch, as its share of the mean over the minibatch's tokens."""
 
     loss: Tensor
     policy: Tensor
@@ -92,8 +92,9 @@ class PPOLoss(NamedTuple):
     ratio: Tensor
 
 
-def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor, returns: Tensor,
-             mask: Tensor, *, tokens: int, cliprange: float, cliprange_value: float, vf_coef: float) -> PPOLoss:  # fmt: skip
+def ppo_loss(logprobs: Tensor, values: Tensor, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor,
+             returns: Tensor, mask: Tensor, *, tokens: int, cliprange: float, cliprange_value: float,
+             vf_coef: float) -> PPOLoss:  # fmt: skip
     """PPO's clipped losses (Schulman et al., 2017) of a micro-batch. All tensors are (B, T).
 
     policy = mean of max(−A·r, −A·clip(r, 1±ε)); value = ½ mean of max((V−R)², (clip(V, V_old ± ε_v) − R)²); loss =

@@ -175,7 +175,7 @@ class LogFiles:
     def cut(self, sizes: Mapping[str, int]) -> list[str]:
         """Truncate the files to these sizes (0 without one). Returns a line for each that is shorter already."""
         self.begun = True
-        lines = [checkpoints.cut(self.folder / name, sizes.get(name, 0)) for name in FILES]
+        lines = [checkpoints.truncate_log(self.folder / name, sizes.get(name, 0)) for name in FILES]
         return [line for line in lines if line is not None]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils import files
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class PPOState:
         return sums
 
     def state_dict(self) -> dict[str, Any]:
-        """The JSON part; the rollout batch is a file of its own, and checkpoints fall between optimizer steps."""
+        """The state as JSON, without the rollout batch; checkpoints fall between optimizer steps."""
         return {key: vars(self)[key] for key in ("update", "kl_coef", "skipped", "stopped_early", "totals", "figures")}
 
     def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:
@@ -312,4 +312,4 @@ class RunCheckpoints:
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
-            print(line, file=sys.stderr, flush=True)
+            say(line)

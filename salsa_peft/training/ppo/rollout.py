@@ -84,8 +84,9 @@ class NotFinite(SalsaError):
 class RolloutMaker:
     """Makes a Rollout from prompts with the policy's current weights."""
 
-    def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward, backend: Backend,
-                 args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> None:  # fmt: skip
+    def __init__(self, model: PolicyWithValueHead, references: Sequence[FrozenReference], reward: Reward,
+                 backend: Backend, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase,
+                 accelerator: Accelerator) -> None:  # fmt: skip
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
@@ -117,13 +118,13 @@ class RolloutMaker:
             responses, recorded = self.micro_batch.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL, sequences of similar length together; then scores
             logprobs, entropy, values, kl = self.micro_batch.run(lambda: self._score(responses, recorded), len(prompts))
-            scores = self._rewarded(responses, [prompt.row for prompt in prompts])
+            scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
             self.require_finite(what, made[name], responses, made)
         # 3. per-token rewards, whitened if whiten_rewards is set; advantages, whitened over the batch
         mask = responses.response_mask
-        shaped = shape(scores, responses, args, self.scale)
+        shaped = apply_score_options(scores, responses, args, self.scale)
         rewards = losses.token_rewards(kl, shaped, mask, kl_coef, per=args.kl_per)
         if args.whiten_rewards:
             rewards = losses.whiten(rewards, mask, shift_mean=False)
@@ -137,16 +138,16 @@ class RolloutMaker:
         self.model.eval()
         with gathered(self.model, self.accelerator):
             responses, _ = self.micro_batch.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
-            scores = self._rewarded(responses, [prompt.row for prompt in prompts])
+            scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
 
     def _sample(
         self, prompts: Sequence[Prompt], update: int, check: Callable[[], None]
     ) -> tuple[Responses, tuple[Tensor, ...] | None]:
-        """Sample in all processes → responses and, with `old_logprobs: rollout`, their recorded (B, T) tensors.
+        """Sample in all processes → responses, and the recorded tensors with `old_logprobs: rollout`.
 
-        These are log-probs, entropies and values. Interrupted in one process is raised in all.
+        These are log-probs, entropies and values, (B, T) each. Interrupted in one process is raised in all.
         """
         self.backend.updated()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
@@ -194,7 +195,7 @@ class RolloutMaker:
                 table[torch.tensor(share, device=table.device), : column.shape[1]] = column.float()
         return tuple(tables)
 
-    def _rewarded(self, responses: Responses, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _reward_scores(self, responses: Responses, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """Scores (B,); each process scores its shares in one call."""
         mine = sorted(row for share in self._by_length(responses) for row in share)
         index = torch.tensor(mine, device=self.accelerator.device)
@@ -272,7 +273,8 @@ class RolloutMaker:
         if self.accelerator.num_processes == 1:
             return parts
         return [
-            _moved(part, self.accelerator.device) for part in gather_object([_moved(part, "cpu") for part in parts])
+            _to_device(part, self.accelerator.device)
+            for part in gather_object([_to_device(part, "cpu") for part in parts])
         ]
 
     def require_finite(self, what: str, values: Tensor, responses: Responses, tensors: Mapping[str, Tensor]) -> None:
@@ -281,13 +283,13 @@ class RolloutMaker:
         if not bool(bad.any()):
             return
         folder = self.folder / "not-finite"
-        dump(folder, responses, tensors, self.tokenizer)
+        save_batch(folder, responses, tensors, self.tokenizer)
         raise NotFinite(
             f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
         )
 
 
-def shape(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
+def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: RunningScale) -> Tensor:
     """Apply the options on scores (B,) in TRL 0.8's order: scaling, clipping, missing_eos_penalty."""
     if args.normalize_scores:
         scores = scale(scores)
@@ -298,7 +300,9 @@ def shape(scores: Tensor, responses: Responses, args: SalsaPPOConfig, scale: Run
     return scores
 
 
-def dump(folder: Path, responses: Responses, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+def save_batch(
+    folder: Path, responses: Responses, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Save a batch for debugging: texts in batch.jsonl, all tensors in batch.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     prompts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
@@ -312,18 +316,18 @@ def dump(folder: Path, responses: Responses, tensors: Mapping[str, Tensor], toke
     )
 
 
-def _moved(part: Any, device: torch.device | str) -> Any:
-    """Move the tensors in tuples (also NamedTuples) to the device."""
+def _to_device(part: Any, device: torch.device | str) -> Any:
+    """Move the tensors in tuples and Responses to the device."""
     if isinstance(part, Tensor):
         return part.to(device)
-    if isinstance(part, tuple):
-        moved = [_moved(entry, device) for entry in part]
-        return type(part)(*moved) if hasattr(part, "_fields") else tuple(moved)
-    return part
+    if not isinstance(part, tuple):
+        return part
+    moved = [_to_device(entry, device) for entry in part]
+    return Responses(*moved) if isinstance(part, Responses) else tuple(moved)
 
 
-def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses, head: Head, other: Head,
-                 min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
+                    head: Head, other: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
     """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
 
     policy: the policy's states of response tokens (N, H), which only the estimator `full` needs.

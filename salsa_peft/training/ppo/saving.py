@@ -279,5 +279,5 @@ def _digest_adapter(model: PeftModel, name: str | None) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """As JSON gives it back: transformers has some strings as enums."""
+    """The value of an enum, as JSON stores it; any other value as it is."""
     return str(value.value) if isinstance(value, Enum) else value

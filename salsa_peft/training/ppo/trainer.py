@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +42,7 @@ from salsa_peft.training.ppo.resume import MicroBatch, PPOState, RunCheckpoints
 from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
 from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
+from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.oom import MicroBatchLimit
 
@@ -107,11 +107,12 @@ class SalsaPPOTrainer(Trainer):
             f" least batch_size = {args.batch_size}. Lower batch_size or allow longer prompts",
         )
         args.set_max_steps(len(prompts))
+        eval_prompts = None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0]
         super().__init__(
             model=policy.to(model.device),
             args=args,
             train_dataset=prompts,  # type: ignore[arg-type]
-            eval_dataset=None if eval_dataset is None else self.encoder(eval_dataset, "eval_dataset")[0],  # type: ignore
+            eval_dataset=eval_prompts,  # type: ignore[arg-type]
             processing_class=processing_class,
             callbacks=[UpdateCallback(self), *(callbacks or [])],
         )
@@ -129,13 +130,10 @@ class SalsaPPOTrainer(Trainer):
         self.rollout_maker = RolloutMaker(
             policy, self.references, self.reward, backend, args, self.processing_class, self.accelerator
         )
-        single_process = self.accelerator.num_processes == 1 and not self.sharded
-        self.micro_batch = MicroBatchLimit(
-            args.per_device_train_batch_size, "micro_batch_size", single_process=single_process
-        )
-        bounds = (
-            KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if args.kl_control == "adaptive" else None
-        )
+        rows, alone = args.per_device_train_batch_size, self.accelerator.num_processes == 1 and not self.sharded
+        self.micro_batch = MicroBatchLimit(rows, "micro_batch_size", single_process=alone)
+        adaptive = args.kl_control == "adaptive"
+        bounds = KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if adaptive else None
         self.guards = GuardMonitor(parse_guards(args.guards), bounds)  # type: ignore[arg-type]
         self.logs = LogFiles(Path(str(args.output_dir)))
         self.ppo = PPOState(args.kl_coef, torch.zeros(len(losses.PPOLoss._fields), device=args.device))
@@ -188,7 +186,7 @@ class SalsaPPOTrainer(Trainer):
         if checkpoint is not None:
             self.checkpoints.restore(checkpoint)
         elif self.is_world_process_zero() and (line := self.logs.begin()) is not None:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
         result = TrainOutput(0, 0.0, {})
         with self.stop.handle_sigterm(), self._stopping_between_updates():
             try:
@@ -208,8 +206,7 @@ class SalsaPPOTrainer(Trainer):
         if not self.stop.terminated:
             raise SalsaError(f"{self.stop.alarm}; {saved}")
         if self.is_world_process_zero():
-            line = f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it"
-            print(line, file=sys.stderr, flush=True)
+            say(f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it")
         raise SystemExit(128 + signal.SIGTERM)
 
     @contextlib.contextmanager
@@ -224,7 +221,7 @@ class SalsaPPOTrainer(Trainer):
     # one micro-step
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Unchanged: prompts are lists of tokens, and the rollout batch is on the device."""
+        """Return the prompts unchanged: they are lists of tokens, and the rollout batch is on the device."""
         return inputs
 
     def _next_micro_batch(self, prompts: Any) -> MicroBatch:
@@ -321,10 +318,8 @@ class SalsaPPOTrainer(Trainer):
         """Log the update, sync references, check the guards, and adapt β to the KL."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
-        row = metrics(
-            rollout, ppo.totals, update=ppo.update, batch_size=args.batch_size, kl_coef=ppo.kl_coef, skipped=ppo.skipped
-        )
-        row |= ppo.figures
+        counts = {"update": ppo.update, "batch_size": args.batch_size, "skipped": ppo.skipped}
+        row = metrics(rollout, ppo.totals, kl_coef=ppo.kl_coef, **counts) | ppo.figures
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():
@@ -335,7 +330,7 @@ class SalsaPPOTrainer(Trainer):
             if alarm.action == "stop":
                 self.stop.alarm = alarm.message
             if self.is_world_process_zero():
-                print(alarm.message, file=sys.stderr, flush=True)
+                say(alarm.message)
         self.log({**row, "lr": self._get_learning_rate(), "seconds": time.perf_counter() - ppo.started})
         if args.kl_control == "adaptive":
             ppo.kl_coef = losses.adapt_kl_coef(
@@ -404,16 +399,15 @@ class SalsaPPOTrainer(Trainer):
         """Save the policy and its value head, without pickles. state_dict: all weights, if they are sharded."""
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
-            saving.save_policy(
-                self.model, self.policy_name, folder, self.processing_class, state_dict, self.saved_dtype
-            )
+            tokenizer = self.processing_class
+            saving.save_policy(self.model, self.policy_name, folder, tokenizer, state_dict, self.saved_dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the policy and its value head in place."""
         saving.load_policy(self.model, self.policy_name, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save them as Trainer does, but for sharded weights without a second copy of the weights."""
+        """Save optimizer and scheduler; of sharded weights without a second copy of the weights."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -423,7 +417,7 @@ class SalsaPPOTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them as Trainer does, then apply learning rates that were changed."""
+        """Load optimizer and scheduler, then apply learning rates that were changed."""
         with saving.no_pickles(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
@@ -431,7 +425,7 @@ class SalsaPPOTrainer(Trainer):
             saving.update_learning_rates(self.optimizer, self.lr_scheduler, options, self.args)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load it as Trainer does; a pickle that holds more than numbers is a SalsaError."""
+        """Load the random state. A pickle that holds more than numbers raises SalsaError."""
         with saving.no_pickles(checkpoint):
             super()._load_rng_state(checkpoint)
 
@@ -475,16 +469,12 @@ class SalsaPPOTrainer(Trainer):
 
     def push_to_hub(self, *_: Any, **__: Any) -> Any:
         """Not supported. Raises SalsaError."""
-        raise SalsaError(
-            "push_to_hub: the PPO trainer cannot push to the Hub. Call save_model(folder), then huggingface_hub's"
-            " upload_folder(repo_id=…, folder_path=folder)"
-        )
+        how = "save_model(folder), then huggingface_hub's upload_folder(repo_id=…, folder_path=folder)"
+        raise SalsaError(f"push_to_hub: the PPO trainer cannot push to the Hub. Call {how}")
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Not supported. Raises SalsaError."""
-        raise SalsaError(
-            "create_model_card: the PPO trainer writes no model card. Write a README.md beside the saved policy"
-        )
+        raise SalsaError("create_model_card: the PPO trainer writes no model card. Write a README.md beside the policy")
 
 
 class UpdateCallback(TrainerCallback):

@@ -26,7 +26,7 @@ def test_what_is_put_is_there_in_another_opening(tmp_path: Path) -> None:
     assert first.get("k") is None
     assert first.put({"k": REPLY, "l": odd}) == {"k": REPLY, "l": odd}
     assert first.put({}) == {}
-    first.close()
+    first.file.close()
     again = Cache(tmp_path / "deep" / "c.sqlite")
     assert (again.get("k"), again.get("l"), again.get("m")) == (REPLY, odd, None)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["c.sqlite"]
@@ -140,7 +140,7 @@ def test_a_cache_of_version_1_goes_on(tmp_path: Path) -> None:
     for _ in range(2):
         cache = Cache(path)
         assert cache.get("k") == Reply("said", "stop", 3, 4)
-        cache.close()
+        cache.file.close()
     with sqlite3.connect(path) as new:
         assert new.execute("PRAGMA user_version").fetchone() == (2,)
     new.close()

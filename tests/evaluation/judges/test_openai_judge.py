@@ -275,7 +275,9 @@ class TestVerdicts:
         """Models that think until max_tokens are used up say nothing."""
         with serving(lambda request, times: Fault(body=completion(text, "length"))) as server:
             verdicts, _, _ = judging(server, games(1))
-            assert len(server.seen) == 2 and verdicts[0].why == "no verdict in its answer, which max_tokens cut"
+            assert (
+                len(server.seen) == 2 and verdicts[0].why == "no verdict in its answer, which was cut off at max_tokens"
+            )
 
     def test_lone_surrogates_are_no_trouble(self, judging: Any) -> None:
         """In what is asked or in what is said."""
@@ -385,13 +387,13 @@ class TestRefusals:
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *more: None if name == "openai" else found(name, *more)
         )
-        with one_line("no package openai", "pip install 'salsa-peft[judge]'"):
+        with one_line("openai needs the package openai", "pip install 'salsa-peft[judge]'"):
             judging("http://127.0.0.1:9/v1", games(1))
 
     def test_the_default_endpoint_wants_a_key(self, judging: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Before any request; an endpoint of one's own need not have one."""
         monkeypatch.delenv("OPENAI_API_KEY")
-        with one_line("no environment variable OPENAI_API_KEY", "base_url"):
+        with one_line("the environment variable OPENAI_API_KEY is not set", "base_url"):
             judging("", games(1), base_url=None)
         monkeypatch.setenv("MINE", "a b")
         with one_line("evaluate.judge.api_key_env", "MINE"):

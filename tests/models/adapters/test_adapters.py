@@ -350,7 +350,7 @@ class TestReferences:
 
     def test_a_soup_that_is_not_there(self, make_base: Any, members: dict[int, Path]) -> None:
         model = adapters.attach(make_base(), members[0], "policy")
-        with pytest.raises(SalsaError, match="reference soup: found no soup"):
+        with pytest.raises(SalsaError, match="reference soup: this needs the result of the soup stage"):
             references.attach_reference(model, parse_reference("reference", "soup")[0], members, None, "x")
 
     def test_what_a_library_user_passes(self, make_base: Any, members: dict[int, Path], summed: Any) -> None:
@@ -368,7 +368,7 @@ class TestReferences:
         assert trainable(model) == {name for name, _ in model.named_parameters() if ".policy." in name}
 
     def test_no_references_are_refused(self, make_base: Any, members: dict[int, Path]) -> None:
-        with pytest.raises(SalsaError, match="references: found none, expected at least one"):
+        with pytest.raises(SalsaError, match="references: the list is empty"):
             references.as_references(adapters.attach(make_base(), members[0], "policy"), [])
 
     def test_what_is_no_reference(self, make_base: Any, members: dict[int, Path]) -> None:
@@ -376,15 +376,15 @@ class TestReferences:
         model = adapters.attach(make_base(), members[0], "policy")
         other = adapters.attach(make_base(1), members[0], "soup")
         for policy, given, line in (
-            (model, make_base(1), "references: found LlamaForCausalLM, expected a list of them"),
-            (model, None, "references: found none, expected at least one"),
-            (model, [None], "references: found NoneType, expected 'base', an adapter's name"),
-            (model, [3], "references: found int, expected 'base', an adapter's name"),
-            (model, [other], r"references: found PeftModel\w*, expected .* merge_and_unload"),
+            (model, make_base(1), "references: LlamaForCausalLM is not a list"),
+            (model, None, "references: the list is empty"),
+            (model, [None], "references: NoneType objects cannot be references. Pass 'base', an adapter's name"),
+            (model, [3], "references: int objects cannot be references. Pass 'base', an adapter's name"),
+            (model, [other], r"references: PeftModel\w* objects cannot be references. .* merge_and_unload"),
             (model, ["./nowhere"], "./nowhere: no such folder"),
             (model, ["org/not-in-the-cache"], "https://huggingface.co/org/not-in-the-cache: not in the local cache"),
-            (model, [references.FrozenReference("x", "nope")], "references: found 'nope' in a Frozen, expected an adapter on the model"),
-            (make_base(), ["./nowhere"], "./nowhere: found no such folder"),
+            (model, [references.FrozenReference("x", "nope")], "references: the model has no adapter 'nope'"),
+            (make_base(), ["./nowhere"], "references: ./nowhere is neither a folder nor a Hub id"),
             (make_base(), ["org/not-in-the-cache"], "org/not-in-the-cache: not in the local cache"),
         ):  # fmt: skip
             with pytest.raises(SalsaError, match=line) as error:
@@ -395,7 +395,7 @@ class TestReferences:
         """'base' was the model without adapters then, whatever was meant."""
         model = adapters.attach(adapters.attach(make_base(), members[0], "policy"), members[1], "base")
         with pytest.raises(
-            SalsaError, match="found 'base', which is the model without its adapters, and an adapter of that name"
+            SalsaError, match="'base' is the model without its adapters, and the model has an adapter of that name"
         ):
             references.as_references(model, ["base"])
         for adapter in ("base", None):

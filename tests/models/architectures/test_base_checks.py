@@ -75,7 +75,7 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
         (LLAMA, ["adapter.target_modules=[q_proj,lm_head]"], "lora", "adapter.target_modules: lm_head is the output embeddings"),
         (LLAMA, ["adapter.target_modules=.*(q_proj|lm_head)"], "lora", "adapter.target_modules: lm_head is the output embeddings"),
         (MIXTRAL, ["adapter.lora_dropout=0.1"], "lora", r"adapter.lora_dropout: must be 0, because all-linear adapts the experts .*target_modules=\[q_proj"),
-        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: vllm needs other names of merged experts"),
+        (MIXTRAL, ["ppo.rollout_backend=vllm"], "lora", "ppo.rollout_backend: vllm expects other names of merged experts"),
         ({**MIXTRAL, "router_jitter_noise": 0.01}, [], "lora", "has router_jitter_noise in its config.json, which adds noise in training mode"),
         ({**LLAMA, "model_type": "falcon", "hidden_dropout": 0.1}, [], None, "has hidden_dropout in its config.json"),
         ({**LLAMA, "model_type": "rwkv"}, [], None, r"is a rwkv model, whose implementation in Transformers reads the padding .* Use another base"),
@@ -180,20 +180,26 @@ def test_the_command_says_it_in_a_line_and_without_torch(tmp_path: Path) -> None
     [
         (
             ["model.base=runs/seed-9"],
-            r"model.base: found '.*/runs/seed-9', which is no folder, expected a model's folder",
+            r"model.base: there is no folder '.*/runs/seed-9'; give the folder or Hub id of a model",
         ),
         (
             ["sft.from=[runs/seed-9,null]"],
-            r"sft.from\[0\]: found '.*/runs/seed-9', which is no folder, expected a LoRA adapter",
+            r"sft.from\[0\]: there is no folder '.*/runs/seed-9'; give the folder or Hub id of a LoRA adapter",
         ),
         (
             ["policies.salsa.reference=runs/seed-9"],
-            r"policies.salsa.reference: found '.*/runs/seed-9', which is no folder",
+            r"policies.salsa.reference: there is no folder '.*/runs/seed-9'; give the folder or Hub id of a LoRA adapter",
         ),
-        (["reward.model=runs/seed-9"], r"reward.model: found '.*/runs/seed-9', which is no folder"),
-        (["evaluate.models=[runs/seed-9]"], r"evaluate.models\[0\]: found '.*/runs/seed-9', which is no folder"),
-        (["model.base=a\\\\b"], "model.base: found .*, which is no folder"),
-        (["model.base=a/b/c"], "model.base: found '.*/a/b/c', which is no folder"),
+        (
+            ["reward.model=runs/seed-9"],
+            r"reward.model: there is no folder '.*/runs/seed-9'; give the folder or Hub id of a sequence classifier",
+        ),
+        (
+            ["evaluate.models=[runs/seed-9]"],
+            r"evaluate.models\[0\]: there is no folder '.*/runs/seed-9'; give the folder or Hub id of a LoRA adapter",
+        ),
+        (["model.base=a\\\\b"], "model.base: there is no folder .*; give the folder or Hub id of a model"),
+        (["model.base=a/b/c"], "model.base: there is no folder '.*/a/b/c'; give the folder or Hub id of a model"),
     ],
 )
 def test_a_mistyped_folder_is_no_hub_id(
@@ -212,9 +218,9 @@ def test_a_mistyped_folder_is_no_hub_id(
         ({"adapter_config.json": '{"base_model_name_or_path": "some/base"}', "adapter_model.safetensors": "", "config.json": "{}"},
          r"is an adapter, not a model. Set model.base to some/base, the model that .* `salsa soup MERGED theirs --merge --base some/base`$"),
         ({"adapter_config.json": "{}", "adapter_model.bin": ""}, "Set model.base to the model that it was trained on"),
-        ({"model-q4.gguf": ""}, "model.base: '.*theirs' has its weights in model-q4.gguf alone, a format of llama.cpp"),
-        ({"config.json": "{}", "pytorch_model.bin": "", "training_args.bin": ""}, "in pytorch_model.bin alone, pickles, which are never read. Load it"),
-        ({"params.json": "{}", "consolidated.00.pth": ""}, "in consolidated.00.pth alone"),
+        ({"model-q4.gguf": ""}, "model.base: '.*theirs' has its weights only in model-q4.gguf, a format of llama.cpp"),
+        ({"config.json": "{}", "pytorch_model.bin": "", "training_args.bin": ""}, "only in pytorch_model.bin, a pickle, which is never loaded. Load it"),
+        ({"params.json": "{}", "consolidated.00.pth": ""}, "only in consolidated.00.pth, a pickle, which is never loaded. Convert it"),
     ],
 )  # fmt: skip
 def test_a_base_that_is_no_model_in_safetensors(

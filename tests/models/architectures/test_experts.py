@@ -109,7 +109,7 @@ def test_the_reward_model_starts_as_a_copy_of_a_seed(family: Family) -> None:
     seed = family.adapter("seed-0", 1)
     classifier = family.base(AutoModelForSequenceClassification, num_labels=1)
     context: Any = SimpleNamespace(recipe=SimpleNamespace(adapter=True), load_classifier=lambda: classifier)
-    model = reward_model.start(context, seed)
+    model = reward_model.start_from_seed(context, seed)
     plain = PeftModel.from_pretrained(family.base(), seed).get_base_model()
     with torch.no_grad():
         found, expected = (one.model(input_ids=IDS)[0] for one in (model.get_base_model(), plain))

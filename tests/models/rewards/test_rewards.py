@@ -437,7 +437,7 @@ class TestClassifier:
             load_classifier_reward(str(tmp_path / "lm"), tokenizer, 4)
         folder = saved(tmp_path / "pickled")
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        with pytest.raises(SalsaError, match=r"found no safetensors file"):
+        with pytest.raises(SalsaError, match=r"this folder has no safetensors file"):
             load_classifier_reward(str(folder), tokenizer, 4)
         with pytest.raises(
             SalsaError, match=rf"the tokenizer has {len(tokenizer)} tokens, and the classifier 19 embeddings"

@@ -154,12 +154,12 @@ class TestCompiled:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rollout_options": {"page_size": 4}}, r"page_size with rollout_backend hf, expected none"),
-        ({"rollout_backend": "paged", "rollout_options": {"return_logprobs": True}}, r"return_logprobs .* some of page_size"),
-        ({"rollout_backend": "vllm", "rollout_options": {"temperature": 0.5}}, r"temperature with rollout_backend vllm"),
-        ({"rollout_backend": "paged", "rollout_compile": True}, r"rollout_compile: found true with rollout_backend paged"),
-        ({"rollout_compile": True, "old_logprobs": "rollout"}, r"old_logprobs: found rollout with rollout_compile"),
-        ({"rollout_backend": "paged", "old_logprobs": "rollout"}, r"old_logprobs: found rollout with rollout_backend paged"),
+        ({"rollout_options": {"page_size": 4}}, r"rollout_options: rollout_backend hf has no option page_size; it takes no options"),
+        ({"rollout_backend": "paged", "rollout_options": {"return_logprobs": True}}, r"rollout_options: rollout_backend paged has no option return_logprobs; its options are page_size"),
+        ({"rollout_backend": "vllm", "rollout_options": {"temperature": 0.5}}, r"rollout_options: rollout_backend vllm has no option temperature; its options are mode"),
+        ({"rollout_backend": "paged", "rollout_compile": True}, r"rollout_compile: rollout_backend paged cannot be compiled; set rollout_compile=false or use hf"),
+        ({"rollout_compile": True, "old_logprobs": "rollout"}, r"old_logprobs: rollout does not work with rollout_compile, because a compiled step records no log-probs"),
+        ({"rollout_backend": "paged", "old_logprobs": "rollout"}, r"old_logprobs: rollout does not work with rollout_backend paged, because only hf computes log-probs"),
     ],
 )  # fmt: skip
 def test_options_that_a_backend_does_not_have(options: Any, fields: dict[str, Any], message: str) -> None:
@@ -640,7 +640,7 @@ class TestVLLM:
         def make(args: SalsaPPOConfig, processes: Accelerator | SimpleNamespace | None = None) -> VLLM:
             return VLLM(model, args, tokenizer, processes or Accelerator(cpu=True))  # type: ignore[arg-type]
 
-        with pytest.raises(SalsaError, match="temperature: vllm samples at 0.01 to 2, not at 3"):
+        with pytest.raises(SalsaError, match=r"temperature: vllm samples at 0\.01 to 2, not at 3"):
             make(vllm_options(options, with_vllm, temperature=3.0))
         with pytest.raises(SalsaError, match="mode: server works with one process, not 2"):
             make(vllm_options(options, with_vllm), SimpleNamespace(num_processes=2))

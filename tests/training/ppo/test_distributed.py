@@ -245,7 +245,7 @@ def sharded(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({"fsdp_version": 1, "reshard_after_forward": "FULL_SHARD"}, {}, "fsdp_version: found 1, expected 2"),
+        ({"fsdp_version": 1, "reshard_after_forward": "FULL_SHARD"}, {}, "fsdp_version: 1 is not supported, only 2"),
         (
             {"state_dict_type": "SHARDED_STATE_DICT"},
             {},
@@ -289,7 +289,7 @@ def deepspeed(precision: str = "no", more: dict[str, Any] | None = None, **optio
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({"zero_stage": 2}, {}, "zero_stage: 2 is not supported, 3 is"),
+        ({"zero_stage": 2}, {}, "zero_stage: 2 is not supported, only 3"),
         ({"zero3_save_16bit_model": False}, {}, "zero3_save_16bit_model: checkpoints need true"),
         ({"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device: cpu is not supported"),
         ({"offload_param_device": "cpu"}, {}, "offload_param_device: cpu is not supported"),

@@ -15,7 +15,7 @@ from salsa_peft.models.responses import Responses
 from salsa_peft.models.rewards.reward import RunningScale
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.config import SalsaPPOConfig
-from salsa_peft.training.ppo.rollout import shape
+from salsa_peft.training.ppo.rollout import apply_score_options
 
 
 class TestKL:
@@ -164,7 +164,7 @@ def test_the_kl_coefficient_is_the_plain_formula(
 
 
 def answers(finished: list[bool]) -> Responses:
-    """Of one token each; shape() reads what ended them and nothing else."""
+    """Of one token each; apply_score_options() reads what ended them and nothing else."""
     one, ids = torch.ones(len(finished), 1, dtype=torch.bool), torch.ones(len(finished), 1, dtype=torch.long)
     return Responses(ids, one, ids, one, torch.tensor(finished))
 
@@ -185,7 +185,7 @@ class TestScores:
         """Scores −3, 1, 5 (deviation 4), the second without EOS. Scaled, then clipped, then the penalty, which no clip takes back."""
         args = SalsaPPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **options)
         scores = torch.tensor([-3.0, 1, 5])
-        assert shape(scores, answers([True, False, True]), args, RunningScale()).tolist() == expected
+        assert apply_score_options(scores, answers([True, False, True]), args, RunningScale()).tolist() == expected
         assert scores.tolist() == [-3.0, 1.0, 5.0]
 
     @PROPERTY

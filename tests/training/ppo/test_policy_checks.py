@@ -227,11 +227,9 @@ def test_what_is_no_causal_language_model(make_base: Any, train: Any, tokenizer:
         T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(tokenizer), decoder_start_token_id=0)
     )  # fmt: skip
     for model in (base.model, LlamaForSequenceClassification(base.config), t5):
-        with pytest.raises(
-            SalsaError, match=rf"found {type(model).__name__}, expected a decoder-only causal language model"
-        ):
+        with pytest.raises(SalsaError, match=rf"a {type(model).__name__} is not a decoder-only causal language model"):
             train(model, [make_base(1)])
-    with pytest.raises(SalsaError, match="found T5ForConditionalGeneration, expected a decoder-only"):
+    with pytest.raises(SalsaError, match="a T5ForConditionalGeneration is not a decoder-only"):
         train(base, [t5])
 
 
@@ -283,7 +281,7 @@ class TestTokenizer:
         base.generation_config.eos_token_id = [tokenizer.eos_token_id, 10]
         train(make_adapter(base, "policy", 1))
         token = tokenizer.convert_ids_to_tokens(10)
-        assert f"a response ends with any of <eos> (2), {token} (10)" in capsys.readouterr().err
+        assert f"a response ends at any of <eos> (2), {token} (10)" in capsys.readouterr().err
         train(make_adapter(make_base(), "policy", 1))
         assert "processing_class" not in capsys.readouterr().err
 

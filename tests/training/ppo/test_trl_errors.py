@@ -259,7 +259,7 @@ def test_a_passed_reference_silently_ignored_with_peft(make_trainer: Any, make_b
         expected = plain_logprobs(trainer, "policy", rollout) - plain_logprobs(trainer, label, rollout)
         torch.testing.assert_close(rollout.kl, expected.detach(), rtol=1e-4, atol=1e-4)
         assert rollout.kl.abs().max() > 0.05
-    with pytest.raises(ValueError, match="references: found none"):
+    with pytest.raises(ValueError, match="references: the list is empty"):
         SalsaPPOTrainer(
             trainer.model.policy,
             trainer.args,
