@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,15 +175,11 @@ def draw_preferences(
                 pair = (prompt, better, worse)
                 if grade(prompt, a) != grade(prompt, b) and pair not in kept[kind] and len(kept[kind]) < n:
                     kept[kind].add(pair)
-                    rows.append(_preference(*pair))
+                    sides = {"chosen": [_turn("assistant", better)], "rejected": [_turn("assistant", worse)]}
+                    rows.append({"prompt": [_turn("user", prompt)], **sides})
     rng.shuffle(rows)
     facts = {f"preferences_{kind}_kept": wanted[kind] / max(1, drawn[kind]) for kind in wanted}
     return rows, facts
-
-
-def _preference(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
-    answers = {"chosen": [_turn("assistant", chosen)], "rejected": [_turn("assistant", rejected)]}
-    return {"prompt": [_turn("user", prompt)], **answers}
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -230,7 +226,7 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
         drawn = draw_prompts(random.Random(f"{config.seed} {name}"), n, lengths, config.seed, evaluation)
         files[name] = [{"prompt": [_turn("user", p)]} for p in drawn]
     for name, rows in files.items():
-        _write(folder / f"{name}.jsonl", rows)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     # 4. facts for the manifest
     golds = [grade(p, " ".join(answer)) for p, answer in demonstrations]
     return {
@@ -248,7 +244,3 @@ def draw_demonstrations(config: Toy, name: str, n: int) -> list[tuple[str, list[
     rng = random.Random(f"{config.seed} {name}")
     prompts = draw_prompts(rng, n, LENGTHS_IN, config.seed)
     return [(p, _noisy(rng, p, config.demonstration_noise, 1)) for p in prompts]
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -659,15 +659,13 @@ class TestTokenizers:
         chat_tokenizer.save_pretrained(tmp_path)
         with pytest.raises(SalsaError, match="its tokenizer has no eos_token, which ends a response"):
             load_tokenizer(str(tmp_path))
-        with pytest.raises(SalsaError, match=r"^processing_class: found no eos_token, expected one"):
+        with pytest.raises(SalsaError, match=r"^processing_class: there is no eos_token"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_no_padding_in_the_trainer(self, chat_tokenizer: Any, make_base: Any) -> None:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.pad_token = None
-        with pytest.raises(
-            SalsaError, match=r"^processing_class: found no pad_token, expected one; set tokenizer\.pad"
-        ):
+        with pytest.raises(SalsaError, match=r"^processing_class: there is no pad_token. Set tokenizer\.pad"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_padding_that_is_eos_in_the_trainer(self, make_base: Any, tokenizer: Any) -> None:
@@ -761,7 +759,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     write(made.folder / "d.jsonl", [{"messages": chat} for chat in chats])
     kept: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "quiet", kept.append)  # what the trainer has by then
+        patch.setattr(sft, "remove_printer", kept.append)  # what the trainer has by then
         made.metrics = sft.run(made.job["sft/seed-0"])
     for row in kept[0].train_dataset:
         counted = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == token]
@@ -804,7 +802,8 @@ class TestStages:
         )
         write(path, rows[:2])
         with pytest.raises(
-            SalsaError, match=r"^data\.demonstrations: found 2 rows with an answer within .* at least sft"
+            SalsaError,
+            match=r"^data\.demonstrations: found 2 rows with an answer within .* tokens, fewer than sft.batch_size = 4",
         ):
             sft.run(job)
         assert (

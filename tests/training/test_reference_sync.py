@@ -222,6 +222,6 @@ def test_what_can_not_move_is_refused(make_trainer: Any, make_base: Any, make_ad
     with pytest.raises(SalsaError, match="the base cannot be synced"):
         make_trainer([FrozenReference("base", None, None, 2, 0.5)])
     policies = "policies={a: {algorithm: dpo, reference: {soup: {sync_every: 2}}}}"
-    with pytest.raises(SalsaError, match="found sync_every with dpo and full weights"):
+    with pytest.raises(SalsaError, match="with full weights, sync_every works with algorithm ppo only, not dpo"):
         load_recipe("quickstart", lora=None, overrides=[policies])
     load_recipe("quickstart", lora="lora", overrides=[policies])

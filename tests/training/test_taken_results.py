@@ -297,11 +297,11 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
         assert "lora is a LoRA adapter, but this run uses full weights. Add --lora" in plan(
             salsa, {given: named(given, lora)}
         )
-        assert "full is a full checkpoint, and this run uses LoRA adapters. Run it without --lora" in plan(
+        assert "full is a full checkpoint, but this run uses LoRA adapters. Run it without --lora" in plan(
             salsa, {given: named(given, full)}, "--lora"
         )
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
-    assert "adapter_model.bin, a pickle, which is never read" in plan(salsa, {"sft.from": [str(lora)]}, "--lora")
+    assert "adapter_model.bin, a pickle, which is never loaded" in plan(salsa, {"sft.from": [str(lora)]}, "--lora")
     other = make_base("gemma", tmp_path / "other")
     wide = elsewhere.adapter(other, tmp_path / "wide", 1)
     said = plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")

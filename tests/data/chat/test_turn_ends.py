@@ -415,7 +415,7 @@ class TestRewards:
         from transformers import AutoModelForSequenceClassification
         from trl import RewardConfig, RewardTrainer
 
-        from salsa_peft.training.reward_model import pad_apart
+        from salsa_peft.training.reward_model import set_padding_token
 
         kind, *ours = request.param.split()
         tokenizer = make(kind)
@@ -446,7 +446,7 @@ class TestRewards:
         trainer = RewardTrainer(
             model=tuned, args=settings, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
         )
-        pad_apart(trainer)
+        set_padding_token(trainer)
         tuned.save_pretrained(tmp_path / "reward")
         return tokenizer, lm, trainer, tmp_path / "reward"
 
