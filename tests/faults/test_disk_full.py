@@ -230,7 +230,7 @@ class TestFiles:
         save_checkpoint(base, tmp_path / "policy", tokenizer)
         model = make_adapter(make_base(), "seed-0", 1)
         free(monkeypatch, sum(parameter.nbytes for parameter in adapters.parameters(model, "seed-0")) - 1)
-        with pytest.raises(SalsaError, match=r"seed: found .* free on"):
+        with pytest.raises(SalsaError, match=r"seed: needs .* are free on the disk of"):
             adapters.save(model, "seed-0", tmp_path / "seed", None)
         assert not (tmp_path / "seed").exists()
 

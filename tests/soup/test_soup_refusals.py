@@ -161,8 +161,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         rename("adapter_model.safetensors", "adapter_model.bin"),
         "a pickle, which is never read because it can run code",
     ),
-    "truncated": (truncate, "adapter_model.safetensors: found "),
-    "not safetensors": (write(WEIGHTS, "nonsense that is long enough"), "adapter_model.safetensors: found "),
+    "truncated": (truncate, "adapter_model.safetensors: truncated or damaged: "),
+    "not safetensors": (
+        write(WEIGHTS, "nonsense that is long enough"),
+        "adapter_model.safetensors: not a safetensors file, or damaged",
+    ),
     "empty": (lambda m: edit_tensors(m, lambda tensors: tensors.clear()), "holds no tensors"),
     "nan": (poison, f"{Q0}.lora_A.weight has values that are not finite"),
     "half": (drop(f"{Q0}.lora_B.weight"), f"{Q0} has lora_A, but both lora_A and lora_B are needed"),
@@ -193,7 +196,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other base": (other_base, "names the base 'org/other@main'"),
     "other revision": (lambda m: [edit(m, revision="v2"), (m / "fingerprint.json").unlink()], "@v2'"),
     "other fingerprint": (write("fingerprint.json", '{"base": "abc"}'), "was trained on base abc…"),
-    "bad fingerprint": (write("fingerprint.json", '{"base": 1}'), "base is 1, expected the SHA-256"),
+    "bad fingerprint": (
+        write("fingerprint.json", '{"base": 1}'),
+        'fingerprint.json: expected {"base": SHA-256 of the base}',
+    ),
     "task": (configure(task_type="SEQ_2_SEQ_LM"), "has task_type 'SEQ_2_SEQ_LM'"),
 }
 

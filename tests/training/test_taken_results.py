@@ -88,7 +88,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("maker", elsewhere.MAKERS)
 def test_a_reference_is_plain_pefts(maker: str, base: Path, tmp_path: Path, capsys: Any) -> None:
-    """Beside another adapter on a shared base, whatever files lie beside it; that its base can't be checked is said once."""
+    """Beside another adapter on a shared base, whatever files lie beside it; that its base cannot be checked is said once."""
     folder = elsewhere.adapter_by(maker, base, tmp_path / "theirs", 1, scale=0.3)
     shared = adapters.attach(loaded(base), elsewhere.adapter(base, tmp_path / "ours", 2), "policy")
     (frozen,) = as_references(shared, [folder])

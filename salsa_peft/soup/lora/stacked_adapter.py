@@ -152,8 +152,8 @@ class StackedAdapter:
             require(
                 same,
                 f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the"
-                " base, which a base that several adapters share cannot take; save the soup and open it with PEFT on a"
-                " base of its own",
+                " base. Several adapters share this base, so its own values cannot change; save the soup and open it"
+                " with PEFT on a base of its own",
             )
 
     def set_weights(self, model: PeftModel, adapter_name: str, weights: Sequence[float]) -> None:
