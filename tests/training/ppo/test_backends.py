@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +20,6 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from salsa_peft.config.options.rollout import BACKEND_OPTIONS
-from salsa_peft.data import toy
-from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.merged import merged_parameters
 from salsa_peft.models.base import hidden_states
@@ -60,15 +57,6 @@ def paged_options(options: Any) -> Callable[..., SalsaPPOConfig]:
         return options(rollout_backend="paged", rollout_options=own, **fields)
 
     return make
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
-    tokenizer = toy.make_tokenizer()
-    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
 
 @pytest.fixture
