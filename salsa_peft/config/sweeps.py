@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MAX_POLICIES, require_unique
+from salsa_peft.config.fields import MAX_POLICIES, is_number, join_keys, require_unique
 from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.references import parse_reference, require_seed
 from salsa_peft.config.schema import SFT
@@ -105,7 +105,7 @@ def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    where = f"sweep.{_printable(kind)}"
+    where = join_keys("sweep", kind)
     if kind not in SWEEPS:
         raise SalsaError(f"{where}: unknown sweep; {did_you_mean(kind, list(SWEEPS), 'sweeps')}")
     make, options = SWEEPS[kind]
@@ -113,7 +113,7 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
     require(isinstance(given, dict), f"{where}: must be a mapping {{values: […]}}, not {short(given)}")
     for key in given:
         if key not in known:
-            raise SalsaError(f"{where}.{_printable(key)}: unknown key; {did_you_mean(key, known)}")
+            raise SalsaError(f"{join_keys(where, key)}: unknown key; {did_you_mean(key, known)}")
     values = _numbers(f"{where}.values", given.get("values"))
     several, betas = _kl_coefs(f"{where}.kl_coef", given.get("kl_coef"))
     require(
@@ -134,7 +134,7 @@ def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
     if value is None:
         return False, [None]
     several = isinstance(value, list)
-    require(several or _is_number(value), f"{where}: must be a number or a list of numbers, not {short(value)}")
+    require(several or is_number(value), f"{where}: must be a number or a list of numbers, not {short(value)}")
     betas = _numbers(where, value if several else [value])
     require(min(betas) >= 0, f"{where}: must be at least 0, not {min(betas):g}")
     return several, betas
@@ -142,15 +142,11 @@ def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
 
 def _numbers(where: str, value: Any) -> list[float]:
     require(value is not None, f"{where}: is required; give a list of numbers")
-    fits = isinstance(value, list) and bool(value) and all(_is_number(number) for number in value)
+    fits = isinstance(value, list) and bool(value) and all(is_number(number) for number in value)
     require(fits, f"{where}: must be a list of numbers, not {short(value)}")
     numbers = [float(number) + 0.0 for number in value]  # −0 becomes 0
     require_unique(where, numbers)
     return numbers
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _number_of_seeds(sft: Any) -> int | None:
@@ -161,10 +157,6 @@ def _number_of_seeds(sft: Any) -> int | None:
 
 def _is_seed(value: Any, seeds: int) -> bool:
     return type(value) is int and 0 <= value < seeds
-
-
-def _printable(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 80 else short(key)
 
 
 Pairs = list[tuple[str, str]]

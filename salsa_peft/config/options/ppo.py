@@ -101,43 +101,32 @@ class PPOOptions:
     max_prompt_length: Count | None = None
     """Longer prompts are dropped, and their number is logged. None: the model's maximum length less max_new_tokens."""
 
-    def check_batches(self, prefix: str, batch_size: int, micro_batch_size: int | None) -> None:
-        """Raise SalsaError unless a rollout batch divides into minibatches, and these into micro-batches.
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps on one rollout batch."""
+        return self.num_ppo_epochs * self.num_mini_batches
 
-        prefix: the section's key with a dot, for messages.
-        """
-        count = self.num_mini_batches
-        require_multiple(f"{prefix}batch_size", batch_size, count, f"num_mini_batches {count}")
-        minibatch = batch_size // count
-        micro = micro_batch_size or minibatch
-        require(
-            minibatch % micro == 0,
-            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {count} ="
-            f" {minibatch} responses",
-        )
-
-    def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int) -> int:
+    def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int = 1) -> int:
         """Responses of a minibatch that each process gets.
 
-        Raises SalsaError unless all processes get the same number, and each share divides into micro-batches.
+        Raises SalsaError unless all processes get the same number, and each share divides into micro-batches. prefix:
+        the section's key with a dot, for messages.
         """
-        parts, of = (
-            self.num_mini_batches * processes,
-            f"num_mini_batches {self.num_mini_batches} × {processes} processes",
-        )
-        require_multiple(f"{prefix}batch_size", batch_size, parts, of)
-        share = batch_size // parts
-        micro, local = micro_batch_size or share, batch_size // processes
+        count, on = self.num_mini_batches, f"{processes} processes"
+        of = f"num_mini_batches {count}" + (f" × {on}" if processes > 1 else "")
+        require_multiple(f"{prefix}batch_size", batch_size, count * processes, of)
+        local, share = batch_size // processes, batch_size // (count * processes)
+        micro = micro_batch_size or share
         require(
             share % micro == 0,
-            f"{prefix}micro_batch_size: {micro} does not divide {share}, the responses of a minibatch on each of"
-            f" {processes} processes",
+            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {count}"
+            f"{f' / {on}' if processes > 1 else ''} = {share} responses",
         )
         rollout = self.rollout_batch_size or local
         require(
             processes == 1 or local % rollout == 0,
             f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each"
-            f" of {processes} processes",
+            f" of {on}",
         )
         return share
 
