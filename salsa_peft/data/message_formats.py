@@ -122,16 +122,13 @@ def parse_tool_calls(value: Any, where: str) -> Messages:
 
     Also accepts JSON text, a single call without a list, and calls without `function`. Raises SalsaError.
     """
-    if isinstance(value, str):
-        value = parse_json(value, where)
     found = []
-    for call in _as_list(value, where, "tool calls"):
+    for call in _as_list(parse_json(value, where), where, "tool calls"):
         inner: Any = call.get("function", call) if isinstance(call, dict) else None
         fits = isinstance(inner, dict) and isinstance(inner.get("name"), str)
         require(fits, f"{where}: a tool call must be {{name, arguments}}, not {short(call)}")
         arguments = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = parse_json(arguments or "{}", where)
+        arguments = parse_json("{}" if arguments == "" else arguments, where)
         require(
             isinstance(arguments, dict),
             f"{where}: the arguments of {inner['name']} must be an object, not {short(arguments)}",
@@ -160,12 +157,12 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
     return list(found)
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of JSON text. Raises SalsaError that names `where`."""
+def parse_json(value: Any, where: str) -> Any:
+    """The value of JSON text; what is not text is returned unchanged. Raises SalsaError that names `where`."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: {text[:60]!r} is not valid JSON ({error})") from error
+        raise SalsaError(f"{where}: {value[:60]!r} is not valid JSON ({error})") from error
 
 
 def is_hh(text: Any) -> bool:

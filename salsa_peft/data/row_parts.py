@@ -76,8 +76,8 @@ def _messages(value: Any, where: str) -> Messages:
 
 
 def _history(row: Row, where: str) -> Messages:
-    found, pairs = Messages(), row.get("history") or []
-    for pair in parse_json(pairs, f"{where}, history") if isinstance(pairs, str) else pairs:
+    found = Messages()
+    for pair in parse_json(row.get("history") or [], f"{where}, history"):
         fits = isinstance(pair, list) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)
         require(fits, f"{where}, history: must be pairs of a question and its answer, not {short(pair)}")
         found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from salsa_peft.data.chat.templates import (
     ANSWER,
-    USER,
+    CHAT,
     cached_per_tokenizer,
     common_prefix_length,
     default_prefix,
@@ -25,9 +25,6 @@ from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-CHAT = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 
 
 class AssistantTurn(NamedTuple):
@@ -63,16 +60,10 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     written = tokenizer.convert_ids_to_tokens(special[0])
     if closing.partition(str(written))[0].strip():  # text ends the turn, and the token has another purpose
         return AssistantTurn(None, (), opening)
-    place = _closing_place(ids, special)
-    return AssistantTurn(ids[place], tuple(ids[place + 1 :]), opening)
-
-
-def _closing_place(ids: list[int], special: list[int]) -> int:
-    """Position of the first of the special tokens that end `ids`."""
     place = len(ids)
-    for token in reversed(special):
-        place = len(ids[:place]) - 1 - ids[:place][::-1].index(token)
-    return place
+    for token in reversed(special):  # the end of `ids` is these tokens, perhaps with others between them
+        place -= 1 + ids[:place][::-1].index(token)
+    return AssistantTurn(ids[place], tuple(ids[place + 1 :]), opening)
 
 
 def stop_token_ids(
