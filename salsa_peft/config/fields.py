@@ -87,18 +87,13 @@ def _advice(where: str, key: str, known: list[str], root: type) -> str:
         inside = " itself, not under `lora`" if key == "lora" else ""
         return f"of PEFT's LoraConfig a recipe supports {', '.join(known)}, in `adapter`{inside}"
     names = [name.rstrip("_") for name in known]
-    sections = [] if where else [name for name, hint in field_types(root).items() if key in _fields_of(hint)]
+    hints = [(name, option) for name, hint in field_types(root).items() for option in (hint, *typing.get_args(hint))]
+    sections = [
+        name for name, hint in hints if not where and dataclasses.is_dataclass(hint) and key in field_types(hint)
+    ]
     if key in UNSUPPORTED_LORA_FIELDS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
         return did_you_mean(key, names)
     return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
-
-
-def _fields_of(hint: Any) -> list[str]:
-    """The fields of a section's dataclass, also of Section | None."""
-    options = [hint, *typing.get_args(hint)]
-    return [
-        field.name for option in options if dataclasses.is_dataclass(option) for field in dataclasses.fields(option)
-    ]
 
 
 @functools.cache

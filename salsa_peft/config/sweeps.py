@@ -89,12 +89,13 @@ def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
         f"sweep: must be a mapping such as {{alpha: {{values: [0, 0.5, 1]}}}}, not {short(sweeps)}",
     )
     rest = {key: value for key, value in data.items() if key != "sweep"}
-    policies, seeds = data.get("policies", {}), _number_of_seeds(data.get("sft", {}))
-    if not sweeps or not isinstance(policies, dict) or seeds is None:  # the schema reports other values of these two
+    policies, sft = data.get("policies", {}), data.get("sft", {})
+    seeds = sft.get("seeds", SFT().seeds) if isinstance(sft, dict) else None
+    if not (sweeps and isinstance(policies, dict) and isinstance(seeds, list) and seeds):  # the schema reports these
         return rest
     expanded = dict(policies)
     for kind, options in sweeps.items():
-        for name, policy in _policies(kind, options, seeds):
+        for name, policy in _policies(kind, options, len(seeds)):
             other = expanded.get(name, policy)
             require(
                 isinstance(other, dict) and {"kl_coef": None, **other} == {"kl_coef": None, **policy},
@@ -147,12 +148,6 @@ def _numbers(where: str, value: Any) -> list[float]:
     numbers = [float(number) + 0.0 for number in value]  # −0 becomes 0
     require_unique(where, numbers)
     return numbers
-
-
-def _number_of_seeds(sft: Any) -> int | None:
-    """Number of seeds in a recipe's `sft:`, or None if the section is not valid."""
-    seeds = sft.get("seeds", SFT().seeds) if isinstance(sft, dict) else None
-    return len(seeds) if isinstance(seeds, list) and seeds else None
 
 
 def _is_seed(value: Any, seeds: int) -> bool:
@@ -215,13 +210,9 @@ def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
     return {} if search is None else {method: _candidate_names(method, search.kl_coef) for method in search.methods}
 
 
-def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> None:
-    """Raise SalsaError for a search without judge, opponent or questions.
-
-    models: names of the evaluated models; sets: names of evaluate.prompts.
-    """
-    search = recipe.search
-    if search is None:
+def check_search(recipe: Recipe, models: Sequence[str]) -> None:
+    """Raise SalsaError for a search without judge or opponent. models: names of the evaluated models."""
+    if (search := recipe.search) is None:
         return
     require(
         search.by != "judge" or recipe.evaluate.judge is not None,
@@ -236,18 +227,11 @@ def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> 
         all(search.against not in names for names in candidates(recipe).values()),
         f"search.against: {short(search.against)} is a candidate itself; name another model, such as {SEED_0}",
     )
-    for name in search.questions:
-        require(
-            name in sets, f"search.questions: evaluate.prompts has no {short(name)}; its sets are {', '.join(sets)}"
-        )
 
 
 def candidate_pairs(recipe: Recipe) -> Pairs:
     """Every candidate against the search's opponent: the comparisons that decide which one is picked."""
-    search = recipe.search
-    if search is None:
-        return []
-    return [(name, search.against) for names in candidates(recipe).values() for name in names]
+    return [(name, recipe.search.against) for names in candidates(recipe).values() for name in names if recipe.search]
 
 
 def compared_pairs(recipe: Recipe) -> Pairs:
@@ -269,8 +253,7 @@ def pick_candidates(
 
     rates: candidate → {adjusted_win_rate, low, high} against the opponent. None without a search.
     """
-    search = recipe.search
-    if search is None:
+    if (search := recipe.search) is None:
         return None
     methods = {}
     for method, names in candidates(recipe).items():

@@ -39,20 +39,14 @@ from salsa_peft.data.questions import questions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
-ROW_KINDS = {
-    "demonstrations": "demonstrations",
-    "preferences": "preferences",
-    "prompts": "prompts",
-    "held_out": "demonstrations",
-}
-"""Key of `data` → kind of its rows."""
 MAX_COUNTED_BYTES = 500_000_000
 """Largest .jsonl file that is read to count its rows; for .json a tenth of it."""
 
 
 def check_local(recipe: Recipe) -> None:
     """Raise SalsaError for data that does not exist, has a first row of another kind, or fewer rows than a batch."""
-    named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in ROW_KINDS.items()]
+    kinds = {key: "demonstrations" if key == "held_out" else key for key in datasets.TOY_FILES}
+    named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in kinds.items()]
     named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]
     for key, kind, source in named:
         if source is None:

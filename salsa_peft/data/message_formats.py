@@ -61,11 +61,10 @@ def role_of(message: dict[str, Any], where: str) -> str:
     """A message's role, converted by ROLES. Raises SalsaError, also for an unknown role in `from`."""
     key = "from" if "from" in message and "role" not in message else "role"
     given = message.get(key)
-    if key not in message:
-        raise SalsaError(
-            f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or"
-            f" {{from, value}}"
-        )
+    require(
+        key in message,
+        f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or {{from, value}}",
+    )
     require(isinstance(given, str), f"{where}: {key} must be text, not {describe(given)}")
     known = ROLES.get(str(given).lower())
     require(

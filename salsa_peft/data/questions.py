@@ -6,7 +6,6 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.config.schema import Source
@@ -21,17 +20,8 @@ from salsa_peft.utils.messages import short
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPERATURES: Mapping[str, float] = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "arena-hard-200": 0.0,
-}
+GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, **dict.fromkeys(GREEDY, 0.0)}
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
 """Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. A prompt_id may repeat."""

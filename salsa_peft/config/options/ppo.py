@@ -133,20 +133,22 @@ class PPOOptions:
     def check_options(self, prefix: str) -> None:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
-        rollout = self.old_logprobs == "rollout"
-        check_rollout_options(
-            prefix, self.rollout_backend, self.rollout_options, compiled=self.rollout_compile, recorded=rollout
-        )
+        backend = self.rollout_backend
+        check_rollout_options(prefix, backend, self.rollout_options)
         require(
-            not (rollout and self.rollout_backend != "hf"),
-            f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf"
-            " computes log-probs as the update does; use recompute",
+            backend == "hf" or not self.rollout_compile,
+            f"{prefix}rollout_compile: rollout_backend {backend} cannot be compiled; set rollout_compile=false or use"
+            " hf",
         )
-        require(
-            not (rollout and self.kl_estimator == "full"),
-            f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden"
-            " states; use recompute",
-        )
+        for conflict, why in (  # the recording hook would be compiled away without an error
+            (self.rollout_compile, "rollout_compile, because a compiled step records no log-probs"),
+            (backend != "hf", f"rollout_backend {backend}, because only hf computes log-probs as the update does"),
+            (self.kl_estimator == "full", "kl_estimator full, which needs the policy's hidden states"),
+        ):
+            require(
+                self.old_logprobs == "recompute" or not conflict,
+                f"{prefix}old_logprobs: rollout does not work with {why}; use recompute",
+            )
         require(
             self.kl_coef_min <= self.kl_coef,
             f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}",
