@@ -87,10 +87,9 @@ def _advice(where: str, key: str, known: list[str], root: type) -> str:
         inside = " itself, not under `lora`" if key == "lora" else ""
         return f"of PEFT's LoraConfig a recipe supports {', '.join(known)}, in `adapter`{inside}"
     names = [name.rstrip("_") for name in known]
-    hints = [(name, option) for name, hint in field_types(root).items() for option in (hint, *typing.get_args(hint))]
-    sections = [
-        name for name, hint in hints if not where and dataclasses.is_dataclass(hint) and key in field_types(hint)
-    ]
+    parts = [(name, part) for name, hint in field_types(root).items() for part in (hint, *typing.get_args(hint))]
+    of = [name for name, part in parts if dataclasses.is_dataclass(part) and key in field_types(typing.cast(Any, part))]
+    sections = [] if where else of
     if key in UNSUPPORTED_LORA_FIELDS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
         return did_you_mean(key, names)
     return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"

@@ -46,17 +46,18 @@ def is_source(keys: list[str]) -> bool:
 def absolute_paths(data: dict[str, Any], folder: str) -> dict[str, Any]:
     """A copy of a recipe's departures with absolute local paths. Relative paths start at `folder`."""
     for keys, change in PATHS.items():
-        data = _change(data, keys.split("."), lambda value, change=change: change(value, folder))
+        data = _change(data, keys.split("."), change, folder)
     return data
 
 
-def _change(value: Any, keys: list[str], change: Callable[[Any], Any]) -> Any:
+def _change(value: Any, keys: list[str], change: Callable[[Any, str], Any], folder: str) -> Any:
     """A copy of nested mappings with the values at `keys` changed; * stands for every key of a mapping."""
     if not keys:
-        return change(value)
+        return change(value, folder)
     if not isinstance(value, dict):
         return value
-    return {key: _change(entry, keys[1:], change) if keys[0] in (key, "*") else entry for key, entry in value.items()}
+    inside = {key: _change(value[key], keys[1:], change, folder) for key in value if keys[0] in (key, "*")}
+    return {**value, **inside}
 
 
 def _path(value: Any, folder: str) -> Any:
@@ -69,9 +70,7 @@ def _path(value: Any, folder: str) -> Any:
 
 def _source(value: Any, folder: str) -> Any:
     """A data source with an absolute path: a mapping, or its path alone."""
-    return (
-        _change(value, ["path"], lambda path: _path(path, folder)) if isinstance(value, dict) else _path(value, folder)
-    )
+    return _change(value, ["path"], _path, folder) if isinstance(value, dict) else _path(value, folder)
 
 
 def _model_path(value: Any, folder: str) -> Any:
@@ -116,7 +115,7 @@ def _reward(value: Any, folder: str) -> Any:
     if isinstance(value, list):
         return [_reward(entry, folder) for entry in value]
     if isinstance(value, dict):
-        return _change(value, ["model"], lambda model: _reward(model, folder))
+        return _change(value, ["model"], _reward, folder)
     if not isinstance(value, str) or value == "adapter":
         return value
     return function_with_folder(value, folder) if ":" in value else _model_path(value, folder)

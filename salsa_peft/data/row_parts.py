@@ -156,9 +156,8 @@ def _older_tools(row: Row, where: str) -> bool:
     value = row.get("functions")
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = parse_json(value, f"{where}, functions")
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(entry, dict) and "name" in entry for entry in value)
-    )
+    tools = value if isinstance(value, list) else []
+    return bool(tools) and all(isinstance(tool, dict) and "name" in tool for tool in tools)
 
 
 def template_inputs(row: Row, where: str) -> dict[str, Any]:

@@ -109,11 +109,8 @@ def dropped_fields(
     for place, message in enumerate(messages):
         before, behind, role = messages[:place], messages[place + 1 :], message["role"]
         words = message_text(message).strip()
-        if (
-            words
-            and (role not in CHAT_ROLES or words not in text)
-            and not shown([*before, _other_words(message), *behind])
-        ):
+        doubtful = bool(words) and (role not in CHAT_ROLES or words not in text)
+        if doubtful and not shown([*before, _other_words(message), *behind]):
             require(
                 role not in CHAT_ROLES,
                 f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set"
@@ -121,9 +118,8 @@ def dropped_fields(
             )
             found.append(f"a {role} turn")
         more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
-        if more and shown(
-            [*before, {"role": role, "content": message["content"]}, *behind]
-        ):  # at least one of them is read
+        bare = {"role": role, "content": message["content"]}
+        if more and shown([*before, bare, *behind]):  # at least one of them is read
             rest = {key: {name: value for name, value in message.items() if name != key} for key in more}
             more = [key for key in more if not shown([*before, rest[key], *behind])]
         found += map(FIELD.format, more)
