@@ -193,18 +193,12 @@ class PPO(PPOOptions, Training):
 
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError unless batch sizes divide, options agree and max_steps is a number of whole updates."""
-        self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
         steps = self.steps_per_update
         if self.max_steps > 0:  # an update that is cut short would be in no log
             of = f"{steps}, the optimizer steps of one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
-
-    @property
-    def steps_per_update(self) -> int:
-        """Optimizer steps on one rollout batch."""
-        return self.num_ppo_epochs * self.num_mini_batches
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from salsa_peft.config import judge, sweeps
+from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
@@ -303,10 +303,12 @@ def _check_evaluate(recipe: Recipe) -> None:
         for reference in [] if model in recipe.policies else parse_reference(where, model):
             _check_reference(where, reference, recipe)
     evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
-    sweeps.check_search(recipe, evaluated, _prompt_sets(recipe))
+    sweeps.check_search(recipe, evaluated)
+    for name in recipe.search.questions if recipe.search is not None else ():
+        _check_prompt_set(recipe, "search.questions", name)
     models = [*evaluated, *sweeps.candidates(recipe)]
     if recipe.evaluate.judge is not None:
-        judge.check(recipe.evaluate.judge, "evaluate.judge")
+        recipe.evaluate.judge.check("evaluate.judge")
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: must be two different names, not {short(pair)}")
