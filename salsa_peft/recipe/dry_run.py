@@ -248,14 +248,14 @@ def _changes(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         section: Training = getattr(recipe, stage)
         if not section.gradient_checkpointing:
             found.append({f"{stage}.gradient_checkpointing": "true"})
-        micro = memory.micro_batch(section, recipe.num_processes, recipe.ppo.num_mini_batches if stage == "ppo" else 1)
+        micro = memory.micro_batch(recipe, stage)
         found += [{f"{stage}.micro_batch_size": str(smaller)} for smaller in _divisors(micro)]
     if recipe.mode == "full" and stage == "ppo" and recipe.offload == "none":
         found.append({"offload": "frozen"})
     if recipe.mode == "full" and stage in TRAINING and recipe.precision == "master" and not recipe.sharded:
         found.append({"precision": "stochastic"})
     key = "ppo.rollout_batch_size" if stage == "ppo" else "generation.batch_size"
-    rows = memory.rollout_batch(recipe) if stage == "ppo" else recipe.generation.batch_size
+    rows = memory.generation_batch(recipe, stage)
     found += [{key: str(smaller)} for smaller in _divisors(rows) if stage not in ("sft", "reward")]
     found += [{PRESET: "lora"}] if recipe.mode == "full" else []
     found += [{PRESET: "qlora"}] if recipe.mode != "qlora" and not recipe.sharded else []

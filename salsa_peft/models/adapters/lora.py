@@ -300,5 +300,4 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
         tokenizer.save_pretrained(folder)
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    write_atomic(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
+    write_atomic(folder / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted))

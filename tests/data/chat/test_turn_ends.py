@@ -488,7 +488,7 @@ class TestRewards:
         rendered = {"prompt": chat_templates.render(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
         which = ends_turn(responses, [chat, chat, text, chat, rendered], turn)
         assert which.tolist() == [True, False, False, False, True]
-        extended = rollout.append_tokens(responses, which, turn.after)
+        extended = rollout.append_turn_end(responses, [chat, chat, text, chat, rendered], turn)
         found = [row[mask].tolist() for row, mask in zip(extended.response_ids, extended.response_mask, strict=True)]
         assert found == [[300, 2, *turn.after], [300, 301], [300, 2], [300, 0], [2, *turn.after]]
 
