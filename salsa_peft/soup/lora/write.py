@@ -60,7 +60,9 @@ def save(
         totals = Totals(np.zeros((len(members), len(members))))
         with arrays.one_thread():
             write_weights(folder, sections(members, stacks, weights, code, ranks, totals, progress))
-        summary = summarise(members, weights, totals.gram, ranks)
+        summary = summarise(members, weights, totals.gram, [member.ranks for member in members])
+        summary |= {"modules": len(ranks), "ranks": sorted(set(ranks.values()))}
+        summary |= {"averaged": non_lora.parameter_names(members)}
         rounding = relative_norm(totals.rounding, sum(totals.norms.values()) - sum(totals.lost.values()))
         summary |= {"strategy": strategy, "dtype": NAMES[code], "rounding": rounding, "rank": rank}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,16 +59,11 @@ class Plan:
 
     def _units(self) -> list[Unit]:
         """Join the parameters that any member changes to units, in the order of the model."""
-        group = {name: name for name in self.first}
+        group = {name: {name} for name in self.first}
 
-        def top(name: str) -> str:
-            while group[name] != name:
-                name = group[name]
-            return name
-
-        def join(names: Sequence[str]) -> None:
-            for name in names[1:]:
-                group[top(name)] = top(names[0])
+        def join(names: Iterable[str]) -> None:
+            joined = set().union(*(group[name] for name in names))
+            group.update(dict.fromkeys(joined, joined))
 
         touched: set[str] = set()
         for adapter in self.adapters:
@@ -83,10 +78,10 @@ class Plan:
                 by_source.setdefault(block.source, []).append(name)
         for names in by_source.values():
             join(names)
-        chosen, sets = {top(name) for name in touched}, dict[str, list[str]]()
-        for name in self.first:
-            if top(name) in chosen:
-                sets.setdefault(top(name), []).append(name)
+        sets: dict[int, list[str]] = {}
+        for name, joined in group.items():
+            if joined & touched:
+                sets.setdefault(id(joined), []).append(name)
         return [
             Unit(names, list(dict.fromkeys(b.source for name in names for b in self.resolved.blocks.get(name, ()))))
             for names in sets.values()
