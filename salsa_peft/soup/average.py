@@ -21,7 +21,6 @@ from salsa_peft.soup.checkpoints.write import check_free
 from salsa_peft.soup.lora.members import check_one_base
 from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
-from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.provenance import provenance
 from salsa_peft.soup.strategies import STRATEGIES, Measure, StrategyInput
@@ -179,7 +178,9 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
     if not options.merge:
         why = "has an effect only with merge=True (--merge); add that, or leave it out"
         _reject(options, ("quantized_base", "untie"), why)
-        check_out(out, (stacked or StackedAdapter.load(folders, same_base=options.same_base)).members)
+        if stacked is None:
+            StackedAdapter.load(folders, same_base=options.same_base)
+        check_free(out, folders, adapter=True)
         return None
     for name, why in (("rank", "is exact"), ("dtype", "has the dtype of the base")):
         _reject(options, (name,), f"has no effect with merge, because a merged soup {why}; leave it out")
