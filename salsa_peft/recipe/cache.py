@@ -30,7 +30,7 @@ KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class PlannedUnit:
     """A unit in a plan: its key, the folder of its result, and whether it has to run."""
 
     unit: Unit
@@ -58,7 +58,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
-def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
+def write_manifest(step: PlannedUnit, steps: dict[str, PlannedUnit], **facts: Any) -> None:
     """Write a result's manifest, its last file: key, files with hashes, inputs, and `facts`."""
     files = {}
     for file in sorted(step.folder.rglob("*")):
@@ -69,16 +69,16 @@ def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
     write_atomic(step.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
-def _digests(step: Step, steps: dict[str, Step]) -> dict[str, str]:
+def _digests(step: PlannedUnit, steps: dict[str, PlannedUnit]) -> dict[str, str]:
     return {name: content_digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
 
 
-def write_begun(step: Step, steps: dict[str, Step]) -> None:
+def write_begun(step: PlannedUnit, steps: dict[str, PlannedUnit]) -> None:
     """Write a result's first file: the key and the digests of the inputs that it is made from."""
     write_atomic(step.folder / BEGUN, json.dumps({"key": step.key, "inputs": _digests(step, steps)}))
 
 
-def has_same_inputs(step: Step, steps: dict[str, Step]) -> bool:
+def has_same_inputs(step: PlannedUnit, steps: dict[str, PlannedUnit]) -> bool:
     """Whether a unit's unfinished result was started with the key and inputs that the unit has now."""
     try:
         found = read_json(step.folder / BEGUN)
@@ -112,7 +112,7 @@ def why_outdated(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | 
     return None
 
 
-def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, Step]:
+def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, PlannedUnit]:
     """Unit id → step, in the order of the stages.
 
     A unit whose inputs have to run has to run too. Writes nothing.
@@ -120,7 +120,7 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, 
     forced: units or stages that run even if their results are up to date.
     """
     keys: dict[str, str] = {}
-    steps: dict[str, Step] = {}
+    steps: dict[str, PlannedUnit] = {}
     fingerprints: dict[str, str] = {}
     made_with, forced = versions(), set(forced)
     for unit in units:
@@ -135,11 +135,11 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, 
             )
             if why is None and waits:
                 why = f"waits for {waits[0]}"
-        steps[unit.id] = Step(unit=unit, key=keys[unit.id], folder=folder, why=why)
+        steps[unit.id] = PlannedUnit(unit=unit, key=keys[unit.id], folder=folder, why=why)
     return steps
 
 
-def prune(run: Path, stages: Iterable[str], steps: dict[str, Step]) -> list[Path]:
+def prune(run: Path, stages: Iterable[str], steps: dict[str, PlannedUnit]) -> list[Path]:
     """Remove the results of these stages that are not in the plan; returns their folders."""
     keep = {step.folder for step in steps.values()}
     found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]

@@ -23,7 +23,7 @@ from salsa_peft.data.check import count_rows
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import hardware
-from salsa_peft.recipe.cache import Step
+from salsa_peft.recipe.cache import PlannedUnit
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 
@@ -47,7 +47,7 @@ class Need(NamedTuple):
     """The run's folder, or the nearest folder above it that exists."""
 
 
-def need(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> Need | None:
+def need(recipe: Recipe, steps: dict[str, PlannedUnit], asked: Collection[str], gpu: float | None) -> Need | None:
     """The disk space for the units that will run; None if the base's size is not known.
 
     gpu: its memory in bytes, which decides `precision: auto`. Files of unfinished results count as free, since they are
@@ -134,7 +134,7 @@ def _width(recipe: Recipe, size: Architecture, gpu: float | None) -> int:
     return 4 if recipe.model.dtype == "float32" or on_cpu else 2
 
 
-def plan_line(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> str:
+def plan_line(recipe: Recipe, steps: dict[str, PlannedUnit], asked: Collection[str], gpu: float | None) -> str:
     """The plan's line about disk space."""
     found = need(recipe, steps, asked, gpu)
     if found is None:
@@ -146,7 +146,7 @@ def plan_line(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gp
     )
 
 
-def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> None:
+def check(recipe: Recipe, steps: dict[str, PlannedUnit], asked: Collection[str]) -> None:
     """Raise SalsaError if the results will not fit on the disk. An empty plan needs nothing."""
     gpu = next((float(one.bytes) for one in hardware.gpus()), None)
     found = need(recipe, steps, asked, gpu)
@@ -157,7 +157,7 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
         )
 
 
-def remedy(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> str:
+def remedy(recipe: Recipe, steps: dict[str, PlannedUnit], asked: Collection[str], gpu: float | None) -> str:
     """What to do: use another disk, or an option with which the results fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
     rare = max(_steps(recipe), recipe.ppo.save_steps)
@@ -167,6 +167,6 @@ def remedy(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: 
     return ", or ".join(["use --output-dir on a larger disk", *found])
 
 
-def _fits(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> bool:
+def _fits(recipe: Recipe, steps: dict[str, PlannedUnit], asked: Collection[str], gpu: float | None) -> bool:
     found = need(recipe, steps, asked, gpu)
     return found is not None and found.peak <= found.free

@@ -22,7 +22,7 @@ from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import disk
-from salsa_peft.recipe.cache import Step
+from salsa_peft.recipe.cache import PlannedUnit
 from salsa_peft.recipe.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
@@ -47,7 +47,7 @@ ORDER = (
 """Changes that save memory, the least expensive first."""
 
 
-def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], gpu: Gpu | None) -> None:
+def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, PlannedUnit], asked: set[str], gpu: Gpu | None) -> None:
     """Print the plan on standard output. gpu: the GPU to plan for."""
     console, recipe = Console(highlight=False, soft_wrap=True), loaded.recipe
     console.print(Text(f"results: {run}"))
@@ -121,7 +121,7 @@ def _bytes(number: float) -> str:
     return f"{number / unit:.1f} {name}"
 
 
-def _row(step: Step, asked: set[str]) -> list[str]:
+def _row(step: PlannedUnit, asked: set[str]) -> list[str]:
     state = "cached" if step.why is None else "to do" if step.unit.id in asked else "left out"
     return [step.unit.id, state, step.why or ""]
 

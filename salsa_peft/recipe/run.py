@@ -41,10 +41,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "toy": Stage("salsa_peft.recipe.stages:toy", units.toy_units),
+    "toy": Stage("salsa_peft.recipe.small_stages:toy", units.toy_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, trains=True),
-    "soup": Stage("salsa_peft.recipe.stages:soup", units.soup_units),
+    "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"]),
     "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"]),
@@ -53,7 +53,7 @@ STAGES = {
     "landscape": Stage("salsa_peft.evaluation.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
-    "report": Stage("salsa_peft.recipe.stages:report", units.report_units),
+    "report": Stage("salsa_peft.recipe.small_stages:report", units.report_units),
     "hub": Stage("salsa_peft.report.hub:run", units.hub_units),
 }
 REPORT = "report.html"
@@ -114,7 +114,9 @@ def run(
             say(f"pruned {path.relative_to(folder)}")
 
 
-def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
+def execute(
+    loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.PlannedUnit], asked: set[str], debug: bool
+) -> None:
     """Run the units of the plan in order; the run's folder is locked."""
     reports = [step.folder for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
     say(f"results: {folder}")
@@ -133,7 +135,12 @@ def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], as
 
 
 def _run_unit(
-    step: cache.Step, steps: dict[str, cache.Step], recipe: Recipe, recipe_yaml: str, folder: Path, debug: bool
+    step: cache.PlannedUnit,
+    steps: dict[str, cache.PlannedUnit],
+    recipe: Recipe,
+    recipe_yaml: str,
+    folder: Path,
+    debug: bool,
 ) -> None:
     """Run one unit and write its manifest, or say that its result is cached."""
     unit = step.unit
@@ -160,7 +167,7 @@ def _run_unit(
 
 
 def _run_job(
-    job: Job, step: cache.Step, steps: dict[str, cache.Step], resumed: bool, log: Path, debug: bool
+    job: Job, step: cache.PlannedUnit, steps: dict[str, cache.PlannedUnit], resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
     """Run a job, with half the micro-batch size after each out-of-memory error.
 
@@ -219,7 +226,7 @@ def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
     return found
 
 
-def check_inputs(steps: dict[str, cache.Step], asked: set[str]) -> None:
+def check_inputs(steps: dict[str, cache.PlannedUnit], asked: set[str]) -> None:
     """Raise SalsaError if a unit that will run reads a result that is neither finished nor asked for."""
     for name in asked:
         for needed in steps[name].unit.inputs if steps[name].why is not None else ():
@@ -230,7 +237,7 @@ def check_inputs(steps: dict[str, cache.Step], asked: set[str]) -> None:
             )
 
 
-def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hub: bool = False) -> None:
+def check_data(recipe: Recipe, steps: dict[str, cache.PlannedUnit], asked: set[str], hub: bool = False) -> None:
     """Raise SalsaError for a row, seed, reference or reward model that a unit which will run cannot use.
 
     Local files are checked, or with `hub` what is on the Hub, which is downloaded for that.
@@ -251,7 +258,7 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
         check_every_row(recipe, stages, hub)
 
 
-def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
+def check_machine(recipe: Recipe, steps: dict[str, cache.PlannedUnit], asked: set[str]) -> list[str]:
     """Raise SalsaError if this machine lacks what a unit that will run needs; return warnings.
 
     It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
