@@ -19,7 +19,7 @@ from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
 from salsa_peft.config.rewards import RewardPart, find_module, split_function
-from salsa_peft.config.schema import Landscape, Recipe, Source
+from salsa_peft.config.schema import Recipe, Source
 
 
 class _UnitBuilder:
@@ -59,8 +59,7 @@ class _UnitBuilder:
     def model(self) -> dict[str, Any]:
         """The base model."""
         model = self.recipe.model
-        paths = {"base": self.path(model.base), "chat_template": self.path(model.chat_template)}
-        return {**asdict(model), **paths}
+        return {**asdict(model), "base": self.path(model.base), "chat_template": self.path(model.chat_template)}
 
     def reference(self, reference: Reference) -> dict[str, Any]:
         """A reference model, without its label, and without the options of syncing if it is not synced."""
@@ -206,7 +205,8 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
     landscape = recipe.landscape
     if landscape is None or (landscape.line is None and landscape.plane is None):
         return []
-    builder, prompts = _UnitBuilder(recipe, run), landscape_prompts(recipe, landscape)
+    builder = _UnitBuilder(recipe, run)
+    prompts = landscape.prompts or next(iter(recipe.evaluate.prompts or TOY_PROMPTS))
     fields = {
         "model": builder.model(),
         "landscape": {**asdict(landscape), "prompts": prompts},
@@ -217,11 +217,6 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
     }
     positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
     return [builder.unit("landscape", fields, *_reward(recipe), *map(_seed, positions))]
-
-
-def landscape_prompts(recipe: Recipe, landscape: Landscape) -> str:
-    """The set of evaluation prompts that the landscape uses: the one it names, or else the first."""
-    return landscape.prompts or next(iter(recipe.evaluate.prompts or TOY_PROMPTS))
 
 
 def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -268,16 +263,8 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The report, which reads the results of all stages before it."""
-    stages = [
-        toy_units,
-        sft_units,
-        reward_units,
-        soup_units,
-        *POLICY_UNITS.values(),
-        landscape_units,
-        evaluate_units,
-        judge_units,
-    ]
+    before = [toy_units, sft_units, reward_units, soup_units]
+    stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}
     inputs = (unit.id for units in stages for unit in units(recipe, ""))
