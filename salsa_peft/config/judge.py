@@ -23,6 +23,7 @@ from salsa_peft.utils.messages import short, short_path
 class Judge:
     """Settings of the judge, which compares each pair in both orders. An answer must win both (FastChat)."""
 
+    # The kinds are the keys of JUDGES in evaluation/judges/registry.py.
     kind: Literal["openai", "local", "reward", "function"]
     """openai: an endpoint with OpenAI's chat API. local: a chat model on this machine. reward: compares the scores of
     the recipe's reward. function: a Python function, module:name."""
@@ -66,7 +67,7 @@ class Judge:
         needs = {"openai": "the name of a model at the endpoint", "local": "a chat model's folder or Hub id", "function": "module:name"}  # fmt: skip
         if self.kind in needs:
             require(self.model is not None, f"{where}.model: kind {self.kind} needs {needs[self.kind]}; add it")
-        else:
+        elif self.kind == "reward":
             require(
                 self.model is None,
                 f"{where}.model: kind reward uses the recipe's reward; remove the model {short(self.model)}",

@@ -57,7 +57,7 @@ class Soup:
 
 @dataclass(config=STRICT, kw_only=True)
 class Reference:
-    """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or another adapter.
+    """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or the model at `path`.
 
     seed-N is one member of weight 1, a soup its members with weights of sum 1, `shrunk` one member with a scale, `base`
     no member.
@@ -72,7 +72,7 @@ class Reference:
     soup: bool = False
     """Whether this is the recipe's own soup (the output of the soup stage)."""
     path: str | None = None
-    """Folder or Hub id of a LoRA adapter of the same base."""
+    """Folder or Hub id of a LoRA adapter of the same base; with full weights, of a checkpoint."""
     sync_every: int | None = None
     """EMA reference sync of a soup (TR-DPO): updates between two steps towards the policy. None: no sync."""
     mixup_alpha: float = 0.1

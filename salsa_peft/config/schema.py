@@ -174,6 +174,9 @@ class Reward(Training):
 class PPO(PPOOptions, Training):
     """PPO, the same for every policy. Temperature and response length are in the section `generation`."""
 
+    # Options that SalsaPPOConfig shares are in PPOOptions, those of all training stages in Training, and those of the
+    # stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/saving.py names it.
+
     learning_rate: Positive = 2.0e-6
     """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""
     num_train_epochs: Positive = 2.0
@@ -206,8 +209,8 @@ class Policy:
     """A policy, trained from seed-0."""
 
     reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | an
-    adapter's path | a list of these, whose KLs are averaged."""
+    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | path of
+    an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
     kl_coef: NonNegative | None = None
     """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
     algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"

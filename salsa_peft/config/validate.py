@@ -13,6 +13,7 @@ from pathlib import Path
 from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
+from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
 from salsa_peft.config.references import Reference, parse_reference, require_seed
@@ -26,9 +27,6 @@ from salsa_peft.config.rewards import (
 from salsa_peft.config.schema import Policy, Recipe
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
-
-TOY_PROMPTS = ("in", "out")
-"""Evaluation sets of the embedded world: in and out of distribution."""
 
 
 def check(recipe: Recipe) -> None:

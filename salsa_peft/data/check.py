@@ -74,7 +74,7 @@ def _check_rows(recipe: Recipe) -> None:
         ("prompts", "ppo", "ppo" in algorithms),
     ):
         source, batch = getattr(recipe.data, key), getattr(recipe, stage).batch_size
-        rows = _number_of_rows(recipe, key)
+        rows = number_of_rows(recipe, key)
         if rows is None or not used:
             continue
         usable, why = rows, ""
@@ -89,12 +89,12 @@ def _check_rows(recipe: Recipe) -> None:
             f" lower {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
-        rows = _number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")
+        rows = number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")
         if rows is not None:
             getattr(recipe, algorithm).check_rows(rows, algorithm)
 
 
-def _number_of_rows(recipe: Recipe, key: str) -> int | None:
+def number_of_rows(recipe: Recipe, key: str) -> int | None:
     """Rows of the recipe's own data or of the embedded world's, or None if unknown."""
     source = getattr(recipe.data, key)
     return count_rows(source) if source is not None else getattr(recipe.toy, key) if recipe.toy is not None else None

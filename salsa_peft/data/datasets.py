@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data import row_formats, row_parts
 from salsa_peft.data.chat.template_fields import (
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOY_FILES = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts", "held_out")}
-TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 
 
 def training_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
@@ -179,7 +179,7 @@ def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """Rows {prompt}: messages up to the first answer. columns: keep the other columns, for rewards.
+    """Rows {prompt}: messages, without the last answer of a whole chat. columns: keep the other columns, for rewards.
 
     Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat
     template as a check.

@@ -57,6 +57,7 @@ class PPOOptions:
     """Updates between two prints of the first two of these responses to the terminal. None: never."""
     kl_coef: NonNegative = 0.2
     """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
+    # The names are the keys of KL_ESTIMATORS in training/ppo/losses.py, and "full".
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
     """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman); abs = |k1|; full: exact."""
     kl_per: Literal["response", "token"] = "response"
