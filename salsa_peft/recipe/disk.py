@@ -99,7 +99,7 @@ def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None
 
 
 def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float) -> tuple[float, float]:
-    """Bytes of a policy, and of a policy with its checkpoints (training/ppo/saving.py)."""
+    """Bytes of a policy, and of a policy with its checkpoints (models/value_head.py, training/ppo/resume.py)."""
     ppo, lora = recipe.ppo, recipe.adapter
     precision = memory.choose_precision(recipe, "ppo", gpu, size) if lora is None else "master"
     weight, _, states = memory.TRAINED[precision]

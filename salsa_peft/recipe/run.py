@@ -236,11 +236,11 @@ def check_data(recipe: Recipe, steps: cache.Plan, asked: set[str], hub: bool = F
     """
     stages = {steps[name].unit.stage for name in asked if steps[name].why is not None}
     if stages:
-        from salsa_peft.training import taken_results
+        from salsa_peft.training import external_models
 
         if hub:
-            taken_results.check_base_available(recipe)
-        taken_results.check(recipe, stages, hub)
+            external_models.check_base_available(recipe)
+        external_models.check(recipe, stages, hub)
     data = recipe.data
     sources = [data.demonstrations, data.held_out, data.preferences, data.prompts, *recipe.evaluate.prompts.values()]
     local = [is_local(source.path) for source in sources if source is not None]

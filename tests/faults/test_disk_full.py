@@ -30,7 +30,7 @@ from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.recipe import worker
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import checkpoints
-from salsa_peft.training.ppo.saving import stored_size
+from salsa_peft.training.ppo.state import stored_size
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic

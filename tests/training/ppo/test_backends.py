@@ -540,7 +540,7 @@ class TestVLLM:
             Accelerator(cpu=True),
         )
         before, merged = weights(two_adapters), dict(merged_parameters(two_adapters, "policy"))
-        backend.updated()
+        backend.sync_weights()
         assert equal(dict(FakeTransfer.sent), merged)
         (announced,) = with_vllm.bodies("/update_weights")
         assert announced["update_info"]["names"] == list(merged)
@@ -570,14 +570,14 @@ class TestVLLM:
         with torch.no_grad():
             for parameter in adapters.parameters(two_adapters, "policy"):
                 parameter.mul_(1.5)
-        backend.updated()
+        backend.sync_weights()
         backend([[1, 5]], [0])
         assert equal(dict(FakeTransfer.sent), dict(merged_parameters(two_adapters, "policy")))
         assert len(with_vllm.bodies("/update_weights")) == 2
 
     def test_full_weights_go_as_they_are(self, make_base: Any, tokenizer: Any, options: Any, with_vllm: Server) -> None:
         model = make_base()
-        VLLM(model, vllm_options(options, with_vllm), tokenizer, Accelerator(cpu=True)).updated()
+        VLLM(model, vllm_options(options, with_vllm), tokenizer, Accelerator(cpu=True)).sync_weights()
         assert equal(dict(FakeTransfer.sent), weights(model))
 
     def test_in_this_process(

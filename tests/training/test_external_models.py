@@ -26,7 +26,7 @@ from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.soup.checkpoints.read import read_checkpoint
-from salsa_peft.training import sft, taken_results
+from salsa_peft.training import external_models, sft
 from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint
@@ -473,7 +473,7 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
         assert ("adapter_model.safetensors" in asked[0][1]) == bool(words)
         asked.clear()
     load = load_recipe(str(tmp_path / "small.yaml"), lora="lora", overrides=["reward=me/gone"]).recipe
-    taken_results.check(load, {"sft", "soup"}, hub=True)
+    external_models.check(load, {"sft", "soup"}, hub=True)
     assert not asked
 
 
@@ -706,7 +706,7 @@ def test_a_seed_that_is_given_twice_is_said(
             "model.chat_template=chatml",
         ]
         loaded_recipe = load_recipe(str(small), lora=None if lora is None else "lora", overrides=given)
-        taken_results.check(loaded_recipe.recipe, {"sft"})
+        external_models.check(loaded_recipe.recipe, {"sft"})
         return str(capsys.readouterr().err)
 
     assert f"sft.from: seeds 0 and 1 have the same weights ({second})" in found(first, second, third)
@@ -785,20 +785,20 @@ def test_lora_on_the_output_embeddings_is_refused_before_anything_trains(
             f"{key}: {head} has LoRA on lm_head, the output embeddings" in said
             and "salsa soup OUT ADAPTER --merge" in said
         )
-    taken_results.check_adapter("sft.from", head, taken_results.SEED, None, head=False)
+    external_models.check_adapter("sft.from", head, external_models.SEED, None, head=False)
     options = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
     tied = make_base("gemma", tmp_path / "gemma")
     own, carried = (
         elsewhere.adapter(base, tmp_path / "own", 3, **options),
         elsewhere.adapter(tied, tmp_path / "tied", 3, **options),
     )
-    taken_results.check_adapter(
-        "sft.from", own, taken_results.SEED, read_checkpoint(base)
+    external_models.check_adapter(
+        "sft.from", own, external_models.SEED, read_checkpoint(base)
     )  # untied: the flag does nothing
     with pytest.raises(
         SalsaError, match=r"LoRA on lm_head, the output embeddings \(put there by ensure_weight_tying\)"
     ):
-        taken_results.check_adapter("sft.from", carried, taken_results.SEED, read_checkpoint(tied))
+        external_models.check_adapter("sft.from", carried, external_models.SEED, read_checkpoint(tied))
 
 
 def test_seeds_that_have_no_soup_are_refused_before_anything_trains(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -810,6 +810,6 @@ def test_seeds_that_have_no_soup_are_refused_before_anything_trains(base: Path, 
     given = ["sft.seeds=[0, 1]", f"sft.from={json.dumps([str(biased), str(tokens)])}", "landscape=null"]
     load = load_recipe("quickstart", lora="lora", overrides=given)
     with pytest.raises(SalsaError, match=r"sft\.from: .*biased has lora_bias, and .*tokens has LoRA on embeddings"):
-        taken_results._check_soup(load.recipe)
+        external_models._check_soup(load.recipe)
     alone = load_recipe("quickstart", lora="lora", overrides=[*given, "soup.members=[1]"])
-    taken_results._check_soup(alone.recipe)
+    external_models._check_soup(alone.recipe)
