@@ -47,7 +47,7 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     try:
         text = render(CHAT, tokenizer)
         alone, asking = (render(CHAT[:1], tokenizer, add_generation_prompt=flag) for flag in (False, True))
-    except TemplateError:
+    except (TemplateError, TypeError):
         return nothing
     opening = asking[common_prefix_length(alone, asking) :]
     _, answer, closing = text.rpartition(ANSWER)
@@ -144,7 +144,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...])
 def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the BOS and of the special tokens that the template may write."""
     texts = [*templates_by_name(tokenizer.chat_template).values()]
-    with contextlib.suppress(TemplateError):
+    with contextlib.suppress(TemplateError, TypeError):
         texts += [render(CHAT, tokenizer)] if texts else []
     named = {
         number

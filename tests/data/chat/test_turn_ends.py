@@ -126,6 +126,14 @@ class TestEnds:
             turn_ends.tokenizer_notes(make("llava"), (2,))
         )
 
+    def test_a_template_that_fails_on_a_plain_conversation(self) -> None:
+        """A TypeError in the template counts as a rejection in every look at it; the rows report it in one line."""
+        needs_tools = make("llama3", template="{{ tools | length }}" + tiny_tokenizers.LLAMA3)
+        assert turn_ends.assistant_turn(needs_tools).end is None and chat_templates.default_prefix(needs_tools) == ""
+        assert not chat_templates.template_lacks_bos(needs_tools) and turn_ends.padding_token(needs_tools, ())
+        with pytest.raises(SalsaError, match="row 1, prompt: the tokenizer's chat template rejects these messages"):
+            datasets.prompt_tokens({"prompt": said("q")}, needs_tools, 1)
+
 
 def _padded(tokenizer: Any) -> Any:
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, turn_ends.stop_token_ids(tokenizer))
