@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[dict[str, Any]]
+Rewards = Mapping[str, Reward]
+"""Name of a measure → the reward that scores responses."""
 Known = Mapping[tuple[int, int], dict[str, Any]]
 """(index of the question, turn) → its row."""
 
@@ -49,7 +51,7 @@ def answer(
     model: nn.Module,
     adapter: str | None,
     questions: Sequence[Question],
-    rewards: Mapping[str, Reward],
+    rewards: Rewards,
     context: StageContext,
     seed: int,
     known: Known | None = None,
@@ -124,7 +126,7 @@ def _rows(
     responses: Responses,
     turn: int,
     questions: Sequence[Question],
-    rewards: Mapping[str, Reward],
+    rewards: Rewards,
     tokenizer: Any,
 ) -> Rows:
     columns = [{**questions[one.question].row, "prompt": one.messages} for one in prompts]

@@ -21,7 +21,7 @@ from salsa_peft.config.job import Job
 from salsa_peft.config.schema import Landscape
 from salsa_peft.data import datasets
 from salsa_peft.data.questions import Question, questions
-from salsa_peft.evaluation.answers import answer, fitting_questions
+from salsa_peft.evaluation.answers import Rewards, answer, fitting_questions
 from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.rewards.base import Reward
@@ -54,7 +54,7 @@ def mean_scores(
     model: nn.Module,
     adapter: str | None,
     questions: Sequence[Question],
-    rewards: Mapping[str, Reward],
+    rewards: Rewards,
     context: StageContext,
     seed: int,
 ) -> dict[str, dict[str, float]]:

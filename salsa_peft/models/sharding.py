@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -127,3 +127,14 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = Tru
     held = module.state_dict()
     cut = {name: sharded_like(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
     return module.load_state_dict(cut, strict=strict)
+
+
+def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any, folder: str) -> None:
+    """Save the optimizer's shards under FSDP or DeepSpeed.
+
+    Trainer would save all weights with them, a second time.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine_of(accelerator).save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)

@@ -7,11 +7,11 @@ can do as well. Left out: claims about other training seeds, because one run is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from salsa_peft.report.format import estimate, p_value, percent, signed
+from salsa_peft.report.format import Row, estimate, p_value, percent, signed
 from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
@@ -23,12 +23,12 @@ REPLICATE = (
 )
 
 
-def undecided(difference: Mapping[str, Any]) -> bool:
+def undecided(difference: Row) -> bool:
     """Whether the difference is of a single prompt or its interval includes 0."""
     return bool(difference["n"] < 2 or difference["low"] <= 0 <= difference["high"])
 
 
-def conclusion(difference: Mapping[str, Any], a: str, b: str) -> str:
+def conclusion(difference: Row, a: str, b: str) -> str:
     """What the interval of a − b allows to conclude."""
     if difference["n"] < 2:
         return "a single prompt, nothing to conclude"
@@ -37,12 +37,12 @@ def conclusion(difference: Mapping[str, Any], a: str, b: str) -> str:
     return f"{a if difference['mean'] > 0 else b} is higher on these prompts"
 
 
-def short_conclusion(difference: Mapping[str, Any], a: str, b: str) -> str:
+def short_conclusion(difference: Row, a: str, b: str) -> str:
     """The conclusion for a table's cell."""
     return "undecided" if undecided(difference) else f"{a if difference['mean'] > 0 else b} higher"
 
 
-def order(evaluation: Mapping[str, Any], policies: Mapping[str, Any]) -> list[str]:
+def order(evaluation: Row, policies: Row) -> list[str]:
     """Every evaluated model: seeds, the untuned base, soup, PPO, SALSA, the controls, then all others."""
     names = list(dict.fromkeys([*evaluation.get("models", []), *policies]))
     rank = {"base": 1, "soup": 2, "ppo": 4, "salsa": 5, "shrunk": 6}
@@ -55,18 +55,18 @@ def order(evaluation: Mapping[str, Any], policies: Mapping[str, Any]) -> list[st
     return sorted(names, key=key)
 
 
-def is_control(name: str, policies: Mapping[str, Any]) -> bool:
+def is_control(name: str, policies: Row) -> bool:
     """Whether it is `base`, `shrunk`, or a policy with the base or one shrunk seed as reference."""
     return name in ("base", "shrunk") or (name in policies and policies[name].reference.startswith(("shrunk", "base")))
 
 
-def is_untuned_control(one: Mapping[str, Any], policies: Mapping[str, Any]) -> bool:
+def is_untuned_control(one: Row, policies: Row) -> bool:
     """Whether b of a comparison is a control without PPO, which is reported separately."""
     return one["b"] not in policies and is_control(one["b"], policies)
 
 
 def difference(
-    evaluation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], dataset: str, measure: str, a: str, b: str
+    evaluation: Row, answers: Sequence[Row], dataset: str, measure: str, a: str, b: str
 ) -> dict[str, Any] | None:
     """a − b from the evaluation, else paired from the answers; None if neither has both models."""
     names = {"dataset": dataset, "measure": measure, "a": a, "b": b}
@@ -97,9 +97,7 @@ def difference(
     return {**names, **asdict(paired_difference(first, second, clusters)), "rate": rate}
 
 
-def comparisons(
-    evaluation: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], policies: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[str, Any]]:
     """The main comparisons: soup with seed, SALSA with PPO, each control in the soup's place."""
     if not evaluation.get("datasets"):
         return []
@@ -119,23 +117,20 @@ def comparisons(
     return [one for one in found if one]
 
 
-def _policy_with(reference: str, name: str, policies: Mapping[str, Any]) -> str:
+def _policy_with(reference: str, name: str, policies: Row) -> str:
     """The policy called `name`, else the first one with this reference, else "" (which is no model)."""
     if name in policies:
         return name
     return next((other for other, policy in policies.items() if policy.reference == reference), "")
 
 
-def headline(evaluation: Mapping[str, Any]) -> str:
+def headline(evaluation: Row) -> str:
     """The main measure: the gold reward if there is one; policies are trained on the reward model."""
     return "gold" if "gold" in evaluation["measures"] else evaluation["measures"][0]
 
 
 def finding(
-    evaluation: Mapping[str, Any],
-    landscape: Mapping[str, Any] | None,
-    compared: Sequence[Mapping[str, Any]],
-    policies: Mapping[str, Any],
+    evaluation: Row, landscape: Row | None, compared: Sequence[Row], policies: Row
 ) -> tuple[list[str], list[str]]:
     """Sentences of the first paragraph (the first dataset, trained models), and further points."""
     if not compared:
@@ -163,7 +158,7 @@ def finding(
     return [*lead, REPLICATE], more + (_along(landscape) if landscape else [])
 
 
-def _aside(one: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
+def _aside(one: Row, policies: Row) -> str:
     """The win rate in parentheses, and what follows if b is a control."""
     rate, b = one["rate"], one["b"]
     text = (
@@ -177,7 +172,7 @@ def _aside(one: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
     return f"{text} and scored higher, so this run is no evidence that averaging helps" if one["high"] < 0 else text
 
 
-def _along(landscape: Mapping[str, Any]) -> list[str]:
+def _along(landscape: Row) -> list[str]:
     """The first line's midpoint and ends, and the best point of the first control line."""
     measure = headline(landscape)
     text = []
@@ -204,7 +199,7 @@ def _along(landscape: Mapping[str, Any]) -> list[str]:
     return text
 
 
-def of_judge(judged: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def of_judge(judged: Row, policies: Row) -> tuple[list[str], list[str]]:
     """The judge's results (judge_tables.judged) as sentences: the first set, and the other sets."""
     sentences = []
     for dataset, data in judged["datasets"].items():
@@ -215,7 +210,7 @@ def of_judge(judged: Mapping[str, Any], policies: Mapping[str, Any]) -> tuple[li
     return lead, sentences[1:]
 
 
-def _rate(pair: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
+def _rate(pair: Row, policies: Row) -> str:
     control = is_control(pair["b"], policies)
     if pair["n"] == 0:
         return "without any verdict"
@@ -229,9 +224,7 @@ def _rate(pair: Mapping[str, Any], policies: Mapping[str, Any]) -> str:
     return text + (", the control without averaging" if control and better == pair["b"] else "")
 
 
-def warnings(
-    evaluation: Mapping[str, Any], landscape: Mapping[str, Any] | None, reward: Mapping[str, Any] | None = None
-) -> list[str]:
+def warnings(evaluation: Row, landscape: Row | None, reward: Row | None = None) -> list[str]:
     """Cautions: a poor reward model, few prompts, intervals that include 0, many comparisons."""
     accuracy = (reward or {}).get("accuracy", {}).get("held_out")
     found = []

@@ -9,6 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+Row = Mapping[str, Any]
+"""A JSON object."""
 LONGEST = 4000
 """Characters of a prompt or an answer that are shown."""
 
@@ -39,11 +41,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def estimate(value: Mapping[str, Any]) -> str:
+def estimate(value: Row) -> str:
     return f"{fixed(value['mean'])} [{fixed(value['low'])}, {fixed(value['high'])}]"
 
 
-def signed(value: Mapping[str, Any]) -> str:
+def signed(value: Row) -> str:
     mean, low, high = (("+" if value[key] > 0 else "") + fixed(value[key]) for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -74,7 +76,7 @@ def markdown(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
 
 
-def flatten(values: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+def flatten(values: Row, path: str = "") -> list[tuple[str, str]]:
     """A stage's metrics as rows: nested keys joined by dots, estimates with their intervals."""
 
     def text(value: Any) -> str:

@@ -9,7 +9,7 @@ out: what the report of a single run shows.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 
 from salsa_peft.evaluation.judge_statistics import NET, Judgment, over_seeds, seeds_warning
 from salsa_peft.report import findings, judge_tables, paper, plots, style
-from salsa_peft.report.format import finite
+from salsa_peft.report.format import Row, finite
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.page import write_pages
 from salsa_peft.report.style import MEASURES, Panel
@@ -103,7 +103,7 @@ def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _cells_with_verdicts(rows: Sequence[Mapping[str, Any]], pair: tuple[str, str]) -> list[dict[str, Any]]:
+def _cells_with_verdicts(rows: Sequence[Row], pair: tuple[str, str]) -> list[dict[str, Any]]:
     return [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
 
 
@@ -177,7 +177,7 @@ def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]
     return judge_tables.judgments_of(run, dataset, first, second, findings.headline(run.evaluation))
 
 
-def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[str]:
+def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Sentences: in how many cells a pair's rate is above 50%, and in how many after correction."""
     sentences = []
     for pair in pairs:
@@ -192,7 +192,7 @@ def finding(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]])
     return sentences
 
 
-def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> list[str]:
     found = [f"{name}: {few}." for name, of in groups if (few := seeds_warning(len(of)))]
     for row in rows:
         least = min(cell["runs"] for cell in row["cells"].values())
@@ -234,7 +234,7 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _draw(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
+def _draw(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
     """Figure 1: one panel for each pair with its cells."""
     styles, drawn = style.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):

@@ -7,12 +7,12 @@ those of the paper, its cell is shown beside the run's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from salsa_peft.evaluation.judge_statistics import Judgment
 from salsa_peft.report import paper
-from salsa_peft.report.format import is_number
+from salsa_peft.report.format import Row, is_number
 from salsa_peft.report.gather import ReportInput, last_part
 
 ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → label of the figures' x axis
@@ -62,12 +62,12 @@ def judged(run: ReportInput) -> dict[str, Any] | None:
     }
 
 
-def judge_name(judge: Mapping[str, Any]) -> str:
+def judge_name(judge: Row) -> str:
     """Kind and model of a judge."""
     return " ".join(filter(None, (judge["kind"], last_part(judge["model"]) if judge["model"] else None)))
 
 
-def _paper_cell(run: ReportInput, dataset: str, pair: Mapping[str, Any]) -> dict[str, Any] | None:
+def _paper_cell(run: ReportInput, dataset: str, pair: Row) -> dict[str, Any] | None:
     cell = paper.beside(run.base, dataset, method(run, pair["a"]), method(run, pair["b"]))
     return None if cell is None else {**cell.adjusted_rate(), "table": cell.table}
 
@@ -102,7 +102,7 @@ def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -
                     winners, lengths = (swap[row["second"]], swap[row["first"]]), lengths[::-1]
                 rows.append(Judgment((dataset, row["index"]), row["turn"], *winners, *lengths))
         return rows
-    found: dict[str, dict[tuple[int, int], Mapping[str, Any]]] = {a: {}, b: {}}
+    found: dict[str, dict[tuple[int, int], Row]] = {a: {}, b: {}}
     for row in run.answers:
         if row["dataset"] == dataset and row["model"] in found and is_number(row["scores"].get(measure)):
             found[row["model"]][row["index"], row["turn"]] = row
@@ -146,7 +146,7 @@ def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
     return found
 
 
-def _point(x: float, pair: Mapping[str, Any]) -> dict[str, Any]:
+def _point(x: float, pair: Row) -> dict[str, Any]:
     return {"x": x, "name": "", **{key: pair[key] for key in ("adjusted_win_rate", "low", "high")}}
 
 
@@ -178,7 +178,7 @@ def warnings(run: ReportInput) -> list[str]:
     return found
 
 
-def _reliability(pairs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _reliability(pairs: Sequence[Row]) -> Iterable[str]:
     missing, n = sum(pair["missing"] for pair in pairs), sum(pair["n"] for pair in pairs)
     if missing:
         yield (
@@ -205,7 +205,7 @@ def _equal_answers(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[s
         yield f"{same} of {len(both)} answers of {a} and {b} are identical; a preference between them says nothing about the models."
 
 
-def _mean(pairs: Sequence[Mapping[str, Any]], key: str) -> float | None:
+def _mean(pairs: Sequence[Row], key: str) -> float | None:
     """Mean over judgments."""
     known = [(pair[key], pair["n"]) for pair in pairs if pair[key] is not None and pair["n"]]
     return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None

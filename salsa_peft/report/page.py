@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from salsa_peft.report import findings, judge_tables, style
-from salsa_peft.report.format import finite, flatten, is_number, percent, render
+from salsa_peft.report.format import Row, finite, flatten, is_number, percent, render
 from salsa_peft.report.gather import PolicyReport, ReportInput
 from salsa_peft.report.plots import CURVES, draw, scores_of
 from salsa_peft.report.style import Panel
@@ -21,11 +21,7 @@ def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
 
 
 def write_pages(
-    folder: Path,
-    template: str,
-    context: Mapping[str, Any],
-    drawn: Mapping[str, Sequence[Panel]],
-    summary: dict[str, Any],
+    folder: Path, template: str, context: Row, drawn: Mapping[str, Sequence[Panel]], summary: dict[str, Any]
 ) -> dict[str, Any]:
     """Write one context as HTML and as Markdown, figures as PNG, and the summary as JSON."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -80,7 +76,7 @@ def context(run: ReportInput) -> dict[str, Any]:
     }
 
 
-def _tiles(run: ReportInput, compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
     """Comparisons as tiles; `at`: where mean and interval lie on a scale from 0 to 100, the same for all."""
     reach = max((abs(one[key]) for one in compared for key in ("low", "high")), default=0.0) or 1.0
     return [
@@ -95,7 +91,7 @@ def _tiles(run: ReportInput, compared: Sequence[Mapping[str, Any]]) -> list[dict
     ]
 
 
-def summarise(run: ReportInput, found: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
     """Every number of the report: finite floats or null. found: the templates' context."""
     datasets = run.evaluation.get("datasets", {})
     judged = found["judged"] or {"datasets": {}}
@@ -179,7 +175,7 @@ def sample_answers(run: ReportInput) -> dict[str, Any]:
     rows: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
     for row in run.answers:
         rows.setdefault(row["dataset"], {}).setdefault(row["index"], {}).setdefault(row["turn"], {})[row["model"]] = row
-    judgments: dict[tuple[str, int, int], list[Mapping[str, Any]]] = {}
+    judgments: dict[tuple[str, int, int], list[Row]] = {}
     for row in run.judgments:
         judgments.setdefault((row["dataset"], row["index"], row["turn"]), []).append(row)
 
@@ -220,10 +216,7 @@ def main_pair(run: ReportInput) -> tuple[str, str] | None:
 
 
 def _outcome(
-    run: ReportInput,
-    pair: tuple[str, str],
-    answers: Mapping[str, Mapping[str, Any]],
-    judgments: Sequence[Mapping[str, Any]],
+    run: ReportInput, pair: tuple[str, str], answers: Mapping[str, Row], judgments: Sequence[Row]
 ) -> str | None:
     """One turn's outcome for the first model of the pair."""
     if run.verdicts is not None:

@@ -12,12 +12,15 @@ from matplotlib.ticker import LogLocator
 from matplotlib.tri import Triangulation
 
 from salsa_peft.report import findings, judge_tables, style
-from salsa_peft.report.format import file_name, fixed, is_number
+from salsa_peft.report.format import Row, file_name, fixed, is_number
 from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.style import INK, KNOWN, MEASURES, MUTED, PAPER, SPARE, Look, Panel, panel
 
+Styles = Mapping[str, Look]
+"""Name of a model → its look."""
 
-def scores(name: str, title: str, models: Mapping[str, Any], measure: str, styles: Mapping[str, Look]) -> Panel:
+
+def scores(name: str, title: str, models: Row, measure: str, styles: Styles) -> Panel:
     """Mean and interval of each model, one row each. models: name → Estimate as a mapping."""
 
     def draw(axes: Axes) -> None:
@@ -30,7 +33,7 @@ def scores(name: str, title: str, models: Mapping[str, Any], measure: str, style
     return panel(name, f"{title}: mean score of each model", draw, 0.27 * len(models) + 0.95)
 
 
-def win_rates(name: str, title: str, pairs: Sequence[Mapping[str, Any]], styles: Mapping[str, Look]) -> Panel:
+def win_rates(name: str, title: str, pairs: Sequence[Row], styles: Styles) -> Panel:
     """Adjusted win rate of a over b, one row for each pair; hollow if the interval includes 50%."""
 
     def draw(axes: Axes) -> None:
@@ -47,9 +50,9 @@ def win_rates(name: str, title: str, pairs: Sequence[Mapping[str, Any]], styles:
 def line(
     name: str,
     title: str,
-    lines: Sequence[Mapping[str, Any]],
+    lines: Sequence[Row],
     measure: str,
-    styles: Mapping[str, Look],
+    styles: Styles,
     limits: tuple[float, float],
     soup: float | None,
 ) -> Panel:
@@ -83,7 +86,7 @@ def line(
     return panel(name, f"{title}: {measure} against the weight", draw, 3.0)
 
 
-def plane(name: str, title: str, given: Mapping[str, Any], measure: str) -> Panel:
+def plane(name: str, title: str, given: Row, measure: str) -> Panel:
     """Score on the plane of three seeds in barycentric coordinates (paper's Fig. 2c)."""
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
     spots = np.array([point["weights"] for point in given["points"]]) @ corners
@@ -111,12 +114,7 @@ def plane(name: str, title: str, given: Mapping[str, Any], measure: str) -> Pane
 
 
 def curve(
-    name: str,
-    title: str,
-    policies: Mapping[str, Sequence[Mapping[str, Any]]],
-    key: str,
-    styles: Mapping[str, Look],
-    log: bool = False,
+    name: str, title: str, policies: Mapping[str, Sequence[Row]], key: str, styles: Styles, log: bool = False
 ) -> Panel:
     """A metric over PPO's episodes, with a rolling mean over a tenth of the updates."""
 
@@ -142,14 +140,7 @@ def curve(
     return panel(name, f"{title} of each policy over training", draw, 2.8)
 
 
-def ablation(
-    name: str,
-    title: str,
-    points: Sequence[Mapping[str, Any]],
-    xlabel: str,
-    log: bool,
-    styles: Mapping[str, Look],
-) -> Panel:
+def ablation(name: str, title: str, points: Sequence[Row], xlabel: str, log: bool, styles: Styles) -> Panel:
     """Adjusted win rate against a setting, with a line through the best policies (Fig. 4a, 5)."""
     names = list(dict.fromkeys(point["name"] for point in points))
     looks = {**dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False)), **styles}
@@ -178,9 +169,7 @@ def ablation(
     return panel(name, f"{title}: adjusted win rate", draw, 3.0)
 
 
-def distributions(
-    name: str, title: str, models: Mapping[str, Sequence[float]], measure: str, styles: Mapping[str, Look]
-) -> Panel:
+def distributions(name: str, title: str, models: Mapping[str, Sequence[float]], measure: str, styles: Styles) -> Panel:
     """Scores of single responses, one ridge for each model with its mean marked (paper's Fig. 3)."""
     together = np.concatenate([np.asarray(values, dtype=float) for values in models.values()])
     edges = np.linspace(together.min() - 1e-9, together.max() + 1e-9, 33)
@@ -277,7 +266,7 @@ def draw(run: ReportInput) -> dict[str, list[Panel]]:
     return drawn
 
 
-def _ablations(run: ReportInput, styles: Mapping[str, Look]) -> list[Panel]:
+def _ablations(run: ReportInput, styles: Styles) -> list[Panel]:
     measure, drawn = findings.headline(run.evaluation), []
     by = "the judge" if run.verdicts else MEASURES.get(measure, measure)
     for number, one in enumerate(judge_tables.ablations(run, measure)):
@@ -286,7 +275,7 @@ def _ablations(run: ReportInput, styles: Mapping[str, Look]) -> list[Panel]:
     return drawn
 
 
-def draw_landscape(landscape: Mapping[str, Any], styles: Mapping[str, Look]) -> list[Panel]:
+def draw_landscape(landscape: Row, styles: Styles) -> list[Panel]:
     """For each measure the lines between seeds and the control lines, on the same scale; then the planes."""
     drawn, planes = [], []
     lines = [one for one in landscape["lines"] if one["kind"] != "shrunk"]

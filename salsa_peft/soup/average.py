@@ -21,7 +21,6 @@ from salsa_peft.soup.checkpoints.write import check_free
 from salsa_peft.soup.lora.members import check_one_base
 from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
-from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.provenance import provenance
 from salsa_peft.soup.strategies import STRATEGIES, Measure, StrategyInput
@@ -167,9 +166,8 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
         value = getattr(options, name)
         require(value is None or value > 0, f"{name}: {value} is not positive; use a larger number")
     if kind_of(folders) == CHECKPOINTS:
-        for name in ("rank", "dtype", "merge", "quantized_base", "same_base", "untie"):
-            value = getattr(options, name)
-            require(not value, f"{name}: {value} has no effect on checkpoints, only on adapters; leave it out")
+        names = ("rank", "dtype", "merge", "quantized_base", "same_base", "untie")
+        _reject(options, names, "has no effect on checkpoints, only on adapters; leave it out")
         require(
             options.strategy != "slerp" or options.base is not None,
             "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between"
@@ -178,20 +176,24 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
         check_free(out, folders)
         return None if options.base is None else local(options.base)
     if not options.merge:
-        for name in ("quantized_base", "untie"):
-            value = getattr(options, name)
-            require(
-                not value, f"{name}: {value} has an effect only with merge=True (--merge); add that, or leave it out"
-            )
-        check_out(out, (stacked or StackedAdapter.load(folders, same_base=options.same_base)).members)
+        why = "has an effect only with merge=True (--merge); add that, or leave it out"
+        _reject(options, ("quantized_base", "untie"), why)
+        if stacked is None:
+            StackedAdapter.load(folders, same_base=options.same_base)
+        check_free(out, folders, adapter=True)
         return None
     for name, why in (("rank", "is exact"), ("dtype", "has the dtype of the base")):
-        value = getattr(options, name)
-        require(value is None, f"{name}: {value} has no effect with merge, because a merged soup {why}; leave it out")
+        _reject(options, (name,), f"has no effect with merge, because a merged soup {why}; leave it out")
     check_free(out, folders)
     base = _merge_base(folders, options)
     check_family(folders, base, options.same_base)
     return base
+
+
+def _reject(options: Options, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        require(value in (None, False), f"{name}: {value} {why}")
 
 
 def _merge_base(folders: Sequence[Path], options: Options) -> Path:

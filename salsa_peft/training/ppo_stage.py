@@ -123,7 +123,7 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.ppo.skipped,
     }
-    for limit in (trainer.micro_batch, trainer.rollout_maker.micro_batch):
+    for limit in (trainer.micro_batch_limit, trainer.rollout_maker.micro_batch_limit):
         if limit.rows < limit.configured:  # halved after an out-of-memory error
             facts[limit.option] = limit.rows
     if not trainer.is_world_process_zero():

@@ -1,8 +1,8 @@
 """Reference models of the KL term: adapters on the shared base, the base itself, or frozen models.
 
-Every reference is the base plus a weighted sum of the seeds' deltas: one seed with weight 1, the soup with weights of
-sum 1, `shrunk` one seed with a smaller weight, `base` none. K references that are adapters need no copy of the base;
-with full weights each is a frozen model that is read from checkpoints.
+A recipe's reference is `base`, a `path`, or the base plus a weighted sum of the seeds' deltas: a seed, the soup, or
+`shrunk`, one seed with a weight below 1. Adapters share one copy of the base; references with full weights are models
+of their own. training/ppo/rollout.py computes the references' log-probs and the KL to them.
 """
 
 from __future__ import annotations

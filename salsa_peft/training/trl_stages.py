@@ -69,7 +69,7 @@ def run(job: Job) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         **facts,
         "loss": loss,
-        **last_figures(trainer),
+        **last_metrics(trainer),
         **({} if held_out is None else margins(trainer, held_out)),
     }
     context.save(trainer, job.folder)
@@ -222,7 +222,7 @@ def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) ->
     return score
 
 
-def last_figures(trainer: Any) -> dict[str, float]:
+def last_metrics(trainer: Any) -> dict[str, float]:
     """The last logged metrics of the distance from the reference and of the reward."""
     wanted = ("kl", "reward", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     rows = [row for row in trainer.state.log_history if set(wanted) & set(row)]

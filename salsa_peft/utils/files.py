@@ -80,6 +80,11 @@ def size_text(size: float) -> str:
     return f"{size / unit:.1f} {name}"
 
 
+def _require_no_folder(path: Path) -> None:
+    message = "this is a folder, but a file of this name is to be written; move the folder away"
+    require(not path.is_dir(), f"{path}: {message}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, which is renamed to `path` when the block ends without an error.
@@ -89,9 +94,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     unchanged. Raises SalsaError if `path` is a folder.
     """
     path = Path(path)
-    require(
-        not path.is_dir(), f"{path}: this is a folder, but a file of this name is to be written; move the folder away"
-    )
+    _require_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -161,7 +164,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
-    require(not lock.is_dir(), f"{lock}: this is a folder, but the lock is a file of this name; move the folder away")
+    _require_no_folder(lock)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -157,7 +157,7 @@ class Writer:
 
     def __call__(self, content: Buffer) -> None:
         self.at(self.written, content)
-        self.all_before(self.written)
+        self.start_writeback(self.written)
 
     def at(self, place: int, content: Buffer) -> None:
         """Write at byte `place` after the header."""
@@ -168,7 +168,7 @@ class Writer:
         with self._lock:
             self.written += done
 
-    def all_before(self, place: int) -> None:
+    def start_writeback(self, place: int) -> None:
         """Tell the disk to write the bytes before `place`, so that the fsync at the end is short."""
         if sys.platform == "linux" and place - self._early >= EARLY:
             begin, self._early = self.begin + self._early, place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,23 +19,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data import toy
-from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models import generation
 from salsa_peft.models.generation import Recording, generate, generate_batches, row_seeds, sample_token, uniform_numbers
 from salsa_peft.models.responses import Responses
 
 PAD, BOS, EOS = 0, 1, 2
 BELOW_ONE = 1 - 2**-53
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
-    tokenizer = toy.make_tokenizer()
-    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
 
 def drawn(probabilities: list[float], uniforms: list[float]) -> list[int]:

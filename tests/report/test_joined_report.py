@@ -265,7 +265,7 @@ class TestCommand:
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
         assert "a: this run has no finished report; run it again: salsa run " in capsys.readouterr().err
         assert report.main([str(tmp_path / "a"), str(tmp_path / "none")]) == 2
-        assert "none: found no recipe.yaml" in capsys.readouterr().err
+        assert "none: not the folder of a run, since it has no recipe.yaml" in capsys.readouterr().err
         (tmp_path / "a" / "recipe.yaml").write_text("name: r\nbeta: 1\n")
         assert report.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 2
         assert "recipe.yaml: beta: is not valid: Unexpected keyword argument; found 1" in capsys.readouterr().err

@@ -295,7 +295,7 @@ class TestRefusals:
         member, other, out = train(base, folder / "a", 0), train(base, folder / "b", 1), folder / "soup"
         out.mkdir()
         (out / "tokenizer.json").write_text("mine")
-        with pytest.raises(SalsaError, match=r"soup holds tokenizer.json, but no soup; name a new or empty folder"):
+        with pytest.raises(SalsaError, match=r"soup: this folder holds tokenizer.json but no soup.json, so it is not overwritten"):
             soup(out, [member])
         assert [(path.name, path.read_text()) for path in out.iterdir()] == [("tokenizer.json", "mine")]
         (other / "tokenizer.json").write_text("the other's")

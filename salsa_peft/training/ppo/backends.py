@@ -45,7 +45,7 @@ class Backend(Protocol):
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses: ...  # fmt: skip
 
-    def updated(self) -> None:
+    def sync_weights(self) -> None:
         """Called when the policy's weights may have changed."""
 
 
@@ -59,7 +59,7 @@ class HF:
                  check: Check | None = None) -> Responses:  # fmt: skip
         return generate(self.model, prompts, self.args, self.tokenizer, seeds, recording=recording, check=check)
 
-    def updated(self) -> None:
+    def sync_weights(self) -> None:
         """Does nothing: the trained weights are the ones that generate."""
 
 
@@ -130,7 +130,7 @@ class Paged:
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
         self.options = {"auto_switch_to_flash": False, **args.rollout_options}  # type: ignore[dict-item]
 
-    def updated(self) -> None:
+    def sync_weights(self) -> None:
         """Does nothing: the trained weights are the ones that generate, and no cache is kept."""
 
     @torch.no_grad()
@@ -297,7 +297,7 @@ class VLLM:
         except (OSError, RuntimeError) as error:
             raise SalsaError(f"rollout_backend: vllm does not start: {' '.join(str(error).split())}") from error
 
-    def updated(self) -> None:
+    def sync_weights(self) -> None:
         """Send the policy's weights to vLLM."""
         self.engine.sync_weights()
         self.synced = True
@@ -308,7 +308,7 @@ class VLLM:
         if check is not None:
             check()
         if not self.synced:  # vLLM has the base's weights at the start
-            self.updated()
+            self.sync_weights()
         _, answers, _, _ = self.engine.generate([list(prompt) for prompt in prompts], images=None, num_generations=1)
         pad = int(self.tokenizer.pad_token_id)
         return pad_responses(prompts, answers, pad, self.ends, causal_lm(self.model).device)

@@ -34,7 +34,7 @@ from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.models.sharding import gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training.offload import place_models
+from salsa_peft.training.offload import place_frozen_models
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
 from salsa_peft.training.ppo.losses import KL_ESTIMATORS
@@ -90,9 +90,9 @@ class RolloutMaker:
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
-        self.present = place_models(references, reward, args)
+        self.device_contexts = place_frozen_models(references, reward, args)
         world = accelerator.num_processes
-        self.micro_batch = MicroBatchLimit(
+        self.micro_batch_limit = MicroBatchLimit(
             args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
         )
         self.scale = RunningScale()
@@ -115,9 +115,11 @@ class RolloutMaker:
         self.model.eval()
         with gathered(self.model, self.accelerator):
             # 1. sample responses from the policy, prompts of similar length together
-            responses, recorded = self.micro_batch.run(lambda: self._sample(prompts, update, check), len(prompts))
+            responses, recorded = self.micro_batch_limit.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL, sequences of similar length together; then scores
-            logprobs, entropy, values, kl = self.micro_batch.run(lambda: self._score(responses, recorded), len(prompts))
+            logprobs, entropy, values, kl = self.micro_batch_limit.run(
+                lambda: self._score(responses, recorded), len(prompts)
+            )
             scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
         for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
@@ -137,7 +139,7 @@ class RolloutMaker:
         """Responses to an eval set's prompts and their scores (B,), with the same seeds at every call."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
-            responses, _ = self.micro_batch.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
+            responses, _ = self.micro_batch_limit.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
             scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
@@ -149,7 +151,7 @@ class RolloutMaker:
 
         These are log-probs, entropies and values, (B, T) each. Interrupted in one process is raised in all.
         """
-        self.backend.updated()
+        self.backend.sync_weights()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
         try:
             mine = tuple(
@@ -229,20 +231,20 @@ class RolloutMaker:
     ) -> list[Tensor]:
         """KL averaged over the references (paper eq. 5), (b, t) for each micro-batch.
 
-        A reference scores all micro-batches before the next one, so that one model besides the policy is on the device.
+        One reference after another scores all micro-batches, so that only one offloaded reference is on the device.
         """
         args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
-        for reference, present in zip(self.references, self.present, strict=True):
-            with present(), self.accelerator.autocast():
-                other = head if reference.model is None else self.head(reference.model)
+        for reference, on_device in zip(self.references, self.device_contexts, strict=True):
+            with on_device(), self.accelerator.autocast():
+                reference_head = head if reference.model is None else self.head(reference.model)
                 for total, part, own, table in zip(totals, parts, states, logprobs, strict=True):
                     hidden = self._states(reference, part)
                     total += kl_to_reference(
-                        own, table, hidden, part, head, other, args.min_new_tokens, args.kl_estimator
+                        own, table, hidden, part, head, reference_head, args.min_new_tokens, args.kl_estimator
                     )
         return [total / len(self.references) for total in totals]
 
-    def figures(self) -> dict[str, float]:
+    def reward_metrics(self) -> dict[str, float]:
         """The reward's metrics for the last batch besides scores, averaged over all processes."""
         sums: dict[str, list[float]] = {}
         for name, (total, count) in self._gathered(list(self.reward.take_metrics().items())):
@@ -264,7 +266,7 @@ class RolloutMaker:
     def _shares(self, lengths: list[int]) -> list[list[int]]:
         """This process's micro-batches of rows, sorted by length."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = min(self.micro_batch.rows, -(-min(len(lengths), self.args.batch_size) // world))
+        size = min(self.micro_batch_limit.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 
@@ -327,15 +329,15 @@ def _to_device(part: Any, device: torch.device | str) -> Any:
 
 
 def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
-                    head: Head, other: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
+                    head: Head, reference_head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its output head.
 
     policy: the policy's states of response tokens (N, H), which only the estimator `full` needs.
     """
     if estimator == "full":
         assert policy is not None
         forbidden = forbidden_eos(responses, min_new_tokens)
-        kl = full_kl(policy, response_states(reference, responses), forbidden, head, other)
+        kl = full_kl(policy, response_states(reference, responses), forbidden, head, reference_head)
         return scatter(kl, responses.response_mask)
-    logprobs, _ = response_logprobs(reference, responses, other, min_new_tokens)
+    logprobs, _ = response_logprobs(reference, responses, reference_head, min_new_tokens)
     return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)

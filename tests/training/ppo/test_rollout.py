@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data import toy
-from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import hidden_states
 from salsa_peft.models.generation import generate, generate_batches, row_seeds
@@ -31,15 +28,6 @@ from salsa_peft.training.ppo.rollout import kl_to_reference
 
 SAMPLING = Sampling(max_new_tokens=8)
 PAD, BOS, EOS = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
-    tokenizer = toy.make_tokenizer()
-    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
 
 def sample(model: Any, prompts: list[list[int]], sampling: Sampling, tokenizer: Any, seed: int) -> Responses:

@@ -246,7 +246,7 @@ def _check_config(what: str, config: dict[str, Any], role: str) -> None:
     tuner = config.get("peft_type")
     require(
         tuner == "LORA",
-        f"{what} is a {tuner} adapter. Use a LoRA adapter, or without --lora a checkpoint of full weights",
+        f"{what} is an adapter of kind {tuner}. Use a LoRA adapter, or without --lora a checkpoint of full weights",
     )
     initial = config.get("init_lora_weights")
     require(
