@@ -88,8 +88,7 @@ def _load(
             use_safetensors=True,
             **options,
         )
-    if loaded.device.type == "cpu":
-        keep_4bit_layout(loaded)
+    keep_4bit_layout(loaded)
     return loaded.requires_grad_(trained is not None)
 
 

@@ -59,11 +59,10 @@ class Recording:
     entropy: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
-    def stacked(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def stacked(self, mask: Tensor) -> tuple[Tensor, ...]:
         """Log-probs, entropies and values, each (B, T), 0 where the mask is False."""
-        columns = (torch.stack(steps, dim=1) for steps in (self.logprobs, self.entropy, self.values))
-        logprobs, entropy, values = (column.masked_fill(~mask, 0.0) for column in columns)
-        return logprobs, entropy, values
+        columns = (self.logprobs, self.entropy, self.values)
+        return tuple(torch.stack(steps, dim=1).masked_fill(~mask, 0.0) for steps in columns)
 
     def recording_values(self, lm: Any) -> AbstractContextManager[Any]:
         """Context in which each call of the output embeddings records the value of the last position's state."""

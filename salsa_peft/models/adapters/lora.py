@@ -224,8 +224,7 @@ def parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     """The weights of one adapter."""
     for layer in tuner_layers(model):
         for part in layer.adapter_layer_names:
-            modules = getattr(layer, part)
-            if name in modules:
+            if name in (modules := getattr(layer, part)):
                 entry = modules[name]
                 yield from entry.parameters() if isinstance(entry, nn.Module) else [entry]
 

@@ -14,8 +14,7 @@ from salsa_peft.utils.tensor_names import WRAPPERS
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PARALLEL = "module"
-"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can also have this name
-itself."""
+"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can have this name too."""
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")
 SAVED, ORIGINAL, TOKENS = ".modules_to_save.", ".original_module.", ".token_adapter."
 DELTA = "trainable_tokens_delta"

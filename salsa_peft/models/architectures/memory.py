@@ -26,14 +26,11 @@ CHUNK = 256
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes per quantised weight, with its share of the scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}
-"""Bytes per trained weight, of its gradient and of its AdamW states (torchao's 8-bit states have a scale per block of
-256)."""
+"""Bytes per trained weight, of its gradient and of its AdamW states (torchao: 8 bits, a scale per block of 256)."""
 STATES = {"paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes per weight of the states of optimizers with other states than two float32 (bitsandbytes: a scale per block of
-256)."""
+"""Bytes per weight of optimizer states that are not two float32 numbers (bitsandbytes: a scale per block of 256)."""
 FOREACH = 4
-"""Bytes per weight of the square roots that adamw_torch computes for all weights at once on CUDA; the fused one does
-not."""
+"""Bytes per weight of the square roots that adamw_torch (not the fused one) computes for all weights at once on CUDA."""
 SAMPLED = 8
 """Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, these and their sums in float64."""
 SCORED = 4.25

@@ -56,6 +56,7 @@ class FunctionReward(Reward):
     ) -> None:
         self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
         self.name = self.code = str(getattr(function, "__name__", type(function).__name__))
+        self._where = f"reward function {self.name}"
         parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         require(
@@ -66,10 +67,6 @@ class FunctionReward(Reward):
         self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
         self.needs = {p.name for p in parameters if p.name in self.takes and p.default is p.empty}
-
-    @property
-    def _where(self) -> str:
-        return f"reward function {self.name}"
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """Score each response → (B,), float32. Raises SalsaError if the function returns None for one."""
