@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -248,10 +249,9 @@ def _merged(request: _Request) -> dict[str, Any]:
     options = request.options
     read_checkpoint(request.base)  # reports a damaged base before anything is computed
 
-    def gram() -> Any:
-        return StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
-
-    folders, names, weights = request.choose(gram)
+    folders, names, weights = request.choose(
+        lambda: StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
+    )
     return merge(
         request.out, request.base, folders, weights, names=names, strategy=options.strategy,
         quantized_base=options.quantized_base, same_base=options.same_base, untie=options.untie,
@@ -266,10 +266,7 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
     for folder in (*request.folders, *([] if base is None else [base])):
         read_checkpoint(folder)  # reports a damaged checkpoint before anything is computed
 
-    def gram() -> Any:
-        assert base is not None
-        return checkpoint_soup.gram(request.folders, base)
-
+    gram = partial(checkpoint_soup.gram, request.folders, cast(Path, base))  # not called without a base
     members, names, weights = request.choose(gram, keep_zeros=True)
     rest = 1 - sum(weights)  # the base's weight: base + Σ w_i δ_i = Σ w_i θ_i + (1 − Σ w_i) θ_base
     if base is not None and abs(rest) > 1e-9:

@@ -173,20 +173,18 @@ def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
     live: LiveSoup = (
         _on_base(context.load_base(), folders) if recipe.adapter else _checkpoints(context.load_base(), folders)
     )
+    if section.measure not in MEASURES:
+        return FunctionMeasure(live, load_function(section.measure), section.measure)
+    sources = datasets.training_sources(recipe, job.inputs.get("toy"))
     if section.measure == "sft_loss":
-        rows = datasets.demonstrations(
-            datasets.training_sources(recipe, job.inputs.get("toy"))["held_out"], context.tokenizer
-        )[: section.limit]
+        rows = datasets.demonstrations(sources["held_out"], context.tokenizer)[: section.limit]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size
         return SFTLoss(live, rows, context.tokenizer, recipe.model.max_length, size)
-    if section.measure == "reward":
-        source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
-        found = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
-        asked = prompts_that_fit(job, context, found[: section.limit], "data.prompts")
-        tokens = [datasets.prompt_tokens(row, context.tokenizer, number) for number, row in enumerate(asked, 1)]
-        reward = recipe_reward(recipe, live.model, job.inputs, context.tokenizer, recipe.generation.batch_size)
-        return RewardScore(live, asked, tokens, reward, recipe.generation, context.tokenizer)
-    return FunctionMeasure(live, load_function(section.measure), section.measure)
+    found = datasets.prompts(sources["prompts"], columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
+    asked = prompts_that_fit(job, context, found[: section.limit], "data.prompts")
+    tokens = [datasets.prompt_tokens(row, context.tokenizer, number) for number, row in enumerate(asked, 1)]
+    reward = recipe_reward(recipe, live.model, job.inputs, context.tokenizer, recipe.generation.batch_size)
+    return RewardScore(live, asked, tokens, reward, recipe.generation, context.tokenizer)
 
 
 def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:

@@ -101,7 +101,7 @@ WRONG = {
     "name it with --base",
     "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; name it with --base; as a Hub id",
     "OUT a0 a1 --merge --base nowhere": "no such folder: nowhere; as a Hub id: https://huggingface.co/nowhere: not in",
-    "a0 a0 a1": "a0 is a member",
+    "a0 a0 a1": "a0: this folder is a member of the soup",
     "OUT dora a1": "a DoRA delta is not linear",
 }
 
