@@ -18,7 +18,7 @@ from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
-from salsa_peft.config.rewards import RewardPart, find_module, split_function
+from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
 
 
@@ -69,11 +69,9 @@ class _UnitBuilder:
 
     def reward(self) -> list[dict[str, Any]]:
         """The parts of the reward."""
-        return [self._part(part) for part in self.recipe.reward.parts]
-
-    def _part(self, part: RewardPart) -> dict[str, Any]:
-        value = self.function(part.value) if part.kind == "function" else self.path(part.value)
-        return {"kind": part.kind, "value": value, "weight": part.weight, "name": part.name}
+        value: dict[str, Callable[[str], Any]] = {"function": self.function}
+        parts = self.recipe.reward.parts
+        return [{**asdict(part), "value": value.get(part.kind, self.path)(part.value)} for part in parts]
 
     def function(self, value: str) -> list[str]:
         """The module and name of a Python function.

@@ -19,8 +19,7 @@ from salsa_peft.utils.errors import SalsaError, require
 
 WRITE_FAILED = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded",
                 "PytorchStreamWriter failed", "unexpected pos ")  # fmt: skip
-"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write.
-"""
+"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write."""
 
 
 def require_disk_space(folder: Path, size: float, what: str) -> None:
@@ -52,9 +51,8 @@ def disk_full_message(error: BaseException, folder: Path) -> str | None:
     folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
     free = shutil.disk_usage(existing_parent(folder)).free
     return (
-        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a"
-        " limit on file sizes can also be"
-        " the reason). Earlier files are complete; free some space and run the same command again"
+        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a limit on"
+        " file sizes can also be the reason). Earlier files are complete; free some space and run the same command again"
     )
 
 
