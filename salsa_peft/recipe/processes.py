@@ -200,10 +200,7 @@ def _launched(job: Job, address: str, log: Path) -> Any:
 
 
 def _set_environment(recipe: Recipe) -> None:
-    """The environment variables of the processes.
-
-    Python 3.11's fork server finds modules to preload on PYTHONPATH alone.
-    """
+    """Set the processes' environment variables. Python 3.11's fork server preloads from PYTHONPATH alone."""
     package = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package not in paths:

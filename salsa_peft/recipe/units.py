@@ -30,10 +30,7 @@ class _UnitBuilder:
         self.files: list[str] = []
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
-        """The unit.
-
-        name: of one of several units of the stage. toy: whether it reads the embedded world, if there is one.
-        """
+        """The unit. name: if the stage has several. toy: whether it reads the embedded world, if there is one."""
         first = ["toy"] if toy and self.recipe.toy else []
         return Unit(
             stage=stage,
@@ -74,10 +71,7 @@ class _UnitBuilder:
         return [{**asdict(part), "value": value.get(part.kind, self.path)(part.value)} for part in parts]
 
     def function(self, value: str) -> list[str]:
-        """The module and name of a Python function.
-
-        The module's file counts by its content, the modules that it imports do not count.
-        """
+        """The module and name of a function. The module's file is in the key; modules that it imports are not."""
         folder, *named = split_function(value)
         file = find_module(folder, named[0])
         self.files += [] if file is None else [str(file)]

@@ -57,10 +57,7 @@ def disk_full_message(error: BaseException, folder: Path) -> str | None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """By the error number, or by the message of torch, safetensors or tokenizers.
-
-    Full shared memory is another problem.
-    """
+    """Whether the error's number or a library's message says so. Full shared memory is another problem."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "/dev/shm" not in str(error.filename)
     written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"

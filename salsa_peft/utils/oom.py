@@ -71,6 +71,5 @@ class MicroBatchLimit:
                 f" ({' '.join(str(error).split())[:200]})"
             ) from error
         self.rows = used // 2
-        say(
-            f"{self.option}: out of memory with {used} rows; continuing with {self.rows}, the batch size stays the same"
-        )
+        going_on = f"continuing with {self.rows}, the batch size stays the same"
+        say(f"{self.option}: out of memory with {used} rows; {going_on}")
