@@ -114,14 +114,13 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     for one in wanted:
         item = model_card.find_item(run, recipe, one.item, one.base_model, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        files = model_card.published_files(item, model_card.render_card(item, repo))
+        card = model_card.render_card(item, repo)
+        files = model_card.published_files(item, card)
         print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"  {size:>13,}  {name}")
-        card_text = files[model_card.CARD]
-        assert isinstance(card_text, bytes)
-        print(f"\n{card_text.decode()}")
+        print(f"\n{card}")
     return 0
 
 

@@ -88,10 +88,8 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     if not args.recipe and args.lora is not None and args.lora not in presets:
         args.recipe, args.lora = [args.lora], "lora"
     if len(args.recipe) != 1:
-        parser.error(
-            f"found {len(args.recipe)} recipes ({' '.join(args.recipe) or 'none'}), expected one YAML file or"
-            " bundled name"
-        )
+        words = " ".join(args.recipe) or "none"
+        parser.error(f"found {len(args.recipe)} recipes ({words}), expected one YAML file or bundled name")
     if args.gpu is not None and not args.dry_run:
         parser.error("--gpu needs --dry-run: it is the GPU to plan for, and does not choose the GPU of a run")
     args.recipe = args.recipe[0]

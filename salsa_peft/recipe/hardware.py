@@ -159,11 +159,10 @@ def _halve_training(recipe: Recipe, stage: str) -> Halved | None:
     section: Any = getattr(recipe, stage)
     processes = 1 if stage in ALGORITHMS else recipe.num_processes
     share = section.batch_size // processes
-    before = {"micro_batch_size": section.micro_batch_size or share}
+    minibatch = share // section.num_mini_batches if stage == "ppo" else share
+    before = {"micro_batch_size": section.micro_batch_size or minibatch}
     if stage == "ppo":
-        ppo = recipe.ppo
-        before["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
-        before["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
+        before["rollout_batch_size"] = min(section.rollout_batch_size or share, share)
     after = {key: largest_proper_divisor(rows) or rows for key, rows in before.items()}
     smaller = replace(section, **after)
     try:

@@ -179,10 +179,8 @@ def _run_job(
             resumed = STAGES[job.unit.stage].resumes
             say(one_line(error))
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
-            say(
-                f"{job.unit.id} … {'resuming' if resumed else 'running again'} with {changes}; the global batch"
-                " stays the same"
-            )
+            again = "resuming" if resumed else "running again"
+            say(f"{job.unit.id} … {again} with {changes}; the global batch stays the same")
             job = dataclasses.replace(job, recipe=smaller.recipe)
             halved |= {key: after for key, (_, after) in smaller.changed.items()}
 
@@ -265,9 +263,8 @@ def check_machine(recipe: Recipe, steps: cache.Plan, asked: set[str]) -> list[st
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
     if "hub" in asked and get_token() is None:
-        warnings.append(
-            "hub.push: you are not logged in, so the push will stay pending; `hf auth login`, or set HF_TOKEN"
-        )
+        pending = "you are not logged in, so the push will stay pending"
+        warnings.append(f"hub.push: {pending}; `hf auth login`, or set HF_TOKEN")
     return warnings
 
 

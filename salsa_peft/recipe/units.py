@@ -18,7 +18,7 @@ from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
-from salsa_peft.config.rewards import RewardPart, find_module, split_function
+from salsa_peft.config.rewards import find_module, split_function
 from salsa_peft.config.schema import Recipe, Source
 
 
@@ -30,10 +30,7 @@ class _UnitBuilder:
         self.files: list[str] = []
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
-        """The unit.
-
-        name: of one of several units of the stage. toy: whether it reads the embedded world, if there is one.
-        """
+        """The unit. name: if the stage has several. toy: whether it reads the embedded world, if there is one."""
         first = ["toy"] if toy and self.recipe.toy else []
         return Unit(
             stage=stage,
@@ -69,17 +66,12 @@ class _UnitBuilder:
 
     def reward(self) -> list[dict[str, Any]]:
         """The parts of the reward."""
-        return [self._part(part) for part in self.recipe.reward.parts]
-
-    def _part(self, part: RewardPart) -> dict[str, Any]:
-        value = self.function(part.value) if part.kind == "function" else self.path(part.value)
-        return {"kind": part.kind, "value": value, "weight": part.weight, "name": part.name}
+        value: dict[str, Callable[[str], Any]] = {"function": self.function}
+        parts = self.recipe.reward.parts
+        return [{**asdict(part), "value": value.get(part.kind, self.path)(part.value)} for part in parts]
 
     def function(self, value: str) -> list[str]:
-        """The module and name of a Python function.
-
-        The module's file counts by its content, the modules that it imports do not count.
-        """
+        """The module and name of a function. The module's file is in the key; modules that it imports are not."""
         folder, *named = split_function(value)
         file = find_module(folder, named[0])
         self.files += [] if file is None else [str(file)]
