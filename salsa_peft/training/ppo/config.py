@@ -88,15 +88,16 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         given = {name: getattr(self, name) for name in DERIVED}
-        self.per_device_train_batch_size = self.gradient_accumulation_steps = (
-            1  # until the number of processes is known
-        )
+        # until the number of processes is known
+        self.per_device_train_batch_size = self.gradient_accumulation_steps = 1
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
         unset_hf_deepspeed_config()  # otherwise from_pretrained would shard references and classifiers under ZeRO-3
         require(self.n_gpu <= 1, f"SalsaPPOConfig: one process has {self.n_gpu} GPUs; use accelerate launch")
-        self._share_out()
+        share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
+        self.per_device_train_batch_size = self.micro_batch_size or share
+        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
         for name, default in DERIVED.items():
             if given[name] not in (default, getattr(self, name)):
                 say(
@@ -118,12 +119,6 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         except ValidationError as error:
             key, message = explain_validation_error(dict(error.errors(include_url=False)[0]))
             raise SalsaError(f"{key}: {message}") from error
-
-    def _share_out(self) -> None:
-        """Set the micro-batch size of one process and the accumulation steps."""
-        share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
-        self.per_device_train_batch_size = self.micro_batch_size or share
-        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
 
     @property
     def minibatch_size(self) -> int:

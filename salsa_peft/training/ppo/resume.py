@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -205,10 +205,11 @@ class RunCheckpoints:
         device = self.accelerator.device
         rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), device) if has_rollout else None
         self.state.load_state_dict(saved, rollout)
-        changed = list(changes(saved["options"], changeable_options(self.args, self.reward)))
+        before, now = saved["options"], changeable_options(self.args, self.reward)
+        changed = [f"{key} {before[key]} → {value}" for key, value in now.items() if before[key] != value]
         if changed:
             self._say(f"{checkpoint.name}: resuming with changed options: {', '.join(changed)}")
-        if saved["options"]["kl_coef"] != self.args.kl_coef:
+        if before["kl_coef"] != self.args.kl_coef:
             self.state.kl_coef = self.args.kl_coef
         if (checkpoint / REFERENCES).is_file():
             reference_sync.load_state_dict(self.policy, self.references, lora.read_tensors(checkpoint / REFERENCES))
@@ -221,12 +222,12 @@ class RunCheckpoints:
 
     def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
         """Cut the logs back to the checkpoint. What is cut off and will not be made again is kept in a copy."""
-        lines = []
+        kept = None
         if not self._is_here(checkpoint):
-            lines.append(self.logs.take(checkpoint.parent))
+            kept = self.logs.take(checkpoint.parent)
         elif any(checkpoints.fault(newer) is None for newer in checkpoints.saved_after(checkpoint)):
-            lines.append(self.logs.keep())
-        for line in [*lines, *self.logs.cut(sizes)]:
+            kept = self.logs.keep()
+        for line in [kept, *self.logs.cut(sizes)]:
             if line is not None:
                 self._say(line)
 
@@ -253,19 +254,12 @@ def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
     return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
 
 
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each option that differs from the checkpoint's."""
-    for key, value in now.items():
-        if saved[key] != value:
-            yield f"{key} {saved[key]} → {value}"
-
-
 def identity(
     model: Any,
     policy: str | None,
     references: Iterable[FrozenReference],
     reward: Reward,
-    prompts: Iterable[Prompt],
+    prompts: Sequence[Prompt],
 ) -> dict[str, Any]:
     """What must match on resume besides options: policy, base, references, reward models and prompts.
 
@@ -283,22 +277,15 @@ def identity(
         base = (weight for weight in model.parameters() if id(weight) not in own)
         # without 4-bit weights, whose layout depends on the machine
         found["base"] = digest(weight for weight in base if weight.is_floating_point())
-    found["references"] = [
-        digest(reference.model.parameters())
-        if reference.model is not None
-        else _digest_adapter(model, reference.adapter)
-        for reference in references
-    ]
+    found["references"] = [_digest_reference(model, one) for one in references]
     moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
     found |= {"moving references": moves} if moves else {}
     identified = [one.weights() for one in reward.components()]
     found["reward models"] = [digest(model) for model in identified if model is not None]
     tokens = hashlib.sha256()
-    count = 0
     for prompt in prompts:
-        count += 1
         tokens.update(array("q", [len(prompt.tokens), *prompt.tokens]).tobytes())
-    return found | {"prompts": f"{count} ({tokens.hexdigest()[:12]})"}
+    return found | {"prompts": f"{len(prompts)} ({tokens.hexdigest()[:12]})"}
 
 
 def digest(weights: Iterable[Tensor]) -> str:
@@ -314,9 +301,10 @@ def digest(weights: Iterable[Tensor]) -> str:
     return found.hexdigest()[:12]
 
 
-def _digest_adapter(model: PeftModel, name: str | None) -> str:
-    if name is None:
-        return "base"
+def _digest_reference(model: PeftModel, reference: FrozenReference) -> str:
+    name = reference.adapter
+    if reference.model is not None or name is None:
+        return "base" if reference.model is None else digest(reference.model.parameters())
     layers = [layer for layer in lora.tuner_layers(model) if isinstance(layer, LoraLayer)]
     scaling = [layer.scaling[name] for layer in layers if name in layer.scaling]
     return digest([*lora.parameters(model, name), torch.tensor(scaling)])

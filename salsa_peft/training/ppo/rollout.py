@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor
 
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
@@ -96,7 +97,6 @@ class RolloutMaker:
             args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
         )
         self.scale = RunningScale()
-        self.folder = Path(str(args.output_dir))
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
         """The output head of the policy's base, or of `model`; looked up again, because sharding replaces it."""
@@ -122,8 +122,8 @@ class RolloutMaker:
             )
             scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
-        for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
-            self.require_finite(what, made[name], responses, made)
+        for what, tensor in zip(("score", "log-prob", "value", "KL"), made.values(), strict=True):
+            self.require_finite(what, tensor, responses, made)
         # 3. per-token rewards, whitened if whiten_rewards is set; advantages, whitened over the batch
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
@@ -235,10 +235,12 @@ class RolloutMaker:
         """
         args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
         for reference, on_device in zip(self.references, self.device_contexts, strict=True):
-            with on_device(), self.accelerator.autocast():
-                reference_head = head if reference.model is None else self.head(reference.model)
+            model, reference_head = self.model.policy, head
+            with on_device(), self.accelerator.autocast(), lora.active(self.model.policy, reference.adapter):
+                if reference.model is not None:
+                    model, reference_head = reference.model, self.head(reference.model)
                 for total, part, own, table in zip(totals, parts, states, logprobs, strict=True):
-                    hidden = self._states(reference, part)
+                    hidden = hidden_states(model, part.input_ids, part.attention_mask)
                     total += kl_to_reference(
                         own, table, hidden, part, head, reference_head, args.min_new_tokens, args.kl_estimator
                     )
@@ -251,13 +253,6 @@ class RolloutMaker:
             entry = sums.setdefault(name, [0.0, 0])
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
-
-    def _states(self, reference: FrozenReference, part: Responses) -> Tensor:
-        if reference.model is not None:
-            return hidden_states(reference.model, part.input_ids, part.attention_mask)
-        assert self.model.toggle is not None
-        with self.model.toggle(reference.adapter):
-            return hidden_states(self.model.policy, part.input_ids, part.attention_mask)
 
     def _by_length(self, responses: Responses) -> list[list[int]]:
         """This process's micro-batches of responses, as row indices."""
@@ -274,18 +269,26 @@ class RolloutMaker:
         """The parts of all processes, on this process's device."""
         if self.accelerator.num_processes == 1:
             return parts
-        return [
-            _to_device(part, self.accelerator.device)
-            for part in gather_object([_to_device(part, "cpu") for part in parts])
-        ]
+        return send_to_device(gather_object(send_to_device(parts, "cpu")), self.accelerator.device)
 
     def require_finite(self, what: str, values: Tensor, responses: Responses, tensors: Mapping[str, Tensor]) -> None:
-        """Save the batch in <output_dir>/not-finite and raise NotFinite if a value is NaN or infinite."""
+        """Raise NotFinite if a value is NaN or infinite.
+
+        The batch is saved in <output_dir>/not-finite: texts in batch.jsonl, all tensors in batch.safetensors.
+        """
         bad = ~torch.isfinite(values)
         if not bool(bad.any()):
             return
-        folder = self.folder / "not-finite"
-        save_batch(folder, responses, tensors, self.tokenizer)
+        folder = Path(str(self.args.output_dir)) / "not-finite"
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
+        answers = decode(self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
+        rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
+        named = {**responses._asdict(), **tensors}
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        save_file(contiguous, folder / "batch.safetensors")
         raise NotFinite(
             f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
         )
@@ -300,32 +303,6 @@ def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConf
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * (~responses.finished).float()
     return scores
-
-
-def save_batch(
-    folder: Path, responses: Responses, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Save a batch for debugging: texts in batch.jsonl, all tensors in batch.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
-    answers = decode(tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
-    rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
-    named = {**responses._asdict(), **tensors}
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / "batch.safetensors"
-    )
-
-
-def _to_device(part: Any, device: torch.device | str) -> Any:
-    """Move the tensors in tuples and Responses to the device."""
-    if isinstance(part, Tensor):
-        return part.to(device)
-    if not isinstance(part, tuple):
-        return part
-    moved = [_to_device(entry, device) for entry in part]
-    return Responses(*moved) if isinstance(part, Responses) else tuple(moved)
 
 
 def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,

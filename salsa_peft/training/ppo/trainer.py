@@ -6,12 +6,11 @@ accumulation, clipping, precision, schedules, processes and reporting: one of it
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,12 +188,16 @@ class SalsaPPOTrainer(Trainer):
         elif self.is_world_process_zero() and (line := self.logs.begin()) is not None:
             say(line)
         result = TrainOutput(0, 0.0, {})
-        with self.stop.handle_sigterm(), self._stopping_between_updates():
-            try:
+        callback = StopBetweenUpdates(lambda: self.ppo.rollout is None or self.stop.terminated)
+        self.add_callback(callback)
+        try:
+            with self.stop.handle_sigterm():
                 finished = None if checkpoint is None else self._load_finished(checkpoint)
                 result = finished or super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-            except Interrupted:  # nothing has changed since the last optimizer step
-                self.ppo.rollout = None
+        except Interrupted:  # nothing has changed since the last optimizer step
+            self.ppo.rollout = None
+        finally:
+            self.remove_callback(callback)
         self.stop.synchronize()
         if self.stop.requested:
             self._save_and_stop()
@@ -209,15 +212,6 @@ class SalsaPPOTrainer(Trainer):
         if self.is_world_process_zero():
             say(f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it")
         raise SystemExit(128 + signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def _stopping_between_updates(self) -> Iterator[None]:
-        callback = StopBetweenUpdates(lambda: self.ppo.rollout is None or self.stop.terminated)
-        self.add_callback(callback)
-        try:
-            yield
-        finally:
-            self.remove_callback(callback)
 
     # one micro-step
 
