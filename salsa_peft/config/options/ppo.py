@@ -20,7 +20,7 @@ class Sampling:
     max_new_tokens: Count = 128
     """Maximum length of a response, EOS included (TRL's response_length)."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """Minimum length of a response: EOS is excluded before, in policy and references. Keeps KL comparisons fair."""
+    """Number of tokens before EOS is allowed, in policy and references, so that short responses cannot lower the KL."""
     temperature: Positive = 1.0
     """Sampling temperature. Log-probs are computed at this temperature too (TRL's default is 0.7)."""
 
