@@ -4,8 +4,8 @@
 
 PEFT merges each member (adapter_models.py), a few modules at a time, so the mean is exact for whatever PEFT merges: LoRA, DoRA,
 modules_to_save, trained tokens, experts. Layout, names, dtypes and files are the base's; the tokenizer is the first member's that has one.
-The layout changes only for rows of tokens that were added in training, and for output embeddings that are no longer tied. Bases in 4 bits
-are in quantised_bases.py. Left out: heads that the base has no tensor for.
+The layout changes only for rows of tokens that were added in training, and for output embeddings that are untied.
+Bases in 4 bits are in quantised_bases.py. Left out: heads that the base has no tensor for.
 """
 
 from __future__ import annotations
