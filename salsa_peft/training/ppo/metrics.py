@@ -101,11 +101,12 @@ class LogFiles:
         if self.begun:
             return None
         self.begun = True
-        earlier = {file: self.own.get(file.name, file.stat().st_size) for file in self._existing()}
-        if not any(earlier.values()):
+        sizes = {file: self.own.get(file.name, file.stat().st_size) for file in self._existing()}
+        earlier = {file: size for file, size in sizes.items() if size}
+        if not earlier:
             return None
         number = self._free_number()
-        for file, size in ((file, size) for file, size in earlier.items() if size):
+        for file, size in earlier.items():
             kept = numbered(file, number)
             file.rename(kept)
             own = kept.read_bytes()[size:]

@@ -138,11 +138,7 @@ class SalsaPPOTrainer(Trainer):
         self.logs = LogFiles(Path(str(args.output_dir)))
         self.ppo = PPOState(args.kl_coef, torch.zeros(len(losses.PPOLoss._fields), device=args.device))
         self.stop = GracefulStop(self.accelerator)
-        self.checkpoints = RunCheckpoints(
-            args, self.accelerator, policy.policy, self.policy_name, self.references, self.reward, self.train_dataset,
-            f"by ZeRO-3 over {args.world_size}" if self.is_deepspeed_enabled else self.sharded,
-            self.ppo, self.rollout_maker.scale, self.guards, self.logs,
-        )  # fmt: skip
+        self.checkpoints = RunCheckpoints(self)
 
     def get_train_dataloader(self) -> DataLoader:
         """Yields the prompts of a rollout batch, once for each of its micro-steps; all processes get the same prompts."""
@@ -261,8 +257,7 @@ class SalsaPPOTrainer(Trainer):
         if self.ppo.stopped_early:  # backward needs a loss; this one has a zero gradient, and the step is dropped
             return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
         result = self.micro_batch_loss(model, rollout, rows, tokens)
-        tensors = {**rollout.tensors(), "rows": rows.detach()}
-        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.responses, tensors)
+        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.tensors() | {"rows": rows})
         self.ppo.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -287,9 +282,7 @@ class SalsaPPOTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         assert self.ppo.rollout is not None
         number = torch.as_tensor(norm, dtype=torch.float32)
-        self.rollout_maker.require_finite(
-            "gradient norm", number, self.ppo.rollout.responses, self.ppo.rollout.tensors()
-        )
+        self.rollout_maker.require_finite("gradient norm", number, self.ppo.rollout.tensors())
         return norm
 
     # the end of an optimizer step and of an update
