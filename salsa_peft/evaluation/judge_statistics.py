@@ -118,7 +118,7 @@ def pair_result(rows: Sequence[Judgment], seed: int = 0) -> PairResult:
         mean_length_b=float(np.mean([row.length_b for row in rows])),
         length_controlled=_length_controlled(kept, nets, seed),
         turns={
-            str(turn): _counts([row for row in rows if row.turn == turn]) for turn in sorted({row.turn for row in rows})
+            str(turn): _turn([row for row in rows if row.turn == turn]) for turn in sorted({row.turn for row in rows})
         },
     )
 
@@ -132,12 +132,17 @@ def _check(rows: Sequence[Judgment]) -> None:
         raise ValueError(f"a turn of a question is judged twice in {len(rows)} judgments; pass one row for each turn")
 
 
-def _counts(rows: Sequence[Judgment]) -> dict[str, float]:
+def counts(rows: Sequence[Judgment]) -> dict[str, int]:
+    """Wins, losses, ties and missing verdicts of a."""
     winners = [row.winner for row in rows]
-    wins, losses, ties, missing = (winners.count(who) for who in ("a", "b", "tie", "missing"))
-    n = wins + losses + ties
-    adjusted = (wins + ties / 2) / n if n else 0.5
-    return {"wins": wins, "losses": losses, "ties": ties, "missing": missing, "adjusted_win_rate": adjusted}
+    words = {"wins": "a", "losses": "b", "ties": "tie", "missing": "missing"}
+    return {name: winners.count(word) for name, word in words.items()}
+
+
+def _turn(rows: Sequence[Judgment]) -> dict[str, float]:
+    found = counts(rows)
+    n = len(rows) - found["missing"]
+    return {**found, "adjusted_win_rate": (found["wins"] + found["ties"] / 2) / n if n else 0.5}
 
 
 def _length_controlled(kept: Sequence[Judgment], nets: np.ndarray, seed: int) -> dict[str, float] | None:
@@ -187,8 +192,7 @@ def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
         only = pair_result(runs[0], seed)
         low, high = only.low, only.high
     else:
-        bounds = bootstrap_interval(nets, sizes, seed)
-        if bounds is None:
+        if (bounds := bootstrap_interval(nets, sizes, seed)) is None:
             share = len(places) * mean
             bounds = tango_interval(max(share, 0), max(-share, 0), len(places))
         else:

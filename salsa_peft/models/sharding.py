@@ -44,11 +44,8 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             yield
         return
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not parts:
-        yield
-        return
-    root, layers = parts[0], parts[1:]
-    root._get_fsdp_state()._lazy_init()  # or the first module that runs becomes the root, and here that may be a layer
+    if parts:  # or the first module that runs becomes the root, and here that may be a layer
+        parts[0]._get_fsdp_state()._lazy_init()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -57,7 +54,7 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-        for layer in layers:
+        for layer in parts[1:]:
             layer.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
 
 

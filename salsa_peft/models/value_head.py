@@ -71,20 +71,16 @@ class PolicyWithValueHead(nn.Module):
     ) -> None:
         """Called by Trainer. The recomputation runs under the adapter that was active in the forward."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if self.toggle is not None:
+        if (toggle := self.toggle) is not None:
             require(
                 not options["use_reentrant"],
                 "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs"
                 " under whichever adapter is active then",
             )
-            options["context_fn"] = self._under_the_same_adapter
+            # the contexts of a forward and of its recomputation
+            options["context_fn"] = lambda: (contextlib.nullcontext(), toggle(toggle.active))
         causal_lm(self.policy).activation_checkpointing_enable(options, **layers)
         causal_lm(self.policy).enable_input_require_grads()  # checkpointing needs it where the embeddings are frozen
-
-    def _under_the_same_adapter(self) -> tuple[Any, Any]:
-        """context_fn of torch.utils.checkpoint: the contexts of a forward and of its recomputation."""
-        assert self.toggle is not None
-        return contextlib.nullcontext(), self.toggle(self.toggle.active)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """activation_checkpointing_enable, by the name that earlier versions of Transformers call."""

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from salsa_peft.report.format import Row, estimate, p_value, percent, signed
+from salsa_peft.evaluation.comparisons import clusters
+from salsa_peft.report.format import Row, estimate, p_value, percent, rate_of, signed
+from salsa_peft.report.gather import answer_pairs
 from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
@@ -71,30 +73,23 @@ def difference(
     """a − b from the evaluation, else paired from the answers; None if neither has both models."""
     names = {"dataset": dataset, "measure": measure, "a": a, "b": b}
     for pair in evaluation["datasets"][dataset].get("pairs", []):
-        if pair["measure"] == measure and (pair["a"], pair["b"]) == (a, b):
-            rate = {key: pair[key] for key in ("adjusted_win_rate", "low", "high")}
-            return {**names, **pair["difference"], "rate": rate}
-        if pair["measure"] == measure and (pair["b"], pair["a"]) == (a, b):
-            d = pair["difference"]
-            swapped = {"mean": -d["mean"], "low": -d["high"], "high": -d["low"], "n": d["n"]}
-            rate = {
-                "adjusted_win_rate": 1 - pair["adjusted_win_rate"],
-                "low": 1 - pair["high"],
-                "high": 1 - pair["low"],
-            }
-            return {**names, **swapped, "rate": rate}
-    found: dict[str, dict[tuple[int, int], float]] = {a: {}, b: {}}
-    for row in answers:
-        if row["dataset"] == dataset and row["model"] in found and row["scores"].get(measure) is not None:
-            found[row["model"]][row["index"], row["turn"]] = row["scores"][measure]
-    both = sorted(found[a].keys() & found[b].keys())
+        if pair["measure"] == measure and {pair["a"], pair["b"]} == {a, b}:
+            d, mean, low, high = pair["difference"], *rate_of(pair).values()
+            if pair["a"] != a:
+                d = {"mean": -d["mean"], "low": -d["high"], "high": -d["low"], "n": d["n"]}
+                mean, low, high = 1 - mean, 1 - high, 1 - low
+            return {**names, **d, "rate": {"adjusted_win_rate": mean, "low": low, "high": high}}
+    both = [
+        rows
+        for rows in answer_pairs(answers, dataset, a, b)
+        if all(row["scores"].get(measure) is not None for row in rows)
+    ]
     if not both:
         return None
-    first, second = [found[a][i] for i in both], [found[b][i] for i in both]
-    clusters = [index for index, _ in both] if any(turn > 1 for _, turn in both) else None
-    rates = compare_scores(first, second, clusters=clusters)
-    rate = {key: getattr(rates, key) for key in ("adjusted_win_rate", "low", "high")}
-    return {**names, **asdict(paired_difference(first, second, clusters)), "rate": rate}
+    first, second = ([row["scores"][measure] for row in rows] for rows in zip(*both, strict=True))
+    of = clusters([row for row, _ in both])
+    rates = asdict(compare_scores(first, second, clusters=of))
+    return {**names, **asdict(paired_difference(first, second, of)), "rate": rate_of(rates)}
 
 
 def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[str, Any]]:
@@ -111,10 +106,8 @@ def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[
     pairs += [("soup", control) for control in ("base", "shrunk") if control in names and control not in policies]
     measure = headline(evaluation)
     wanted = [(a, b) for a, b in pairs if a in names and b in names and a != b]
-    found = [
-        difference(evaluation, answers, dataset, measure, a, b) for a, b in wanted for dataset in evaluation["datasets"]
-    ]
-    return [one for one in found if one]
+    both = [(dataset, *pair) for pair in wanted for dataset in evaluation["datasets"]]
+    return [one for dataset, a, b in both if (one := difference(evaluation, answers, dataset, measure, a, b))]
 
 
 def _policy_with(reference: str, name: str, policies: Row) -> str:
@@ -145,10 +138,8 @@ def finding(
             others.setdefault(dataset, []).append(f"{a} − {b} {signed(one)}, {conclusion(one, a, b)}")
             continue
         models = evaluation["datasets"][dataset]["models"]
-        means = [models.get(name, {}).get("scores", {}).get(measure) for name in (a, b)]
-        text = (
-            f"{a} scored {estimate(means[0])} against {b}’s {estimate(means[1])}" if all(means) else f"{a} against {b}"
-        )
+        x, y = (models.get(name, {}).get("scores", {}).get(measure) for name in (a, b))
+        text = f"{a} scored {estimate(x)} against {b}’s {estimate(y)}" if x and y else f"{a} against {b}"
         where = "" if lead else f"On {one['n']} prompts of “{dataset}”, by {MEASURES.get(measure, measure)}, "
         lead.append(f"{where}{text}: {signed(one)}, {conclusion(one, a, b)}{_aside(one, policies)}.")
     more = [
@@ -174,27 +165,23 @@ def _aside(one: Row, policies: Row) -> str:
 
 def _along(landscape: Row) -> list[str]:
     """The first line's midpoint and ends, and the best point of the first control line."""
-    measure = headline(landscape)
-    text = []
-    for kind in ("line", "shrunk"):
-        one = next((line for line in landscape["lines"] if line["kind"] == kind), None)
-        if one is None:
-            continue
-        ends = one["ends"]
-        at = {round(point["at"], 6): point["scores"][measure] for point in one["points"]}
-        if kind == "line" and {0.0, 0.5, 1.0} <= at.keys():
+    measure, text = headline(landscape), []
+    lines = {line["kind"]: line for line in reversed(landscape["lines"])}
+    for kind in [kind for kind in ("line", "shrunk") if kind in lines]:
+        ends = lines[kind]["ends"]
+        at = {round(point["at"], 6): point["scores"][measure] for point in lines[kind]["points"]}
+        if kind == "shrunk":
+            best = max(at, key=lambda x: float(at[x]["mean"]))
+            which = f"the best of its {len(at)} points" if len(at) > 1 else "its only point"
+            caution = " (chosen as the best of several, so this estimate is optimistic)" if len(at) > 1 else ""
+            text.append(
+                f"The control line without averaging, {ends[0]} + λ · (what {ends[1]} learned): {which} is λ = {best:g}"
+                f" with {estimate(at[best])}{caution}."
+            )
+        elif {0.0, 0.5, 1.0} <= at.keys():
             text.append(
                 f"Along the line {ends[0]} to {ends[1]}, before PPO, by {MEASURES.get(measure, measure)}: midpoint"
                 f" {estimate(at[0.5])}, ends {estimate(at[0.0])} and {estimate(at[1.0])}."
-            )
-        if kind == "shrunk":
-            best = max(at, key=lambda x: float(at[x]["mean"]))
-            several = len(at) > 1
-            text.append(
-                f"The control line without averaging, {ends[0]} + λ · (what {ends[1]} learned): "
-                + (f"the best of its {len(at)} points is " if several else "its only point is ")
-                + f"λ = {best:g} with {estimate(at[best])}"
-                + (" (chosen as the best of several, so this estimate is optimistic)." if several else ".")
             )
     return text
 

@@ -54,6 +54,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def rate_of(pair: Row) -> dict[str, float]:
+    """The adjusted win rate and its interval, of a result with more keys."""
+    return {key: pair[key] for key in ("adjusted_win_rate", "low", "high")}
+
+
 def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from salsa_peft.config.job import policy_id
 from salsa_peft.config.schema import Recipe
 from salsa_peft.data.questions import TEMPERATURES
 from salsa_peft.evaluation import comparisons
+from salsa_peft.report.format import Row
 from salsa_peft.utils import manifests
 from salsa_peft.utils.files import read_json, read_json_lines
 from salsa_peft.utils.fingerprints import FINGERPRINT
@@ -87,12 +88,8 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         return {unit.rsplit("/", 1)[-1]: folder for unit, folder in inputs.items() if unit.split("/")[0] == stage}
 
     found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
-    landscape, evaluation, judge, soup = (
-        inputs.get("landscape"),
-        inputs["evaluate"],
-        inputs.get("judge"),
-        inputs["soup"],
-    )
+    evaluation, soup = inputs["evaluate"], inputs["soup"]
+    landscape, judge = inputs.get("landscape"), inputs.get("judge")
     base = recipe.model.base or "the embedded world's"
     replicate_of, training_seeds = identity(recipe)
     answers = read_json_lines(evaluation / "answers.jsonl")
@@ -110,11 +107,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
         seeds={name: read_json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
         reward=_reward(recipe, inputs),
         soup=soup_rows(read_json(soup / "soup.json")),
-        policies={
-            name: _policy(inputs[policy_id(recipe, name)])
-            for name in recipe.policies
-            if policy_id(recipe, name) in inputs
-        },
+        policies={name: _policy(folder) for name in recipe.policies if (folder := inputs.get(policy_id(recipe, name)))},
         landscape=read_json(landscape / "landscape.json") if landscape else None,
         evaluation=_with_pairs(recipe, read_json(evaluation / "evaluation.json"), answers, verdicts),
         answers=answers,
@@ -155,11 +148,7 @@ def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
 def identity(recipe: Recipe) -> tuple[str, str]:
     """The recipe's id without training seeds, which replicates share, and those seeds in words."""
     parts = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in NOT_THE_RECIPE}
-    seeds = {
-        "sft": parts["sft"].pop("seeds"),
-        "reward": parts["reward"].pop("seeds"),
-        "ppo": [parts["ppo"].pop("seed")],
-    }
+    seeds = {name: parts[name].pop("seeds") for name in ("sft", "reward")} | {"ppo": [parts["ppo"].pop("seed")]}
     parts["evaluate"].pop("samples")
     parts["counts"] = [len(of) for of in seeds.values()]
     text = json.dumps(parts, sort_keys=True, default=str)
@@ -202,6 +191,15 @@ def _reward(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Any]:
     alone = recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
     rows = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {last_part(part.value)}" for part in parts}
     return {**rows, **(read_json(inputs["reward"] / "metrics.json") if "reward" in inputs else {})}
+
+
+def answer_pairs(answers: Sequence[Row], dataset: str, a: str, b: str) -> list[tuple[Row, Row]]:
+    """The answers of two models to the same turns of a dataset, in the order of the questions and turns."""
+    first, second = (
+        {(row["index"], row["turn"]): row for row in answers if row["dataset"] == dataset and row["model"] == name}
+        for name in (a, b)
+    )
+    return [(first[turn], second[turn]) for turn in sorted(first.keys() & second.keys())]
 
 
 def last_part(value: str) -> str:

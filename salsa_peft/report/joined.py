@@ -9,14 +9,15 @@ out: what the report of a single run shows.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from salsa_peft.evaluation.judge_statistics import NET, Judgment, over_seeds, seeds_warning
+from salsa_peft.evaluation.judge_statistics import NET, Judgment, counts, over_seeds, seeds_warning
 from salsa_peft.report import findings, judge_tables, paper, plots, style
 from salsa_peft.report.format import Row, finite
 from salsa_peft.report.gather import ReportInput
@@ -47,11 +48,8 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [_run(run, name, folder) for name, of in groups for run in of],
         "scores": [one for _, of in groups for run in of for one in _scores(run)],
     }
-    cells = [
-        {"model": row["model"], "dataset": row["dataset"], "by": row["by"], **cell}
-        for row in rows
-        for cell in row["cells"].values()
-    ]
+    keys = ("model", "dataset", "by")
+    cells = [{key: row[key] for key in keys} | cell for row in rows for cell in row["cells"].values()]
     context = {
         **summary,
         "title": " · ".join(name for name, _ in groups),
@@ -77,12 +75,12 @@ def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
                 f" ({run.report.training_seeds}); give each run once",
             )
         same.append(run)
-    names: list[str] = []
+    groups: list[tuple[str, list[Run]]] = []
     for of in found.values():
         name = of[0].report.name
-        alike = sum(other == name or other.startswith(f"{name} (") for other in names)
-        names.append(name if not alike else f"{name} ({alike + 1})")
-    return list(zip(names, found.values(), strict=True))
+        alike = sum(other == name or other.startswith(f"{name} (") for other, _ in groups)
+        groups.append((name if not alike else f"{name} ({alike + 1})", of))
+    return groups
 
 
 def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
@@ -91,20 +89,18 @@ def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
     for name, of in groups:
         for by, same in _by_judge(of).items():
             for dataset in dict.fromkeys(dataset for run in same for dataset in _datasets(run.report)):
-                cells = {
-                    pair: cell for pair in _pairs(same, dataset) if (cell := _cell(same, dataset, *pair)) is not None
-                }
-                if cells:
+                given = {pair: _cell(same, dataset, *pair) for pair in _pairs(same, dataset)}
+                if cells := {pair: cell for pair, cell in given.items() if cell is not None}:
                     rows.append({"model": name, "base": same[0].report.base, "dataset": dataset, "by": by, "runs": len(same), "cells": cells})  # fmt: skip
     for pair in dict.fromkeys(pair for row in rows for pair in row["cells"]):
-        there = _cells_with_verdicts(rows, pair)
+        there = [row["cells"][pair] for row in _rows_with_verdicts(rows, pair)]
         for cell, p in zip(there, holm([cell["p_value"] for cell in there]), strict=True):
             cell["p_holm"] = p
     return rows
 
 
-def _cells_with_verdicts(rows: Sequence[Row], pair: tuple[str, str]) -> list[dict[str, Any]]:
-    return [row["cells"][pair] for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
+def _rows_with_verdicts(rows: Sequence[Row], pair: tuple[str, str]) -> list[Row]:
+    return [row for row in rows if pair in row["cells"] and row["cells"][pair]["runs"]]
 
 
 def _by_judge(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -145,22 +141,13 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
     if not given:
         return None
     judged = [rows for rows in given if any(row.winner != "missing" for row in rows)]
-    winners = [row.winner for rows in given for row in rows]
-    cell = {
-        "a": a,
-        "b": b,
-        "runs": len(judged),
-        "wins": winners.count("a"),
-        "losses": winners.count("b"),
-        "ties": winners.count("tie"),
-        "missing": winners.count("missing"),
-    }
+    cell = {"a": a, "b": b, "runs": len(judged), **counts([row for rows in given for row in rows])}
     if not judged:
         nothing = dict.fromkeys(("adjusted_win_rate", "low", "high", "spread", "paper"))
         return {**cell, "rates": [], "p_value": 1.0, **nothing}
-    nets: dict[Any, int] = {}
+    nets = Counter[Hashable]()
     for row in (row for rows in judged for row in rows if row.winner != "missing"):
-        nets[row.question] = nets.get(row.question, 0) + NET[row.winner]
+        nets[row.question] += NET[row.winner]
     beside = paper.beside(runs[0].report.base, dataset, a, b)
     return {
         **cell,
@@ -172,7 +159,7 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
 
 def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]:
     """A pair's judgments in one run; a and b stand for the candidates that were picked there."""
-    methods = (judge_tables.searched(run) or {"methods": {}})["methods"]
+    methods = judge_tables.searched_methods(run)
     first, second = (methods[name]["best"] if name in methods else name for name in (a, b))
     return judge_tables.judgments_of(run, dataset, first, second, findings.headline(run.evaluation))
 
@@ -181,7 +168,7 @@ def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Sentences: in how many cells a pair's rate is above 50%, and in how many after correction."""
     sentences = []
     for pair in pairs:
-        cells = _cells_with_verdicts(rows, pair)
+        cells = [row["cells"][pair] for row in _rows_with_verdicts(rows, pair)]
         above, below = sum(cell["low"] > 0.5 for cell in cells), sum(cell["high"] < 0.5 for cell in cells)
         significant = sum(cell["p_holm"] < 0.05 and cell["adjusted_win_rate"] > 0.5 for cell in cells)
         of = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
@@ -194,13 +181,12 @@ def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> list[str]:
     found = [f"{name}: {few}." for name, of in groups if (few := seeds_warning(len(of)))]
-    for row in rows:
-        least = min(cell["runs"] for cell in row["cells"].values())
-        if least < row["runs"]:
-            found.append(
-                f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have"
-                " no verdict on a pair and are not part of its rate."
-            )
+    found += [
+        f"{row['model']}, {row['dataset']}, by {row['by']}: {row['runs'] - least} of {row['runs']} runs have"
+        " no verdict on a pair and are not part of its rate."
+        for row in rows
+        if (least := min(cell["runs"] for cell in row["cells"].values())) < row["runs"]
+    ]
     judges = list(dict.fromkeys(row["by"] for row in rows))
     if len(judges) > 1:
         found.append(
@@ -211,16 +197,12 @@ def _warnings(groups: Sequence[tuple[str, list[Run]]], rows: Sequence[Row]) -> l
 
 
 def _run(run: Run, group: str, folder: Path) -> dict[str, Any]:
-    page = next(iter(sorted(run.folder.glob("report/*/report.html"))), None)
-    if (run.folder / "report.html").exists():
-        page = run.folder / "report.html"
+    pages = [*run.folder.glob("report.html"), *sorted(run.folder.glob("report/*/report.html"))]
     return {
         "name": run.report.name,
         "group": group,
-        "base": run.report.base,
-        "mode": run.report.mode,
-        "training_seeds": run.report.training_seeds,
-        "report": None if page is None else Path(os.path.relpath(page, folder)).as_posix(),
+        **{name: getattr(run.report, name) for name in ("base", "mode", "training_seeds")},
+        "report": Path(os.path.relpath(pages[0], folder)).as_posix() if pages else None,
         "folder": run.folder.name,
     }
 
@@ -238,11 +220,8 @@ def _draw(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
     """Figure 1: one panel for each pair with its cells."""
     styles, drawn = style.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):
-        cells = [
-            {**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"}
-            for row in rows
-            if pair in row["cells"] and row["cells"][pair]["runs"]
-        ]
+        there = _rows_with_verdicts(rows, pair)
+        cells = [{**row["cells"][pair], "label": f"{row['model']}, {row['dataset']}"} for row in there]
         title = f"{pair[0]} over {pair[1]}"
         drawn += [plots.win_rates(f"joined-{number}", title, cells, styles)] if cells else []
     return drawn

@@ -12,8 +12,8 @@ from typing import Any
 
 from salsa_peft.evaluation.judge_statistics import Judgment
 from salsa_peft.report import paper
-from salsa_peft.report.format import Row, is_number
-from salsa_peft.report.gather import ReportInput, last_part
+from salsa_peft.report.format import Row, is_number, rate_of
+from salsa_peft.report.gather import ReportInput, answer_pairs, last_part
 
 ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → label of the figures' x axis
     "alpha": "α: 0 is the first seed, 1 the second (Figure 4a)",
@@ -78,16 +78,20 @@ def searched(run: ReportInput) -> dict[str, Any] | None:
     return found
 
 
+def searched_methods(run: ReportInput) -> dict[str, Any]:
+    """Method → what a search tried and picked for it; empty without a search."""
+    return (searched(run) or {"methods": {}})["methods"]
+
+
 def passed_over(run: ReportInput) -> set[str]:
     """Candidates of a search that were not picked."""
-    methods = (searched(run) or {"methods": {}})["methods"].values()
+    methods = searched_methods(run).values()
     return {one["policy"] for found in methods for one in found["tried"] if one["policy"] != found["best"]}
 
 
 def method(run: ReportInput, name: str) -> str:
     """The searched policy for which a candidate was picked, else the name itself."""
-    methods = (searched(run) or {"methods": {}})["methods"]
-    return next((of for of, found in methods.items() if name == found["best"]), name)
+    return next((of for of, found in searched_methods(run).items() if name == found["best"]), name)
 
 
 def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
@@ -102,16 +106,13 @@ def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -
                     winners, lengths = (swap[row["second"]], swap[row["first"]]), lengths[::-1]
                 rows.append(Judgment((dataset, row["index"]), row["turn"], *winners, *lengths))
         return rows
-    found: dict[str, dict[tuple[int, int], Row]] = {a: {}, b: {}}
-    for row in run.answers:
-        if row["dataset"] == dataset and row["model"] in found and is_number(row["scores"].get(measure)):
-            found[row["model"]][row["index"], row["turn"]] = row
     rows = []
-    for at in sorted(found[a].keys() & found[b].keys()):
-        first, second = found[a][at], found[b][at]
-        x, y = first["scores"][measure], second["scores"][measure]
-        winner = "a" if x > y else "b" if y > x else "tie"
-        rows.append(Judgment((dataset, at[0]), at[1], winner, winner, first["length"], second["length"]))
+    for first, second in answer_pairs(run.answers, dataset, a, b):
+        x, y = first["scores"].get(measure), second["scores"].get(measure)
+        if is_number(x) and is_number(y):
+            winner = "a" if x > y else "b" if y > x else "tie"
+            question = (dataset, first["index"])
+            rows.append(Judgment(question, first["turn"], winner, winner, first["length"], second["length"]))
     return rows
 
 
@@ -147,7 +148,7 @@ def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
 
 
 def _point(x: float, pair: Row) -> dict[str, Any]:
-    return {"x": x, "name": "", **{key: pair[key] for key in ("adjusted_win_rate", "low", "high")}}
+    return {"x": x, "name": "", **rate_of(pair)}
 
 
 def swept(run: ReportInput, name: str, kind: str) -> float | None:
@@ -195,12 +196,8 @@ def _reliability(pairs: Sequence[Row]) -> Iterable[str]:
 
 def _equal_answers(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[str]:
     """A warning if many answers of two models are identical, since they can only tie."""
-    texts: dict[str, dict[tuple[int, int], str]] = {a: {}, b: {}}
-    for row in run.answers:
-        if row["dataset"] == dataset and row["model"] in texts:
-            texts[row["model"]][row["index"], row["turn"]] = row["response"]
-    both = texts[a].keys() & texts[b].keys()
-    same = sum(texts[a][turn] == texts[b][turn] for turn in both)
+    both = answer_pairs(run.answers, dataset, a, b)
+    same = sum(first["response"] == second["response"] for first, second in both)
     if same > 0.2 * len(both):
         yield f"{same} of {len(both)} answers of {a} and {b} are identical; a preference between them says nothing about the models."
 

@@ -102,7 +102,7 @@ def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, fold
         check_unchanged(report)
         summary = read_object(report / "summary.json")
         figures = [path for pattern in FIGURES[kind] for path in sorted((report / "figures").glob(f"{pattern}.png"))]
-    figure = figures[0] if figures else None
+    figure = next(iter(figures), None)
     return Item(name=name, kind=kind, folder=folder, recipe=recipe, base=base, summary=summary, figure=figure)
 
 
@@ -112,17 +112,14 @@ def result_folders(run: Path) -> dict[str, Path]:
     if report is not None:
         return {**manifests.finished_results(run), "report": report}
     there = [*run.glob(f"*/*/{manifests.MANIFEST}"), *run.glob(f"*/*/*/{manifests.MANIFEST}")]
-    folders: dict[str, Path] = {}
-    for path in sorted(there, key=lambda path: path.stat().st_mtime_ns):
-        manifest = manifests.read_manifest(path.parent)
-        if manifest is not None:
-            folders[str(manifest.get("unit"))] = path.parent
-    return folders
+    there.sort(key=lambda path: path.stat().st_mtime_ns)
+    found = [(manifests.read_manifest(path.parent), path.parent) for path in there]
+    return {str(manifest.get("unit")): folder for manifest, folder in found if manifest is not None}
 
 
 def recipe_of_run(run: Path, folders: dict[str, Path]) -> Recipe:
     """The recipe of the report; the run's recipe.yaml may be a later one."""
-    own = folders["report"] / RECIPE if "report" in folders else run / RECIPE
+    own = folders.get("report", run) / RECIPE
     return saved_recipe(own if own.is_file() else run / RECIPE)
 
 
@@ -234,13 +231,9 @@ def licence_of(item: Item, online: bool) -> str | None:
     base = item.recipe.model.base
     own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
     cached = try_to_load_from_cache(item.base, "README.md")
-    found: Any = None
     path = next((path for path in (own, cached) if isinstance(path, str | Path) and Path(path).is_file()), None)
     try:
-        if path is not None:
-            found = metadata_load(path)
-        elif online:
-            found = model_info(item.base).card_data
+        found: Any = metadata_load(path) if path is not None else model_info(item.base).card_data if online else None
     except (HTTPError, OSError, ValueError, YAMLError):  # a push does not depend on somebody else's card
         return None
     licence = None if found is None else found.get("license")

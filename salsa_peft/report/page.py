@@ -146,11 +146,9 @@ def training(policy: PolicyReport) -> dict[str, Any]:
     rows, tenth = policy.metrics, max(1, len(policy.metrics) // 10)
     table: dict[str, Any] = {"updates": len(rows), "episodes": rows[-1]["episode"]}
     for key, (short, _) in CURVES.items():
-        first, last = ([row[key] for row in part if is_number(row.get(key))] for part in (rows[:tenth], rows[-tenth:]))
-        table[short] = {
-            "start": sum(first) / len(first) if first else None,
-            "end": sum(last) / len(last) if last else None,
-        }
+        parts = {"start": rows[:tenth], "end": rows[-tenth:]}
+        kept = {end: [row[key] for row in part if is_number(row.get(key))] for end, part in parts.items()}
+        table[short] = {end: sum(values) / len(values) if values else None for end, values in kept.items()}
     return table | {"kl_coef": {"start": policy.kl_coef, "end": rows[-1].get("objective/kl_coef")}}
 
 
@@ -208,11 +206,8 @@ def sample_answers(run: ReportInput) -> dict[str, Any]:
 
 def main_pair(run: ReportInput) -> tuple[str, str] | None:
     """The pair by which answers are filtered: the judge's first, else the evaluation's first."""
-    for source in (run.verdicts, run.evaluation):
-        for data in (source or {}).get("datasets", {}).values():
-            for pair in data.get("pairs", []):
-                return pair["a"], pair["b"]
-    return None
+    sets = [data for source in (run.verdicts, run.evaluation) for data in (source or {}).get("datasets", {}).values()]
+    return next(((pair["a"], pair["b"]) for data in sets for pair in data.get("pairs", [])), None)
 
 
 def _outcome(
@@ -231,11 +226,9 @@ def _outcome(
 
 def truncated(run: ReportInput) -> dict[str, float]:
     """Dataset → share of its answers that reached the length limit, if more than a tenth of them did."""
-    found: dict[str, float] = {}
     if run.limit is None:
-        return found
-    for dataset in dict.fromkeys(row["dataset"] for row in run.answers):
-        lengths = [row["length"] for row in run.answers if row["dataset"] == dataset]
-        share = sum(length >= run.limit for length in lengths) / len(lengths)
-        found |= {dataset: share} if share > 0.1 else {}
-    return found
+        return {}
+    at_limit: dict[str, list[bool]] = {}
+    for row in run.answers:
+        at_limit.setdefault(row["dataset"], []).append(row["length"] >= run.limit)
+    return {dataset: share for dataset, cut in at_limit.items() if (share := sum(cut) / len(cut)) > 0.1}

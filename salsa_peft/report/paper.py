@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from salsa_peft.report.format import p_value, percent
+from salsa_peft.report.format import p_value, percent, rate_of
 from salsa_peft.utils.statistics import WinRates, holm, win_rates
 
 ROUNDING = 0.01 + 1e-9
@@ -61,7 +61,7 @@ class Cell:
 
     def adjusted_rate(self) -> dict[str, Any]:
         """The adjusted win rate and its interval, as in summary.json."""
-        return {key: getattr(self.rates, key) for key in ("adjusted_win_rate", "low", "high")}
+        return rate_of(asdict(self.rates))
 
 
 @cache
@@ -109,12 +109,8 @@ def _dataset(row: dict[str, Any], rows: list[dict[str, Any]], possible: dict[str
 
 def _swapped_label(row: dict[str, Any], possible: dict[str, int]) -> str:
     total, most = _count(row), possible[row["dataset"]]
-    why = (
-        f"{total} judgments can't be {row['dataset']}'s {most}"
-        if total > most
-        else f"{total} judgments are those of another set"
-    )
-    return f"labelled {row['dataset']}: {why}; the labels of Table {row['table']} are swapped"
+    why = f"can't be {row['dataset']}'s {most}" if total > most else "are those of another set"
+    return f"labelled {row['dataset']}: {total} judgments {why}; the labels of Table {row['table']} are swapped"
 
 
 def _wrong_rate(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> str:
@@ -151,21 +147,18 @@ def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
         letters = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
         return next((of for start, of in names.items() if letters.startswith(start)), None)
 
-    wanted = (known(BASES, base), known(SETS, dataset))
-    pair = (MODELS.get(a), MODELS.get(b))
-    for cell in cells():
-        if (cell.model, cell.dataset) == wanted and None not in pair:
-            if (cell.a, cell.b) == pair:
-                return cell
-            if (cell.b, cell.a) == pair:
-                return cell.swapped()
-    return None
+    wanted, pair = (known(BASES, base), known(SETS, dataset)), (MODELS.get(a), MODELS.get(b))
+    same = [cell for cell in cells() if (cell.model, cell.dataset) == wanted]
+    return next((cell for one in same for cell in (one, one.swapped()) if (cell.a, cell.b) == pair), None)
 
 
 def flags() -> list[str]:
     """All inconsistencies between the tables and their counts."""
-    found = [f"Table {cell.table}, {cell.model}, {flag}" if flag.startswith("labelled") else f"Table {cell.table}, {cell.model}, {cell.labelled}, {flag}"
-             for cell in cells() for flag in cell.flags]  # fmt: skip
+    found = [
+        f"Table {cell.table}, {cell.model}, {'' if flag.startswith('labelled') else cell.labelled + ', '}{flag}"
+        for cell in cells()
+        for flag in cell.flags
+    ]
     return found + [
         f"Table 1, {cell.model}, {cell.dataset}, {cell.a} over {cell.b}: printed {printed}, the counts give"
         f" {percent(cell.rates.adjusted_win_rate)}"
@@ -200,8 +193,8 @@ def show(console: Console) -> None:
         of = [cell for cell, _ in table1() if (cell.a, cell.b) == (a, b)]
         above = sum(cell.rates.low > 0.5 for cell in of)
         significant = sum(cell.p_holm < 0.05 and cell.rates.adjusted_win_rate > 0.5 for cell in of)
-        summary = f"{a} over {b}: {above} of {len(of)} intervals lie above 50%, {significant} of {len(of)} with p < 0.05 after Holm's correction."
-        console.print(Text(summary))
+        text = f"{significant} of {len(of)} with p < 0.05 after Holm's correction."
+        console.print(Text(f"{a} over {b}: {above} of {len(of)} intervals lie above 50%, {text}"))
 
 
 def _table(title: str, *header: str) -> Table:

@@ -65,10 +65,8 @@ def line(
             axes.axhline(soup, color=KNOWN["soup"].color, ls=":", lw=1.2)
         for index, one in enumerate(lines):
             look = cycle[index % len(cycle)]
-            at = [point["at"] for point in one["points"]]
-            mean, low, high = (
-                [point["scores"][measure][key] for point in one["points"]] for key in ("mean", "low", "high")
-            )
+            at, found = [point["at"] for point in one["points"]], [point["scores"][measure] for point in one["points"]]
+            mean, low, high = ([score[key] for score in found] for key in ("mean", "low", "high"))
             label, dash = one["name"] if len(lines) > 1 else None, "-" if index == 0 else look.dash
             axes.fill_between(at, low, high, color=look.color, alpha=0.18, lw=0)
             axes.plot(at, mean, color=look.color, ls=dash, label=label)
@@ -270,8 +268,8 @@ def _ablations(run: ReportInput, styles: Styles) -> list[Panel]:
     measure, drawn = findings.headline(run.evaluation), []
     by = "the judge" if run.verdicts else MEASURES.get(measure, measure)
     for number, one in enumerate(judge_tables.ablations(run, measure)):
-        title = f"Over {one['against']}, “{one['dataset']}”, by {by}"
-        drawn.append(ablation(f"ablation-{number}-{one['kind']}", title, one["points"], one["xlabel"], one["log"], styles))  # fmt: skip
+        name, title = f"ablation-{number}-{one['kind']}", f"Over {one['against']}, “{one['dataset']}”, by {by}"
+        drawn.append(ablation(name, title, one["points"], one["xlabel"], one["log"], styles))
     return drawn
 
 
@@ -287,14 +285,11 @@ def draw_landscape(landscape: Row, styles: Styles) -> list[Panel]:
         high = max((score["high"] for score in found), default=0)
         margin = 0.09 * (high - low) or 0.1
         limits = (low - margin, high + margin)
-        middles = [
-            p["scores"][measure]["mean"] for one in lines[:1] for p in one["points"] if abs(p["at"] - 0.5) < 1e-9
-        ]
-        soup = middles[0] if middles else None
-        if lines:
-            drawn.append(line(f"line-{measure}", f"{title} between seeds", lines, measure, styles, limits, soup))
-        if shrunk:
-            drawn.append(line(f"shrunk-{measure}", f"{title}, the control", shrunk, measure, styles, limits, soup))
+        points = lines[0]["points"] if lines else []
+        soup = next((point["scores"][measure]["mean"] for point in points if abs(point["at"] - 0.5) < 1e-9), None)
+        for kind, name, of in (("line", " between seeds", lines), ("shrunk", ", the control", shrunk)):
+            if of:
+                drawn.append(line(f"{kind}-{measure}", f"{title}{name}", of, measure, styles, limits, soup))
         if landscape["plane"] and landscape["plane"]["points"]:
             planes.append(plane(f"plane-{measure}", f"{title}, three seeds", landscape["plane"], measure))
     return drawn + planes

@@ -19,8 +19,7 @@ from salsa_peft.utils.errors import SalsaError, require
 
 WRITE_FAILED = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded",
                 "PytorchStreamWriter failed", "unexpected pos ")  # fmt: skip
-"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write.
-"""
+"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write."""
 
 
 def require_disk_space(folder: Path, size: float, what: str) -> None:
@@ -52,17 +51,13 @@ def disk_full_message(error: BaseException, folder: Path) -> str | None:
     folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
     free = shutil.disk_usage(existing_parent(folder)).free
     return (
-        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a"
-        " limit on file sizes can also be"
-        " the reason). Earlier files are complete; free some space and run the same command again"
+        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a limit on"
+        " file sizes can also be the reason). Earlier files are complete; free some space and run the same command again"
     )
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """By the error number, or by the message of torch, safetensors or tokenizers.
-
-    Full shared memory is another problem.
-    """
+    """Whether the error's number or a library's message says so. Full shared memory is another problem."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "/dev/shm" not in str(error.filename)
     written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"

@@ -115,10 +115,7 @@ def read_exactly(descriptor: int, buffer: memoryview, begin: int, path: Path) ->
     done = 0
     while done < len(buffer):
         read = os.preadv(descriptor, [buffer[done:]], begin + done)
-        require(
-            read > 0,
-            f"{path}: ends at byte {begin + done}; it became shorter while it was read; {_AGAIN}",
-        )
+        require(read > 0, f"{path}: ends at byte {begin + done}; it became shorter while it was read; {_AGAIN}")
         done += read
 
 
@@ -161,8 +158,7 @@ class Writer:
 
     def at(self, place: int, content: Buffer) -> None:
         """Write at byte `place` after the header."""
-        rest, begin = memoryview(content), self.begin + place
-        done = 0
+        rest, begin, done = memoryview(content), self.begin + place, 0
         while done < len(rest):
             done += os.pwrite(self.descriptor, rest[done:], begin + done)
         with self._lock:
@@ -183,8 +179,8 @@ def safetensors_writer(path: Path, header: bytes) -> Iterator[Writer]:
 
     Raises SalsaError if more or fewer bytes are written than the header says.
     """
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    expected = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+    expected = max((entry["data_offsets"][1] for entry in entries), default=0)
     start = len(header).to_bytes(8, "little") + header
     with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
         if sys.platform == "linux":

@@ -213,7 +213,7 @@ class TestRecording:
     ) -> None:
         """Log-prob, entropy and value of every token from its own sequence, without batch or padding; 0 outside the mask."""
         model, head = make_base(), nn.Linear(32, 1)
-        recording = Recording.of(head)
+        recording = Recording(head)
         sampling = Sampling(max_new_tokens=8, temperature=temperature, min_new_tokens=minimum)
         found = generate(
             model, prompts, sampling, with_pad(tokenizer, pad_is_eos), row_seeds(range(12), 0), recording=recording
@@ -236,7 +236,7 @@ class TestRecording:
 
     def test_it_changes_no_token(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         model, sampling, seeds = make_base(), Sampling(max_new_tokens=8), row_seeds(range(12), 0)
-        recorded = generate(model, prompts, sampling, tokenizer, seeds, recording=Recording.of(nn.Linear(32, 1)))
+        recorded = generate(model, prompts, sampling, tokenizer, seeds, recording=Recording(nn.Linear(32, 1)))
         assert tokens_of(recorded) == tokens_of(generate(model, prompts, sampling, tokenizer, seeds))
 
 
@@ -264,7 +264,7 @@ class TestWhatIsLeft:
         random_state = torch.random.get_rng_state()
 
         def run() -> Responses:
-            recording = Recording.of(head)
+            recording = Recording(head)
             return generate(
                 model,
                 prompts,
@@ -301,9 +301,13 @@ class TestWhatIsLeft:
 
     def test_no_graph_is_kept(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         """Though the model's weights and the value head train."""
-        model, recording = make_base().requires_grad_(), Recording.of(nn.Linear(32, 1))
+        model, recording = make_base().requires_grad_(), Recording(nn.Linear(32, 1))
         generate(model, prompts, Sampling(max_new_tokens=3), tokenizer, row_seeds(range(12), 0), recording=recording)
-        assert not any(tensor.requires_grad for steps in recording[1:] for tensor in steps)
+        assert not any(
+            tensor.requires_grad
+            for steps in (recording.logprobs, recording.entropy, recording.values)
+            for tensor in steps
+        )
 
 
 def walks(

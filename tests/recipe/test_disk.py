@@ -38,7 +38,7 @@ export: [merged]
 """
 
 
-def plan(job: Recipe, folder: Path) -> dict[str, runs.Step]:
+def plan(job: Recipe, folder: Path) -> dict[str, runs.PlannedUnit]:
     """All of a recipe's units, in an empty folder."""
     return runs.plan([unit for stage in recipe.STAGES.values() for unit in stage.units(job, stage.run)], folder)
 
@@ -99,7 +99,8 @@ def test_what_is_there_writes_nothing_more(tmp_path: Path) -> None:
     begun = disk.need(job, steps, ["sft/seed-0"], CARD)
     assert begun is not None and begun.final == model - 1000
     cached = {
-        name: runs.Step(unit=step.unit, key=step.key, folder=step.folder, why=None) for name, step in steps.items()
+        name: runs.PlannedUnit(unit=step.unit, key=step.key, folder=step.folder, why=None)
+        for name, step in steps.items()
     }
     nothing = disk.need(job, cached, list(cached), CARD)
     assert nothing is not None and nothing.final == nothing.peak == 0

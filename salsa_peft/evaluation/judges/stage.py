@@ -99,9 +99,7 @@ def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[
     judgment = Judgment(match.question["index"], match.turn, first, second, *lengths)
     return {
         "dataset": match.dataset,
-        "question_id": match.question["question_id"],
-        "index": match.question["index"],
-        "category": match.question["category"],
+        **{key: match.question[key] for key in ("question_id", "index", "category")},
         "turn": match.turn,
         "a": match.a,
         "b": match.b,
@@ -116,14 +114,11 @@ def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[
 
 def statistics(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Rates, intervals and tests of one pair's rows, from one set of questions or several."""
-    return asdict(
-        pair_result(
-            [
-                Judgment((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
-                for row in rows
-            ]
-        )
-    )
+    judgments = [
+        Judgment((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
+        for row in rows
+    ]
+    return asdict(pair_result(judgments))
 
 
 def results(rows: Sequence[dict[str, Any]], datasets: dict[str, Dataset]) -> dict[str, Any]:
@@ -160,7 +155,7 @@ def run(job: Job) -> dict[str, Any]:
         asked = [comparison for match in todo for comparison in both_orders(match, datasets)]
         with progress_bar(len(asked), job.unit.id) as bar:
             verdicts = judge(asked, bar.update)
-        for match, both in zip(todo, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True):
+        for match, *both in zip(todo, verdicts[::2], verdicts[1::2], strict=True):
             prompts.append((both[0].prompt, both[1].prompt))
             rows.append(judgment_row(match, datasets, both))
 

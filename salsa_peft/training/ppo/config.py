@@ -83,7 +83,7 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         self.guards = _mapping("guards", self.guards)
         self.rollout_options = _mapping("rollout_options", self.rollout_options)
         self._check_values()
-        self.check_batches("", self.batch_size, self.micro_batch_size)
+        self.check_shares("", self.batch_size, self.micro_batch_size)
         self.check_options("")
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
@@ -124,11 +124,6 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
     def minibatch_size(self) -> int:
         """Responses in one optimizer step."""
         return self.batch_size // self.num_mini_batches
-
-    @property
-    def steps_per_update(self) -> int:
-        """Optimizer steps per rollout batch."""
-        return self.num_ppo_epochs * self.num_mini_batches
 
     @property
     def micro_steps(self) -> int:

@@ -178,7 +178,7 @@ class RolloutMaker:
         self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
         """A micro-batch's rows, responses and recorded tensors."""
-        recording = Recording.of(self.model.value_head) if self.args.old_logprobs == "rollout" else None
+        recording = Recording(self.model.value_head) if self.args.old_logprobs == "rollout" else None
         # the outermost autocast keeps the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)

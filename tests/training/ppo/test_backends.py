@@ -143,7 +143,7 @@ class TestCompiled:
         monkeypatch.setattr(backends, "device", lambda: CPU)
         with pytest.raises(SalsaError, match="rollout_compile: this needs CUDA"):
             BACKENDS["hf"](make_base(), options(rollout_compile=True), tokenizer, None)
-        recording = Recording.of(torch.nn.Linear(32, 1))
+        recording = Recording(torch.nn.Linear(32, 1))
         with pytest.raises(SalsaError, match="old_logprobs: rollout does not work with rollout_compile"):
             CompiledHF(make_base(), options(), tokenizer, None)([[1]], [0], recording=recording)
         monkeypatch.setattr(backends, "device", lambda: torch.device("cuda"))

@@ -18,7 +18,7 @@ from salsa_peft.models.responses import (
     Responses,
     forbidden_eos,
     last_token_states,
-    pad_prompts,
+    pad_tokens,
     response_logprobs,
     response_states,
     scatter,
@@ -42,7 +42,7 @@ def scripted(model: Any, answers: list[list[int]], monkeypatch: pytest.MonkeyPat
 
 def by_hand() -> Responses:
     """Two rows, padded on both sides: 3 and 2 tokens of prompt, 1 (EOS alone) and 3 (cut at the limit) of response."""
-    ids, mask = pad_prompts([[1, 7, 8], [1, 9]], PAD, torch.device("cpu"))
+    ids, mask = pad_tokens([[1, 7, 8], [1, 9]], PAD, torch.device("cpu"), "left")
     return Responses(ids, mask, torch.tensor([[EOS, PAD, PAD], [11, 12, 13]]),
                      torch.tensor([[True, False, False], [True, True, True]]), torch.tensor([True, False]))  # fmt: skip
 
@@ -208,7 +208,7 @@ class TestResponses:
 
     def test_prompts_are_padded_on_the_left(self) -> None:
         """A pad token inside a prompt counts: the mask comes from lengths."""
-        ids, mask = pad_prompts([[1, PAD, 3], [4]], PAD, torch.device("cpu"))
+        ids, mask = pad_tokens([[1, PAD, 3], [4]], PAD, torch.device("cpu"), "left")
         assert ids.tolist() == [[1, PAD, 3], [PAD, PAD, 4]]
         assert mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
 
