@@ -92,11 +92,8 @@ def _requirements(extra: str) -> list[Requirement]:
     except importlib.metadata.PackageNotFoundError:
         return []
     own = [needed for needed in every if needed.marker is None or needed.marker.evaluate({"extra": ""})]
-    if not extra:
-        return own
-    return [
-        needed for needed in every if needed not in own and needed.marker and needed.marker.evaluate({"extra": extra})
-    ]
+    added = [needed for needed in every if needed.marker is not None and needed.marker.evaluate({"extra": extra})]
+    return [needed for needed in added if needed not in own] if extra else own
 
 
 def _version(needed: Requirement) -> Finding | None:
@@ -117,9 +114,8 @@ def libraries() -> Iterator[Finding]:
         try:
             importlib.import_module(name)
         except Exception as error:  # any error of an import is the finding
-            yield Finding(
-                f"import {name}", error_text(error), "Reinstall this library, or the one that the error names"
-            )
+            advice = "Reinstall this library, or the one that the error names"
+            yield Finding(f"import {name}", error_text(error), advice)
 
 
 def devices() -> Iterator[Finding]:
@@ -128,11 +124,8 @@ def devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         names = ", ".join(gpu.name for gpu in hardware.gpus())
-        advice = (
-            (f"torch {torch.__version__} does not see {names}: install a CUDA build that fits the driver")
-            if names
-            else None
-        )
+        advice = f"torch {torch.__version__} does not see {names}: install a CUDA build that fits the driver"
+        advice = advice if names else None
         yield Finding("GPU", "none that PyTorch can use: small models only", advice)
         return
     yield Finding("CUDA", f"{torch.version.cuda}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
@@ -146,9 +139,8 @@ def devices() -> Iterator[Finding]:
         except RuntimeError as error:
             advice = f"It does not compute ({error_text(error)}); check the driver, or end other processes on this GPU"
         size = f"{properties.total_memory / GIB:.1f} GiB, {free / GIB:.1f} free"
-        yield Finding(
-            f"GPU {number}", f"{properties.name}, {size}, compute {properties.major}.{properties.minor}", advice
-        )
+        compute = f"compute {properties.major}.{properties.minor}"
+        yield Finding(f"GPU {number}", f"{properties.name}, {size}, {compute}", advice)
 
 
 def processor() -> Iterator[Finding]:
@@ -159,11 +151,8 @@ def processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     yield Finding("CPU", f"{cores} cores, PyTorch uses {torch.get_num_threads()} threads")
     memory = psutil.virtual_memory()
-    advice = (
-        (f"A run needs at least {LOW_MEMORY:.0f} GiB; end other processes")
-        if memory.available < LOW_MEMORY * GIB
-        else None
-    )
+    low = memory.available < LOW_MEMORY * GIB
+    advice = f"A run needs at least {LOW_MEMORY:.0f} GiB; end other processes" if low else None
     yield Finding("memory", f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} available", advice)
 
 
@@ -222,9 +211,8 @@ def hub() -> Iterator[Finding]:
     answer, advice = _hub_answer(constants.ENDPOINT)
     yield Finding("Hub", f"{constants.ENDPOINT} {answer}", advice)
     if get_token() is None:
-        yield Finding(
-            "login", "none: public repositories only; `hf auth login`, or set HF_TOKEN, for gated bases and pushes"
-        )
+        gated = "`hf auth login`, or set HF_TOKEN, for gated bases and pushes"
+        yield Finding("login", f"none: public repositories only; {gated}")
     elif advice is not None:
         yield Finding("login", "there is a token, but it could not be checked")
     else:

@@ -10,6 +10,7 @@ A recipe can name a Hub id as a seed (`sft: {from: […]}`), reward model or ref
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import traceback
@@ -43,12 +44,8 @@ def parser() -> Parser:
     push("--debug", action="store_true", help="show the traceback of an error")
     pull = commands.add_parser("pull", help="download a repository, weights in safetensors only").add_argument
     pull("repo", metavar="ID", help="namespace/name")
-    pull(
-        "folder",
-        nargs="?",
-        metavar="FOLDER",
-        help="an empty or new folder (default: the Hub's cache; its path is printed)",
-    )
+    in_cache = "the Hub's cache; its path is printed"
+    pull("folder", nargs="?", metavar="FOLDER", help=f"an empty or new folder (default: {in_cache})")
     pull("--revision", metavar="REVISION", help="a branch, tag or commit")
     pull("--debug", action="store_true", help="show the traceback of an error")
     return made
@@ -88,9 +85,8 @@ def push(args: argparse.Namespace) -> int:
     repos = {name: to if len(names) == 1 else f"{to}-{name}" for name in names}
     for repo in repos.values():
         require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
-    wanted = [
-        hub_push.Push(item=name, to=repo, private=not args.public, base_model=base) for name, repo in repos.items()
-    ]
+    private = not args.public
+    wanted = [hub_push.Push(item=name, to=repo, private=private, base_model=base) for name, repo in repos.items()]
     require(
         bool(wanted or hub_push.pending(run)),
         f"{args.run}: nothing is pending; name items to push, such as soup, and --to namespace/name",
@@ -118,14 +114,13 @@ def _show(run: Path, wanted: Sequence[hub_push.Push]) -> int:
     for one in wanted:
         item = model_card.find_item(run, recipe, one.item, one.base_model, folders)
         repo = one.to if not one.to.startswith("/") else f"you{one.to}"
-        files = model_card.published_files(item, model_card.render_card(item, repo))
+        card = model_card.render_card(item, repo)
+        files = model_card.published_files(item, card)
         print(f"{one.item} → {repo} ({'private' if one.private else 'public'}), one commit of {len(files)} files:\n")
         for name, content in files.items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             print(f"  {size:>13,}  {name}")
-        card_text = files[model_card.CARD]
-        assert isinstance(card_text, bytes)
-        print(f"\n{card_text.decode()}")
+        print(f"\n{card}")
     return 0
 
 
@@ -138,17 +133,12 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
     if folder is not None:
         made = Path(folder)
         require(not made.exists() or made.is_dir(), f"{folder}: this is a file; name a folder")
-        kept = sorted(path.name for path in made.iterdir() if path.name != ".cache") if made.is_dir() else []
-        require(
-            not kept, f"{folder}: this folder is not empty (it has {', '.join(kept[:1])}); name an empty or new one"
-        )
+        kept = min((path.name for path in made.glob("*") if path.name != ".cache"), default=None)
+        require(kept is None, f"{folder}: this folder is not empty (it has {kept}); name an empty or new one")
     patterns = [*model_card.PUBLISHED, model_card.CARD, model_card.FIGURE, model_card.RECIPE]
-
-    def download() -> str:
-        return snapshot_download(
-            repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
-        )
-
+    download = functools.partial(
+        snapshot_download, repo, revision=revision, local_dir=folder, allow_patterns=patterns, ignore_patterns="*/*"
+    )
     try:
         names = hub_push.with_retries(lambda: HfApi().list_repo_files(repo, revision=revision), repo)
         require(

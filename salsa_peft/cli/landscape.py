@@ -39,12 +39,8 @@ def parser() -> argparse.ArgumentParser:
     add("members", metavar="MEMBER", nargs="+", help="two or three adapters, or checkpoints: folders or Hub ids")
     add("--alphas", metavar="α,α", help="points of the line (default: -0.5 to 1.5 in steps of 0.25)")
     add("--scales", metavar="λ,λ", help="adapters: control points, the base plus λ times the first member's delta")
-    add(
-        "--resolution",
-        type=positive_integer,
-        default=4,
-        help="steps along an edge of the plane's triangle (default: 4)",
-    )
+    steps = "steps along an edge of the plane's triangle (default: 4)"
+    add("--resolution", type=positive_integer, default=4, help=steps)
     add("--base", metavar="BASE", help="the base's folder or Hub id (default: what the adapters name)")
     add("--same-base", action="store_true", help="adapters: take their bases as the same, whatever their names are")
     add_measure(made)
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
     """Measure all points, and print those of the line."""
-    found = measured(args, accepted)
+    found = measure_all(args, accepted)
     for line in found["lines"]:
         print(f"{line['name']}")
         for point in line["points"]:
@@ -68,7 +64,7 @@ def measure_and_print(args: argparse.Namespace, accepted: Callable[[], None]) ->
     print(f"written to {args.out}")
 
 
-def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
+def landscape_section(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
     """The points to measure.
 
     Without --scales the default control points are included if `shrinks`: members can be scaled.
@@ -92,7 +88,7 @@ def section_of(args: argparse.Namespace, kind: str, shrinks: bool) -> Landscape:
     return Landscape(**chosen)
 
 
-def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
+def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str, Any]:
     """Measure all points; write landscape.json and the figures line-… and plane-… as SVG and PNG."""
     folders = [local(member) for member in args.members]
     kind, names = kind_of(folders), member_names(args.members)
@@ -101,9 +97,8 @@ def measured(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[str
         f"{args.out}: this folder is a member; name another one",
     )
     # weights that are averaged without a base (a score head) cannot be scaled
-    section = section_of(
-        args, kind, kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
-    )
+    shrinks = kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
+    section = landscape_section(args, kind, shrinks)
     args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.evaluation.landscape import measure_points, points
     from salsa_peft.soup.measures import command_measure

@@ -33,7 +33,7 @@ NARROWEST = 165
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns 0, 2 for an error of the user, or the exit code of `salsa run`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and set(words) & {"-h", "--help"}:
+    if set(words) & {"-h", "--help"}:
         print(HELP)
         return 0
     try:
@@ -100,9 +100,8 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
         folder = Path(os.path.abspath(name))
         saved = folder / "recipe.yaml"
         try:
-            gathered = gather(
-                saved_recipe(saved), manifests.finished_results(folder), saved.read_text(encoding="utf-8")
-            )
+            results = manifests.finished_results(folder)
+            gathered = gather(saved_recipe(saved), results, saved.read_text(encoding="utf-8"))
         except KeyError as error:
             raise SalsaError(
                 f"{name}: its results have no {error}, since an earlier salsa_peft made them; run it again: salsa run"

@@ -38,6 +38,11 @@ UNSUPPORTED_LORA_FIELDS = (
 """Fields of PEFT's LoraConfig that a recipe does not support. A test compares them with PEFT's."""
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of YAML is a finite number, and not true or false."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def require_unique(key: str, values: Sequence[Any]) -> None:
     """Raise SalsaError for a list with repetitions."""
     require(len(set(values)) == len(values), f"{key}: {short(values)} has an entry twice; give each once")
@@ -63,15 +68,15 @@ def check_keys(label: str, value: Any, root: type) -> None:
                 check(where, value, option)
         elif isinstance(value, dict) and typing.get_origin(hint) is dict:
             for key, entry in value.items():
-                check(_join(where, key), entry, typing.get_args(hint)[1])
+                check(join_keys(where, key), entry, typing.get_args(hint)[1])
         elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
             known = field_types(typing.cast(Any, hint))
             for key, entry in value.items():
                 if key not in known:
                     raise SalsaError(
-                        f"{label}: {_join(where, key)}: unknown key; {_advice(where, key, list(known), root)}"
+                        f"{label}: {join_keys(where, key)}: unknown key; {_advice(where, key, list(known), root)}"
                     )
-                check(_join(where, key), entry, known[key])
+                check(join_keys(where, key), entry, known[key])
 
     check("", value, root)
 
@@ -82,18 +87,12 @@ def _advice(where: str, key: str, known: list[str], root: type) -> str:
         inside = " itself, not under `lora`" if key == "lora" else ""
         return f"of PEFT's LoraConfig a recipe supports {', '.join(known)}, in `adapter`{inside}"
     names = [name.rstrip("_") for name in known]
-    sections = [] if where else [name for name, hint in field_types(root).items() if key in _fields_of(hint)]
+    parts = [(name, part) for name, hint in field_types(root).items() for part in (hint, *typing.get_args(hint))]
+    of = [name for name, part in parts if dataclasses.is_dataclass(part) and key in field_types(typing.cast(Any, part))]
+    sections = [] if where else of
     if key in UNSUPPORTED_LORA_FIELDS or not sections or difflib.get_close_matches(key, names, n=1, cutoff=0.6):
         return did_you_mean(key, names)
     return f"did you mean {' or '.join(f'{name}.{key}' for name in sections)}?"
-
-
-def _fields_of(hint: Any) -> list[str]:
-    """The fields of a section's dataclass, also of Section | None."""
-    options = [hint, *typing.get_args(hint)]
-    return [
-        field.name for option in options if dataclasses.is_dataclass(option) for field in dataclasses.fields(option)
-    ]
 
 
 @functools.cache
@@ -102,6 +101,7 @@ def field_types(section: Any) -> dict[str, Any]:
     return typing.get_type_hints(section, include_extras=True)
 
 
-def _join(where: str, key: str) -> str:
+def join_keys(where: str, key: str) -> str:
+    """`where.key`, or the key alone in the top section; an unprintable or long key is shown by its repr."""
     key = key if key.isprintable() and len(key) <= 80 else short(key)
     return f"{where}.{key}" if where else key

@@ -45,7 +45,7 @@ class Job:
     unit: Unit
     """The work to do."""
     folder: Path
-    """Output folder, empty at the start."""
+    """Output folder. At the start it holds begun.json, and the checkpoints of a stage that resumes."""
     inputs: dict[str, Path]
     """Unit id → its finished folder."""
     recipe_yaml: str

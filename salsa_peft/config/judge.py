@@ -23,6 +23,7 @@ from salsa_peft.utils.messages import short, short_path
 class Judge:
     """Settings of the judge, which compares each pair in both orders. An answer must win both (FastChat)."""
 
+    # The kinds are the keys of JUDGES in evaluation/judges/registry.py.
     kind: Literal["openai", "local", "reward", "function"]
     """openai: an endpoint with OpenAI's chat API. local: a chat model on this machine. reward: compares the scores of
     the recipe's reward. function: a Python function, module:name."""
@@ -59,11 +60,14 @@ class Judge:
     """reward: a score difference up to this is a tie."""
 
     def check(self, where: str) -> None:
-        """Raise SalsaError for missing or contradictory settings."""
+        """Raise SalsaError for bad settings, and for local files or functions that are missing or unusable.
+
+        Paths must be absolute already. Imports neither torch nor the function's module.
+        """
         needs = {"openai": "the name of a model at the endpoint", "local": "a chat model's folder or Hub id", "function": "module:name"}  # fmt: skip
         if self.kind in needs:
             require(self.model is not None, f"{where}.model: kind {self.kind} needs {needs[self.kind]}; add it")
-        else:
+        elif self.kind == "reward":
             require(
                 self.model is None,
                 f"{where}.model: kind reward uses the recipe's reward; remove the model {short(self.model)}",
@@ -79,6 +83,23 @@ class Judge:
             self.api_key_env.isidentifier() and self.api_key_env.isascii(),
             f"{where}.api_key_env: must be the name of an environment variable, such as OPENAI_API_KEY, and never the"
             " key itself",
+        )
+        fastchat = self.prompt == "fastchat" and self.kind in ("openai", "local")
+        for key, path, read in (
+            ("prompts", self.prompts if fastchat else None, read_prompts),
+            ("references", self.references, read_references),
+        ):
+            try:
+                if path is not None:
+                    read(path)
+            except SalsaError as error:
+                raise SalsaError(f"{where}.{key}: {error}") from error
+        model = str(self.model)
+        if self.kind == "function":
+            check_function(f"{where}.model", model)
+        require(
+            self.kind != "local" or not os.path.isabs(model) or Path(model, "config.json").is_file(),
+            f"{where}.model: {short_path(model)} has no config.json; give a chat model's folder or Hub id",
         )
 
 
@@ -100,29 +121,6 @@ def _check_address(where: str, url: str) -> None:
     )
     fits = parts.scheme in ("http", "https") and bool(host)
     require(fits, f"{where}: must be an address such as http://localhost:8000/v1, not {short(url)}")
-
-
-def check(judge: Judge, where: str) -> None:
-    """Raise SalsaError for bad settings, and for local files or functions that are missing or unusable.
-
-    Paths must be absolute already. Imports neither torch nor the function's module.
-    """
-    judge.check(where)
-    fastchat = judge.prompt == "fastchat" and judge.kind in ("openai", "local")
-    files = {"prompts": judge.prompts if fastchat else None, "references": judge.references}
-    for key, read in (("prompts", read_prompts), ("references", read_references)):
-        try:
-            if (path := files[key]) is not None:
-                read(path)
-        except SalsaError as error:
-            raise SalsaError(f"{where}.{key}: {error}") from error
-    if judge.kind == "function":
-        check_function(f"{where}.model", str(judge.model))
-    if judge.kind == "local" and os.path.isabs(str(judge.model)):
-        require(
-            (Path(str(judge.model)) / "config.json").is_file(),
-            f"{where}.model: {short_path(str(judge.model))} has no config.json; give a chat model's folder or Hub id",
-        )
 
 
 def check_ready(judge: Judge, where: str) -> None:

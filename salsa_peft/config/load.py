@@ -113,7 +113,7 @@ def load_recipe(
         )
         layers.append(layer)
         data = _place(data, keys, layer.data, text)
-    data = _with_one_seed(_with_seed_numbers(_without_nulls(data)))
+    data = _with_seed_defaults(_without_nulls(data))
     with _naming_layer(layers, path.name):
         data = sweeps.expand_search(sweeps.expand_sweeps(data))
     recipe = _typed(data, layers, path.name)
@@ -146,15 +146,7 @@ def python_names(data: dict[str, Any]) -> dict[str, Any]:
 def _layer(label: str, data: dict[str, Any], folder: str) -> Layer:
     data = python_names(data)
     check_keys(label, data, Recipe)
-    return Layer(label, _absolute(data, folder))
-
-
-def _absolute(data: dict[str, Any], folder: str) -> dict[str, Any]:
-    """absolute_paths, also for a `reference:` in a sweep."""
-    data = paths.absolute_paths(data, folder)
-    if "sweep" in data:
-        data["sweep"] = paths.absolute_paths({"policies": data["sweep"]}, folder)["policies"]
-    return data
+    return Layer(label, paths.absolute_paths(data, folder))
 
 
 def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
@@ -170,9 +162,7 @@ def _override(text: str, data: dict[str, Any]) -> tuple[Layer, list[str]]:
         keys = ["reward", "model"]
     for name in reversed(keys):
         nested = {name: nested}
-    nested = python_names(nested)
-    check_keys("--set", nested, Recipe)
-    return Layer("--set", _absolute(nested, os.getcwd())), keys
+    return _layer("--set", nested, os.getcwd()), keys
 
 
 def _split(key: str, data: Any) -> list[str]:
@@ -225,33 +215,29 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _without_nulls(data: dict[str, Any]) -> dict[str, Any]:
     data = copy.deepcopy(data)
     for keys in NAMED:
-        inner: Any = data
-        for key in keys:
-            inner = inner.get(key) if isinstance(inner, dict) else None
-        for name in [name for name, value in (inner or {}).items() if value is None] if isinstance(inner, dict) else []:
-            del inner[name]
+        named = _value(data, keys)
+        for name in [name for name, value in named.items() if value is None] if isinstance(named, dict) else []:
+            del named[name]
     return data
 
 
-def _with_seed_numbers(data: dict[str, Any]) -> dict[str, Any]:
-    """Existing seeds (sft.from) without sft.seeds get their positions as seeds."""
-    sft = data.get("sft")
-    if not isinstance(sft, dict) or not isinstance(sft.get("from_"), list) or "seeds" in sft:
-        return data
-    return {**data, "sft": {**sft, "seeds": list(range(len(sft["from_"])))}}
+def _with_seed_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that depend on the seeds.
 
-
-def _with_one_seed(data: dict[str, Any]) -> dict[str, Any]:
-    """With one seed, the defaults are a soup of one member and no line in the landscape."""
+    Existing seeds (sft.from) without sft.seeds get their positions as seeds. With one seed, the soup has one member and
+    the landscape no line.
+    """
     sft, soup, landscape = (data.get(key) for key in ("sft", "soup", "landscape"))
-    seeds = sft.get("seeds") if isinstance(sft, dict) else None
-    if not isinstance(seeds, list) or len(seeds) != 1:
+    if not isinstance(sft, dict):
         return data
-    data = {**data}
-    if soup is None or isinstance(soup, dict):
-        data["soup"] = {"members": [0], **(soup or {})}
-    if "landscape" not in data or isinstance(landscape, dict):
-        data["landscape"] = {"line": None, **(landscape or {})}
+    if isinstance(sft.get("from_"), list):
+        sft = {"seeds": list(range(len(sft["from_"]))), **sft}
+    data, seeds = {**data, "sft": sft}, sft.get("seeds")
+    if isinstance(seeds, list) and len(seeds) == 1:
+        if soup is None or isinstance(soup, dict):
+            data["soup"] = {"members": [0], **(soup or {})}
+        if "landscape" not in data or isinstance(landscape, dict):
+            data["landscape"] = {"line": None, **(landscape or {})}
     return data
 
 

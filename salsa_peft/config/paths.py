@@ -6,14 +6,13 @@ Hub repositories are not looked at here but when a stage starts. Imports no torc
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from salsa_peft.config.fields import NAME, SEED
-from salsa_peft.config.references import measure_with_folder
 from salsa_peft.config.rewards import function_with_folder, has_template
 from salsa_peft.config.schema import OWN_TEMPLATE, Recipe
 from salsa_peft.utils.errors import SalsaError, require
@@ -46,45 +45,32 @@ def is_source(keys: list[str]) -> bool:
 
 def absolute_paths(data: dict[str, Any], folder: str) -> dict[str, Any]:
     """A copy of a recipe's departures with absolute local paths. Relative paths start at `folder`."""
-    data = copy.deepcopy(data)
-    if not isinstance(data.get("reward", {}), dict | None):
-        data["reward"] = {"model": data["reward"]}
-    _change(data, "reward", "model", lambda value: _reward(value, folder))
-    _change(data, "sft", "from_", lambda value: _model_paths(value, folder))
-    _change(data, "soup", "measure", lambda value: measure_with_folder(value, folder))
-    _change(data, "model", "base", lambda value: _model_path(value, folder))
-    _change(data, "model", "chat_template", lambda value: _template(value, folder))
-    for named in (_mapping(data.get("data")), _mapping(_mapping(data.get("evaluate")).get("prompts"))):
-        for name, source in named.items():
-            named[name] = _path(source, folder)
-            _change(named, name, "path", lambda value: _path(value, folder))
-    policies = _mapping(data.get("policies"))
-    for name in policies:
-        _change(policies, name, "reference", lambda value: _references(value, folder))
-    for key in ("models", "pairs"):
-        _change(data, "evaluate", key, lambda value: _references(value, folder, bare=False))
-    _change(data, "evaluate", "judge", lambda value: _judge(value, folder))
+    for keys, change in PATHS.items():
+        data = _change(data, keys.split("."), change, folder)
     return data
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _change(data: dict[str, Any], section: str, key: str, change: Callable[[Any], Any]) -> None:
-    inner = data.get(section)
-    if isinstance(inner, dict) and key in inner:
-        inner[key] = change(inner[key])
+def _change(value: Any, keys: list[str], change: Callable[[Any, str], Any], folder: str) -> Any:
+    """A copy of nested mappings with the values at `keys` changed; * stands for every key of a mapping."""
+    if not keys:
+        return change(value, folder)
+    if not isinstance(value, dict):
+        return value
+    inside = {key: _change(value[key], keys[1:], change, folder) for key in value if keys[0] in (key, "*")}
+    return {**value, **inside}
 
 
 def _path(value: Any, folder: str) -> Any:
-    if not isinstance(value, str) or not value or "\0" in value:
-        return value
-    if value.startswith("hf://"):
+    if not isinstance(value, str) or not value or "\0" in value or value.startswith("hf://"):
         return value
     path = os.path.abspath(os.path.join(folder, os.path.expanduser(value)))
     looks_local = value[0] in "./~" or value.lower().endswith(LOCAL_SUFFIXES) or value.count("/") > 1
     return path if looks_local or os.path.exists(path) else value
+
+
+def _source(value: Any, folder: str) -> Any:
+    """A data source with an absolute path: a mapping, or its path alone."""
+    return _change(value, ["path"], _path, folder) if isinstance(value, dict) else _path(value, folder)
 
 
 def _model_path(value: Any, folder: str) -> Any:
@@ -119,12 +105,17 @@ def _references(value: Any, folder: str, bare: bool = True) -> Any:
     return value if named else _model_path(value, folder)
 
 
+def _reward_section(value: Any, folder: str) -> Any:
+    """The section `reward` with absolute paths. A value that is not a mapping is its model."""
+    return _reward(value if isinstance(value, dict | None) else {"model": value}, folder)
+
+
 def _reward(value: Any, folder: str) -> Any:
     """A reward with absolute paths, also of functions' modules."""
     if isinstance(value, list):
         return [_reward(entry, folder) for entry in value]
     if isinstance(value, dict):
-        return {key: _reward(entry, folder) if key == "model" else entry for key, entry in value.items()}
+        return _change(value, ["model"], _reward, folder)
     if not isinstance(value, str) or value == "adapter":
         return value
     return function_with_folder(value, folder) if ":" in value else _model_path(value, folder)
@@ -134,9 +125,26 @@ def _judge(value: Any, folder: str) -> Any:
     """A judge with absolute paths. The model of kind openai is a name, not a path."""
     if not isinstance(value, dict):
         return value
-    model = {"local": _path, "function": measure_with_folder}.get(str(value.get("kind")), lambda name, _: name)
+    model = {"local": _path, "function": function_with_folder}.get(str(value.get("kind")), lambda name, _: name)
     change = {"model": model, "prompts": _path, "references": _path}
     return {key: change[key](entry, folder) if key in change else entry for key, entry in value.items()}
+
+
+PATHS: dict[str, Callable[[Any, str], Any]] = {
+    "reward": _reward_section,
+    "sft.from_": _model_paths,
+    "soup.measure": function_with_folder,
+    "model.base": _model_path,
+    "model.chat_template": _template,
+    "data.*": _source,
+    "policies.*.reference": _references,
+    "sweep.*.reference": _references,
+    "evaluate.prompts.*": _source,
+    "evaluate.models": partial(_references, bare=False),
+    "evaluate.pairs": partial(_references, bare=False),
+    "evaluate.judge": _judge,
+}
+"""Keys that may hold local paths → function that makes them absolute."""
 
 
 def check_files(recipe: Recipe) -> None:

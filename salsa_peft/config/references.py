@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from salsa_peft.config.fields import SEED, STRICT, Count, Positive, require_unique
-from salsa_peft.config.rewards import FUNCTION, check_function, function_with_folder
+from salsa_peft.config.fields import SEED, STRICT, Count, Positive, is_number, require_unique
+from salsa_peft.config.rewards import FUNCTION, check_function
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import short
 
@@ -57,7 +57,7 @@ class Soup:
 
 @dataclass(config=STRICT, kw_only=True)
 class Reference:
-    """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or another adapter.
+    """A reference of the KL term: the base plus a weighted sum of seeds' deltas, or the model at `path`.
 
     seed-N is one member of weight 1, a soup its members with weights of sum 1, `shrunk` one member with a scale, `base`
     no member.
@@ -72,7 +72,7 @@ class Reference:
     soup: bool = False
     """Whether this is the recipe's own soup (the output of the soup stage)."""
     path: str | None = None
-    """Folder or Hub id of a LoRA adapter of the same base."""
+    """Folder or Hub id of a LoRA adapter of the same base; with full weights, of a checkpoint."""
     sync_every: int | None = None
     """EMA reference sync of a soup (TR-DPO): updates between two steps towards the policy. None: no sync."""
     mixup_alpha: float = 0.1
@@ -84,12 +84,8 @@ def _shrunk(where: str, value: Any) -> Reference:
     seed, scale = options.get("seed", 0), options.get("scale")
     fits = set(options) <= {"seed", "scale"} and type(seed) is int and seed >= 0
     require(fits, f"{where}.shrunk: must have the form {{seed: N, scale: λ}}, not {short(value)}")
-    require(_is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6; found {short(value)}")
+    require(is_number(scale), f"{where}.shrunk: scale must be a number such as 0.6; found {short(value)}")
     return Reference(label=f"shrunk {scale:g}·seed-{seed}", members=[seed], weights=[float(options["scale"])])
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _inline_soup(where: str, value: Any) -> Reference:
@@ -101,7 +97,7 @@ def _inline_soup(where: str, value: Any) -> Reference:
     members, weights = options.get("members", [0, 1]), options.get("weights")
     fits = isinstance(value, dict) and set(options) <= {"members", "weights"} and isinstance(members, list)
     fits = fits and bool(members) and all(type(m) is int and m >= 0 for m in members)
-    fits = fits and isinstance(weights, list | None) and all(map(_is_number, weights or []))
+    fits = fits and isinstance(weights, list | None) and all(map(is_number, weights or []))
     require(fits, f"{where}.soup: must have the form {{members: [0, 1], weights: [0.5, 0.5]}}, not {short(value)}")
     soup = Soup(members=members, weights=None if weights is None else [float(w) for w in weights])
     soup.check(f"{where}.soup", max(members) + 1)  # config/validate.py checks that the seeds exist
@@ -120,7 +116,7 @@ def _sync_options(where: str, options: dict[str, Any]) -> dict[str, Any]:
         f"{where}.soup.sync_every: must be a whole number of updates of at least 1, not {short(every)}",
     )
     require(
-        _is_number(alpha) and 0 < alpha <= 1,
+        is_number(alpha) and 0 < alpha <= 1,
         f"{where}.soup.mixup_alpha: must be a number above 0 and at most 1, not {short(alpha)}",
     )
     return {"sync_every": every, "mixup_alpha": float(alpha)}
@@ -215,8 +211,3 @@ class SoupSection(Soup):
         )
         if not known:
             check_function(f"{where}.measure", self.measure)
-
-
-def measure_with_folder(value: object, folder: str) -> object:
-    """A function's name with its module's folder in front; other values unchanged."""
-    return function_with_folder(value, folder) if isinstance(value, str) and ":" in value else value

@@ -12,12 +12,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from salsa_peft.config.fields import NAME
+from salsa_peft.config.fields import NAME, is_number
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.files import read_json
 from salsa_peft.utils.messages import one_line, short_path
@@ -77,13 +77,13 @@ def _weighted_part(where: str, value: Any) -> RewardPart:
     fits = "model" in value and set(value) <= {"model", "weight", "name"}
     require(fits, f"{where}: must have the keys model, and optionally weight and name; found {keys:.60}")
     require(
-        type(weight) in (int, float) and abs(weight) < 1e300,
+        is_number(weight),
         f"{where}.weight: must be a number (0: logged, but not part of the sum), not {weight!r:.60}",
     )
     part = _part(f"{where}.model", value["model"])
     fits = name is None or (isinstance(name, str) and NAME.match(name) is not None)
     require(fits, f"{where}.name: must consist of letters, digits, dots, - and _, at most 64, not {name!r:.60}")
-    return RewardPart(kind=part.kind, value=part.value, weight=float(weight), name=name or part.name)
+    return replace(part, weight=float(weight), name=name or part.name)
 
 
 def _part(where: str, value: Any) -> RewardPart:
@@ -225,9 +225,12 @@ def _arguments(value: str) -> ast.arguments | None:
     return found[0] if len(found) == 1 else None
 
 
-def function_with_folder(value: str, folder: str) -> str:
-    """A function's name with its module's absolute folder in front, if it has one or is in `folder`."""
-    found = FUNCTION.match(value)
+def function_with_folder(value: Any, folder: str) -> Any:
+    """A function's name with its module's absolute folder in front, if it has one or is in `folder`.
+
+    Other values are unchanged.
+    """
+    found = FUNCTION.match(value) if isinstance(value, str) else None
     if found is None:
         return value
     if found["folder"] is not None:

@@ -174,6 +174,9 @@ class Reward(Training):
 class PPO(PPOOptions, Training):
     """PPO, the same for every policy. Temperature and response length are in the section `generation`."""
 
+    # Options that SalsaPPOConfig shares are in PPOOptions, those of all training stages in Training, and those of the
+    # stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/saving.py names it.
+
     learning_rate: Positive = 2.0e-6
     """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""
     num_train_epochs: Positive = 2.0
@@ -193,7 +196,6 @@ class PPO(PPOOptions, Training):
 
     def check(self, section: str, processes: int = 1) -> None:
         """Raise SalsaError unless batch sizes divide, options agree and max_steps is a number of whole updates."""
-        self.check_batches(f"{section}.", self.batch_size, self.micro_batch_size)
         self.check_shares(f"{section}.", self.batch_size, self.micro_batch_size, processes)
         self.check_options(f"{section}.")
         steps = self.steps_per_update
@@ -201,19 +203,14 @@ class PPO(PPOOptions, Training):
             of = f"{steps}, the optimizer steps of one update (num_ppo_epochs × num_mini_batches)"
             require_multiple(f"{section}.max_steps", self.max_steps, steps, of)
 
-    @property
-    def steps_per_update(self) -> int:
-        """Optimizer steps on one rollout batch."""
-        return self.num_ppo_epochs * self.num_mini_batches
-
 
 @dataclass(config=STRICT, kw_only=True)
 class Policy:
     """A policy, trained from seed-0."""
 
     reference: Any
-    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | an
-    adapter's path | a list of these, whose KLs are averaged."""
+    """Reference of the KL term: seed-N | base | soup | {soup: {members, weights}} | {shrunk: {seed, scale}} | path of
+    an adapter (full weights: of a checkpoint) | a list of these, whose KLs are averaged."""
     kl_coef: NonNegative | None = None
     """Initial KL coefficient β. None: kl_coef of the algorithm's section."""
     algorithm: Literal["ppo", "dpo", "kto", "rloo", "grpo"] = "ppo"

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from salsa_peft.config.fields import MAX_POLICIES, require_unique
+from salsa_peft.config.fields import MAX_POLICIES, is_number, join_keys, require_unique
 from salsa_peft.config.options.search import SEED_0
 from salsa_peft.config.references import parse_reference, require_seed
 from salsa_peft.config.schema import SFT
@@ -89,12 +89,13 @@ def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
         f"sweep: must be a mapping such as {{alpha: {{values: [0, 0.5, 1]}}}}, not {short(sweeps)}",
     )
     rest = {key: value for key, value in data.items() if key != "sweep"}
-    policies, seeds = data.get("policies", {}), _number_of_seeds(data.get("sft", {}))
-    if not sweeps or not isinstance(policies, dict) or seeds is None:  # the schema reports other values of these two
+    policies, sft = data.get("policies", {}), data.get("sft", {})
+    seeds = sft.get("seeds", SFT().seeds) if isinstance(sft, dict) else None
+    if not (sweeps and isinstance(policies, dict) and isinstance(seeds, list) and seeds):  # the schema reports these
         return rest
     expanded = dict(policies)
     for kind, options in sweeps.items():
-        for name, policy in _policies(kind, options, seeds):
+        for name, policy in _policies(kind, options, len(seeds)):
             other = expanded.get(name, policy)
             require(
                 isinstance(other, dict) and {"kl_coef": None, **other} == {"kl_coef": None, **policy},
@@ -105,7 +106,7 @@ def expand_sweeps(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    where = f"sweep.{_printable(kind)}"
+    where = join_keys("sweep", kind)
     if kind not in SWEEPS:
         raise SalsaError(f"{where}: unknown sweep; {did_you_mean(kind, list(SWEEPS), 'sweeps')}")
     make, options = SWEEPS[kind]
@@ -113,7 +114,7 @@ def _policies(kind: str, given: Any, seeds: int) -> Iterator[tuple[str, dict[str
     require(isinstance(given, dict), f"{where}: must be a mapping {{values: […]}}, not {short(given)}")
     for key in given:
         if key not in known:
-            raise SalsaError(f"{where}.{_printable(key)}: unknown key; {did_you_mean(key, known)}")
+            raise SalsaError(f"{join_keys(where, key)}: unknown key; {did_you_mean(key, known)}")
     values = _numbers(f"{where}.values", given.get("values"))
     several, betas = _kl_coefs(f"{where}.kl_coef", given.get("kl_coef"))
     require(
@@ -134,7 +135,7 @@ def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
     if value is None:
         return False, [None]
     several = isinstance(value, list)
-    require(several or _is_number(value), f"{where}: must be a number or a list of numbers, not {short(value)}")
+    require(several or is_number(value), f"{where}: must be a number or a list of numbers, not {short(value)}")
     betas = _numbers(where, value if several else [value])
     require(min(betas) >= 0, f"{where}: must be at least 0, not {min(betas):g}")
     return several, betas
@@ -142,29 +143,15 @@ def _kl_coefs(where: str, value: Any) -> tuple[bool, list[float] | list[None]]:
 
 def _numbers(where: str, value: Any) -> list[float]:
     require(value is not None, f"{where}: is required; give a list of numbers")
-    fits = isinstance(value, list) and bool(value) and all(_is_number(number) for number in value)
+    fits = isinstance(value, list) and bool(value) and all(is_number(number) for number in value)
     require(fits, f"{where}: must be a list of numbers, not {short(value)}")
     numbers = [float(number) + 0.0 for number in value]  # −0 becomes 0
     require_unique(where, numbers)
     return numbers
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def _number_of_seeds(sft: Any) -> int | None:
-    """Number of seeds in a recipe's `sft:`, or None if the section is not valid."""
-    seeds = sft.get("seeds", SFT().seeds) if isinstance(sft, dict) else None
-    return len(seeds) if isinstance(seeds, list) and seeds else None
-
-
 def _is_seed(value: Any, seeds: int) -> bool:
     return type(value) is int and 0 <= value < seeds
-
-
-def _printable(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 80 else short(key)
 
 
 Pairs = list[tuple[str, str]]
@@ -223,13 +210,9 @@ def candidates(recipe: Recipe) -> dict[str, dict[str, float]]:
     return {} if search is None else {method: _candidate_names(method, search.kl_coef) for method in search.methods}
 
 
-def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> None:
-    """Raise SalsaError for a search without judge, opponent or questions.
-
-    models: names of the evaluated models; sets: names of evaluate.prompts.
-    """
-    search = recipe.search
-    if search is None:
+def check_search(recipe: Recipe, models: Sequence[str]) -> None:
+    """Raise SalsaError for a search without judge or opponent. models: names of the evaluated models."""
+    if (search := recipe.search) is None:
         return
     require(
         search.by != "judge" or recipe.evaluate.judge is not None,
@@ -244,18 +227,11 @@ def check_search(recipe: Recipe, models: Sequence[str], sets: Sequence[str]) -> 
         all(search.against not in names for names in candidates(recipe).values()),
         f"search.against: {short(search.against)} is a candidate itself; name another model, such as {SEED_0}",
     )
-    for name in search.questions:
-        require(
-            name in sets, f"search.questions: evaluate.prompts has no {short(name)}; its sets are {', '.join(sets)}"
-        )
 
 
 def candidate_pairs(recipe: Recipe) -> Pairs:
     """Every candidate against the search's opponent: the comparisons that decide which one is picked."""
-    search = recipe.search
-    if search is None:
-        return []
-    return [(name, search.against) for names in candidates(recipe).values() for name in names]
+    return [(name, recipe.search.against) for names in candidates(recipe).values() for name in names if recipe.search]
 
 
 def compared_pairs(recipe: Recipe) -> Pairs:
@@ -277,8 +253,7 @@ def pick_candidates(
 
     rates: candidate → {adjusted_win_rate, low, high} against the opponent. None without a search.
     """
-    search = recipe.search
-    if search is None:
+    if (search := recipe.search) is None:
         return None
     methods = {}
     for method, names in candidates(recipe).items():

@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from salsa_peft.config import judge, sweeps
+from salsa_peft.config import sweeps
 from salsa_peft.config.fields import MAX_POLICIES, NAME, SEED, require_unique
 from salsa_peft.config.job import unit_of
+from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import check_files, check_path, is_local
 from salsa_peft.config.references import Reference, parse_reference, require_seed
@@ -26,9 +27,6 @@ from salsa_peft.config.rewards import (
 from salsa_peft.config.schema import Policy, Recipe
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short
-
-TOY_PROMPTS = ("in", "out")
-"""Evaluation sets of the embedded world: in and out of distribution."""
 
 
 def check(recipe: Recipe) -> None:
@@ -303,10 +301,12 @@ def _check_evaluate(recipe: Recipe) -> None:
         for reference in [] if model in recipe.policies else parse_reference(where, model):
             _check_reference(where, reference, recipe)
     evaluated = list(dict.fromkeys(["seed-0", "soup", *recipe.policies, *recipe.evaluate.models]))
-    sweeps.check_search(recipe, evaluated, _prompt_sets(recipe))
+    sweeps.check_search(recipe, evaluated)
+    for name in recipe.search.questions if recipe.search is not None else ():
+        _check_prompt_set(recipe, "search.questions", name)
     models = [*evaluated, *sweeps.candidates(recipe)]
     if recipe.evaluate.judge is not None:
-        judge.check(recipe.evaluate.judge, "evaluate.judge")
+        recipe.evaluate.judge.check("evaluate.judge")
     for index, pair in enumerate(recipe.evaluate.pairs):
         where = f"evaluate.pairs[{index}]"
         require(len(pair) == 2 and pair[0] != pair[1], f"{where}: must be two different names, not {short(pair)}")

@@ -39,26 +39,14 @@ from salsa_peft.data.questions import questions
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
-ROW_KINDS = {
-    "demonstrations": "demonstrations",
-    "preferences": "preferences",
-    "prompts": "prompts",
-    "held_out": "demonstrations",
-}
-"""Key of `data` → kind of its rows."""
 MAX_COUNTED_BYTES = 500_000_000
 """Largest .jsonl file that is read to count its rows; for .json a tenth of it."""
 
 
 def check_local(recipe: Recipe) -> None:
-    """Raise SalsaError for local data that cannot be read, lacks a column, or has fewer rows than a batch."""
-    check_sources(recipe)
-    check_rows(recipe)
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Raise SalsaError for a source that does not exist, or whose first row is of another kind."""
-    named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in ROW_KINDS.items()]
+    """Raise SalsaError for data that does not exist, has a first row of another kind, or fewer rows than a batch."""
+    kinds = {key: "demonstrations" if key == "held_out" else key for key in datasets.TOY_FILES}
+    named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in kinds.items()]
     named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]
     for key, kind, source in named:
         if source is None:
@@ -73,9 +61,10 @@ def check_sources(recipe: Recipe) -> None:
             check_hub_path(source.path, key)
         elif not is_local(source.path):
             check_hub_id(key, source.path, ACCEPTED_SOURCES)
+    _check_rows(recipe)
 
 
-def check_rows(recipe: Recipe) -> None:
+def _check_rows(recipe: Recipe) -> None:
     """Raise SalsaError if a local file, or the embedded world, has fewer rows than a batch."""
     sft, reward = recipe.sft, recipe.reward
     algorithms = {policy.algorithm for policy in recipe.policies.values()}
@@ -85,7 +74,7 @@ def check_rows(recipe: Recipe) -> None:
         ("prompts", "ppo", "ppo" in algorithms),
     ):
         source, batch = getattr(recipe.data, key), getattr(recipe, stage).batch_size
-        rows = _number_of_rows(recipe, key)
+        rows = number_of_rows(recipe, key)
         if rows is None or not used:
             continue
         usable, why = rows, ""
@@ -100,12 +89,12 @@ def check_rows(recipe: Recipe) -> None:
             f" lower {stage}.batch_size",
         )
     for algorithm in sorted(algorithms - {"ppo"}):
-        rows = _number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")
+        rows = number_of_rows(recipe, "preferences" if algorithm in PREFERENCE_ALGORITHMS else "prompts")
         if rows is not None:
             getattr(recipe, algorithm).check_rows(rows, algorithm)
 
 
-def _number_of_rows(recipe: Recipe, key: str) -> int | None:
+def number_of_rows(recipe: Recipe, key: str) -> int | None:
     """Rows of the recipe's own data or of the embedded world's, or None if unknown."""
     source = getattr(recipe.data, key)
     return count_rows(source) if source is not None else getattr(recipe.toy, key) if recipe.toy is not None else None
@@ -210,16 +199,13 @@ def check_every_row(recipe: Recipe, stages: Collection[str], hub: bool = False) 
     hub=False checks local data; hub=True Hub datasets, and raises SalsaError for one that cannot be downloaded.
     """
     kinds = {kind for stage in stages for kind in STAGE_DATA.get(stage, ())}
-    own = {name: getattr(recipe.data, name) for name in READERS if name != "evaluation"}
     for kind, reader in READERS.items():
-        named = list(recipe.evaluate.prompts.values()) if kind == "evaluation" else [own[kind]]
+        named = recipe.evaluate.prompts.values() if kind == "evaluation" else [getattr(recipe.data, kind)]
         for source in named if kind in kinds else ():
             if source is None or not (not is_local(source.path) if hub else _is_small(source.path)):
                 continue
-            limit = source.limit
-            if not is_local(source.path):
-                limit = min(limit or MAX_HUB_ROWS, MAX_HUB_ROWS)
-            part = dataclasses.replace(source, limit=limit)
+            limit = min(source.limit or MAX_HUB_ROWS, MAX_HUB_ROWS)
+            part = dataclasses.replace(source, limit=limit) if hub else source
             with contextlib.redirect_stderr(io.StringIO()):  # the stage prints the warnings
                 rows = reader(part)
             _check_functions(recipe, kind, part)

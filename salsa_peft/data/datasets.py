@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.data import row_formats, row_parts
 from salsa_peft.data.chat.template_fields import (
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOY_FILES = {name: f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts", "held_out")}
-TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
 
 
 def training_sources(recipe: Recipe, toy: Path | None) -> dict[str, Source]:
@@ -112,18 +112,12 @@ def demonstrations(source: Source, tokenizer: PreTrainedTokenizerBase | None = N
             f"{where}, {found.column}: every assistant turn has weight 0, so there is nothing to learn; leave out the"
             " row",
         )
-        warnings.add(
-            number,
-            PLACEHOLDER_INPUT,
-            str(row.get("input")).strip().lower() in EMPTY_INPUTS and row.get("input") is not None,
-        )
+        warnings.add(number, PLACEHOLDER_INPUT, str(row.get("input") or "").strip().lower() in EMPTY_INPUTS)
         messages = messages_for_template(messages, tokenizer)
         fields = dropped_fields(messages, tokenizer, f"{where}, {found.column}", template_options(more))
         warnings.add_dropped(number, fields)
-        calls = TOOL_CALLS_FIELD not in fields
-        warnings.add(
-            number, EMPTY_ANSWER, any(is_empty(messages[place], calls) for place in spoken if place not in skipped)
-        )
+        trained = (messages[place] for place in spoken if place not in skipped)
+        warnings.add(number, EMPTY_ANSWER, any(is_empty(turn, TOOL_CALLS_FIELD not in fields) for turn in trained))
         rows.append({"messages": messages, **more, **({"skipped": skipped} if skipped else {})})
     warnings.print(len(loaded))
     require(bool(rows), f"{source.path}: every row has the label false; give demonstrations to learn from")
@@ -185,7 +179,7 @@ def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """Rows {prompt}: messages up to the first answer. columns: keep the other columns, for rewards.
+    """Rows {prompt}: messages, without the last answer of a whole chat. columns: keep the other columns, for rewards.
 
     Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat
     template as a check.
@@ -196,14 +190,9 @@ def prompts(
         prompt, more = read_prompt(row, where), row_parts.template_inputs(row, where)
         warnings.add(number, EMPTY_PROMPT, not prompt.texts[0].strip())
         warnings.add(number, PROMPT_WITHOUT_SYSTEM, row_formats.prompt_lacks_system_turn(row, prompt))
+        chat = messages_for_template(prompt.messages, tokenizer)
         warnings.add_dropped(
-            number,
-            dropped_fields(
-                messages_for_template(prompt.messages, tokenizer),
-                tokenizer,
-                f"{where}, {prompt.column}",
-                template_options(more),
-            ),
+            number, dropped_fields(chat, tokenizer, f"{where}, {prompt.column}", template_options(more))
         )
         rows.append({**(row if columns else {}), "prompt": prompt.messages, **more})
     warnings.print(len(rows))

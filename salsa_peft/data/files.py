@@ -20,6 +20,7 @@ from salsa_peft.config.schema import Source
 from salsa_peft.data.row_formats import EXPECTED_COLUMNS, has_columns_of
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
+from salsa_peft.utils.hub import explain_hub_error, readable_hub_errors
 from salsa_peft.utils.messages import describe, one_line, short
 
 SHUFFLE_SEED = 20_241
@@ -247,8 +248,6 @@ def _local_file(source: Source) -> str:
         return source.path
     from huggingface_hub import hf_hub_download
 
-    from salsa_peft.utils.hub import readable_hub_errors
-
     repository, revision, file = _hub_path(source)
     with readable_hub_errors(f"datasets/{repository}"):
         return str(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
@@ -258,8 +257,6 @@ def _dataset(source: Source) -> Any:
     """The Dataset of a folder or Hub repository, read by datasets, whose errors become SalsaErrors."""
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
-
-    from salsa_peft.utils.hub import explain_hub_error
 
     folder = Path(source.path)
     check_table_widths(folder)

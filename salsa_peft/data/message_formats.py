@@ -61,11 +61,10 @@ def role_of(message: dict[str, Any], where: str) -> str:
     """A message's role, converted by ROLES. Raises SalsaError, also for an unknown role in `from`."""
     key = "from" if "from" in message and "role" not in message else "role"
     given = message.get(key)
-    if key not in message:
-        raise SalsaError(
-            f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or"
-            f" {{from, value}}"
-        )
+    require(
+        key in message,
+        f"{where}: a message has no role but is {describe(message)}; messages need {{role, content}} or {{from, value}}",
+    )
     require(isinstance(given, str), f"{where}: {key} must be text, not {describe(given)}")
     known = ROLES.get(str(given).lower())
     require(
@@ -122,16 +121,13 @@ def parse_tool_calls(value: Any, where: str) -> Messages:
 
     Also accepts JSON text, a single call without a list, and calls without `function`. Raises SalsaError.
     """
-    if isinstance(value, str):
-        value = parse_json(value, where)
     found = []
-    for call in _as_list(value, where, "tool calls"):
+    for call in _as_list(parse_json(value, where), where, "tool calls"):
         inner: Any = call.get("function", call) if isinstance(call, dict) else None
         fits = isinstance(inner, dict) and isinstance(inner.get("name"), str)
         require(fits, f"{where}: a tool call must be {{name, arguments}}, not {short(call)}")
         arguments = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = parse_json(arguments or "{}", where)
+        arguments = parse_json("{}" if arguments == "" else arguments, where)
         require(
             isinstance(arguments, dict),
             f"{where}: the arguments of {inner['name']} must be an object, not {short(arguments)}",
@@ -160,12 +156,12 @@ def _as_list(value: Any, where: str, what: str) -> list[Any]:
     return list(found)
 
 
-def parse_json(text: str, where: str) -> Any:
-    """The value of JSON text. Raises SalsaError that names `where`."""
+def parse_json(value: Any, where: str) -> Any:
+    """The value of JSON text; what is not text is returned unchanged. Raises SalsaError that names `where`."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise SalsaError(f"{where}: {text[:60]!r} is not valid JSON ({error})") from error
+        raise SalsaError(f"{where}: {value[:60]!r} is not valid JSON ({error})") from error
 
 
 def is_hh(text: Any) -> bool:

@@ -6,7 +6,6 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from salsa_peft.config.schema import Source
@@ -21,17 +20,8 @@ from salsa_peft.utils.messages import short
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPERATURES: Mapping[str, float] = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "arena-hard-200": 0.0,
-}
+GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, **dict.fromkeys(GREEDY, 0.0)}
 """Category → sampling temperature of the answers, as in FastChat's llm_judge."""
 ID_COLUMNS = ("question_id", "uid", "prompt_id")
 """Columns with a question's id, in FastChat, arena-hard-auto and on the Hub. A prompt_id may repeat."""
@@ -68,16 +58,15 @@ def questions(
 
     columns: keep the data's other columns. tokenizer: renders each row with its chat template as a check.
     """
-    found, numbers, seen, by_row = [], [], dict[str, int](), False
-    warnings = RowWarnings(source.path)
-    for number, row in load_rows(source):
+    found, seen, by_row = [], dict[str, int](), False
+    warnings, loaded = RowWarnings(source.path), load_rows(source)
+    for number, row in loaded:
         where = f"{source.path}, row {number}"
         prompt, more = read_prompt(row, where), template_inputs(row, where)
-        messages, turns = prompt.messages, prompt.texts
         name = next((key for key in ID_COLUMNS if isinstance(row.get(key), int | str)), None)
         identity = number if name is None else row[name]
-        twice = str(identity) in seen  # reference answers are found by the id's text: 7 and "7" are the same
-        other = seen.get(str(identity))
+        other = seen.get(str(identity))  # reference answers are found by the id's text: 7 and "7" are the same
+        twice = other is not None
         require(
             not twice or name is not None,
             f"{where}: has no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number} as id; give every"
@@ -89,31 +78,26 @@ def questions(
         )
         by_row |= twice
         seen[str(identity)] = number
-        warnings.add(number, EMPTY_PROMPT, any(not turn.strip() for turn in turns))
+        warnings.add(number, EMPTY_PROMPT, any(not turn.strip() for turn in prompt.texts))
+        chat = messages_for_template(prompt.messages, tokenizer)
         warnings.add_dropped(
-            number,
-            dropped_fields(
-                messages_for_template(messages, tokenizer),
-                tokenizer,
-                f"{where}, {prompt.column}",
-                template_options(more),
-            ),
+            number, dropped_fields(chat, tokenizer, f"{where}, {prompt.column}", template_options(more))
         )
-        numbers.append(number)
-        category = row.get("category")
-        reference = row.get("reference")
+        category, reference = row.get("category"), row.get("reference")
         found.append(
             Question(
                 id=identity,
                 category=category if isinstance(category, str) else None,
-                messages=messages,
-                turns=turns,
+                messages=prompt.messages,
+                turns=prompt.texts,
                 reference=reference if isinstance(reference, list) and reference else None,
                 row={**(row if columns else {}), **more},
             )
         )
     warnings.print(len(found))
-    return [question._replace(id=number) for question, number in zip(found, numbers, strict=True)] if by_row else found
+    if by_row:
+        return [question._replace(id=number) for question, (number, _) in zip(found, loaded, strict=True)]
+    return found
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:

@@ -28,11 +28,7 @@ from salsa_peft.data.row_parts import (
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.messages import describe
 
-PAIR_COLUMNS = (
-    ("chosen", "rejected"),
-    ("chosen_messages", "rejected_messages"),
-    ("chosen_response", "rejected_response"),
-)
+PAIR_COLUMNS = tuple((f"chosen{ending}", f"rejected{ending}") for ending in ("", "_messages", "_response"))
 ENDS_WITH_ANSWER = "must not end with an assistant turn, because the policy answers next; remove that turn"
 
 

@@ -76,8 +76,8 @@ def _messages(value: Any, where: str) -> Messages:
 
 
 def _history(row: Row, where: str) -> Messages:
-    found, pairs = Messages(), row.get("history") or []
-    for pair in parse_json(pairs, f"{where}, history") if isinstance(pairs, str) else pairs:
+    found = Messages()
+    for pair in parse_json(row.get("history") or [], f"{where}, history"):
         fits = isinstance(pair, list) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)
         require(fits, f"{where}, history: must be pairs of a question and its answer, not {short(pair)}")
         found += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -156,9 +156,8 @@ def _older_tools(row: Row, where: str) -> bool:
     value = row.get("functions")
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         value = parse_json(value, f"{where}, functions")
-    return (
-        isinstance(value, list) and bool(value) and all(isinstance(entry, dict) and "name" in entry for entry in value)
-    )
+    tools = value if isinstance(value, list) else []
+    return bool(tools) and all(isinstance(tool, dict) and "name" in tool for tool in tools)
 
 
 def template_inputs(row: Row, where: str) -> dict[str, Any]:

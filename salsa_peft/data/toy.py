@@ -73,7 +73,18 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
     The loss excludes the instructions: they are drawn uniformly, so there is nothing to learn in them.
     """
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(_llama_config(config, tokenizer))
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(shape)
     rng = random.Random(f"{config.seed} pre-training")
     long = round(config.pretrain_examples * config.pretrain_long)
     prompts = draw_prompts(rng, config.pretrain_examples - long, LENGTHS_IN, config.seed)
@@ -105,20 +116,6 @@ def pretrain(config: Toy, tokenizer: PreTrainedTokenizerFast, progress: Progress
         losses.append(loss.item())
         progress(step + 1, config.pretrain_steps, "pre-training")
     return model.eval(), sum(losses[-50:]) / max(1, len(losses[-50:]))
-
-
-def _llama_config(config: Toy, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=2 * config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def _render(prompt: str, answer: list[str] | None = None) -> str:
@@ -208,10 +205,8 @@ def _build(config: Toy, folder: Path, progress: Progress) -> dict[str, Any]:
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     # 2. demonstrations, for training and held out: right answers, some with an error
-    demonstrations, held_out = (
-        draw_demonstrations(config, name, n)
-        for name, n in (("demonstrations", config.demonstrations), ("held_out", config.eval_prompts))
-    )
+    demonstrations = draw_demonstrations(config, "demonstrations", config.demonstrations)
+    held_out = draw_demonstrations(config, "held_out", config.eval_prompts)
     # 3. preferences, then prompts of PPO and of evaluation
     preferences, facts = draw_preferences(config, model, tokenizer, progress)
     draws: dict[str, tuple[int, tuple[int, ...], bool]] = {

@@ -37,14 +37,8 @@ GRADES = ("bad", "poor", "fair", "good", "perfect")
 VOCABULARY = (*SPECIALS, *OPERATIONS, "and", *NUMBERS, *CATEGORIES, *WORDS, *GRADES)
 LENGTHS_IN, LENGTHS_OUT = (2, 3, 4), (5, 6)
 MAX_NEW_TOKENS = 10
-ERROR_WEIGHTS = (
-    4,
-    3,
-    1,
-    1,
-    2,
-    2,
-)  # weights of the errors in `add_errors`, about as frequent as in the seeds' answers
+ERROR_WEIGHTS = (4, 3, 1, 1, 2, 2)
+"""Weights of the errors in `add_errors`, which are then about as frequent as in the seeds' answers."""
 UNFINISHED_PENALTY = 0.5
 """Subtracted from the gold reward of a response without EOS."""
 
@@ -93,12 +87,10 @@ def gold(prompts: list[Any], completions: list[Any], finished: list[bool] | None
     words, except one final <eos>. An empty answer scores 0. Other columns and `completion_ids` are ignored.
     """
     ended = finished if finished is not None else [True] * len(completions)
-    scores = []
-    for prompt, completion, end in zip(prompts, completions, ended, strict=True):
-        scores.append(
-            grade(_text(prompt, "user"), _text(completion, "assistant")) - (0.0 if end else UNFINISHED_PENALTY)
-        )
-    return scores
+    return [
+        grade(_text(prompt, "user"), _text(completion, "assistant")) - (0.0 if end else UNFINISHED_PENALTY)
+        for prompt, completion, end in zip(prompts, completions, ended, strict=True)
+    ]
 
 
 def grade(prompt: str, answer: str) -> float:

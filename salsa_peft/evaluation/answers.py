@@ -20,7 +20,7 @@ from salsa_peft.data.message_formats import Messages
 from salsa_peft.data.questions import Question, temperature
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.generation import generate_batches
-from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.responses import Responses, pad_tokens
 from salsa_peft.models.rewards.base import Reward
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.stage_context import StageContext, prompts_that_fit
@@ -112,7 +112,7 @@ def _responses(
 def _empty(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Responses:
     """Responses of a stop token alone, for conversations that leave no room for an answer."""
     device = next(model.parameters()).device
-    ids, mask = pad_prompts(prompts, int(tokenizer.pad_token_id), device)  # type: ignore[arg-type]
+    ids, mask = pad_tokens(prompts, int(tokenizer.pad_token_id), device, "left")  # type: ignore[arg-type]
     stop = torch.full((len(prompts), 1), stop_token_ids(tokenizer)[0], device=device)
     ended = torch.ones(len(prompts), dtype=torch.bool, device=device)
     return Responses(ids, mask, stop, ended[:, None], ended)

@@ -75,9 +75,8 @@ def _load(
 ) -> Any:
     """Load a model frozen in the recipe's dtype or 4 bits, or in the dtype `trained` to train all weights."""
     dtype = trained or resolve_dtype(model.dtype)
-    if (
-        model.quantization is not None
-    ):  # never quantization_config=None: it would override that of a base stored in 8 bits
+    if model.quantization is not None:
+        # never quantization_config=None: it would override that of a base stored in 8 bits
         options["quantization_config"] = _quantization_config(model, dtype)
     with readable_hub_errors(base):
         loaded = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=False)).from_pretrained(
@@ -89,8 +88,7 @@ def _load(
             use_safetensors=True,
             **options,
         )
-    if loaded.device.type == "cpu":
-        keep_4bit_layout(loaded)
+    keep_4bit_layout(loaded)
     return loaded.requires_grad_(trained is not None)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -21,8 +23,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from salsa_peft.config.options.ppo import Sampling
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
 from salsa_peft.models.base import apply_scalar_head, causal_lm
-from salsa_peft.models.logprobs import entropy_of, sampled_distribution
-from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.logprobs import entropy_of, normalized
+from salsa_peft.models.responses import Responses, pad_tokens
 from salsa_peft.utils.errors import require
 
 if TYPE_CHECKING:
@@ -47,38 +49,28 @@ def uniform_numbers(seeds: Sequence[int], length: int) -> Tensor:
     return torch.stack(list(rows))
 
 
-class Recording(NamedTuple):
+@dataclass
+class Recording:
     """Log-probs, entropies and values recorded during generation: a (B,) float32 for each step."""
 
     value_head: nn.Linear
     """(B, H) → (B, 1)"""
-    logprobs: list[Tensor]
-    entropy: list[Tensor]
-    values: list[Tensor]
+    logprobs: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, value_head: nn.Linear) -> Recording:
-        """An empty recording."""
-        return cls(value_head, [], [], [])
-
-    def stacked(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def stacked(self, mask: Tensor) -> tuple[Tensor, ...]:
         """Log-probs, entropies and values, each (B, T), 0 where the mask is False."""
-        columns = (torch.stack(steps, dim=1) for steps in (self.logprobs, self.entropy, self.values))
-        logprobs, entropy, values = (column.masked_fill(~mask, 0.0) for column in columns)
-        return logprobs, entropy, values
+        columns = (self.logprobs, self.entropy, self.values)
+        return tuple(torch.stack(steps, dim=1).masked_fill(~mask, 0.0) for steps in columns)
 
-    @contextlib.contextmanager
-    def recording_values(self, lm: Any) -> Iterator[None]:
+    def recording_values(self, lm: Any) -> AbstractContextManager[Any]:
         """Context in which each call of the output embeddings records the value of the last position's state."""
 
         def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self.values.append(apply_scalar_head(self.value_head, inputs[0][:, -1]).float())
 
-        hook = lm.get_output_embeddings().register_forward_pre_hook(record)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return lm.get_output_embeddings().register_forward_pre_hook(record)
 
 
 class Sampler(LogitsProcessor):
@@ -98,7 +90,7 @@ class Sampler(LogitsProcessor):
         early = self.step < self.sampling.min_new_tokens
         forbidden = torch.full((len(scores),), early, device=scores.device)
         greedy = self.sampling.temperature == 0  # in evaluation only
-        logp = sampled_distribution(scores, forbidden, 1.0 if greedy else self.sampling.temperature, self.eos)
+        logp = normalized(scores.float() / (1.0 if greedy else self.sampling.temperature), forbidden, self.eos)
         self.broken |= logp[:, 0].isnan().to(self.broken.device)
         probabilities = logp.exp()
         token = logp.argmax(-1, keepdim=True) if greedy else sample_token(probabilities, self.uniforms[:, self.step])
@@ -136,7 +128,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     """
     lm, pad = causal_lm(model), int(tokenizer.pad_token_id)
     ends = model_stop_token_ids(tokenizer, lm)
-    ids, mask = pad_prompts(prompts, pad, lm.device)
+    ids, mask = pad_tokens(prompts, pad, lm.device, "left")
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=sampling.max_new_tokens, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=list(ends), pad_token_id=pad, **options,

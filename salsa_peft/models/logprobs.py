@@ -5,9 +5,7 @@ An architecture's scaling and soft cap of the logits are applied.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from salsa_peft.models.architectures.memory import CHUNK
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.utils.errors import require
 
@@ -86,23 +85,11 @@ def check_head(model: nn.Module) -> None:
     with torch.no_grad():
         states = hidden_states(lm, probe, torch.ones_like(probe))
         product = head(states).float().abs().max().item()
-        enlarge = LARGE / product if product else 1.0
-        for factor in (1.0, enlarge):
-            with _enlarged(head, factor):
+        for factor in (1.0, LARGE / product if product else 1.0):
+            with head.register_forward_pre_hook(lambda _, inputs, by=factor: (inputs[0] * by, *inputs[1:])):
                 expected = lm(input_ids=probe, use_cache=False).logits.float()
-            found = scaling(head(states * factor).float().clone())
-            _require_same_logits(kind, expected, found)
+            _require_same_logits(kind, expected, scaling(head(states * factor).float().clone()))
     lm.train(training)
-
-
-@contextlib.contextmanager
-def _enlarged(head: nn.Module, factor: float) -> Iterator[None]:
-    """Context in which the head's input is multiplied by `factor`."""
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _require_same_logits(kind: str, expected: torch.Tensor, found: torch.Tensor) -> None:
@@ -117,10 +104,6 @@ def _require_same_logits(kind: str, expected: torch.Tensor, found: torch.Tensor)
         f"{kind}: the model's logits are not those of its output embeddings with its config's scaling and cap"
         f" (difference {error:.3g}). This architecture is not supported; use one like Llama, Mistral, Gemma or Qwen",
     )
-
-
-CHUNK = 256
-"""Tokens whose logits are computed at a time."""
 
 
 class Head(NamedTuple):
@@ -156,7 +139,7 @@ def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
 
 def log_distribution(hidden: Tensor, head: Head, forbidden: Tensor) -> Tensor:
     """log π(· | state) (n, V), float32, from states (n, H); forbidden (n,): where EOS is excluded."""
-    return _normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
+    return normalized(_logits(hidden, head).div_(head.temperature), forbidden, head.eos)
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
@@ -164,12 +147,8 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
     return head.scaling(nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float())
 
 
-def sampled_distribution(logits: Tensor, forbidden: Tensor, temperature: float, eos: tuple[int, ...]) -> Tensor:
-    """Log-probs (n, V), float32, from logits (n, V); forbidden (n,): where EOS is excluded."""
-    return _normalized(logits.float() / temperature, forbidden, eos)
-
-
-def _normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
+def normalized(scaled: Tensor, forbidden: Tensor, eos: tuple[int, ...]) -> Tensor:
+    """Log-probs (n, V) from scaled logits (n, V), which may be overwritten; forbidden (n,): where EOS is excluded."""
     if forbidden.any():
         scaled[:, list(eos)] = scaled[:, list(eos)].masked_fill(forbidden[:, None], -torch.inf)
     return scaled.log_softmax(-1)
@@ -210,7 +189,7 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logits = _logits(hidden[part], head)
             slope = None if gradient is None else head.scaling.slope(logits)
-            logp = _normalized(logits.div_(head.temperature), forbidden[part], head.eos)
+            logp = normalized(logits.div_(head.temperature), forbidden[part], head.eos)
             logprobs[part] = logp.gather(-1, labels[part][:, None]).squeeze(-1)
             if with_entropy:
                 entropy[part] = entropy_of(logp, logp.exp())

@@ -39,11 +39,6 @@ PRECISIONS = {
 copies and activations come on top. Both keep the value head in float32."""
 
 
-def weights_dtype(precision: str) -> torch.dtype:
-    """The dtype of trained weights."""
-    return PRECISIONS[precision].weights
-
-
 def arguments(precision: str) -> dict[str, Any]:
     """TrainingArguments of a precision. Raises SalsaError if it needs torchao, which is not installed."""
     chosen = PRECISIONS[precision]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from salsa_peft.data.chat.turn_ends import AssistantTurn
 from salsa_peft.models.base import hidden_states
@@ -67,18 +68,19 @@ class Responses(NamedTuple):
                          picked.response_mask[:, :right], picked.finished)  # fmt: skip
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids of prompts → ids and mask, (B, P), padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+def pad_tokens(
+    sequences: Sequence[Sequence[int]], pad: int, device: torch.device, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """Token ids → ids and mask, (B, L), padded on one side."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
 
 
 def response_states(hidden: Tensor, responses: Responses) -> Tensor:
     """(B, P + T, H) → (N, H): the states from which the tokens of the responses were sampled."""
-    start = responses.prompt_ids.shape[1] - 1
-    return hidden[:, start : start + responses.response_ids.shape[1]][responses.response_mask]
+    return response_values(hidden, responses)[responses.response_mask]
 
 
 def forbidden_eos(responses: Responses, min_new_tokens: int) -> Tensor:
@@ -112,24 +114,16 @@ def last_token_states(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
 
 
 def response_values(values: Tensor, responses: Responses) -> Tensor:
-    """(B, P + T) → (B, T): the value of the state before each response token."""
+    """(B, P + T, …) → (B, T, …): the value, or anything else, of the state before each response token."""
     start = responses.prompt_ids.shape[1] - 1
     return values[:, start : start + responses.response_ids.shape[1]]
-
-
-def pad_right(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids → ids and mask, (B, L), padded on the right."""
-    width = max(len(ids) for ids in sequences)
-    padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in sequences], device=device)
-    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    return padded, torch.arange(width, device=device) < lengths[:, None]
 
 
 def pad_responses(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int, ends: Sequence[int],
                   device: torch.device) -> Responses:  # fmt: skip
     """Responses from token ids; a finished answer ends with one of the tokens `ends`."""
     finished = torch.tensor([bool(answer) and answer[-1] in ends for answer in answers], device=device)
-    return Responses(*pad_prompts(prompts, pad, device), *pad_right(answers, pad, device), finished)
+    return Responses(*pad_tokens(prompts, pad, device, "left"), *pad_tokens(answers, pad, device), finished)
 
 
 def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = False) -> Tensor:
@@ -138,15 +132,16 @@ def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = F
     return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
 
 
-def append_tokens(responses: Responses, rows: Tensor, tokens: Sequence[int]) -> Responses:
-    """Append tokens to the responses of `rows` (B,), bool, to score more than was sampled."""
-    if not tokens or not rows.any():
+def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Responses:
+    """Append what the chat template writes after the end token, to responses that end a turn; it is scored too."""
+    ended = ends_turn(responses, rows, turn)
+    if not turn.after or not ended.any():
         return responses
-    device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(tokens)
+    device, count = responses.response_ids.device, responses.response_ids.shape[1] + len(turn.after)
     ids, mask = pad_to_width(responses.response_ids, count), pad_to_width(responses.response_mask, count)
-    places = responses.lengths[rows][:, None] + torch.arange(len(tokens), device=device)
-    which = rows.nonzero()
-    ids[which, places], mask[which, places] = torch.tensor(tokens, device=device), True
+    places = responses.lengths[ended][:, None] + torch.arange(len(turn.after), device=device)
+    which = ended.nonzero()
+    ids[which, places], mask[which, places] = torch.tensor(turn.after, device=device), True
     return responses._replace(response_ids=ids, response_mask=mask)
 
 

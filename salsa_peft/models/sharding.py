@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, save_fsdp_optimizer
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -44,11 +44,8 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             yield
         return
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not parts:
-        yield
-        return
-    root, layers = parts[0], parts[1:]
-    root._get_fsdp_state()._lazy_init()  # or the first module that runs becomes the root, and here that may be a layer
+    if parts:  # or the first module that runs becomes the root, and here that may be a layer
+        parts[0]._get_fsdp_state()._lazy_init()
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -57,7 +54,7 @@ def gathered(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-        for layer in layers:
+        for layer in parts[1:]:
             layer.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
 
 
@@ -130,3 +127,14 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = Tru
     held = module.state_dict()
     cut = {name: sharded_like(tensor, held[name]) if name in held else tensor for name, tensor in tensors.items()}
     return module.load_state_dict(cut, strict=strict)
+
+
+def save_sharded_optimizer(accelerator: Accelerator, optimizer: Any, model: Any, folder: str) -> None:
+    """Save the optimizer's shards under FSDP or DeepSpeed.
+
+    Trainer would save all weights with them, a second time.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine_of(accelerator).save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)

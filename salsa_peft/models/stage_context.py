@@ -72,7 +72,7 @@ class StageContext:
 
     def load_base(self) -> PreTrainedModel:
         """Load the base as a frozen causal language model."""
-        return self._load(load_base, None, None)
+        return self._load(load_base, None, trained=False)
 
     def empty_model(self) -> PreTrainedModel:
         """The base's modules and the shapes of its weights, without their values, on the meta device."""
@@ -82,16 +82,15 @@ class StageContext:
 
     def load_trainable(self, start: Path | None = None) -> PreTrainedModel:
         """Load full weights to train: the base's, or those of the checkpoint `start`."""
-        return self._load(load_base, start, precision.weights_dtype(self.precision()))
+        return self._load(load_base, start, trained=True)
 
     def load_classifier(self, start: Path | None = None) -> PreTrainedModel:
         """Load the frozen base, or a checkpoint `start` to train, with a score head."""
-        return self._load(load_classifier, start, None if start is None else precision.weights_dtype(self.precision()))
+        return self._load(load_classifier, start, trained=start is not None)
 
-    def _load(
-        self, load: Callable[..., PreTrainedModel], start: Path | None, trained: torch.dtype | None
-    ) -> PreTrainedModel:
-        model = load(str(start or self.folder), self.recipe.model, self.tokenizer, trained)
+    def _load(self, load: Callable[..., PreTrainedModel], start: Path | None, *, trained: bool) -> PreTrainedModel:
+        dtype = precision.PRECISIONS[self.precision()].weights if trained else None
+        model = load(str(start or self.folder), self.recipe.model, self.tokenizer, dtype)
         model.name_or_path = self.base_name
         return model
 
@@ -111,8 +110,8 @@ class StageContext:
         if self.recipe.mode == "full":
             chosen = self.precision()
             found |= precision.arguments(chosen)
-            held = str(precision.weights_dtype(chosen)).removeprefix("torch.")
-            say(f"{self.stage}  precision {chosen}: weights in {held}, optimizer {found['optim']}")
+            weights = str(precision.PRECISIONS[chosen].weights).removeprefix("torch.")
+            say(f"{self.stage}  precision {chosen}: weights in {weights}, optimizer {found['optim']}")
         return found
 
     def save(self, trainer: Trainer, folder: Path) -> None:
@@ -160,6 +159,10 @@ def seed_folders(inputs: Mapping[str, Path]) -> dict[int, Path]:
     return {int(unit.rsplit("-", 1)[1]): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
 
 
+SAME_NAMES = ("learning_rate", "num_train_epochs", "max_steps", "weight_decay", "lr_scheduler_type", "max_grad_norm", "gradient_checkpointing")  # fmt: skip
+"""Settings of a recipe's section that have the names of transformers.TrainingArguments."""
+
+
 def training_arguments(section: Training, folder: Path, seed: int, processes: int = 1) -> dict[str, Any]:
     """The transformers.TrainingArguments of a recipe's section, as a dict.
 
@@ -168,25 +171,17 @@ def training_arguments(section: Training, folder: Path, seed: int, processes: in
     micro = section.micro_batch_size or section.batch_size // processes
     return {
         "output_dir": str(folder),
-        "learning_rate": section.learning_rate,
-        "num_train_epochs": section.num_train_epochs,
-        "max_steps": section.max_steps,
+        **{name: getattr(section, name) for name in SAME_NAMES},
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": section.batch_size // (micro * processes),
-        "weight_decay": section.weight_decay,
         "warmup_steps": section.warmup_ratio,
-        "lr_scheduler_type": section.lr_scheduler_type,
-        "max_grad_norm": section.max_grad_norm,
         "optim": _optimizer(section.optim),
-        "gradient_checkpointing": section.gradient_checkpointing,
         "bf16": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
         "seed": seed,
         "data_seed": seed,
         "save_strategy": "no",
-        "report_to": "none",
         "disable_tqdm": True,
-        "logging_strategy": "steps",
         "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,

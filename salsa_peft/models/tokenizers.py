@@ -25,7 +25,7 @@ of a run."""
 
 
 def load_tokenizer(
-    base: str, revision: str | None = None, chat_template: str | None = None, report_as: str | None = None
+    base: str, chat_template: str | None = None, report_as: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer and prepare it and its chat template for training (data/chat/templates.py).
 
@@ -34,7 +34,7 @@ def load_tokenizer(
     are printed under it. Raises SalsaError for a tokenizer without an EOS token.
     """
     with readable_hub_errors(base):
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     require(
         tokenizer.eos_token is not None,
         f"{base}: its tokenizer has no eos_token, which ends a response; set one in tokenizer_config.json",
@@ -42,7 +42,7 @@ def load_tokenizer(
     if chat_template not in (None, OWN_TEMPLATE):
         tokenizer.chat_template = Path(str(chat_template)).read_text(encoding="utf-8")
     changes = templates.prepare_template(tokenizer)
-    ends = turn_ends.stop_token_ids(tokenizer, _generation_config(base, revision))
+    ends = turn_ends.stop_token_ids(tokenizer, _generation_config(base))
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, ends)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     PREPARED_TOKENIZERS.add(tokenizer)
@@ -51,11 +51,11 @@ def load_tokenizer(
     return tokenizer
 
 
-def _generation_config(base: str, revision: str | None) -> GenerationConfig | None:
+def _generation_config(base: str) -> GenerationConfig | None:
     """The generation settings of generation_config.json, else of config.json; None if both are missing."""
     for name in ("generation_config.json", "config.json"):
         with readable_hub_errors(base):
-            file = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            file = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
             if file is not None:
                 return GenerationConfig.from_pretrained(Path(file).parent, name)
     return None
@@ -71,9 +71,8 @@ def compare_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base: st
         return False
     with readable_hub_errors(str(folder)):
         own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    templates.prepare_template(
-        own
-    )  # the same changes of BOS and date as in `tokenizer`, or the templates would differ by them
+    # the same changes of BOS and date as in `tokenizer`, or the templates would differ by them
+    templates.prepare_template(own)
     used, saved = tokenizer.get_vocab(), own.get_vocab()
     moved = next((token for token, number in saved.items() if used.get(token, number) != number), None)
     require(

@@ -1,20 +1,30 @@
-"""PolicyWithValueHead: a causal language model with PPO's linear value head on its trunk."""
+"""PolicyWithValueHead: a causal language model with PPO's linear value head. Create, save and load it."""
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from salsa_peft.models import sharding
 from salsa_peft.models.adapters import lora
+from salsa_peft.models.adapters.names import VALUE_HEAD
 from salsa_peft.models.base import apply_scalar_head, causal_lm, hidden_states
-from salsa_peft.utils.errors import require
+from salsa_peft.models.rewards.base import Reward
+from salsa_peft.models.rewards.reward import adapter_in
+from salsa_peft.models.weights import load_weights, save_checkpoint
+from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VALUE_ADAPTER = "value"
+"""Name of the value adapter, and the subfolder in which it is saved."""
 
 
 class PolicyWithValueHead(nn.Module):
@@ -25,7 +35,7 @@ class PolicyWithValueHead(nn.Module):
     """
 
     def __init__(self, policy: PeftModel | PreTrainedModel, value_adapter: str | None = None,
-                 start: torch.Tensor | None = None) -> None:  # fmt: skip
+                 start: Tensor | None = None) -> None:  # fmt: skip
         super().__init__()
         self.policy, self.value_adapter = policy, value_adapter
         self._no_split_modules = causal_lm(policy)._no_split_modules  # the layers that accelerate shards
@@ -38,21 +48,22 @@ class PolicyWithValueHead(nn.Module):
         if causal_lm(policy).is_activation_checkpointing:  # by the user, for whom it does not restore the adapter
             self.activation_checkpointing_enable()
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (B, L, H), and values (B, L), float32, of the states after each token."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, L, H), and values (B, L), float32. Value t is of the state that includes token t.
+
+        The value before response token t is thus at position t − 1; `responses.response_values` selects it.
+        """
         hidden = hidden_states(self.policy, input_ids, attention_mask)
         return hidden, self.values(hidden, input_ids, attention_mask)
 
-    def values(
-        self, hidden: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values (B, L) from the policy's hidden states (B, L, H), or from a forward under the value adapter."""
         if self.value_adapter is not None:
             assert self.toggle is not None
             with self.toggle(self.value_adapter):
                 hidden = hidden_states(self.policy, input_ids, attention_mask)
         assert hidden is not None
-        # a copy, because FSDP2's hooks need an output that is no view; the cast is for ZeRO-3, which holds the head in bf16 under bf16
+        # copied, because FSDP2's hooks need an output that is no view; cast, because ZeRO-3 holds the head in bf16
         return apply_scalar_head(self.value_head, hidden).to(torch.float32, copy=True)
 
     def activation_checkpointing_enable(
@@ -60,21 +71,85 @@ class PolicyWithValueHead(nn.Module):
     ) -> None:
         """Called by Trainer. The recomputation runs under the adapter that was active in the forward."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if self.toggle is not None:
+        if (toggle := self.toggle) is not None:
             require(
                 not options["use_reentrant"],
                 "activation_checkpointing_kwargs: use_reentrant must be false, because with it the recomputation runs"
                 " under whichever adapter is active then",
             )
-            options["context_fn"] = self._under_the_same_adapter
+            # the contexts of a forward and of its recomputation
+            options["context_fn"] = lambda: (contextlib.nullcontext(), toggle(toggle.active))
         causal_lm(self.policy).activation_checkpointing_enable(options, **layers)
         causal_lm(self.policy).enable_input_require_grads()  # checkpointing needs it where the embeddings are frozen
-
-    def _under_the_same_adapter(self) -> tuple[Any, Any]:
-        """context_fn of torch.utils.checkpoint: the contexts of a forward and of its recomputation."""
-        assert self.toggle is not None
-        return contextlib.nullcontext(), self.toggle(self.toggle.active)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """activation_checkpointing_enable, by the name that earlier versions of Transformers call."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+def with_value_head(model: PeftModel | PreTrainedModel, value: str, reward: Reward) -> PolicyWithValueHead:
+    """Add a value head to the policy. value: PPO's option of that name.
+
+    With "adapter", a value adapter and its head start as copies of the reward adapter and head. Raises SalsaError if
+    there is no reward adapter.
+    """
+    if value == "head":
+        return PolicyWithValueHead(model)
+    start = adapter_in(reward)
+    if not isinstance(model, PeftModel) or start is None:
+        raise SalsaError(
+            f"value: adapter starts from a reward adapter, and the reward is a {type(reward).__name__}. Set value: head"
+        )
+    name = lora.unused_name(model, VALUE_ADAPTER)
+    lora.attach(model, start.folder, name, trainable=True)
+    return PolicyWithValueHead(model, name, start.head.weight)
+
+
+def train_only(model: PeftModel | PreTrainedModel, *adapters: str | None) -> None:
+    """Make these adapters trainable and freeze all others."""
+    for name in model.peft_config if isinstance(model, PeftModel) else ():
+        lora.set_trainable(model, name, name in adapters)
+
+
+def save_policy(
+    model: PolicyWithValueHead,
+    policy_name: str | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Save the policy as a PEFT adapter or checkpoint with the tokenizer, and the value head beside it.
+
+    A value adapter is saved in a subfolder. weights: all weights, gathered by Trainer, if the model is sharded. dtype:
+    of a checkpoint with full weights; None keeps the model's.
+    """
+    policy, head = model.policy, model.value_head.state_dict()
+    if weights is not None:
+        tied = {f"policy.{name}" for name in causal_lm(policy).all_tied_weights_keys or ()}  # copies of other weights
+        head = _of_submodule("value_head.", weights)
+        weights = _of_submodule("policy.", {name: weight for name, weight in weights.items() if name not in tied})
+    if isinstance(policy, PeftModel):
+        lora.save(policy, str(policy_name), folder, tokenizer, state_dict=weights)
+        if model.value_adapter is not None:
+            lora.save(policy, model.value_adapter, folder / VALUE_ADAPTER, state_dict=weights)
+    else:
+        save_checkpoint(policy, folder, tokenizer, weights, dtype)
+    head = {name: tensor.detach().cpu() for name, tensor in head.items()}
+    save_file(head, folder / VALUE_HEAD, metadata={"format": "pt"})
+
+
+def load_policy(model: PolicyWithValueHead, policy_name: str | None, folder: Path) -> None:
+    """Load in place what `save_policy` saved."""
+    policy = model.policy
+    if isinstance(policy, PeftModel):
+        lora.load(policy, str(policy_name), folder)
+        if model.value_adapter is not None:
+            lora.load(policy, model.value_adapter, folder / VALUE_ADAPTER)
+    else:
+        load_weights(policy, folder)
+    sharding.load(model.value_head, lora.read_tensors(folder / VALUE_HEAD))
+
+
+def _of_submodule(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

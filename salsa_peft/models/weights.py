@@ -65,9 +65,8 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedT
     files.require_disk_space(folder, sum(stored.values()), str(folder))
     try:
         model.save_pretrained(beside, max_shard_size="5GB", state_dict=weights)
-        if (
-            weights is not None and dtype is not None
-        ):  # save_pretrained writes the model's own dtype into the configuration
+        if weights is not None and dtype is not None:
+            # save_pretrained writes the model's own dtype into the configuration
             model.config.dtype = dtype
             model.config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

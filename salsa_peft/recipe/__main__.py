@@ -43,10 +43,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
                 debug=args.debug,
             )  # fmt: skip
             return 0
-    except SalsaError as error:
-        code, line = 2, one_line(error)
-    except StageError as error:
-        code, line = 1, one_line(error)
+    except (SalsaError, StageError) as error:
+        code, line = 2 if isinstance(error, SalsaError) else 1, one_line(error)
     except OSError as error:
         line = (
             f"cannot read or write {error.filename or folder} ({error.strerror or error}). Finished stages are kept;"
@@ -68,21 +66,16 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
 
     `--lora` may be followed by a preset's name; a word after it that is none is the recipe if no other is given.
     """
-    presets, recipes = bundled_names("adapters"), bundled_names("recipes")
+    presets = bundled_names("adapters")
     parser = Parser(
         prog=prog,
         description="Run a recipe: SFT seeds, reward model, soup, PPO, landscape, evaluation, report.",
-        epilog=f"Bundled recipes: {', '.join(recipes) or 'none'}.",
+        epilog=f"Bundled recipes: {', '.join(bundled_names('recipes'))}.",
     )
     add = parser.add_argument
     add("recipe", nargs="*", metavar="RECIPE", help="a YAML file, or the name of a bundled recipe")
-    add(
-        "--lora",
-        nargs="?",
-        const="lora",
-        metavar="PRESET",
-        help=f"train adapters: {', '.join(presets)} (default: lora)",
-    )
+    names = ", ".join(presets)
+    add("--lora", nargs="?", const="lora", metavar="PRESET", help=f"train adapters: {names} (default: lora)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as ppo.learning_rate=1e-6")
     add("--dry-run", action="store_true", help="print the plan and write nothing")
     add("--gpu", type=_gpu, metavar="GIB", help="with --dry-run: GPU memory to plan for (default: this machine's GPU)")
@@ -95,10 +88,8 @@ def parse_args(argv: Sequence[str], prog: str = "salsa run") -> argparse.Namespa
     if not args.recipe and args.lora is not None and args.lora not in presets:
         args.recipe, args.lora = [args.lora], "lora"
     if len(args.recipe) != 1:
-        parser.error(
-            f"found {len(args.recipe)} recipes ({' '.join(args.recipe) or 'none'}), expected one YAML file or"
-            " bundled name"
-        )
+        words = " ".join(args.recipe) or "none"
+        parser.error(f"found {len(args.recipe)} recipes ({words}), expected one YAML file or bundled name")
     if args.gpu is not None and not args.dry_run:
         parser.error("--gpu needs --dry-run: it is the GPU to plan for, and does not choose the GPU of a run")
     args.recipe = args.recipe[0]

@@ -30,7 +30,7 @@ KEY_FOLDER = re.compile(r"[0-9a-f]{12}\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class PlannedUnit:
     """A unit in a plan: its key, the folder of its result, and whether it has to run."""
 
     unit: Unit
@@ -38,6 +38,10 @@ class Step:
     folder: Path
     why: str | None
     """Why the unit has to run; None: its result is cached."""
+
+
+Plan = dict[str, PlannedUnit]
+"""Unit id → planned unit, in the order of the stages."""
 
 
 def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprints: dict[str, str]) -> str:
@@ -58,7 +62,7 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
-def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
+def write_manifest(step: PlannedUnit, steps: Plan, **facts: Any) -> None:
     """Write a result's manifest, its last file: key, files with hashes, inputs, and `facts`."""
     files = {}
     for file in sorted(step.folder.rglob("*")):
@@ -69,16 +73,16 @@ def write_manifest(step: Step, steps: dict[str, Step], **facts: Any) -> None:
     write_atomic(step.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
-def _digests(step: Step, steps: dict[str, Step]) -> dict[str, str]:
+def _digests(step: PlannedUnit, steps: Plan) -> dict[str, str]:
     return {name: content_digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
 
 
-def write_begun(step: Step, steps: dict[str, Step]) -> None:
+def write_begun(step: PlannedUnit, steps: Plan) -> None:
     """Write a result's first file: the key and the digests of the inputs that it is made from."""
     write_atomic(step.folder / BEGUN, json.dumps({"key": step.key, "inputs": _digests(step, steps)}))
 
 
-def has_same_inputs(step: Step, steps: dict[str, Step]) -> bool:
+def has_same_inputs(step: PlannedUnit, steps: Plan) -> bool:
     """Whether a unit's unfinished result was started with the key and inputs that the unit has now."""
     try:
         found = read_json(step.folder / BEGUN)
@@ -112,44 +116,33 @@ def why_outdated(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | 
     return None
 
 
-def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> dict[str, Step]:
-    """Unit id → step, in the order of the stages.
-
-    A unit whose inputs have to run has to run too. Writes nothing.
+def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
+    """The plan of a run. A unit whose inputs have to run has to run too. Writes nothing.
 
     forced: units or stages that run even if their results are up to date.
     """
     keys: dict[str, str] = {}
-    steps: dict[str, Step] = {}
+    steps: Plan = {}
     fingerprints: dict[str, str] = {}
     made_with, forced = versions(), set(forced)
     for unit in units:
         keys[unit.id] = key(unit, keys, made_with, fingerprints)
         folder = run / unit.id / keys[unit.id][:12]
-        waits = [name for name in unit.inputs if steps[name].why is not None]
-        if unit.id in forced or unit.stage in forced:
-            why: str | None = "forced"
-        else:
-            why = why_outdated(
-                keys[unit.id], folder, {name: steps[name].folder for name in unit.inputs if name not in waits}
-            )
-            if why is None and waits:
-                why = f"waits for {waits[0]}"
-        steps[unit.id] = Step(unit=unit, key=keys[unit.id], folder=folder, why=why)
+        cached = {name: steps[name].folder for name in unit.inputs if steps[name].why is None}
+        waits = next((f"waits for {name}" for name in unit.inputs if name not in cached), None)
+        is_forced = unit.id in forced or unit.stage in forced
+        why = "forced" if is_forced else why_outdated(keys[unit.id], folder, cached) or waits
+        steps[unit.id] = PlannedUnit(unit=unit, key=keys[unit.id], folder=folder, why=why)
     return steps
 
 
-def prune(run: Path, stages: Iterable[str], steps: dict[str, Step]) -> list[Path]:
+def prune(run: Path, stages: Iterable[str], steps: Plan) -> list[Path]:
     """Remove the results of these stages that are not in the plan; returns their folders."""
     keep = {step.folder for step in steps.values()}
     found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]
-    folders = [path for path in found if KEY_FOLDER.match(path.name) and path.is_dir() and path not in keep]
-    parents = {path.parent for path in found}  # a policy may have a name that looks like a key
-    old = [
-        path
-        for path in folders
-        if not (path in parents and any(KEY_FOLDER.match(inner.name) for inner in path.iterdir()))
-    ]
+    folders = [path for path in found if KEY_FOLDER.match(path.name)]
+    parents = {path.parent for path in folders}  # a policy may have a name that looks like a key
+    old = [path for path in folders if path.is_dir() and path not in keep and path not in parents]
     for path in old:
         shutil.rmtree(path)
     return old

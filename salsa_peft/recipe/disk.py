@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import Adapter, Recipe
-from salsa_peft.data.check import count_rows
+from salsa_peft.data.check import number_of_rows
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import hardware
-from salsa_peft.recipe.cache import Step
+from salsa_peft.recipe.cache import Plan
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import existing_parent, size_text
 
@@ -47,24 +47,22 @@ class Need(NamedTuple):
     """The run's folder, or the nearest folder above it that exists."""
 
 
-def need(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> Need | None:
+def need(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None) -> Need | None:
     """The disk space for the units that will run; None if the base's size is not known.
 
     gpu: its memory in bytes, which decides `precision: auto`. Files of unfinished results count as free, since they are
     replaced.
     """
     size = architecture_of_recipe(recipe)
-    to_run = [step for name, step in steps.items() if name in asked and step.why is not None]
-    if size is None or not steps:
+    if size is None:
         return None
     final = peak = 0.0
-    for step in to_run:
+    for step in [step for name, step in steps.items() if name in asked and step.why is not None]:
         there = bytes_in(step.folder)
-        kept, way = written(recipe, step.unit.stage, size, gpu)
-        peak = max(peak, final - there + way)
+        kept, peak_of_unit = unit_bytes(recipe, step.unit.stage, size, gpu)
+        peak = max(peak, final - there + peak_of_unit)
         final += kept - there
-    folder = next(iter(steps.values())).folder
-    place = existing_parent(folder)
+    place = existing_parent(next(iter(steps.values())).folder)
     return Need(final, max(peak, final), shutil.disk_usage(place).free, place)
 
 
@@ -78,15 +76,15 @@ def bytes_in(folder: Path) -> int:
     return found
 
 
-def written(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -> tuple[float, float]:
+def unit_bytes(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -> tuple[float, float]:
     """Bytes that one unit of a stage writes: its result, and the peak while it runs."""
     width, one, count = _width(recipe, size, gpu), 4.0, size.parameters
+    if stage == "ppo":
+        return _policy(recipe, size, gpu, width)
     if recipe.adapter is None:
         one = width
     else:
         count = size.adapter(recipe.adapter.r, recipe.adapter.target_modules)
-    if stage == "ppo":
-        return _policy(recipe, size, gpu, width)
     kept = {"toy": 4.0 * size.parameters, "sft": one * count, "soup": one * count}.get(stage, 0.0)
     if stage in ALGORITHMS:  # TRL's algorithms write no checkpoints
         kept = one * count + (width * size.parameters if recipe.adapter and "merged" in recipe.export else 0.0)
@@ -101,7 +99,7 @@ def written(recipe: Recipe, stage: str, size: Architecture, gpu: float | None) -
 
 
 def _policy(recipe: Recipe, size: Architecture, gpu: float | None, width: float) -> tuple[float, float]:
-    """Bytes of a policy, and of a policy with its checkpoints (training/ppo/saving.py)."""
+    """Bytes of a policy, and of a policy with its checkpoints (models/value_head.py, training/ppo/resume.py)."""
     ppo, lora = recipe.ppo, recipe.adapter
     precision = memory.choose_precision(recipe, "ppo", gpu, size) if lora is None else "master"
     weight, _, states = memory.TRAINED[precision]
@@ -123,8 +121,7 @@ def _steps(recipe: Recipe) -> int:
     ppo = recipe.ppo
     if ppo.max_steps > 0:
         return ppo.max_steps
-    source, toy = recipe.data.prompts, recipe.toy
-    rows = toy.prompts if source is None and toy is not None else None if source is None else count_rows(source)
+    rows = number_of_rows(recipe, "prompts")
     return MANY if rows is None else math.ceil(rows // ppo.batch_size * ppo.num_train_epochs) * ppo.steps_per_update
 
 
@@ -134,7 +131,7 @@ def _width(recipe: Recipe, size: Architecture, gpu: float | None) -> int:
     return 4 if recipe.model.dtype == "float32" or on_cpu else 2
 
 
-def plan_line(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> str:
+def plan_line(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None) -> str:
     """The plan's line about disk space."""
     found = need(recipe, steps, asked, gpu)
     if found is None:
@@ -146,8 +143,8 @@ def plan_line(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gp
     )
 
 
-def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> None:
-    """Raise SalsaError if the results will not fit on the disk. An empty plan needs nothing."""
+def check(recipe: Recipe, steps: Plan, asked: Collection[str]) -> None:
+    """Raise SalsaError if the results will not fit on the disk."""
     gpu = next((float(one.bytes) for one in hardware.gpus()), None)
     found = need(recipe, steps, asked, gpu)
     if found is not None and found.peak > found.free and shutil.disk_usage(found.place).total > 0:
@@ -157,16 +154,12 @@ def check(recipe: Recipe, steps: dict[str, Step], asked: Collection[str]) -> Non
         )
 
 
-def remedy(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> str:
+def remedy(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None) -> str:
     """What to do: use another disk, or an option with which the results fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
     rare = max(_steps(recipe), recipe.ppo.save_steps)
     seldom = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, save_steps=rare))
     offered = {f"--set ppo.save_steps={rare} (one checkpoint per policy, at its end)": seldom, "--lora": adapters}
-    found = [words for words, other in offered.items() if _fits(other, steps, asked, gpu)]
-    return ", or ".join(["use --output-dir on a larger disk", *found])
-
-
-def _fits(recipe: Recipe, steps: dict[str, Step], asked: Collection[str], gpu: float | None) -> bool:
-    found = need(recipe, steps, asked, gpu)
-    return found is not None and found.peak <= found.free
+    needs = {words: need(other, steps, asked, gpu) for words, other in offered.items()}
+    fits = [words for words, found in needs.items() if found is not None and found.peak <= found.free]
+    return ", or ".join(["use --output-dir on a larger disk", *fits])

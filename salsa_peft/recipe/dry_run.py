@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from salsa_peft.config.load import LoadedRecipe
 from salsa_peft.config.options.training import Training
 from salsa_peft.config.options.trl import ALGORITHMS
 from salsa_peft.config.schema import PPO, Adapter, Recipe
-from salsa_peft.data.check import count_rows
+from salsa_peft.data.check import number_of_rows
 from salsa_peft.evaluation.judges import costs
 from salsa_peft.models.architectures import memory
 from salsa_peft.models.architectures.sizes import Architecture, architecture_of_recipe
 from salsa_peft.recipe import disk
-from salsa_peft.recipe.cache import Step
+from salsa_peft.recipe.cache import Plan
 from salsa_peft.recipe.hardware import Gpu
 
 TRAINING = ("sft", "reward", "ppo")
@@ -47,13 +47,15 @@ ORDER = (
 """Changes that save memory, the least expensive first."""
 
 
-def show_plan(loaded: LoadedRecipe, run: Path, steps: dict[str, Step], asked: set[str], gpu: Gpu | None) -> None:
+def show_plan(loaded: LoadedRecipe, run: Path, steps: Plan, asked: set[str], gpu: Gpu | None) -> None:
     """Print the plan on standard output. gpu: the GPU to plan for."""
     console, recipe = Console(highlight=False, soft_wrap=True), loaded.recipe
     console.print(Text(f"results: {run}"))
     console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
     console.print()
-    _print(console, ["unit", "state", "why"], [_row(step, asked) for step in steps.values()])
+    state = {name: "to do" if name in asked else "left out" for name in steps}
+    units = [[name, state[name] if step.why else "cached", step.why or ""] for name, step in steps.items()]
+    _print(console, ["unit", "state", "why"], units)
     _print(console, ["training", "batch", "steps"], _training_rows(recipe))
     _print_memory(console, loaded, gpu)
     console.print(Text(disk.plan_line(recipe, steps, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
@@ -76,11 +78,10 @@ def _print(console: Console, header: list[str], rows: list[list[str]], narrow: i
     if not console.is_terminal:
         widths = [max(narrow, *map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in [header, *rows]:
-            console.print(Text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()))
+            console.print(Text("  ".join(map(str.ljust, row, widths)).rstrip()))
     else:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for title in header:
-            table.add_column(title, overflow="fold")
+        columns = [Column(title, overflow="fold") for title in header]
+        table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -121,19 +122,10 @@ def _bytes(number: float) -> str:
     return f"{number / unit:.1f} {name}"
 
 
-def _row(step: Step, asked: set[str]) -> list[str]:
-    state = "cached" if step.why is None else "to do" if step.unit.id in asked else "left out"
-    return [step.unit.id, state, step.why or ""]
-
-
 def _training_rows(recipe: Recipe) -> list[list[str]]:
     """For each training stage the batch of an optimizer step, and the number of steps if it is known."""
-    demonstrations, pairs, prompts = (
-        getattr(recipe.toy, kind) if recipe.toy and source is None else count_rows(source)
-        for kind, source in (
-            (kind, getattr(recipe.data, kind)) for kind in ("demonstrations", "preferences", "prompts")
-        )
-    )
+    kinds = ("demonstrations", "preferences", "prompts")
+    demonstrations, pairs, prompts = (number_of_rows(recipe, kind) for kind in kinds)
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     steps = _steps(sft, None if demonstrations is None else demonstrations * sft.subset)
     rows = [[f"sft, each of {len(sft.seeds)} seeds", _batch(sft), steps]]
@@ -248,14 +240,14 @@ def _changes(recipe: Recipe, stage: str) -> list[dict[str, str]]:
         section: Training = getattr(recipe, stage)
         if not section.gradient_checkpointing:
             found.append({f"{stage}.gradient_checkpointing": "true"})
-        micro = memory.micro_batch(section, recipe.num_processes, recipe.ppo.num_mini_batches if stage == "ppo" else 1)
+        micro = memory.micro_batch(recipe, stage)
         found += [{f"{stage}.micro_batch_size": str(smaller)} for smaller in _divisors(micro)]
     if recipe.mode == "full" and stage == "ppo" and recipe.offload == "none":
         found.append({"offload": "frozen"})
     if recipe.mode == "full" and stage in TRAINING and recipe.precision == "master" and not recipe.sharded:
         found.append({"precision": "stochastic"})
     key = "ppo.rollout_batch_size" if stage == "ppo" else "generation.batch_size"
-    rows = memory.rollout_batch(recipe) if stage == "ppo" else recipe.generation.batch_size
+    rows = memory.generation_batch(recipe, stage)
     found += [{key: str(smaller)} for smaller in _divisors(rows) if stage not in ("sft", "reward")]
     found += [{PRESET: "lora"}] if recipe.mode == "full" else []
     found += [{PRESET: "qlora"}] if recipe.mode != "qlora" and not recipe.sharded else []

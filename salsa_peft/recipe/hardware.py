@@ -96,7 +96,7 @@ def check_gpu(recipe: Recipe, there: list[Gpu], stages: Collection[str] = STAGES
         return []
     memory = (
         float(there[0].bytes) if there else 0.0
-    )  # without a GPU: the smallest need, bf16 weights where `auto` may choose
+    )  # without a GPU the smallest need: `auto` then chooses bf16 weights
     needs = {stage: estimate(recipe, stage, size, memory) for stage in asked}
     most = max(needs.values(), key=lambda one: one.total)
     require(
@@ -148,12 +148,8 @@ def halve_batches(recipe: Recipe, stage: str) -> Halved | None:
         generation = replace(recipe.generation, batch_size=half)
         return Halved(replace(recipe, generation=generation), {"generation.batch_size": (rows, half)})
     judge = recipe.evaluate.judge
-    if (
-        stage == "judge"
-        and judge is not None
-        and judge.kind == "local"
-        and (half := largest_proper_divisor(judge.concurrency))
-    ):
+    half = largest_proper_divisor(judge.concurrency) if judge is not None and judge.kind == "local" else None
+    if stage == "judge" and judge is not None and half is not None:
         evaluate = replace(recipe.evaluate, judge=replace(judge, concurrency=half))
         return Halved(replace(recipe, evaluate=evaluate), {"evaluate.judge.concurrency": (judge.concurrency, half)})
     return None
@@ -163,11 +159,10 @@ def _halve_training(recipe: Recipe, stage: str) -> Halved | None:
     section: Any = getattr(recipe, stage)
     processes = 1 if stage in ALGORITHMS else recipe.num_processes
     share = section.batch_size // processes
-    before = {"micro_batch_size": section.micro_batch_size or share}
+    minibatch = share // section.num_mini_batches if stage == "ppo" else share
+    before = {"micro_batch_size": section.micro_batch_size or minibatch}
     if stage == "ppo":
-        ppo = recipe.ppo
-        before["micro_batch_size"] = ppo.micro_batch_size or share // ppo.num_mini_batches
-        before["rollout_batch_size"] = min(ppo.rollout_batch_size or share, share)
+        before["rollout_batch_size"] = min(section.rollout_batch_size or share, share)
     after = {key: largest_proper_divisor(rows) or rows for key, rows in before.items()}
     smaller = replace(section, **after)
     try:

@@ -35,8 +35,7 @@ GRACE = 120.0
 FAILURE = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", re.MULTILINE)
 """A failed process in the log of torch's launcher: its rank and exit code."""
 AFTER_OTHERS = (-signal.SIGTERM, -signal.SIGABRT, 128 + signal.SIGTERM)
-"""Exit codes of processes that ended because another had failed: by the launcher, NCCL, SIGTERM.
-"""
+"""Exit codes of processes that ended because another had failed: by the launcher, NCCL, SIGTERM."""
 
 
 class StageError(Exception):
@@ -74,6 +73,7 @@ def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Resu
         address = os.path.join(folder, "socket")
         server.bind(address)
         server.listen()
+        _set_environment(job.recipe)
         process = _forked(job, address) if count == 1 else _launched(job, address, log)
         workers = _Workers(job, server, process)
         try:
@@ -86,7 +86,8 @@ def run_job(job: Job, log: Path, *, count: int = 1, debug: bool = False) -> Resu
                 log.unlink(missing_ok=True)
             raise
         finally:
-            workers.close()
+            for connection in workers.connections:
+                connection.close()
     failed = any("line" in report for report in workers.reports.values())
     printed = log.read_text("utf-8", "replace") if count > 1 else ""
     codes = {int(rank): int(code) for rank, code in FAILURE.findall(printed) if int(rank) not in workers.reports}
@@ -172,11 +173,6 @@ class _Workers:
                 _send(signal.SIGKILL, [self.process.pid, *self.pids])
                 self.process.join()
 
-    def close(self) -> None:
-        """Close the connections."""
-        for connection in self.connections:
-            connection.close()
-
 
 def _send(number: int, pids: Iterable[int]) -> None:
     for pid in pids:
@@ -186,7 +182,6 @@ def _send(number: int, pids: Iterable[int]) -> None:
 
 def _forked(job: Job, address: str) -> Any:
     """A process forked from the fork server, which is started here if it does not run yet."""
-    _set_environment(job.recipe)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the fork server ignores Ctrl-C
@@ -199,17 +194,13 @@ def _forked(job: Job, address: str) -> Any:
 
 def _launched(job: Job, address: str, log: Path) -> Any:
     """A process that becomes `accelerate launch`, which starts the recipe's number of processes."""
-    _set_environment(job.recipe)
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = (launch_command(job.recipe, address), str(log))
     return multiprocessing.get_context("spawn").Process(target=_exec_launcher, args=arguments, name=job.unit.id)
 
 
 def _set_environment(recipe: Recipe) -> None:
-    """The environment variables of the processes.
-
-    Python 3.11's fork server finds modules to preload on PYTHONPATH alone.
-    """
+    """Set the processes' environment variables. Python 3.11's fork server preloads from PYTHONPATH alone."""
     package = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if package not in paths:

@@ -41,10 +41,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "toy": Stage("salsa_peft.recipe.stages:toy", units.toy_units),
+    "toy": Stage("salsa_peft.recipe.small_stages:toy", units.toy_units),
     "sft": Stage("salsa_peft.training.sft:run", units.sft_units, trains=True),
     "reward": Stage("salsa_peft.training.reward_model:run", units.reward_units, trains=True),
-    "soup": Stage("salsa_peft.recipe.stages:soup", units.soup_units),
+    "soup": Stage("salsa_peft.recipe.small_stages:soup", units.soup_units),
     "ppo": Stage("salsa_peft.training.ppo_stage:run", units.POLICY_UNITS["ppo"], resumes=True, trains=True),
     "dpo": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["dpo"]),
     "kto": Stage("salsa_peft.training.trl_stages:run", units.POLICY_UNITS["kto"]),
@@ -53,7 +53,7 @@ STAGES = {
     "landscape": Stage("salsa_peft.evaluation.landscape:run", units.landscape_units),
     "evaluate": Stage("salsa_peft.evaluation.evaluate:run", units.evaluate_units, resumes=True),
     "judge": Stage("salsa_peft.evaluation.judges.stage:run", units.judge_units),
-    "report": Stage("salsa_peft.recipe.stages:report", units.report_units),
+    "report": Stage("salsa_peft.recipe.small_stages:report", units.report_units),
     "hub": Stage("salsa_peft.report.hub:run", units.hub_units),
 }
 REPORT = "report.html"
@@ -89,14 +89,14 @@ def run(
         steps = cache.plan(work, folder, forced)
         check_inputs(steps, asked)
         check_data(recipe, steps, asked)
-        check_machine(recipe, {} if dry_run else steps, asked)
-        if not dry_run:
-            check_data(recipe, steps, asked, hub=True)
     if dry_run:
         from salsa_peft.recipe.dry_run import show_plan
 
         show_plan(loaded, folder, steps, asked, gpu or next(iter(hardware.gpus()), None))
         return
+    if new:
+        check_machine(recipe, steps, asked)
+        check_data(recipe, steps, asked, hub=True)
     with locked(folder):
         # 2. plan again: another process may have changed the folder before it was locked
         steps = cache.plan(work, folder, forced)
@@ -114,11 +114,10 @@ def run(
             say(f"pruned {path.relative_to(folder)}")
 
 
-def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], asked: set[str], debug: bool) -> None:
+def execute(loaded: LoadedRecipe, folder: Path, steps: cache.Plan, asked: set[str], debug: bool) -> None:
     """Run the units of the plan in order; the run's folder is locked."""
-    reports = [step.folder for step in steps.values() if step.unit.stage == "report" and step.unit.id in asked]
     say(f"results: {folder}")
-    if reports:
+    if "report" in asked:
         say(f"report:  {folder / REPORT}")
     recipe_yaml = resolved_yaml(loaded)
     write_atomic(folder / "recipe.yaml", recipe_yaml)
@@ -127,13 +126,13 @@ def execute(loaded: LoadedRecipe, folder: Path, steps: dict[str, cache.Step], as
     for name, step in steps.items():
         if name in asked:
             _run_unit(step, steps, loaded.recipe, recipe_yaml, folder, debug)
-        if step.folder in reports:  # a copy under a fixed name; report.md and the figures stay in the result's folder
+        if name == "report" and name in asked:  # a copy; report.md and the figures stay in the result's folder
             write_atomic(folder / REPORT, (step.folder / REPORT).read_bytes())
             print(folder / REPORT, flush=True)
 
 
 def _run_unit(
-    step: cache.Step, steps: dict[str, cache.Step], recipe: Recipe, recipe_yaml: str, folder: Path, debug: bool
+    step: cache.PlannedUnit, steps: cache.Plan, recipe: Recipe, recipe_yaml: str, folder: Path, debug: bool
 ) -> None:
     """Run one unit and write its manifest, or say that its result is cached."""
     unit = step.unit
@@ -160,7 +159,7 @@ def _run_unit(
 
 
 def _run_job(
-    job: Job, step: cache.Step, steps: dict[str, cache.Step], resumed: bool, log: Path, debug: bool
+    job: Job, step: cache.PlannedUnit, steps: cache.Plan, resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
     """Run a job, with half the micro-batch size after each out-of-memory error.
 
@@ -180,10 +179,8 @@ def _run_job(
             resumed = STAGES[job.unit.stage].resumes
             say(one_line(error))
             changes = ", ".join(f"{key} {after} (was {before})" for key, (before, after) in smaller.changed.items())
-            say(
-                f"{job.unit.id} … {'resuming' if resumed else 'running again'} with {changes}; the global batch"
-                " stays the same"
-            )
+            again = "resuming" if resumed else "running again"
+            say(f"{job.unit.id} … {again} with {changes}; the global batch stays the same")
             job = dataclasses.replace(job, recipe=smaller.recipe)
             halved |= {key: after for key, (_, after) in smaller.changed.items()}
 
@@ -219,7 +216,7 @@ def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
     return found
 
 
-def check_inputs(steps: dict[str, cache.Step], asked: set[str]) -> None:
+def check_inputs(steps: cache.Plan, asked: set[str]) -> None:
     """Raise SalsaError if a unit that will run reads a result that is neither finished nor asked for."""
     for name in asked:
         for needed in steps[name].unit.inputs if steps[name].why is not None else ():
@@ -230,18 +227,18 @@ def check_inputs(steps: dict[str, cache.Step], asked: set[str]) -> None:
             )
 
 
-def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hub: bool = False) -> None:
+def check_data(recipe: Recipe, steps: cache.Plan, asked: set[str], hub: bool = False) -> None:
     """Raise SalsaError for a row, seed, reference or reward model that a unit which will run cannot use.
 
     Local files are checked, or with `hub` what is on the Hub, which is downloaded for that.
     """
     stages = {steps[name].unit.stage for name in asked if steps[name].why is not None}
     if stages:
-        from salsa_peft.training import taken_results
+        from salsa_peft.training import external_models
 
         if hub:
-            taken_results.check_base_available(recipe)
-        taken_results.check(recipe, stages, hub)
+            external_models.check_base_available(recipe)
+        external_models.check(recipe, stages, hub)
     data = recipe.data
     sources = [data.demonstrations, data.held_out, data.preferences, data.prompts, *recipe.evaluate.prompts.values()]
     local = [is_local(source.path) for source in sources if source is not None]
@@ -251,7 +248,7 @@ def check_data(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str], hu
         check_every_row(recipe, stages, hub)
 
 
-def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str]) -> list[str]:
+def check_machine(recipe: Recipe, steps: cache.Plan, asked: set[str]) -> list[str]:
     """Raise SalsaError if this machine lacks what a unit that will run needs; return warnings.
 
     It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
@@ -265,10 +262,9 @@ def check_machine(recipe: Recipe, steps: dict[str, cache.Step], asked: set[str])
     if "judge" in stages and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
     disk.check(recipe, steps, asked)
-    if "hub" in asked and steps and get_token() is None:
-        warnings.append(
-            "hub.push: you are not logged in, so the push will stay pending; `hf auth login`, or set HF_TOKEN"
-        )
+    if "hub" in asked and get_token() is None:
+        pending = "you are not logged in, so the push will stay pending"
+        warnings.append(f"hub.push: {pending}; `hf auth login`, or set HF_TOKEN")
     return warnings
 
 

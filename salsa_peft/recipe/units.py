@@ -14,15 +14,15 @@ from typing import Any
 
 from salsa_peft.config import sweeps
 from salsa_peft.config.job import Unit, policy_id, unit_of
+from salsa_peft.config.options.toy import TOY_PROMPTS
 from salsa_peft.config.options.trl import ALGORITHMS, PREFERENCE_ALGORITHMS
 from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import Reference, parse_reference
-from salsa_peft.config.rewards import RewardPart, find_module, split_function
-from salsa_peft.config.schema import Landscape, Recipe, Source
-from salsa_peft.config.validate import TOY_PROMPTS
+from salsa_peft.config.rewards import find_module, split_function
+from salsa_peft.config.schema import Recipe, Source
 
 
-class _Builder:
+class _UnitBuilder:
     """Builds a unit: its methods give key fields without local paths, and collect the paths in `files`."""
 
     def __init__(self, recipe: Recipe, run: str) -> None:
@@ -30,10 +30,7 @@ class _Builder:
         self.files: list[str] = []
 
     def unit(self, stage: str, key_fields: dict[str, Any], *inputs: str, name: str = "", toy: bool = True) -> Unit:
-        """The unit.
-
-        name: of one of several units of the stage. toy: whether it reads the embedded world, if there is one.
-        """
+        """The unit. name: if the stage has several. toy: whether it reads the embedded world, if there is one."""
         first = ["toy"] if toy and self.recipe.toy else []
         return Unit(
             stage=stage,
@@ -59,8 +56,7 @@ class _Builder:
     def model(self) -> dict[str, Any]:
         """The base model."""
         model = self.recipe.model
-        paths = {"base": self.path(model.base), "chat_template": self.path(model.chat_template)}
-        return {**asdict(model), **paths}
+        return {**asdict(model), "base": self.path(model.base), "chat_template": self.path(model.chat_template)}
 
     def reference(self, reference: Reference) -> dict[str, Any]:
         """A reference model, without its label, and without the options of syncing if it is not synced."""
@@ -70,17 +66,12 @@ class _Builder:
 
     def reward(self) -> list[dict[str, Any]]:
         """The parts of the reward."""
-        return [self._part(part) for part in self.recipe.reward.parts]
-
-    def _part(self, part: RewardPart) -> dict[str, Any]:
-        value = self.function(part.value) if part.kind == "function" else self.path(part.value)
-        return {"kind": part.kind, "value": value, "weight": part.weight, "name": part.name}
+        value: dict[str, Callable[[str], Any]] = {"function": self.function}
+        parts = self.recipe.reward.parts
+        return [{**asdict(part), "value": value.get(part.kind, self.path)(part.value)} for part in parts]
 
     def function(self, value: str) -> list[str]:
-        """The module and name of a Python function.
-
-        The module's file counts by its content, the modules that it imports do not count.
-        """
+        """The module and name of a function. The module's file is in the key; modules that it imports are not."""
         folder, *named = split_function(value)
         file = find_module(folder, named[0])
         self.files += [] if file is None else [str(file)]
@@ -112,25 +103,25 @@ def _comparisons(recipe: Recipe) -> dict[str, Any]:
 
 def toy_units(recipe: Recipe, run: str) -> list[Unit]:
     """The embedded world: base, tokenizer and data."""
-    return [_Builder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
+    return [_UnitBuilder(recipe, run).unit("toy", {"toy": asdict(recipe.toy)}, toy=False)] if recipe.toy else []
 
 
 def sft_units(recipe: Recipe, run: str) -> list[Unit]:
     """One SFT for each seed."""
     units = []
     for position, seed in enumerate(recipe.sft.seeds):
-        new, existing = _Builder(recipe, run), recipe.sft.existing_seed(position)
+        builder, existing = _UnitBuilder(recipe, run), recipe.sft.existing_seed(position)
         section = {name: value for name, value in asdict(recipe.sft).items() if name != "from_"}
         fields: dict[str, Any] = {
-            "model": new.model(),
+            "model": builder.model(),
             "adapter": asdict(recipe.adapter) if recipe.adapter else None,
-            "demonstrations": new.source(recipe.data.demonstrations),
+            "demonstrations": builder.source(recipe.data.demonstrations),
             "sft": {**section, "seeds": [seed]},
-            **new.precision(),
+            **builder.precision(),
         }
         if existing is not None:
-            fields = {"model": fields["model"], "from": new.path(existing)}
-        units.append(new.unit("sft", fields, name=f"seed-{position}"))
+            fields = {"model": fields["model"], "from": builder.path(existing)}
+        units.append(builder.unit("sft", fields, name=f"seed-{position}"))
     return units
 
 
@@ -138,35 +129,35 @@ def reward_units(recipe: Recipe, run: str) -> list[Unit]:
     """The reward model, if the recipe trains one; training starts at seed-0."""
     if not recipe.reward.trained:
         return []
-    new = _Builder(recipe, run)
+    builder = _UnitBuilder(recipe, run)
     fields = {
-        "model": new.model(),
-        "preferences": new.source(recipe.data.preferences),
+        "model": builder.model(),
+        "preferences": builder.source(recipe.data.preferences),
         "reward": {name: value for name, value in asdict(recipe.reward).items() if name != "model"},
-        **new.precision(),
+        **builder.precision(),
     }
-    return [new.unit("reward", fields, _seed(0))]
+    return [builder.unit("reward", fields, _seed(0))]
 
 
 def soup_units(recipe: Recipe, run: str) -> list[Unit]:
     """The recipe's soup of seeds."""
-    section, new = recipe.soup, _Builder(recipe, run)
+    section, builder = recipe.soup, _UnitBuilder(recipe, run)
     members = [_seed(member) for member in section.members]
     fields: dict[str, Any] = {"members": members, "weights": section.resolved_weights}
     if section.strategy != "linear" or section.rank is not None:
         fields |= {"strategy": section.strategy, "rank": section.rank}
     if not section.uses_measure:
         full = recipe.adapter is None  # a soup of checkpoints reads the base, to measure the members' distance from it
-        return [new.unit("soup", fields | ({"model": new.model()} if full else {}), *members, toy=full)]
+        return [builder.unit("soup", fields | ({"model": builder.model()} if full else {}), *members, toy=full)]
     fields |= {
-        "measure": new.function(section.measure) if ":" in section.measure else section.measure,
+        "measure": builder.function(section.measure) if ":" in section.measure else section.measure,
         "settings": [section.limit, section.steps, section.step_size],
-        "model": new.model(),
-        "data": new.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
+        "model": builder.model(),
+        "data": builder.source(getattr(recipe.data, section.measure_source)) if section.measure_source else None,
     }
     if section.measure == "reward":
-        fields |= {"reward": new.reward(), "generation": asdict(recipe.generation)}
-    return [new.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
+        fields |= {"reward": builder.reward(), "generation": asdict(recipe.generation)}
+    return [builder.unit("soup", fields, *(_reward(recipe) if section.measure == "reward" else []), *members)]
 
 
 def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
@@ -175,30 +166,30 @@ def policy_units(recipe: Recipe, run: str, *, algorithm: str) -> list[Unit]:
 
 
 def _policy(recipe: Recipe, run: str, name: str) -> Unit:
-    new, policy = _Builder(recipe, run), recipe.policies[name]
+    builder, policy = _UnitBuilder(recipe, run), recipe.policies[name]
     algorithm, references = policy.algorithm, policy.references(f"policies.{name}")
     section = getattr(recipe, algorithm)
     beta = section.kl_coef if policy.kl_coef is None else policy.kl_coef
     fields: dict[str, Any] = {
-        "model": new.model(),
+        "model": builder.model(),
         algorithm: {**asdict(section), "kl_coef": beta},
-        "references": [new.reference(reference) for reference in references],
+        "references": [builder.reference(reference) for reference in references],
         "export": list(recipe.export),
-        **new.precision(),
+        **builder.precision(),
     }
     if algorithm in PREFERENCE_ALGORITHMS:
-        fields["preferences"] = new.source(recipe.data.preferences)
+        fields["preferences"] = builder.source(recipe.data.preferences)
     else:
         fields |= {
-            "prompts": new.source(recipe.data.prompts),
+            "prompts": builder.source(recipe.data.prompts),
             "generation": {**asdict(recipe.generation), "batch_size": None},
-            "reward": new.reward(),
+            "reward": builder.reward(),
         }
     if algorithm == "ppo":
         fields["ppo"] |= {"save_steps": None, "shown_every": None}  # the result does not depend on them
-        fields["eval_prompts"] = new.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
+        fields["eval_prompts"] = builder.source(recipe.evaluate.prompts.get(recipe.ppo.eval_prompts or ""))
     rewards = [] if algorithm in PREFERENCE_ALGORITHMS else _reward(recipe)
-    return new.unit(algorithm, fields, _seed(0), *rewards, *_of_references(references), name=name)
+    return builder.unit(algorithm, fields, _seed(0), *rewards, *_of_references(references), name=name)
 
 
 def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -206,58 +197,54 @@ def landscape_units(recipe: Recipe, run: str) -> list[Unit]:
     landscape = recipe.landscape
     if landscape is None or (landscape.line is None and landscape.plane is None):
         return []
-    new, prompts = _Builder(recipe, run), landscape_prompts(recipe, landscape)
+    builder = _UnitBuilder(recipe, run)
+    prompts = landscape.prompts or next(iter(recipe.evaluate.prompts or TOY_PROMPTS))
     fields = {
-        "model": new.model(),
+        "model": builder.model(),
         "landscape": {**asdict(landscape), "prompts": prompts},
         "temperature": recipe.evaluate.temperature,
-        "prompts": new.source(recipe.evaluate.prompts.get(prompts)),
-        "reward": new.reward(),
+        "prompts": builder.source(recipe.evaluate.prompts.get(prompts)),
+        "reward": builder.reward(),
         "generation": asdict(recipe.generation),
     }
     positions = sorted({*(landscape.line or []), *(landscape.plane or [])})
-    return [new.unit("landscape", fields, *_reward(recipe), *map(_seed, positions))]
-
-
-def landscape_prompts(recipe: Recipe, landscape: Landscape) -> str:
-    """The set of evaluation prompts that the landscape uses: the one it names, or else the first."""
-    return landscape.prompts or next(iter(recipe.evaluate.prompts), TOY_PROMPTS[0])
+    return [builder.unit("landscape", fields, *_reward(recipe), *map(_seed, positions))]
 
 
 def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
     """Responses and scores of seed-0, the soup, every policy, and the other models of evaluate.models."""
-    new, options = _Builder(recipe, run), recipe.evaluate
+    builder, options = _UnitBuilder(recipe, run), recipe.evaluate
     others = [model for model in options.models if model not in recipe.policies]
     references = [reference for model in others for reference in parse_reference("evaluate.models", model)]
     fields = {
-        "model": new.model(),
-        "prompts": {name: new.source(source) for name, source in options.prompts.items()},
+        "model": builder.model(),
+        "prompts": {name: builder.source(source) for name, source in options.prompts.items()},
         "models": [model if model in recipe.policies else None for model in options.models],
-        "references": [new.reference(reference) for reference in references],
+        "references": [builder.reference(reference) for reference in references],
         "temperature": options.temperature,
-        "reward": new.reward(),
+        "reward": builder.reward(),
         "seed": options.seed,
         "generation": asdict(recipe.generation),
     }
     policies = [policy_id(recipe, name) for name in recipe.policies]
     inputs = [_seed(0), "soup", *_of_references(references), *_reward(recipe), *policies]
-    return [new.unit("evaluate", fields, *inputs)]
+    return [builder.unit("evaluate", fields, *inputs)]
 
 
 def judge_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The judge's verdicts on the answers, if the recipe has a judge. Options of speed are not in the key."""
+    """The judge's verdicts, if the recipe has a judge. Options that change only the speed are not in the key."""
     judge = recipe.evaluate.judge
     if judge is None:
         return []
-    new = _Builder(recipe, run)
+    builder = _UnitBuilder(recipe, run)
     unused: dict[str, Any] = dict.fromkeys(("api_key_env", "concurrency", "timeout", "retries"))
-    places: dict[str, Any] = {"function": new.function, "local": new.path}
+    places: dict[str, Any] = {"function": builder.function, "local": builder.path}
     model = places[judge.kind](judge.model) if judge.kind in places else judge.model
-    paths = {"prompts": new.path(judge.prompts), "references": new.path(judge.references)}
+    paths = {"prompts": builder.path(judge.prompts), "references": builder.path(judge.references)}
     fields: dict[str, Any] = {"judge": {**asdict(judge), **unused, **paths, "model": model}, **_comparisons(recipe)}
     if recipe.search is not None:
         fields["search"] = asdict(recipe.search)
-    return [new.unit("judge", fields, "evaluate", toy=False)]
+    return [builder.unit("judge", fields, "evaluate", toy=False)]
 
 
 POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
@@ -268,20 +255,12 @@ POLICY_UNITS: dict[str, Callable[[Recipe, str], list[Unit]]] = {
 
 def report_units(recipe: Recipe, run: str) -> list[Unit]:
     """The report, which reads the results of all stages before it."""
-    stages = [
-        toy_units,
-        sft_units,
-        reward_units,
-        soup_units,
-        *POLICY_UNITS.values(),
-        landscape_units,
-        evaluate_units,
-        judge_units,
-    ]
+    before = [toy_units, sft_units, reward_units, soup_units]
+    stages = [*before, *POLICY_UNITS.values(), landscape_units, evaluate_units, judge_units]
     search = None if recipe.search is None else asdict(recipe.search)
     fields = {"samples": recipe.evaluate.samples, **_comparisons(recipe), "search": search}
     inputs = (unit.id for units in stages for unit in units(recipe, ""))
-    return [_Builder(recipe, run).unit("report", fields, *inputs, toy=False)]
+    return [_UnitBuilder(recipe, run).unit("report", fields, *inputs, toy=False)]
 
 
 def hub_units(recipe: Recipe, run: str) -> list[Unit]:
@@ -289,4 +268,4 @@ def hub_units(recipe: Recipe, run: str) -> list[Unit]:
     if not recipe.hub.push:
         return []
     inputs = (unit_of(recipe, name)[1] for name in recipe.hub.push)
-    return [_Builder(recipe, run).unit("hub", {"hub": asdict(recipe.hub)}, "report", *inputs, toy=False)]
+    return [_UnitBuilder(recipe, run).unit("hub", {"hub": asdict(recipe.hub)}, "report", *inputs, toy=False)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +22,6 @@ from salsa_peft.soup.checkpoints.write import check_free
 from salsa_peft.soup.lora.members import check_one_base
 from salsa_peft.soup.lora.read import CONFIG as ADAPTER_CONFIG
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
-from salsa_peft.soup.lora.write import check_out
 from salsa_peft.soup.member_folders import ADAPTERS, CHECKPOINTS, kind_of, local, local_members, member_names
 from salsa_peft.soup.provenance import provenance
 from salsa_peft.soup.strategies import STRATEGIES, Measure, StrategyInput
@@ -167,9 +167,8 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
         value = getattr(options, name)
         require(value is None or value > 0, f"{name}: {value} is not positive; use a larger number")
     if kind_of(folders) == CHECKPOINTS:
-        for name in ("rank", "dtype", "merge", "quantized_base", "same_base", "untie"):
-            value = getattr(options, name)
-            require(not value, f"{name}: {value} has no effect on checkpoints, only on adapters; leave it out")
+        names = ("rank", "dtype", "merge", "quantized_base", "same_base", "untie")
+        _reject(options, names, "has no effect on checkpoints, only on adapters; leave it out")
         require(
             options.strategy != "slerp" or options.base is not None,
             "strategy slerp of checkpoints needs the base that they were trained from (--base): its angle is between"
@@ -178,20 +177,24 @@ def check(out: Path, folders: Sequence[Path], options: Options, stacked: Stacked
         check_free(out, folders)
         return None if options.base is None else local(options.base)
     if not options.merge:
-        for name in ("quantized_base", "untie"):
-            value = getattr(options, name)
-            require(
-                not value, f"{name}: {value} has an effect only with merge=True (--merge); add that, or leave it out"
-            )
-        check_out(out, (stacked or StackedAdapter.load(folders, same_base=options.same_base)).members)
+        why = "has an effect only with merge=True (--merge); add that, or leave it out"
+        _reject(options, ("quantized_base", "untie"), why)
+        if stacked is None:
+            StackedAdapter.load(folders, same_base=options.same_base)
+        check_free(out, folders, adapter=True)
         return None
     for name, why in (("rank", "is exact"), ("dtype", "has the dtype of the base")):
-        value = getattr(options, name)
-        require(value is None, f"{name}: {value} has no effect with merge, because a merged soup {why}; leave it out")
+        _reject(options, (name,), f"has no effect with merge, because a merged soup {why}; leave it out")
     check_free(out, folders)
     base = _merge_base(folders, options)
     check_family(folders, base, options.same_base)
     return base
+
+
+def _reject(options: Options, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        require(value in (None, False), f"{name}: {value} {why}")
 
 
 def _merge_base(folders: Sequence[Path], options: Options) -> Path:
@@ -246,10 +249,9 @@ def _merged(request: _Request) -> dict[str, Any]:
     options = request.options
     read_checkpoint(request.base)  # reports a damaged base before anything is computed
 
-    def gram() -> Any:
-        return StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
-
-    folders, names, weights = request.choose(gram)
+    folders, names, weights = request.choose(
+        lambda: StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
+    )
     return merge(
         request.out, request.base, folders, weights, names=names, strategy=options.strategy,
         quantized_base=options.quantized_base, same_base=options.same_base, untie=options.untie,
@@ -264,10 +266,7 @@ def _checkpoints(request: _Request) -> dict[str, Any]:
     for folder in (*request.folders, *([] if base is None else [base])):
         read_checkpoint(folder)  # reports a damaged checkpoint before anything is computed
 
-    def gram() -> Any:
-        assert base is not None
-        return checkpoint_soup.gram(request.folders, base)
-
+    gram = partial(checkpoint_soup.gram, request.folders, cast(Path, base))  # not called without a base
     members, names, weights = request.choose(gram, keep_zeros=True)
     rest = 1 - sum(weights)  # the base's weight: base + Σ w_i δ_i = Σ w_i θ_i + (1 − Σ w_i) θ_base
     if base is not None and abs(rest) > 1e-9:

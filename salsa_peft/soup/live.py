@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,24 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from salsa_peft.soup.checkpoints.read import Checkpoint
-
-
-class LiveSoup(Protocol):
-    """A model that can be set to any point between n members."""
-
-    model: Any
-
-    def set(self, weights: Sequence[float]) -> None:
-        """Set the model's weights to Σ w_i θ_i; with adapters, to base + Σ w_i δ_i."""
-
-    def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context a forward pass uses the weights that were set."""
-
-    def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context a backward pass computes the gradients that `slopes` reads."""
-
-    def slopes(self) -> list[float]:
-        """∂ loss / ∂ w_i of the last backward pass."""
 
 
 @contextlib.contextmanager
@@ -65,11 +47,11 @@ class LiveAdapters:
         stacked.attach(model, self.name, [1 / n] * n)
 
     def set(self, weights: Sequence[float]) -> None:
-        """Rescale the blocks of B."""
+        """Set the model to base + Σ w_i δ_i by rescaling the blocks of B."""
         self.stacked.set_weights(self.model, self.name, weights)
 
     def at_point(self) -> contextlib.AbstractContextManager[None]:
-        """Activate the stacked adapter; afterwards the previous adapter is active again."""
+        """Within this context the stacked adapter is active; afterwards the previous one is again."""
         return lora.active(self.model, self.name)
 
     def _live(self) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
@@ -78,11 +60,11 @@ class LiveAdapters:
         return [(name, *live_factors(self.model, stacks, name, self.name)[1:]) for name in stacks]
 
     def differentiable(self) -> contextlib.AbstractContextManager[None]:
-        """Every B and its bias require a gradient. Nothing else of the model changes."""
+        """Within this context every B and its bias require a gradient, for `slopes`. Nothing else changes."""
         return _with_gradients([weight for _, *weights in self._live() for weight in weights if weight is not None])
 
     def slopes(self) -> list[float]:
-        """∂/∂w_i = Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns of B, which are w_i · scaling_i · B_i."""
+        """∂ loss / ∂ w_i of the last backward pass: Σ ∂/∂B ∘ (scaling_i · B_i) over member i's columns of B."""
         found = torch.zeros(len(self.stacked.members), dtype=torch.float64)
         stacks = self.stacked.stacks
         for name, B, bias in self._live():
@@ -140,7 +122,7 @@ class LiveCheckpoints:
         return _with_gradients(list(self.parameters.values()))
 
     def slopes(self) -> list[float]:
-        """∂/∂w_i = ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""
+        """∂ loss / ∂ w_i of the last backward pass: ⟨∂/∂θ, θ_i⟩, with all tensors as one vector."""
         found = [0.0] * len(self.members)
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
@@ -148,3 +130,7 @@ class LiveCheckpoints:
                 for i, member in enumerate(self.members):
                     found[i] += float(gradient @ member.read(name).double().flatten())
         return found
+
+
+LiveSoup = LiveAdapters | LiveCheckpoints
+"""A model that can be set to any point between n members."""

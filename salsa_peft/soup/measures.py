@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
 from salsa_peft.config.references import MEASURES
@@ -59,8 +60,10 @@ class SFTLoss:
         batch_size: int,
     ) -> None:  # fmt: skip
         self.live, self.batch_size, self.pad = live, batch_size, int(tokenizer.pad_token_id or 0)
-        encoded = [_encode(row, tokenizer, max_length) for row in rows]
+        chats = ({**row, "messages": messages_for_template(row["messages"], tokenizer)} for row in rows)
+        encoded = [[part[:max_length] for part in trained_tokens(chat, tokenizer)] for chat in chats]
         self.chats = sorted((chat for chat in encoded if any(chat[1])), key=lambda chat: len(chat[0]))
+        """Token ids of each chat, and for each token whether it is an assistant token that counts."""
         self.left_out = len(encoded) - len(self.chats)
         require(
             bool(self.chats),
@@ -93,13 +96,12 @@ class SFTLoss:
     def _part(self, start: int) -> torch.Tensor:
         """The share of one batch in the mean log-likelihood."""
         chats = self.chats[start : start + self.batch_size]
-        device, width = next(self.live.model.parameters()).device, max(len(ids) for ids, _ in chats)
-        rows = {
-            "ids": [ids + [self.pad] * (width - len(ids)) for ids, _ in chats],
-            "mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in chats],
-            "counts": [mask + [0] * (width - len(mask)) for _, mask in chats],
-        }
-        ids, mask, counts = (torch.tensor(value, device=device) for value in rows.values())
+        device = next(self.live.model.parameters()).device
+        rows = [(ids, [1] * len(ids), counted) for ids, counted in chats]
+        ids, mask, counts = (
+            pad_sequence([torch.tensor(values) for values in part], batch_first=True, padding_value=fill).to(device)
+            for part, fill in zip(zip(*rows, strict=True), (self.pad, 0, 0), strict=True)
+        )
         states = hidden_states(self.live.model, ids, mask)[:, :-1]
         chosen = counts[:, 1:].bool()
         labels = ids[:, 1:][chosen]
@@ -107,12 +109,6 @@ class SFTLoss:
             states[chosen], labels, torch.zeros_like(labels, dtype=torch.bool), self.head, with_entropy=False
         )
         return found.logprobs.sum() / self.tokens
-
-
-def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], list[int]]:
-    """Token ids, and for each whether it is an assistant token that counts."""
-    ids, mask = trained_tokens({**row, "messages": messages_for_template(row["messages"], tokenizer)}, tokenizer)
-    return ids[:max_length], mask[:max_length]
 
 
 class _WithoutGradient:
@@ -177,20 +173,18 @@ def recipe_measure(job: Job, folders: Sequence[Path]) -> Measure:
     live: LiveSoup = (
         _on_base(context.load_base(), folders) if recipe.adapter else _checkpoints(context.load_base(), folders)
     )
+    if section.measure not in MEASURES:
+        return FunctionMeasure(live, load_function(section.measure), section.measure)
+    sources = datasets.training_sources(recipe, job.inputs.get("toy"))
     if section.measure == "sft_loss":
-        rows = datasets.demonstrations(
-            datasets.training_sources(recipe, job.inputs.get("toy"))["held_out"], context.tokenizer
-        )[: section.limit]
+        rows = datasets.demonstrations(sources["held_out"], context.tokenizer)[: section.limit]
         size = recipe.sft.micro_batch_size or recipe.sft.batch_size
         return SFTLoss(live, rows, context.tokenizer, recipe.model.max_length, size)
-    if section.measure == "reward":
-        source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
-        found = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
-        asked = prompts_that_fit(job, context, found[: section.limit], "data.prompts")
-        tokens = [datasets.prompt_tokens(row, context.tokenizer, number) for number, row in enumerate(asked, 1)]
-        reward = recipe_reward(recipe, live.model, job.inputs, context.tokenizer, recipe.generation.batch_size)
-        return RewardScore(live, asked, tokens, reward, recipe.generation, context.tokenizer)
-    return FunctionMeasure(live, load_function(section.measure), section.measure)
+    found = datasets.prompts(sources["prompts"], columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
+    asked = prompts_that_fit(job, context, found[: section.limit], "data.prompts")
+    tokens = [datasets.prompt_tokens(row, context.tokenizer, number) for number, row in enumerate(asked, 1)]
+    reward = recipe_reward(recipe, live.model, job.inputs, context.tokenizer, recipe.generation.batch_size)
+    return RewardScore(live, asked, tokens, reward, recipe.generation, context.tokenizer)
 
 
 def _on_base(base: PreTrainedModel, folders: Sequence[Path], same_base: bool = False) -> LiveAdapters:

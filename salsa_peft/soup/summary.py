@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, TypedDict
@@ -168,42 +168,33 @@ def recompression_errors(totals: Totals) -> dict[str, Any]:
     return {"all": overall, "worst": {"module": worst, "error": layers[worst]}, "layers": layers}
 
 
-def summarise(members: Sequence[Member], weights: Sequence[float], gram: Array,
-              ranks: dict[str, int]) -> dict[str, Any]:  # fmt: skip
-    """The statistics of a soup of adapters. gram: (n, n); ranks: module → rank in the soup."""
+def summarise(
+    members: Sequence[Member], weights: Sequence[float], gram: Array, ranks: Sequence[Mapping[str, int]]
+) -> dict[str, Any]:
+    """Ranks, norms, distances and cosines of the members' deltas, with all parameters as one vector.
+
+    gram: ⟨delta_i, delta_j⟩, (n, n). ranks: for each member, module → rank.
+    """
+    norms = [math.sqrt(max(gram[i, i], 0.0)) for i in range(len(members))]
     listed = [
         {
-            "ranks": sorted(set(member.ranks.values())),
-            "modules": len(member.ranks),
+            "name": member.name,
+            "weight": float(weight),
+            "ranks": sorted(set(own.values())),
+            "modules": len(own),
             "rslora": member.config["use_rslora"],
+            "norm": norm,
         }
-        for member in members
-    ]
-    found = delta_statistics([member.name for member in members], weights, gram, listed)
-    averaged = sorted({name for member in members for name in member.direct})
-    return found | {"modules": len(ranks), "ranks": sorted(set(ranks.values())), "averaged": averaged}
-
-
-def delta_statistics(
-    names: Sequence[str], weights: Sequence[float], gram: Array, members: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Norms, distances and cosines of the members' deltas, with all parameters as one vector.
-
-    gram: ⟨delta_i, delta_j⟩, (n, n). members: further entries for each member.
-    """
-    norms = [math.sqrt(max(gram[i, i], 0.0)) for i in range(len(names))]
-    listed = [
-        {"name": name, "weight": float(weight), **more, "norm": norm}
-        for name, weight, more, norm in zip(names, weights, members, norms, strict=True)
+        for member, weight, own, norm in zip(members, weights, ranks, norms, strict=True)
     ]
     pairs = [
         {
-            "a": names[i],
-            "b": names[j],
+            "a": members[i].name,
+            "b": members[j].name,
             "distance": math.sqrt(max(gram[i, i] + gram[j, j] - 2 * gram[i, j], 0.0)),
             "cosine": float(gram[i, j]) / (norms[i] * norms[j]) if norms[i] * norms[j] else None,
         }
-        for i, j in combinations(range(len(names)), 2)
+        for i, j in combinations(range(len(members)), 2)
     ]
     norm = math.sqrt(max(float(np.array(weights) @ gram @ np.array(weights)), 0.0))
     return {"weights": [float(weight) for weight in weights], "members": listed, "pairs": pairs, "norm": norm}

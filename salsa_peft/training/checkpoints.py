@@ -1,8 +1,7 @@
 """Checkpoint folders that are complete or absent: write, verify, find, rotate.
 
-A checkpoint is written under another name, listed in a manifest with the SHA-256 of each file, and renamed. A folder
-whose files differ from its manifest is no checkpoint. A process killed while saving leaves the previous one. Imports no
-torch.
+A checkpoint is written under another name, listed in a manifest with the SHA-256 of each file, and renamed, so that a
+process killed while saving leaves the previous one. Imports no torch.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def _remove(folder: Path, aside: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a folder is not a complete checkpoint, or None if it is one."""
+    """Why a folder is not a complete checkpoint, or None if all files are those of its manifest."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):

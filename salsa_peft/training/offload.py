@@ -66,7 +66,9 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def place_models(references: Sequence[FrozenReference], reward: Reward, args: SalsaPPOConfig) -> list[DeviceContext]:
+def place_frozen_models(
+    references: Sequence[FrozenReference], reward: Reward, args: SalsaPPOConfig
+) -> list[DeviceContext]:
     """Place the models of references and rewards as `offload` says → a DeviceContext for each reference.
 
     Raises SalsaError for `offload: frozen` if there is no such model.

@@ -123,16 +123,15 @@ def run(job: Job) -> dict[str, Any]:
         "left_out": trainer.left_out,
         "skipped_minibatches": trainer.ppo.skipped,
     }
-    for limit in (trainer.micro_batch, trainer.rollout_maker.micro_batch):
+    for limit in (trainer.micro_batch_limit, trainer.rollout_maker.micro_batch_limit):
         if limit.rows < limit.configured:  # halved after an out-of-memory error
             facts[limit.option] = limit.rows
     if not trainer.is_world_process_zero():
         return facts
     context.write_fingerprint(job.folder)
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
-    if "merged" in recipe.export and recipe.adapter is not None:
-        del trainer, model, reward
-        save_merged(context, job)
+    del trainer, model, reward
+    export_merged(context, job)
     return facts
 
 
@@ -158,11 +157,12 @@ def evaluation_prompts(job: Job) -> list[dict[str, Any]] | None:
     return datasets.prompts(source, columns=job.recipe.reward.reads_columns)[: section.eval_limit]
 
 
-def save_merged(context: StageContext, job: Job) -> None:
-    """Save the policy merged into its base as a plain Transformers checkpoint, in the folder `merged`.
+def export_merged(context: StageContext, job: Job) -> None:
+    """With `export: merged`, save the policy merged into its base as a Transformers checkpoint, in `merged`.
 
-    The dtype is that of the base's files; a quantised base is dequantised first.
+    The dtype is that of the base's files; a quantised base is dequantised first. Full weights are merged already.
     """
-    folder, quantisation = job.folder / "merged", job.recipe.model.quantization
-    soup(folder, [job.folder], merge=True, base=context.folder, quantized_base=quantisation)
-    context.tokenizer.save_pretrained(folder)
+    folder, recipe = job.folder / "merged", job.recipe
+    if "merged" in recipe.export and recipe.adapter is not None:
+        soup(folder, [job.folder], merge=True, base=context.folder, quantized_base=recipe.model.quantization)
+        context.tokenizer.save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Reference models of the KL term: adapters on the shared base, the base itself, or frozen models.
 
-Every reference is the base plus a weighted sum of the seeds' deltas: one seed with weight 1, the soup with weights of
-sum 1, `shrunk` one seed with a smaller weight, `base` none. K references that are adapters need no copy of the base;
-with full weights each is a frozen model that is read from checkpoints.
+A recipe's reference is `base`, a `path`, or the base plus a weighted sum of the seeds' deltas: a seed, the soup, or
+`shrunk`, one seed with a weight below 1. Adapters share one copy of the base; references with full weights are models
+of their own. training/ppo/rollout.py computes the references' log-probs and the KL to them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ from salsa_peft.soup.live import LiveCheckpoints
 from salsa_peft.soup.lora.stacked_adapter import StackedAdapter
 from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.hub import HUB_ID, readable_hub_errors
-
-EXPECTED = (
-    "Pass 'base', an adapter's name, the folder or Hub id of an adapter or checkpoint, or a PreTrainedModel. Instead of"
-    " a PeftModel pass its adapter's folder, or merge_and_unload()"
-)
 
 
 class FrozenReference(NamedTuple):
@@ -124,9 +119,14 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
     if isinstance(reference, PreTrainedModel):
         return freeze(model, reference, reference.name_or_path or new_name)
     if not isinstance(reference, str | Path):
-        raise SalsaError(f"references: {type(reference).__name__} objects cannot be references. {EXPECTED}")
-    name = str(reference)
-    folder = Path(name)
+        raise SalsaError(
+            f"references: {type(reference).__name__} objects cannot be references. Pass 'base', an adapter's name, the"
+            " folder or Hub id of an adapter or checkpoint, or a PreTrainedModel. Instead of a PeftModel pass its"
+            " adapter's folder, or merge_and_unload()"
+        )
+    name, folder = str(reference), Path(str(reference))
+    is_adapter = (folder / lora.CONFIG).is_file()
+    is_checkpoint = (folder / "config.json").is_file() and not is_adapter
     if isinstance(model, PeftModel) and name == "base":
         require(
             name not in model.peft_config,
@@ -134,7 +134,7 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
             " references.FrozenReference('base', 'base') for the adapter, or FrozenReference('base', None)",
         )
         return FrozenReference("base", None)
-    if isinstance(model, PeftModel) and (name in model.peft_config or not _is_checkpoint(folder)):
+    if isinstance(model, PeftModel) and (name in model.peft_config or not is_checkpoint):
         if name not in model.peft_config:
             name = lora.unused_name(model, new_name)
             attached = lora.adapter_folder(str(reference))
@@ -144,7 +144,7 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
         lora.set_trainable(model, name, False)
         return FrozenReference(str(reference), name)
     require(
-        not (folder / lora.CONFIG).is_file(),
+        not is_adapter,
         f"references: {name} is an adapter, and the policy has full weights. Merge the adapter into its base with"
         f" `salsa soup OUT {name} --merge`, and pass OUT",
     )
@@ -158,10 +158,6 @@ def _as_reference(model: Any, reference: Any, new_name: str) -> FrozenReference:
             name, dtype=model.dtype, use_safetensors=True, trust_remote_code=False
         )
     return freeze(model, loaded.to(model.device), name)
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / lora.CONFIG).is_file()
 
 
 def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, label: str) -> FrozenReference:

@@ -72,7 +72,7 @@ def train_soup(job: Job, seeds: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         trainer.model = PeftModel.from_pretrained(base, job.folder).to(device)
     else:
         load_weights(trainer.model, job.folder)
-    return trainer, {**members[-1], "seed": None, **held_out(trainer), "members": members}
+    return trainer, {**members[-1], "seed": None, **margin_metrics(held_out_margins(trainer)), "members": members}
 
 
 def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -114,7 +114,7 @@ def train(job: Job, seed: int, folder: Path) -> tuple[Any, dict[str, Any]]:
     loss = mean_loss(trainer, trainer.train().training_loss)
     context.save(trainer, folder)
     return trainer, {
-        **held_out(trainer),
+        **margin_metrics(held_out_margins(trainer)),
         "loss": loss,
         "pairs": {"train": fitting - kept_out, "held_out": kept_out},
         "left_out": len(rows) - fitting,
@@ -165,9 +165,8 @@ def copy_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, get_peft_model_state_dict(model) | lora.read(folder)[1])
 
 
-def held_out(trainer: Any) -> dict[str, Any]:
-    """Accuracy and mean margin on the held-out pairs, with intervals."""
-    margins = held_out_margins(trainer)
+def margin_metrics(margins: Sequence[float]) -> dict[str, Any]:
+    """Accuracy and mean of held-out pairs' margins R(chosen) − R(rejected), with 95% intervals."""
     return {"accuracy": {"held_out": accuracy(margins)}, "margin": {"held_out": asdict(mean_interval(margins))}}
 
 

@@ -37,7 +37,7 @@ from salsa_peft.models.stage_context import (
 from salsa_peft.models.tokenizers import compare_tokenizer
 from salsa_peft.models.weights import check_finite, read_tensors
 from salsa_peft.soup.checkpoints.read import read_checkpoint
-from salsa_peft.training import taken_results
+from salsa_peft.training import external_models
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.files import write_atomic
@@ -185,9 +185,11 @@ def import_seed(job: Job, path: str) -> dict[str, Any]:
 
 def copy_adapter(context: StageContext, folder: Path, out: Path) -> str | None:
     """Copy an adapter that fits the base, and name this run's base in it → the base that it named."""
-    recipe, role = context.recipe, taken_results.SEED
-    taken_results.check_adapter("sft.from", folder, role, taken_results.base_of(recipe), checks.needs_logprobs(recipe))
-    taken_results.check_family(recipe, folder, "sft.from")
+    recipe, role = context.recipe, external_models.SEED
+    external_models.check_adapter(
+        "sft.from", folder, role, external_models.base_of(recipe), checks.needs_logprobs(recipe)
+    )
+    external_models.check_family(recipe, folder, "sft.from")
     config, tensors = lora.read(folder)
     factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     # weights that were saved beside the factors are compared with the base's values
@@ -202,7 +204,7 @@ def copy_adapter(context: StageContext, folder: Path, out: Path) -> str | None:
 
 def copy_checkpoint(context: StageContext, folder: Path, out: Path) -> str | None:
     """Copy a checkpoint's weights and configuration → the model that its configuration names."""
-    taken_results.check_checkpoint("sft.from", folder, taken_results.base_of(context.recipe))
+    external_models.check_checkpoint("sft.from", folder, external_models.base_of(context.recipe))
     checkpoint = read_checkpoint(folder)
     for name in checkpoint.files:
         check_finite(read_tensors(folder / name), str(folder / name))

@@ -13,7 +13,7 @@ MKL).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +159,9 @@ class SyncReferences(TrainerCallback):
 
 def head_options(trainer: Any) -> dict[str, Any]:
     """Options of the trainer's log-probs: trainers that sample divide logits by the temperature."""
-    options: dict[str, Any] = {}
-    if not isinstance(trainer, DPOTrainer | KTOTrainer):
-        options["temperature"] = trainer.temperature
-    if isinstance(trainer, GRPOTrainer):
-        args: Any = trainer.args
-        options["cast_lm_head_to_fp32"] = args.cast_lm_head_to_fp32
-    return options
+    options = {} if isinstance(trainer, DPOTrainer | KTOTrainer) else {"temperature": trainer.temperature}
+    is_grpo = isinstance(trainer, GRPOTrainer)
+    return options | ({"cast_lm_head_to_fp32": trainer.args.cast_lm_head_to_fp32} if is_grpo else {})
 
 
 class MeanReference(nn.Module):
@@ -173,22 +169,15 @@ class MeanReference(nn.Module):
 
     def __init__(self, policy: nn.Module, references: Sequence[FrozenReference]) -> None:
         super().__init__()
-        self.parts: tuple[Callable[..., Any], ...] = tuple(self._part(policy, one) for one in references)
-
-    @staticmethod
-    def _part(policy: nn.Module, reference: FrozenReference) -> Callable[..., Any]:
-        if reference.model is not None:
-            return reference.model.__call__
-
-        def under_adapter(**inputs: Any) -> Any:
-            with lora.active(policy, reference.adapter):
-                return policy(**inputs)
-
-        return under_adapter
+        # in a tuple, in which torch does not register them as submodules
+        self.parts = tuple((policy if one.model is None else one.model, one.adapter) for one in references)
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
         """Output of the fused language model, with the mean `log_probs`, (B, P + T − 1)."""
-        outputs = [part(**inputs) for part in self.parts]
+        outputs = []
+        for model, adapter in self.parts:
+            with lora.active(model, adapter):
+                outputs.append(model(**inputs))
         outputs[0].log_probs = torch.stack([output.log_probs for output in outputs]).mean(0)
         return outputs[0]

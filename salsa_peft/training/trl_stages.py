@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +30,10 @@ from salsa_peft.models.stage_context import (
     report_left_out,
     seed_folders,
 )
-from salsa_peft.training.ppo_stage import build_policy, save_merged
-from salsa_peft.training.reward_model import SPLIT_SEED, accuracy
+from salsa_peft.training.ppo_stage import build_policy, export_merged
+from salsa_peft.training.reward_model import SPLIT_SEED, margin_metrics
 from salsa_peft.training.trl_reference import use_reference
 from salsa_peft.utils.files import write_atomic
-from salsa_peft.utils.statistics import mean_interval
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
 
     With `export: merged` an adapter is saved merged into its base too.
     """
-    recipe, algorithm = job.recipe, job.unit.stage
+    algorithm = job.unit.stage
     # 1. the policy starts at seed-0; references are frozen
     context = StageContext.of_job(job)
     model, references = build_policy(context, job, "default")  # the one name that TRL knows
@@ -69,14 +67,13 @@ def run(job: Job) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         **facts,
         "loss": loss,
-        **last_figures(trainer),
+        **last_metrics(trainer),
         **({} if held_out is None else margins(trainer, held_out)),
     }
     context.save(trainer, job.folder)
     write_atomic(job.folder / "policy.json", json.dumps(facts, indent=2))
-    if "merged" in recipe.export and recipe.adapter is not None:
-        del trainer, model
-        save_merged(context, job)
+    del trainer, model
+    export_merged(context, job)
     return facts
 
 
@@ -160,25 +157,15 @@ def kto(context: StageContext, job: Job, model: Any, references: list[FrozenRefe
     return trainer, None, facts
 
 
-def rloo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """RLOO with the recipe's reward."""
-    from trl import RLOOConfig, RLOOTrainer
-
-    return sampled(context, job, model, RLOOTrainer, RLOOConfig)
-
-
-def grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
-    """GRPO with the recipe's reward."""
-    from trl import GRPOConfig, GRPOTrainer
-
-    return sampled(context, job, model, GRPOTrainer, GRPOConfig)
-
-
-def sampled(context: StageContext, job: Job, model: Any, trainer: Any, config: Any) -> TrainerSetup:
-    """RLOO or GRPO, which differ only in their loss.
+def rloo_or_grpo(context: StageContext, job: Job, model: Any, references: list[FrozenReference]) -> TrainerSetup:
+    """RLOO or GRPO with the recipe's reward. They differ only in their loss.
 
     Raises SalsaError for rows with options for the chat template, which TRL does not pass on.
     """
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    trainer: Any
+    trainer, config = (RLOOTrainer, RLOOConfig) if job.unit.stage == "rloo" else (GRPOTrainer, GRPOConfig)
     recipe, section = job.recipe, getattr(job.recipe, job.unit.stage)
     source = datasets.training_sources(recipe, job.inputs.get("toy"))["prompts"]
     rows = datasets.prompts(source, columns=recipe.reward.reads_columns, tokenizer=context.tokenizer)
@@ -222,7 +209,7 @@ def as_function(reward: Reward, context: StageContext, ends: tuple[int, ...]) ->
     return score
 
 
-def last_figures(trainer: Any) -> dict[str, float]:
+def last_metrics(trainer: Any) -> dict[str, float]:
     """The last logged metrics of the distance from the reference and of the reward."""
     wanted = ("kl", "reward", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     rows = [row for row in trainer.state.log_history if set(wanted) & set(row)]
@@ -231,21 +218,18 @@ def last_figures(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def margins(trainer: Any, held_out: Dataset) -> dict[str, Any]:
-    """Accuracy and mean margin on the held-out pairs, with 95% intervals.
-
-    By DPO's implicit reward β log π/π_ref: how often, and by how much, the chosen response has more of it.
-    """
+    """`margin_metrics` of DPO's implicit reward β log π/π_ref on the held-out pairs."""
     model = trainer.model.eval()
     for batch in trainer.get_eval_dataloader():  # a pair each
         trainer.compute_loss(model, trainer._prepare_inputs(batch))
     found = trainer._metrics["eval"].pop("rewards/margins")
     assert len(found) == len(held_out)
-    return {"accuracy": {"held_out": accuracy(found)}, "margin": {"held_out": asdict(mean_interval(found))}}
+    return margin_metrics(found)
 
 
 TRAINERS: dict[str, Callable[[StageContext, Job, Any, list[FrozenReference]], TrainerSetup]] = {
     "dpo": dpo,
     "kto": kto,
-    "rloo": rloo,
-    "grpo": grpo,
+    "rloo": rloo_or_grpo,
+    "grpo": rloo_or_grpo,
 }

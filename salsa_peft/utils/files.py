@@ -19,8 +19,7 @@ from salsa_peft.utils.errors import SalsaError, require
 
 WRITE_FAILED = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "Disk quota exceeded",
                 "PytorchStreamWriter failed", "unexpected pos ")  # fmt: skip
-"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write.
-"""
+"""Parts of the messages with which safetensors (Rust) and torch (C++) report a failed write."""
 
 
 def require_disk_space(folder: Path, size: float, what: str) -> None:
@@ -52,17 +51,13 @@ def disk_full_message(error: BaseException, folder: Path) -> str | None:
     folder = Path(os.path.abspath(os.fsdecode(named))).parent if isinstance(named, str | bytes) else folder
     free = shutil.disk_usage(existing_parent(folder)).free
     return (
-        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a"
-        " limit on file sizes can also be"
-        " the reason). Earlier files are complete; free some space and run the same command again"
+        f"{folder}: a file could not be written because the disk is full ({size_text(free)} free; a quota or a limit on"
+        " file sizes can also be the reason). Earlier files are complete; free some space and run the same command again"
     )
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """By the error number, or by the message of torch, safetensors or tokenizers.
-
-    Full shared memory is another problem.
-    """
+    """Whether the error's number or a library's message says so. Full shared memory is another problem."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "/dev/shm" not in str(error.filename)
     written = isinstance(error, RuntimeError) or type(error) is Exception or type(error).__name__ == "SafetensorError"
@@ -80,6 +75,11 @@ def size_text(size: float) -> str:
     return f"{size / unit:.1f} {name}"
 
 
+def _require_no_folder(path: Path) -> None:
+    message = "this is a folder, but a file of this name is to be written; move the folder away"
+    require(not path.is_dir(), f"{path}: {message}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, which is renamed to `path` when the block ends without an error.
@@ -89,9 +89,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     unchanged. Raises SalsaError if `path` is a folder.
     """
     path = Path(path)
-    require(
-        not path.is_dir(), f"{path}: this is a folder, but a file of this name is to be written; move the folder away"
-    )
+    _require_no_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -161,7 +159,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
-    require(not lock.is_dir(), f"{lock}: this is a folder, but the lock is a file of this name; move the folder away")
+    _require_no_folder(lock)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

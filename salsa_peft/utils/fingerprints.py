@@ -26,8 +26,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "em
 """Endings of the names of input embeddings."""
 NO_PARAMETER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.(attn|attention)\.masked_bias$")
 MASK = re.compile(r"\.(attn|attention)\.bias$")
-"""Buffers that earlier versions of Transformers saved; a causal mask (MASK) has four dimensions.
-"""
+"""Buffers that earlier versions of Transformers saved; a causal mask (MASK) has four dimensions."""
 PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "opt": "model."}
 """model_type → the base model's prefix, for architectures whose files on the Hub may lack it."""
 
@@ -40,11 +39,9 @@ def read_fingerprint(folder: Path) -> str | None:
     path = folder / FINGERPRINT
     if not path.exists():
         return None
-    content = read_json(path)
+    content, form = read_json(path), '{"base": SHA-256 of the base}'
     base = content.get("base") if isinstance(content, dict) else None
-    require(
-        isinstance(base, str), f'{path}: expected {{"base": SHA-256 of the base}}; save the adapter or checkpoint again'
-    )
+    require(isinstance(base, str), f"{path}: expected {form}; save the adapter or checkpoint again")
     return str(base)
 
 
@@ -72,10 +69,8 @@ def fingerprint(path: str | Path) -> str:
     try:
         return _fingerprint(path)
     except OSError as error:
-        where = error.filename or path
-        raise SalsaError(
-            f"{where}: cannot be read ({error.strerror}); check its permissions, or copy it again"
-        ) from error
+        line = f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions, or copy it again"
+        raise SalsaError(line) from error
 
 
 def _fingerprint(path: Path) -> str:

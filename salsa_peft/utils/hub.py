@@ -14,12 +14,18 @@ from salsa_peft.utils.safetensors_io import NO_SAFETENSORS
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
 """A repository's id on the Hub: NAME or NAMESPACE/NAME."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-"""The files of a model: weights in safetensors, configuration, tokenizer and chat template.
-"""
+"""The files of a model: weights in safetensors, configuration, tokenizer and chat template."""
 WEB = "https://huggingface.co/"
 UNKNOWN = "the Hub's repository"
 GATED = "{} is gated: accept its licence on that page, then `hf auth login`"
 NOT_FOUND = "{}: not found. Check the name; if the repository is private, log in with `hf auth login`"
+
+NAMED = (
+    r"https?://[^/\s]+/(?!docs/)(?:api/)?(?:(models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)(?:/|\s|$)",
+    r"(Dataset|Couldn't reach) '([\w./-]+)'",
+    r"()['`\"]([\w.-]+/[\w.-]+)['`\"]",
+)
+"""Kind and name of a repository in a message, the most certain pattern first."""
 
 
 def local_folder(name: str | Path, *, patterns: Iterable[str] = MODEL_FILES, revision: str | None = None) -> Path:
@@ -75,9 +81,8 @@ def explain_hub_error(error: BaseException, name: str | None = None) -> str | No
         (errors.RevisionNotFoundError, "{}: this repository has no such revision; check `revision`"),
         (errors.RepositoryNotFoundError, NOT_FOUND),
     ):
-        for one in chain:
-            if isinstance(one, kind):
-                return words.format(_page(one, text))
+        if found := next((one for one in chain if isinstance(one, kind)), None):
+            return words.format(_page(found, text))
     if code := re.search(r"[Tt]he repository (\S+) (?:contains|references) custom code", text):
         return (
             f"{code[1]}: its model or tokenizer needs code from the repository (auto_map), which is never run; use one"
@@ -114,17 +119,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _page(error: BaseException | None, text: str) -> str:
     """The repository's page, from the attributes of the error, or else from a URL or name in the messages."""
-    name = getattr(error, "repo_id", None) if error is not None else None
-    kind = getattr(error, "repo_type", None) if error is not None else None
+    kind, name = getattr(error, "repo_type", None), getattr(error, "repo_id", None)
     if name is None:
-        match = re.search(
-            r"https?://[^/\s]+/(?!docs/)(?:api/)?(?:(models|datasets)/)?([\w.-]+(?:/[\w.-]+)?)(?:/|\s|$)", text
-        )
-        match = (
-            match
-            or re.search(r"(Dataset|Couldn't reach) '([\w./-]+)'", text)
-            or re.search(r"()['`\"]([\w.-]+/[\w.-]+)['`\"]", text)
-        )
+        match = next(filter(None, (re.search(pattern, text) for pattern in NAMED)), None)
         kind, name = (match[1], match[2]) if match else (None, None)
     prefix = "datasets/" if kind and kind.lower().startswith(("dataset", "couldn't")) else ""
     return f"{WEB}{prefix}{name}" if name else UNKNOWN

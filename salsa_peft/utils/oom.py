@@ -57,9 +57,8 @@ class MicroBatchLimit:
                 self._halve(error, rows)
             from accelerate.utils.memory import clear_device_cache
 
-            clear_device_cache(
-                garbage_collection=True
-            )  # outside `except`: the failed call's frames, which hold tensors, are gone
+            # outside `except`, where the failed call's frames, which hold tensors, are gone
+            clear_device_cache(garbage_collection=True)
 
     def _halve(self, error: RuntimeError, rows: int | None) -> None:
         if not self.single_process or not is_out_of_memory(error):
@@ -68,10 +67,9 @@ class MicroBatchLimit:
         if used == 1:
             raise SalsaError(
                 f"{self.option}: out of memory with one row at a time; shorten model.max_length or"
-                " generation.max_new_tokens, set"
-                f" gradient_checkpointing=true, or use --lora qlora ({' '.join(str(error).split())[:200]})"
+                " generation.max_new_tokens, set gradient_checkpointing=true, or use --lora qlora"
+                f" ({' '.join(str(error).split())[:200]})"
             ) from error
         self.rows = used // 2
-        say(
-            f"{self.option}: out of memory with {used} rows; continuing with {self.rows}, the batch size stays the same"
-        )
+        going_on = f"continuing with {self.rows}, the batch size stays the same"
+        say(f"{self.option}: out of memory with {used} rows; {going_on}")

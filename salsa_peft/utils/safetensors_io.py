@@ -115,10 +115,7 @@ def read_exactly(descriptor: int, buffer: memoryview, begin: int, path: Path) ->
     done = 0
     while done < len(buffer):
         read = os.preadv(descriptor, [buffer[done:]], begin + done)
-        require(
-            read > 0,
-            f"{path}: ends at byte {begin + done}; it became shorter while it was read; {_AGAIN}",
-        )
+        require(read > 0, f"{path}: ends at byte {begin + done}; it became shorter while it was read; {_AGAIN}")
         done += read
 
 
@@ -157,18 +154,17 @@ class Writer:
 
     def __call__(self, content: Buffer) -> None:
         self.at(self.written, content)
-        self.all_before(self.written)
+        self.start_writeback(self.written)
 
     def at(self, place: int, content: Buffer) -> None:
         """Write at byte `place` after the header."""
-        rest, begin = memoryview(content), self.begin + place
-        done = 0
+        rest, begin, done = memoryview(content), self.begin + place, 0
         while done < len(rest):
             done += os.pwrite(self.descriptor, rest[done:], begin + done)
         with self._lock:
             self.written += done
 
-    def all_before(self, place: int) -> None:
+    def start_writeback(self, place: int) -> None:
         """Tell the disk to write the bytes before `place`, so that the fsync at the end is short."""
         if sys.platform == "linux" and place - self._early >= EARLY:
             begin, self._early = self.begin + self._early, place
@@ -183,8 +179,8 @@ def safetensors_writer(path: Path, header: bytes) -> Iterator[Writer]:
 
     Raises SalsaError if more or fewer bytes are written than the header says.
     """
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    expected = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+    expected = max((entry["data_offsets"][1] for entry in entries), default=0)
     start = len(header).to_bytes(8, "little") + header
     with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
         if sys.platform == "linux":

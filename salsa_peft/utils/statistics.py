@@ -8,7 +8,7 @@ are imported, SciPy by the functions that use it: importing scipy.stats takes 0.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -184,9 +184,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     The k-th smallest of m is multiplied by m − k + 1; results never decrease with k and are at most 1. Raises
     ValueError for a number that is not a probability.
     """
-    wrong = [p for p in p_values if not 0 <= p <= 1]
-    if wrong:
-        raise ValueError(f"the p-value {wrong[0]} is not between 0 and 1")
+    for p in p_values:
+        if not 0 <= p <= 1:
+            raise ValueError(f"the p-value {p} is not between 0 and 1")
     corrected, least = [0.0] * len(p_values), 0.0
     for rank, at in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[at]))
@@ -267,8 +267,7 @@ def clustered_win_rates(nets: np.ndarray, clusters: Sequence[Hashable], seed: in
     sums = np.bincount(number, nets).astype(np.int64)
     questions, bounds = sizes.size, bootstrap_interval(sums[None], sizes[None], seed)
     alike = tango_interval(wins * questions / nets.size, losses * questions / nets.size, questions)
-    low, high = (
-        0.5 + bound / 2 for bound in (alike if bounds is None else widen_to_tango(bounds, wins, losses, nets.size))
-    )
-    counts = (plain.wins, plain.losses, plain.ties, plain.win_rate, plain.adjusted_win_rate)
-    return WinRates(*counts, low, high, sign_flip_test(sums)), "bootstrap" if bounds else "tango"
+    widened = alike if bounds is None else widen_to_tango(bounds, wins, losses, nets.size)
+    low, high = (0.5 + bound / 2 for bound in widened)
+    found = replace(plain, low=low, high=high, p_value=sign_flip_test(sums))
+    return found, "bootstrap" if bounds else "tango"

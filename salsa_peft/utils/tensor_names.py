@@ -237,10 +237,8 @@ def read_config(config: Mapping[str, Any], where: str) -> PreTrainedConfig:
     try:
         read: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        why = " ".join(str(error).split())
-        raise SalsaError(
-            f"{where}: Transformers cannot read this configuration: {why:.300}; correct the file"
-        ) from error
+        why = f"Transformers cannot read this configuration: {' '.join(str(error).split()):.300}"
+        raise SalsaError(f"{where}: {why}; correct the file") from error
     return read
 
 
@@ -260,16 +258,11 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING,
     )  # fmt: skip
-    candidates: list[Any] = []
-    for mapping in mappings:
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            candidates += found if isinstance(found, list | tuple) else [found]
+    found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    candidates = [one for entry in found for one in (entry if isinstance(entry, list | tuple) else [entry])]
     if not candidates:
-        raise SalsaError(
-            f"Transformers has no language model for the model_type {config.model_type}; use a"
-            " checkpoint of another architecture"
-        )
+        what = f"Transformers has no language model for the model_type {config.model_type}"
+        raise SalsaError(f"{what}; use a checkpoint of another architecture")
     named = [one for one in candidates if one.__name__ in (config.architectures or ())]
     chosen: type[PreTrainedModel] = (named or candidates)[0]
     return chosen

@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import json
 import lzma
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -41,17 +40,6 @@ def turns(*texts: str, system: str | None = None) -> list[Row]:
 def sharegpt(*texts: str) -> list[Row]:
     """The same with ShareGPT's keys."""
     return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """datasets leaves its Arrow files in the test's folder."""
-    import datasets as hf_datasets
-
-    monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    hf_datasets.disable_progress_bars()
-    yield
-    hf_datasets.enable_progress_bars()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from salsa_peft.data import datasets
 from salsa_peft.data.files import load_rows
 from salsa_peft.data.questions import questions
 from salsa_peft.models.generation import generate, row_seeds
-from salsa_peft.models.responses import pad_prompts
+from salsa_peft.models.responses import pad_tokens
 from salsa_peft.models.stage_context import prompts_that_fit
 from salsa_peft.models.tokenizers import load_tokenizer
 from salsa_peft.recipe.__main__ import main as salsa_run
@@ -696,7 +696,7 @@ class TestSpecialTokens:
         tokens = datasets.prompt_tokens(row, chat_tokenizer)
         assert chat_tokenizer.decode(tokens) == f"<user>{text}<assistant>"
         assert [token for token in tokens if token < 3] == [2, 0, 1, 2]
-        ids, mask = pad_prompts([tokens, tokens[:3]], 0, torch.device("cpu"))
+        ids, mask = pad_tokens([tokens, tokens[:3]], 0, torch.device("cpu"), "left")
         assert mask[0].all() and ids[0].tolist() == tokens and mask[1].sum() == 3
 
     def test_of_a_trained_row(self, trained: Any) -> None:

@@ -309,7 +309,7 @@ def test_a_shard_of_another_dtype(base: Path) -> None:
     save_file({"t1": np.arange(64, dtype=np.float16)}, shard)
     assert fingerprint(base) != before
     shard.write_bytes(raw.replace(b"F32", b"F16"))
-    with pytest.raises(SalsaError, match=r"model-1.safetensors: found other bytes for t1 than its dtype"):
+    with pytest.raises(SalsaError, match=r"model-1.safetensors: damaged: the bytes of t1 do not fit its dtype"):
         fingerprint(base)
 
 
@@ -320,7 +320,7 @@ def test_a_base_in_a_recipe_is_refused_in_one_line(base: Path, go: Any) -> None:
     assert (
         (code, made) == (2, [])
         and err.count("\n") == 0
-        and "model-1.safetensors: found" in err
+        and "model-1.safetensors: truncated or damaged: " in err
         and not Path("runs").exists()
     )
 

@@ -30,7 +30,7 @@ from salsa_peft.models.weights import save_checkpoint
 from salsa_peft.recipe import worker
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import checkpoints
-from salsa_peft.training.ppo.saving import stored_size
+from salsa_peft.training.ppo.state import stored_size
 from salsa_peft.utils import files as disk
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.files import write_atomic
@@ -230,7 +230,7 @@ class TestFiles:
         save_checkpoint(base, tmp_path / "policy", tokenizer)
         model = make_adapter(make_base(), "seed-0", 1)
         free(monkeypatch, sum(parameter.nbytes for parameter in adapters.parameters(model, "seed-0")) - 1)
-        with pytest.raises(SalsaError, match=r"seed: needs .* are free on the disk of"):
+        with pytest.raises(SalsaError, match=r"seed: needs .*, but only .* are free on"):
             adapters.save(model, "seed-0", tmp_path / "seed", None)
         assert not (tmp_path / "seed").exists()
 

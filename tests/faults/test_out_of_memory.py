@@ -89,7 +89,9 @@ class TestEngine:
         trainer = make("small")
         refused = small_card(trainer, 3, torch.is_grad_enabled)
         same(whole, trained(trainer))
-        assert refused == [8, 4] and trainer.micro_batch.rows == 2 and trainer.args.per_device_train_batch_size == 8
+        assert (
+            refused == [8, 4] and trainer.micro_batch_limit.rows == 2 and trainer.args.per_device_train_batch_size == 8
+        )
         said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
         assert said == [
             f"micro_batch_size: out of memory with {rows} rows; continuing with {rows // 2}, the batch size stays the same"
@@ -111,14 +113,16 @@ class TestEngine:
 
         trainer.training_step = second_micro_step_is_larger
         same(whole, trained(trainer))
-        assert trainer.micro_batch.rows == 2
+        assert trainer.micro_batch_limit.rows == 2
 
     def test_a_rollout_too_large_is_halved(self, make: Any, whole: Any, capsys: Any) -> None:
         """Each row has random numbers of its own, so the responses are the same."""
         trainer = make("small")
         refused = small_card(trainer, 4, lambda: not torch.is_grad_enabled())
         same(whole, trained(trainer))
-        assert refused == [8] and trainer.rollout_maker.micro_batch.rows == 4 and trainer.micro_batch.rows == 8
+        assert (
+            refused == [8] and trainer.rollout_maker.micro_batch_limit.rows == 4 and trainer.micro_batch_limit.rows == 8
+        )
         assert "rollout_batch_size: out of memory with 8 rows; continuing with 4" in capsys.readouterr().err
 
     def test_a_reward_adapter_scores_the_rest_in_halves(
@@ -169,7 +173,7 @@ class TestEngine:
         first = make("small", **saving, save_total_limit=None)
         small_card(first, 4, torch.is_grad_enabled)
         first.train()
-        assert first.micro_batch.rows == 4
+        assert first.micro_batch_limit.rows == 4
         for step in (6, 8):
             shutil.rmtree(tmp_path / "small" / f"checkpoint-{step}")
         again = make("small", **saving, micro_batch_size=2)

@@ -145,7 +145,7 @@ def test_small_steps_arrive_in_bf16(learning_rate: float, device: torch.device, 
             arguments = precision.arguments(chosen) | {"bf16": False}
             args = TrainingArguments(str(tmp_path), learning_rate=learning_rate, report_to="none", **arguments)
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-            weight = torch.nn.Parameter(start.to(precision.weights_dtype(chosen)).clone())
+            weight = torch.nn.Parameter(start.to(precision.PRECISIONS[chosen].weights).clone())
             before = weight.detach().float().clone()
             optimizer = kind([{"params": [weight], "weight_decay": 0.0}], **options)
             for _ in range(500):

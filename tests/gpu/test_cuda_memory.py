@@ -95,7 +95,7 @@ def test_a_card_that_runs_out_halves_the_micro_batch(
     finally:
         if card.counts:
             torch.cuda.set_per_process_memory_fraction(1.0)
-    assert not card.counts or small.micro_batch.rows < small.micro_batch.configured == 8
+    assert not card.counts or small.micro_batch_limit.rows < small.micro_batch_limit.configured == 8
     for name, parameter in small.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.detach().cpu(), weights[name], rtol=1e-3, atol=1e-4, msg=name)

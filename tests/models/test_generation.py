@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,23 +19,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data import toy
-from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models import generation
 from salsa_peft.models.generation import Recording, generate, generate_batches, row_seeds, sample_token, uniform_numbers
 from salsa_peft.models.responses import Responses
 
 PAD, BOS, EOS = 0, 1, 2
 BELOW_ONE = 1 - 2**-53
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
-    tokenizer = toy.make_tokenizer()
-    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
 
 def drawn(probabilities: list[float], uniforms: list[float]) -> list[int]:
@@ -225,7 +213,7 @@ class TestRecording:
     ) -> None:
         """Log-prob, entropy and value of every token from its own sequence, without batch or padding; 0 outside the mask."""
         model, head = make_base(), nn.Linear(32, 1)
-        recording = Recording.of(head)
+        recording = Recording(head)
         sampling = Sampling(max_new_tokens=8, temperature=temperature, min_new_tokens=minimum)
         found = generate(
             model, prompts, sampling, with_pad(tokenizer, pad_is_eos), row_seeds(range(12), 0), recording=recording
@@ -248,7 +236,7 @@ class TestRecording:
 
     def test_it_changes_no_token(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         model, sampling, seeds = make_base(), Sampling(max_new_tokens=8), row_seeds(range(12), 0)
-        recorded = generate(model, prompts, sampling, tokenizer, seeds, recording=Recording.of(nn.Linear(32, 1)))
+        recorded = generate(model, prompts, sampling, tokenizer, seeds, recording=Recording(nn.Linear(32, 1)))
         assert tokens_of(recorded) == tokens_of(generate(model, prompts, sampling, tokenizer, seeds))
 
 
@@ -276,7 +264,7 @@ class TestWhatIsLeft:
         random_state = torch.random.get_rng_state()
 
         def run() -> Responses:
-            recording = Recording.of(head)
+            recording = Recording(head)
             return generate(
                 model,
                 prompts,
@@ -313,9 +301,13 @@ class TestWhatIsLeft:
 
     def test_no_graph_is_kept(self, make_base: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
         """Though the model's weights and the value head train."""
-        model, recording = make_base().requires_grad_(), Recording.of(nn.Linear(32, 1))
+        model, recording = make_base().requires_grad_(), Recording(nn.Linear(32, 1))
         generate(model, prompts, Sampling(max_new_tokens=3), tokenizer, row_seeds(range(12), 0), recording=recording)
-        assert not any(tensor.requires_grad for steps in recording[1:] for tensor in steps)
+        assert not any(
+            tensor.requires_grad
+            for steps in (recording.logprobs, recording.entropy, recording.values)
+            for tensor in steps
+        )
 
 
 def walks(

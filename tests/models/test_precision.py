@@ -38,7 +38,7 @@ def moved(name: str, learning_rate: float, folder: Path, *, weights: torch.dtype
     random = torch.Generator().manual_seed(0)
     start = 0.02 * torch.randn(20_480, generator=random)
     sign = torch.randint(0, 2, start.shape, generator=random) * 2.0 - 1
-    weight = torch.nn.Parameter(start.to(weights or precision.weights_dtype(name)))
+    weight = torch.nn.Parameter(start.to(weights or precision.PRECISIONS[name].weights))
     before = weight.detach().float().clone()
     taking = optimizer([{"params": [weight], "weight_decay": 0.0}], **options)  # as Trainer groups them
     for _ in range(500):
@@ -68,7 +68,7 @@ def make_full(make_base: Any, tokenizer: Any, tmp_path: Path) -> Any:
         name: str, chosen: str = "stochastic", dtype: torch.dtype | None = None, **options: Any
     ) -> SalsaPPOTrainer:
         wide = {"hidden_size": 64, "intermediate_size": 96}  # some layers' moments are in 8 bits then
-        dtype = dtype or precision.weights_dtype(chosen)
+        dtype = dtype or precision.PRECISIONS[chosen].weights
         settings: dict[str, Any] = {
             "batch_size": 8, "num_mini_batches": 2, "micro_batch_size": 2, "num_ppo_epochs": 1, "num_train_epochs": 2, "kl_coef": 0.1,
             "max_new_tokens": 7, "learning_rate": 1e-3, "report_to": "none", "use_cpu": True, "disable_tqdm": True,

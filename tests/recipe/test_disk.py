@@ -38,7 +38,7 @@ export: [merged]
 """
 
 
-def plan(job: Recipe, folder: Path) -> dict[str, runs.Step]:
+def plan(job: Recipe, folder: Path) -> dict[str, runs.PlannedUnit]:
     """All of a recipe's units, in an empty folder."""
     return runs.plan([unit for stage in recipe.STAGES.values() for unit in stage.units(job, stage.run)], folder)
 
@@ -66,25 +66,25 @@ def test_full_weights_by_hand(tmp_path: Path) -> None:
         master is not None and master.peak == found.final - model + 3 * 12 * size.parameters
     )  # float32, two float32 states
     one = paper("llama2_full", None, "ppo.max_steps=400")[0]
-    assert disk.written(one, "ppo", size, CARD) == (
+    assert disk.unit_bytes(one, "ppo", size, CARD) == (
         model,
         checkpoint + model,
     )  # its one checkpoint, and the policy beside it
     several = paper("llama2_full", None, "reward.seeds=[0, 1]")[0]
-    assert disk.written(several, "reward", size, CARD)[0] == 3 * reward  # two, and their soup
+    assert disk.unit_bytes(several, "reward", size, CARD)[0] == 3 * reward  # two, and their soup
 
 
 def test_adapters_by_hand() -> None:
     """Float32 factors; a soup of the sum of ranks; a value adapter, and a merged policy in the base's dtype."""
     job, size = paper("llama2_full", "lora")
     rank16 = size.adapter(16, "all-linear")
-    assert disk.written(job, "sft", size, None)[0] == 4 * rank16
-    assert disk.written(job, "soup", size, None)[0] == 8 * rank16
-    assert disk.written(job, "ppo", size, None) == (4 * rank16, 3 * 12 * rank16)
-    assert disk.written(paper("llama2_full", "lora", "soup.rank=8")[0], "soup", size, None)[0] == 2 * rank16
+    assert disk.unit_bytes(job, "sft", size, None)[0] == 4 * rank16
+    assert disk.unit_bytes(job, "soup", size, None)[0] == 8 * rank16
+    assert disk.unit_bytes(job, "ppo", size, None) == (4 * rank16, 3 * 12 * rank16)
+    assert disk.unit_bytes(paper("llama2_full", "lora", "soup.rank=8")[0], "soup", size, None)[0] == 2 * rank16
     both = paper("llama2_full", "lora", "ppo.value=adapter", "export=[merged]", "ppo.optim=paged_adamw_8bit")[0]
     kept = 8 * rank16 + 2 * size.parameters
-    assert disk.written(both, "ppo", size, None) == (kept, 2 * (4 + 2 + 8 / 256) * 2 * rank16 + kept)
+    assert disk.unit_bytes(both, "ppo", size, None) == (kept, 2 * (4 + 2 + 8 / 256) * 2 * rank16 + kept)
 
 
 def test_what_is_there_writes_nothing_more(tmp_path: Path) -> None:
@@ -99,7 +99,8 @@ def test_what_is_there_writes_nothing_more(tmp_path: Path) -> None:
     begun = disk.need(job, steps, ["sft/seed-0"], CARD)
     assert begun is not None and begun.final == model - 1000
     cached = {
-        name: runs.Step(unit=step.unit, key=step.key, folder=step.folder, why=None) for name, step in steps.items()
+        name: runs.PlannedUnit(unit=step.unit, key=step.key, folder=step.folder, why=None)
+        for name, step in steps.items()
     }
     nothing = disk.need(job, cached, list(cached), CARD)
     assert nothing is not None and nothing.final == nothing.peak == 0

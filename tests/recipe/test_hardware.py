@@ -91,7 +91,7 @@ def test_what_is_there_already_needs_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(hardware, "gpus", list)
     job, _ = paper("llama2_full", "lora")
     steps = {
-        stage: runs.Step(unit=Unit(stage=stage, name=stage, run=""), key="", folder=tmp_path, why=why)
+        stage: runs.PlannedUnit(unit=Unit(stage=stage, name=stage, run=""), key="", folder=tmp_path, why=why)
         for stage, why in (("sft", None), ("ppo", "new"), ("report", "new"))
     }
     assert recipe.check_machine(job, steps, {"sft", "report"}) == []

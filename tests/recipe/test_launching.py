@@ -170,7 +170,7 @@ def test_memory_is_of_the_machine_and_of_a_gpu(tmp_path: Path) -> None:
         (["reward.batch_size=24", "reward.micro_batch_size=8"],
          r"reward.batch_size: 24 is not a multiple of micro_batch_size 8 × num_processes 2; set reward.batch_size=32 or another"),
         (["ppo.batch_size=6", "ppo.num_mini_batches=2"], r"ppo.batch_size: 6 is not a multiple of num_mini_batches 2 × 2 processes; set ppo.batch_size=8"),
-        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: 8 does not divide 4, the responses of a minibatch"),
+        (["ppo.batch_size=8", "ppo.micro_batch_size=8"], r"ppo.micro_batch_size: 8 does not divide the minibatch of 8 / 1 / 2 processes = 4 responses"),
         (["ppo.batch_size=12", "ppo.rollout_batch_size=4"], r"ppo.rollout_batch_size: 4 does not divide 6, the responses of a rollout batch"),
         (["accelerate=fsdp2", "model.quantization=nf4"], r"model.quantization: nf4 does not work with accelerate fsdp2, .* set model.quantization=null or accelerate=ddp"),
         (["accelerate=zero3", "precision=stochastic"], r"precision: stochastic does not work with accelerate zero3, .* set precision=master or"),

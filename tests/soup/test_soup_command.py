@@ -82,7 +82,7 @@ WRONG = {
     "OUT a0 a1 --steps 1.5": "--steps: 1.5 is not a whole number of at least 1",
     "OUT a0 a1 --step-size ten": "--step-size: invalid float value: 'ten'",
     "OUT a0 a1 --strategy mean": "--strategy: invalid choice: 'mean' (choose from ",
-    "notes a0 a1": "notes holds a.txt, b.txt, c.txt and 1 more, but no soup; name a new or empty folder",
+    "notes a0 a1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
     "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
     "notes a0 a1 --merge --base base": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
     "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
@@ -101,7 +101,7 @@ WRONG = {
     "name it with --base",
     "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; name it with --base; as a Hub id",
     "OUT a0 a1 --merge --base nowhere": "no such folder: nowhere; as a Hub id: https://huggingface.co/nowhere: not in",
-    "a0 a0 a1": "a0 is a member",
+    "a0 a0 a1": "a0: this folder is a member of the soup",
     "OUT dora a1": "a DoRA delta is not linear",
 }
 
@@ -163,9 +163,10 @@ def test_greedy_says_each_warning_once(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # as in a new process
     words = ["--strategy", "greedy", "--measure", "of_mine:size", "--base", "base"]
-    done = shell(tmp_path, "out", "x", "y", *words)
+    capfd.readouterr()
+    assert main(["out", "x", "y", *words]) == 0
     bar = re.compile(r"soup:? +\d.*")
-    lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
+    lines = [line for line in capfd.readouterr().err.splitlines() if not bar.match(line)]
     said = "warning: {} has no fingerprint.json, so its base cannot be compared with that of the others"
     assert lines == [said.format("x"), said.format("y")]
 

@@ -401,7 +401,7 @@ class TestManifest:
             whole = (members[1] / name).read_bytes()
             (members[1] / name).write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
             with pytest.raises(
-                SalsaError, match=rf"1/{name} does not have the size or SHA-256 that manifest.json lists"
+                SalsaError, match=rf"1: differs from its manifest.json in size or SHA-256 \(changed: {name}\)"
             ):
                 soup(tmp_path / "other", members)
             (members[1] / name).write_bytes(whole)

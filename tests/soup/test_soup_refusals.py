@@ -115,13 +115,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pattern": (configure(rank_pattern={"(q": 3}), "rank_pattern or alpha_pattern holds an invalid regular expression"),
     "manifest": (
         lambda m: (m / "manifest.json").write_text(json.dumps({"files": {WEIGHTS: {"size": 1, "sha256": "0"}}})),
-        "adapter_model.safetensors does not have the size or SHA-256 that manifest.json lists",
+        ": differs from its manifest.json in size or SHA-256 (changed: adapter_model.safetensors)",
     ),
     "manifest, missing": (
         lambda m: (m / "manifest.json").write_text(
             json.dumps({"files": {"tokenizer.json": {"size": 1, "sha256": "0"}}})
         ),
-        "tokenizer.json is missing, but manifest.json lists it",
+        ": differs from its manifest.json in size or SHA-256 (missing: tokenizer.json)",
     ),
     "layer_replication": (
         configure(layer_replication=[[0, 2], [0, 2]]),
@@ -295,7 +295,7 @@ class TestRefusals:
         member, other, out = train(base, folder / "a", 0), train(base, folder / "b", 1), folder / "soup"
         out.mkdir()
         (out / "tokenizer.json").write_text("mine")
-        with pytest.raises(SalsaError, match=r"soup holds tokenizer.json, but no soup; name a new or empty folder"):
+        with pytest.raises(SalsaError, match=r"soup: this folder holds tokenizer.json but no soup.json, so it is not"):
             soup(out, [member])
         assert [(path.name, path.read_text()) for path in out.iterdir()] == [("tokenizer.json", "mine")]
         (other / "tokenizer.json").write_text("the other's")

@@ -58,11 +58,13 @@ def make_run(
         *report_units(recipe, ""),
     ]
     there = {unit.id for unit in work}
-    steps: dict[str, runs.Step] = {}
+    steps: dict[str, runs.PlannedUnit] = {}
     sign = json.dumps({"base": base_fingerprint(place)})
     for number, unit in enumerate(work):
         unit = Unit(**{**vars(unit), "inputs": tuple(name for name in unit.inputs if name in there)})
-        step = runs.Step(unit=unit, key=f"{number:012x}" + "0" * 52, folder=run / unit.id / f"{number:012x}", why=None)
+        step = runs.PlannedUnit(
+            unit=unit, key=f"{number:012x}" + "0" * 52, folder=run / unit.id / f"{number:012x}", why=None
+        )
         steps[unit.id] = step
         step.folder.mkdir(parents=True)
         if unit.stage == "report":

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from salsa_peft.config.load import saved_recipe
 from salsa_peft.data import datasets
 from salsa_peft.models.rewards.function import FunctionReward
-from salsa_peft.recipe import run as salsa_run
 from salsa_peft.recipe import units
+from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.training import trl_stages as trl_policies
 from salsa_peft.training.reward_model import SPLIT_SEED
 from salsa_peft.utils import fingerprints as runs
@@ -40,7 +40,7 @@ def command(folder: Path, *words: str, lora: bool = True) -> int:
     sets |= {f"{algorithm}.{key}": value for algorithm in ALGORITHMS for key, value in STILL.items()}
     sets["grpo.num_generations"] = 4
     overrides = [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    return salsa_run.main(["quickstart", *["--lora"] * lora, *overrides, "--output-dir", str(folder), *words])
+    return salsa_run(["quickstart", *["--lora"] * lora, *overrides, "--output-dir", str(folder), *words])
 
 
 @pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])

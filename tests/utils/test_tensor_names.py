@@ -190,7 +190,7 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
     unknown = save(tmp_path / "unknown", "llama", 1, prefixed("_orig_mod."))
     edit(unknown, model_type="of-tomorrow")
     with pytest.raises(
-        SalsaError, match=r"unknown/config.json: transformers \S+ does not support model_type 'of-tomorrow'"
+        SalsaError, match=r"unknown/config.json: transformers .* does not support model_type 'of-tomorrow'"
     ):
         average(tmp_path / "out", [unknown, unknown], [0.5, 0.5])
     edit(unknown, model_type="llama", rms_norm_eps="none")

@@ -51,10 +51,7 @@ def parse_guards(guards: Mapping[str, Any], where: str = "guards") -> dict[str, 
         if name not in DEFAULTS:
             raise SalsaError(f"{where}: unknown guard {short(name)}; {did_you_mean(str(name), [*DEFAULTS], 'guards')}")
     return {
-        name: _setting(guards[name], guard, f"{where}.{name}")
-        if name in guards
-        else GuardSetting(guard.action, guard.limit)
-        for name, guard in DEFAULTS.items()
+        name: _setting(guards.get(name, guard.action), guard, f"{where}.{name}") for name, guard in DEFAULTS.items()
     }
 
 

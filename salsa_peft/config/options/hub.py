@@ -40,8 +40,7 @@ class Hub:
 
     def check(self, where: str) -> None:
         """Raise SalsaError for names that the Hub would reject."""
-        for key in ("namespace", "name"):
-            value = getattr(self, key)
+        for key, value in (("namespace", self.namespace), ("name", self.name)):
             require(
                 value is None or NAMESPACE.match(value) is not None,
                 f"{where}.{key}: must consist of letters, digits and single dots, - and _ between them, at most 64,"

@@ -57,6 +57,7 @@ class PPOOptions:
     """Updates between two prints of the first two of these responses to the terminal. None: never."""
     kl_coef: NonNegative = 0.2
     """Initial KL coefficient β. Paper A.3: 0.2 for PPO, 0.01 for SALSA. A policy's kl_coef overrides it."""
+    # The names are the keys of KL_ESTIMATORS in training/ppo/losses.py, and "full".
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
     """Per-token estimate of KL(π ‖ reference): k1 = log π − log ref; k2, k3 (Schulman); abs = |k1|; full: exact."""
     kl_per: Literal["response", "token"] = "response"
@@ -101,63 +102,54 @@ class PPOOptions:
     max_prompt_length: Count | None = None
     """Longer prompts are dropped, and their number is logged. None: the model's maximum length less max_new_tokens."""
 
-    def check_batches(self, prefix: str, batch_size: int, micro_batch_size: int | None) -> None:
-        """Raise SalsaError unless a rollout batch divides into minibatches, and these into micro-batches.
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps on one rollout batch."""
+        return self.num_ppo_epochs * self.num_mini_batches
 
-        prefix: the section's key with a dot, for messages.
-        """
-        count = self.num_mini_batches
-        require_multiple(f"{prefix}batch_size", batch_size, count, f"num_mini_batches {count}")
-        minibatch = batch_size // count
-        micro = micro_batch_size or minibatch
-        require(
-            minibatch % micro == 0,
-            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {count} ="
-            f" {minibatch} responses",
-        )
-
-    def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int) -> int:
+    def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int = 1) -> int:
         """Responses of a minibatch that each process gets.
 
-        Raises SalsaError unless all processes get the same number, and each share divides into micro-batches.
+        Raises SalsaError unless all processes get the same number, and each share divides into micro-batches. prefix:
+        the section's key with a dot, for messages.
         """
-        parts, of = (
-            self.num_mini_batches * processes,
-            f"num_mini_batches {self.num_mini_batches} × {processes} processes",
-        )
-        require_multiple(f"{prefix}batch_size", batch_size, parts, of)
-        share = batch_size // parts
-        micro, local = micro_batch_size or share, batch_size // processes
+        count, on = self.num_mini_batches, f"{processes} processes"
+        of = f"num_mini_batches {count}" + (f" × {on}" if processes > 1 else "")
+        require_multiple(f"{prefix}batch_size", batch_size, count * processes, of)
+        local, share = batch_size // processes, batch_size // (count * processes)
+        micro = micro_batch_size or share
         require(
             share % micro == 0,
-            f"{prefix}micro_batch_size: {micro} does not divide {share}, the responses of a minibatch on each of"
-            f" {processes} processes",
+            f"{prefix}micro_batch_size: {micro} does not divide the minibatch of {batch_size} / {count}"
+            f"{f' / {on}' if processes > 1 else ''} = {share} responses",
         )
         rollout = self.rollout_batch_size or local
         require(
             processes == 1 or local % rollout == 0,
             f"{prefix}rollout_batch_size: {rollout} does not divide {local}, the responses of a rollout batch on each"
-            f" of {processes} processes",
+            f" of {on}",
         )
         return share
 
     def check_options(self, prefix: str) -> None:
         """Raise SalsaError for options that contradict one another. `prefix` starts the keys in messages."""
         parse_guards(self.guards, f"{prefix}guards")
-        rollout = self.old_logprobs == "rollout"
-        check_rollout_options(
-            prefix, self.rollout_backend, self.rollout_options, compiled=self.rollout_compile, recorded=rollout
-        )
+        backend = self.rollout_backend
+        check_rollout_options(prefix, backend, self.rollout_options)
         require(
-            not (rollout and self.rollout_backend != "hf"),
-            f"{prefix}old_logprobs: rollout does not work with rollout_backend {self.rollout_backend}, because only hf"
-            " computes log-probs as the update does; use recompute",
+            backend == "hf" or not self.rollout_compile,
+            f"{prefix}rollout_compile: rollout_backend {backend} cannot be compiled; set rollout_compile=false or use"
+            " hf",
         )
-        require(
-            not (rollout and self.kl_estimator == "full"),
-            f"{prefix}old_logprobs: rollout does not work with kl_estimator full, which needs the policy's hidden"
-            " states; use recompute",
-        )
+        for conflict, why in (  # the recording hook would be compiled away without an error
+            (self.rollout_compile, "rollout_compile, because a compiled step records no log-probs"),
+            (backend != "hf", f"rollout_backend {backend}, because only hf computes log-probs as the update does"),
+            (self.kl_estimator == "full", "kl_estimator full, which needs the policy's hidden states"),
+        ):
+            require(
+                self.old_logprobs == "recompute" or not conflict,
+                f"{prefix}old_logprobs: rollout does not work with {why}; use recompute",
+            )
         require(
             self.kl_coef_min <= self.kl_coef,
             f"{prefix}kl_coef: {self.kl_coef:g} is below kl_coef_min {self.kl_coef_min:g}",

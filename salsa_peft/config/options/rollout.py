@@ -1,4 +1,4 @@
-"""Keys of `rollout_options` for each `rollout_backend`, and options that a backend does not support."""
+"""Keys of `rollout_options` for each `rollout_backend`."""
 
 from __future__ import annotations
 
@@ -22,26 +22,12 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {
 splits the responses into equal shares, and the size of a rollout need not be divisible."""
 
 
-def check_rollout_options(
-    prefix: str, backend: str, options: Mapping[str, Any], *, compiled: bool, recorded: bool
-) -> None:
-    """Raise SalsaError for an option that the backend lacks.
-
-    compiled: the value of rollout_compile; recorded: whether old_logprobs is rollout.
-    """
+def check_rollout_options(prefix: str, backend: str, options: Mapping[str, Any]) -> None:
+    """Raise SalsaError for an option that the backend lacks."""
     unknown = ", ".join(sorted(set(options) - set(BACKEND_OPTIONS[backend])))
     known = ", ".join(BACKEND_OPTIONS[backend])
     require(
         not unknown,
         f"{prefix}rollout_options: rollout_backend {backend} has no option {unknown}"
         + (f"; its options are {known}" if known else "; it takes no options"),
-    )
-    require(
-        backend == "hf" or not compiled,
-        f"{prefix}rollout_compile: rollout_backend {backend} cannot be compiled; set rollout_compile=false or use hf",
-    )
-    require(  # the recording hook would be compiled away without an error
-        not (compiled and recorded),
-        f"{prefix}old_logprobs: rollout does not work with rollout_compile, because a compiled step records no"
-        " log-probs; use recompute",
     )

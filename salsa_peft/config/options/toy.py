@@ -6,6 +6,9 @@ from pydantic.dataclasses import dataclass
 
 from salsa_peft.config.fields import STRICT, Count, Positive, Seed, Share
 
+TOY_PROMPTS = {"in": "eval_in.jsonl", "out": "eval_out.jsonl"}
+"""The embedded world's sets of evaluation prompts, in and out of distribution → their files."""
+
 
 @dataclass(config=STRICT, kw_only=True)
 class Toy:

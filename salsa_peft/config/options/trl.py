@@ -48,8 +48,8 @@ class PreferenceTraining(TRLTraining):
         require(
             (self.rows_per_epoch(pairs, None) or 0) >= self.batch_size,
             f"data.preferences: {pairs} pairs, {self.held_out_rows(pairs)} of them held out ({section}.held_out"
-            f" {self.held_out:g}), are too"
-            f" few for {section}.batch_size = {self.batch_size}; add pairs or lower {section}.batch_size",
+            f" {self.held_out:g}), are too few for {section}.batch_size = {self.batch_size}; add pairs or lower"
+            f" {section}.batch_size",
         )
 
 

@@ -96,6 +96,6 @@ def _of_trl(tokenizer: PreTrainedTokenizerBase) -> str:
     except ValueError as error:
         raise SalsaError(
             "model.chat_template: has no {% generation %} marks and renders earlier turns differently once later ones"
-            " follow, so the"
-            " assistant's tokens cannot be found. Use chatml, zephyr, or a Jinja file with {% generation %} marks."
+            " follow, so the assistant's tokens cannot be found. Use chatml, zephyr, or a Jinja file with"
+            " {% generation %} marks."
         ) from error

@@ -15,11 +15,11 @@ from jinja2 import TemplateError
 from salsa_peft.data.chat.assistant_masks import assistant_tokens
 from salsa_peft.data.chat.templates import (
     ANSWER,
-    USER,
+    CHAT,
     cached_per_tokenizer,
     common_prefix_length,
     content_for_template,
-    render,
+    try_render,
 )
 from salsa_peft.data.message_formats import Messages, parse_tools
 from salsa_peft.utils.errors import SalsaError, require
@@ -65,10 +65,7 @@ def reads_text_arguments(tokenizer: PreTrainedTokenizerBase) -> bool:
     def shown(arguments: Any) -> bool:
         function = {"name": "f", "arguments": arguments}
         answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
-        try:
-            return ANSWER in render([{"role": "user", "content": USER}, answer], tokenizer)
-        except (TemplateError, TypeError):
-            return False
+        return ANSWER in (try_render(content_for_template([CHAT[0], answer], tokenizer), tokenizer) or "")
 
     return not shown({"x": ANSWER}) and shown(json.dumps({"x": ANSWER}))
 
@@ -79,10 +76,7 @@ def messages_for_template(messages: Messages, tokenizer: PreTrainedTokenizerBase
         return messages
     if reads_text_arguments(tokenizer):
         messages = [
-            {
-                **message,
-                "tool_calls": [{**call, "function": _with_text(call["function"])} for call in message["tool_calls"]],
-            }
+            {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
             if "tool_calls" in message
             else message
             for message in messages
@@ -90,12 +84,10 @@ def messages_for_template(messages: Messages, tokenizer: PreTrainedTokenizerBase
     return content_for_template(messages, tokenizer)
 
 
-def _with_text(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function["arguments"]
-    return {
-        **function,
-        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-    }
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = call["function"]["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 def dropped_fields(
@@ -111,20 +103,14 @@ def dropped_fields(
     text = str(apply_template(messages, tokenizer, where, tokenize=False, **given))
 
     def shown(other: Messages, **changed: Any) -> bool:
-        try:
-            return text != tokenizer.apply_chat_template(other, tokenize=False, **(given | changed))
-        except (TemplateError, TypeError):
-            return True  # the template needs what was changed
+        return text != try_render(other, tokenizer, **(given | changed))  # None: the template needs what was changed
 
     found = []
     for place, message in enumerate(messages):
         before, behind, role = messages[:place], messages[place + 1 :], message["role"]
         words = message_text(message).strip()
-        if (
-            words
-            and (role not in CHAT_ROLES or words not in text)
-            and not shown([*before, _other_words(message), *behind])
-        ):
+        doubtful = bool(words) and (role not in CHAT_ROLES or words not in text)
+        if doubtful and not shown([*before, _other_words(message), *behind]):
             require(
                 role not in CHAT_ROLES,
                 f"{where}: the tokenizer's chat template drops the content of turn {place + 1} ({role}); set"
@@ -132,9 +118,8 @@ def dropped_fields(
             )
             found.append(f"a {role} turn")
         more = [key for key in message if key not in ("role", "content") and message[key] not in (None, "", [], {})]
-        if more and shown(
-            [*before, {"role": role, "content": message["content"]}, *behind]
-        ):  # at least one of them is read
+        bare = {"role": role, "content": message["content"]}
+        if more and shown([*before, bare, *behind]):  # at least one of them is read
             rest = {key: {name: value for name, value in message.items() if name != key} for key in more}
             more = [key for key in more if not shown([*before, rest[key], *behind])]
         found += map(FIELD.format, more)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 USER, ANSWER = "Question", "Answer"
-"""Sample contents for testing what a template does."""
+CHAT: Messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
+"""Sample contents and a sample conversation for testing what a template does."""
 DATE = date(2024, 7, 26)
 """Default date of Llama 3.1's template, which replaces today's date."""
 Result = TypeVar("Result")
@@ -71,18 +72,24 @@ def in_parts(messages: Messages) -> Messages:
     ]
 
 
+def try_render(messages: Messages, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str | None:
+    """The rendered text of messages in their present form; None without a template, or if it rejects them."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, TypeError):
+        return None
+
+
 @cached_per_tokenizer
 def reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template renders content as a list of parts but not as text (LLaVA)."""
-    chat = [{"role": "user", "content": USER}]
 
     def shown(messages: Messages) -> bool:
-        try:
-            return USER in str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError):
-            return False
+        return USER in (try_render(messages, tokenizer) or "")
 
-    return tokenizer.chat_template is not None and not shown(chat) and shown(in_parts(chat))
+    return not shown(CHAT[:1]) and shown(in_parts(CHAT[:1]))
 
 
 def content_for_template(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> Messages:
@@ -111,11 +118,8 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 @cached_per_tokenizer
 def template_lacks_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer adds a BOS to texts, but its template writes none in chats."""
-    if tokenizer.chat_template is None or not adds_bos(tokenizer):
-        return False
-    try:
-        text = render([{"role": "user", "content": USER}], tokenizer)
-    except TemplateError:
+    text = try_render(content_for_template(CHAT[:1], tokenizer), tokenizer) if adds_bos(tokenizer) else None
+    if text is None:
         return False
     return tokenizer(text, add_special_tokens=False)["input_ids"][:1] != [tokenizer.bos_token_id]  # type: ignore[index]
 
@@ -156,12 +160,8 @@ def fixed_date(template: str) -> str:
 @cached_per_tokenizer
 def default_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
     """Text that the template adds before the first user turn: a default system prompt, today's date, or ""."""
-    chat = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
-    if tokenizer.chat_template is None:
-        return ""
-    try:
-        text = render([*chat, {"role": "user", "content": USER}], tokenizer)
-    except TemplateError:
+    text = try_render(content_for_template([*CHAT, CHAT[0]], tokenizer), tokenizer)
+    if text is None:
         return ""
     before, _, rest = text.partition(USER)
     between = rest.partition(ANSWER)[2].partition(USER)[0]  # end of a turn and start of the next user turn

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from salsa_peft.data.chat.templates import (
     ANSWER,
-    USER,
+    CHAT,
     cached_per_tokenizer,
     common_prefix_length,
     default_prefix,
@@ -25,9 +25,6 @@ from salsa_peft.utils.messages import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-CHAT = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 
 
 class AssistantTurn(NamedTuple):
@@ -50,7 +47,7 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     try:
         text = render(CHAT, tokenizer)
         alone, asking = (render(CHAT[:1], tokenizer, add_generation_prompt=flag) for flag in (False, True))
-    except TemplateError:
+    except (TemplateError, TypeError):
         return nothing
     opening = asking[common_prefix_length(alone, asking) :]
     _, answer, closing = text.rpartition(ANSWER)
@@ -63,16 +60,10 @@ def assistant_turn(tokenizer: PreTrainedTokenizerBase) -> AssistantTurn:
     written = tokenizer.convert_ids_to_tokens(special[0])
     if closing.partition(str(written))[0].strip():  # text ends the turn, and the token has another purpose
         return AssistantTurn(None, (), opening)
-    place = _closing_place(ids, special)
-    return AssistantTurn(ids[place], tuple(ids[place + 1 :]), opening)
-
-
-def _closing_place(ids: list[int], special: list[int]) -> int:
-    """Position of the first of the special tokens that end `ids`."""
     place = len(ids)
-    for token in reversed(special):
-        place = len(ids[:place]) - 1 - ids[:place][::-1].index(token)
-    return place
+    for token in reversed(special):  # the end of `ids` is these tokens, perhaps with others between them
+        place -= 1 + ids[:place][::-1].index(token)
+    return AssistantTurn(ids[place], tuple(ids[place + 1 :]), opening)
 
 
 def stop_token_ids(
@@ -104,36 +95,32 @@ def model_stop_token_ids(tokenizer: PreTrainedTokenizerBase, lm: Any) -> tuple[i
 
 def tokenizer_notes(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> list[str]:
     """Notes for the log about a tokenizer and its template. ends: the ids of stop_token_ids."""
-    lines = []
-    if ends != (tokenizer.eos_token_id,):
-        named = ", ".join(
-            f"{token} ({number})"
-            for number, token in zip(ends, tokenizer.convert_ids_to_tokens(list(ends)), strict=True)
-        )
-        lines.append(f"a response ends at any of {named}")
-    if tokenizer.chat_template is None:
-        return lines
-    if text := default_prefix(tokenizer):
-        lines.append(
-            f"its chat template starts conversations without a system turn with this text: {one_line(text)[:120]!r}"
-        )
-    if any("strftime_now(" in template for template in templates_by_name(tokenizer.chat_template).values()):
-        lines.append(
+    named = zip(ends, tokenizer.convert_ids_to_tokens(list(ends)), strict=True)
+    ended = ", ".join(f"{token} ({number})" for number, token in named)
+    prefix, templates = default_prefix(tokenizer), templates_by_name(tokenizer.chat_template).values()
+    notes = (
+        (ends != (tokenizer.eos_token_id,), f"a response ends at any of {ended}"),
+        (
+            bool(prefix),
+            f"its chat template starts conversations without a system turn with this text: {one_line(prefix)[:120]!r}",
+        ),
+        (
+            any("strftime_now(" in template for template in templates),
             "its chat template writes today's date, so prompts change every day and the run cannot be resumed tomorrow;"
-            " write a fixed date into the template"
-        )
-    if template_lacks_bos(tokenizer):
-        lines.append(
+            " write a fixed date into the template",
+        ),
+        (
+            template_lacks_bos(tokenizer),
             f"its tokenizer adds {tokenizer.bos_token} to texts, but its chat template writes none; if the model was"
-            " trained with it in chats,"
-            " put {{ bos_token }} at the start of the template"
-        )
-    if assistant_turn(tokenizer).end is None:
-        lines.append(
+            " trained with it in chats, put {{ bos_token }} at the start of the template",
+        ),
+        (
+            bool(templates) and assistant_turn(tokenizer).end is None,
             "its chat template writes no end-of-turn token, so SFT teaches none, and responses may reach the maximum"
-            " length"
-        )
-    return lines
+            " length",
+        ),
+    )
+    return [note for holds, note in notes if holds]
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> str:
@@ -157,7 +144,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...])
 def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the BOS and of the special tokens that the template may write."""
     texts = [*templates_by_name(tokenizer.chat_template).values()]
-    with contextlib.suppress(TemplateError):
+    with contextlib.suppress(TemplateError, TypeError):
         texts += [render(CHAT, tokenizer)] if texts else []
     named = {
         number

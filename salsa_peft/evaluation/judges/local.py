@@ -23,7 +23,7 @@ from salsa_peft.evaluation.judges.cache import Reply
 from salsa_peft.evaluation.judges.chat import CALLS, Messages, Outcome
 from salsa_peft.models.base import device, max_positions, resolve_dtype
 from salsa_peft.models.generation import WITHOUT_FLOAT64, sample_token, uniform_numbers
-from salsa_peft.models.responses import pad_prompts
+from salsa_peft.models.responses import pad_tokens
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import fingerprint
 from salsa_peft.utils.hub import local_folder, readable_hub_errors
@@ -118,7 +118,7 @@ class LocalModel:
     def _answer(self, batch: Sequence[Row]) -> dict[str, Outcome]:
         room = batch[0].room
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
-        ids, mask = pad_prompts([row.ids for row in batch], pad, self.model.device)
+        ids, mask = pad_tokens([row.ids for row in batch], pad, self.model.device, "left")
         settings = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=self.ends, pad_token_id=pad)
         processors = LogitsProcessorList()
         if self.section.temperature > 0:

@@ -93,12 +93,9 @@ def fingerprints_of(name: str) -> list[str] | None:
     not on this machine.
     """
     folder = _folder(name)
-    if folder is None:
-        return None
-    written = read_fingerprint(folder)
-    if written is not None:
+    if folder is not None and (written := read_fingerprint(folder)) is not None:
         return [written]
-    return base_fingerprints(folder) if any(folder.glob("*.safetensors")) else None
+    return base_fingerprints(folder) if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def require_same_base(folder: Path, base: list[str] | None, name: str) -> None:

@@ -40,7 +40,6 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if out.dtype != x.dtype or not out.is_contiguous():
         return Linear.forward(self, x)
     inner = A(x)
-    rows = out.view(
-        -1, out.shape[-1]
-    )  # in place: nothing else holds `out`, and a linear layer's backward does not read it
+    # in place: nothing else holds `out`, and a linear layer's backward does not read it
+    rows = out.view(-1, out.shape[-1])
     return rows.addmm_(inner.reshape(-1, inner.shape[-1]), B.weight.t(), alpha=self.scaling[name]).view_as(out)

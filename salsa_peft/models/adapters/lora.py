@@ -224,8 +224,7 @@ def parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     """The weights of one adapter."""
     for layer in tuner_layers(model):
         for part in layer.adapter_layer_names:
-            modules = getattr(layer, part)
-            if name in modules:
+            if name in (modules := getattr(layer, part)):
                 entry = modules[name]
                 yield from entry.parameters() if isinstance(entry, nn.Module) else [entry]
 
@@ -300,5 +299,4 @@ def save(model: PeftModel, name: str, folder: Path, tokenizer: PreTrainedTokeniz
         tokenizer.save_pretrained(folder)
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
-    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    write_atomic(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
+    write_atomic(folder / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,21 +27,16 @@ def merged_parameters(model: PeftModel, adapter: str) -> Iterator[tuple[str, Ten
     base = model.get_base_model()
     layers = {path: module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     _require_mergeable(base, layers, adapter)
-    path, merged = None, {}
+    current, merged = None, {}
     for name, parameter in base.named_parameters():
-        owner = next((part for part in _parents(name) if part in layers), None)
+        owner = next((path for path in accumulate(name.split("."), "{}.{}".format) if path in layers), None)
         if owner is None:
             yield name, parameter.data
         elif name.startswith(inside := f"{owner}{BASE * len(_wrappers(layers[owner]))}."):
-            if owner != path:
-                path, merged = owner, _merged(layers[owner], adapter)
+            if owner != current:
+                current, merged = owner, _merged(layers[owner], adapter)
             rest = name.removeprefix(inside)
             yield f"{owner}.{rest}", merged[rest]
-
-
-def _parents(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
 def _wrappers(layer: Any) -> list[Any]:

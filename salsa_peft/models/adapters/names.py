@@ -14,8 +14,7 @@ from salsa_peft.utils.tensor_names import WRAPPERS
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PARALLEL = "module"
-"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can also have this name
-itself."""
+"""A part that DistributedDataParallel, DataParallel and DeepSpeed add to names. A module can have this name too."""
 NAMED = re.compile(r"(.*\.)?lora_(?:[AB]\.(?P<linear>[^.]+)\.(?:weight|bias)|embedding_[AB]\.(?P<embedding>[^.]+))")
 SAVED, ORIGINAL, TOKENS = ".modules_to_save.", ".original_module.", ".token_adapter."
 DELTA = "trainable_tokens_delta"
@@ -39,9 +38,8 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
     )
     name = next(iter(names), None)
     found: dict[str, str] = {}
-    for key in sorted(
-        unwrapped, key=lambda key: SAVED in key
-    ):  # PEFT reads the name without modules_to_save if it has both
+    # PEFT reads the name without modules_to_save if it has both
+    for key in sorted(unwrapped, key=lambda key: SAVED in key):
         plain = without_adapter(unwrapped[key], name)
         if plain is None or (SAVED in unwrapped[key] and plain in found):
             continue
@@ -52,15 +50,11 @@ def plain_names(keys: Iterable[str], config: dict[str, Any], path: Path) -> dict
         found[plain] = key
     parts = [f"{part}." for part in (*WRAPPERS, PARALLEL)
              if any(key.split(".").count(part) > short.split(".").count(part) for key, short in unwrapped.items())]  # fmt: skip
-    removed = [f"the wrapper's {', '.join(parts)}"] * bool(parts) + [f"the adapter's name, {name!r}"] * (
-        name is not None
-    )
+    removed = [f"the wrapper's {', '.join(parts)}"] if parts else []
+    removed += [f"the adapter's name, {name!r}"] if name is not None else []
     if removed:
-        logger.warning(
-            "warning: %s: its tensors' names contain %s, which PEFT's names do not; it is removed",
-            path,
-            " and ".join(removed),
-        )
+        text = "warning: %s: its tensors' names contain %s, which PEFT's names do not; it is removed"
+        logger.warning(text, path, " and ".join(removed))
     return found
 
 
@@ -82,9 +76,7 @@ def unwrap(key: str, own: bool = False) -> str:
 
 def without_adapter(key: str, name: str | None) -> str | None:
     """PEFT's name of a saved tensor; None if the adapter does not compute with it."""
-    if ORIGINAL in key or any(part in key for part in TRAINING):
-        return None
-    if TOKENS in key and DELTA not in key:
+    if any(part in key for part in (ORIGINAL, *TRAINING)) or (TOKENS in key and DELTA not in key):
         return None
     key = key.replace(f"{SAVED}{name or 'default'}.", SAVED)
     if name is not None:

@@ -63,24 +63,20 @@ ATTENTION = "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]"
 
 
 def check(recipe: Recipe) -> None:
-    """Raise SalsaError if the base's config.json is on this machine and does not fit the recipe."""
-    if recipe.model.base is None:
+    """Raise SalsaError if the base's config.json is on this machine and a later stage would fail with it."""
+    base = recipe.model.base
+    config = None if base is None else config_of_base(base, recipe.model.revision)
+    if config is None or not isinstance(config.get("model_type"), str):
         return
-    config = config_of_base(recipe.model.base, recipe.model.revision)
-    if config is not None and isinstance(config.get("model_type"), str):
-        check_config(recipe, config)
-
-
-def check_config(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Raise SalsaError for a config.json's content with which a later stage would fail."""
     _check_architecture(recipe, config)
     _check_quantisation(recipe, config)
     text = text_part(config)
+    kind = str(text["model_type"])
     if needs_logprobs(recipe):
-        _check_head(recipe, text)
+        _check_head(recipe, kind)
         _check_noise(recipe, text)
-    _check_padding(recipe, text)
-    _check_mamba(recipe, text)
+    _check_padding(recipe, kind)
+    _check_mamba(recipe, kind, text)
     _check_length(recipe, text)
     _check_experts(recipe, text)
 
@@ -103,13 +99,10 @@ def architectures() -> dict[str, frozenset[str]]:
     origin = None if found is None else found.origin
     file = Path(str(origin)).parent / "models" / "auto" / "modeling_auto.py"
     source = file.read_text(encoding="utf-8") if file.is_file() else ""
-    parts = {
-        name: re.search(rf"^{table} = OrderedDict\((.*?)^\)", source, re.M | re.S) for name, table in TABLES.items()
+    tables = {
+        name: re.findall(rf"^{table} = OrderedDict\(.*?^\)", source, re.M | re.S) for name, table in TABLES.items()
     }
-    return {
-        name: frozenset(re.findall(r'\(\s*"([^"]+)",\s*[("]', part[1])) if part else frozenset()
-        for name, part in parts.items()
-    }
+    return {name: frozenset(re.findall(r'\(\s*"([^"]+)",\s*[("]', "".join(found))) for name, found in tables.items()}
 
 
 def _name(recipe: Recipe) -> str:
@@ -138,10 +131,7 @@ def _check_architecture(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 
 def _check_quantisation(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Quantised weights can only be frozen under adapters, and only in bitsandbytes' 4 bits.
-
-    PPO needs the same logits in training and evaluation mode, which bitsandbytes' 8 bits do not give.
-    """
+    """Only bitsandbytes' 4 bits give PPO the same logits in training and evaluation mode; its 8 bits do not."""
     own = config.get("quantization_config")
     if not isinstance(own, dict):
         return
@@ -171,8 +161,7 @@ def _check_quantisation(recipe: Recipe, config: Mapping[str, Any]) -> None:
     )
 
 
-def _check_head(recipe: Recipe, text: Mapping[str, Any]) -> None:
-    kind = str(text.get("model_type"))
+def _check_head(recipe: Recipe, kind: str) -> None:
     require(
         kind not in HEADS,
         f"model.base: {_name(recipe)} is a {kind} model. Its logits are not those of its output embeddings"
@@ -187,9 +176,8 @@ def _check_head(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
 
 
-def _check_padding(recipe: Recipe, text: Mapping[str, Any]) -> None:
+def _check_padding(recipe: Recipe, kind: str) -> None:
     """Every stage that generates pads prompts on the left to batch them."""
-    kind = str(text.get("model_type"))
     require(
         kind not in UNMASKED,
         f"model.base: {_name(recipe)} is a {kind} model, whose implementation in Transformers reads the padding before"
@@ -198,14 +186,12 @@ def _check_padding(recipe: Recipe, text: Mapping[str, Any]) -> None:
     )
 
 
-def _check_mamba(recipe: Recipe, text: Mapping[str, Any]) -> None:
+def _check_mamba(recipe: Recipe, kind: str, text: Mapping[str, Any]) -> None:
     """LoRA on modules of Mamba layers that are never called would have no effect."""
-    kind, adapter = str(text.get("model_type")), recipe.adapter
-    layers = [text[key] for key in ("layer_types", "layers_block_type") if isinstance(text.get(key), list)]
-    without = (
-        kind == "granitemoehybrid" and bool(layers) and all(one in ("attention", "full_attention") for one in layers[0])
-    )
-    if adapter is None or kind not in MAMBA or without:
+    adapter = recipe.adapter
+    layers = next((text[key] for key in ("layer_types", "layers_block_type") if isinstance(text.get(key), list)), None)
+    attention_only = layers is not None and all(one in ("attention", "full_attention") for one in layers)
+    if adapter is None or kind not in MAMBA or (kind == "granitemoehybrid" and attention_only):
         return
     modules = adapter.target_modules
     hit = NEVER_CALLED[:1] if "all-linear" in (modules, *modules) else _adapted(modules, NEVER_CALLED)
@@ -220,8 +206,7 @@ def _check_mamba(recipe: Recipe, text: Mapping[str, Any]) -> None:
 def _adapted(target_modules: str | list[str], names: Iterable[str]) -> list[str]:
     """The module names that `target_modules` matches in PEFT; all-linear matches none here."""
     if isinstance(target_modules, list):
-        last = {module.rpartition(".")[2] for module in target_modules}
-        return [name for name in names if name in last]
+        return [name for name in names if name in {module.rpartition(".")[2] for module in target_modules}]
     try:
         return [name for name in names if re.fullmatch(target_modules, name)]
     except re.error:
@@ -235,10 +220,9 @@ def require_targets(modules: str | list[str], modules_of_base: Iterable[str]) ->
     lack a prefix.
     """
     names = list(modules_of_base)
+    wanted = [] if isinstance(modules, str) else [f".{module}" for module in modules]
     missing = [
-        one
-        for one in ([] if isinstance(modules, str) else modules)
-        if not any(name == one or name.endswith(f".{one}") or one.endswith(f".{name}") for name in names)
+        one[1:] for one in wanted if not any(f".{name}".endswith(one) or one.endswith(f".{name}") for name in names)
     ]
     known = {name.rpartition(".")[2] for name in names if not name.endswith((".bias", "norm")) and "." in name}
     require(

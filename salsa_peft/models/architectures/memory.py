@@ -26,17 +26,13 @@ CHUNK = 256
 NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes per quantised weight, with its share of the scales (QLoRA, section 3)."""
 TRAINED = {"master": (4, 4, 8), "stochastic": (2, 2, 2 + 8 / 256)}
-"""Bytes per trained weight, of its gradient and of its AdamW states (torchao's 8-bit states have a scale per block of
-256)."""
+"""Bytes per trained weight, of its gradient and of its AdamW states (torchao: 8 bits, a scale per block of 256)."""
 STATES = {"paged_adamw_8bit": 2 + 8 / 256}
-"""Bytes per weight of the states of optimizers with other states than two float32 (bitsandbytes: a scale per block of
-256)."""
+"""Bytes per weight of optimizer states that are not two float32 numbers (bitsandbytes: a scale per block of 256)."""
 FOREACH = 4
-"""Bytes per weight of the square roots that adamw_torch computes for all weights at once on CUDA; the fused one does
-not."""
+"""Bytes per weight of the square roots that adamw_torch (not the fused one) computes for all weights at once on CUDA."""
 SAMPLED = 8
-"""Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, and these and their sums in float64.
-"""
+"""Memory for drawing a token, in float32 logits: scores, log-probs, probabilities, these and their sums in float64."""
 SCORED = 4.25
 """Memory for log-probs and entropies of a chunk, in float32 logits: both, a mask, the masked copy, their product."""
 LEARNED = 3.25
@@ -156,12 +152,14 @@ class _Stage:
 
     def references(self) -> list[int]:
         """The number of members of each reference, for the policy whose references need the most memory."""
-        lists = [
-            policy.references("reference") for policy in self.recipe.policies.values() if policy.algorithm == "ppo"
-        ]
         soup = len(self.recipe.soup.members)
         counted = [  # a moving reference has the policy's rank in addition
-            [(soup if one.soup else len(one.members)) + (one.sync_every is not None) for one in each] for each in lists
+            [
+                (soup if one.soup else len(one.members)) + (one.sync_every is not None)
+                for one in policy.references("reference")
+            ]
+            for policy in self.recipe.policies.values()
+            if policy.algorithm == "ppo"
         ]
         return max(counted, key=len if self.full else sum, default=[])  # whole models, or ranks of adapters
 
@@ -177,11 +175,7 @@ class _Stage:
         rank = self.recipe.adapter.r if self.recipe.adapter else 0
         answering = len(self.recipe.policies) + 2 if self.stage == "evaluate" else 0
         stacked = len(self.recipe.sft.seeds) if self.stage == "landscape" else 0
-        ranks = (
-            [rank * count for count in members if count]
-            + [rank] * (rewards + answering)
-            + [rank * stacked] * bool(stacked)
-        )
+        ranks = [rank * count for count in (*members, stacked) if count] + [rank] * (rewards + answering)
         return [4.0 * self.adapter(one) for one in ranks] + classifiers, self.base()
 
     def classifier(self, path: str) -> float:
@@ -252,13 +246,12 @@ class _Stage:
         """The memory of each phase."""
         recipe, sampling = self.recipe, self.recipe.generation
         if self.stage in ("sft", "reward"):
-            section: Training = getattr(recipe, self.stage)
-            rows = micro_batch(section, recipe.num_processes) * (2 if self.stage == "reward" else 1)
-            return self._training(rows * recipe.model.max_length, section.gradient_checkpointing, self.stage == "sft")
+            rows = micro_batch(recipe, self.stage) * (2 if self.stage == "reward" else 1)
+            return self._training(rows * recipe.model.max_length, with_logits=self.stage == "sft")
         length = recipe.model.max_length
         if self.stage == "ppo" and recipe.ppo.max_prompt_length:
             length = recipe.ppo.max_prompt_length + sampling.max_new_tokens
-        rows = rollout_batch(recipe) if self.stage == "ppo" else sampling.batch_size
+        rows = generation_batch(recipe, self.stage)
         per_token = self.width * self.size.kv_per_token * rows
         cache, later = per_token * length, per_token * sampling.max_new_tokens  # later: not there in the first forward
         first = self.forward(rows * (length - sampling.max_new_tokens)) - later
@@ -269,11 +262,11 @@ class _Stage:
             self._phase("score", self.forward(rows * length), 0.0, scored),
         ]
         if self.stage == "ppo":
-            micro = micro_batch(recipe.ppo, recipe.num_processes, recipe.ppo.num_mini_batches)
-            found += self._training(micro * length, recipe.ppo.gradient_checkpointing, True)
+            found += self._training(micro_batch(recipe, self.stage) * length, with_logits=True)
         return found
 
-    def _training(self, tokens: int, checkpointing: bool, with_logits: bool) -> list[Estimate]:
+    def _training(self, tokens: int, *, with_logits: bool) -> list[Estimate]:
+        checkpointing = getattr(self.recipe, self.stage).gradient_checkpointing
         copies = LEARNED if self.stage == "ppo" else 4 if self.full else 3
         logits = self.logits(min(CHUNK, tokens), copies) if with_logits else 0.0
         made = self.activations(tokens, checkpointing) + self.forward(0)
@@ -282,17 +275,18 @@ class _Stage:
         return [self._phase("train", made, 0.0, logits), self._phase("step", 0.0, 0.0, 0.0)]
 
     def _phase(self, phase: str, activations: float, cache: float, logits: float) -> Estimate:
-        weights, gradients, optimizer = self.held(phase)
-        return Estimate(
-            self.stage, phase, weights, gradients, optimizer, activations, cache, logits, self.size.parameters
-        )
+        return Estimate(self.stage, phase, *self.held(phase), activations, cache, logits, self.size.parameters)
 
 
-def micro_batch(section: Training, processes: int, minibatches: int = 1) -> int:
+def micro_batch(recipe: Recipe, stage: str) -> int:
     """The rows of one training forward in one process."""
-    return section.micro_batch_size or max(1, section.batch_size // minibatches // processes)
+    section: Training = getattr(recipe, stage)
+    parts = recipe.num_processes * (recipe.ppo.num_mini_batches if stage == "ppo" else 1)
+    return section.micro_batch_size or max(1, section.batch_size // parts)
 
 
-def rollout_batch(recipe: Recipe) -> int:
+def generation_batch(recipe: Recipe, stage: str) -> int:
     """The responses generated or scored in one call in one process."""
+    if stage != "ppo":
+        return recipe.generation.batch_size
     return recipe.ppo.rollout_batch_size or math.ceil(recipe.ppo.batch_size / recipe.num_processes)

@@ -31,7 +31,7 @@ class Reward(ABC):
         """The reward's name in logs and, unless another is given, in a weighted sum."""
         return type(self).__name__
 
-    @property
+    @cached_property
     def code(self) -> str:
         """The name of the class or function that scores, for checkpoints: code itself cannot be compared."""
         return type(self).__name__
@@ -77,12 +77,8 @@ class CallableReward(Reward):
     """Wraps a library user's callable `(responses, rows) → (B,)`."""
 
     def __init__(self, function: Callable[[Responses, Rows], Tensor]) -> None:
-        self.function, self.name = function, type(function).__name__
-
-    @property
-    def code(self) -> str:
-        """The callable's class."""
-        return self.name
+        self.function = function
+        self.name = self.code = type(function).__name__
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         return self.function(responses, rows)

@@ -21,7 +21,7 @@ from salsa_peft.data.chat.templates import text_ids
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.data.message_formats import parse_messages
 from salsa_peft.models.base import classifier_class, device, max_positions, resolve_dtype
-from salsa_peft.models.responses import append_tokens, ends_turn, pad_right
+from salsa_peft.models.responses import append_turn_end, pad_tokens
 from salsa_peft.models.rewards.base import Reward, Rows
 from salsa_peft.models.rewards.function import decode
 from salsa_peft.utils.console import say
@@ -97,8 +97,7 @@ class ClassifierReward(Reward):
     def encode(self, responses: Responses, rows: Rows) -> list[list[int]]:
         """The token ids that the classifier reads for each response, before truncation."""
         if self.shares_tokenizer:
-            turn = assistant_turn(self.tokenizer)
-            responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
+            responses = append_turn_end(responses, rows, assistant_turn(self.tokenizer))
             masks, ids = responses.attention_mask, responses.input_ids
             return [row[mask].tolist() for row, mask in zip(ids, masks, strict=True)]
         prompts = decode(self.policy_tokenizer, responses.prompt_ids, responses.prompt_mask)
@@ -112,9 +111,8 @@ class ClassifierReward(Reward):
                 f"reward {self.name}: the data has input_ids without `prompt`, which this reward needs because its"
                 " tokenizer is not the policy's; add `prompt`",
             )
-            if isinstance(
-                row["prompt"], str
-            ):  # not `answer`: some tokenizers drop the first space of a text they decode
+            if isinstance(row["prompt"], str):
+                # not `answer`: some tokenizers drop the first space of a text they decode
                 text = row["prompt"] + (both[len(prompt) :] if both.startswith(prompt) else answer)
                 sequences.append(text_ids(text, self.tokenizer))
             else:
@@ -153,7 +151,7 @@ class ClassifierReward(Reward):
         ends = {None, self.tokenizer.eos_token_id, *(ids[-1] for ids in sequences)}
         pad = next(token for token in (self.tokenizer.pad_token_id, *range(len(ends))) if token not in ends)
         self.classifier.config.get_text_config().pad_token_id = pad
-        ids, mask = pad_right(sequences, pad, self.classifier.device)
+        ids, mask = pad_tokens(sequences, pad, self.classifier.device)
         return self.classifier(input_ids=ids, attention_mask=mask.long()).logits.squeeze(-1).float()
 
 

@@ -55,7 +55,8 @@ class FunctionReward(Reward):
         self, function: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
     ) -> None:
         self.function, self.tokenizer, self.special_tokens = function, tokenizer, special_tokens
-        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self.name = self.code = str(getattr(function, "__name__", type(function).__name__))
+        self._where = f"reward function {self.name}"
         parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         require(
@@ -66,15 +67,6 @@ class FunctionReward(Reward):
         self.keywords = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.takes = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
         self.needs = {p.name for p in parameters if p.name in self.takes and p.default is p.empty}
-
-    @property
-    def _where(self) -> str:
-        return f"reward function {self.name}"
-
-    @property
-    def code(self) -> str:
-        """The function's name."""
-        return self.name
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         """Score each response → (B,), float32. Raises SalsaError if the function returns None for one."""
@@ -120,7 +112,8 @@ class FunctionReward(Reward):
         """All arguments that a function can take."""
         kept = responses.response_mask if self.special_tokens else responses.content_mask
         texts = decode(self.tokenizer, responses.response_ids, kept, special_tokens=self.special_tokens)
-        prompts = row_prompts(self.tokenizer, responses, rows)
+        decoded = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask)
+        prompts = [row.get("prompt", text) for row, text in zip(rows, decoded, strict=True)]
         columns = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS_NOT_PASSED)
         require(
             "finished" not in columns or not (self.keywords or "finished" in self.takes),
@@ -162,14 +155,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, *, spe
     """Decode token ids (B, L) where the mask is True, without special tokens unless `special_tokens`."""
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=not special_tokens))
-
-
-def row_prompts(tokenizer: PreTrainedTokenizerBase, responses: Responses, rows: Rows) -> list[Any]:
-    """The prompts of the rows, text or messages; decoded for rows that have only `input_ids`."""
-    if all("prompt" in row for row in rows):
-        return [row["prompt"] for row in rows]
-    texts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask)
-    return [row.get("prompt", text) for row, text in zip(rows, texts, strict=True)]
 
 
 def load_function(value: str) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.data.chat.turn_ends import assistant_turn
 from salsa_peft.models.adapters import bases, lora
 from salsa_peft.models.base import apply_scalar_head, causal_lm
-from salsa_peft.models.responses import Responses, append_tokens, ends_turn, last_token_states
+from salsa_peft.models.responses import Responses, append_turn_end, last_token_states
 from salsa_peft.models.rewards.base import CallableReward, Reward, Rows
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
@@ -61,8 +61,7 @@ class AdapterReward(Reward):
 
     def __call__(self, responses: Responses, rows: Rows) -> Tensor:
         if self.tokenizer is not None:
-            turn = assistant_turn(self.tokenizer)
-            responses = append_tokens(responses, ends_turn(responses, rows, turn), turn.after)
+            responses = append_turn_end(responses, rows, assistant_turn(self.tokenizer))
         return self.micro_batch.run(lambda: self._scores(responses), len(rows))
 
     def weights(self) -> Iterable[Tensor]:
@@ -76,9 +75,8 @@ class AdapterReward(Reward):
         with self.toggle(self.adapter):
             for index in torch.arange(len(responses.finished)).split(self.micro_batch.rows):
                 part = responses.rows(index)
-                scores.append(
-                    apply_scalar_head(head, last_token_states(self.model, part.input_ids, part.attention_mask))
-                )
+                states = last_token_states(self.model, part.input_ids, part.attention_mask)
+                scores.append(apply_scalar_head(head, states))
         return torch.cat(scores)
 
 
@@ -98,10 +96,7 @@ class WeightedReward(Reward):
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float, str]]) -> None:
-        self.parts = [
-            Part(reward if isinstance(reward, Reward) else CallableReward(reward), weight, name)
-            for reward, weight, name in parts
-        ]
+        self.parts = [Part(*part) for part in parts]
         require(bool(self.parts), "reward: the weighted sum has no parts; give at least one")
         name, times = Counter(part.name for part in self.parts).most_common(1)[0]
         require(times == 1, f"reward: {times} parts have the name {name}; give each a name of its own")

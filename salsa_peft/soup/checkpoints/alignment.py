@@ -94,14 +94,12 @@ def _lacks_head(checkpoint: Checkpoint) -> bool:
 
 def _differing_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """The names of output and input embeddings of the same shape but with different values."""
+    inputs = {name: place for name, place in checkpoint.tensors.items() if name.endswith(EMBEDDINGS)}
     for name, head in checkpoint.tensors.items():
-        if name != HEAD and not name.endswith(f".{HEAD}"):
-            continue
-        for partner, place in checkpoint.tensors.items():
-            if partner.endswith(EMBEDDINGS) and place.entry.shape == head.entry.shape:
-                if not same_bits(head, place):
-                    return name, partner
-                break
+        if name == HEAD or name.endswith(f".{HEAD}"):
+            partner = next((other for other, place in inputs.items() if place.entry.shape == head.entry.shape), None)
+            if partner is not None and not same_bits(head, inputs[partner]):
+                return name, partner
     return None
 
 
@@ -177,7 +175,8 @@ def _pieces(chosen: ModelTensors, name: str, views: Sequence[ModelTensors]) -> I
         f"{place.file.path}: Transformers reads only a part of {name}; load the model with Transformers and save it again",
     )
     for span in spans:
-        inner = {cut for view in views for cut in view.cuts(span.name) if span.start < cut < span.stop}
+        cuts = {part.start for view in views for part in view.parts[span.name]}
+        inner = {cut for cut in cuts if span.start < cut < span.stop}
         for start, stop in itertools.pairwise(sorted({span.start, span.stop, *inner})):
             places = [view.at(span.name, start, stop) for view in views]
             for found in places:

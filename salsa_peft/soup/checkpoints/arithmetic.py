@@ -95,7 +95,8 @@ class BlockSums:
         with np.errstate(all="ignore"):
             found = self._add(dtypes, count, write, dtypes.bfloat16, np.float32 if dtypes.narrow else np.float64)
             if found is None:  # a value is not finite, or a difference or its square overflows float32
-                self._check(dtypes, count)
+                for i, given in enumerate(self._given(dtypes, count)):
+                    check_finite(given, i)
                 found = self._add(dtypes, count, write, False, np.float64, careful=True)
         assert found is not None
         return found
@@ -109,7 +110,9 @@ class BlockSums:
         if halves:
             self._load_halves(count, values.view(np.uint32))
         else:
-            self._load(dtypes, count, values)
+            values[:, count:] = 0
+            for into, given in zip(values, self._given(dtypes, count), strict=True):
+                into[:count] = given
         total = values[plan.pivot]
         direct = self._direct_sum(values) if write and dtypes.out != "F64" else None
         for i in plan.others:
@@ -140,11 +143,6 @@ class BlockSums:
         pairs = self._raw[:, : 2 * padded].view("<u4")
         np.left_shift(pairs, 16, out=bits[:, : padded // 2])
         np.bitwise_and(pairs, UPPER, out=bits[:, padded // 2 :])
-
-    def _load(self, dtypes: BlockDtypes, count: int, values: Array) -> None:
-        for into, given in zip(values, self._given(dtypes, count), strict=True):
-            into[:count] = given
-        values[:, count:] = 0
 
     def _given(self, dtypes: BlockDtypes, count: int) -> Iterator[Array]:
         """The members' values, widened one member at a time."""
@@ -202,10 +200,6 @@ class BlockSums:
         np.bitwise_and(odd, UPPER, out=odd)
         np.bitwise_or(even, odd, out=out.view("<u4"))
         return out
-
-    def _check(self, dtypes: BlockDtypes, count: int) -> None:
-        for i, given in enumerate(self._given(dtypes, count)):
-            check_finite(given, i)
 
 
 def check_finite(values: Array, member: int | None) -> None:

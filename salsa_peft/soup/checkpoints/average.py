@@ -76,7 +76,11 @@ def average(
         used = [row for row, weight in zip(read, numbers, strict=True) if weight != 0]
         taken = copy_companions(output, used, origin)
         summary = {"kind": "checkpoints", "strategy": strategy} | _figures(read, numbers, products, base is not None)
-        summary |= _sizes(aligned.checkpoint) | {"shards": len(aligned.files)} | taken | dict(more or {})
+        entries = [place.entry for place in aligned.checkpoint.tensors.values()]
+        summary |= {"tensors": len(entries), "parameters": sum(math.prod(entry.shape) for entry in entries)}
+        summary |= {"dtypes": dict(sorted(Counter(entry.dtype for entry in entries).items()))}
+        summary |= {"bytes": sum(file.size for file in aligned.checkpoint.files.values())}
+        summary |= {"shards": len(aligned.files)} | taken | dict(more or {})
         summary["seconds"] = round(time.perf_counter() - begun, 3)
         output.finish(_config(aligned), summary)
     return summary
@@ -146,17 +150,6 @@ def _config(aligned: Alignment) -> bytes | str:
 def _size_of(aligned: Alignment) -> int:
     """The size of the soup's tensors in bytes."""
     return sum(file.size - file.begin for file in aligned.checkpoint.files.values())
-
-
-def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The summary's numbers of tensors, parameters and bytes."""
-    entries = [place.entry for place in checkpoint.tensors.values()]
-    return {
-        "tensors": len(entries),
-        "parameters": sum(math.prod(entry.shape) for entry in entries),
-        "dtypes": dict(sorted(Counter(entry.dtype for entry in entries).items())),
-        "bytes": sum(file.size for file in checkpoint.files.values()),
-    }
 
 
 def _figures(

@@ -86,10 +86,6 @@ class ModelTensors:
         part = parts[bisect.bisect_right([part.start for part in parts], start) - 1]
         return _slice(part.place, start - part.start, stop - part.start)
 
-    def cuts(self, name: str) -> list[int]:
-        """The elements at which the parts of a tensor of the model begin."""
-        return [part.start for part in self.parts[name]]
-
     def read(self, name: str) -> torch.Tensor:
         """A copy of a tensor of the model, on the CPU."""
         import torch

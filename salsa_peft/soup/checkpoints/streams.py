@@ -10,7 +10,6 @@ import collections
 import contextlib
 import itertools
 import math
-import os
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,7 +116,9 @@ def stream(
     idle: queue.SimpleQueue[BlockSums] = queue.SimpleQueue()
     for _ in range(THREADS):
         idle.put(BlockSums(plan, BLOCK))
-    with _opened(runs) as files, ThreadPoolExecutor(THREADS) as pool:
+    paths = {place.file.path for run in runs for place in run.places}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(THREADS) as pool:
+        files = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
 
         def work(piece: Piece) -> list[float]:
             sums = idle.get()
@@ -129,7 +130,7 @@ def stream(
         for piece, products in _in_order(pool, work, pieces(runs, PIECE)):
             total = [a + b for a, b in zip(total, products, strict=True)]
             if write is not None:
-                write.all_before(piece.place + piece.size)
+                write.start_writeback(piece.place + piece.size)
             if progress is not None:
                 progress(piece.size)
     return plan.table(total)
@@ -152,17 +153,6 @@ def _in_order(
     finally:
         for _, future in ahead:
             future.cancel()
-
-
-@contextlib.contextmanager
-def _opened(runs: Sequence[Run]) -> Iterator[dict[Path, int]]:
-    """Give the file descriptor of each of the members' files."""
-    with contextlib.ExitStack() as stack:
-        files: dict[Path, int] = {}
-        for path in dict.fromkeys(place.file.path for run in runs for place in run.places):
-            files[path] = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, files[path])
-        yield files
 
 
 def _add_piece(piece: Piece, sums: BlockSums, files: Mapping[Path, int], write: Writer | None) -> list[float]:

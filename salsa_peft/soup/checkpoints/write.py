@@ -21,6 +21,7 @@ from salsa_peft.utils.files import locked, other_files, require_disk_space, sync
 from salsa_peft.utils.safetensors_io import Writer, safetensors_writer
 
 SUMMARY, LOCK, PARTIAL = "soup.json", ".lock", ".soup-partial"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Progress = Callable[[int, int], None]
 """Called with the number of bytes written and the number of bytes in all."""
 
@@ -68,9 +69,8 @@ def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Ou
     Raises SalsaError if the folder is a source, holds anything but a soup, is in use or has no room. After an error nothing of
     the new soup is left, and an earlier one is as it was.
     """
-    new = not folder.exists()
     check_free(folder, sources)
-    with locked(folder):
+    with locked_output(folder):
         output = Output(folder)
         try:
             shutil.rmtree(output.folder, ignore_errors=True)
@@ -82,6 +82,16 @@ def open_output(folder: Path, sources: Sequence[Path], size: int) -> Iterator[Ou
             yield output
         finally:
             shutil.rmtree(output.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked_output(folder: Path) -> Iterator[None]:
+    """Lock an output folder. At the end the lock's file is removed, and the folder if it is new and empty."""
+    new = not folder.exists()
+    with locked(folder):
+        try:
+            yield
+        finally:
             (folder / LOCK).unlink(missing_ok=True)
             if new and not any(folder.iterdir()):
                 folder.rmdir()
@@ -100,19 +110,31 @@ def byte_counter(progress: Progress | None, total: int) -> Callable[[int], None]
     return count
 
 
-def check_free(folder: Path, sources: Sequence[Path]) -> None:
-    """Raise SalsaError for a folder that is a source, or holds anything but a soup of full weights."""
-    for source in sources:
-        require(
-            folder.resolve() != source.resolve(),
-            f"{folder}: this folder is a member of the soup; choose another one for the result",
-        )
+def check_free(folder: Path, sources: Sequence[Path], adapter: bool = False) -> None:
+    """Raise SalsaError for a folder that is a source, or holds anything but a soup of adapters or full weights.
+
+    adapter: whether the new soup is one of adapters.
+    """
+    require(
+        all(folder.resolve() != source.resolve() for source in sources),
+        f"{folder}: this folder is a member of the soup; choose another one for the result",
+    )
     require(not folder.exists() or folder.is_dir(), f"{folder}: this is a file; choose a folder for the soup")
     require(
-        not (folder / "adapter_config.json").exists(),
+        not adapter or not (folder / CONFIG).exists(),
+        f"{folder} holds a model; name another folder for the soup's adapter",
+    )
+    require(
+        adapter or not (folder / ADAPTER_CONFIG).exists(),
         f"{folder}: this folder holds an adapter, which Transformers would add to the soup; choose another one",
     )
-    held = other_files(folder) if folder.exists() and not (folder / SUMMARY).is_file() else ""
+    whole = (folder / SUMMARY).is_file()
+    require(
+        whole or not (folder / ADAPTER_CONFIG).exists(),
+        f"{folder} holds an adapter that is not a soup; name another folder (OUT comes first, then the members)",
+    )
+    left = (ADAPTER_WEIGHTS,) if adapter else ()  # weights alone are left by a write of adapters that was killed
+    held = other_files(folder, *left) if folder.exists() and not whole else ""
     require(
         not held,
         f"{folder}: this folder holds {held} but no {SUMMARY}, so it is not overwritten; choose an empty one or an earlier soup",

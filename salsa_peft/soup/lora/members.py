@@ -165,11 +165,8 @@ def vocabularies_of(members: Sequence[Member]) -> dict[str, dict[str, int]]:
     """Member's name → token → id, for members with a tokenizer.json. If all files are equal, none is read."""
     paths = {m.name: m.folder / VOCABULARY for m in members if (m.folder / VOCABULARY).is_file()}
     digests = {name: sha256(path) for name, path in paths.items()}
-    all_equal = len(set(digests.values())) == 1
-    read: dict[str, dict[str, int]] = {}
-    for name, digest in digests.items():
-        if digest not in read:
-            read[digest] = {} if all_equal else vocabulary(paths[name])
+    files = {digests[name]: path for name, path in paths.items()}
+    read = {digest: vocabulary(path) if len(files) > 1 else {} for digest, path in files.items()}
     return {name: read[digest] for name, digest in digests.items()}
 
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
 from salsa_peft.soup.lora.read import CONFIG, MERGES
 from salsa_peft.soup.lora.tensors import TOKENS, Member
@@ -84,11 +83,6 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
             f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to"
             f" 1: {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
         )
-
-
-def dtype_of(members: Sequence[Member], name: str) -> str:
-    """Safetensors' name of the dtype that represents every member's value exactly."""
-    return arrays.promote(member.file.entries[member.direct[name]].dtype for member in holders(members, name))
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:

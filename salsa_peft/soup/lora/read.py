@@ -13,8 +13,8 @@ from typing import Any
 
 from salsa_peft.soup.checkpoints.read import read_mapping
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.fingerprints import FINGERPRINT, sha256
-from salsa_peft.utils.manifests import MANIFEST, read_manifest
+from salsa_peft.utils.fingerprints import FINGERPRINT
+from salsa_peft.utils.manifests import MANIFEST, changed_file, read_manifest
 from salsa_peft.utils.safetensors_io import SafetensorsFile
 
 logger = logging.getLogger(__name__)
@@ -159,13 +159,10 @@ def check_manifest(folder: Path) -> None:
         if (folder / MANIFEST).exists():
             logger.warning("warning: %s cannot be read, so the files beside it are not checked", folder / MANIFEST)
         return
-    for name in (CONFIG, WEIGHTS, FINGERPRINT, *TOKENIZER):
-        if (entry := manifest["files"].get(name)) is None:
-            continue
-        path = folder / name
-        require(path.is_file(), f"{path} is missing, but {MANIFEST} lists it; copy the folder again")
-        require(
-            path.stat().st_size == entry.get("size") and sha256(path) == entry.get("sha256"),
-            f"{path} does not have the size or SHA-256 that {MANIFEST} lists: it is damaged or was changed; copy or"
-            " make it again",
-        )
+    read = (CONFIG, WEIGHTS, FINGERPRINT, *TOKENIZER)
+    listed = {name: manifest["files"][name] for name in read if name in manifest["files"]}
+    why = changed_file(folder, {"files": listed})
+    require(
+        why is None,
+        f"{folder}: differs from its {MANIFEST} in size or SHA-256 ({why}); copy the folder again, or make it again",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
@@ -17,7 +16,7 @@ import numpy as np
 from salsa_peft.models.adapters.names import PREFIX
 from salsa_peft.soup import arrays
 from salsa_peft.soup.arrays import Array
-from salsa_peft.soup.checkpoints.write import LOCK
+from salsa_peft.soup.checkpoints.write import check_free, locked_output
 from salsa_peft.soup.lora import non_lora
 from salsa_peft.soup.lora.config import config_fields
 from salsa_peft.soup.lora.factors import Stacks
@@ -28,7 +27,7 @@ from salsa_peft.soup.lora.targets import Shape
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.soup.summary import Totals, recompression_errors, relative_norm, summarise
 from salsa_peft.utils.errors import require
-from salsa_peft.utils.files import locked, other_files, sync_folder, write_atomic
+from salsa_peft.utils.files import sync_folder, write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT
 from salsa_peft.utils.safetensors_io import BITS, NAMES, make_header, safetensors_writer
 
@@ -53,14 +52,21 @@ def save(
     """
     code, ranks = dtype_code(dtype, stacks.dtype), output_ranks(stacks.shapes, rank)
     stacks.check_saveable()
-    check_out(folder, members)
+    sources = [member.folder for member in members]
+    check_free(folder, sources, adapter=True)
     tokenizer = tokenizer_of(members)
-    with locked_output(folder, members):
+    with locked_output(folder):
+        check_free(folder, sources, adapter=True)  # another process may have written before this one got the lock
+        for name in (CONFIG, SUMMARY, FINGERPRINT, WEIGHTS, *TOKENIZER):
+            for path in folder.glob(f".{name}.*.tmp"):  # of a write that was killed
+                path.unlink(missing_ok=True)
         start = time.perf_counter()
         totals = Totals(np.zeros((len(members), len(members))))
         with arrays.one_thread():
             write_weights(folder, sections(members, stacks, weights, code, ranks, totals, progress))
-        summary = summarise(members, weights, totals.gram, ranks)
+        summary = summarise(members, weights, totals.gram, [member.ranks for member in members])
+        summary |= {"modules": len(ranks), "ranks": sorted(set(ranks.values()))}
+        summary |= {"averaged": non_lora.parameter_names(members)}
         rounding = relative_norm(totals.rounding, sum(totals.norms.values()) - sum(totals.lost.values()))
         summary |= {"strategy": strategy, "dtype": NAMES[code], "rounding": rounding, "rank": rank}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary()}
@@ -73,25 +79,8 @@ def save(
         if len(fingerprints) == 1 and None not in fingerprints:
             write_json(folder / FINGERPRINT, {"base": fingerprints.pop()})
         write_json(folder / CONFIG, config_fields(members, stacks, ranks))
+        sync_folder(folder)
         return summary
-
-
-@contextlib.contextmanager
-def locked_output(folder: Path, members: Sequence[Member]) -> Iterator[None]:
-    """Lock the output folder, remove temporary files of a killed write, and sync the folder at the end."""
-    made = not folder.exists()
-    with locked(folder):
-        try:
-            check_out(folder, members)  # again, because another process may have written before this one got the lock
-            for name in (CONFIG, SUMMARY, FINGERPRINT, WEIGHTS, *TOKENIZER):
-                for path in folder.glob(f".{name}.*.tmp"):
-                    path.unlink(missing_ok=True)
-            yield
-            sync_folder(folder)
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -156,9 +145,9 @@ def sections(
     layout = [(name, code, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])]
     found = [Section(layout, partial(factors, stacks, weights, code, ranks, totals, progress))]
     for name in non_lora.parameter_names(members):
-        kept, holder = non_lora.dtype_of(members, name), non_lora.holders(members, name)[0]
-        path = PREFIX + non_lora.wrapped(name, stacks.wrappers)
-        layout = [(path, kept, holder.file.entries[holder.direct[name]].shape)]
+        entries = [member.file.entries[member.direct[name]] for member in non_lora.holders(members, name)]
+        kept = arrays.promote(entry.dtype for entry in entries)
+        layout = [(PREFIX + non_lora.wrapped(name, stacks.wrappers), kept, entries[0].shape)]
         found.append(Section(layout, partial(averaged, members, name, weights, kept)))
     return sorted(found, key=lambda part: -BITS[part.layout[0][1]])
 
@@ -212,24 +201,3 @@ def rounded(A: Array, B: Array, code: str, totals: Totals) -> list[Array]:
         pairs = [(A_hat, change_B)] if A_hat.ndim == 2 else zip(A_hat, change_B, strict=True)
         totals.rounding += sum(squared_norm(*pair) for pair in pairs)
     return narrowed
-
-
-def check_out(folder: Path, members: Sequence[Member]) -> None:
-    """Raise SalsaError if the output folder is a member or holds anything but an earlier adapter soup."""
-    require(
-        all(folder.resolve() != member.folder.resolve() for member in members),
-        f"{folder} is a member of the soup and is never overwritten; name another folder",
-    )
-    require(not folder.exists() or folder.is_dir(), f"{folder} is a file; name a folder for the soup")
-    require(
-        not (folder / "config.json").exists(), f"{folder} holds a model; name another folder for the soup's adapter"
-    )
-    require(
-        not (folder / CONFIG).exists() or (folder / SUMMARY).exists(),
-        f"{folder} holds an adapter that is not a soup; name another folder (OUT comes first, then the members)",
-    )
-    if folder.exists() and not (folder / SUMMARY).exists():
-        held = other_files(folder, WEIGHTS)  # weights alone are left by a write that was killed
-        require(
-            not held, f"{folder} holds {held}, but no soup; name a new or empty folder, or an earlier soup's folder"
-        )

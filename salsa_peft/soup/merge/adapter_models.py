@@ -110,7 +110,7 @@ class AdapterModel:
         found: dict[str, WrappedModule] = {}
         kinds: tuple[type[torch.nn.Module], ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # type: ignore[assignment]
         for name, module in inner.named_modules():
-            if isinstance(module, kinds) and not _inside(name, found):
+            if isinstance(module, kinds) and not any(name.startswith(f"{outer}.") for outer in found):
                 inside = {self._firsts[_address(p)] for p in module.parameters() if _address(p) in self._firsts}
                 ranks = (layer.r[ADAPTER] for layer in module.modules() if isinstance(layer, LoraLayer))
                 saved = isinstance(module, ModulesToSaveWrapper)
@@ -188,12 +188,12 @@ class AdapterModel:
                     if given is not None and _address(given) in self._firsts:
                         own = ".".join(part for part in (name, _plain(path), leaf) if part)
                         module._parameters[leaf] = filled[own if untie else self.first[own]]
-        values: dict[str, torch.Tensor] = {}
+        values = {name: filled[name if untie else self.first[name]].detach() for name in names}
         for name, wrapped in inside.items():
             for leaf, parameter in self._unloaded(name, wrapped.module).named_parameters(remove_duplicate=False):
-                values[f"{name}.{leaf}"] = parameter.detach()
-        start = {name: filled[name if untie else self.first[name]].detach() for name in names}
-        return start | {name: value for name, value in values.items() if name in start}
+                if (own := f"{name}.{leaf}") in values:
+                    values[own] = parameter.detach()
+        return values
 
     def _unloaded(self, name: str, module: Any) -> torch.nn.Module:
         """The module without its wrapper, after PEFT merged it."""
@@ -217,12 +217,6 @@ class AdapterModel:
 def _address(parameter: torch.Tensor) -> int:
     """The address of a parameter's memory: PEFT may make another object of it. 0 for a meta tensor."""
     return 0 if parameter.is_meta else parameter.untyped_storage().data_ptr()
-
-
-def _inside(name: str, found: Mapping[str, Any]) -> bool:
-    """Whether a module is inside one of those in `found`."""
-    parts = name.split(".")
-    return any(".".join(parts[:end]) in found for end in range(1, len(parts)))
 
 
 def _error_line(error: Exception, model: str) -> str:

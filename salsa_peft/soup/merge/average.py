@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from salsa_peft.soup.merge.members import LoadedMembers, load_members, read_memb
 from salsa_peft.soup.merge.plan import Plan
 from salsa_peft.soup.merge.quantised_bases import Dequantised, open_base
 from salsa_peft.soup.merge.sums import Figures
-from salsa_peft.soup.summary import delta_statistics, relative_norm
+from salsa_peft.soup.summary import relative_norm, summarise
 from salsa_peft.utils.errors import require
 from salsa_peft.utils.fingerprints import EMBEDDINGS, FINGERPRINT, base_fingerprints
 from salsa_peft.utils.safetensors_io import as_bytes
@@ -105,14 +106,9 @@ def _summary(
 ) -> dict[str, Any]:
     """Ranks, and norms, distances and cosines of what each member adds to the base."""
     ranks = [{name: one.rank for name, one in adapter.wrapped.items() if one.rank} for adapter in loaded.adapters]
-    modules = {module for found in ranks for module in found}
-    stacked = {sum(found.get(module, 0) for found in ranks) for module in modules}
-    listed = [
-        {"ranks": sorted(set(found.values())), "modules": len(found), "rslora": member.config["use_rslora"]}
-        for member, found in zip(members, ranks, strict=True)
-    ]
-    found = delta_statistics([member.name for member in members], weights, figures.gram.numpy(), listed)
-    return found | {"modules": len(modules), "ranks": sorted(stacked)}
+    stacked = sum(map(Counter, ranks), Counter[str]())
+    found = summarise(members, weights, figures.gram.numpy(), ranks)
+    return found | {"modules": len(stacked), "ranks": sorted(set(stacked.values()))}
 
 
 def _check_fingerprints(checkpoint: Checkpoint, members: Sequence[Member], same_base: bool) -> None:

@@ -95,10 +95,9 @@ def _load(given: list[tuple[Member, dict[str, torch.Tensor], LoraConfig]], archi
         AdapterModel(member.file.path, copy.deepcopy(lora), tensors, blank_model(architecture, wanted))
         for member, tensors, lora in given
     ]
-    resized = base if rows[0] in (None, before) else blank_model(architecture, wanted)
-    return LoadedMembers(
-        adapters, ModelNames(base), ModelNames(resized), None if rows[0] in (None, before) else rows[0]
-    )
+    if rows[0] in (None, before):
+        return LoadedMembers(adapters, ModelNames(base), ModelNames(base), None)
+    return LoadedMembers(adapters, ModelNames(base), ModelNames(blank_model(architecture, wanted)), rows[0])
 
 
 def _classes(

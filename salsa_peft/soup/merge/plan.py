@@ -6,10 +6,11 @@ in the base's files (fused or split by Transformers' conversion mapping). It is 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Plan:
     def __init__(self, source: PlainBase, loaded: LoadedMembers, weights: Sequence[float], untie: bool = False) -> None:
         self.source, self.loaded, self.weights, self.untie = source, loaded, list(weights), untie
         self.adapters, self.names, self.shapes = loaded.adapters, loaded.names, loaded.result.shapes
-        files = source.checkpoint.files
+        files, self._where = source.checkpoint.files, f"{source.checkpoint.folder}: "
         shapes = {name: source.shape(name) for file in files for name in source.names(file)}
         self.resolved = loaded.names.resolve(shapes, str(source.checkpoint.folder))
         self.first = self.adapters[0].first
@@ -59,16 +60,11 @@ class Plan:
 
     def _units(self) -> list[Unit]:
         """Join the parameters that any member changes to units, in the order of the model."""
-        group = {name: name for name in self.first}
+        group = {name: {name} for name in self.first}
 
-        def top(name: str) -> str:
-            while group[name] != name:
-                name = group[name]
-            return name
-
-        def join(names: Sequence[str]) -> None:
-            for name in names[1:]:
-                group[top(name)] = top(names[0])
+        def join(names: Iterable[str]) -> None:
+            joined = set().union(*(group[name] for name in names))
+            group.update(dict.fromkeys(joined, joined))
 
         touched: set[str] = set()
         for adapter in self.adapters:
@@ -83,10 +79,10 @@ class Plan:
                 by_source.setdefault(block.source, []).append(name)
         for names in by_source.values():
             join(names)
-        chosen, sets = {top(name) for name in touched}, dict[str, list[str]]()
-        for name in self.first:
-            if top(name) in chosen:
-                sets.setdefault(top(name), []).append(name)
+        sets: dict[int, list[str]] = {}
+        for name, joined in group.items():
+            if joined & touched:
+                sets.setdefault(id(joined), []).append(name)
         return [
             Unit(names, list(dict.fromkeys(b.source for name in names for b in self.resolved.blocks.get(name, ()))))
             for names in sets.values()
@@ -188,13 +184,9 @@ class Plan:
 
     def replaced(self) -> list[str]:
         """The tensors of the base's files that a member replaces with values of its own."""
-        return sorted({name for unit in self.units for name in unit.sources if self._has_values(unit)})
-
-    def _has_values(self, unit: Unit) -> bool:
-        wrapped = [w for a in self.adapters for w in a.wrapped.values() if set(w.parameters) & set(unit.names)]
-        return any(one.rank == 0 for one in wrapped) or any(
-            adapter.replaced.keys() & set(unit.names) for adapter in self.adapters
-        )
+        own = {name for adapter in self.adapters for name in adapter.replaced}
+        own |= {name for a in self.adapters for w in a.wrapped.values() if w.rank == 0 for name in w.parameters}
+        return sorted({name for unit in self.units if own & set(unit.names) for name in unit.sources})
 
     def _keep(self, unit: Unit, values: Mapping[str, torch.Tensor], figures: Figures, alone: str | None = None) -> None:
         """Keep a unit's values as tensors of the files; `alone` is a tensor that no file of the base has."""
@@ -218,13 +210,7 @@ class Plan:
 
     def _computed(self, unit: Unit) -> tuple[dict[str, torch.Tensor], Figures]:
         """The merged parameters of a unit in the base's dtype."""
-        given: dict[str, torch.Tensor] = {}
-
-        def read(first: str) -> torch.Tensor:
-            if first not in given:
-                given[first] = self._base(first)
-            return given[first]
-
+        read = functools.cache(self._base)
         found = [a.merged_values(unit.names, read, self.untie) if a.touches(unit.names) else {} for a in self.adapters]
         figures, values = Figures(len(self.weights)), {}
         counted: set[str] = set()
@@ -234,11 +220,8 @@ class Plan:
             measured = Figures(len(self.weights)) if first in counted else figures  # tied parameters count once
             counted.add(first)
             merged = [given.get(name) for given in found]
-            values[name] = add_deltas(read(first), merged, self.weights, dtype, measured, self._what(name))
+            values[name] = add_deltas(read(first), merged, self.weights, dtype, measured, self._where + name)
         return values, figures
-
-    def _what(self, name: str) -> str:
-        return f"{self.source.checkpoint.folder}: {name}"
 
     def _factors(self, source: str) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] | None:
         """(member, left and right) of a tensor to which LoRA just adds products of low rank; else None."""
@@ -264,7 +247,7 @@ class Plan:
         right = torch.cat([pair[1] for _, pair in factors]).to(wide)
         for start, given in self.source.pieces(source, ELEMENTS):
             base = given.to(wide)
-            yield rounded(base, left[start : start + len(base)] @ right, given.dtype, figures, self._what(source))
+            yield rounded(base, left[start : start + len(base)] @ right, given.dtype, figures, self._where + source)
 
     def _blocks(self, name: str) -> tuple[Block, ...]:
         """Where a parameter, or one that it is tied to, is in the base's files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -39,28 +39,27 @@ MAX_TOKENS = 8192
 """Most tokens in a forward pass of continuous batching (Transformers' default)."""
 
 
-class Backend(Protocol):
+class Backend:
     """Samples responses of the policy: prompts and one seed each → Responses in the prompts' order."""
-
-    def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
-                 check: Check | None = None) -> Responses: ...  # fmt: skip
-
-    def updated(self) -> None:
-        """Called when the policy's weights may have changed."""
-
-
-class HF:
-    """Transformers' generate with the active adapter."""
 
     def __init__(self, model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.args, self.tokenizer = model, args, tokenizer
+        self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
+
+    def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
+                 check: Check | None = None) -> Responses:  # fmt: skip
+        raise NotImplementedError
+
+    def sync_weights(self) -> None:
+        """Called when the policy's weights may have changed; for backends that generate with a copy of them."""
+
+
+class HF(Backend):
+    """Transformers' generate with the active adapter."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
                  check: Check | None = None) -> Responses:  # fmt: skip
         return generate(self.model, prompts, self.args, self.tokenizer, seeds, recording=recording, check=check)
-
-    def updated(self) -> None:
-        """Does nothing: the trained weights are the ones that generate."""
 
 
 class CompiledHF(HF):
@@ -112,7 +111,7 @@ def hf(model: Any, args: SalsaPPOConfig, tokenizer: PreTrainedTokenizerBase, acc
     return CompiledHF(model, args, tokenizer, CompileConfig())
 
 
-class Paged:
+class Paged(Backend):
     """Transformers' continuous batching: a finished response makes room for the next, without padding.
 
     It uses the paged version of the attention that the model was loaded with.
@@ -126,12 +125,8 @@ class Paged:
             Version(transformers.__version__) >= PAGED_SINCE,
             f"rollout_backend: paged needs transformers {PAGED_SINCE} or newer, not {transformers.__version__}",
         )
-        self.model, self.args, self.tokenizer = model, args, tokenizer
-        self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
+        super().__init__(model, args, tokenizer)
         self.options = {"auto_switch_to_flash": False, **args.rollout_options}  # type: ignore[dict-item]
-
-    def updated(self) -> None:
-        """Does nothing: the trained weights are the ones that generate, and no cache is kept."""
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
@@ -155,16 +150,14 @@ class Paged:
 
     def _manager(self, lm: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Any:
         hints = WorkloadHints(max(map(len, prompts)), self.args.max_new_tokens, len(prompts))
+        sampling = GenerationConfig(
+            do_sample=True, temperature=self.args.temperature, top_k=0, top_p=1.0, eos_token_id=list(self.ends),
+            max_new_tokens=self.args.max_new_tokens, pad_token_id=int(self.tokenizer.pad_token_id),
+        )  # fmt: skip
         try:
-            return lm.init_continuous_batching(self._settings(), self._config(prompts, seeds), hints)
+            return lm.init_continuous_batching(sampling, self._config(prompts, seeds), hints)
         except ValueError as error:  # an attention or layer without a paged version
             raise SalsaError(f"rollout_backend: paged does not support this model: {error}. Use hf") from error
-
-    def _settings(self) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=True, temperature=self.args.temperature, top_k=0, top_p=1.0,
-            max_new_tokens=self.args.max_new_tokens, eos_token_id=list(self.ends), pad_token_id=int(self.tokenizer.pad_token_id),
-        )  # fmt: skip
 
     def _config(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> ContinuousBatchingConfig:
         """A cache for every response at full length; by default Transformers takes most of the free memory."""
@@ -237,7 +230,7 @@ def _autocast_in_threads(lm: Any) -> Iterator[None]:
             lm.forward = before
 
 
-class VLLM:
+class VLLM(Backend):
     """vLLM through TRL's VLLMGeneration, in this process (colocate) or as a server (`vllm serve BASE`)."""
 
     def __init__(
@@ -259,9 +252,8 @@ class VLLM:
             0.01 <= args.temperature <= 2,
             f"temperature: vllm samples at 0.01 to 2, not at {args.temperature:g}; set another or use hf",
         )
-        self.model, self.args, self.tokenizer, self.synced = model, args, tokenizer, False
-        self.ends = model_stop_token_ids(tokenizer, causal_lm(model))
-        self.engine = self._engine(accelerator, options)
+        super().__init__(model, args, tokenizer)
+        self.synced, self.engine = False, self._engine(accelerator, options)
 
     def _engine(self, accelerator: Accelerator, options: Mapping[str, Any]) -> Any:
         from trl.generation.vllm_generation import VLLMGeneration
@@ -297,18 +289,18 @@ class VLLM:
         except (OSError, RuntimeError) as error:
             raise SalsaError(f"rollout_backend: vllm does not start: {' '.join(str(error).split())}") from error
 
-    def updated(self) -> None:
+    def sync_weights(self) -> None:
         """Send the policy's weights to vLLM."""
         self.engine.sync_weights()
         self.synced = True
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, recording: Recording | None = None,
-                 check: Callable[[], None] | None = None) -> Responses:  # fmt: skip
+                 check: Check | None = None) -> Responses:  # fmt: skip
         assert recording is None  # SalsaPPOConfig does not allow it
         if check is not None:
             check()
         if not self.synced:  # vLLM has the base's weights at the start
-            self.updated()
+            self.sync_weights()
         _, answers, _, _ = self.engine.generate([list(prompt) for prompt in prompts], images=None, num_generations=1)
         pad = int(self.tokenizer.pad_token_id)
         return pad_responses(prompts, answers, pad, self.ends, causal_lm(self.model).device)

@@ -1,18 +1,15 @@
-"""SalsaPPOConfig, which adds PPO's options to TrainingArguments; and the order of prompts."""
+"""SalsaPPOConfig, which adds PPO's options to TrainingArguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
-import torch
 from pydantic import Field, ValidationError
-from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -86,20 +83,21 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
         self.guards = _mapping("guards", self.guards)
         self.rollout_options = _mapping("rollout_options", self.rollout_options)
         self._check_values()
-        self.check_batches("", self.batch_size, self.micro_batch_size)
+        self.check_shares("", self.batch_size, self.micro_batch_size)
         self.check_options("")
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         given = {name: getattr(self, name) for name in DERIVED}
-        self.per_device_train_batch_size = self.gradient_accumulation_steps = (
-            1  # until the number of processes is known
-        )
+        # until the number of processes is known
+        self.per_device_train_batch_size = self.gradient_accumulation_steps = 1
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()
         unset_hf_deepspeed_config()  # otherwise from_pretrained would shard references and classifiers under ZeRO-3
         require(self.n_gpu <= 1, f"SalsaPPOConfig: one process has {self.n_gpu} GPUs; use accelerate launch")
-        self._share_out()
+        share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
+        self.per_device_train_batch_size = self.micro_batch_size or share
+        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
         for name, default in DERIVED.items():
             if given[name] not in (default, getattr(self, name)):
                 say(
@@ -122,21 +120,10 @@ class SalsaPPOConfig(PPOOptions, Sampling, TrainingArguments):
             key, message = explain_validation_error(dict(error.errors(include_url=False)[0]))
             raise SalsaError(f"{key}: {message}") from error
 
-    def _share_out(self) -> None:
-        """Set the micro-batch size of one process and the accumulation steps."""
-        share = self.check_shares("", self.batch_size, self.micro_batch_size, self.world_size)
-        self.per_device_train_batch_size = self.micro_batch_size or share
-        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
-
     @property
     def minibatch_size(self) -> int:
         """Responses in one optimizer step."""
         return self.batch_size // self.num_mini_batches
-
-    @property
-    def steps_per_update(self) -> int:
-        """Optimizer steps per rollout batch."""
-        return self.num_ppo_epochs * self.num_mini_batches
 
     @property
     def micro_steps(self) -> int:
@@ -170,36 +157,3 @@ def _mapping(name: str, value: Any) -> Any:
 
 def _as_yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-class RolloutBatches(Sampler[list[int]]):
-    """Row indices of rollout batches, each repeated for its micro-steps; shuffled in every epoch.
-
-    Rows that do not fill the last batch of an epoch are left out of it.
-    """
-
-    def __init__(self, rows: int, batch_size: int, repeats: int, seed: int) -> None:
-        self.rows, self.batch_size, self.repeats, self.seed, self.epoch = rows, batch_size, repeats, seed, 0
-
-    def __len__(self) -> int:
-        return self.rows // self.batch_size * self.repeats
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by transformers.Trainer, also when it resumes within an epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(
-            self.rows, generator=torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        ).tolist()
-        for start in range(0, self.rows // self.batch_size * self.batch_size, self.batch_size):
-            for _ in range(self.repeats):
-                yield order[start : start + self.batch_size]
-
-
-class RolloutLoader(DataLoader):
-    """A DataLoader that passes the epoch on to its batch sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by transformers.Trainer."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

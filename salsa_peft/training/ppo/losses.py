@@ -81,7 +81,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 
 class PPOLoss(NamedTuple):
-    """Loss and logged metrics of a micro-batch, as its share of the mean over the minibatch's tokens."""
+    """Loss and logged metrics of a micro-batch: sums over its tokens, divided by the minibatch's number of tokens.
+
+    Added up over the micro-batches of a minibatch they are means over its tokens.
+    """
 
     loss: Tensor
     policy: Tensor

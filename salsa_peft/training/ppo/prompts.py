@@ -1,10 +1,13 @@
-"""The trainer's datasets → tokenized prompts; prompts that are too long are left out and counted."""
+"""Prompts: tokenizing a dataset's rows, leaving out those that are too long, and their order in rollout batches."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Sampler
 
 from salsa_peft.data.chat.template_fields import dropped_fields, messages_for_template, template_options
 from salsa_peft.data.chat.templates import adds_bos
@@ -136,3 +139,36 @@ class PromptEncoder(NamedTuple):
         where = f"{name}, row {number}, prompt"
         messages = messages_for_template(parse_messages(messages, where), self.tokenizer)
         return dropped_fields(messages, self.tokenizer, where, template_options(row))
+
+
+class RolloutBatches(Sampler[list[int]]):
+    """Row indices of rollout batches, each repeated for its micro-steps; shuffled in every epoch.
+
+    Rows that do not fill the last batch of an epoch are left out of it.
+    """
+
+    def __init__(self, rows: int, batch_size: int, repeats: int, seed: int) -> None:
+        self.rows, self.batch_size, self.repeats, self.seed, self.epoch = rows, batch_size, repeats, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size * self.repeats
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by transformers.Trainer, also when it resumes within an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(
+            self.rows, generator=torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        ).tolist()
+        for start in range(0, self.rows // self.batch_size * self.batch_size, self.batch_size):
+            for _ in range(self.repeats):
+                yield order[start : start + self.batch_size]
+
+
+class RolloutLoader(DataLoader):
+    """A DataLoader that passes the epoch on to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by transformers.Trainer."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

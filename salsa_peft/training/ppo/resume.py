@@ -1,29 +1,34 @@
-"""Resuming PPO: state besides weights and optimizer, and the checkpoints of a run."""
+"""Resuming PPO: the checkpoints of a run, and what must match when one is resumed."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from salsa_peft.models.adapters import lora
+from salsa_peft.models.base import causal_lm
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
-from salsa_peft.training.ppo import saving
 from salsa_peft.training.ppo.guards import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.training.ppo.state import PPOState
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils import files
 from salsa_peft.utils.console import say
@@ -33,108 +38,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from salsa_peft.training.ppo.config import SalsaPPOConfig
+    from salsa_peft.training.ppo.prompts import Prompt
 
 ROLLOUT, REFERENCES = "rollout.safetensors", "references.safetensors"
-
-
-class MicroBatch(NamedTuple):
-    """The rows of one forward and backward pass."""
-
-    rollout: Rollout
-    rows: Tensor
-    """Indices in the rollout batch."""
-    tokens: int
-    """Response tokens of the whole minibatch, over which the losses are averaged."""
-    earlier: Sequence[Tensor]
-    """Rows of the earlier micro-batches of the same optimizer step."""
-
-
-@dataclass
-class PPOState:
-    """PPO's state, of the run and of the current update.
-
-    Not included: weights and optimizer, and what Trainer keeps in its TrainerState.
-    """
-
-    kl_coef: float
-    """Current KL coefficient β."""
-    sums: Tensor
-    """PPOLoss's fields, (7,), summed over the micro-steps of the current optimizer step in this process."""
-    update: int = 0
-    """Number of the current update, from 1; 0 before the first."""
-    skipped: int = 0
-    """Minibatches of the run that were skipped because their mean ratio exceeded max_ratio."""
-    stopped_early: bool = False
-    """Whether the current update has moved the policy by target_kl and takes no further steps."""
-    totals: list[list[float]] = field(default_factory=list)
-    """PPOLoss's fields of each optimizer step of this update, summed over micro-steps and processes."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Metrics that the reward reported for the current update."""
-    rollout: Rollout | None = None
-    """Rollout batch of the current update; None between updates."""
-    minibatches: list[Tensor] = field(default_factory=list)
-    """Row indices of each minibatch of the current update."""
-    micro_step: int = 0
-    """Position of the next micro-step in its optimizer step."""
-    started: float = 0.0
-    """When the current update started, in seconds of time.perf_counter."""
-
-    def begin_update(self, rollout: Rollout, figures: dict[str, float]) -> None:
-        """Start the update that trains on `rollout`."""
-        self.update += 1
-        self.rollout, self.figures = rollout, figures
-        self.totals, self.stopped_early = [], False
-
-    def next_micro_batch(self, args: SalsaPPOConfig, step: int, process: int, processes: int) -> MicroBatch:
-        """The next micro-batch of one process in the update's optimizer step number `step`."""
-        assert self.rollout is not None
-        lengths = self.rollout.responses.lengths
-        if not self.minibatches:
-            self.minibatches = minibatches(lengths, args, self.update)
-        minibatch, position = self.minibatches[step], self.micro_step
-        own = minibatch.split(args.per_device_train_batch_size)[process::processes]
-        self.micro_step = (position + 1) % args.gradient_accumulation_steps
-        return MicroBatch(self.rollout, own[position], int(lengths[minibatch].sum()), own[:position])
-
-    def end_update(self) -> None:
-        """Discard the rollout batch, on which training has ended."""
-        self.rollout, self.minibatches, self.totals = None, [], []
-
-    def abandon_update(self) -> None:
-        """Discard an update that an error or Ctrl-C interrupted in an earlier call of train().
-
-        It was not logged and does not count.
-        """
-        if self.rollout is not None:
-            self.update -= 1
-        self.end_update()
-        self.micro_step, self.stopped_early = 0, False
-        self.take_sums()
-
-    def take_sums(self) -> Tensor:
-        """Return the sums of the optimizer step that ends, and reset them."""
-        sums, self.sums = self.sums, torch.zeros_like(self.sums)
-        return sums
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as JSON, without the rollout batch; checkpoints fall between optimizer steps."""
-        return {key: vars(self)[key] for key in ("update", "kl_coef", "skipped", "stopped_early", "totals", "figures")}
-
-    def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:
-        """Continue from `state_dict` and the rollout batch of the update that was interrupted, if any."""
-        for key in self.state_dict():
-            setattr(self, key, state[key])
-        self.rollout, self.started = rollout, time.perf_counter()
-
-
-def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tensor]:
-    """Shuffle a rollout batch in every PPO epoch → row indices of each minibatch, sorted by length."""
-    order = []
-    for epoch in range(args.num_ppo_epochs):
-        generator = torch.Generator().manual_seed(args.seed + 7919 * update + epoch)
-        shuffled = torch.randperm(len(lengths), generator=generator).to(lengths.device)
-        order += [rows[lengths[rows].argsort(stable=True)] for rows in shuffled.split(args.minibatch_size)]
-    return order
+REQUIRED = (
+    "seed", "batch_size", "num_mini_batches", "num_ppo_epochs", "max_new_tokens", "min_new_tokens", "temperature",
+    "kl_estimator", "kl_per", "kl_control", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", "value",
+    "whiten_rewards", "missing_eos_penalty", "score_clip", "normalize_scores", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+"""Options that must match on resume."""
+CHANGEABLE = (
+    "learning_rate", "value_head_learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "kl_coef",
+    "kl_target", "kl_horizon", "kl_coef_min", "kl_coef_max", "max_ratio", "target_kl", "rollout_backend",
+    "old_logprobs", "bf16",
+)  # fmt: skip
+"""Options that may change on resume; a change is logged."""
+LORA_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""Options of LoraConfig that must match on resume."""
+SAMPLE = 4096
+"""Elements of each weight that a digest covers."""
 
 
 @dataclass
@@ -209,14 +132,14 @@ class RunCheckpoints:
     def settings(self) -> dict[str, Any]:
         """What must match on resume. Called first before training, because weights may be sharded afterwards."""
         if self.identity is None:
-            self.identity = saving.identity(self.policy, self.policy_name, self.references, self.reward, self.prompts)
-        return {**saving.required_options(self.args), **self.identity, "sharded": self.sharding}
+            self.identity = identity(self.policy, self.policy_name, self.references, self.reward, self.prompts)
+        return {**required_options(self.args), **self.identity, "sharded": self.sharding}
 
     def state_dict(self) -> dict[str, Any]:
         """The content of salsa_state.json. Flushes the logs, whose sizes are part of it, to the disk."""
         return {
             "setting": self.settings(),
-            "options": saving.changeable_options(self.args, self.reward),
+            "options": changeable_options(self.args, self.reward),
             **self.state.state_dict(),
             "scale": [self.scale.count, self.scale.mean, self.scale.squares],
             "watch": self.guards.state_dict(),
@@ -282,10 +205,11 @@ class RunCheckpoints:
         device = self.accelerator.device
         rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), device) if has_rollout else None
         self.state.load_state_dict(saved, rollout)
-        changes = list(saving.changes(saved["options"], saving.changeable_options(self.args, self.reward)))
-        if changes:
-            self._say(f"{checkpoint.name}: resuming with changed options: {', '.join(changes)}")
-        if saved["options"]["kl_coef"] != self.args.kl_coef:
+        before, now = saved["options"], changeable_options(self.args, self.reward)
+        changed = [f"{key} {before[key]} → {value}" for key, value in now.items() if before[key] != value]
+        if changed:
+            self._say(f"{checkpoint.name}: resuming with changed options: {', '.join(changed)}")
+        if before["kl_coef"] != self.args.kl_coef:
             self.state.kl_coef = self.args.kl_coef
         if (checkpoint / REFERENCES).is_file():
             reference_sync.load_state_dict(self.policy, self.references, lora.read_tensors(checkpoint / REFERENCES))
@@ -298,12 +222,12 @@ class RunCheckpoints:
 
     def _restore_logs(self, checkpoint: Path, sizes: dict[str, int]) -> None:
         """Cut the logs back to the checkpoint. What is cut off and will not be made again is kept in a copy."""
-        lines = []
+        kept = None
         if not self._is_here(checkpoint):
-            lines.append(self.logs.take(checkpoint.parent))
+            kept = self.logs.take(checkpoint.parent)
         elif any(checkpoints.fault(newer) is None for newer in checkpoints.saved_after(checkpoint)):
-            lines.append(self.logs.keep())
-        for line in [*lines, *self.logs.cut(sizes)]:
+            kept = self.logs.keep()
+        for line in [kept, *self.logs.cut(sizes)]:
             if line is not None:
                 self._say(line)
 
@@ -313,3 +237,79 @@ class RunCheckpoints:
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
             say(line)
+
+
+def required_options(args: SalsaPPOConfig) -> dict[str, Any]:
+    """The options of REQUIRED by name.
+
+    And whether the value head has its own learning rate, and with it its own group in the optimizer's state.
+    """
+    own = args.value_head_learning_rate is not None
+    return {key: _as_json(vars(args)[key]) for key in REQUIRED} | {"own value_head_learning_rate": own}
+
+
+def changeable_options(args: SalsaPPOConfig, reward: Reward) -> dict[str, Any]:
+    """CHANGEABLE by name, and the names of reward functions, whose code cannot be compared."""
+    code = [one.code for one in reward.components()]
+    return {key: _as_json(vars(args)[key]) for key in CHANGEABLE} | {"reward": code}
+
+
+def identity(
+    model: Any,
+    policy: str | None,
+    references: Iterable[FrozenReference],
+    reward: Reward,
+    prompts: Sequence[Prompt],
+) -> dict[str, Any]:
+    """What must match on resume besides options: policy, base, references, reward models and prompts.
+
+    Models are compared by digests of their weights, so that their paths may change. policy: the adapter's name; None
+    for full weights.
+    """
+    dtype = str(causal_lm(model).dtype).removeprefix("torch.")
+    weights = "weights" if dtype == "float32" else f"weights in {dtype}"
+    found: dict[str, Any] = {"policy": weights if policy is None else "adapter"}
+    if isinstance(model, PeftModel) and policy is not None:
+        config = model.peft_config[policy]
+        if isinstance(config, LoraConfig):
+            found |= {key: _as_json(vars(config)[key]) for key in LORA_OPTIONS}
+        own = {id(weight) for name in model.peft_config for weight in lora.parameters(model, name)}
+        base = (weight for weight in model.parameters() if id(weight) not in own)
+        # without 4-bit weights, whose layout depends on the machine
+        found["base"] = digest(weight for weight in base if weight.is_floating_point())
+    found["references"] = [_digest_reference(model, one) for one in references]
+    moves = [f"every {one.sync_every}, α {one.mixup_alpha:g}" for one in references if one.sync_every is not None]
+    found |= {"moving references": moves} if moves else {}
+    identified = [one.weights() for one in reward.components()]
+    found["reward models"] = [digest(model) for model in identified if model is not None]
+    tokens = hashlib.sha256()
+    for prompt in prompts:
+        tokens.update(array("q", [len(prompt.tokens), *prompt.tokens]).tobytes())
+    return found | {"prompts": f"{len(prompts)} ({tokens.hexdigest()[:12]})"}
+
+
+def digest(weights: Iterable[Tensor]) -> str:
+    """12 hex digits that identify weights by their shapes and first elements.
+
+    Elements are compared in float32, so that the dtype does not matter.
+    """
+    found = hashlib.sha256()
+    for weight in weights:
+        sample = weight.detach().reshape(-1)[:SAMPLE].cpu()
+        found.update(str(tuple(weight.shape)).encode())
+        found.update((sample.float() if sample.is_floating_point() else sample).contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _digest_reference(model: PeftModel, reference: FrozenReference) -> str:
+    name = reference.adapter
+    if reference.model is not None or name is None:
+        return "base" if reference.model is None else digest(reference.model.parameters())
+    layers = [layer for layer in lora.tuner_layers(model) if isinstance(layer, LoraLayer)]
+    scaling = [layer.scaling[name] for layer in layers if name in layer.scaling]
+    return digest([*lora.parameters(model, name), torch.tensor(scaling)])
+
+
+def _as_json(value: Any) -> Any:
+    """The value of an enum, as JSON stores it; any other value as it is."""
+    return str(value.value) if isinstance(value, Enum) else value

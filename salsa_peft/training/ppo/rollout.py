@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save_file
 from torch import Tensor
 
 from salsa_peft.data.chat.turn_ends import model_stop_token_ids
+from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm, hidden_states
 from salsa_peft.models.generation import Recording, row_seeds
 from salsa_peft.models.logprobs import Head, full_kl, head_of
@@ -34,7 +35,7 @@ from salsa_peft.models.rewards.function import decode
 from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.models.sharding import gather_weights, gathered
 from salsa_peft.models.value_head import PolicyWithValueHead
-from salsa_peft.training.offload import place_models
+from salsa_peft.training.offload import place_frozen_models
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import Backend
 from salsa_peft.training.ppo.losses import KL_ESTIMATORS
@@ -90,13 +91,12 @@ class RolloutMaker:
         self.model, self.references, self.reward, self.backend = model, list(references), reward, backend
         self.args, self.tokenizer, self.accelerator = args, tokenizer, accelerator
         self.ends = model_stop_token_ids(tokenizer, causal_lm(model.policy))
-        self.present = place_models(references, reward, args)
+        self.device_contexts = place_frozen_models(references, reward, args)
         world = accelerator.num_processes
-        self.micro_batch = MicroBatchLimit(
+        self.micro_batch_limit = MicroBatchLimit(
             args.rollout_batch_size or -(-args.batch_size // world), "rollout_batch_size", single_process=world == 1
         )
         self.scale = RunningScale()
-        self.folder = Path(str(args.output_dir))
 
     def head(self, model: PreTrainedModel | None = None) -> Head:
         """The output head of the policy's base, or of `model`; looked up again, because sharding replaces it."""
@@ -115,13 +115,15 @@ class RolloutMaker:
         self.model.eval()
         with gathered(self.model, self.accelerator):
             # 1. sample responses from the policy, prompts of similar length together
-            responses, recorded = self.micro_batch.run(lambda: self._sample(prompts, update, check), len(prompts))
+            responses, recorded = self.micro_batch_limit.run(lambda: self._sample(prompts, update, check), len(prompts))
             # 2. log-probs, values and KL, sequences of similar length together; then scores
-            logprobs, entropy, values, kl = self.micro_batch.run(lambda: self._score(responses, recorded), len(prompts))
+            logprobs, entropy, values, kl = self.micro_batch_limit.run(
+                lambda: self._score(responses, recorded), len(prompts)
+            )
             scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
-        for what, name in (("score", "scores"), ("log-prob", "logprobs"), ("value", "values"), ("KL", "kl")):
-            self.require_finite(what, made[name], responses, made)
+        for what, tensor in zip(("score", "log-prob", "value", "KL"), made.values(), strict=True):
+            self.require_finite(what, tensor, responses, made)
         # 3. per-token rewards, whitened if whiten_rewards is set; advantages, whitened over the batch
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
@@ -137,7 +139,7 @@ class RolloutMaker:
         """Responses to an eval set's prompts and their scores (B,), with the same seeds at every call."""
         self.model.eval()
         with gathered(self.model, self.accelerator):
-            responses, _ = self.micro_batch.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
+            responses, _ = self.micro_batch_limit.run(lambda: self._sample(prompts, 0, lambda: None), len(prompts))
             scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
         self.model.train()
         return responses, scores
@@ -149,7 +151,7 @@ class RolloutMaker:
 
         These are log-probs, entropies and values, (B, T) each. Interrupted in one process is raised in all.
         """
-        self.backend.updated()
+        self.backend.sync_weights()
         shares = self._shares([len(prompt.tokens) for prompt in prompts])
         try:
             mine = tuple(
@@ -171,7 +173,7 @@ class RolloutMaker:
         self, prompts: Sequence[Prompt], rows: list[int], seeds: list[int], check: Callable[[], None]
     ) -> tuple[list[int], Responses, tuple[Tensor, ...]]:
         """A micro-batch's rows, responses and recorded tensors."""
-        recording = Recording.of(self.model.value_head) if self.args.old_logprobs == "rollout" else None
+        recording = Recording(self.model.value_head) if self.args.old_logprobs == "rollout" else None
         # the outermost autocast keeps the cast weights, so that they are cast once for all tokens
         with self.accelerator.autocast():
             found = self.backend([prompts[row].tokens for row in rows], seeds, recording=recording, check=check)
@@ -229,33 +231,28 @@ class RolloutMaker:
     ) -> list[Tensor]:
         """KL averaged over the references (paper eq. 5), (b, t) for each micro-batch.
 
-        A reference scores all micro-batches before the next one, so that one model besides the policy is on the device.
+        One reference after another scores all micro-batches, so that only one offloaded reference is on the device.
         """
         args, head, totals = self.args, self.head(), [torch.zeros_like(table) for table in logprobs]
-        for reference, present in zip(self.references, self.present, strict=True):
-            with present(), self.accelerator.autocast():
-                other = head if reference.model is None else self.head(reference.model)
+        for reference, on_device in zip(self.references, self.device_contexts, strict=True):
+            model, reference_head = self.model.policy, head
+            with on_device(), self.accelerator.autocast(), lora.active(self.model.policy, reference.adapter):
+                if reference.model is not None:
+                    model, reference_head = reference.model, self.head(reference.model)
                 for total, part, own, table in zip(totals, parts, states, logprobs, strict=True):
-                    hidden = self._states(reference, part)
+                    hidden = hidden_states(model, part.input_ids, part.attention_mask)
                     total += kl_to_reference(
-                        own, table, hidden, part, head, other, args.min_new_tokens, args.kl_estimator
+                        own, table, hidden, part, head, reference_head, args.min_new_tokens, args.kl_estimator
                     )
         return [total / len(self.references) for total in totals]
 
-    def figures(self) -> dict[str, float]:
+    def reward_metrics(self) -> dict[str, float]:
         """The reward's metrics for the last batch besides scores, averaged over all processes."""
         sums: dict[str, list[float]] = {}
         for name, (total, count) in self._gathered(list(self.reward.take_metrics().items())):
             entry = sums.setdefault(name, [0.0, 0])
             entry[0], entry[1] = entry[0] + total, entry[1] + count
         return {name: total / count for name, (total, count) in sorted(sums.items()) if count}
-
-    def _states(self, reference: FrozenReference, part: Responses) -> Tensor:
-        if reference.model is not None:
-            return hidden_states(reference.model, part.input_ids, part.attention_mask)
-        assert self.model.toggle is not None
-        with self.model.toggle(reference.adapter):
-            return hidden_states(self.model.policy, part.input_ids, part.attention_mask)
 
     def _by_length(self, responses: Responses) -> list[list[int]]:
         """This process's micro-batches of responses, as row indices."""
@@ -264,7 +261,7 @@ class RolloutMaker:
     def _shares(self, lengths: list[int]) -> list[list[int]]:
         """This process's micro-batches of rows, sorted by length."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = min(self.micro_batch.rows, -(-min(len(lengths), self.args.batch_size) // world))
+        size = min(self.micro_batch_limit.rows, -(-min(len(lengths), self.args.batch_size) // world))
         by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
         return [by_length[start : start + size] for start in range(0, len(lengths), size)][rank::world]
 
@@ -272,18 +269,26 @@ class RolloutMaker:
         """The parts of all processes, on this process's device."""
         if self.accelerator.num_processes == 1:
             return parts
-        return [
-            _to_device(part, self.accelerator.device)
-            for part in gather_object([_to_device(part, "cpu") for part in parts])
-        ]
+        return send_to_device(gather_object(send_to_device(parts, "cpu")), self.accelerator.device)
 
     def require_finite(self, what: str, values: Tensor, responses: Responses, tensors: Mapping[str, Tensor]) -> None:
-        """Save the batch in <output_dir>/not-finite and raise NotFinite if a value is NaN or infinite."""
+        """Raise NotFinite if a value is NaN or infinite.
+
+        The batch is saved in <output_dir>/not-finite: texts in batch.jsonl, all tensors in batch.safetensors.
+        """
         bad = ~torch.isfinite(values)
         if not bool(bad.any()):
             return
-        folder = self.folder / "not-finite"
-        save_batch(folder, responses, tensors, self.tokenizer)
+        folder = Path(str(self.args.output_dir)) / "not-finite"
+        folder.mkdir(parents=True, exist_ok=True)
+        prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
+        answers = decode(self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
+        rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
+        named = {**responses._asdict(), **tensors}
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+        save_file(contiguous, folder / "batch.safetensors")
         raise NotFinite(
             f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
         )
@@ -300,42 +305,16 @@ def apply_score_options(scores: Tensor, responses: Responses, args: SalsaPPOConf
     return scores
 
 
-def save_batch(
-    folder: Path, responses: Responses, tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Save a batch for debugging: texts in batch.jsonl, all tensors in batch.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = decode(tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
-    answers = decode(tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
-    rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
-    named = {**responses._asdict(), **tensors}
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / "batch.safetensors"
-    )
-
-
-def _to_device(part: Any, device: torch.device | str) -> Any:
-    """Move the tensors in tuples and Responses to the device."""
-    if isinstance(part, Tensor):
-        return part.to(device)
-    if not isinstance(part, tuple):
-        return part
-    moved = [_to_device(entry, device) for entry in part]
-    return Responses(*moved) if isinstance(part, Responses) else tuple(moved)
-
-
 def kl_to_reference(policy: Tensor | None, policy_logprobs: Tensor, reference: Tensor, responses: Responses,
-                    head: Head, other: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
-    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its head `other`.
+                    head: Head, reference_head: Head, min_new_tokens: int, estimator: str) -> Tensor:  # fmt: skip
+    """Per-token KL to a reference, (B, T), from its states (B, P + T, H) and its output head.
 
     policy: the policy's states of response tokens (N, H), which only the estimator `full` needs.
     """
     if estimator == "full":
         assert policy is not None
         forbidden = forbidden_eos(responses, min_new_tokens)
-        kl = full_kl(policy, response_states(reference, responses), forbidden, head, other)
+        kl = full_kl(policy, response_states(reference, responses), forbidden, head, reference_head)
         return scatter(kl, responses.response_mask)
-    logprobs, _ = response_logprobs(reference, responses, other, min_new_tokens)
+    logprobs, _ = response_logprobs(reference, responses, reference_head, min_new_tokens)
     return KL_ESTIMATORS[estimator](policy_logprobs, logprobs)

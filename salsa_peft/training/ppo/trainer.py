@@ -6,12 +6,11 @@ accumulation, clipping, precision, schedules, processes and reporting: one of it
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +28,18 @@ from salsa_peft.models.adapters import forward
 from salsa_peft.models.base import causal_lm, remove_dropout
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, as_reward
-from salsa_peft.models.value_head import PolicyWithValueHead
+from salsa_peft.models.value_head import PolicyWithValueHead, load_policy, save_policy, train_only, with_value_head
 from salsa_peft.training import checkpoints, reference_sync
-from salsa_peft.training.ppo import losses, saving
+from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
 from salsa_peft.training.ppo.checks import check_model, check_sharding, check_tokenizer, check_trained
-from salsa_peft.training.ppo.config import RolloutBatches, RolloutLoader, SalsaPPOConfig
+from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.guards import GuardMonitor, KLCoefBounds
 from salsa_peft.training.ppo.metrics import LogFiles, metrics, print_samples
-from salsa_peft.training.ppo.prompts import PromptEncoder
-from salsa_peft.training.ppo.resume import MicroBatch, PPOState, RunCheckpoints
+from salsa_peft.training.ppo.prompts import PromptEncoder, RolloutBatches, RolloutLoader
+from salsa_peft.training.ppo.resume import RunCheckpoints
 from salsa_peft.training.ppo.rollout import Rollout, RolloutMaker
+from salsa_peft.training.ppo.state import MicroBatch, PPOState, checkpoint_size, no_pickles, update_learning_rates
 from salsa_peft.training.references import FrozenReference, as_references
 from salsa_peft.training.stopping import GracefulStop, Interrupted, StopBetweenUpdates
 from salsa_peft.utils.console import say
@@ -93,9 +93,9 @@ class SalsaPPOTrainer(Trainer):
             " Pass a frozen adapter",
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
-        policy = saving.with_value_head(model, args, self.reward)
+        policy = with_value_head(model, args.value, self.reward)
         remove_dropout(model)  # also that of adapters attached here
-        saving.train_only(model, self.policy_name, policy.value_adapter)
+        train_only(model, self.policy_name, policy.value_adapter)
         check_trained(model, processing_class, args)
         forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
@@ -131,7 +131,7 @@ class SalsaPPOTrainer(Trainer):
             policy, self.references, self.reward, backend, args, self.processing_class, self.accelerator
         )
         rows, alone = args.per_device_train_batch_size, self.accelerator.num_processes == 1 and not self.sharded
-        self.micro_batch = MicroBatchLimit(rows, "micro_batch_size", single_process=alone)
+        self.micro_batch_limit = MicroBatchLimit(rows, "micro_batch_size", single_process=alone)
         adaptive = args.kl_control == "adaptive"
         bounds = KLCoefBounds(args.kl_coef_min, args.kl_coef_max, args.kl_target) if adaptive else None
         self.guards = GuardMonitor(parse_guards(args.guards), bounds)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ class SalsaPPOTrainer(Trainer):
         )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
-        """Items are the prompts of a rollout batch, the same in all processes, once for each micro-step."""
+        """Yields the prompts of a rollout batch, once for each of its micro-steps; all processes get the same prompts."""
         prompts: Any = self.train_dataset
         batches = RolloutBatches(len(prompts), self.args.batch_size, self.args.micro_steps, self.args.seed)
         return RolloutLoader(prompts, batch_sampler=batches, collate_fn=list)
@@ -188,12 +188,16 @@ class SalsaPPOTrainer(Trainer):
         elif self.is_world_process_zero() and (line := self.logs.begin()) is not None:
             say(line)
         result = TrainOutput(0, 0.0, {})
-        with self.stop.handle_sigterm(), self._stopping_between_updates():
-            try:
+        callback = StopBetweenUpdates(lambda: self.ppo.rollout is None or self.stop.terminated)
+        self.add_callback(callback)
+        try:
+            with self.stop.handle_sigterm():
                 finished = None if checkpoint is None else self._load_finished(checkpoint)
                 result = finished or super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
-            except Interrupted:  # nothing has changed since the last optimizer step
-                self.ppo.rollout = None
+        except Interrupted:  # nothing has changed since the last optimizer step
+            self.ppo.rollout = None
+        finally:
+            self.remove_callback(callback)
         self.stop.synchronize()
         if self.stop.requested:
             self._save_and_stop()
@@ -209,15 +213,6 @@ class SalsaPPOTrainer(Trainer):
             say(f"SIGTERM: {saved}; train(resume_from_checkpoint=True) continues from it")
         raise SystemExit(128 + signal.SIGTERM)
 
-    @contextlib.contextmanager
-    def _stopping_between_updates(self) -> Iterator[None]:
-        callback = StopBetweenUpdates(lambda: self.ppo.rollout is None or self.stop.terminated)
-        self.add_callback(callback)
-        try:
-            yield
-        finally:
-            self.remove_callback(callback)
-
     # one micro-step
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -230,7 +225,7 @@ class SalsaPPOTrainer(Trainer):
         if step == 0 and ppo.micro_step == 0:
             ppo.started = time.perf_counter()
             rollout = self.rollout_maker(prompts, ppo.update + 1, ppo.kl_coef, self.stop.check)
-            ppo.begin_update(rollout, self.rollout_maker.figures())
+            ppo.begin_update(rollout, self.rollout_maker.reward_metrics())
         return ppo.next_micro_batch(args, step, self.accelerator.process_index, self.accelerator.num_processes)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -242,7 +237,7 @@ class SalsaPPOTrainer(Trainer):
         micro_batch, is_retry = self._next_micro_batch(inputs), False
 
         def forward_and_backward(rows: Tensor) -> Tensor:
-            parts = [micro_batch._replace(rows=part) for part in rows.split(self.micro_batch.rows)]
+            parts = [micro_batch._replace(rows=part) for part in rows.split(self.micro_batch_limit.rows)]
             step: Any = super(SalsaPPOTrainer, self).training_step
             return torch.stack([step(model, part) for part in parts]).sum()
 
@@ -256,7 +251,7 @@ class SalsaPPOTrainer(Trainer):
             is_retry = True
             return forward_and_backward(micro_batch.rows)
 
-        return self.micro_batch.run(run, len(micro_batch.rows))
+        return self.micro_batch_limit.run(run, len(micro_batch.rows))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -272,7 +267,7 @@ class SalsaPPOTrainer(Trainer):
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
     def micro_batch_loss(self, model: Any, rollout: Rollout, rows: Tensor, tokens: int) -> losses.PPOLoss:
-        """PPO's losses of some rows of a rollout batch: their share of the mean over the minibatch's `tokens`."""
+        """PPO's losses of some rows of a rollout batch. tokens: response tokens of the whole minibatch."""
         part = rollout.responses.rows(rows)
         width = part.response_ids.shape[1]
         old_logprobs, old_values, advantages, returns = (
@@ -319,7 +314,7 @@ class SalsaPPOTrainer(Trainer):
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
         counts = {"update": ppo.update, "batch_size": args.batch_size, "skipped": ppo.skipped}
-        row = metrics(rollout, ppo.totals, kl_coef=ppo.kl_coef, **counts) | ppo.figures
+        row = metrics(rollout, ppo.totals, kl_coef=ppo.kl_coef, **counts) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():
@@ -364,13 +359,13 @@ class SalsaPPOTrainer(Trainer):
             responses, scores = self.rollout_maker.evaluate(prompts)
         finally:
             self.model.train(training)
-        figures = {
+        results = {
             "score": scores.mean().item(),
             "response_length": responses.lengths.float().mean().item(),
             "empty_share": responses.empty.float().mean().item(),
-            **self.rollout_maker.figures(),
+            **self.rollout_maker.reward_metrics(),
         }
-        named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         if self.is_world_process_zero():
             samples = self.args.eval_samples
             self.logs.write_evaluation(self.ppo.update, responses, scores, samples, self.processing_class)
@@ -391,7 +386,7 @@ class SalsaPPOTrainer(Trainer):
         """
         size = None
         if self.optimizer is not None and self.accelerator.num_processes == 1 and not self.sharded:
-            size = saving.checkpoint_size(self.model, self.optimizer, self.ppo.rollout)
+            size = checkpoint_size(self.model, self.optimizer, self.ppo.rollout)
         with self.checkpoints.write(self.state, size):
             super()._save_checkpoint(model, trial)
 
@@ -400,33 +395,33 @@ class SalsaPPOTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             tokenizer = self.processing_class
-            saving.save_policy(self.model, self.policy_name, folder, tokenizer, state_dict, self.saved_dtype)
+            save_policy(self.model, self.policy_name, folder, tokenizer, state_dict, self.saved_dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the policy and its value head in place."""
-        saving.load_policy(self.model, self.policy_name, Path(resume_from_checkpoint))
+        load_policy(self.model, self.policy_name, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save optimizer and scheduler; of sharded weights without a second copy of the weights."""
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        saving.save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
+        sharding.save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
         assert self.lr_scheduler is not None
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and scheduler, then apply learning rates that were changed."""
-        with saving.no_pickles(checkpoint):
+        with no_pickles(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             options = json.loads((Path(checkpoint) / checkpoints.STATE).read_bytes())["options"]
-            saving.update_learning_rates(self.optimizer, self.lr_scheduler, options, self.args)
+            update_learning_rates(self.optimizer, self.lr_scheduler, options, self.args)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the random state. A pickle that holds more than numbers raises SalsaError."""
-        with saving.no_pickles(checkpoint):
+        with no_pickles(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

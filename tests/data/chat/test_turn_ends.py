@@ -126,6 +126,14 @@ class TestEnds:
             turn_ends.tokenizer_notes(make("llava"), (2,))
         )
 
+    def test_a_template_that_fails_on_a_plain_conversation(self) -> None:
+        """A TypeError in the template counts as a rejection in every look at it; the rows report it in one line."""
+        needs_tools = make("llama3", template="{{ tools | length }}" + tiny_tokenizers.LLAMA3)
+        assert turn_ends.assistant_turn(needs_tools).end is None and chat_templates.default_prefix(needs_tools) == ""
+        assert not chat_templates.template_lacks_bos(needs_tools) and turn_ends.padding_token(needs_tools, ())
+        with pytest.raises(SalsaError, match="row 1, prompt: the tokenizer's chat template rejects these messages"):
+            datasets.prompt_tokens({"prompt": said("q")}, needs_tools, 1)
+
 
 def _padded(tokenizer: Any) -> Any:
     tokenizer.pad_token = turn_ends.padding_token(tokenizer, turn_ends.stop_token_ids(tokenizer))
@@ -488,7 +496,7 @@ class TestRewards:
         rendered = {"prompt": chat_templates.render(CHATS[0][:1], tokenizer, add_generation_prompt=True)}
         which = ends_turn(responses, [chat, chat, text, chat, rendered], turn)
         assert which.tolist() == [True, False, False, False, True]
-        extended = rollout.append_tokens(responses, which, turn.after)
+        extended = rollout.append_turn_end(responses, [chat, chat, text, chat, rendered], turn)
         found = [row[mask].tolist() for row, mask in zip(extended.response_ids, extended.response_mask, strict=True)]
         assert found == [[300, 2, *turn.after], [300, 301], [300, 2], [300, 0], [2, *turn.after]]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from salsa_peft.config.judge import PROMPT_FIELDS, Judge, check, read_prompts, read_references
+from salsa_peft.config.judge import PROMPT_FIELDS, Judge, read_prompts, read_references
 from salsa_peft.evaluation.judges.parsing import read_verdict
 from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, figure7, renderer
 from salsa_peft.utils.errors import SalsaError
@@ -186,7 +186,7 @@ class TestFastChat:
         rows = [{**row, **(change.get(name, {}) or {})} for name, row in FASTCHAT.items() if change.get(name, {}) is not None]  # fmt: skip
         prompts.write_text("\n".join(map(json.dumps, rows)))
         with pytest.raises(SalsaError) as found:
-            check(of_fastchat(prompts), "evaluate.judge")
+            of_fastchat(prompts).check("evaluate.judge")
         assert expected in str(found.value) and "\n" not in str(found.value)
 
     @pytest.mark.parametrize("text", [None, "[1]\n", "{", "[" * 100_000])
@@ -296,12 +296,12 @@ class TestSection:
     def test_in_one_line(self, options: dict[str, Any], expected: str) -> None:
         """A password, or a key in the wrong place, is not shown."""
         with pytest.raises(SalsaError) as found:
-            check(Judge(**options), "evaluate.judge")
+            Judge(**options).check("evaluate.judge")
         assert expected in str(found.value) and "\n" not in str(found.value) and "hush" not in str(found.value)
 
     def test_what_is_right_passes(self, prompts: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.py").write_text("def judge(): ...\nraise SystemExit('it was imported')\n")
-        check(of_fastchat(prompts), "evaluate.judge")
-        check(Judge(kind="function", model=f"{tmp_path}/mine:judge"), "evaluate.judge")
-        check(Judge(kind="openai", model="m", base_url="http://127.0.0.1:8000/v1"), "evaluate.judge")
-        check(Judge(kind="local", model="HuggingFaceTB/SmolLM2-135M-Instruct"), "evaluate.judge")
+        of_fastchat(prompts).check("evaluate.judge")
+        Judge(kind="function", model=f"{tmp_path}/mine:judge").check("evaluate.judge")
+        Judge(kind="openai", model="m", base_url="http://127.0.0.1:8000/v1").check("evaluate.judge")
+        Judge(kind="local", model="HuggingFaceTB/SmolLM2-135M-Instruct").check("evaluate.judge")

@@ -19,7 +19,7 @@ from salsa_peft.config.schema import Adapter
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.adapters.names import SCORE_HEAD
 from salsa_peft.models.base import remove_dropout
-from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.responses import Responses, pad_tokens
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.soup.average import soup
 from salsa_peft.training import references
@@ -407,7 +407,7 @@ def respond_by_hand(
     prompts: list[list[int]], answers: list[list[int]], pad: int, eos: int, extra: int = 0
 ) -> Responses:
     """Responses of given tokens, with `extra` columns of padding on both sides."""
-    ids, mask = pad_prompts(prompts, pad, torch.device("cpu"))
+    ids, mask = pad_tokens(prompts, pad, torch.device("cpu"), "left")
     width = max(map(len, answers)) + extra
     response = torch.tensor([[*answer, *[pad] * (width - len(answer))] for answer in answers])
     counts = torch.arange(width) < torch.tensor([len(answer) for answer in answers])[:, None]

@@ -22,7 +22,7 @@ from salsa_peft.config.rewards import find_module, parse_reward
 from salsa_peft.config.schema import Adapter, Recipe, Reward, Source
 from salsa_peft.data import datasets
 from salsa_peft.models.adapters import lora as adapters
-from salsa_peft.models.responses import Responses, pad_prompts
+from salsa_peft.models.responses import Responses, pad_tokens
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.models.rewards.classifier import ClassifierReward, load_classifier_reward
 from salsa_peft.models.rewards.function import FunctionReward, load_function
@@ -38,7 +38,7 @@ WORDS = ["owl", "saw", "fig", "cod", "oak", "copy", "name", "user", "assistant",
 def made(prompts: list[list[int]], answers: list[list[int]], tokenizer: Any, extra: int = 0) -> Responses:
     """Responses of given tokens, `extra` columns of padding on both sides; what no mask shows is a word's id."""
     pad, eos = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-    ids, mask = pad_prompts(prompts, pad, torch.device("cpu"))
+    ids, mask = pad_tokens(prompts, pad, torch.device("cpu"), "left")
     width = max(map(len, answers)) + extra
     response = torch.tensor([[*answer, *[10] * (width - len(answer))] for answer in answers])
     counts = torch.arange(width) < torch.tensor([len(answer) for answer in answers])[:, None]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from plain_ppo import PROMPTS, plain_logprobs, roll_out
 
-from salsa_peft.training.ppo.resume import minibatches
 from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.training.ppo.state import minibatches
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 from salsa_peft.utils.errors import SalsaError
 
@@ -173,9 +173,9 @@ class Counting:
         self.calls.append(len(prompts))
         return self.backend(prompts, seeds, **options)
 
-    def updated(self) -> None:
+    def sync_weights(self) -> None:
         self.updates += 1
-        self.backend.updated()
+        self.backend.sync_weights()
 
 
 def test_the_backend_is_told_of_every_update(make_trainer: Any) -> None:

@@ -126,7 +126,9 @@ def test_a_value_adapter_starts_from_the_reward_and_needs_one(make_trainer: Any,
         "policy",
         "value",
     }
-    with pytest.raises(SalsaError, match="value: found adapter with a reward of FunctionReward"):
+    with pytest.raises(
+        SalsaError, match="value: adapter starts from a reward adapter, and the reward is a FunctionReward"
+    ):
         make_trainer(value="adapter")
 
 
@@ -169,15 +171,15 @@ def test_a_full_policy_trains_is_saved_and_opens_in_plain_transformers(
 
 def test_references_of_full_weights_that_are_refused(make_trainer: Any, make_base: Any, tmp_path: Path) -> None:
     """One line each."""
-    with pytest.raises(SalsaError, match="found 'base' for a policy of full weights"):
+    with pytest.raises(SalsaError, match="'base' needs a policy with adapters"):
         make_trainer(["base"], full=True)
     (tmp_path / "adapter_config.json").write_text("{}")
-    line = f"references: {tmp_path} is an adapter and the policy has full weights: merge it into its base with `salsa soup OUT {tmp_path} --merge`"
+    line = f"references: {tmp_path} is an adapter, and the policy has full weights. Merge the adapter into its base with `salsa soup OUT {tmp_path} --merge`"
     with pytest.raises(SalsaError, match=re.escape(line)):
         make_trainer([str(tmp_path)], full=True)
     with pytest.raises(SalsaError, match=r"the vocabulary of .* has 10 tokens, the policy's has"):
         make_trainer([make_base(vocab_size=10)], full=True)
-    with pytest.raises(SalsaError, match="value: found adapter"):
+    with pytest.raises(SalsaError, match="value: adapter starts from a reward adapter"):
         make_trainer(full=True, value="adapter")
 
 

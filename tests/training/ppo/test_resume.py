@@ -199,11 +199,11 @@ def die_inside_a_save(call: int, moment: str) -> None:
         return
     torch.save = wrap(torch.save, True)
     import salsa_peft.models.adapters.lora
+    import salsa_peft.models.value_head
     import salsa_peft.training.ppo.resume
-    import salsa_peft.training.ppo.saving
 
     salsa_peft.training.ppo.resume.save_file = wrap(salsa_peft.training.ppo.resume.save_file, True)
-    salsa_peft.training.ppo.saving.save_file = wrap(salsa_peft.training.ppo.saving.save_file, True)
+    salsa_peft.models.value_head.save_file = wrap(salsa_peft.training.ppo.saving.save_file, True)
     salsa_peft.models.adapters.lora.save_file = wrap(salsa_peft.models.adapters.lora.save_file, True)
 
 

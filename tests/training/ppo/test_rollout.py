@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from salsa_peft.config.options.ppo import Sampling
-from salsa_peft.data import toy
-from salsa_peft.data.toy_language import LENGTHS_IN, draw_prompts
 from salsa_peft.models.adapters import lora as adapters
 from salsa_peft.models.base import hidden_states
 from salsa_peft.models.generation import generate, generate_batches, row_seeds
@@ -21,7 +18,7 @@ from salsa_peft.models.responses import (
     Responses,
     forbidden_eos,
     last_token_states,
-    pad_prompts,
+    pad_tokens,
     response_logprobs,
     response_states,
     scatter,
@@ -31,15 +28,6 @@ from salsa_peft.training.ppo.rollout import kl_to_reference
 
 SAMPLING = Sampling(max_new_tokens=8)
 PAD, BOS, EOS = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """Twelve instructions of the embedded world, of 4 to 8 tokens."""
-    tokenizer = toy.make_tokenizer()
-    texts = draw_prompts(random.Random(1), 12, LENGTHS_IN, 0)
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
 
 
 def sample(model: Any, prompts: list[list[int]], sampling: Sampling, tokenizer: Any, seed: int) -> Responses:
@@ -54,7 +42,7 @@ def scripted(model: Any, answers: list[list[int]], monkeypatch: pytest.MonkeyPat
 
 def by_hand() -> Responses:
     """Two rows, padded on both sides: 3 and 2 tokens of prompt, 1 (EOS alone) and 3 (cut at the limit) of response."""
-    ids, mask = pad_prompts([[1, 7, 8], [1, 9]], PAD, torch.device("cpu"))
+    ids, mask = pad_tokens([[1, 7, 8], [1, 9]], PAD, torch.device("cpu"), "left")
     return Responses(ids, mask, torch.tensor([[EOS, PAD, PAD], [11, 12, 13]]),
                      torch.tensor([[True, False, False], [True, True, True]]), torch.tensor([True, False]))  # fmt: skip
 
@@ -220,7 +208,7 @@ class TestResponses:
 
     def test_prompts_are_padded_on_the_left(self) -> None:
         """A pad token inside a prompt counts: the mask comes from lengths."""
-        ids, mask = pad_prompts([[1, PAD, 3], [4]], PAD, torch.device("cpu"))
+        ids, mask = pad_tokens([[1, PAD, 3], [4]], PAD, torch.device("cpu"), "left")
         assert ids.tolist() == [[1, PAD, 3], [PAD, PAD, 4]]
         assert mask.int().tolist() == [[1, 1, 1], [0, 0, 1]]
 

@@ -15,7 +15,7 @@ from salsa_peft.config.paths import is_local
 from salsa_peft.config.references import parse_reference
 from salsa_peft.config.rewards import check_classifier_folder
 from salsa_peft.config.schema import Recipe
-from salsa_peft.models.adapters.bases import require_same_family
+from salsa_peft.models.adapters.bases import SIZES, require_same_family
 from salsa_peft.models.adapters.names import MERGE, PREFIX, SCORE, VALUE_HEAD, VALUE_WEIGHT, plain_names, trained_module
 from salsa_peft.models.architectures.checks import EXPERTS, OUTPUT, needs_logprobs, require_targets
 from salsa_peft.models.architectures.sizes import config_of_base
@@ -30,10 +30,7 @@ from salsa_peft.utils.safetensors_io import SafetensorsFile
 
 SEED, REFERENCE, REWARD = "seed", "reference", "reward"
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<half>A|B)\.weight")
-SIZES = (
-    "model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
-    "num_key_value_heads", "intermediate_size", "vocab_size", "num_local_experts", "num_experts",
-)  # fmt: skip
+SAME = ("model_type", *SIZES, "vocab_size")
 """Configuration keys that two checkpoints of one architecture have in common."""
 
 
@@ -113,17 +110,13 @@ def check_base_available(recipe: Recipe) -> None:
 
 def _check_parameters(adapters: list[tuple[str, Path]]) -> None:
     """Raise SalsaError for adapters that PEFT cannot hold on one base: their target_parameters differ."""
-    first: tuple[str, Path, set[str]] | None = None
-    for where, folder in adapters:
-        own = read_mapping(folder / CONFIG).get("target_parameters") if (folder / CONFIG).is_file() else None
-        if not own:
-            continue
-        first = first or (where, folder, set(own))
+    named = [(where, folder, read_mapping(folder / CONFIG).get("target_parameters")) for where, folder in adapters]
+    found = [(f"{where}: {folder}", sorted(set(names))) for where, folder, names in named if names]
+    for adapter, names in found:
         require(
-            set(own) == first[2],
-            f"{where}: {folder} has target_parameters {', '.join(sorted(own))}, and {first[0]}, {first[1]}, has"
-            f" {', '.join(sorted(first[2]))}. PEFT needs them to be the same for adapters on one base; train both"
-            " alike",
+            names == found[0][1],
+            f"{adapter} has target_parameters {', '.join(names)}, and {found[0][0]} has {', '.join(found[0][1])}. PEFT"
+            " needs them to be the same for adapters on one base; train both alike",
         )
 
 
@@ -246,7 +239,7 @@ def _check_config(what: str, config: dict[str, Any], role: str) -> None:
     tuner = config.get("peft_type")
     require(
         tuner == "LORA",
-        f"{what} is a {tuner} adapter. Use a LoRA adapter, or without --lora a checkpoint of full weights",
+        f"{what} is an adapter of kind {tuner}. Use a LoRA adapter, or without --lora a checkpoint of full weights",
     )
     initial = config.get("init_lora_weights")
     require(
@@ -254,16 +247,14 @@ def _check_config(what: str, config: dict[str, Any], role: str) -> None:
         f"{what} has init_lora_weights {initial!r}, which changed the base's weights in training. Save it as a plain"
         " LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)",
     )
-    bias = config.get("bias", "none")
-    for name, value in (
-        ("bias", None if bias == "none" else bias),
-        ("trainable_token_indices", config.get("trainable_token_indices")),
-        ("layer_replication", config.get("layer_replication")),
-        ("use_dora", config.get("use_dora") if role == SEED else None),
-    ):
-        dora = "the mean of such adapters is not an adapter"
-        why = dora if name == "use_dora" else "that changes the base, which all roles share"
-        require(not value, f"{what} has {name}: {short(value)}, and {why}; {MERGE}")
+    for name in ("bias", "trainable_token_indices", "layer_replication"):
+        value = config.get(name)
+        require(
+            not value or (name == "bias" and value == "none"),
+            f"{what} has {name}: {short(value)}, and that changes the base, which all roles share; {MERGE}",
+        )
+    dora = config.get("use_dora") if role == SEED else None
+    require(not dora, f"{what} has use_dora: {dora}, and the mean of such adapters is not an adapter; {MERGE}")
 
 
 def _check_heads(what: str, folder: Path, heads: list[tuple[int, ...]]) -> None:
@@ -314,7 +305,10 @@ def _check_shapes(what: str, saved: dict[str, tuple[int, ...]], base: Checkpoint
     for name, shape in saved.items():
         if match := FACTOR.fullmatch(name):
             halves.setdefault(match["module"], {})[match["half"]] = shape
-    odd = _without_module(list(halves), base) if _plain(base) else []
+    modules = [module for module in halves if module != "lm_head"] if _plain(base) else []
+    known = {name.removesuffix(".weight") for name in base.tensors}
+    # the files of some bases omit the base model's prefix (gpt2, bloom)
+    odd = [module for module in modules if not {module, module.partition(".")[2]} & known]
     require(
         not odd,
         f"{what} adapts {odd[0] if odd else ''}, and {base.folder} has no such module. Either the adapter belongs to"
@@ -339,12 +333,6 @@ def _plain(base: Checkpoint) -> bool:
     return not any(base.config.get(key) for key in (*EXPERTS, "text_config"))
 
 
-def _without_module(modules: list[str], base: Checkpoint) -> list[str]:
-    """Modules that the base does not have; its files may omit the base model's prefix (gpt2, bloom)."""
-    known = {name.removesuffix(".weight") for name in base.tensors}
-    return [module for module in modules if not {module, module.partition(".")[2]} & known and module != "lm_head"]
-
-
 def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
     """Raise SalsaError unless the folder holds a checkpoint of float weights that fits the base's sizes."""
     found = read_checkpoint(folder)
@@ -353,17 +341,14 @@ def check_checkpoint(where: str, folder: Path, base: Checkpoint | None) -> None:
         f"{where}: {folder} has quantised weights ({found.quantised}), which cannot be trained or averaged."
         " Dequantise it (model.dequantize(), then save_pretrained), or use adapters on it (--lora)",
     )
-    for name in SIZES if base is not None else ():
-        configs = [found.config, {} if base is None else base.config]
-        own, other = ({**config, **text_part(config)}.get(name) for config in configs)
-        resized = name == "vocab_size"
-        why = (
-            "its embeddings were resized; take a base with the added tokens"
-            if resized
-            else "it is another architecture"
-        )
+    if base is None:
+        return
+    own, known = ({**config, **text_part(config)} for config in (found.config, base.config))
+    for name in SAME:
+        resized = "its embeddings were resized; take a base with the added tokens"
         require(
-            own is None or other is None or own == other,
-            f"{where}: {folder} has {name} {own}, and the recipe's base has {other}: {why}. Set model.base to the"
-            " model that it was trained from",
+            own.get(name) is None or known.get(name) is None or own[name] == known[name],
+            f"{where}: {folder} has {name} {own.get(name)}, and the recipe's base has {known.get(name)}:"
+            f" {resized if name == 'vocab_size' else 'it is another architecture'}. Set model.base to the model that it"
+            " was trained from",
         )

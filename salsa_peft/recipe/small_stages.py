@@ -1,6 +1,6 @@
-"""The stages toy, soup and report, which call functions that know nothing of jobs.
+"""The stage functions of toy, soup and report. The other stages have modules of their own.
 
-The other stages are functions `run` of their own modules.
+The table of all stages is STAGES in recipe/run.py. recipe/cache.py decides which units are skipped, and why.
 """
 
 from __future__ import annotations

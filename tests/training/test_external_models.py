@@ -26,7 +26,7 @@ from salsa_peft.models.architectures import checks as base_checks
 from salsa_peft.models.rewards import reward as rewards
 from salsa_peft.recipe.__main__ import main as salsa_run
 from salsa_peft.soup.checkpoints.read import read_checkpoint
-from salsa_peft.training import sft, taken_results
+from salsa_peft.training import external_models, sft
 from salsa_peft.training.references import as_references
 from salsa_peft.utils.errors import SalsaError
 from salsa_peft.utils.fingerprints import base_fingerprint, fingerprint
@@ -306,13 +306,17 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     wide = elsewhere.adapter(other, tmp_path / "wide", 1)
     said = plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
     assert (
-        "policies.salsa.reference: " in said and "by a matrix of 128 × 64" in said and "trained on another base" in said
+        "policies.salsa.reference: " in said
+        and "with a delta of 128 × 64" in said
+        and "so the adapter belongs to another base" in said
     )
     assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
-    assert "is a IA3 adapter; only LoRA" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
+    assert "is an adapter of kind IA3. Use a LoRA adapter" in plan(
+        salsa, {"policies.salsa.reference": str(wide)}, "--lora"
+    )
 
 
 def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -422,7 +426,7 @@ def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path
     two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
     assert "a score head with 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
     save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
-    assert "the value head of PPO" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "this is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
     for words in ((), ("--lora",)):
         several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
         assert "is a classifier with 2 labels, but a reward is one number" in plan(
@@ -455,8 +459,12 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
     for given, words, line in (
         ({"reward": "me/several"}, ("--lora",), "is a classifier with 2 labels, but a reward is one number"),
         ({"reward": "me/several"}, (), "is a classifier with 2 labels, but a reward is one number"),
-        ({"reward": "me/gone"}, (), "reward.model: https://huggingface.co/me/gone: not in the local cache and the Hub"),
-        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "trained on another base"),
+        (
+            {"reward": "me/gone"},
+            (),
+            "reward.model: https://huggingface.co/me/gone: not in the local cache, and the Hub",
+        ),
+        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter belongs to another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
         assert salsa(given, "--dry-run", *words)[0] == 0 and not asked, "a plan fetches nothing"
@@ -465,7 +473,7 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
         assert ("adapter_model.safetensors" in asked[0][1]) == bool(words)
         asked.clear()
     load = load_recipe(str(tmp_path / "small.yaml"), lora="lora", overrides=["reward=me/gone"]).recipe
-    taken_results.check(load, {"sft", "soup"}, hub=True)
+    external_models.check(load, {"sft", "soup"}, hub=True)
     assert not asked
 
 
@@ -564,7 +572,7 @@ def test_one_seed_has_a_soup_of_one_by_default(small: Path) -> None:
     assert made.soup.members == [0] and made.landscape is not None and made.landscape.line is None
     assert load_recipe(str(small), lora="lora", overrides=["sft.from=[a/b]"]).recipe.soup.members == [0]
     assert load_recipe(str(small), lora="lora", overrides=[]).recipe.soup.members == [0, 1]
-    with pytest.raises(SalsaError, match=r"soup.members: there is no seed 1"):
+    with pytest.raises(SalsaError, match=r"soup.members: there is no seed-1"):
         load_recipe(str(small), lora="lora", overrides=["sft.seeds=[7]", "soup.members=[0, 1]"])
 
 
@@ -698,7 +706,7 @@ def test_a_seed_that_is_given_twice_is_said(
             "model.chat_template=chatml",
         ]
         loaded_recipe = load_recipe(str(small), lora=None if lora is None else "lora", overrides=given)
-        taken_results.check(loaded_recipe.recipe, {"sft"})
+        external_models.check(loaded_recipe.recipe, {"sft"})
         return str(capsys.readouterr().err)
 
     assert f"sft.from: seeds 0 and 1 have the same weights ({second})" in found(first, second, third)
@@ -777,20 +785,20 @@ def test_lora_on_the_output_embeddings_is_refused_before_anything_trains(
             f"{key}: {head} has LoRA on lm_head, the output embeddings" in said
             and "salsa soup OUT ADAPTER --merge" in said
         )
-    taken_results.check_adapter("sft.from", head, taken_results.SEED, None, head=False)
+    external_models.check_adapter("sft.from", head, external_models.SEED, None, head=False)
     options = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
     tied = make_base("gemma", tmp_path / "gemma")
     own, carried = (
         elsewhere.adapter(base, tmp_path / "own", 3, **options),
         elsewhere.adapter(tied, tmp_path / "tied", 3, **options),
     )
-    taken_results.check_adapter(
-        "sft.from", own, taken_results.SEED, read_checkpoint(base)
+    external_models.check_adapter(
+        "sft.from", own, external_models.SEED, read_checkpoint(base)
     )  # untied: the flag does nothing
     with pytest.raises(
         SalsaError, match=r"LoRA on lm_head, the output embeddings \(put there by ensure_weight_tying\)"
     ):
-        taken_results.check_adapter("sft.from", carried, taken_results.SEED, read_checkpoint(tied))
+        external_models.check_adapter("sft.from", carried, external_models.SEED, read_checkpoint(tied))
 
 
 def test_seeds_that_have_no_soup_are_refused_before_anything_trains(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -802,6 +810,6 @@ def test_seeds_that_have_no_soup_are_refused_before_anything_trains(base: Path, 
     given = ["sft.seeds=[0, 1]", f"sft.from={json.dumps([str(biased), str(tokens)])}", "landscape=null"]
     load = load_recipe("quickstart", lora="lora", overrides=given)
     with pytest.raises(SalsaError, match=r"sft\.from: .*biased has lora_bias, and .*tokens has LoRA on embeddings"):
-        taken_results._check_soup(load.recipe)
+        external_models._check_soup(load.recipe)
     alone = load_recipe("quickstart", lora="lora", overrides=[*given, "soup.members=[1]"])
-    taken_results._check_soup(alone.recipe)
+    external_models._check_soup(alone.recipe)

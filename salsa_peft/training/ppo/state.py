@@ -1,0 +1,180 @@
+"""PPO's state in a run, its minibatches and micro-batches, and the optimizer's state on resume."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.utils.errors import SalsaError
+
+if TYPE_CHECKING:
+    from salsa_peft.training.ppo.config import SalsaPPOConfig
+
+
+class MicroBatch(NamedTuple):
+    """The rows of one forward and backward pass."""
+
+    rollout: Rollout
+    rows: Tensor
+    """Indices in the rollout batch."""
+    tokens: int
+    """Response tokens of the whole minibatch, over which the losses are averaged."""
+    earlier: Sequence[Tensor]
+    """Rows of the earlier micro-batches of the same optimizer step."""
+
+
+@dataclass
+class PPOState:
+    """PPO's state, of the run and of the current update.
+
+    Not included: weights and optimizer, and what Trainer keeps in its TrainerState.
+    """
+
+    kl_coef: float
+    """Current KL coefficient β."""
+    sums: Tensor
+    """PPOLoss's fields, (7,), summed over the micro-steps of the current optimizer step in this process."""
+    update: int = 0
+    """Number of the current update, from 1; 0 before the first."""
+    skipped: int = 0
+    """Minibatches of the run that were skipped because their mean ratio exceeded max_ratio."""
+    stopped_early: bool = False
+    """Whether the current update has moved the policy by target_kl and takes no further steps."""
+    totals: list[list[float]] = field(default_factory=list)
+    """PPOLoss's fields of each optimizer step of this update, summed over micro-steps and processes."""
+    reward_metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics that the reward reported for the current update."""
+    rollout: Rollout | None = None
+    """Rollout batch of the current update; None between updates."""
+    minibatches: list[Tensor] = field(default_factory=list)
+    """Row indices of each minibatch of the current update."""
+    micro_step: int = 0
+    """Position of the next micro-step in its optimizer step."""
+    started: float = 0.0
+    """When the current update started, in seconds of time.perf_counter."""
+
+    def begin_update(self, rollout: Rollout, reward_metrics: dict[str, float]) -> None:
+        """Start the update that trains on `rollout`."""
+        self.update += 1
+        self.rollout, self.reward_metrics = rollout, reward_metrics
+        self.totals, self.stopped_early = [], False
+
+    def next_micro_batch(self, args: SalsaPPOConfig, step: int, process: int, processes: int) -> MicroBatch:
+        """The next micro-batch of one process in the update's optimizer step number `step`."""
+        assert self.rollout is not None
+        lengths = self.rollout.responses.lengths
+        if not self.minibatches:
+            self.minibatches = minibatches(lengths, args, self.update)
+        minibatch, position = self.minibatches[step], self.micro_step
+        own = minibatch.split(args.per_device_train_batch_size)[process::processes]
+        self.micro_step = (position + 1) % args.gradient_accumulation_steps
+        return MicroBatch(self.rollout, own[position], int(lengths[minibatch].sum()), own[:position])
+
+    def end_update(self) -> None:
+        """Discard the rollout batch, on which training has ended."""
+        self.rollout, self.minibatches, self.totals = None, [], []
+
+    def abandon_update(self) -> None:
+        """Discard an update that an error or Ctrl-C interrupted in an earlier call of train().
+
+        It was not logged and does not count.
+        """
+        if self.rollout is not None:
+            self.update -= 1
+        self.end_update()
+        self.micro_step, self.stopped_early = 0, False
+        self.take_sums()
+
+    def take_sums(self) -> Tensor:
+        """Return the sums of the optimizer step that ends, and reset them."""
+        sums, self.sums = self.sums, torch.zeros_like(self.sums)
+        return sums
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON, without the rollout batch; checkpoints fall between optimizer steps."""
+        return {key: vars(self)[name] for key, name in SAVED.items()}
+
+    def load_state_dict(self, state: dict[str, Any], rollout: Rollout | None) -> None:
+        """Continue from `state_dict` and the rollout batch of the update that was interrupted, if any."""
+        for key, name in SAVED.items():
+            setattr(self, name, state[key])
+        self.rollout, self.started = rollout, time.perf_counter()
+
+
+SAVED = {name: name for name in ("update", "kl_coef", "skipped", "stopped_early", "totals")}
+SAVED["figures"] = "reward_metrics"
+"""Keys in salsa_state.json → attributes of PPOState."""
+
+
+def minibatches(lengths: Tensor, args: SalsaPPOConfig, update: int) -> list[Tensor]:
+    """Shuffle a rollout batch in every PPO epoch → row indices of each minibatch, sorted by length."""
+    order = []
+    for epoch in range(args.num_ppo_epochs):
+        generator = torch.Generator().manual_seed(args.seed + 7919 * update + epoch)
+        shuffled = torch.randperm(len(lengths), generator=generator).to(lengths.device)
+        order += [rows[lengths[rows].argsort(stable=True)] for rows in shuffled.split(args.minibatch_size)]
+    return order
+
+
+def update_learning_rates(optimizer: Any, scheduler: Any, saved: Mapping[str, Any], args: SalsaPPOConfig) -> None:
+    """Apply changed learning rates to the optimizer and schedule that a checkpoint restored.
+
+    The position in the schedule stays: the new rate is scaled by what the schedule had made of the `saved` one.
+    """
+    if all(saved[key] == vars(args)[key] for key in ("learning_rate", "value_head_learning_rate")):
+        return
+    state = scheduler.state_dict()
+    head = None if args.value_head_learning_rate is None else len(optimizer.param_groups) - 1
+    rates = list(state.get("base_lrs", ()))
+    for index, group in enumerate(optimizer.param_groups):
+        key = "value_head_learning_rate" if index == head else "learning_rate"
+        before, now = saved[key], vars(args)[key]
+        if before != now:
+            rate = now * (float(group["lr"]) / before if before else 1.0)
+            is_tensor = isinstance(group["lr"], Tensor)  # torchao's optimizers require one
+            group.update(lr=torch.full_like(group["lr"], rate) if is_tensor else rate, initial_lr=now)
+            rates[index : index + 1] = [now] * bool(rates)
+    if rates:
+        scheduler.load_state_dict(
+            {**state, "base_lrs": rates, "_last_lr": [group["lr"] for group in optimizer.param_groups]}
+        )
+
+
+@contextlib.contextmanager
+def no_pickles(checkpoint: str | None) -> Iterator[None]:
+    """Context in which torch's refusal to load more than tensors from a pickle becomes a SalsaError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise SalsaError(
+            f"{checkpoint}: optimizer.pt, scheduler.pt or rng_state*.pth holds a pickle with more than tensors and"
+            " numbers, which training does not write. It was not loaded; resume from another checkpoint"
+        ) from error
+
+
+def checkpoint_size(model: nn.Module, optimizer: torch.optim.Optimizer, rollout: Rollout | None) -> int:
+    """Bytes of a checkpoint's large parts: trained weights, optimizer states and the rollout batch."""
+    tensors: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tensors += [entry for state in optimizer.state.values() for entry in state.values() if isinstance(entry, Tensor)]
+    if rollout is not None:
+        tensors += [*rollout.responses, *(field for field in rollout if isinstance(field, Tensor))]
+    return sum(map(stored_size, tensors))
+
+
+def stored_size(tensor: Tensor) -> int:
+    """Bytes of a tensor in a file.
+
+    A tensor subclass (torchao's 8-bit states) has those of the tensors that it consists of.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(stored_size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
