@@ -94,11 +94,8 @@ def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """(index, turn) → row of unfinished answers; damaged lines are left out and reported."""
     lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
     whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
-    if len(whole) < len(lines):
-        say(
-            f"{path}: {len(lines) - len(whole)} of {len(lines)} lines are damaged or incomplete; their answers are"
-            " generated again"
-        )
+    if damaged := len(lines) - len(whole):
+        say(f"{path}: {damaged} of {len(lines)} lines are damaged or incomplete; their answers are generated again")
     return {(row["index"], row["turn"]): row for row in map(json.loads, whole)}
 
 
