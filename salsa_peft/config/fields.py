@@ -49,13 +49,13 @@ def require_unique(key: str, values: Sequence[Any]) -> None:
 
 
 def require_multiple(key: str, value: int, factor: int, of: str, more: str = "") -> None:
-    """Raise SalsaError unless `value` is a multiple of `factor`. of: the factor as text. more: further advice."""
+    """Raise SalsaError unless `value` is a multiple of `factor`. of, more: texts for the message."""
     whole = math.ceil(value / factor) * factor
     require(value % factor == 0, f"{key}: {value} is not a multiple of {of}; set {key}={whole}{more}")
 
 
 def check_keys(label: str, value: Any, root: type) -> None:
-    """Raise SalsaError for the first key of `value` that the dataclass `root` and its sections do not have.
+    """Raise SalsaError for the first key of `value` that the dataclass `root` or its sections lack.
 
     label: start of the message. The message also suggests the nearest known key.
     """

@@ -58,7 +58,7 @@ def policy_id(recipe: Recipe, name: str) -> str:
 
 
 def unit_of(recipe: Recipe, name: str) -> tuple[str, str]:
-    """Kind of a result (soup, policy, seed, reward) and id of its unit. Raises SalsaError for an unknown name."""
+    """Kind of a result (soup, policy, seed, reward) and id of its unit. Raises SalsaError if unknown."""
     if name in recipe.policies:
         return "policy", policy_id(recipe, name)
     seeds = [f"seed-{position}" for position in range(len(recipe.sft.seeds))]

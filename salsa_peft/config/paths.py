@@ -98,7 +98,7 @@ def _template(value: Any, folder: str) -> Any:
 
 
 def _references(value: Any, folder: str, bare: bool = True) -> Any:
-    """References with absolute paths. With bare=False, a word without a slash is a policy's name, not a path."""
+    """References with absolute paths. bare=False: a word without a slash is a policy's name, not a path."""
     if isinstance(value, list):
         return [_references(entry, folder, bare) for entry in value]
     named = isinstance(value, str) and (value in ("base", "soup") or SEED.match(value) or not (bare or "/" in value))

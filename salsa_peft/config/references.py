@@ -1,4 +1,4 @@
-"""The `soup` section, and the references of the KL term: a seed, a soup, the base, or a model at a path.
+"""The `soup` section, and references of the KL term: a seed, a soup, the base, or a model at a path.
 
 To add a kind of reference that is written as a mapping, add a function and an entry of REFERENCE_KINDS.
 """
@@ -157,7 +157,7 @@ MEASURED_STRATEGIES = ("greedy", "learned")
 
 @dataclass(config=STRICT, kw_only=True)
 class SoupSection(Soup):
-    """Settings of the soup. linear and slerp use `weights`; greedy and learned choose weights by `measure`."""
+    """Settings of the soup. linear and slerp use `weights`; greedy and learned choose them by `measure`."""
 
     strategy: Literal["linear", "slerp", "greedy", "learned"] = "linear"
     """linear: Σ w_i θ_i (the paper). slerp: spherical interpolation between two members' deltas, with t = the second

@@ -176,7 +176,7 @@ class PPO(PPOOptions, Training):
     """Settings of PPO for all policies. Temperature and response length are in the section `generation`."""
 
     # Options shared with SalsaPPOConfig are in PPOOptions, options of all training stages in Training, and options of
-    # the ppo stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/saving.py names it.
+    # the ppo stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/resume.py has it.
 
     learning_rate: Positive = 2.0e-6
     """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""

@@ -69,8 +69,8 @@ def questions(
         twice = other is not None
         require(
             not twice or name is not None,
-            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and row {other} has its number {number} as id; give every"
-            " row an id, or none",
+            f"{where}: has no id ({', '.join(ID_COLUMNS)}), and its row number {number} is the id of row {other}; give"
+            " every row an id, or none",
         )
         require(
             not twice or name == ID_COLUMNS[-1],

@@ -26,7 +26,7 @@ REPO_EXPECTED = (
 
 @dataclass(config=STRICT, kw_only=True)
 class Hub:
-    """Results to push after the report. If a push fails, the run still succeeds: `salsa hub push RUN` tries again."""
+    """Results to push after the report. A failed push does not fail the run; `salsa hub push` repeats it."""
 
     push: list[str] = dataclasses.field(default_factory=list)
     """Results to push, each into its own repository: soup, reward, seed-N, a policy's name. Empty: none."""
