@@ -82,7 +82,9 @@ def _weighted_part(where: str, value: Any) -> RewardPart:
     )
     part = _part(f"{where}.model", value["model"])
     fits = name is None or (isinstance(name, str) and NAME.match(name) is not None)
-    require(fits, f"{where}.name: must consist of letters, digits, dots, - and _, at most 64, not {name!r:.60}")
+    require(
+        fits, f"{where}.name: must consist of letters, digits, dots, - and _, at most 64 characters, not {name!r:.60}"
+    )
     return replace(part, weight=float(weight), name=name or part.name)
 
 

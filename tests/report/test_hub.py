@@ -423,7 +423,7 @@ def test_what_is_broken_secret_or_of_this_machine_alone_is_not_published(run: Pa
         ),
         (
             ["hub={push: [soup], base_model: a/b, namespace: ../x}"],
-            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64, not '../x'",
+            "hub.namespace: must consist of letters, digits and single dots, - and _ between them, at most 64 characters, not '../x'",
         ),
         (
             ["hub={push: [soup, soup], base_model: a/b}"],

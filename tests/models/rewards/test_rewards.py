@@ -746,7 +746,7 @@ class TestRecipe:
             ),
             (
                 "reward: [{model: adapter, name: a b}]",
-                "name: must consist of letters, digits, dots, - and _, at most 64, not 'a b'",
+                "name: must consist of letters, digits, dots, - and _, at most 64 characters, not 'a b'",
             ),
             (
                 "reward: [org/rm, other/rm]",
