@@ -40,7 +40,7 @@ class Judge:
     """fastchat: path of FastChat's judge_prompts.jsonl."""
     references: str | None = None
     """fastchat: path of FastChat's reference answers (reference_answer/gpt-4.jsonl) for math, reasoning and coding.
-    None: the reference answers in the questions' data; without one, the prompt that needs none."""
+    None: the reference answers in the questions' data. A question without reference answers gets a prompt without them."""
     temperature: NonNegative = 0.0
     """Sampling temperature of the judge (FastChat's default)."""
     max_tokens: Count = 2048
@@ -144,7 +144,7 @@ PROMPT_FIELDS = {
     "pair-v2": {"question", "answer_a", "answer_b"},
     "pair-v2-multi-turn": {"question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"},
 }
-"""Name of each of FastChat's pairwise prompts → fields in its template."""
+"""FastChat's prompts without reference answers → fields of the template. The judges' module adds the others."""
 
 
 def read_prompts(path: str | Path) -> dict[str, dict[str, str]]:

@@ -4,8 +4,8 @@ A later layer overrides an earlier one:
 
     defaults < recipe file < adapters/<preset>.yaml < the recipe's own `lora:` section < --set a.b=value
 
-Each layer is checked for unknown keys separately. An error is one line, which names the layer that set the key. Imports
-no torch.
+Each layer is checked for unknown keys separately. An error is one line and names the layer that set the key. Imports no
+torch.
 """
 
 from __future__ import annotations

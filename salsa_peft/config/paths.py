@@ -1,6 +1,6 @@
 """Local paths in a recipe: finding them, making them absolute, and checking that the files exist.
 
-Hub repositories are not checked here. Imports no torch.
+Repositories on the Hub are not checked here. Imports no torch.
 """
 
 from __future__ import annotations

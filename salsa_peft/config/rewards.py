@@ -192,7 +192,7 @@ def defines_name(tree: ast.Module, name: str) -> bool:
 
 
 def _not_installed(tree: ast.Module, file: Path) -> list[str]:
-    """Packages that a module imports at its top level and that are missing; [] if it uses sys.path."""
+    """Missing packages that a module imports at its top level; [] if the module uses sys.path."""
     if "sys.path" in file.read_text(errors="ignore"):
         return []
     names: list[str] = []
@@ -228,7 +228,7 @@ def _arguments(value: str) -> ast.arguments | None:
 
 
 def function_with_folder(value: Any, folder: str) -> Any:
-    """Put the absolute folder in front of module:name, if it has a folder or its module is in `folder`.
+    """Put the absolute folder in front of module:name, if the value has a folder or the module is in `folder`.
 
     Other values are returned unchanged.
     """

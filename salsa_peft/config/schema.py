@@ -134,7 +134,7 @@ class SFT(Training):
 class Reward(Training):
     """The reward that PPO, RLOO and GRPO maximize.
 
-    model: adapter trains a reward model with TRL's RewardTrainer, from seed-0 with a linear head. A string or list in
+    model: adapter trains a reward model with TRL's RewardTrainer, from seed-0 and with a linear head. A string or list in
     place of the section is its `model`.
     """
 
@@ -152,12 +152,12 @@ class Reward(Training):
     """Fraction of the pairs that is not trained on but used for the accuracy in the metrics."""
 
     def held_out_rows(self, pairs: int) -> int:
-        """Number of pairs that are held out of `pairs` pairs, at least one unless there are none."""
+        """Number of pairs that are held out of `pairs` pairs, at least one if `pairs` is not 0."""
         return min(pairs, max(1, round(self.held_out * pairs)))
 
     @property
     def parts(self) -> list[RewardPart]:
-        """The parts of `model`: one, or those of a weighted sum."""
+        """The parts of `model`: several if it is a weighted sum, else one."""
         return parse_reward("reward.model", self.model)
 
     @property
@@ -330,7 +330,7 @@ class Recipe:
     policies: dict[str, Policy] = dataclasses.field(default_factory=dict)
     """Name → policy."""
     landscape: Landscape | None = dataclasses.field(default_factory=Landscape)
-    """Scores of models between the seeds' models. None: no landscape stage."""
+    """Scores of models between the SFT models. None: no landscape stage."""
     generation: Generation = dataclasses.field(default_factory=Generation)
     """Sampling of responses."""
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)

@@ -235,7 +235,7 @@ def candidate_pairs(recipe: Recipe) -> Pairs:
 
 
 def compared_pairs(recipe: Recipe) -> Pairs:
-    """evaluate.pairs, or else soup and policies each against seed-0, and all pairs of policies.
+    """evaluate.pairs, or by default soup and policies against seed-0 and all pairs of policies.
 
     A searched policy has its own name in the pairs, until `with_picked` puts the picked candidate there.
     """

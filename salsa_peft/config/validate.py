@@ -86,7 +86,7 @@ def _check_existing_seeds(recipe: Recipe) -> None:
 
 
 def _check_weights(where: str, path: str, recipe: Recipe) -> None:
-    """Raise SalsaError for an incomplete local adapter or checkpoint, or one not of the run's mode."""
+    """Raise SalsaError if a local adapter or checkpoint is incomplete or not of the run's mode."""
     adapters = recipe.adapter is not None
     what = "a LoRA adapter" if adapters else "a checkpoint"
     require(
@@ -168,7 +168,7 @@ def _check_mode(recipe: Recipe) -> None:
 
 
 def _check_sharded(recipe: Recipe) -> None:
-    """Raise SalsaError for settings that need the whole trained weights in every process, if sharded."""
+    """Raise SalsaError if weights are sharded and a setting needs the whole weights in every process."""
     ppo, seeds = recipe.ppo, recipe.reward.seeds
     optims = {f"{name}.optim": getattr(recipe, name).optim for name in ("sft", "reward", "ppo", *ALGORITHMS)}
     for key, value, fits, other in (

@@ -40,7 +40,7 @@ from salsa_peft.utils.errors import SalsaError, require
 from salsa_peft.utils.messages import short, short_path
 
 MAX_COUNTED_BYTES = 500_000_000
-"""Size of the largest .jsonl file that is read to count its rows. For a .json file, it is a tenth of this."""
+"""Size of the largest .jsonl file whose rows are counted. The largest .json file has a tenth of this size."""
 
 
 def check_local(recipe: Recipe) -> None:

@@ -226,7 +226,7 @@ def prompt_tokens(
     """Token ids of a row's prompt.
 
     `input_ids` are returned as they are. Messages are rendered with the chat template and the row's `tools` and
-    `chat_template_kwargs`. Text is tokenized with one BOS. number: the row's. name: the dataset's, for error messages.
+    `chat_template_kwargs`. Text is tokenized with one BOS. number, name: of row and dataset, for error messages.
     """
     if "input_ids" in row:
         return list(row["input_ids"])

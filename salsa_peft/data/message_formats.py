@@ -43,7 +43,7 @@ def parse_messages(value: Any, where: str) -> Messages:
 
 
 def untrained_turns(value: Messages, where: str) -> list[int]:
-    """Positions of the assistant messages with loss weight 0. Raises SalsaError unless weights are 0 or 1."""
+    """Positions of the assistant messages with loss weight 0. Raises SalsaError unless every weight is 0 or 1."""
     found = []
     for position, message in enumerate(value):
         for key in WEIGHT_KEYS:

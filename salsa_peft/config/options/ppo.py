@@ -37,7 +37,7 @@ class PPOOptions:
     num_mini_batches: Count = 1
     """Number of optimizer steps in one pass over a rollout batch (TRL's default)."""
     rollout_batch_size: Count | None = None
-    """Number of responses generated or scored in one call (TRL: local_rollout_forward_batch_size). None: all at once."""
+    """Number of responses generated or scored in one call (TRL: local_rollout_forward_batch_size). None: all in one call."""
     rollout_backend: Literal["hf", "paged", "vllm"] = "hf"
     """hf: Transformers' generate. paged: Transformers' continuous batching. vllm: vLLM through TRL (the extra `vllm`)."""
     rollout_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -110,7 +110,7 @@ class PPOOptions:
     def check_shares(self, prefix: str, batch_size: int, micro_batch_size: int | None, processes: int = 1) -> int:
         """Number of responses of a minibatch that each process gets.
 
-        Raises SalsaError unless all processes get the same number, and it is divisible into micro-batches. prefix: the
+        Raises SalsaError unless all processes get the same number, and micro_batch_size divides this number. prefix: the
         section's key with a dot, for messages.
         """
         count, on = self.num_mini_batches, f"{processes} processes"

@@ -36,7 +36,7 @@ class PreferenceTraining(TRLTraining):
     reward.held_out has the same value, the same pairs are held out there."""
 
     def held_out_rows(self, pairs: int) -> int:
-        """Number of pairs that are held out of `pairs` pairs, at least one unless there are none."""
+        """Number of pairs that are held out of `pairs` pairs, at least one if `pairs` is not 0."""
         return min(pairs, max(1, round(self.held_out * pairs)))
 
     def rows_per_epoch(self, pairs: int | None, prompts: int | None) -> int | None:

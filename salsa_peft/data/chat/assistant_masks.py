@@ -26,7 +26,7 @@ def assistant_tokens(
 
     The mask comes from the template's {% generation %} marks. Without marks, it comes from rendering the conversation up
     to each answer, or, if the template renders a turn differently once later turns follow (Qwen3's reasoning), from
-    TRL's version of the template. Raises SalsaError if no way works. options: other inputs of the template, such as `tools`.
+    TRL's version of the template. Raises SalsaError if TRL has no such version. options: other inputs of the template, such as `tools`.
     """
     chat = content_for_template(messages, tokenizer)
     if has_generation_marks(tokenizer):

@@ -110,7 +110,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, with only one BOS if the tokenizer adds one to text that has one already."""
+    """Token ids of a text, with one BOS even if the text already starts with a BOS and the tokenizer adds one."""
     ids: list[int] = list(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
     return ids[1:] if adds_bos(tokenizer) and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 

@@ -755,7 +755,7 @@ class TestRecipe:
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
             (
                 "reward: own_score:f\nppo: {value: adapter}",
-                r"ppo\.value: adapter is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
+                r"ppo\.value: `adapter` is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
             ),
         ],
     )
