@@ -228,7 +228,7 @@ def _arguments(value: str) -> ast.arguments | None:
 
 
 def function_with_folder(value: Any, folder: str) -> Any:
-    """Put the absolute folder in front of module:name, if the value has a folder or the module is in `folder`.
+    """Make the folder of [FOLDER/]module:name absolute, or add `folder` if the module is in `folder`.
 
     Other values are returned unchanged.
     """

@@ -97,7 +97,7 @@ class Adapter:
 
 @dataclass(config=STRICT, kw_only=True)
 class Data:
-    """Training data. None: the embedded world's data. data/row_formats.py lists every accepted set of columns."""
+    """Training data. None: the embedded world's. data/row_formats.py lists all accepted sets of columns."""
 
     demonstrations: DataSource | None = None
     """SFT: rows with `messages`, `prompt` and `completion`, or another accepted set of columns."""

@@ -44,7 +44,7 @@ MAX_COUNTED_BYTES = 500_000_000
 
 
 def check_local(recipe: Recipe) -> None:
-    """Raise SalsaError for missing data, a first row without the needed columns, or fewer rows than a batch."""
+    """Raise SalsaError for missing data, wrong columns in the first row, or fewer rows than a batch."""
     kinds = {key: "demonstrations" if key == "held_out" else key for key in datasets.TOY_FILES}
     named = [(f"data.{key}", kind, getattr(recipe.data, key)) for key, kind in kinds.items()]
     named += [(f"evaluate.prompts.{name}", "prompts", source) for name, source in recipe.evaluate.prompts.items()]

@@ -183,7 +183,7 @@ def check_same_prompt(chosen: Messages, rejected: Messages, where: str) -> None:
 def prompts(
     source: Source, *, columns: bool = False, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
-    """Rows {prompt: messages}, without the last answer of a whole chat. columns: keep all columns, for rewards.
+    """Rows {prompt: messages}, without a chat's last answer. columns: keep the other columns, for rewards.
 
     Rows also have `tools` and `chat_template_kwargs` if the data has them. tokenizer: renders each row with its chat
     template as a check.

@@ -299,7 +299,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def check_table_widths(folder: Path) -> None:
-    """Raise SalsaError for a table row with more fields than the header, which pandas would take for an index."""
+    """Raise SalsaError for a row with more fields than the header: pandas would take the first as index."""
     for path in _files(folder) if not (folder / "README.md").is_file() else ():  # README.md may define how to read them
         if data_suffix(str(path)) in (".csv", ".tsv"):
             read_file(str(path))

@@ -1,4 +1,4 @@
-"""Converts ShareGPT, typed content parts, tool calls and HH-RLHF's text to messages {role, content, …}.
+"""Converts ShareGPT, typed content parts, tool calls and HH-RLHF's text to {role, content, …}.
 
 TRL's maybe_convert_to_chatml only renames keys, and TRL imports torch, which a dry run avoids. Further keys of a message
 are kept; data/chat/template_fields.py checks which of them the chat template shows. Imports no torch.
@@ -43,7 +43,7 @@ def parse_messages(value: Any, where: str) -> Messages:
 
 
 def untrained_turns(value: Messages, where: str) -> list[int]:
-    """Positions of the assistant messages with loss weight 0. Raises SalsaError unless every weight is 0 or 1."""
+    """Positions of assistant messages with loss weight 0. Raises SalsaError for weights besides 0 and 1."""
     found = []
     for position, message in enumerate(value):
         for key in WEIGHT_KEYS:
@@ -94,7 +94,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parts(content: list[dict[str, Any]], where: str) -> tuple[str, str, Messages]:
-    """Text, reasoning and tool calls of typed content parts. Raises SalsaError for other parts, such as images."""
+    """Text, reasoning and tool calls of typed content parts. Raises SalsaError for images and the like."""
     text, thoughts, calls = "", "", Messages()
     for part in content:
         kind = part["type"]

@@ -71,7 +71,7 @@ def _whole_chat(row: Row, names: Sequence[str], where: str) -> Demonstration:
 
 
 def _question_and_answer(row: Row, names: Sequence[str], where: str) -> Demonstration:
-    """A demonstration in two columns. Answers in `prompt` have no loss, as in TRL, but answers in `history` have loss."""
+    """A demonstration in two columns. Answers in `history` have loss; those in `prompt` do not, as in TRL."""
     question, name = names
     prompt = with_system(row, read_question(row, question, where), where)
     reply = read_answer(row, name, where)

@@ -63,7 +63,7 @@ def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def in_parts(messages: Messages) -> Messages:
-    """Messages with each content as a list of typed parts, the form that multimodal models' templates read."""
+    """Messages with each content as a list of typed parts, as multimodal models' templates read them."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -110,7 +110,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, with one BOS even if the text already starts with a BOS and the tokenizer adds one."""
+    """Token ids of a text. If the tokenizer adds a BOS to a text that starts with one, only one is kept."""
     ids: list[int] = list(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
     return ids[1:] if adds_bos(tokenizer) and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
@@ -159,7 +159,7 @@ def fixed_date(template: str) -> str:
 
 @cached_per_tokenizer
 def default_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text that the template adds before the first user turn: a default system prompt, today's date, or ""."""
+    """Text that the template adds before the first user turn (default system prompt, date), or ""."""
     text = try_render(content_for_template([*CHAT, CHAT[0]], tokenizer), tokenizer)
     if text is None:
         return ""
