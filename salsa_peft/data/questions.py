@@ -101,7 +101,7 @@ def questions(
 
 
 def temperature(question: Question, chosen: float | str, otherwise: float) -> float:
-    """Sampling temperature for a question. chosen: evaluate.temperature. otherwise: of generation."""
+    """Sampling temperature for a question. chosen: of `evaluate`. otherwise: of `generation`."""
     if not isinstance(chosen, str):
         return float(chosen)
     return TEMPERATURES.get(question.category or "", otherwise)

@@ -127,7 +127,7 @@ def read_answer(row: Row, name: str, where: str) -> Messages:
 
 
 def with_system(row: Row, messages: Messages, where: str) -> Messages:
-    """Messages that start with the row's `system` column. Raises SalsaError if their own system turn differs."""
+    """Messages that start with the row's `system` column. Raises SalsaError if they have a different one."""
     name = first_column(row, SYSTEMS)
     if name is None or not (words := read_text(row, name, where)).strip():
         return messages

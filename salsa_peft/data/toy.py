@@ -1,4 +1,4 @@
-"""The embedded world: a tiny Llama, pre-trained on an artificial language, and datasets in that language.
+"""The embedded world: a tiny Llama, pre-trained on an artificial language, and datasets in it.
 
 data/toy_language.py defines the language and its gold reward. The base is pre-trained on noisy text of all lengths,
 some of it followed by a word that grades the answer. Demonstrations, preferences and PPO's prompts have short answers
