@@ -265,7 +265,9 @@ class TestRefusals:
 
     def test_no_members_names_and_strategy(self, base, folder: Path) -> None:
         member = train(base, folder / "a", 0)
-        with pytest.raises(SalsaError, match="members: none given; a soup needs at least one adapter or checkpoint"):
+        with pytest.raises(
+            SalsaError, match="members: the list is empty; a soup needs at least one adapter or checkpoint"
+        ):
             soup(folder / "soup", [])
         with pytest.raises(SalsaError, match="names: 2 for 1 members; give one for each member"):
             StackedAdapter.load([member], ["a", "b"])
@@ -327,7 +329,10 @@ def test_a_runs_folders_are_called_by_their_units(tmp_path: Path) -> None:
             ["--measure", "sft_loss", "--data", "none.jsonl"],
             "--data: no such file: none.jsonl; use a jsonl, json or parquet file",
         ),
-        (["--measure", "reward", "--data", "none.jsonl"], "--reward: measure reward needs one; add --reward REWARD"),
+        (
+            ["--measure", "reward", "--data", "none.jsonl"],
+            "--reward: measure reward needs a reward model; add --reward REWARD",
+        ),
         (["--measure", "no_such_module:f"], "there is no module no_such_module"),
         (["--measure", "loss"], "--measure: loss is unknown; use sft_loss, reward"),
     ],
