@@ -144,7 +144,7 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
     """One weight per member, by default uniform. Raises SalsaError for weights that are not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
-    require(any(given), "weights: all are 0, so no member is left; give at least one member a weight above 0")
+    require(any(given), "weights: all are 0, so no member is left; give at least one member another weight than 0")
     if normalize:
         require(total != 0, f"weights: {given} sum to 0, so they cannot be normalized; change one of them")
         given = [weight / total for weight in given]

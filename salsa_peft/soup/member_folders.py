@@ -43,7 +43,7 @@ def kind_of(folders: Sequence[Path]) -> str:
     require(
         odd == 0,
         f"{folders[odd]} is {SINGULAR[kinds[odd]]}, but {folders[0]} is {SINGULAR[kinds[0]]}; a soup cannot mix"
-        " these, so merge the adapters into their base first (--merge)",
+        " adapters and checkpoints: merge the adapters into their base first (--merge)",
     )
     return kinds[0]
 

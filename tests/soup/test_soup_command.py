@@ -68,9 +68,9 @@ WRONG = {
     "OUT a0/adapter_model.safetensors a1": "not a folder: a0/adapter_model.safetensors; a member is the folder that holds the file",
     "OUT run a0": "run holds neither an adapter (adapter_config.json) nor a checkpoint (config.json); did you mean run/sft/seed-0?",
     "OUT empty a0": "empty holds neither an adapter (adapter_config.json) nor a checkpoint (config.json)",
-    "OUT a0 c1": "c1 is a full checkpoint, but a0 is an adapter; members of a soup must be of one kind",
+    "OUT a0 c1": "c1 is a full checkpoint, but a0 is an adapter; a soup cannot mix adapters and checkpoints",
     "OUT": "the following arguments are required: MEMBER",
-    "OUT a0 a1 --weights 1": "weights: 1 (1.0) for 2 members; give one for each member",
+    "OUT a0 a1 --weights 1": "weights: 1 weights (1.0) for 2 members; give one for each member",
     "OUT a0 a1 --weights 0,0": "all are 0",
     "OUT a0 a1 --weights a,b": "--weights: a,b is not a list of numbers such as 0.25,0.75",
     "OUT a0 a1 --weights 0.3 abc": "abc: unexpected argument; arguments without an option's name come before the options",
@@ -138,7 +138,7 @@ def test_a_merge_says_its_warnings_once_and_nothing_of_the_libraries(made: Path,
     bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in done.stderr.splitlines() if not bar.match(line)]
     assert lines == [
-        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; it names the base someone/llama"
+        "warning: nowhere-known has no fingerprint.json, so it was not checked that it was trained on base; its config names the base someone/llama"
     ]
     numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert done.stdout.startswith(

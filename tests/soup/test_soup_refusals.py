@@ -150,7 +150,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
     "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x'; the rank must be"),
     "not json": (write("adapter_config.json", "{"), "adapter_config.json: not valid JSON"),
-    "list": (write("adapter_config.json", "[]"), "adapter_config.json: this is a list, not a mapping"),
+    "list": (write("adapter_config.json", "[]"), "adapter_config.json: the JSON is a list, but must be a mapping"),
     "deep json": (write("adapter_config.json", "[" * 100_000), "adapter_config.json: not valid JSON"),
     "no config": (
         rename("adapter_config.json", "x"),
@@ -247,8 +247,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("weights", "line"),
         [
-            ([0.5], "weights: 1 (0.5) for 2 members"),
-            ([0.5, 0.3, 0.2], "weights: 3 (0.5, 0.3, 0.2) for 2 members"),
+            ([0.5], "weights: 1 weights (0.5) for 2 members"),
+            ([0.5, 0.3, 0.2], "weights: 3 weights (0.5, 0.3, 0.2) for 2 members"),
             ([math.nan, 1], "weights: nan, 1 are not all finite numbers"),
             ([math.inf, -math.inf], "weights: inf, -inf are not all finite numbers"),
             ([0, 0], "weights: all are 0"),

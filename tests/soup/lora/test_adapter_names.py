@@ -541,7 +541,9 @@ class TestTokenizers:
             (member / "additional_chat_templates" / "rag.jinja").write_text(f"of {member.name}")
         soup(tmp_path / "soup", pair)
         assert (tmp_path / "soup" / "additional_chat_templates" / "rag.jinja").read_text() == "of a"
-        assert "tokenizer: eos_token is '</s>' as in a, but '<|im_end|>' in b" in caplog.messages
+        assert (
+            "the soup's tokenizer comes from a, where eos_token is '</s>'; in b it is '<|im_end|>'" in caplog.messages
+        )
         shutil.rmtree(pair[0] / "additional_chat_templates")
         soup(tmp_path / "soup", pair)
         assert not (tmp_path / "soup" / "additional_chat_templates").exists()
