@@ -2,8 +2,7 @@
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; for adapters the exact mean of their deltas (soup/lora/stacked_adapter.py)
 
-A soup needs nothing of PPO: PEFT opens a soup of adapters, and Transformers a soup of checkpoints. The strategies that
-choose the weights are in soup/strategies.py.
+PEFT opens a soup of adapters, and Transformers opens a soup of checkpoints.
 """
 
 from __future__ import annotations
@@ -248,7 +247,6 @@ def _merged(request: _Request) -> dict[str, Any]:
     assert request.base is not None
     options = request.options
     read_checkpoint(request.base)  # reports a damaged base before anything is computed
-
     folders, names, weights = request.choose(
         lambda: StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
     )

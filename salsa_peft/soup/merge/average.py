@@ -5,9 +5,8 @@
 PEFT merges each member (adapter_models.py), a few modules at a time, so the mean is exact for all that PEFT merges:
 LoRA, DoRA, modules_to_save, trained tokens, experts. Layout, names, dtypes and files are the base's; the tokenizer is
 that of a member with all tokens (soup/lora/members.py), else the base's. The layout changes only if training added
-tokens, or if output embeddings are no longer tied. A base in bitsandbytes' 4 bits is dequantised; `quantized_base`
-first quantises a plain base to 4 bits and back, because a QLoRA adapter was trained on those values
-(quantised_bases.py). Heads for which the base has no tensor are not supported.
+tokens, or if output embeddings are untied. Bases in 4 bits are in quantised_bases.py. Heads for which the base has no
+tensor are not supported.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def merge(
             output.write(INDEX, layout.index())
         _write_tokenizer(output, checkpoint, tokenizer)
         summary: dict[str, Any] = {"kind": "merged", "strategy": strategy, "base": str(checkpoint.folder)}
-        summary |= _summary(read, loaded, numbers, figures) | source.summary()
+        summary |= _summary(read, loaded, numbers, figures) | source.summary
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary(), "parameters": layout.parameters}
         summary |= {"rounding": relative_norm(figures.lost, figures.delta), "bytes": layout.size}

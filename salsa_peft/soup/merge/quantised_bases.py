@@ -34,10 +34,8 @@ class PlainBase:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-
-    def summary(self) -> dict[str, Any]:
+        self.summary: dict[str, Any] = {"quantized_base": None}
         """The entries of soup.json about the quantisation of the base."""
-        return {"quantized_base": None}
 
     def config(self) -> bytes | str:
         """The content of the merge's config.json."""
@@ -80,15 +78,12 @@ class Requantised(PlainBase):
 
     def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
         super().__init__(checkpoint)
-        self.kind = kind
+        self.double = DOUBLE[kind]
         self.linears = {name for name, place in checkpoint.tensors.items() if len(place.entry.shape) == 2 and name.endswith(".weight")
                         and not any(part in name for part in NO_LINEARS)}  # fmt: skip
         logger.warning("%s: %d linear layers are quantised to %s and back, as when the adapters were trained", checkpoint.folder,
                        len(self.linears), kind)  # fmt: skip
-
-    def summary(self) -> dict[str, Any]:
-        """As PlainBase.summary."""
-        return {"quantized_base": self.kind, "requantised": len(self.linears)}
+        self.summary = {"quantized_base": kind, "requantised": len(self.linears)}
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
         """As PlainBase.pieces."""
@@ -96,7 +91,7 @@ class Requantised(PlainBase):
             return super().pieces(name, elements)
         library = _bitsandbytes(self.checkpoint)
         weight = self.checkpoint.read(name)
-        packed, state = library.quantize_4bit(weight, quant_type="nf4", compress_statistics=DOUBLE[self.kind])
+        packed, state = library.quantize_4bit(weight, quant_type="nf4", compress_statistics=self.double)
         return _rows(library.dequantize_4bit(packed, state).to(weight.dtype), elements)
 
 
@@ -106,9 +101,8 @@ class Dequantised(PlainBase):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         given = checkpoint.config["quantization_config"]
-        self.code = safetensors_dtype(
-            getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."))
-        )
+        dtype = str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+        self.code = safetensors_dtype(getattr(torch, dtype))
         marker = ".quant_state.bitsandbytes__"
         states = {name.partition(marker)[0]: name for name in checkpoint.tensors if marker in name}
         self.shapes = {
@@ -119,14 +113,8 @@ class Dequantised(PlainBase):
         logger.warning(
             "%s: its %d weights in 4 bits are dequantised to %s", checkpoint.folder, len(states), NAMES[self.code]
         )
-
-    def summary(self) -> dict[str, Any]:
-        """As PlainBase.summary."""
-        return {
-            "quantized_base": "bitsandbytes 4 bits, dequantised",
-            "dequantised": len(self.shapes),
-            "dtype": NAMES[self.code],
-        }
+        self.summary = {"quantized_base": "bitsandbytes 4 bits, dequantised"}
+        self.summary |= {"dequantised": len(self.shapes), "dtype": NAMES[self.code]}
 
     def config(self) -> str:
         """The content of config.json without the quantisation, and with the compute dtype."""
