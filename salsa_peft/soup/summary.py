@@ -80,7 +80,7 @@ class PairSummary(TypedDict):
 class SoupSummary(TypedDict, total=False):
     """Statistics of a soup of adapters (without `kind`), of merged adapters or of checkpoints.
 
-    The description of a key that not all of these kinds have begins with the kinds that have it.
+    If only some kinds of soup have a key, the key's description begins with these kinds.
     """
 
     kind: Literal["merged", "checkpoints"]

@@ -3,8 +3,8 @@
 If the tensor names in the files agree, the files are compared without torch. If names differ (the Hub's GPT-2 and what
 Transformers saves, separate or fused experts, prefixes of wrappers, tied output embeddings that are saved or not), each
 name is resolved to a name in the model that Transformers makes of the checkpoint (utils/tensor_names.py). A tensor that
-is no parameter of the model (rotary frequencies, causal masks) is read from every checkpoint that has it as floats;
-for the others, the tensor of the checkpoint whose layout is written is used.
+is no parameter of the model (rotary frequencies, causal masks) is averaged too; for a checkpoint that lacks the tensor,
+that of the checkpoint whose layout is written is used.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 This module uses NumPy and not torch, because importing torch takes longer than averaging 2 GB. NumPy has no bfloat16,
 and converting with astype would take most of the time, so bfloat16 values are widened in pairs: in a little-endian
-32-bit word u, u << 16 is the float32 of the even element, and u & 0xFFFF0000 is the float32 of the odd element. Even
-and odd elements are kept apart, since their order does not matter to sums and products, and are joined when they are
-rounded (to nearest, ties to even).
+32-bit word u, u << 16 is the float32 of the even element, and u & 0xFFFF0000 is the float32 of the odd element. These
+are kept apart, since the order does not matter to sums and products, and are joined when they are rounded.
 
 The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. If
 that dtype is float64, the sum is the pivot minus weighted differences, so that equal members give their own values, bit
@@ -23,9 +22,7 @@ from salsa_peft.soup.arrays import DTYPES, Array, narrow, widen
 from salsa_peft.utils.safetensors_io import BITS, Buffer
 
 ROW = 2**13
-"""Number of elements of one dot product.
-
-OpenBLAS splits products of more than 10,000 elements among threads, and their last digits then depend on timing."""
+"""Number of elements of one dot product. Above 10,000, OpenBLAS uses threads, and the last digits vary."""
 UPPER = np.uint32(0xFFFF0000)
 DROPPED = np.uint64(2**29 - 1)
 """The bits of a float64's mantissa that a float32 does not have."""
@@ -67,9 +64,7 @@ class SumPlan:
         self.pairs = [(i, j) for at, i in enumerate(self.others) for j in self.others[: at + 1]]
         self.sum = 1.0 if weights is None else math.fsum(weights)
         self.mean = weights is not None and min(weights) >= 0 and self.sum <= 1 + 1e-6
-        """Whether the weights are at least 0 and sum to at most 1.
-
-        No value of the sum then exceeds the members' largest, so it is finite in their dtype."""
+        """Whether weights are at least 0 and sum to at most 1: the sum is then finite in the members' dtype."""
 
     def table(self, products: Sequence[float]) -> list[list[float]]:
         """Arrange products in the order of `pairs` as (members, members), with zeros for the pivot."""
@@ -109,10 +104,7 @@ class BlockSums:
     def _add(
         self, dtypes: BlockDtypes, count: int, write: bool, halves: bool, wide: type[np.floating], careful: bool = False
     ) -> tuple[list[float], Buffer] | None:
-        """Compute the result of `add`; None if a product is not finite, unless `careful`.
-
-        halves: widen bfloat16 in pairs.
-        """
+        """Compute `add`; None if a product is not finite, unless `careful`. halves: widen bfloat16 in pairs."""
         plan, padded = self.plan, -(-count // ROW) * ROW  # zeros after the last value change no sum
         values = self._wide[wide][:, :padded]
         if halves:
@@ -188,9 +180,8 @@ class BlockSums:
     def _join(self, total: Array, wide: Array) -> Array:
         """Round even and odd elements to bfloat16 and join them.
 
-        Overwrites `total` and `wide`, a row of float32. Rounds first to float32, towards zero, and sets the last bit if
-        the result is not exact (round to odd). Rounds then to 16 bits, to nearest, ties to even, by cutting off
-        bits + 0x7FFF + (the last bit that is kept).
+        Overwrites `total` and `wide`, a row of float32. Rounds to float32, towards zero, with the last bit set if that
+        is not exact (round to odd); then to 16 bits, to nearest, ties to even: bits + 0x7FFF + (the last kept bit).
         """
         long, rest = total.view(np.uint64), self._direct[1, : len(total)].view(np.uint64)
         np.bitwise_and(long, DROPPED, out=rest)

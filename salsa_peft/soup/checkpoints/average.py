@@ -1,8 +1,8 @@
 """The weighted sum of full checkpoints, computed in pieces of a few MB to bound the memory.
 
-The soup has the shards, headers, dtypes and configuration of one member: the first, unless alignment.py chooses another.
-Members may differ in shards, in float dtypes and in the names of the same tensors. Quantised weights are rejected. Torch
-is imported only if names or configurations differ.
+The soup has the shards, headers, dtypes and configuration of the first member, unless alignment.py chooses another.
+Members may differ in shards, in float dtypes and in the names of the same tensors. Quantised weights are rejected.
+Torch is imported only if names or configurations differ.
 """
 
 from __future__ import annotations

@@ -27,10 +27,8 @@ WITHOUT_EFFECT = frozenset(
      "resid_pdrop", "embd_pdrop", "attn_pdrop", "residual_dropout", "dropout", "activation_dropout", "classifier_dropout", "layerdrop",
      "summary_first_dropout", "max_position_embeddings", "max_window_layers", "use_sliding_window", "sliding_window_pattern")
 )  # fmt: skip
-"""Fields that do not change the results of a model in evaluation mode, or that are compared elsewhere.
-
-The latter are positions (compared by the rotary embeddings, or the shape of learned embeddings), the layers' windows
-(by `layer_types`) and tied embeddings (by the tensors)."""
+"""Fields that do not change the results of a model in evaluation mode, or that are compared elsewhere:
+positions by the rotary embeddings or the shape of learned ones, windows by `layer_types`, ties by the tensors."""
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 DERIVED = ("head_dim", "layer_types", "num_key_value_heads")
 """Fields that Transformers derives from other fields if the file lacks them."""

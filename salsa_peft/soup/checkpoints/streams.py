@@ -26,9 +26,7 @@ from salsa_peft.utils.safetensors_io import BITS, NAMES, Writer, read_exactly
 PIECE = 2**21
 """The size of a piece that one thread computes, in bytes of the member with the widest dtype."""
 BLOCK = 2**18
-"""The number of elements that are added at once.
-
-With so many, two threads seldom wait for the GIL; with more, the elements would not fit into the CPU's cache."""
+"""Number of elements added at once: enough that threads seldom wait for the GIL, but within the cache."""
 THREADS = 2
 
 

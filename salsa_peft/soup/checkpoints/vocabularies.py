@@ -31,9 +31,8 @@ def warn_about_special_tokens(taken: str, folders: Mapping[str, Path]) -> None:
     for name, folder in folders.items():
         for token, text in special_tokens(folder).items():
             if text != own.get(token):
-                given = repr(own[token]) if token in own else "not set"
-                line = "the soup's tokenizer comes from %s, where %s is %s; in %s it is %r"
-                logger.warning(line, taken, token, given, name, text)
+                line = "the soup's tokenizer comes from %s, where %s is %r; in %s it is %r"
+                logger.warning(line, taken, token, own.get(token, "not set"), name, text)
 
 
 def check_vocabulary(head: Path, other: Path) -> None:

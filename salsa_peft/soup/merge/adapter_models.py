@@ -171,8 +171,8 @@ class AdapterModel:
     def merged_values(self, names: Sequence[str], read: ReadParameter, untie: bool = False) -> dict[str, torch.Tensor]:
         """The merged values of parameters, in float32.
 
-        names: all parameters that must be merged together. Tied parameters are merged as one tensor, as PEFT does, or
-        with `untie` as separate tensors. read: gives a parameter's value in the base, with zeros for added tokens.
+        names: all parameters that must be merged together. Tied parameters are merged as one tensor, as in PEFT, or as
+        separate tensors with `untie`. read: gives a parameter's value in the base, with zeros for added tokens.
         """
         inside = self._inside({self.first[name] for name in names})
         filled: dict[str, torch.nn.Parameter] = {}

@@ -58,10 +58,7 @@ class PlainBase:
         return torch.cat([piece for _, piece in self.pieces(name, sys.maxsize)]).reshape(self.shape(name))
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield a tensor in pieces of whole rows, of about `elements` elements, as (index of first row, rows).
-
-        A scalar is one row.
-        """
+        """Yield (index of the first row, rows) of about `elements` elements each; a scalar is one row."""
         file, entry = self.checkpoint.tensors[name]
         shape = entry.shape or (1,)
         columns = math.prod(shape[1:])
