@@ -82,8 +82,8 @@ WRONG = {
     "OUT a0 a1 --steps 1.5": "--steps: 1.5 is not a whole number of at least 1",
     "OUT a0 a1 --step-size ten": "--step-size: invalid float value: 'ten'",
     "OUT a0 a1 --strategy mean": "--strategy: invalid choice: 'mean' (choose from ",
-    "notes a0 a1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
-    "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
+    "notes a0 a1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty folder or one of an earlier soup",
+    "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty folder or one of an earlier soup",
     "notes a0 a1 --merge --base base": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
     "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
     "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
@@ -99,9 +99,9 @@ WRONG = {
     "OUT nameless a0 --merge": "has no base_model_name_or_path; name the base's folder or Hub id (--base)",
     "OUT elsewhere elsewhere --merge": "no such folder: /home/someone/models/llama, which elsewhere/adapter_config.json names as the base; "
     "name it with --base",
-    "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; name it with --base; as a Hub id",
+    "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; give the base's folder with --base; as a Hub id",
     "OUT a0 a1 --merge --base nowhere": "no such folder: nowhere; as a Hub id: https://huggingface.co/nowhere: not in",
-    "a0 a0 a1": "a0: this folder is a member of the soup",
+    "a0 a0 a1": "a0: this folder is a member or the base of the soup; choose another folder for the soup",
     "OUT dora a1": "a DoRA delta is not linear",
 }
 

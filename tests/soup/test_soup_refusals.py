@@ -269,7 +269,7 @@ class TestRefusals:
             SalsaError, match="members: the list is empty; a soup needs at least one adapter or checkpoint"
         ):
             soup(folder / "soup", [])
-        with pytest.raises(SalsaError, match="names: 2 for 1 members; give one for each member"):
+        with pytest.raises(SalsaError, match="names: 2 names for 1 members; give one per member"):
             StackedAdapter.load([member], ["a", "b"])
         with pytest.raises(SalsaError, match="'slurp' is unknown; use one of linear"):
             soup(folder / "soup", [member], strategy="slurp")

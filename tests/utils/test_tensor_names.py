@@ -156,7 +156,7 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
     a = save(tmp_path / "a", "llama", 1)
     refused = {
         r"/0/model.safetensors: v_head.weight has no place in LlamaForCausalLM": lambda t: t | {"v_head.weight": torch.ones(1)},
-        r"/1: the model \(LlamaForCausalLM\) has no lm_head.weight, but .*/a/model.safetensors has it": lambda t: {
+        r"/1: its model \(LlamaForCausalLM\) has no lm_head.weight, which is in .*/a/model.safetensors": lambda t: {
             name: tensor for name, tensor in t.items() if name != "lm_head.weight"
         },
         r"/2: model.norm.weight and _orig_mod.model.norm.weight are both model.norm.weight|/2: _orig_mod.model.norm.weight and": (
@@ -308,7 +308,7 @@ def test_shards_without_an_index_get_one_and_a_wrong_size_is_counted_anew(tmp_pa
     assert json.loads((tmp_path / "indexed" / INDEX).read_text())["weight_map"] == index["weight_map"]
     assert load(tmp_path / "indexed").keys() == load(a).keys()
     (last := sorted(b.glob("*.safetensors"))[-1]).unlink()
-    with pytest.raises(SalsaError, match=rf"/b: {last.name} of \d+ weight files is missing"):
+    with pytest.raises(SalsaError, match=rf"/b: {last.name} is missing, one of \d+ weight files; copy it again"):
         average(tmp_path / "out", [a, b], [0.5, 0.5])
     (a / SINGLE).rename(a / "consolidated.safetensors")
     with pytest.raises(

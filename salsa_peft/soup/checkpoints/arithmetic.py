@@ -22,7 +22,7 @@ from salsa_peft.soup.arrays import DTYPES, Array, narrow, widen
 from salsa_peft.utils.safetensors_io import BITS, Buffer
 
 ROW = 2**13
-"""Number of elements of one dot product. Above 10,000, OpenBLAS uses threads, and the last digits vary."""
+"""Number of elements of one dot product. Above 10,000, OpenBLAS uses threads, and last digits vary."""
 UPPER = np.uint32(0xFFFF0000)
 DROPPED = np.uint64(2**29 - 1)
 """The bits of a float64's mantissa that a float32 does not have."""

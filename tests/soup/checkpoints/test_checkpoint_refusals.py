@@ -93,7 +93,7 @@ def other_rope(folder: Path) -> None:
 REFUSED = {
     "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"/model.safetensors: (scale|extra) has no place in LlamaForCausalLM"),
     "other shape": (again(lambda t: t.update({"model.norm.weight": torch.zeros(2).bfloat16()})), r"b: model.norm.weight has shape \[2\], but .* has \[16\] by config.json"),
-    "other kind": (again(lambda t: t.update({"model.norm.weight": torch.ones(16).long()})), r"b/model.safetensors: the values of model.norm.weight are I64, but BF16"),
+    "other kind": (again(lambda t: t.update({"model.norm.weight": torch.ones(16).long()})), r"b/model.safetensors: model.norm.weight has dtype I64, but BF16"),
     "architecture": (edit_config(model_type="qwen2"), r"b/config.json: model_type is 'qwen2', but 'llama' in .*a/config.json"),
     "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads is 4, but 2 in"),
     "vocabulary": (edit_config(vocab_size=41), r"b/config.json: vocab_size is 41, but 40 in .*resize_token_embeddings"),
@@ -109,7 +109,7 @@ REFUSED = {
     "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: cannot be read \(No such file or directory\); copy or download the weights again"),
     "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias is in none of the shards that the index names; save"),
     "escape": (escape, r"b/model.safetensors.index.json: weight_map is missing, empty or has values other than file names"),
-    "pickled": (pickled, r"b: this folder has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle and never read"),
+    "pickled": (pickled, r"b: this folder has neither model.safetensors nor .*; it holds pytorch_model.bin, which is a pickle, and pickles are never read"),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), r"b: this folder has neither model.safetensors nor model.safetensors.index.json; load"),
     "two layouts": (lambda folder: (folder / INDEX).write_text("{}"), r"b: this folder holds both model.safetensors and model.safetensors.index.json"),
     "no config": (lambda folder: (folder / CONFIG).unlink(), r"b/config.json: no such file"),
@@ -170,14 +170,14 @@ def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
     (b / SINGLE).write_bytes(raw)
     with pytest.raises(
         SalsaError,
-        match=r"b/model.safetensors: the file changed: it has \d+ bytes and SHA-256 .*; copy or make it again",
+        match=r"b/model.safetensors: the file changed: it has \d+ bytes and SHA-256 .*; copy or make the checkpoint again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     listed[CONFIG]["size"] = 1
     (b / "manifest.json").write_text(json.dumps({"files": listed}))
     with pytest.raises(
         SalsaError,
-        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but in manifest.json it has 1 and .*; copy or make it again",
+        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but in manifest.json it has 1 and .*; copy or make the checkpoint again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     assert not (tmp_path / "none").exists()
@@ -274,7 +274,7 @@ def test_a_refusal_leaves_an_earlier_soup_as_it_was(tmp_path: Path, monkeypatch:
     assert files(out, ()) == before
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: (10**9, 10**9 - 10, 10))
-        with pytest.raises(SalsaError, match=r"out: the soup beside the earlier one: .* free on the disk of"):
+        with pytest.raises(SalsaError, match=r"out: the soup beside the earlier soup: .* free on the disk of"):
             average(out, [a, c], [0.5, 0.5])
     assert files(out, ()) == before
     average(out, [a, c], [0.5, 0.5])

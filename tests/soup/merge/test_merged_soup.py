@@ -227,7 +227,7 @@ def test_refusals(tmp_path: Path) -> None:
     base = llama()
     folder, plain = save(base, tmp_path / "base"), train(base, tmp_path / "plain", 1)
     deep = train(llama(num_hidden_layers=3), tmp_path / "deep", 1)
-    line = r"deep/adapter_model.safetensors: .*layers.2.self_attn.q_proj.lora_A.weight has no place in LlamaForCausalLM"
+    line = r"deep/adapter_model.safetensors: .*layers.2.self_attn.q_proj.lora_A.weight is not in LlamaForCausalLM"
     refused(tmp_path, line, folder, deep)
     wide = train(llama(hidden_size=32), tmp_path / "wide", 1)
     refused(
