@@ -169,7 +169,7 @@ def make_soup(args: argparse.Namespace, accepted: Callable[[], None]) -> None:
         f"--measure, --data and --reward have no effect with strategy {strategy}; leave them out, or use strategy"
         " greedy or learned",
     )
-    require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; leave this out")
+    require(strategy != "greedy" or weights is None, "--weights: strategy greedy chooses the weights; omit --weights")
     options: dict[str, Any] = {field.name: vars(args).get(field.name) for field in dataclasses.fields(Options)} | {
         "measure": None
     }

@@ -56,7 +56,7 @@ def narrow(values: Array, dtype: str) -> Array:
 
 
 def round_to_odd(values: Array) -> Array:
-    """Round float64 to float32, to odd; rounding that to 16 bits then equals a single rounding."""
+    """Round float64 to float32 by round-to-odd, so that rounding on to 16 bits equals a single rounding."""
     found = values.astype(np.float32)
     back, bits = found.astype(np.float64), found.view(np.uint32)
     bits -= np.abs(back) > np.abs(values)

@@ -51,7 +51,7 @@ class Options:
     merge: bool = False
     """Adapters: add the soup to `base` and save a checkpoint."""
     base: str | Path | None = None
-    """Folder or Hub id of the base (default: what adapters name). Checkpoints need it for slerp, cosines."""
+    """Folder or Hub id of the base. None: what adapters name. Needed for slerp, cosines of checkpoints."""
     quantized_base: str | None = None
     """With merge: first quantize the base to nf4 or nf4-double and back, as in QLoRA training."""
     same_base: bool = False
@@ -143,7 +143,7 @@ def _requested_weights(weights: Sequence[float] | None, members: int, normalize:
     """One weight per member, by default uniform. Raises SalsaError for weights that are not allowed."""
     given = [1 / members] * members if weights is None else check_weights(weights, members)
     total = math.fsum(given)
-    require(any(given), "weights: all are 0, so no member is left; give at least one member another weight than 0")
+    require(any(given), "weights: all are 0, so no member is left; give at least one member a weight other than 0")
     if normalize:
         require(total != 0, f"weights: {given} sum to 0, so they cannot be normalized; change one of them")
         given = [weight / total for weight in given]

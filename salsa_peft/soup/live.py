@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _with_gradients(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Context in which these parameters require a gradient. Afterwards their gradients are dropped."""
+    """Context in which the given parameters require a gradient. Afterwards the gradients are dropped."""
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -27,7 +27,7 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
 
 def kind_of(folders: Sequence[Path]) -> str:
-    """Whether the members are "adapters" or "checkpoints". Raises SalsaError for others and for a mixture."""
+    """Whether the members are "adapters" or "checkpoints". Raises SalsaError if a folder is another kind."""
     kinds = [next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), "") for folder in folders]
     if "" in kinds:
         folder = folders[kinds.index("")]

@@ -64,7 +64,7 @@ class MemberSummary(TypedDict, total=False):
     folder: str
     """Checkpoints: the member's folder."""
     read: bool
-    """Checkpoints: False for a member of weight 0, whose values are not read."""
+    """Checkpoints: False for a member of weight 0, whose values are not averaged."""
 
 
 class PairSummary(TypedDict):

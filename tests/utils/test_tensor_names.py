@@ -308,7 +308,7 @@ def test_shards_without_an_index_get_one_and_a_wrong_size_is_counted_anew(tmp_pa
     assert json.loads((tmp_path / "indexed" / INDEX).read_text())["weight_map"] == index["weight_map"]
     assert load(tmp_path / "indexed").keys() == load(a).keys()
     (last := sorted(b.glob("*.safetensors"))[-1]).unlink()
-    with pytest.raises(SalsaError, match=rf"/b: {last.name} is missing, one of \d+ weight files; copy it again"):
+    with pytest.raises(SalsaError, match=rf"/b: {last.name}, one of \d+ weight files, is missing; copy it again"):
         average(tmp_path / "out", [a, b], [0.5, 0.5])
     (a / SINGLE).rename(a / "consolidated.safetensors")
     with pytest.raises(

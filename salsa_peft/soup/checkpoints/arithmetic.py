@@ -2,8 +2,8 @@
 
 This module uses NumPy and not torch, because importing torch takes longer than averaging 2 GB. NumPy has no bfloat16,
 and converting with astype would take most of the time, so bfloat16 values are widened in pairs: in a little-endian
-32-bit word u, u << 16 is the float32 of the even element, and u & 0xFFFF0000 is the float32 of the odd element. These
-are kept apart, since the order does not matter to sums and products, and are joined when they are rounded.
+32-bit word u, u << 16 is the float32 of the even element, and u & 0xFFFF0000 is the float32 of the odd element. Even
+and odd elements are kept apart, since order does not matter to sums and products, and are joined when rounded.
 
 The sum Σ w_i x_i is computed in float64, in the order of the members, and rounded once to the dtype that is written. If
 that dtype is float64, the sum is the pivot minus weighted differences, so that equal members give their own values, bit
@@ -56,7 +56,7 @@ class NotFinite(Exception):
 
 
 class SumPlan:
-    """What BlockSums computes: the sum with `weights`, one per member (None: no sum), and the products."""
+    """The computation of a block: the sum with `weights`, one per member (None: no sum), and products."""
 
     def __init__(self, members: int, weights: Sequence[float] | None, pivot: int) -> None:
         self.members, self.weights, self.pivot = members, weights, pivot
@@ -75,7 +75,7 @@ class SumPlan:
 
 
 class BlockSums:
-    """Computes the sums of blocks of at most `block` elements. One thread uses it at a time."""
+    """Computes the sums of blocks of at most `block` elements. Only one thread at a time may use it."""
 
     def __init__(self, plan: SumPlan, block: int) -> None:
         size = -(-block // ROW) * ROW

@@ -58,7 +58,7 @@ def average(
     """
     begun = time.perf_counter()
     numbers = check_weights(weights, len(members))
-    require(any(numbers), "weights: all of them are 0; give at least one member another weight than 0")
+    require(any(numbers), "weights: all of them are 0; give at least one member a weight other than 0")
     folders = [Path(member) for member in members]
     called = default_names(folders, names)
     read = [read_checkpoint(folder, name) for folder, name in zip(folders, called, strict=True)]
@@ -137,7 +137,7 @@ def _write_index(output: Output, aligned: Alignment) -> None:
 
 
 def _config(aligned: Alignment) -> bytes | str:
-    """The soup's config.json: the checkpoint's, with untied embeddings if the soup's are separate."""
+    """The soup's config.json: that of its layout's checkpoint, with tie_word_embeddings false if untied."""
     if not aligned.untied:
         return (aligned.checkpoint.folder / CONFIG).read_bytes()
     config = dict(aligned.checkpoint.config) | {"tie_word_embeddings": False}

@@ -28,7 +28,7 @@ WITHOUT_EFFECT = frozenset(
      "summary_first_dropout", "max_position_embeddings", "max_window_layers", "use_sliding_window", "sliding_window_pattern")
 )  # fmt: skip
 """Fields that do not change the results of a model in evaluation mode, or that are compared elsewhere:
-positions by the rotary embeddings or the shape of learned ones, windows by `layer_types`, ties by the tensors."""
+positions by the rotary embeddings or the shape of learned ones, windows by `layer_types`, tying by the tensors."""
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 DERIVED = ("head_dim", "layer_types", "num_key_value_heads")
 """Fields that Transformers derives from other fields if the file lacks them."""

@@ -142,7 +142,7 @@ def _unlisted(folder: Path) -> list[str]:
         total = numbered[0][2]
         wanted = [f"model-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
         missing = next((name for name in wanted if name not in present), None)
-        require(missing is None, f"{folder}: {missing} is missing, one of {int(total)} weight files; copy it again")
+        require(missing is None, f"{folder}: {missing}, one of {int(total)} weight files, is missing; copy it again")
         return wanted
     pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
     held = ""

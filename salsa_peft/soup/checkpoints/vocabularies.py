@@ -45,7 +45,7 @@ def check_vocabulary(head: Path, other: Path) -> None:
     if head_file is None or other_file is None:
         if all(any(found) for found in zip(*pairs, strict=True)):
             logger.warning(
-                "the tokenizers of %s and %s were not compared: one is only a tokenizer.model, the other only JSON",
+                "the tokenizers of %s and %s were not compared: one has tokenizer.model, the other only JSON",
                 head, other,
             )  # fmt: skip
         return

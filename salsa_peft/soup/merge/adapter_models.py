@@ -137,7 +137,7 @@ class AdapterModel:
         return found
 
     def replaces(self, name: str) -> bool:
-        """Whether the adapter has a value of its own for a parameter, instead of a change of the base's."""
+        """Whether the adapter replaces the base's value of a parameter, instead of changing it."""
         first = self.first[name]
         return first in self.replaced or any(one.saved and first in one.parameters for one in self.wrapped.values())
 

@@ -5,7 +5,7 @@
 PEFT merges each member (adapter_models.py), a few modules at a time, so the mean is exact for all that PEFT merges:
 LoRA, DoRA, modules_to_save, trained tokens, experts. Layout, names, dtypes and files are the base's; the tokenizer is
 that of a member with all tokens (soup/lora/members.py), else the base's. The layout changes only if training added
-tokens, or if output embeddings are untied. Bases in 4 bits are in quantised_bases.py. Heads for which the base has no
+tokens, or if output embeddings are untied. For bases in 4 bits see quantised_bases.py. Heads for which the base has no
 tensor are not supported.
 """
 

@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 
 
 class Plan:
-    """The tensors that a merge writes. Raises SalsaError if an adapter changes one that the base lacks."""
+    """Tensors that a merge writes. Raises SalsaError if an adapter changes a tensor that the base lacks."""
 
     def __init__(self, source: PlainBase, loaded: LoadedMembers, weights: Sequence[float], untie: bool = False) -> None:
         self.source, self.loaded, self.weights, self.untie = source, loaded, list(weights), untie
@@ -153,8 +153,8 @@ class Plan:
             if not self.untie and any(adapter.tied_deltas(unit.names) for adapter in self.adapters):
                 logger.warning(
                     "warning: %s and %s are one tensor in the base, and an adapter has LoRA on one of them: as in"
-                    " PEFT's own merge, the deltas of both are added to that tensor, which differs from what the adapter"
-                    " computes; untie=True (--untie) writes two tensors",
+                    " PEFT's own merge, the deltas of both are added to that tensor, so the result differs from the"
+                    " adapter; untie=True (--untie) writes two tensors",
                     head, embeddings,
                 )  # fmt: skip
             values, figures = self._computed(unit)

@@ -1,4 +1,4 @@
-"""Reads the base of a merge: plain, dequantised from bitsandbytes' 4 bits, or put through 4 bits.
+"""Reads the base of a merge: plain, dequantised from 4 bits, or quantised to 4 bits and dequantised.
 
 A merge is never written in 4 bits, because quantising again would lose the delta. A checkpoint in bitsandbytes' 4 bits
 is dequantised to its compute dtype. `nf4` (or `nf4-double`, with quantised scales, as in QLoRA) quantises and
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 DOUBLE = {"nf4": False, "nf4-double": True}
 """quantized_base → whether the scales are quantised too (bnb_4bit_use_double_quant)."""
 NO_LINEARS = ("embed", "wte.", "wpe.", "position", "lm_head", "score.")
-"""Parts of tensor names by which to tell the matrices that bitsandbytes does not quantise."""
+"""Substrings of the names of matrices that bitsandbytes does not quantise."""
 
 
 class PlainBase:
@@ -83,7 +83,7 @@ class Requantised(PlainBase):
         self.summary = {"quantized_base": kind, "requantised": len(self.linears)}
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """As PlainBase.pieces."""
+        """As PlainBase.pieces; a linear layer is quantised and dequantised first."""
         if name not in self.linears:
             return super().pieces(name, elements)
         library = _bitsandbytes(self.checkpoint)
@@ -132,7 +132,7 @@ class Dequantised(PlainBase):
         return self.code if name in self.shapes else super().dtype(name)
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """As PlainBase.pieces."""
+        """As PlainBase.pieces; a weight in 4 bits is dequantised first."""
         if name not in self.shapes:
             return super().pieces(name, elements)
         library = _bitsandbytes(self.checkpoint)

@@ -135,7 +135,7 @@ def test_every_refusal_names_file_and_tensor_and_leaves_nothing(tmp_path: Path, 
     [
         ([1.0], r"weights: 1 weights \(1.0\) for 2 members; give one for each member"),
         ([0.5, math.nan], "weights: 0.5, nan are not all finite numbers"),
-        ([0.0, 0.0], "weights: all of them are 0; give at least one member another weight than 0"),
+        ([0.0, 0.0], "weights: all of them are 0; give at least one member a weight other than 0"),
         ([], r"weights: 0 weights \(\) for 2 members"),
     ],
 )
