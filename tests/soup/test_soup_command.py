@@ -98,7 +98,7 @@ WRONG = {
     "OUT a0 a1 --quantized-base nf4": "quantized_base: nf4 has an effect only with merge=True",
     "OUT nameless a0 --merge": "has no base_model_name_or_path; name the base's folder or Hub id (--base)",
     "OUT elsewhere elsewhere --merge": "no such folder: /home/someone/models/llama, which elsewhere/adapter_config.json names as the base; "
-    "name it with --base",
+    "give the base's folder with --base",
     "OUT hub hub --merge": "no such folder: someone/llama, which hub/adapter_config.json names as the base; give the base's folder with --base; as a Hub id",
     "OUT a0 a1 --merge --base nowhere": "no such folder: nowhere; as a Hub id: https://huggingface.co/nowhere: not in",
     "a0 a0 a1": "a0: this folder is a member or the base of the soup; choose another folder for the soup",

@@ -172,7 +172,7 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
                 average(tmp_path / "out", members, [0.5, 0.5])
             assert "\n" not in str(caught.value)
     classifier = save(tmp_path / "classifier", "classifier", 1)
-    with pytest.raises(SalsaError, match=r"lm_head.weight, but .* has it \(LlamaForCausalLM\)"):
+    with pytest.raises(SalsaError, match=r"lm_head.weight, which is in .* \(LlamaForCausalLM\)"):
         average(tmp_path / "out", [a, classifier], [0.5, 0.5])
     two = save(tmp_path / "two", "classifier", 1, num_labels=2)
     with pytest.raises(SalsaError, match=r"two: score.weight has shape \[2, 16\], but \[1, 16\] in .*classifier"):

@@ -177,7 +177,7 @@ def test_a_manifest_tells_a_flipped_bit(tmp_path: Path) -> None:
     (b / "manifest.json").write_text(json.dumps({"files": listed}))
     with pytest.raises(
         SalsaError,
-        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but in manifest.json it has 1 and .*; copy or make the checkpoint again",
+        match=r"b/config.json: the file changed: it has \d+ bytes and SHA-256 .*, but manifest.json lists 1 bytes and .*; copy or make the checkpoint again",
     ):
         average(tmp_path / "none", [a, b], [0.5, 0.5])
     assert not (tmp_path / "none").exists()

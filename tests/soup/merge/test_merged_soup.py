@@ -237,7 +237,7 @@ def test_refusals(tmp_path: Path) -> None:
         wide,
     )
     (plain / "fingerprint.json").write_text(json.dumps({"base": "5e" * 32}))
-    line = r"plain was trained on another base than .*/base: .* says 5e5e5e5e5e5e…, .* assert with --same-base"
+    line = r"plain was trained on another base than .*/base: .* has 5e5e5e5e5e5e…, .* assert with --same-base"
     refused(tmp_path, line, folder, plain)
     merge(tmp_path / "asserted", folder, [plain], [1.0], same_base=True)
     (plain / "fingerprint.json").write_text(json.dumps({"base": base_fingerprint(folder)}))
