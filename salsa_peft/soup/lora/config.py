@@ -20,21 +20,21 @@ UNCLEAR = "[^.]*"
 def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, int]) -> dict[str, Any]:
     """The fields of the soup's LoraConfig for inference. ranks: module or parameter → rank in the soup."""
     configs = [member.config for member in members]
-    head = configs[0]
+    first = configs[0]
     targeted = {targeted_name(stacks.shapes[name], name): r for name, r in ranks.items()}
     r = Counter(targeted.values()).most_common(1)[0][0]
     pattern = rank_pattern(targeted, r)
-    tied = agree(configs, "ensure_weight_tying") and head["ensure_weight_tying"]
+    tied = agree(configs, "ensure_weight_tying") and first["ensure_weight_tying"]
     fields: dict[str, Any] = DEFAULTS | {"ensure_weight_tying": tied} | listed_targets(stacks, targeted)
     everywhere = all(member.factors.keys() == ranks.keys() for member in members)
     if everywhere and agree(configs, *TARGETS, "ensure_weight_tying") and targets_match(members[0], stacks):
-        fields |= {name: as_sorted(head[name]) for name in TARGETS}
-    fields |= {name: head[name] for name in ("fan_in_fan_out", "auto_mapping") if agree(configs, name)}
+        fields |= {name: as_sorted(first[name]) for name in TARGETS}
+    fields |= {name: first[name] for name in ("fan_in_fan_out", "auto_mapping") if agree(configs, name)}
     return fields | {
         "peft_type": "LORA",
         "task_type": next((config["task_type"] for config in configs if config["task_type"] is not None), None),
-        "base_model_name_or_path": head["base_model_name_or_path"],
-        "revision": head["revision"],
+        "base_model_name_or_path": first["base_model_name_or_path"],
+        "revision": first["revision"],
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,
@@ -44,16 +44,16 @@ def config_fields(members: Sequence[Member], stacks: Stacks, ranks: dict[str, in
         "modules_to_save": saved_modules(members, tied),
         "bias": bias_of(members),
         "lora_bias": any(config["lora_bias"] for config in configs),
-        "trainable_token_indices": head["trainable_token_indices"],
-        "alora_invocation_tokens": head["alora_invocation_tokens"],
+        "trainable_token_indices": first["trainable_token_indices"],
+        "alora_invocation_tokens": first["alora_invocation_tokens"],
     }
 
 
 def targeted_name(shape: Shape, name: str) -> str:
     """The name by which PEFT looks up a rank: that of the parameter, or of the targeted module."""
     if shape.parameter == "":
-        return f"{shape.holder}.{UNCLEAR}"
-    return shape.owner if shape.parameter is None else name
+        return f"{shape.module}.{UNCLEAR}"
+    return shape.target if shape.parameter is None else name
 
 
 def targets_match(member: Member, stacks: Stacks) -> bool:
@@ -61,9 +61,9 @@ def targets_match(member: Member, stacks: Stacks) -> bool:
     targeted = target_rule(member.folder, member.config)
     tied = EMBEDDINGS if member.config["ensure_weight_tying"] else ()
     return all(
-        bool(parameters_of(shape.holder, member.config))
+        bool(parameters_of(shape.module, member.config))
         if shape.parameter is not None
-        else targeted(shape.owner) or name.rpartition(".")[2] in tied
+        else targeted(shape.target) or name.rpartition(".")[2] in tied
         for name, shape in stacks.shapes.items()
     )
 
@@ -86,7 +86,7 @@ def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
     if not tied and found:
         for member in members:
             if member.config["ensure_weight_tying"]:
-                names = (name for name in member.direct if name.endswith(".weight") and name not in member.frozen)
+                names = (name for name in member.non_lora if name.endswith(".weight") and name not in member.frozen)
                 found |= {name.rpartition(".")[0] for name in names}
     return sorted(found) or None
 

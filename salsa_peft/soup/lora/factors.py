@@ -59,8 +59,8 @@ class Stack(NamedTuple):
 
     def gram(self, blocks: Sequence[Moments], n: int) -> Array:
         """⟨delta_i, delta_j⟩ = Σ (B_iᵀ B_j) ∘ (A_i A_jᵀ), summed over the module's blocks: (n, n), float64."""
-        owner = np.eye(n)[self.member] * self.scaling[:, None]
-        return np.asarray(owner.T @ sum(block.AA * block.BB for block in blocks) @ owner)
+        of_member = np.eye(n)[self.member] * self.scaling[:, None]
+        return np.asarray(of_member.T @ sum(block.AA * block.BB for block in blocks) @ of_member)
 
 
 class Stacks(Mapping[str, Stack]):
@@ -77,7 +77,7 @@ class Stacks(Mapping[str, Stack]):
         )
         """Safetensors' name of the dtype that represents every member's factors exactly."""
         self.with_bias = any(member.config["lora_bias"] for member in members)
-        self.wrappers = Counter(shape.holder for shape in self.shapes.values())
+        self.wrappers = Counter(shape.module for shape in self.shapes.values())
         """Module with LoRA → number of PEFT wrappers around it (one per targeted parameter of the module)."""
         self.held: dict[str, Stack] = {}
 
@@ -85,18 +85,18 @@ class Stacks(Mapping[str, Stack]):
         if module in self.held:
             return self.held[module]
         shape = self.shapes[module]
-        owners = [(i, m, m.factors[module]) for i, m in enumerate(self.members) if module in m.factors]
+        having = [(i, m, m.factors[module]) for i, m in enumerate(self.members) if module in m.factors]
         wide = np.float64 if self.dtype == "F64" else np.float32
         bias = np.zeros((len(self.members), shape.out)) if self.with_bias else None
-        for i, member, factors in owners:
+        for i, member, factors in having:
             if bias is not None and factors.bias is not None:
                 bias[i] = factors.scaling * member.read(factors.bias).astype(np.float64)
-        ranks = [factors.shape.rank // shape.groups for _, _, factors in owners]
+        ranks = [factors.shape.rank // shape.groups for _, _, factors in having]
         return Stack(
-            np.concatenate([shape.blocks_A(m.read(f.A)) for _, m, f in owners], axis=-2, dtype=wide),
-            np.concatenate([shape.blocks_B(m.read(f.B)) for _, m, f in owners], axis=-1, dtype=wide),
-            np.repeat([factors.scaling for _, _, factors in owners], ranks).astype(np.float64),
-            np.repeat([i for i, _, _ in owners], ranks),
+            np.concatenate([shape.blocks_A(m.read(f.A)) for _, m, f in having], axis=-2, dtype=wide),
+            np.concatenate([shape.blocks_B(m.read(f.B)) for _, m, f in having], axis=-1, dtype=wide),
+            np.repeat([factors.scaling for _, _, factors in having], ranks).astype(np.float64),
+            np.repeat([i for i, _, _ in having], ranks),
             bias,
         )
 
@@ -131,7 +131,7 @@ class Stacks(Mapping[str, Stack]):
 
     def wrapper_path(self, module: str) -> str:
         """The path of the PEFT wrapper that holds a module's factors."""
-        return wrapped(self.shapes[module].holder, self.wrappers) + WRAPPED * self.depth(module)
+        return wrapped(self.shapes[module].module, self.wrappers) + WRAPPED * self.depth(module)
 
     def depth(self, module: str) -> int:
         """The number of wrappers around this one for other parameters of its module; the first lies innermost."""
@@ -140,7 +140,7 @@ class Stacks(Mapping[str, Stack]):
             return 0
         if not shape.parameter:
             return strip_wrappers(module)[1]
-        others = [s.parameter for s in self.shapes.values() if s.holder == shape.holder and s.parameter is not None]
+        others = [s.parameter for s in self.shapes.values() if s.module == shape.module and s.parameter is not None]
         return len(others) - 1 - sorted(others, key=registration_order).index(shape.parameter)
 
     def tensor_names(self, module: str) -> tuple[str, str]:
@@ -152,16 +152,16 @@ class Stacks(Mapping[str, Stack]):
 
 def stacked_shape(module: str, members: Sequence[Member]) -> Shape:
     """The shape of a module's stacked factors. Raises SalsaError if the members' layers differ."""
-    owners = [(member, member.factors[module].shape) for member in members if module in member.factors]
-    head, first = owners[0]
-    for member, shape in owners[1:]:
+    layers = [(member, member.factors[module].shape) for member in members if module in member.factors]
+    first_member, first = layers[0]
+    for member, shape in layers[1:]:
         found, expected = describe_layer(shape), describe_layer(first)
         require(
             found == expected and shape.embedding == first.embedding,
-            f"{member.file.path}: {module} {found}, but in {head.file.path} it {expected}; a soup needs members of one"
+            f"{member.file.path}: {module} {found}, but in {first_member.file.path} it {expected}; a soup needs members of one"
             " base",
         )
-    return first._replace(rank=sum(shape.rank for _, shape in owners))
+    return first._replace(rank=sum(shape.rank for _, shape in layers))
 
 
 def describe_layer(shape: Shape) -> str:
@@ -173,12 +173,12 @@ def describe_layer(shape: Shape) -> str:
 
 def check_invocation_tokens(members: Sequence[Member]) -> None:
     """Raise SalsaError for aLoRA members that are active after different tokens."""
-    head = members[0]
+    first = members[0]
     for member in members[1:]:
-        tokens = [m.config["alora_invocation_tokens"] for m in (member, head)]
+        tokens = [m.config["alora_invocation_tokens"] for m in (member, first)]
         require(
             tokens[0] == tokens[1],
-            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {head.folder}. aLoRA is"
+            f"{member.folder}: alora_invocation_tokens are {tokens[0]}, but {tokens[1]} in {first.folder}. aLoRA is"
             " active only after its tokens, so no adapter is the mean of these; train the members with the same tokens",
         )
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-EXPERT = re.compile(r"(?P<holder>.*\.experts)\.\d+\.")
+EXPERT = re.compile(r".*\.experts\.\d+\.")
 Names = dict[str, str]
 """PEFT's name of a tensor → its name in the file."""
 
@@ -87,10 +87,10 @@ def lora_modules(names: Iterable[str]) -> Iterator[str]:
             yield strip_wrappers(module)[0].replace(f"{WRAPPED}.", ".")
 
 
-def in_base(module: str, places: frozenset[str], first: frozenset[str]) -> bool:
+def in_base(module: str, places: frozenset[str], starts: frozenset[str]) -> bool:
     """Whether a base's files name a module, also without its first part, as in files of a headless model."""
-    head, _, rest = module.partition(".")
-    return module in places or module == "lm_head" or (head not in first and rest in places)
+    start, _, rest = module.partition(".")
+    return module in places or module == "lm_head" or (start not in starts and rest in places)
 
 
 @functools.lru_cache(maxsize=8)

@@ -47,18 +47,18 @@ def check_one_base(members: Sequence[Member], same_base: bool = False, merging: 
                 member.folder,
                 FINGERPRINT,
             )
-    head = members[0]
+    first = members[0]
     for member in members:
         require(
-            same_base or not unknown or same_names(member, head),
-            f"{member.folder} names the base {base_label(member)}, {head.folder} names {base_label(head)}, and without"
+            same_base or not unknown or same_names(member, first),
+            f"{member.folder} names the base {base_label(member)}, {first.folder} names {base_label(first)}, and without"
             f" a {FINGERPRINT} in every member they cannot be compared; if they are the same base, pass same_base=True"
             " (--same-base)",
         )
-        tasks = [m.config["task_type"] for m in (member, head)]
+        tasks = [m.config["task_type"] for m in (member, first)]
         require(
-            tasks[0] == tasks[1] or member.factors.keys() == head.factors.keys(),
-            f"{member.folder} has task_type {tasks[0]!r}, {head.folder} has {tasks[1]!r}, and their modules differ; a"
+            tasks[0] == tasks[1] or member.factors.keys() == first.factors.keys(),
+            f"{member.folder} has task_type {tasks[0]!r}, {first.folder} has {tasks[1]!r}, and their modules differ; a"
             " soup needs members of one task, so train them with the same task_type",
         )
 
@@ -233,7 +233,7 @@ def unify_layouts(members: Sequence[Member]) -> list[Member]:
     apart: set[tuple[str, ...]] = set()  # one member has two of these names, so they are two modules
     for member in members:
         mine: set[tuple[str, ...]] = set()
-        for name in (*member.factors, *member.direct):
+        for name in (*member.factors, *member.non_lora):
             key = tuple(part for part in name.split(".") if part not in TOWER)
             variants.setdefault(key, set()).add(name)
             apart |= {key} & mine
@@ -259,9 +259,11 @@ def rename_modules(member: Member, renamed: dict[str, str]) -> Member:
     factors = {}
     for name, given in member.factors.items():
         new, shape = renamed.get(name, name), given.shape
-        holder = new.removesuffix(f".{shape.parameter}") if shape.parameter else new
-        owner = holder if shape.owner == shape.holder else holder.rpartition(".")[0]
-        factors[new] = given._replace(shape=shape._replace(holder=holder, owner=owner))
-    direct = {renamed.get(name, name): key for name, key in member.direct.items()}
+        module = new.removesuffix(f".{shape.parameter}") if shape.parameter else new
+        target = module if shape.target == shape.module else module.rpartition(".")[0]
+        factors[new] = given._replace(shape=shape._replace(module=module, target=target))
+    non_lora = {renamed.get(name, name): key for name, key in member.non_lora.items()}
     frozen = frozenset(renamed.get(name, name) for name in member.frozen)
-    return replace(member, factors=dict(sorted(factors.items())), direct=dict(sorted(direct.items())), frozen=frozen)
+    return replace(
+        member, factors=dict(sorted(factors.items())), non_lora=dict(sorted(non_lora.items())), frozen=frozen
+    )

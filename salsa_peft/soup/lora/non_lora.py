@@ -21,12 +21,12 @@ from salsa_peft.utils.errors import SalsaError, require
 
 def parameter_names(members: Sequence[Member]) -> list[str]:
     """The base's names of all such parameters (for trained tokens, the embedding's name + TOKENS)."""
-    return sorted({name for member in members for name in member.direct})
+    return sorted({name for member in members for name in member.non_lora})
 
 
-def holders(members: Sequence[Member], name: str) -> list[Member]:
+def members_with(members: Sequence[Member], name: str) -> list[Member]:
     """The members that hold a parameter: all of them, unless it is frozen."""
-    return [member for member in members if name in member.direct]
+    return [member for member in members if name in member.non_lora]
 
 
 def check_same(members: Sequence[Member]) -> None:
@@ -35,16 +35,16 @@ def check_same(members: Sequence[Member]) -> None:
     Untrained weights that PEFT saves with a layer that has LoRA may be missing in some files.
     """
     for name in parameter_names(members):
-        have = holders(members, name)
+        have = members_with(members, name)
         for member in have[1:]:
             check_tokens(have[0], member, name)
-            shapes = [list(m.file.entries[m.direct[name]].shape) for m in (member, have[0])]
+            shapes = [list(m.file.entries[m.non_lora[name]].shape) for m in (member, have[0])]
             require(
                 shapes[0] == shapes[1],
                 f"{member.file.path}: {name} has shape {shapes[0]}, but {shapes[1]} in {have[0].folder}: the bases"
                 " differ, at least in their vocabulary; a soup needs members of one base",
             )
-        lacks = next((member for member in members if name not in member.direct), None)
+        lacks = next((member for member in members if name not in member.non_lora), None)
         if lacks is not None and not frozen(members, name):
             raise SalsaError(
                 f"{lacks.file.path} has no {name}, but {have[0].folder} has it. It is averaged directly, so every"
@@ -53,24 +53,24 @@ def check_same(members: Sequence[Member]) -> None:
             )
 
 
-def check_tokens(head: Member, member: Member, name: str) -> None:
+def check_tokens(first: Member, member: Member, name: str) -> None:
     """Raise SalsaError if two members trained different tokens. The order may differ."""
     if name.endswith(TOKENS):
         require(
-            sorted(member.token_indices(name)) == sorted(head.token_indices(name)),
+            sorted(member.token_indices(name)) == sorted(first.token_indices(name)),
             f"{member.folder / CONFIG}: trainable_token_indices of {name.removesuffix(TOKENS)} are not those of"
-            f" {head.folder}, and a soup does not read the other rows from the base; train the same tokens, or use the"
+            f" {first.folder}, and a soup does not read the other rows from the base; train the same tokens, or use the"
             f" base: {MERGES}",
         )
 
 
 def frozen(members: Sequence[Member], name: str) -> bool:
     """Whether all members that hold a parameter hold the base's own value, equal to the bit."""
-    have = holders(members, name)
+    have = members_with(members, name)
     if not all(name in member.frozen for member in have):
         return False
-    first = have[0].read(have[0].direct[name]) if have[1:] else None
-    return all(np.array_equal(first, member.read(member.direct[name])) for member in have[1:])  # type: ignore[arg-type]
+    first = have[0].read(have[0].non_lora[name]) if have[1:] else None
+    return all(np.array_equal(first, member.read(member.non_lora[name])) for member in have[1:])  # type: ignore[arg-type]
 
 
 def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
@@ -81,13 +81,13 @@ def check_sum(members: Sequence[Member], weights: Sequence[float]) -> None:
         require(
             frozen(members, name),
             f"weights: {', '.join(f'{weight:g}' for weight in weights)} sum to {sum(weights):.9g}, but they must sum to"
-            f" 1: {holders(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
+            f" 1: {members_with(members, name)[0].folder} holds {name}, which is averaged directly, not as a delta",
         )
 
 
 def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Array:
     """Σ w_i x_i in float32, as x_p + Σ w_i (x_i − x_p), so that the mean of equal values is exact."""
-    have = [i for i, member in enumerate(members) if name in member.direct]
+    have = [i for i, member in enumerate(members) if name in member.non_lora]
     pivot = max(have, key=lambda i: abs(weights[i]))
     start = values(members, pivot, name)
     total = start.astype(np.result_type(start, np.float32), copy=True)
@@ -101,7 +101,7 @@ def mean(members: Sequence[Member], name: str, weights: Sequence[float]) -> Arra
 
 def values(members: Sequence[Member], i: int, name: str) -> Array:
     """The values of member i; rows of trained tokens in the first member's order."""
-    found = members[i].read(members[i].direct[name])
+    found = members[i].read(members[i].non_lora[name])
     if not name.endswith(TOKENS) or i == 0:
         return found
     mine = members[i].token_indices(name)

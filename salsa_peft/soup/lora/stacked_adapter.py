@@ -147,7 +147,7 @@ class StackedAdapter:
                 same = values.shape == parameter.shape and torch.equal(values.to(parameter), parameter)
             require(
                 same,
-                f"{non_lora.holders(self.members, name)[0].folder} holds trained values of {name}, a parameter of the"
+                f"{non_lora.members_with(self.members, name)[0].folder} holds trained values of {name}, a parameter of the"
                 " base. Several adapters share this base, so its own values cannot change; save the soup and open it"
                 " with PEFT on a base of its own",
             )
@@ -200,7 +200,7 @@ def find_layer(model: PeftModel, stacks: Stacks, module: str) -> Any:
     from peft.tuners.lora.layer import ParamWrapper
 
     shape = stacks.shapes[module]
-    layer: Any = submodule(model.get_base_model(), shape.holder)
+    layer: Any = submodule(model.get_base_model(), shape.module)
     for _ in range(stacks.depth(module) if shape.parameter == "" else 0):
         layer = layer.base_layer
     while shape.parameter and isinstance(layer, ParamWrapper) and layer.parameter_name != shape.parameter:
@@ -224,7 +224,7 @@ def has_module(model: PeftModel, stacks: Stacks, module: str) -> bool:
     """Whether the model has the module or parameter that the soup has factors for."""
     shape = stacks.shapes[module]
     try:
-        found: Any = submodule(model.get_base_model(), shape.holder)
+        found: Any = submodule(model.get_base_model(), shape.module)
     except SalsaError:
         return False
     while "base_layer" in found._modules:

@@ -40,11 +40,11 @@ class Shape(NamedTuple):
     embedding: bool
     experts: int
     groups: int
-    holder: str
+    module: str
     """The module whose PEFT wrapper holds the factors."""
     parameter: str | None
-    """Name of the targeted parameter in `holder`, "" if the tensor names do not tell it; None: a layer."""
-    owner: str
+    """Name of the targeted parameter in `module`, "" if the tensor names do not tell it; None: a layer."""
+    target: str
     """The targeted module: for the out_proj of an attention, the attention."""
 
     @property
@@ -156,8 +156,8 @@ def parameters_of(module: str, config: dict[str, Any], named: bool = False) -> l
     """
     leaves = set()
     for target in config["target_parameters"] or ():
-        holder, _, leaf = target.rpartition(".")
-        if (not holder and not named) or (holder and (module == holder or module.endswith(f".{holder}"))):
+        parent, _, leaf = target.rpartition(".")
+        if (not parent and not named) or (parent and (module == parent or module.endswith(f".{parent}"))):
             leaves.add(leaf)
     return sorted(leaves, key=registration_order)
 
@@ -200,8 +200,8 @@ def read_shape(
         f"{path}: {module} has {shown}, which are neither two matrices nor the factors of a convolution (lora_B with"
         " kernel 1); save the adapter again",
     )
-    holder, parameter, owner = place
-    r, _ = rank_and_scaling(path.parent, config, owner if parameter is None else module)
+    wrapped, parameter, target = place
+    r, _ = rank_and_scaling(path.parent, config, target if parameter is None else module)
     experts = A[0] // r if parameter is not None and A[0] % r == 0 else 1
     groups = A[0] // B[1] if len(A) > 2 and 0 < B[1] < A[0] and A[0] % B[1] == 0 and B[0] % (A[0] // B[1]) == 0 else 1
     require(
@@ -209,4 +209,4 @@ def read_shape(
         f"{path}: {module} has {shown}, but r and rank_pattern of {CONFIG} say rank {r}, so PEFT would not load the"
         " file; correct them there, or save the adapter again",
     )
-    return Shape(r, A[1:], B[0], embedding, experts, groups, holder, parameter, owner)
+    return Shape(r, A[1:], B[0], embedding, experts, groups, wrapped, parameter, target)

@@ -69,10 +69,10 @@ class Member:
     file: SafetensorsFile
     factors: dict[str, Factors]
     """By module, or by parameter with target_parameters, sorted by name."""
-    direct: dict[str, str]
+    non_lora: dict[str, str]
     """Parameters that are averaged directly: name in the base (+ TOKENS for trained tokens) → tensor name."""
     frozen: frozenset[str] = frozenset()
-    """Those of `direct` that are untrained weights of the base, which PEFT saves with LoRA layers."""
+    """Those of `non_lora` that are untrained weights of the base, which PEFT saves with LoRA layers."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -97,22 +97,24 @@ def read_member(folder: Path, name: str) -> Member:
     file = open_weights(folder)
     names = plain_names(file.entries, config, file.path)
     names, config, file = to_current_layout(names, config, file, folder)
-    parts, direct = sort_tensors(file, names, config)
+    parts, non_lora = sort_tensors(file, names, config)
     require(bool(parts), f"{file.path} holds no LoRA tensors (lora_A and lora_B); save the adapter again")
     factors = dict(sorted(read_all_factors(file, parts, config)))
     weights = {f"{module}.weight" for module in factors}  # PEFT saves the weight of a targeted embedding too
-    frozen = frozenset(weights & direct.keys())
-    member = Member(name, folder, config, read_fingerprint(folder), file, factors, dict(sorted(direct.items())), frozen)
-    check_direct(member)
+    frozen = frozenset(weights & non_lora.keys())
+    member = Member(
+        name, folder, config, read_fingerprint(folder), file, factors, dict(sorted(non_lora.items())), frozen
+    )
+    check_non_lora(member)
     return member
 
 
 def sort_tensors(
     file: SafetensorsFile, names: dict[str, str], config: dict[str, Any]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Sort tensors into {module: {part: tensor}} of LoRA and Member.direct. names: PEFT's → the file's."""
+    """Sort tensors into {module: {part: tensor}} of LoRA and Member.non_lora. names: PEFT's → the file's."""
     parts: dict[str, dict[str, str]] = {}
-    direct: dict[str, str] = {}
+    non_lora: dict[str, str] = {}
     for plain, key in names.items():
         match = PART.fullmatch(plain)
         if match is None:
@@ -120,10 +122,10 @@ def sort_tensors(
             require(reason is None, f"{file.path}: {key}: {reason}")
             name = plain.removeprefix(PREFIX).replace(f"{WRAPPED}.", ".")
             require(
-                name not in direct,
-                f"{file.path}: {key} and {direct.get(name)} are the same parameter; save the adapter again",
+                name not in non_lora,
+                f"{file.path}: {key} and {non_lora.get(name)} are the same parameter; save the adapter again",
             )
-            direct[name] = key
+            non_lora[name] = key
         else:
             parts.setdefault(match["module"], {})[match["part"]] = key
         entry = file.entries[key]
@@ -132,7 +134,7 @@ def sort_tensors(
             f"{file.path}: {key} has dtype {entry.dtype} (shape {list(entry.shape)}); save the adapter in one of"
             f" {', '.join(DTYPES)}",
         )
-    return parts, direct
+    return parts, non_lora
 
 
 def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
@@ -166,21 +168,21 @@ def read_all_factors(
     levels = Counter(strip_wrappers(path)[0] for path in parts)
     found = []
     for path, given in parts.items():
-        holder, depth = strip_wrappers(path)
-        owner = holder.partition(f"{WRAPPED}.")[0]
-        module = holder.replace(f"{WRAPPED}.", ".")
-        if config["target_parameters"] and parameters_of(module, config) and (depth or not targeted(owner)):
-            leaf = parameter_at(module, depth, levels[holder], config)
+        unwrapped, depth = strip_wrappers(path)
+        target = unwrapped.partition(f"{WRAPPED}.")[0]
+        module = unwrapped.replace(f"{WRAPPED}.", ".")
+        if config["target_parameters"] and parameters_of(module, config) and (depth or not targeted(target)):
+            leaf = parameter_at(module, depth, levels[unwrapped], config)
             name = f"{module}.{leaf}" if leaf else path
-            found.append((name, read_factors(file, name, given, config, (module, leaf or "", owner))))
+            found.append((name, read_factors(file, name, given, config, (module, leaf or "", target))))
             continue
         tied = config["ensure_weight_tying"] and module.rpartition(".")[2] in EMBEDDINGS
         require(
-            not depth and (targeted(owner) or tied),
+            not depth and (targeted(target) or tied),
             f"{file.path}: {path} is not among the target_modules or target_parameters of {CONFIG}, so PEFT would"
             " ignore its tensors; add it there, or save the adapter again",
         )
-        found.append((module, read_factors(file, module, given, config, (module, None, owner))))
+        found.append((module, read_factors(file, module, given, config, (module, None, target))))
     return found
 
 
@@ -212,29 +214,29 @@ def read_factors(
         bias is None or file.entries[bias].shape == B[:1],
         f"{file.path}: {bias} does not have the length of {parts[halves[1]]}; save the adapter again",
     )
-    scaling = rank_and_scaling(file.path.parent, config, shape.owner if shape.parameter is None else module)[1]
+    scaling = rank_and_scaling(file.path.parent, config, shape.target if shape.parameter is None else module)[1]
     return Factors(parts[halves[0]], parts[halves[1]], bias, scaling, shape)
 
 
-def check_direct(member: Member) -> None:
+def check_non_lora(member: Member) -> None:
     """Check that the file has the modules_to_save and the trained tokens of the configuration."""
     path, config = member.file.path, member.config
     saved = config["modules_to_save"]
     require(
-        not saved or any(is_saved(name, config) for name in member.direct),
+        not saved or any(is_saved(name, config) for name in member.non_lora),
         f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load it; remove them from {CONFIG}, or"
         " save the adapter again",
     )
-    tokens = [name for name in member.direct if name.endswith(TOKENS)]
+    tokens = [name for name in member.non_lora if name.endswith(TOKENS)]
     require(
         bool(tokens) or not config["trainable_token_indices"],
         f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove them there, or save the adapter"
         " again",
     )
     for name in tokens:
-        rows, expected = member.file.entries[member.direct[name]].shape[0], len(member.token_indices(name))
+        rows, expected = member.file.entries[member.non_lora[name]].shape[0], len(member.token_indices(name))
         require(
             rows == expected,
-            f"{path}: {member.direct[name]} has {rows} rows, but trainable_token_indices name {expected} tokens; save"
+            f"{path}: {member.non_lora[name]} has {rows} rows, but trainable_token_indices name {expected} tokens; save"
             " the adapter again",
         )
