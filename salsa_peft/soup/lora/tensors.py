@@ -1,14 +1,15 @@
 """The tensors of a PEFT adapter folder: LoRA factors, and parameters that are averaged directly.
 
-    lora_A, lora_B             a delta scaling · B · A of a linear layer, or of a convolution (in · kernel columns)
-    … of a stack of experts    one delta per expert: A (r · experts, in), B (out, r · experts), the expert last in B
+    lora_A, lora_B             delta = scaling · B · A of a linear layer, or of a convolution (in · kernel columns)
+    … of a stack of experts    one delta per expert: A (r · experts, in), B (out, r · experts); an expert has
+                               consecutive rows of A, and every experts-th column of B
     … of grouped convolutions  one delta per group: B (out, r / groups)
-    lora_embedding_A, _B       the transposed delta of an embedding
-    lora_B.bias                scaling · b, added to the layer's output (lora_bias)
-    anything else              parameters of the base: modules_to_save, biases, embeddings, rows of trained tokens
+    lora_embedding_A, _B       scaling · B · A is the transposed delta of an embedding
+    lora_B.bias                scaling · b is added to the layer's output (lora_bias)
+    any other tensor           parameter of the base: modules_to_save, bias, embedding, rows of trained tokens
 
-scaling = alpha / r, or alpha / √r with rsLoRA. A tensor that is unknown, has no counterpart, has the wrong rank or
-shape, or is not finite (checked when it is read) is rejected with the file and the reason.
+scaling = alpha / r, or alpha / √r with rsLoRA. SalsaError names the file and the reason if a tensor is unknown, lacks
+its counterpart (lora_A without lora_B), has a wrong rank or shape, or, once its values are read, is not finite.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 class Factors(NamedTuple):
-    """One member's LoRA factors of a module or parameter: tensor names in its file, scaling and shape."""
+    """One member's LoRA factors of a module or parameter: tensor names in the file, scaling and shape."""
 
     A: str
     B: str
@@ -58,32 +59,32 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter of a soup. Its tensors stay on disk until they are read."""
+    """A LoRA adapter of a soup. The values of its tensors are read by `read`."""
 
     name: str
     folder: Path
     config: dict[str, Any]
-    """The fields of DEFAULTS in soup/lora/read.py."""
+    """Field of LoraConfig → value, for the fields of DEFAULTS in soup/lora/read.py."""
     fingerprint: str | None
-    """SHA-256 of the base that it was trained on, if its folder has one."""
+    """Fingerprint of the base that the adapter was trained on; None if the folder has no fingerprint.json."""
     file: SafetensorsFile
     factors: dict[str, Factors]
-    """By module, or by parameter with target_parameters, sorted by name."""
+    """Module, or parameter in target_parameters → LoRA factors; sorted by name."""
     non_lora: dict[str, str]
-    """Parameters that are averaged directly: name in the base (+ TOKENS for trained tokens) → tensor name."""
+    """Parameters averaged directly: name in the base (+ TOKENS for trained tokens) → name in the file."""
     frozen: frozenset[str] = frozenset()
-    """Those of `non_lora` that are untrained weights of the base, which PEFT saves with LoRA layers."""
+    """Keys of `non_lora` that are weights of layers with LoRA. PEFT saves some of them, untrained."""
 
     @property
     def ranks(self) -> dict[str, int]:
         return {module: factors.shape.rank for module, factors in self.factors.items()}
 
     def read(self, key: str) -> Array:
-        """A tensor in float32 (float64 if it is saved so). Raises SalsaError for values that are not finite."""
+        """A tensor's values as float32 (float64 if saved as that). Raises SalsaError if one is not finite."""
         return self.file.arrays[key] if isinstance(self.file, ConvertedFile) else arrays.read(self.file, key)
 
     def token_indices(self, name: str) -> list[int]:
-        """The rows of the embedding that the values of trained tokens replace."""
+        """Ids of the tokens whose rows of an embedding were trained. name: the embedding's key in `non_lora`."""
         given = self.config["trainable_token_indices"]
         if isinstance(given, dict):
             module = name.removesuffix(TOKENS)
@@ -92,7 +93,7 @@ class Member:
 
 
 def read_member(folder: Path, name: str) -> Member:
-    """Read and check configuration, fingerprint and header of an adapter. No values are read."""
+    """Read and check an adapter's configuration and header. Values are read only if experts are joined."""
     config = read_config(folder)
     file = open_weights(folder)
     names = plain_names(file.entries, config, file.path)
@@ -112,7 +113,10 @@ def read_member(folder: Path, name: str) -> Member:
 def sort_tensors(
     file: SafetensorsFile, names: dict[str, str], config: dict[str, Any]
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Sort tensors into {module: {part: tensor}} of LoRA and Member.non_lora. names: PEFT's → the file's."""
+    """Split tensors into LoRA factors, as module → part → name in the file, and Member.non_lora.
+
+    names: PEFT's name of a tensor → its name in the file.
+    """
     parts: dict[str, dict[str, str]] = {}
     non_lora: dict[str, str] = {}
     for plain, key in names.items():
@@ -138,18 +142,18 @@ def sort_tensors(
 
 
 def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
-    """Why a tensor that is no LoRA factor cannot be averaged directly; None if it can be."""
+    """Reason why a tensor that is no LoRA factor cannot be averaged directly; None if it can be."""
     name = key.removeprefix(PREFIX)
     if "lora_magnitude" in key:
         return WHY["use_dora"]
     if name == key or "lora_" in key:
-        return f"unknown tensor; LoRA tensors are named {PREFIX}<module>.lora_A.weight and .lora_B.weight"
+        return f"unknown tensor; save the adapter with PEFT, which names LoRA tensors {PREFIX}<module>.lora_A.weight"
     if key.endswith(TOKENS):
         if config["trainable_token_indices"]:
             return None
         return (
-            f"these are rows of trained tokens, but {CONFIG} has no trainable_token_indices; add them there, or save"
-            " the adapter again"
+            f"these are rows of trained tokens, but {CONFIG} has no trainable_token_indices; add the indices"
+            " there, or save the adapter again"
         )
     saved = is_saved(name, config)
     if name.endswith(".bias") and config["bias"] == "none" and not saved:
@@ -163,7 +167,7 @@ def rejection_reason(key: str, config: dict[str, Any]) -> str | None:
 def read_all_factors(
     file: SafetensorsFile, parts: dict[str, dict[str, str]], config: dict[str, Any]
 ) -> list[tuple[str, Factors]]:
-    """The factors by module or parameter. Raises SalsaError for a module that PEFT would not put LoRA on."""
+    """Name and factors of all modules and parameters with LoRA. Raises SalsaError for an untargeted one."""
     targeted = target_rule(file.path.parent, config)
     levels = Counter(strip_wrappers(path)[0] for path in parts)
     found = []
@@ -193,7 +197,7 @@ def read_factors(
     config: dict[str, Any],
     place: tuple[str, str | None, str],
 ) -> Factors:
-    """One module's factors, checked against the configuration. place: holder, parameter, owner of Shape."""
+    """One module's factors, checked against the configuration. place: module, parameter, target of Shape."""
     parts = {part.removesuffix(".weight"): key for part, key in found.items()}
     kind = "embedding_" if any(part.startswith("embedding") for part in parts) else ""
     halves = [f"{kind}A", f"{kind}B"]
@@ -212,26 +216,26 @@ def read_factors(
     shape = read_shape(file.path, module, (A, B), config, place, bool(kind))
     require(
         bias is None or file.entries[bias].shape == B[:1],
-        f"{file.path}: {bias} does not have the length of {parts[halves[1]]}; save the adapter again",
+        f"{file.path}: {bias}: its length is not the number of rows of {parts[halves[1]]}; save the adapter again",
     )
     scaling = rank_and_scaling(file.path.parent, config, shape.target if shape.parameter is None else module)[1]
     return Factors(parts[halves[0]], parts[halves[1]], bias, scaling, shape)
 
 
 def check_non_lora(member: Member) -> None:
-    """Check that the file has the modules_to_save and the trained tokens of the configuration."""
+    """Raise SalsaError if the file lacks modules_to_save or trained tokens that its configuration names."""
     path, config = member.file.path, member.config
     saved = config["modules_to_save"]
     require(
         not saved or any(is_saved(name, config) for name in member.non_lora),
-        f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load it; remove them from {CONFIG}, or"
-        " save the adapter again",
+        f"{path} has no tensor of modules_to_save {saved!r}, so PEFT would not load the file; remove modules_to_save"
+        f" from {CONFIG}, or save the adapter again",
     )
     tokens = [name for name in member.non_lora if name.endswith(TOKENS)]
     require(
         bool(tokens) or not config["trainable_token_indices"],
-        f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove them there, or save the adapter"
-        " again",
+        f"{path} has no {TOKENS[1:]}, but {CONFIG} has trainable_token_indices; remove the indices there, or save the"
+        " adapter again",
     )
     for name in tokens:
         rows, expected = member.file.entries[member.non_lora[name]].shape[0], len(member.token_indices(name))

@@ -58,7 +58,7 @@ def save(
     with locked_output(folder):
         check_free(folder, sources, adapter=True)  # another process may have written before this one got the lock
         for name in (CONFIG, SUMMARY, FINGERPRINT, WEIGHTS, *TOKENIZER):
-            for path in folder.glob(f".{name}.*.tmp"):  # of a write that was killed
+            for path in folder.glob(f".{name}.*.tmp"):  # left by a write that was killed
                 path.unlink(missing_ok=True)
         start = time.perf_counter()
         totals = Totals(np.zeros((len(members), len(members))))
@@ -84,12 +84,12 @@ def save(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file. After a crash it has the old content or the new, never a part."""
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def safetensors_dtype(dtype: str | None, default: str) -> str:
-    """Safetensors' name of a dtype that is given by torch's name; None is the default."""
+    """Safetensors' name (`BF16`) of a dtype with torch's name (`bfloat16`); `default` if dtype is None."""
     codes = {NAMES[stored_dtype]: stored_dtype for stored_dtype in arrays.DTYPES}
     name = NAMES[default] if dtype is None else dtype.removeprefix("torch.")
     require(name in codes, f"dtype: {dtype!r} is not supported; use one of {', '.join(codes)}")
@@ -97,7 +97,7 @@ def safetensors_dtype(dtype: str | None, default: str) -> str:
 
 
 def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
-    """Module → rank in the file: the stacked rank, or the requested rank if that is smaller."""
+    """Module → rank in the file: the stacked rank, or `rank` (rounded to groups) if that is smaller."""
     require(
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1),
         f"rank: {rank!r} is not a whole number of at least 1; leave it out for an exact soup",
@@ -118,8 +118,8 @@ def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
 def write_weights(folder: Path, parts: list[TensorGroup]) -> None:
     """Write the weights. When they are complete, remove the files of an earlier soup.
 
-    From then on the folder cannot be opened until the new configuration is written. The earlier summary is removed
-    last, because a tokenizer in a folder without a summary does not belong to a soup and stays.
+    Without adapter_config.json the folder cannot be opened; `save` writes the new one last. soup.json is removed last
+    here, because tokenizer files in a folder without it count as the user's own and stay.
     """
     header = make_header(entry for part in parts for entry in part.layout)
     with safetensors_writer(folder / WEIGHTS, header) as write:
@@ -141,7 +141,7 @@ def tensor_groups(
     members: Sequence[Member], stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int],
     totals: Totals, progress: Callable[[int, int], None] | None,
 ) -> list[TensorGroup]:  # fmt: skip
-    """The parts of the file. Wide dtypes come first, so that every tensor is aligned to its element size."""
+    """The tensors of the file in groups, wide dtypes first, so that all are aligned to their element size."""
     layout = [
         (name, stored_dtype, shape) for module in stacks for name, shape in factor_layout(stacks, module, ranks[module])
     ]
@@ -155,12 +155,12 @@ def tensor_groups(
 
 
 def averaged(members: Sequence[Member], name: str, weights: Sequence[float], stored_dtype: str) -> Iterator[Array]:
-    """A parameter that is averaged directly, computed when it is written."""
+    """Yield the mean of a parameter that is averaged directly, computed when it is written."""
     yield arrays.narrow(non_lora.mean(members, name, weights), stored_dtype)
 
 
 def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tuple[int, ...]]]:
-    """PEFT's names and shapes of a module's tensors."""
+    """Names and shapes of a module's tensors as PEFT saves them."""
     shape = stacks.shapes[module]
     found = list(zip(stacks.tensor_names(module), shape.saved(rank), strict=True))
     return [*found, (found[1][0].removesuffix("weight") + "bias", (shape.out,))] if stacks.with_bias else found
@@ -168,7 +168,7 @@ def factor_layout(stacks: Stacks, module: str, rank: int) -> list[tuple[str, tup
 
 def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: dict[str, int], totals: Totals,
             progress: Callable[[int, int], None] | None) -> Iterator[Array]:  # fmt: skip
-    """A, B and, with lora_bias, the bias of each module in turn, as they are written."""
+    """Yield each module's A, B and, with lora_bias, bias when they are written; add norms to `totals`."""
     for done, (module, shape) in enumerate(stacks.shapes.items(), 1):
         stack = stacks[module]
         blocks = [moments(A, B) for A, B in stack.each_block()]
@@ -192,7 +192,7 @@ def factors(stacks: Stacks, weights: Sequence[float], stored_dtype: str, ranks: 
 
 
 def rounded(A: Array, B: Array, stored_dtype: str, totals: Totals) -> list[Array]:
-    """A and B in the file's dtype. Adds the change B̂Â − BA = (B̂ − B)Â + B(Â − A) to `totals`."""
+    """Round A and B to the file's dtype. Adds ‖B̂Â − BA‖² = ‖(B̂ − B)Â + B(Â − A)‖² to `totals`."""
     narrowed = [arrays.narrow(values, stored_dtype) for values in (A, B)]
     if stored_dtype not in ("F32", "F64"):
         A_hat, B_hat = (arrays.widen(values, stored_dtype) for values in narrowed)
