@@ -23,18 +23,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.base import causal_lm
-from salsa_peft.models.rewards.reward import Reward
+from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
+from salsa_peft.training.ppo.guards import GuardMonitor
+from salsa_peft.training.ppo.metrics import LogFiles
 from salsa_peft.training.ppo.rollout import Rollout, on_cpu
+from salsa_peft.training.ppo.state import PPOState
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils import files
 from salsa_peft.utils.console import say
 from salsa_peft.utils.errors import SalsaError, require
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from salsa_peft.training.ppo.config import SalsaPPOConfig
     from salsa_peft.training.ppo.prompts import Prompt
-    from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
 
 ROLLOUT, REFERENCES = "rollout.safetensors", "references.safetensors"
 REQUIRED = (
@@ -64,7 +68,20 @@ class RunCheckpoints:
     that are synced. A run is resumed only if required options, data and models match.
     """
 
-    trainer: SalsaPPOTrainer
+    args: SalsaPPOConfig
+    accelerator: Accelerator
+    policy: Any
+    """The policy's model, without the value head."""
+    policy_name: str | None
+    references: list[FrozenReference]
+    reward: Reward
+    prompts: Any
+    sharding: bool | str
+    """How weights are sharded: a checkpoint of other sharding has other optimizer files."""
+    state: PPOState
+    scale: RunningScale
+    guards: GuardMonitor
+    logs: LogFiles
     partial: Path | None = None
     """Folder in which a checkpoint is being written."""
     saved_step: int | None = None
@@ -76,7 +93,7 @@ class RunCheckpoints:
     @property
     def folder(self) -> Path:
         """Where checkpoints and logs are written: output_dir."""
-        return Path(str(self.trainer.args.output_dir))
+        return Path(str(self.args.output_dir))
 
     def find(self, resume: str | bool | None) -> Path | None:
         """Find the checkpoint that `resume_from_checkpoint` names; True is the newest complete one.
@@ -114,27 +131,19 @@ class RunCheckpoints:
 
     def settings(self) -> dict[str, Any]:
         """What must match on resume. Called first before training, because weights may be sharded afterwards."""
-        trainer = self.trainer
         if self.identity is None:
-            prompts: Any = trainer.train_dataset
-            self.identity = identity(
-                trainer.model.policy, trainer.policy_name, trainer.references, trainer.reward, prompts
-            )
-            # a checkpoint of other sharding has other optimizer files
-            zero3 = f"by ZeRO-3 over {trainer.args.world_size}" if trainer.is_deepspeed_enabled else None
-            self.identity["sharded"] = zero3 or trainer.sharded
-        return required_options(trainer.args) | self.identity
+            self.identity = identity(self.policy, self.policy_name, self.references, self.reward, self.prompts)
+        return {**required_options(self.args), **self.identity, "sharded": self.sharding}
 
     def state_dict(self) -> dict[str, Any]:
         """The content of salsa_state.json. Flushes the logs, whose sizes are part of it, to the disk."""
-        trainer, scale = self.trainer, self.trainer.rollout_maker.scale
         return {
             "setting": self.settings(),
-            "options": changeable_options(trainer.args, trainer.reward),
-            **trainer.ppo.state_dict(),
-            "scale": [scale.count, scale.mean, scale.squares],
-            "watch": trainer.guards.state_dict(),
-            "logs": trainer.logs.sync(),
+            "options": changeable_options(self.args, self.reward),
+            **self.state.state_dict(),
+            "scale": [self.scale.count, self.scale.mean, self.scale.squares],
+            "watch": self.guards.state_dict(),
+            "logs": self.logs.sync(),
         }
 
     @contextlib.contextmanager
@@ -144,16 +153,16 @@ class RunCheckpoints:
         Then PPO's files are added and the folder is renamed. size: bytes that the block will write, if known. Raises
         SalsaError if the disk is full.
         """
-        partial, main = self.folder / checkpoints.PARTIAL, self.trainer.accelerator.is_main_process
+        partial, main = self.folder / checkpoints.PARTIAL, self.accelerator.is_main_process
         if main:
             shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         if size is not None:
             files.require_disk_space(self.folder, size, f"{checkpoints.PREFIX}{trainer_state.global_step}")
         self.partial = partial
         try:
-            self.trainer.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
             yield
-            self.trainer.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
             self._complete(trainer_state, partial)
         except Exception as error:
             if main:
@@ -164,7 +173,7 @@ class RunCheckpoints:
         finally:
             self.partial = None
         self.saved_step = trainer_state.global_step
-        self.trainer.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def _complete(self, trainer_state: TrainerState, partial: Path) -> None:
         name, best = f"{checkpoints.PREFIX}{trainer_state.global_step}", trainer_state.best_global_step
@@ -172,44 +181,41 @@ class RunCheckpoints:
         is_best = best == trainer_state.global_step
         if is_best:  # Trainer recorded the partial folder
             trainer_state.best_model_checkpoint = str(target)
-        if not self.trainer.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
             return
         if is_best:
             trainer_state.save_to_json(str(made / TRAINER_STATE_NAME))
-        if self.trainer.ppo.rollout is not None:
-            save_file(on_cpu(self.trainer.ppo.rollout.tensors()), made / ROLLOUT)
-        if synced := reference_sync.state_dict(self.trainer.model.policy, self.trainer.references):
+        if self.state.rollout is not None:
+            save_file(on_cpu(self.state.rollout.tensors()), made / ROLLOUT)
+        if synced := reference_sync.state_dict(self.policy, self.references):
             save_file(synced, made / REFERENCES)
         content = {"saved": checkpoints.next_number(self.folder), **self.state_dict()}
         (made / checkpoints.STATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
         checkpoints.commit(made, target)
         kept = self.folder / f"{checkpoints.PREFIX}{best}" if best else None
-        checkpoints.rotate(self.folder, self.trainer.args.save_total_limit, kept)
+        checkpoints.rotate(self.folder, self.args.save_total_limit, kept)
 
     def restore(self, checkpoint: Path) -> None:
         """Restore PPO's state and the logs; Trainer loads weights and optimizer.
 
         Raises SalsaError for a checkpoint of other settings, data or models.
         """
-        trainer, args, scale = self.trainer, self.trainer.args, self.trainer.rollout_maker.scale
         saved = checkpoints.read_state(checkpoint, self.settings())
         has_rollout = (checkpoint / ROLLOUT).is_file()
-        device = trainer.accelerator.device
+        device = self.accelerator.device
         rollout = Rollout.of(lora.read_tensors(checkpoint / ROLLOUT), device) if has_rollout else None
-        trainer.ppo.load_state_dict(saved, rollout)
-        before, now = saved["options"], changeable_options(args, trainer.reward)
+        self.state.load_state_dict(saved, rollout)
+        before, now = saved["options"], changeable_options(self.args, self.reward)
         changed = [f"{key} {before[key]} → {value}" for key, value in now.items() if before[key] != value]
         if changed:
             self._say(f"{checkpoint.name}: resuming with changed options: {', '.join(changed)}")
-        if before["kl_coef"] != args.kl_coef:
-            trainer.ppo.kl_coef = args.kl_coef
+        if before["kl_coef"] != self.args.kl_coef:
+            self.state.kl_coef = self.args.kl_coef
         if (checkpoint / REFERENCES).is_file():
-            reference_sync.load_state_dict(
-                trainer.model.policy, trainer.references, lora.read_tensors(checkpoint / REFERENCES)
-            )
-        scale.count, scale.mean, scale.squares = saved["scale"]
-        trainer.guards.load_state_dict(saved["watch"])
-        if trainer.accelerator.is_main_process:
+            reference_sync.load_state_dict(self.policy, self.references, lora.read_tensors(checkpoint / REFERENCES))
+        self.scale.count, self.scale.mean, self.scale.squares = saved["scale"]
+        self.guards.load_state_dict(saved["watch"])
+        if self.accelerator.is_main_process:
             self._restore_logs(checkpoint, saved["logs"])
         if self._is_here(checkpoint):
             self.saved_step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
@@ -218,10 +224,10 @@ class RunCheckpoints:
         """Cut the logs back to the checkpoint. What is cut off and will not be made again is kept in a copy."""
         kept = None
         if not self._is_here(checkpoint):
-            kept = self.trainer.logs.take(checkpoint.parent)
+            kept = self.logs.take(checkpoint.parent)
         elif any(checkpoints.fault(newer) is None for newer in checkpoints.saved_after(checkpoint)):
-            kept = self.trainer.logs.keep()
-        for line in [kept, *self.trainer.logs.cut(sizes)]:
+            kept = self.logs.keep()
+        for line in [kept, *self.logs.cut(sizes)]:
             if line is not None:
                 self._say(line)
 
@@ -229,7 +235,7 @@ class RunCheckpoints:
         return checkpoint is not None and checkpoint.resolve().parent == self.folder.resolve()
 
     def _say(self, line: str) -> None:
-        if self.trainer.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             say(line)
 
 

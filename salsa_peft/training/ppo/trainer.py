@@ -137,7 +137,11 @@ class SalsaPPOTrainer(Trainer):
         self.logs = LogFiles(Path(str(args.output_dir)))
         self.ppo = PPOState(args.kl_coef, torch.zeros(len(losses.PPOLoss._fields), device=args.device))
         self.stop = GracefulStop(self.accelerator)
-        self.checkpoints = RunCheckpoints(self)
+        self.checkpoints = RunCheckpoints(
+            args, self.accelerator, policy.policy, self.policy_name, self.references, self.reward, self.train_dataset,
+            f"by ZeRO-3 over {args.world_size}" if self.is_deepspeed_enabled else self.sharded,
+            self.ppo, self.rollout_maker.scale, self.guards, self.logs,
+        )  # fmt: skip
 
     def get_train_dataloader(self) -> DataLoader:
         """Yields the prompts of a rollout batch, once for each of its micro-steps; all processes get the same prompts."""
