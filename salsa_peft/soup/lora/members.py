@@ -173,9 +173,7 @@ def warn_about_choice(members: Sequence[Member], chosen: Member, source: str | N
     """Warn if chat templates or special tokens differ, or if the tokenizer is not the first member's."""
     others = [name for name, text in templates.items() if source is not None and text != templates[source]]
     if others:
-        logger.warning(
-            "warning: the soup gets the chat template of %s, which differs from that of %s", source, ", ".join(others)
-        )
+        logger.warning("warning: the soup gets the chat template of %s; that of %s differs", source, ", ".join(others))
     if chosen is not members[0] or source not in (None, chosen.name):
         template = "" if source in (None, chosen.name) else f", with the chat template of {source}"
         logger.warning("warning: the soup gets the tokenizer of %s%s", chosen.name, template)

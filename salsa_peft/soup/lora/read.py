@@ -121,8 +121,8 @@ def read_config(folder: Path, merging: bool = False) -> dict[str, Any]:
 def check_unsupported(path: Path, field: str, value: Any) -> None:
     """Raise SalsaError for an option that may change what the adapter computes; warn about a harmless one.
 
-    An empty value means that the option is off. A number or a string is ignored with a warning, as in PEFT, because it
-    only configures what another option switches on. True, a list or a mapping may switch something on: rejected.
+    An empty value means that the option is off. An unknown number or string is ignored with a warning, as in PEFT,
+    because it only configures what another option switches on. An unknown True, list or mapping is rejected.
     """
     if value in (None, False, "", [], {}):
         return

@@ -81,7 +81,7 @@ class Shape(NamedTuple):
 
 
 def target_rule(folder: Path, config: dict[str, Any]) -> Callable[[str], bool]:
-    """Function of a module's name: whether the targets match it. 'all-linear' and null match every name."""
+    """Function of a module's name: whether PEFT puts LoRA on it. True for 'all-linear' and for no targets."""
     path = folder / CONFIG
     targets = config["target_modules"]
     if any(
@@ -119,7 +119,7 @@ def strip_wrappers(path: str) -> tuple[str, int]:
 
 
 def is_saved(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor lies in a module whose name ends with one of modules_to_save, the rule of PEFT."""
+    """Whether a tensor lies in a module whose name ends with one of modules_to_save, as in PEFT."""
     parts = name.split(".")[:-1]
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(path.endswith(module) for path in paths for module in config["modules_to_save"] or ())
@@ -187,7 +187,7 @@ def read_shape(
     place: tuple[str, str | None, str],
     embedding: bool,
 ) -> Shape:
-    """Check the shapes of A and B against the configured rank. place: Shape's module, parameter, target."""
+    """The Shape of A and B, checked against the configured rank. place: its module, parameter, target."""
     A, B = shapes
     shown = f"lora_A {list(A)} and lora_B {list(B)}"
     require(

@@ -97,7 +97,7 @@ def safetensors_dtype(dtype: str | None, default: str) -> str:
 
 
 def output_ranks(shapes: dict[str, Shape], rank: int | None) -> dict[str, int]:
-    """Module → rank in the file: the stacked rank, or `rank` (rounded to groups) if that is smaller."""
+    """Module → rank in the file: the stacked rank, or a reduced rank where that exceeds `rank`."""
     require(
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1),
         f"rank: {rank!r} is not a whole number of at least 1; leave it out for an exact soup",

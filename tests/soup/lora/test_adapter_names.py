@@ -550,7 +550,7 @@ class TestTokenizers:
         for member, template in zip(pair, ("one", "two"), strict=True):
             self.write(member, ["<s>", "a"], template)
         assert soup(tmp_path / "soup", pair)["tokenizer"] == {"from": "a", "chat_template": "a"}
-        assert "warning: the soup gets the chat template of a, which differs from that of b" in caplog.messages
+        assert "warning: the soup gets the chat template of a; that of b differs" in caplog.messages
 
 
 def test_trained_tokens_in_another_order(tmp_path: Path) -> None:
