@@ -81,7 +81,7 @@ def listed_targets(stacks: Stacks, targeted: dict[str, int]) -> dict[str, Any]:
 
 
 def saved_modules(members: Sequence[Member], tied: bool) -> list[str] | None:
-    """modules_to_save of the soup: the members' if they agree, else the union of theirs and of tied modules."""
+    """modules_to_save of the soup: the members' if they agree, else all of theirs and of tied modules."""
     configs = [member.config for member in members]
     if agree(configs, "modules_to_save", "ensure_weight_tying"):
         return configs[0]["modules_to_save"] or None
