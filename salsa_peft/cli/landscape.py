@@ -97,7 +97,7 @@ def measure_all(args: argparse.Namespace, accepted: Callable[[], None]) -> dict[
         f"{args.out}: this folder is a member; name another one",
     )
     # weights that are averaged without a base (a score head) cannot be scaled
-    shrinks = kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].direct
+    shrinks = kind == ADAPTERS and not StackedAdapter.load(folders, same_base=args.same_base).members[0].non_lora
     section = landscape_section(args, kind, shrinks)
     args.out.mkdir(parents=True, exist_ok=True)
     from salsa_peft.evaluation.landscape import measure_points, points

@@ -87,7 +87,7 @@ WRONG = {
     "notes a0 a1 --merge --base base": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
     "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, and base is a llama model",
     "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
-    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known names 'someone/llama@main'",
+    "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', but nowhere-known names 'someone/llama@main'",
     "OUT a0 a1 --weights 1 -1 --normalize": "sum to 0, so they cannot be normalized",
     "OUT c0 c1 --weights .5,.6": "sum to 1.1, but the weights of checkpoints must sum to 1",
     "OUT saved saved --weights .5,.6": "sum to 1.1, but they must sum to 1",
@@ -167,7 +167,7 @@ def test_greedy_says_each_warning_once(
     assert main(["out", "x", "y", *words]) == 0
     bar = re.compile(r"soup:? +\d.*")
     lines = [line for line in capfd.readouterr().err.splitlines() if not bar.match(line)]
-    said = "warning: {} has no fingerprint.json, so its base cannot be compared with that of the others"
+    said = "warning: {} has no fingerprint.json, so its base cannot be compared with those of the other members"
     assert lines == [said.format("x"), said.format("y")]
 
 

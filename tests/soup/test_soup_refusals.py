@@ -147,7 +147,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "the tensors of 2 adapters (one, two) are in one file",
     ),
     "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the weights of the base"),
-    "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a LoRA configuration"),
+    "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a valid LoRA configuration"),
     "alpha": (configure(lora_alpha="x"), f"adapter_config.json: {Q0} has rank 2 and alpha 'x'; the rank must be"),
     "not json": (write("adapter_config.json", "{"), "adapter_config.json: not valid JSON"),
     "list": (write("adapter_config.json", "[]"), "adapter_config.json: the JSON is a list, but must be a mapping"),
@@ -241,7 +241,7 @@ class TestRefusals:
         (members[1] / "fingerprint.json").unlink()
         soup(folder / "soup", members)
         assert caplog.messages == [
-            f"warning: {members[1]} has no fingerprint.json, so its base cannot be compared with that of the others"
+            f"warning: {members[1]} has no fingerprint.json, so its base cannot be compared with those of the other members"
         ]
 
     @pytest.mark.parametrize(
