@@ -96,7 +96,7 @@ def next_number(output_dir: Path) -> int:
 
 
 def last_complete(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint or None, and a message for each newer, incomplete checkpoint."""
+    """The newest complete checkpoint or None, and a message for each newer, incomplete one."""
     skipped: list[str] = []
     for folder in checkpoints(output_dir):
         why = fault(folder)

@@ -1,4 +1,4 @@
-"""References of the KL term: adapters on the policy's base, the base itself, or separate frozen models.
+"""References of the KL term: adapters on the policy's base, the base itself, or separate models.
 
 A recipe's reference is `base`, a `path`, or the base plus a weighted sum of the seeds' deltas: a seed, the soup, or
 `shrunk`, which is one seed with a weight below 1. Adapters share one copy of the base; each reference with full weights
@@ -166,7 +166,7 @@ def freeze(policy: PeftModel | PreTrainedModel, reference: PreTrainedModel, labe
     lm = causal_lm(policy)
     require(reference is not lm, "references: this is the policy's model, so the KL would always be 0. Pass a copy")
     own, other = (model.get_output_embeddings().weight.shape[0] for model in (lm, reference))
-    require(own == other, f"references: {label} has {other} output embeddings, but the policy has {own}; both need the same")
+    require(own == other, f"references: {label} has {other} output embeddings, and not {own} as the policy")
     check_head(reference)
     reference.requires_grad_(False)
     return FrozenReference(label, None, reference.eval())
