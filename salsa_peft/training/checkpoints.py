@@ -123,7 +123,7 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None = None) -> None
 
 
 def read_state(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """PPO's state from a checkpoint. Raises SalsaError if the checkpoint's settings differ from `expected`."""
+    """PPO's state from a checkpoint. Raises SalsaError if its settings are not the `expected` ones."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     made = state["setting"]
     for key, value in expected.items():

@@ -155,7 +155,7 @@ def _downloaded(recipe: Recipe, where: str, path: str) -> Path:
 
 
 def base_of(recipe: Recipe) -> Checkpoint | None:
-    """The recipe's base as a Checkpoint (its headers); None if it cannot be read from local or cached files."""
+    """The headers of the recipe's base; None if its files are not local or cached, or cannot be read."""
     base = recipe.model.base
     if base is None:
         return None

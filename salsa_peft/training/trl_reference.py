@@ -116,7 +116,7 @@ def check_trainer(trainer: Any, references: int) -> None:
 
 
 def check_policy(model: Any, own: str | None, given: Sequence[Any]) -> None:
-    """Raise SalsaError for a policy with modules_to_save or trainable tokens that the references would share.
+    """Raise SalsaError if references would share the policy's modules_to_save or trainable tokens.
 
     TRL's reference has its own modules_to_save only as the adapter `ref`, and never its own trainable tokens.
     """
