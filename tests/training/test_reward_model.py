@@ -23,7 +23,7 @@ def test_what_is_left_of_the_pairs_is_said_plainly() -> None:
                           (0, "20 are longer than model.max_length = 32 tokens and 0 are held out (reward.held_out 0.1). The 0 that")):  # fmt: skip
         with pytest.raises(SalsaError) as caught:
             reward_model.count_held_out(recipe, 20, fitting)
-        assert f"data.preferences: of 20 pairs {told} are left are fewer than reward.batch_size = 8. Add pairs" in str(
+        assert f"data.preferences: of 20 pairs {told} pairs left to train on are fewer than reward.batch_size = 8. Add pairs" in str(
             caught.value
         )
 
@@ -54,4 +54,4 @@ def test_few_pairs_are_said(pairs: int, said: str | None, tmp_path: Path, monkey
     job: Any = SimpleNamespace(recipe=recipe, folder=tmp_path, unit=SimpleNamespace(id="reward"))
     assert reward_model.run(job) == json.loads((tmp_path / "metrics.json").read_text())
     found = capsys.readouterr().err
-    assert found == ("" if said is None else f"reward  warning: accuracy measured on {said}\n")
+    assert found == ("" if said is None else f"reward  warning: the accuracy was measured on {said}\n")

@@ -126,7 +126,7 @@ def kl_coef(metrics: GuardInput, limit: float) -> str | None:
 
 
 def negative_kl(metrics: GuardInput, limit: float) -> str | None:
-    """Alarm if the KL is below −limit, in nats per response: a KL is never negative, but its estimate may be.
+    """Alarm if the KL is below −limit, in nats per response: only its estimate k1 can be negative.
 
     The default limit is 1 nat: k1's variance is about 2 KL, so −1 is at least four standard errors below the mean over
     8 responses.

@@ -77,7 +77,7 @@ def metrics(
 def completion_rows(
     responses: Responses, columns: Mapping[str, Tensor], count: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each of the first `count` responses: prompt, response and the values of `columns` (B,)."""
+    """Yield a row for each of the first `count` responses: prompt, response, and values of `columns`."""
     part = responses.rows(torch.arange(min(count, len(responses.finished))))
     prompts = decode(tokenizer, part.prompt_ids, part.prompt_mask)
     answers = decode(tokenizer, part.response_ids, part.response_mask)
