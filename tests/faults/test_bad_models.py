@@ -186,7 +186,9 @@ class TestVocabulary:
         one_line(lambda: load_base(str(folder), Model(), tokenizer), line)
         policy = base if full else policy_on(base, make_adapter)
         references = [AutoModelForCausalLM.from_pretrained(folder)] if full else ["base"]
-        line = rf"train_dataset, row \d+: token id \[\d+\] has no embedding; ids must be from 0 to {len(tokenizer) - 11}"
+        line = (
+            rf"train_dataset, row \d+: token id \[\d+\] has no embedding; ids must be from 0 to {len(tokenizer) - 11}"
+        )
         one_line(lambda: trainer_of(policy, tokenizer, tmp_path / "out", references), line)
         assert not (tmp_path / "out").exists()
 

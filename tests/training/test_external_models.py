@@ -268,7 +268,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
     "dora": ({"use_dora": True}, "use_dora: True, and the average of DoRA adapters is not an adapter; merge it"),
     "bias": ({"bias": "all"}, "bias: 'all', which changes the base that all roles share"),
-    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], which changes the base that all roles share"),
+    "tokens": (
+        {"trainable_token_indices": [5]},
+        "trainable_token_indices: [5], which changes the base that all roles share",
+    ),
     "reward": ({"task_type": "SEQ_CLS"}, "is a reward adapter"),
 }
 
@@ -314,9 +317,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
-    assert "has peft_type IA3. Use a LoRA adapter" in plan(
-        salsa, {"policies.salsa.reference": str(wide)}, "--lora"
-    )
+    assert "has peft_type IA3. Use a LoRA adapter" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
 
 
 def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:

@@ -127,7 +127,8 @@ def test_an_offloaded_model_is_the_one_that_was_given() -> None:
 def test_refusals(make_trainer: Any, make_base: Any) -> None:
     """Nothing to offload; weights that train."""
     with pytest.raises(
-        SalsaError, match="offload: frozen has nothing to offload, since references and reward are functions, or adapters"
+        SalsaError,
+        match="offload: frozen has nothing to offload, since references and reward are functions, or adapters",
     ):
         make_trainer(offload="frozen")
     with pytest.raises(SalsaError, match="offload: must be none or frozen, not 'all'"):

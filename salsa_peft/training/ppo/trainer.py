@@ -298,7 +298,7 @@ class SalsaPPOTrainer(Trainer):
     def skip_minibatch(self) -> bool:
         """Whether to skip this optimizer step.
 
-        True if the step's mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold), or the update has reached target_kl.
+        True if the step's mean ratio exceeds max_ratio (TRL 0.8's ratio_threshold), or the update reached target_kl.
         """
         args, ppo = self.args, self.ppo
         if ppo.stopped_early:

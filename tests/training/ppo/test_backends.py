@@ -359,7 +359,9 @@ class TestPaged:
         assert not any(seen)
         with (
             torch.autocast("cpu", torch.bfloat16),
-            pytest.raises(SalsaError, match=r"needs a base in torch\.bfloat16, the dtype of mixed precision, but this base is in"),
+            pytest.raises(
+                SalsaError, match=r"needs a base in torch\.bfloat16, the dtype of mixed precision, but this base is in"
+            ),
         ):
             Paged(make_base(), paged_options(), tokenizer, None)(prompts, range(12))
 

@@ -124,7 +124,7 @@ def test_the_policy_must_be_active_alone_and_not_merged(
     line = {
         "disabled": "adapter 'policy' is disabled",
         "merged": "an adapter is merged into the base",
-        "two": r"the active adapters are \['policy', 'soup'\]. Activate 'policy' alone",
+        "two": r"the active adapters are \['policy', 'soup'\]. Call model.set_adapter\('policy'\)",
     }[state]
     with pytest.raises(SalsaError, match=line):
         train(model, ["soup"])

@@ -120,7 +120,10 @@ class TestFolder:
         (tmp_path / "run" / "metrics.jsonl").unlink()
         make("third").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
         assert updates(tmp_path / "third") == [4]
-        assert "metrics.jsonl: lines from before the checkpoint are missing: the file has 0 bytes, and had" in capsys.readouterr().err
+        assert (
+            "metrics.jsonl: lines from before the checkpoint are missing: the file has 0 bytes, and had"
+            in capsys.readouterr().err
+        )
 
     def test_going_on_from_an_earlier_checkpoint_keeps_the_later_lines(
         self, make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
