@@ -97,8 +97,8 @@ def test_base_weights_that_train_are_named(make_base: Any, make_adapter: Any, tr
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "of kind PROMPT_TUNING; only LoRA is supported"),
-        (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]), "of kind IA3; only LoRA is supported"),
+        (PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "has peft_type PROMPT_TUNING; only LoRA is supported"),
+        (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]), "has peft_type IA3; only LoRA is supported"),
     ],
     ids=["prompt tuning", "ia3"],
 )  # fmt: skip
@@ -140,7 +140,7 @@ def test_trained_weights_are_float32(make_base: Any, train: Any, full: bool) -> 
         model = get_peft_model(base, LoraConfig(**LORA), adapter_name="policy", autocast_adapter_dtype=False)
         references = ["base"]
     with pytest.raises(
-        SalsaError, match=r"is in bfloat16, which rounds small steps away. .* dtype=torch.float32 and set bf16=True"
+        SalsaError, match=r"is in bfloat16, which rounds small updates away. .* dtype=torch.float32 and set bf16=True"
     ):
         train(model, references)
     if not full:
