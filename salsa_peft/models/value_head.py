@@ -87,28 +87,26 @@ class PolicyWithValueHead(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
-def with_value_head(model: PeftModel | PreTrainedModel, value: str, reward: Reward) -> PolicyWithValueHead:
-    """Add a value head to the policy. value: PPO's option of that name.
+def with_value_head(
+    model: PeftModel | PreTrainedModel, policy: str | None, value: str, reward: Reward
+) -> PolicyWithValueHead:
+    """Add a value head to the policy, and freeze all adapters besides the policy's and the value's.
 
-    With "adapter", a value adapter and its head start as copies of the reward adapter and head. Raises SalsaError if
-    there is no reward adapter.
+    policy: the policy's adapter; None for full weights. value: PPO's option of that name. With "adapter", a value
+    adapter and its head start as copies of the reward adapter and head; SalsaError is raised if there is none.
     """
-    if value == "head":
-        return PolicyWithValueHead(model)
-    start = adapter_in(reward)
-    if not isinstance(model, PeftModel) or start is None:
-        raise SalsaError(
-            f"value: adapter starts from a reward adapter, and the reward is a {type(reward).__name__}. Set value: head"
-        )
-    name = lora.unused_name(model, VALUE_ADAPTER)
-    lora.attach(model, start.folder, name, trainable=True)
-    return PolicyWithValueHead(model, name, start.head.weight)
-
-
-def train_only(model: PeftModel | PreTrainedModel, *adapters: str | None) -> None:
-    """Make these adapters trainable and freeze all others."""
-    for name in model.peft_config if isinstance(model, PeftModel) else ():
-        lora.set_trainable(model, name, name in adapters)
+    name, start = None, adapter_in(reward) if value == "adapter" else None
+    if value == "adapter":
+        if not isinstance(model, PeftModel) or start is None:
+            found = type(reward).__name__
+            raise SalsaError(
+                f"value: adapter starts from a reward adapter, and the reward is a {found}. Set value: head"
+            )
+        name = lora.unused_name(model, VALUE_ADAPTER)
+        lora.attach(model, start.folder, name, trainable=True)
+    for adapter in model.peft_config if isinstance(model, PeftModel) else ():
+        lora.set_trainable(model, adapter, adapter in (policy, name))
+    return PolicyWithValueHead(model, name, None if start is None else start.head.weight)
 
 
 def save_policy(
