@@ -103,7 +103,7 @@ def as_references(
     require(
         references is None or isinstance(references, list | tuple), f"references: {given} is not a list; pass a list"
     )
-    require(bool(references), "references: the list is empty. Pass at least one reference, such as 'base'")
+    require(bool(references), "references: the list is empty; pass at least one reference")
     names = names or [f"reference-{index}" for index in range(len(references))]
     return [_as_reference(model, reference, name) for reference, name in zip(references, names, strict=True)]
 

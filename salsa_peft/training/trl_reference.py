@@ -87,7 +87,7 @@ def as_ref_model(model: Any, frozen: list[FrozenReference]) -> nn.Module | None:
 
 
 def check_trainer(trainer: Any, references: int) -> None:
-    """Raise SalsaError for a trainer that would ignore its references, or does not support so many."""
+    """Raise SalsaError for a trainer that would ignore its references, or does not support them."""
     name, known = type(trainer).__name__, ", ".join(trainer.__name__ for trainer in TRAINERS)
     require(
         isinstance(trainer, TRAINERS),
@@ -168,7 +168,7 @@ class MeanReference(nn.Module):
 
     def __init__(self, policy: nn.Module, references: Sequence[FrozenReference]) -> None:
         super().__init__()
-        # a tuple, because torch would register attributes as submodules
+        # a tuple, because torch does not register the modules in one as submodules
         self.parts = tuple((policy if one.model is None else one.model, one.adapter) for one in references)
 
     @torch.no_grad()

@@ -652,7 +652,7 @@ class TestVLLM:
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         model.config.eos_token_id, model.name_or_path = EOS, str(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 8]}))
-        with pytest.raises(SalsaError, match=r"has EOS tokens \[8\] besides those"):
+        with pytest.raises(SalsaError, match=r"has the EOS tokens \[8\] besides"):
             make(vllm_options(options, with_vllm, min_new_tokens=2))
         nobody = {"mode": "server", "server_base_url": "http://127.0.0.1:9", "server_timeout": 0.0}
         with pytest.raises(
