@@ -659,13 +659,13 @@ class TestTokenizers:
         chat_tokenizer.save_pretrained(tmp_path)
         with pytest.raises(SalsaError, match="its tokenizer has no eos_token, which ends a response"):
             load_tokenizer(str(tmp_path))
-        with pytest.raises(SalsaError, match=r"^processing_class: there is no eos_token"):
+        with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no eos_token"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_no_padding_in_the_trainer(self, chat_tokenizer: Any, make_base: Any) -> None:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.pad_token = None
-        with pytest.raises(SalsaError, match=r"^processing_class: there is no pad_token. Set tokenizer\.pad"):
+        with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no pad_token. Set tokenizer\.pad"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_padding_that_is_eos_in_the_trainer(self, make_base: Any, tokenizer: Any) -> None:
@@ -803,7 +803,7 @@ class TestStages:
         write(path, rows[:2])
         with pytest.raises(
             SalsaError,
-            match=r"^data\.demonstrations: found 2 rows with an answer within .* tokens, fewer than sft.batch_size = 4",
+            match=r"^data\.demonstrations: 2 rows have an answer within .* tokens, fewer than sft.batch_size = 4",
         ):
             sft.run(job)
         assert (
