@@ -1,4 +1,4 @@
-"""Loading a base as language model or classifier, its hidden states, and the choice of what is trained."""
+"""Loading a base as language model or classifier, its hidden states, and choosing what is trained."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _quantization_config(model: Model, dtype: torch.dtype) -> BitsAndBytesConfig
 def _load(
     auto_class: Callable[[Any], Any], base: str, model: Model, trained: torch.dtype | None, **options: Any
 ) -> Any:
-    """Load a frozen model in the recipe's dtype or in 4 bits or, with `trained`, one to train in that dtype."""
+    """Load a model: frozen in the recipe's dtype or in 4 bits, or with `trained` to train in that dtype."""
     dtype = trained or resolve_dtype(model.dtype)
     if model.quantization is not None:
         # not passed as None otherwise, which would override the quantization_config of a quantised base
@@ -133,7 +133,7 @@ def load_base(
 
 
 def disable_router_logits(model: PreTrainedModel) -> None:
-    """Set output_router_logits to False. TRL's SFT sets it to True, and generate then fails on padded prompts."""
+    """Unset output_router_logits. TRL's SFT sets it, and generate then fails on padded prompts."""
     text = model.config.get_text_config(decoder=True)
     if "output_router_logits" in text.to_dict():
         text.output_router_logits = False
@@ -192,10 +192,7 @@ def causal_lm_class(config: PreTrainedConfig) -> Any:
 
 
 def classifier_class(config: PreTrainedConfig) -> Any:
-    """The class that loads a sequence classifier of a configuration.
-
-    If Transformers has no classifier for the architecture, one is made from its generic classifier.
-    """
+    """The class that loads a sequence classifier; made here if Transformers has none of the architecture."""
     auto = AutoModelForSequenceClassification
     if type(config) in auto._model_mapping:
         return auto
@@ -208,7 +205,7 @@ def classifier_class(config: PreTrainedConfig) -> Any:
 
 
 class _Classifier(GenericForSequenceClassification):
-    """Transformers' generic classifier, made to work with decoders whose output has no `attentions` (Mamba)."""
+    """Transformers' generic classifier, also for decoders whose output has no `attentions`, as Mamba's."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -234,7 +231,7 @@ def train_language_model_only(model: Any, head: nn.Module) -> None:
 
 
 def language_model_only(lm: Any) -> dict[str, str]:
-    """LoraConfig's `exclude_modules` for parts outside the decoder, such as a vision tower; {} without such."""
+    """LoraConfig's `exclude_modules` for modules outside the decoder, as in a vision tower; or {}."""
     decoder = trunk(lm)
     own = {id(module) for module in decoder.modules()} | {id(lm.get_output_embeddings())}
     if all(id(module) in own for module in lm.modules() if isinstance(module, nn.Linear)):

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states, in chunks, so that logits of shape (B, T, V) never exist.
+"""Log-probabilities of tokens from hidden states, in chunks that avoid logits of shape (B, T, V).
 
 Logits are scaled and soft-capped as the architecture does. Shapes: N tokens, n tokens of a chunk, V tokens of the
 vocabulary, H hidden size.
@@ -28,7 +28,7 @@ MULTIPLIED = ("hyperclovax",)
 
 
 class LogitScaling(NamedTuple):
-    """How an architecture makes logits of z, the product with the output embeddings: cap · tanh(factor · z / cap)."""
+    """How logits are made from z, the output embeddings' product: cap · tanh(factor · z / cap)."""
 
     factor: float = 1.0
     cap: float | None = None
@@ -131,7 +131,7 @@ class TokenLogprobs(NamedTuple):
 
 
 def head_of(lm: Any, temperature: float, eos: tuple[int, ...]) -> Head:
-    """Make the Head of a causal language model. Raises SalsaError if an adapter is on the output embeddings."""
+    """Make the Head of a causal language model. Raises SalsaError if an adapter changes it."""
     embeddings: nn.Linear = lm.get_output_embeddings()
     require(
         not isinstance(embeddings, BaseTunerLayer | AuxiliaryTrainingWrapper),
@@ -176,10 +176,7 @@ def _chosen(hidden: Tensor, labels: Tensor, forbidden: Tensor, head: Head) -> tu
 
 
 def _logprob_gradient(probabilities: Tensor, labels: Tensor, slope: Tensor | None, head: Head) -> Tensor:
-    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype. The probabilities (n, V) are overwritten.
-
-    slope: LogitScaling.slope of the logits.
-    """
+    """∂ log p(label) / ∂ hidden (n, H), in the head's dtype. Overwrites the probabilities (n, V)."""
     own = head.weight[labels]
     if slope is not None:
         probabilities = probabilities.mul_(slope)

@@ -2,8 +2,7 @@
 
 AdamW changes a weight by about the learning rate in each step, but neighbouring bf16 numbers around 0.02 differ by
 1.2e-4. Rounding to the nearest number keeps only 2% of the change of 500 steps at learning rate 2e-6, and 0.1% at 1e-7.
-Stochastic rounding keeps the whole change on average. bf16 weights with a float32 copy in the optimizer are not
-supported.
+Stochastic rounding keeps all of it on average. bf16 weights with a float32 copy in the optimizer are not supported.
 """
 
 from __future__ import annotations

@@ -97,10 +97,7 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 def response_logprobs(
     hidden: Tensor, responses: Responses, head: Head, min_new_tokens: int, *, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, (B, T) each, 0 at padding, from hidden states (B, P + T, H).
-
-    The entropies are all 0 unless `with_entropy`.
-    """
+    """Log-probs and, if `with_entropy`, entropies (else 0), (B, T) each, from hidden states (B, P + T, H)."""
     labels = responses.response_ids[responses.response_mask]
     states = response_states(hidden, responses)
     result = token_logprobs(states, labels, forbidden_eos(responses, min_new_tokens), head, with_entropy=with_entropy)
@@ -136,10 +133,7 @@ def pad_to_width(tensor: Tensor, width: int, value: float = 0, *, left: bool = F
 
 
 def append_turn_end(responses: Responses, rows: Sequence[Mapping[str, Any]], turn: AssistantTurn) -> Responses:
-    """Append to responses that end their turn the tokens that the chat template writes after the end token.
-
-    Reward models are trained on these tokens too.
-    """
+    """Append the tokens that the chat template writes after an end token, which reward models score too."""
     ended = ends_turn(responses, rows, turn)
     if not turn.after or not ended.any():
         return responses

@@ -1,4 +1,4 @@
-"""Creating, saving and loading PolicyWithValueHead, a causal language model with PPO's linear value head."""
+"""PolicyWithValueHead, a causal language model with PPO's value head: creating, saving, loading."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PolicyWithValueHead(nn.Module):
         return hidden, self.values(hidden, input_ids, attention_mask)
 
     def values(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, from its own forward."""
+        """Values (B, L) from the policy's hidden states (B, L, H) or, with a value adapter, a second forward."""
         if self.value_adapter is not None:
             assert self.toggle is not None
             with self.toggle(self.value_adapter):

@@ -182,7 +182,7 @@ class TestVocabulary:
         base = make_base()
         base.resize_token_embeddings(len(tokenizer) - 10, mean_resizing=False)
         folder = to_folder(base, tokenizer, tmp_path / "base")
-        line = rf"base: the tokenizer has {len(tokenizer)} tokens, and the model only {len(tokenizer) - 10} embeddings"
+        line = rf"base: the tokenizer has {len(tokenizer)} tokens, but the model has only {len(tokenizer) - 10} embeddings"
         one_line(lambda: load_base(str(folder), Model(), tokenizer), line)
         policy = base if full else policy_on(base, make_adapter)
         references = [AutoModelForCausalLM.from_pretrained(folder)] if full else ["base"]
@@ -417,7 +417,7 @@ class TestAnotherBase:
         assert (world.take(world.seeds[1]) / WEIGHTS).read_bytes() == (world.seeds[1] / WEIGHTS).read_bytes()
         shutil.rmtree(world.folder / "taken")
         self.change(world)
-        line = r"seed-\d: these weights were trained on another base \(fingerprint \w{12} …\) than .*base \(\w{12} …\)"
+        line = r"seed-\d: these weights were trained on a base with the fingerprint \w{12} …, but .*base has \w{12} …"
         model = world.policy()
         for enter in (
             lambda: as_references(model, [world.seeds[1]]),
@@ -504,7 +504,7 @@ class TestPickles:
         """As member of a soup, reference, reward, `sft.from`."""
         folder = pickled(world.seeds[0] / "adapter_model.bin", canary, WEIGHTS)
         model = world.policy()
-        line = "seed-0: no adapter_model.safetensors in this folder; use a PEFT adapter saved with safetensors"
+        line = "seed-0: the folder has no adapter_model.safetensors; use a PEFT adapter saved with safetensors"
         one_line(lambda: adapters.attach(model, folder, "seed"), line)
         one_line(lambda: as_references(model, [folder]), line)
         one_line(lambda: as_reward(str(folder), model, world.tokenizer), line)

@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Reward(ABC):
-    """Scores responses. A subclass must define `__call__`; the other methods' defaults fit rewards without a model."""
+    """Scores responses. A subclass must define `__call__`; the other methods fit rewards without a model."""
 
     on_device: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Context in which `frozen_model` is on the device; training/offload.py replaces it if it offloads the model to the
@@ -54,7 +54,7 @@ class Reward(ABC):
         return None
 
     def frozen_model(self) -> nn.Module | None:
-        """A frozen model that only this reward uses, and that can therefore be offloaded; None if there is none."""
+        """A frozen model that only this reward uses, so that it can be offloaded; None without such a model."""
         return None
 
     @cached_property

@@ -1,7 +1,7 @@
 """A sequence classifier of any architecture as reward, with its own tokenizer and chat template.
 
-If the classifier has the policy's tokenizer and chat template, it scores the policy's token ids. Otherwise responses are
-decoded and tokenized again.
+A classifier with the policy's tokenizer and chat template scores the policy's token ids. For any other classifier,
+responses are decoded and tokenized again.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ClassifierReward(Reward):
         return self.classifier.parameters()
 
     def frozen_model(self) -> PreTrainedModel:
-        """The classifier, which no other reward uses."""
+        """The frozen classifier."""
         return self.classifier
 
     def _scores(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -110,8 +110,8 @@ class ClassifierReward(Reward):
         for row, prompt, both, answer in zip(rows, prompts, whole, answers, strict=True):
             require(
                 "prompt" in row,
-                f"reward {self.name}: the data has the column input_ids but not `prompt`, which this reward needs because"
-                " its tokenizer is not the policy's; add a column `prompt`",
+                f"reward {self.name}: the data has the column input_ids but not `prompt`, which this reward needs"
+                " because its tokenizer is not the policy's; add a column `prompt`",
             )
             if isinstance(row["prompt"], str):
                 # not prompt + answer, because some tokenizers drop the first space of a decoded text
@@ -126,8 +126,8 @@ class ClassifierReward(Reward):
         where = f"reward {self.name}"
         require(
             self.tokenizer.chat_template is not None,
-            f"{where}: the prompts are messages, but the classifier's tokenizer has no chat template; use text prompts, or"
-            " a classifier whose tokenizer has a chat template",
+            f"{where}: the prompts are messages, but the classifier's tokenizer has no chat template; use text prompts,"
+            " or a classifier whose tokenizer has a chat template",
         )
         chat = messages_for_template(parse_messages(messages, where), self.tokenizer)
         try:

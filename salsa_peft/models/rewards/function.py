@@ -74,20 +74,20 @@ class FunctionReward(Reward):
         scores, applies = self.scores_and_mask(responses, rows)
         require(
             bool(applies.all()),
-            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses, which only a part of a"
-            " weighted sum may do; return a number for each response",
+            f"{self._where}: it returned None for {int((~applies).sum())} of {len(rows)} responses, which only a part"
+            " of a weighted sum may do; return a number for each response",
         )
         return scores
 
     def scores_and_mask(self, responses: Responses, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return scores (B,), float32, and a mask (B,). Where the function returned None, they are 0 and False."""
+        """Return scores (B,), float32, and a mask (B,): 0 and False where the function returned None."""
         arguments = self._arguments(responses, rows)
         absent = sorted(self.needs - arguments.keys())
         columns = ", ".join(sorted({key for row in rows for key in row})) or "none"
         require(
             not absent,
-            f"{self._where}: the data has no column for its argument {', '.join(absent)} (columns: {columns}); rename the"
-            " argument, or give it a default",
+            f"{self._where}: the data has no column for its argument {', '.join(absent)} (columns: {columns}); rename"
+            " the argument, or give it a default",
         )
         taken = {name: value for name, value in arguments.items() if self.keywords or name in self.takes}
         scores = self.function(**taken)
@@ -169,7 +169,7 @@ def load_function(value: str) -> Callable[..., Any]:
         folder = os.getcwd()
     file = find_module(folder, module)
     if file is None:
-        raise SalsaError(f"{value}: there is no module {module} in {folder or 'Python’s path'}; check the module's name")
+        raise SalsaError(f"{value}: there is no module {module} in {folder or 'Python’s path'}; check its name")
     if folder is not None and folder not in sys.path:
         sys.path.insert(0, folder)
     try:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REWARD_ADAPTER = "reward"
-EXPECTED = "pass a folder or Hub id of a reward adapter or sequence classifier, a classifier, a function, module:name, or a list"
+EXPECTED = "pass a folder or Hub id, a sequence classifier, a function, module:name, or a list of rewards"
 
 
 class AdapterReward(Reward):
@@ -123,7 +123,7 @@ class WeightedReward(Reward):
         return [one for part in self.parts for one in part.reward.components()]
 
     def take_metrics(self) -> dict[str, tuple[float, int]]:
-        """Return `rewards/<name>/mean` of each reward, over responses with a score, and the rewards' own metrics."""
+        """Return each reward's `rewards/<name>/mean`, over responses with a score, and its own metrics."""
         metrics = super().take_metrics()
         for part in self.parts:
             metrics |= part.reward.take_metrics()
@@ -173,7 +173,7 @@ def as_reward(reward: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase,
 
 def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> Part:
     given = entry if isinstance(entry, tuple) else (entry,)
-    require(1 <= len(given) <= 3, f"reward: a tuple in the list has {len(given)} entries; write (reward, weight) or (reward, weight, name)")
+    require(1 <= len(given) <= 3, f"reward: a tuple in the list has {len(given)} entries; write (reward, weight, name)")
     reward = as_reward(given[0], model, tokenizer, micro_batch_size)
     weight, name = given[1] if len(given) > 1 else 1.0, given[2] if len(given) > 2 else None
     require(
@@ -186,7 +186,7 @@ def _as_part(entry: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase, m
 def _load(
     path: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, **options: Any
 ) -> Reward:
-    """Load the reward of a module:name, folder or Hub id. options: further arguments of load_classifier_reward."""
+    """Load the reward of a module:name, folder or Hub id. options: those of load_classifier_reward."""
     if not os.path.isdir(path) and FUNCTION.match(path):
         return FunctionReward(load_function(path), tokenizer)
     folder = lora.adapter_folder(path)
@@ -205,7 +205,7 @@ def _load(
 
 def recipe_reward(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase,
               micro_batch_size: int) -> Reward:  # fmt: skip
-    """Make the reward of a recipe. inputs["reward"]: the folder of the reward stage, if the recipe trains a reward."""
+    """Make a recipe's reward. inputs["reward"]: folder of the reward stage, if the recipe has this stage."""
     parts = []
     for part in recipe.reward.parts:
         path = str(inputs["reward"]) if part.kind == ADAPTER else part.value

@@ -134,7 +134,7 @@ class TestFunction:
     def test_a_column_that_is_not_there_is_named(self, answered: Any, tokenizer: Any) -> None:
         responses, rows = answered
         with pytest.raises(
-            SalsaError, match=r"it takes solution, which is no column of the data \(columns: answer, level, prompt\)"
+            SalsaError, match=r"the data has no column for its argument solution \(columns: answer, level, prompt\)"
         ):
             FunctionReward(lambda completions, solution: [0.0] * 3, tokenizer)(responses, rows)
 
@@ -193,9 +193,9 @@ class TestFunction:
     @pytest.mark.parametrize(
         ("name", "value", "line"),
         [
-            ("objective/kl", 1.0, "log_metric: 'objective/kl' is the name of a metric of training"),
-            ("score", 1.0, "log_metric: 'score' is the name of a metric of training"),
-            ("rewards/f/mean", 1.0, "is the name of a metric of training"),
+            ("objective/kl", 1.0, "log_metric: training logs a metric 'objective/kl'; use another name"),
+            ("score", 1.0, "log_metric: training logs a metric 'score'; use another name"),
+            ("rewards/f/mean", 1.0, "training logs a metric 'rewards/f/mean'; use another name"),
             ("x", None, "log_metric: the value None of 'x' is not a number"),
             (3, 1.0, "log_metric: the name 3 is not text"),
         ],
@@ -229,7 +229,7 @@ class TestFunction:
         """It took the place of ours. A function that takes neither does not mind."""
         responses, rows = answered
         rows = [{**row, "finished": "no"} for row in rows]
-        with pytest.raises(SalsaError, match="the data has a column `finished`"):
+        with pytest.raises(SalsaError, match="the data's column `finished` has the name of an argument"):
             FunctionReward(lambda completions, finished: [0.0] * 3, tokenizer)(responses, rows)
         assert FunctionReward(lambda completions: [1.0] * 3, tokenizer)(responses, rows).tolist() == [1.0] * 3
 
@@ -388,9 +388,9 @@ class TestClassifier:
         assert own.decode(reward.encode(responses, [{"prompt": "copy owl"}])[0]) == "<s> copy owl saw fig"
         expected = single(classifier, own("copy owl saw fig")["input_ids"])
         assert reward(responses, [{"prompt": "copy owl"}]).item() == pytest.approx(expected, abs=1e-5)
-        with pytest.raises(SalsaError, match="its tokenizer has no chat template, and the prompts are messages"):
+        with pytest.raises(SalsaError, match="the prompts are messages, but the classifier's tokenizer has no chat template"):
             reward(responses, [{"prompt": [{"role": "user", "content": "copy owl"}]}])
-        with pytest.raises(SalsaError, match="the data has input_ids without `prompt`"):
+        with pytest.raises(SalsaError, match="the data has the column input_ids but not `prompt`"):
             reward(responses, [{"input_ids": ids}])
 
     def test_the_policys_own_tokenizer_means_token_ids_as_they_are(
@@ -420,7 +420,7 @@ class TestClassifier:
         assert found.tolist() == pytest.approx([single(classifier, ids) for ids in cut], abs=1e-5)
         reward(responses, rows)
         assert reward.take_metrics() == {"rewards/small/truncated": (4.0, 6)}
-        assert capsys.readouterr().err.count("longer than the 7 tokens that it reads") == 1
+        assert capsys.readouterr().err.count("longer than 7 tokens, the classifier's maximum") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
         with pytest.raises(SalsaError, match="the classifier has 3 labels, and a reward is one number"):
@@ -432,7 +432,7 @@ class TestClassifier:
         base.save_pretrained(tmp_path / "lm")
         tokenizer.save_pretrained(tmp_path / "lm")
         with pytest.raises(
-            SalsaError, match=r"lm: it has no weights for score.weight; use a trained sequence classifier"
+            SalsaError, match=r"lm: the weights score.weight are missing; use a trained sequence classifier"
         ):
             load_classifier_reward(str(tmp_path / "lm"), tokenizer, 4)
         folder = saved(tmp_path / "pickled")
@@ -440,7 +440,7 @@ class TestClassifier:
         with pytest.raises(SalsaError, match=r"this folder has no safetensors file"):
             load_classifier_reward(str(folder), tokenizer, 4)
         with pytest.raises(
-            SalsaError, match=rf"the tokenizer has {len(tokenizer)} tokens, and the classifier 19 embeddings"
+            SalsaError, match=rf"the tokenizer has {len(tokenizer)} tokens, but the classifier has only 19 embeddings"
         ):
             ClassifierReward(own_classifier(own_tokenizer()), tokenizer, tokenizer)
 
@@ -499,9 +499,9 @@ class TestSum:
 
     def test_names(self, tokenizer: Any) -> None:
         one = FunctionReward(fixed(1), tokenizer)
-        with pytest.raises(SalsaError, match="2 parts have the name a; give each a name of its own"):
+        with pytest.raises(SalsaError, match="2 rewards have the name a; give each reward a name of its own"):
             rewards.WeightedReward([(one, 1.0, "a"), (one, 1.0, "a")])
-        with pytest.raises(SalsaError, match="the weighted sum has no parts"):
+        with pytest.raises(SalsaError, match="the weighted sum has no rewards"):
             rewards.WeightedReward([])
 
 
@@ -603,7 +603,7 @@ class TestAsReward:
     @pytest.mark.parametrize(
         ("given", "line"),
         [
-            (3, "reward: an object of type int is not a reward; pass the folder or Hub id of a reward adapter"),
+            (3, "reward: an object of type int is not a reward; pass a folder or Hub id, a sequence classifier"),
             ([], "reward: the list is empty; pass"),
             ([("a", 1.0, "n", 2)], "a tuple in the list has 4 entries"),
             ("nowhere_to_be_found:f", "there is no module nowhere_to_be_found"),
