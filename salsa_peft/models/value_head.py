@@ -98,7 +98,8 @@ def with_value_head(model: PeftModel | PreTrainedModel, value: str, reward: Rewa
         return PolicyWithValueHead(model)
     start = adapter_in(reward)
     if not isinstance(model, PeftModel) or start is None:
-        cause = f"the reward is a {type(reward).__name__}" if start is None else "the policy has full weights"
+        adapted = isinstance(model, PeftModel)
+        cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
         raise SalsaError(
             f"value: adapter starts as a copy of the reward adapter, which must be on the policy's base, but {cause}."
             " Set value: head"

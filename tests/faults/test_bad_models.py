@@ -182,7 +182,9 @@ class TestVocabulary:
         base = make_base()
         base.resize_token_embeddings(len(tokenizer) - 10, mean_resizing=False)
         folder = to_folder(base, tokenizer, tmp_path / "base")
-        line = rf"base: the tokenizer has {len(tokenizer)} tokens, but the model has only {len(tokenizer) - 10} embeddings"
+        line = (
+            rf"base: the tokenizer has {len(tokenizer)} tokens, but the model has only {len(tokenizer) - 10} embeddings"
+        )
         one_line(lambda: load_base(str(folder), Model(), tokenizer), line)
         policy = base if full else policy_on(base, make_adapter)
         references = [AutoModelForCausalLM.from_pretrained(folder)] if full else ["base"]

@@ -230,7 +230,9 @@ def test_a_tokenizer_of_other_ids_is_refused(base: Path, small: Path, tmp_path: 
     one, two = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     path.write_text(json.dumps(content))
-    with pytest.raises(SalsaError, match=r"theirs: the token .* so the weights would read other text than they were trained on"):
+    with pytest.raises(
+        SalsaError, match=r"theirs: the token .* so the weights would read other text than they were trained on"
+    ):
         take(small, base, folder, tmp_path / "out")
 
 

@@ -171,7 +171,9 @@ class TestAttach:
             adapters.attach(make_base(), members[0], "x")
         # 2. modules that this base has not
         (members[1] / adapters.CONFIG).write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
-        with pytest.raises(SalsaError, match=r"seed-1: the base has none of .*c_attn.*; use an adapter that was trained on this base"):
+        with pytest.raises(
+            SalsaError, match=r"seed-1: the base has none of .*c_attn.*; use an adapter that was trained on this base"
+        ):
             adapters.attach(make_base(), members[1], "x")
         # 3. another kind
         (members[1] / adapters.CONFIG).write_text(

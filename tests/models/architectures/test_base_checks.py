@@ -54,7 +54,7 @@ def load(folder: Path, config: dict[str, Any], *sets: str, lora: str | None = "l
 @pytest.mark.parametrize(
     ("config", "sets", "lora", "line"),
     [
-        ({**LLAMA, "quantization_config": UNNAMED}, [], None, r"quantised already \(bitsandbytes, 8 bits\), and quantised weights cannot be trained. Use the model in float weights$"),
+        ({**LLAMA, "quantization_config": UNNAMED}, [], None, r"already quantised \(bitsandbytes, 8 bits\), and quantised weights cannot be trained. Use the model in float weights$"),
         ({**LLAMA, "quantization_config": BITS_4}, [], None, r"\(bitsandbytes, 4 bits\), and quantised weights cannot be trained. Use the model in float weights, or add --lora$"),
         ({**LLAMA, "quantization_config": BITS_8}, [], "lora", r"\(bitsandbytes, 8 bits\), but adapters can only be trained on float weights .* --lora qlora quantises that model to 4 bits"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4}}, [], "lora", r"\(gptq\), but adapters can only be trained on float weights or bitsandbytes' 4 bits"),

@@ -388,7 +388,9 @@ class TestClassifier:
         assert own.decode(reward.encode(responses, [{"prompt": "copy owl"}])[0]) == "<s> copy owl saw fig"
         expected = single(classifier, own("copy owl saw fig")["input_ids"])
         assert reward(responses, [{"prompt": "copy owl"}]).item() == pytest.approx(expected, abs=1e-5)
-        with pytest.raises(SalsaError, match="the prompts are messages, but the classifier's tokenizer has no chat template"):
+        with pytest.raises(
+            SalsaError, match="the prompts are messages, but the classifier's tokenizer has no chat template"
+        ):
             reward(responses, [{"prompt": [{"role": "user", "content": "copy owl"}]}])
         with pytest.raises(SalsaError, match="the data has the column input_ids but not `prompt`"):
             reward(responses, [{"input_ids": ids}])

@@ -182,7 +182,9 @@ def test_a_scale_of_the_logits_that_the_model_has_not(make_base: Any, name: str)
     model = make_base()
     check_head(model)
     setattr(model.config, name, 0.5)
-    with pytest.raises(SalsaError, match=r"llama: the model's logits differ by .* from those computed from its hidden states"):
+    with pytest.raises(
+        SalsaError, match=r"llama: the model's logits differ by .* from those computed from its hidden states"
+    ):
         check_head(model)
 
 
@@ -203,7 +205,9 @@ def test_a_cap_that_is_not_told_is_found_where_logits_are_small() -> None:
         return output
 
     model.forward = capped
-    with pytest.raises(SalsaError, match=r"gemma2: the model's logits differ by .* from those computed from its hidden states"):
+    with pytest.raises(
+        SalsaError, match=r"gemma2: the model's logits differ by .* from those computed from its hidden states"
+    ):
         check_head(model)
 
 
