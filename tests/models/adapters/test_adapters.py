@@ -507,5 +507,7 @@ def test_an_initialisation_that_changes_the_base_is_refused(make_base, make_adap
         if fits:
             adapters.attach(make_base(), tmp_path / "a", "b")
         else:
-            with pytest.raises(SalsaError, match="changes the weights of the base, which all roles share"):
+            with pytest.raises(
+                SalsaError, match="changes the weights of the base, which policy, references and reward share"
+            ):
                 adapters.attach(make_base(), tmp_path / "a", "b")

@@ -197,7 +197,7 @@ class TestFunction:
             ("score", 1.0, "log_metric: training logs a metric 'score'; use another name"),
             ("rewards/f/mean", 1.0, "training logs a metric 'rewards/f/mean'; use another name"),
             ("x", None, "log_metric: the value None of 'x' is not a number"),
-            (3, 1.0, "log_metric: the name 3 is not text"),
+            (3, 1.0, "log_metric: the name 3 is not a string"),
         ],
     )
     def test_what_log_metric_does_not_take(
@@ -251,7 +251,9 @@ class TestFunction:
         def placed(prompts: Any, completions: Any, /) -> list[float]:
             return [0.0] * len(prompts)
 
-        with pytest.raises(SalsaError, match="reward function placed: it takes prompts, completions by position only"):
+        with pytest.raises(
+            SalsaError, match="reward function placed: prompts, completions can be passed by position only"
+        ):
             FunctionReward(placed, tokenizer)
 
 
@@ -310,9 +312,7 @@ class TestLoad:
         with pytest.raises(SalsaError, match=r"cannot be imported: KeyError: 'no'"):
             load_function(f"{tmp_path}/{name}:f")
         (tmp_path / "json.py").write_text("def f(): pass\n")
-        with pytest.raises(
-            SalsaError, match=r"another module json is already imported from .*; give .*json.py another name"
-        ):
+        with pytest.raises(SalsaError, match=r"another module json is already imported, from .*; rename .*json.py"):
             load_function(f"{tmp_path}/json:f")
 
 
@@ -425,9 +425,9 @@ class TestClassifier:
         assert capsys.readouterr().err.count("longer than 7 tokens, the classifier's maximum") == 1
 
     def test_a_foreign_model_is_refused(self, tokenizer: Any, tmp_path: Path, make_base: Any) -> None:
-        with pytest.raises(SalsaError, match="the classifier has 3 labels, and a reward is one number"):
+        with pytest.raises(SalsaError, match="the classifier has 3 labels, but a reward needs a single number"):
             load_classifier_reward(str(saved(tmp_path / "three", labels=3)), tokenizer, 4)
-        with pytest.raises(SalsaError, match="the classifier has 2 labels, and a reward is one number"):
+        with pytest.raises(SalsaError, match="the classifier has 2 labels, but a reward needs a single number"):
             ClassifierReward(own_classifier(own_tokenizer(), labels=2), own_tokenizer(), tokenizer)
         base = make_base()
         base.config.num_labels = 1
@@ -448,7 +448,7 @@ class TestClassifier:
 
     def test_a_template_that_refuses(self, answered: Any, tokenizer: Any) -> None:
         own = own_tokenizer(template="{{ raise_exception('no user') }}")
-        with pytest.raises(SalsaError, match="its chat template rejects a conversation: no user"):
+        with pytest.raises(SalsaError, match="the classifier's chat template rejects a conversation: no user"):
             ClassifierReward(own_classifier(own), own, tokenizer)(*answered)
 
     def test_an_encoder(self, answered: Any, tokenizer: Any) -> None:
@@ -493,7 +493,9 @@ class TestSum:
         none, other = (FunctionReward(fixed(*s), tokenizer) for s in ((None, None, 3), (None, 2, 3)))
         zero = FunctionReward(fixed(7, 7, 7), tokenizer)
         reward = rewards.WeightedReward([(none, 1.0, "a"), (other, 1.0, "b"), (zero, 0.0, "c")])
-        with pytest.raises(SalsaError, match="none of a, b applies to 1 of 3 responses"):
+        with pytest.raises(
+            SalsaError, match="1 of 3 responses get no score, because none of the rewards a, b applies to them"
+        ):
             reward(*answered)
         nan = FunctionReward(fixed(float("nan"), 1, 1), tokenizer)
         found = rewards.WeightedReward([(nan, 1.0, "a"), (zero, 1.0, "b")])(*answered)
@@ -622,7 +624,10 @@ class TestAsReward:
     def test_a_reward_adapter_needs_the_base_under_a_peft_model(
         self, make_base: Any, tokenizer: Any, reward_folder: Path
     ) -> None:
-        with pytest.raises(SalsaError, match="this is a reward adapter, and the policy is a LlamaForCausalLM"):
+        with pytest.raises(
+            SalsaError,
+            match="needs a policy that is an adapter on the same base, but the policy is a LlamaForCausalLM with full weights",
+        ):
             rewards.as_reward(reward_folder, make_base(), tokenizer)
 
 

@@ -220,7 +220,7 @@ def test_a_head_that_is_no_plain_linear_layer(make_base: Any) -> None:
 
     model = make_base()
     model.lm_head = Scaled(32, model.config.vocab_size, bias=False)
-    with pytest.raises(SalsaError, match=r"its output embeddings are a Scaled, not a plain linear layer"):
+    with pytest.raises(SalsaError, match=r"the output embeddings are a Scaled, not a plain linear layer"):
         check_head(model)
 
 
