@@ -124,9 +124,8 @@ def devices() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         names = ", ".join(gpu.name for gpu in hardware.gpus())
-        advice = f"torch {torch.__version__} does not see {names}: install a CUDA build that fits the driver"
-        advice = advice if names else None
-        yield Finding("GPU", "none that PyTorch can use: small models only", advice)
+        unseen = f"torch {torch.__version__} does not see {names}: install a CUDA build that fits the driver"
+        yield Finding("GPU", "none that PyTorch can use: small models only", unseen if names else None)
         return
     yield Finding("CUDA", f"{torch.version.cuda}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
     for number in range(torch.cuda.device_count()):

@@ -100,8 +100,8 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
         folder = Path(os.path.abspath(name))
         saved = folder / "recipe.yaml"
         try:
-            results = manifests.finished_results(folder)
-            gathered = gather(saved_recipe(saved), results, saved.read_text(encoding="utf-8"))
+            recipe, results = saved_recipe(saved), manifests.finished_results(folder)
+            gathered = gather(recipe, results, saved.read_text(encoding="utf-8"))
         except KeyError as error:
             raise SalsaError(
                 f"{name}: its results have no {error}, since an earlier salsa_peft made them; run it again: salsa run"

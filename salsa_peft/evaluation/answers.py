@@ -65,11 +65,8 @@ def answer(
     found = dict(known or {})
     with lora.active(model, adapter):
         for turn in range(1, max((len(one.turns) for one in questions), default=0) + 1):
-            prompts = [
-                _prompt(index, one, turn, found, context)
-                for index, one in enumerate(questions)
-                if len(one.turns) >= turn
-            ]
+            asked = [(index, one) for index, one in enumerate(questions) if len(one.turns) >= turn]
+            prompts = [_prompt(index, one, turn, found, context) for index, one in asked]
             for part, responses in _responses(model, prompts, turn, context, seed, found):
                 rows = _rows(part, responses, turn, questions, rewards, context.tokenizer)
                 found |= {(row["index"], turn): row for row in rows}
@@ -132,23 +129,21 @@ def _rows(
     columns = [{**questions[one.question].row, "prompt": one.messages} for one in prompts]
     scores = {name: reward(responses, columns).tolist() for name, reward in rewards.items()}
     texts = decode(tokenizer, responses.response_ids, responses.content_mask)
-    rows = []
-    for place, index in enumerate(one.question for one in prompts):
-        question = questions[index]
-        rows.append(
-            {
-                "index": index,
-                "question_id": question.id,
-                "category": question.category,
-                "turn": turn,
-                "prompt": datasets.prompt_text(question.messages) if turn == 1 else question.turns[turn - 1],
-                "response": texts[place],
-                "scores": {name: values[place] for name, values in scores.items()},
-                "length": int(responses.lengths[place]),
-                "empty": bool(responses.empty[place]),
-            }
-        )
-    return rows
+    asked = [questions[one.question] for one in prompts]
+    return [
+        {
+            "index": prompts[place].question,
+            "question_id": question.id,
+            "category": question.category,
+            "turn": turn,
+            "prompt": datasets.prompt_text(question.messages) if turn == 1 else question.turns[turn - 1],
+            "response": texts[place],
+            "scores": {name: values[place] for name, values in scores.items()},
+            "length": int(responses.lengths[place]),
+            "empty": bool(responses.empty[place]),
+        }
+        for place, question in enumerate(asked)
+    ]
 
 
 def fitting_questions(job: Job, context: StageContext, questions: Sequence[Question]) -> list[Question]:

@@ -28,7 +28,7 @@ from salsa_peft.evaluation.comparisons import clusters
 from salsa_peft.evaluation.landscape import measures
 from salsa_peft.models.adapters import lora
 from salsa_peft.models.stage_context import StageContext, seed_folders
-from salsa_peft.training.references import attach_reference, checkpoint_sum, load_checkpoint_sum
+from salsa_peft.training.references import attach_reference, load_reference
 from salsa_peft.utils.console import progress_bar, say
 from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
@@ -66,10 +66,9 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
     model = context.load_base()
 
     def load(name: str) -> None:
-        if name in recipe.policies:
-            return load_checkpoint_sum(model, [inputs[policy_id(recipe, name)]], [1.0])
-        (reference,) = parse_reference("evaluate.models", name)
-        return load_checkpoint_sum(model, *checkpoint_sum(context, reference, inputs))
+        source = str(inputs[policy_id(recipe, name)]) if name in recipe.policies else name
+        (reference,) = parse_reference("evaluate.models", source)
+        load_reference(model, reference, context, inputs)
 
     return model, {name: functools.partial(load, name) for name in names}
 
@@ -94,11 +93,8 @@ def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """(index, turn) → row of unfinished answers; damaged lines are left out and reported."""
     lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
     whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
-    if len(whole) < len(lines):
-        say(
-            f"{path}: {len(lines) - len(whole)} of {len(lines)} lines are damaged or incomplete; their answers are"
-            " generated again"
-        )
+    if damaged := len(lines) - len(whole):
+        say(f"{path}: {damaged} of {len(lines)} lines are damaged or incomplete; their answers are generated again")
     return {(row["index"], row["turn"]): row for row in map(json.loads, whole)}
 
 

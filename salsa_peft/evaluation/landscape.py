@@ -77,10 +77,7 @@ def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, 
     names: names of the members by position (default: seed-0, seed-1 …).
     """
     found: dict[str, dict[str, Any]] = {}
-
-    def name_of(position: int) -> str:
-        return f"seed-{position}" if names is None else names[position]
-
+    name_of: Callable[[int], str] = "seed-{}".format if names is None else names.__getitem__
     if section.line is not None:
         a, b = section.line
         found["line"] = {

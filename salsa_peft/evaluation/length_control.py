@@ -33,14 +33,8 @@ def length_controlled(
     one model's answers always longer (equal length would be an extrapolation).
     """
     spread, count = float(differences.std()), int(np.unique(questions).size)
-    one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0
-    if (
-        count < FEW
-        or np.count_nonzero(outcomes != 0.5) < DECIDED
-        or spread == 0
-        or one_sided
-        or np.unique(outcomes).size == 1
-    ):
+    one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0  # also if all are equal
+    if count < FEW or np.count_nonzero(outcomes != 0.5) < DECIDED or one_sided or np.unique(outcomes).size == 1:
         return None
     x = np.tanh(differences / spread)
     best = fit(np.ones((1, outcomes.size)), x, outcomes, np.zeros(2))

@@ -88,31 +88,29 @@ class PolicyWithValueHead(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
-def with_value_head(model: PeftModel | PreTrainedModel, value: str, reward: Reward) -> PolicyWithValueHead:
-    """Add a value head to a policy. value: PPO's option `value`, "head" or "adapter".
+def with_value_head(
+    model: PeftModel | PreTrainedModel, policy: str | None, value: str, reward: Reward
+) -> PolicyWithValueHead:
+    """Add a value head to a policy, and freeze all adapters except the policy's and the value adapter.
 
-    With "adapter", a value adapter is added too; adapter and head start as copies of the reward adapter and its head.
-    Raises SalsaError if the policy is not a PeftModel or the reward has no reward adapter.
+    policy: the policy's adapter; None for full weights. value: PPO's option `value`, "head" or "adapter". With
+    "adapter", a value adapter is added too; adapter and head start as copies of the reward adapter and its head. Raises
+    SalsaError for "adapter" if the policy has full weights or the reward has no reward adapter.
     """
-    if value == "head":
-        return PolicyWithValueHead(model)
-    start = adapter_in(reward)
-    if not isinstance(model, PeftModel) or start is None:
-        adapted = isinstance(model, PeftModel)
-        cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
-        raise SalsaError(
-            f"value: adapter starts as a copy of the reward adapter, which must be on the policy's base, but {cause}."
-            " Set value: head"
-        )
-    name = lora.unused_name(model, VALUE_ADAPTER)
-    lora.attach(model, start.folder, name, trainable=True)
-    return PolicyWithValueHead(model, name, start.head.weight)
-
-
-def train_only(model: PeftModel | PreTrainedModel, *adapters: str | None) -> None:
-    """Make these adapters trainable, and freeze all other adapters of the model."""
-    for name in model.peft_config if isinstance(model, PeftModel) else ():
-        lora.set_trainable(model, name, name in adapters)
+    name, start = None, adapter_in(reward) if value == "adapter" else None
+    if value == "adapter":
+        if not isinstance(model, PeftModel) or start is None:
+            adapted = isinstance(model, PeftModel)
+            cause = f"the reward is a {type(reward).__name__}" if adapted else "the policy has full weights"
+            raise SalsaError(
+                "value: adapter starts as a copy of the reward adapter, which must be on the policy's base, but"
+                f" {cause}. Set value: head"
+            )
+        name = lora.unused_name(model, VALUE_ADAPTER)
+        lora.attach(model, start.folder, name, trainable=True)
+    for adapter in model.peft_config if isinstance(model, PeftModel) else ():
+        lora.set_trainable(model, adapter, adapter in (policy, name))
+    return PolicyWithValueHead(model, name, None if start is None else start.head.weight)
 
 
 def save_policy(

@@ -62,33 +62,33 @@ def key(unit: Unit, keys: dict[str, str], made_with: dict[str, str], fingerprint
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
-def write_manifest(step: PlannedUnit, steps: Plan, **facts: Any) -> None:
+def write_manifest(planned: PlannedUnit, plan: Plan, **facts: Any) -> None:
     """Write a result's manifest, its last file: key, files with hashes, inputs, and `facts`."""
     files = {}
-    for file in sorted(step.folder.rglob("*")):
-        name = file.relative_to(step.folder).as_posix()
+    for file in sorted(planned.folder.rglob("*")):
+        name = file.relative_to(planned.folder).as_posix()
         if file.is_file() and name != MANIFEST and not TEMPORARY.match(name):
             files[name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    manifest = {"unit": step.unit.id, "key": step.key, "inputs": _digests(step, steps), "files": files, **facts}
-    write_atomic(step.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+    manifest = {"unit": planned.unit.id, "key": planned.key, "inputs": _digests(planned, plan), "files": files, **facts}
+    write_atomic(planned.folder / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
 
-def _digests(step: PlannedUnit, steps: Plan) -> dict[str, str]:
-    return {name: content_digest(read_manifest(steps[name].folder) or {"files": {}}) for name in step.unit.inputs}
+def _digests(planned: PlannedUnit, plan: Plan) -> dict[str, str]:
+    return {name: content_digest(read_manifest(plan[name].folder) or {"files": {}}) for name in planned.unit.inputs}
 
 
-def write_begun(step: PlannedUnit, steps: Plan) -> None:
+def write_begun(planned: PlannedUnit, plan: Plan) -> None:
     """Write a result's first file: the key and the digests of the inputs that it is made from."""
-    write_atomic(step.folder / BEGUN, json.dumps({"key": step.key, "inputs": _digests(step, steps)}))
+    write_atomic(planned.folder / BEGUN, json.dumps({"key": planned.key, "inputs": _digests(planned, plan)}))
 
 
-def has_same_inputs(step: PlannedUnit, steps: Plan) -> bool:
+def has_same_inputs(planned: PlannedUnit, plan: Plan) -> bool:
     """Whether a unit's unfinished result was started with the key and inputs that the unit has now."""
     try:
-        found = read_json(step.folder / BEGUN)
+        found = read_json(planned.folder / BEGUN)
     except SalsaError:
         return False
-    return bool(found == {"key": step.key, "inputs": _digests(step, steps)})
+    return bool(found == {"key": planned.key, "inputs": _digests(planned, plan)})
 
 
 def remove_temporary_files(folder: Path) -> None:
@@ -99,13 +99,13 @@ def remove_temporary_files(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def why_outdated(step_key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
+def why_outdated(key: str, folder: Path, inputs: dict[str, Path]) -> str | None:
     """Why the result in `folder` cannot be used; None if it is complete and made from these inputs."""
     if not folder.is_dir():
         return "new"
     if (manifest := read_manifest(folder)) is None:
         return "unfinished"
-    if manifest.get("key") != step_key:
+    if manifest.get("key") != key:
         return "belongs to another key"
     if (why := changed_file(folder, manifest)) is not None:
         return why
@@ -122,23 +122,23 @@ def plan(units: list[Unit], run: Path, forced: Iterable[str] = ()) -> Plan:
     forced: units or stages that run even if their results are up to date.
     """
     keys: dict[str, str] = {}
-    steps: Plan = {}
+    plan: Plan = {}
     fingerprints: dict[str, str] = {}
     made_with, forced = versions(), set(forced)
     for unit in units:
         keys[unit.id] = key(unit, keys, made_with, fingerprints)
         folder = run / unit.id / keys[unit.id][:12]
-        cached = {name: steps[name].folder for name in unit.inputs if steps[name].why is None}
+        cached = {name: plan[name].folder for name in unit.inputs if plan[name].why is None}
         waits = next((f"waits for {name}" for name in unit.inputs if name not in cached), None)
         is_forced = unit.id in forced or unit.stage in forced
         why = "forced" if is_forced else why_outdated(keys[unit.id], folder, cached) or waits
-        steps[unit.id] = PlannedUnit(unit=unit, key=keys[unit.id], folder=folder, why=why)
-    return steps
+        plan[unit.id] = PlannedUnit(unit=unit, key=keys[unit.id], folder=folder, why=why)
+    return plan
 
 
-def prune(run: Path, stages: Iterable[str], steps: Plan) -> list[Path]:
+def prune(run: Path, stages: Iterable[str], plan: Plan) -> list[Path]:
     """Remove the results of these stages that are not in the plan; returns their folders."""
-    keep = {step.folder for step in steps.values()}
+    keep = {planned.folder for planned in plan.values()}
     found = [path for stage in stages for path in (*(run / stage).glob("*"), *(run / stage).glob("*/*"))]
     folders = [path for path in found if KEY_FOLDER.match(path.name)]
     parents = {path.parent for path in folders}  # a policy may have a name that looks like a key

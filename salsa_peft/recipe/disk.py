@@ -47,7 +47,7 @@ class Need(NamedTuple):
     """The run's folder, or the nearest folder above it that exists."""
 
 
-def need(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None) -> Need | None:
+def need(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> Need | None:
     """The disk space for the units that will run; None if the base's size is not known.
 
     gpu: its memory in bytes, which decides `precision: auto`. Files of unfinished results count as free, since they are
@@ -57,12 +57,12 @@ def need(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None)
     if size is None:
         return None
     final = peak = 0.0
-    for step in [step for name, step in steps.items() if name in asked and step.why is not None]:
-        there = bytes_in(step.folder)
-        kept, peak_of_unit = unit_bytes(recipe, step.unit.stage, size, gpu)
+    for planned in [planned for name, planned in plan.items() if name in asked and planned.why is not None]:
+        there = bytes_in(planned.folder)
+        kept, peak_of_unit = unit_bytes(recipe, planned.unit.stage, size, gpu)
         peak = max(peak, final - there + peak_of_unit)
         final += kept - there
-    place = existing_parent(next(iter(steps.values())).folder)
+    place = existing_parent(next(iter(plan.values())).folder)
     return Need(final, max(peak, final), shutil.disk_usage(place).free, place)
 
 
@@ -131,35 +131,35 @@ def _width(recipe: Recipe, size: Architecture, gpu: float | None) -> int:
     return 4 if recipe.model.dtype == "float32" or on_cpu else 2
 
 
-def plan_line(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None) -> str:
+def plan_line(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> str:
     """The plan's line about disk space."""
-    found = need(recipe, steps, asked, gpu)
+    found = need(recipe, plan, asked, gpu)
     if found is None:
         return f"disk: not known before the config.json of {recipe.model.base} is downloaded"
-    advice = "" if found.peak <= found.free else f": too little; {remedy(recipe, steps, asked, gpu)}"
+    advice = "" if found.peak <= found.free else f": too little; {remedy(recipe, plan, asked, gpu)}"
     return (
         f"disk: {size_text(found.final)} more when the run is finished, at most {size_text(found.peak)} during the run;"
         f" {size_text(found.free)} free on the disk of {found.place}{advice}"
     )
 
 
-def check(recipe: Recipe, steps: Plan, asked: Collection[str]) -> None:
+def check(recipe: Recipe, plan: Plan, asked: Collection[str]) -> None:
     """Raise SalsaError if the results will not fit on the disk."""
     gpu = next((float(one.bytes) for one in hardware.gpus()), None)
-    found = need(recipe, steps, asked, gpu)
+    found = need(recipe, plan, asked, gpu)
     if found is not None and found.peak > found.free and shutil.disk_usage(found.place).total > 0:
         raise SalsaError(
             f"results: need {size_text(found.peak)} during the run ({size_text(found.final)} when it is finished), but"
-            f" only {size_text(found.free)} are free on the disk of {found.place}; {remedy(recipe, steps, asked, gpu)}"
+            f" only {size_text(found.free)} are free on the disk of {found.place}; {remedy(recipe, plan, asked, gpu)}"
         )
 
 
-def remedy(recipe: Recipe, steps: Plan, asked: Collection[str], gpu: float | None) -> str:
+def remedy(recipe: Recipe, plan: Plan, asked: Collection[str], gpu: float | None) -> str:
     """What to do: use another disk, or an option with which the results fit on this one."""
     adapters = dataclasses.replace(recipe, adapter=recipe.adapter or Adapter(), offload="none", precision="auto")
     rare = max(_steps(recipe), recipe.ppo.save_steps)
     seldom = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, save_steps=rare))
     offered = {f"--set ppo.save_steps={rare} (one checkpoint per policy, at its end)": seldom, "--lora": adapters}
-    needs = {words: need(other, steps, asked, gpu) for words, other in offered.items()}
+    needs = {words: need(other, plan, asked, gpu) for words, other in offered.items()}
     fits = [words for words, found in needs.items() if found is not None and found.peak <= found.free]
     return ", or ".join(["use --output-dir on a larger disk", *fits])

@@ -47,19 +47,19 @@ ORDER = (
 """Changes that save memory, the least expensive first."""
 
 
-def show_plan(loaded: LoadedRecipe, run: Path, steps: Plan, asked: set[str], gpu: Gpu | None) -> None:
+def show_plan(loaded: LoadedRecipe, run: Path, plan: Plan, asked: set[str], gpu: Gpu | None) -> None:
     """Print the plan on standard output. gpu: the GPU to plan for."""
     console, recipe = Console(highlight=False, soft_wrap=True), loaded.recipe
     console.print(Text(f"results: {run}"))
     console.print(Text(f"recipe:  {loaded.path}" + (f" with --lora {loaded.preset}" if loaded.preset else "")))
     console.print()
-    state = {name: "to do" if name in asked else "left out" for name in steps}
-    units = [[name, state[name] if step.why else "cached", step.why or ""] for name, step in steps.items()]
+    state = {name: "to do" if name in asked else "left out" for name in plan}
+    units = [[name, state[name] if planned.why else "cached", planned.why or ""] for name, planned in plan.items()]
     _print(console, ["unit", "state", "why"], units)
     _print(console, ["training", "batch", "steps"], _training_rows(recipe))
     _print_memory(console, loaded, gpu)
-    console.print(Text(disk.plan_line(recipe, steps, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
-    answers = steps["evaluate"]
+    console.print(Text(disk.plan_line(recipe, plan, asked, None if gpu is None else float(gpu.bytes)) + "\n"))
+    answers = plan["evaluate"]
     judge = costs.plan_line(recipe, answers.folder / "answers.jsonl" if answers.why is None else None)
     if judge is not None:
         console.print(Text(f"{judge}\n"))

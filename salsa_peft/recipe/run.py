@@ -86,80 +86,80 @@ def run(
     # 1. plan and check; for a new run everything is checked before the first file is written
     new = not folder.exists()
     if dry_run or new:
-        steps = cache.plan(work, folder, forced)
-        check_inputs(steps, asked)
-        check_data(recipe, steps, asked)
+        plan = cache.plan(work, folder, forced)
+        check_inputs(plan, asked)
+        check_data(recipe, plan, asked)
     if dry_run:
         from salsa_peft.recipe.dry_run import show_plan
 
-        show_plan(loaded, folder, steps, asked, gpu or next(iter(hardware.gpus()), None))
+        show_plan(loaded, folder, plan, asked, gpu or next(iter(hardware.gpus()), None))
         return
     if new:
-        check_machine(recipe, steps, asked)
-        check_data(recipe, steps, asked, hub=True)
+        check_machine(recipe, plan, asked)
+        check_data(recipe, plan, asked, hub=True)
     with locked(folder):
         # 2. plan again: another process may have changed the folder before it was locked
-        steps = cache.plan(work, folder, forced)
-        check_inputs(steps, asked)
+        plan = cache.plan(work, folder, forced)
+        check_inputs(plan, asked)
         if not new:
-            check_data(recipe, steps, asked)
-        for warning in check_machine(recipe, steps, asked):
+            check_data(recipe, plan, asked)
+        for warning in check_machine(recipe, plan, asked):
             say(f"warning: {warning}")
         if not new:
-            check_data(recipe, steps, asked, hub=True)
+            check_data(recipe, plan, asked, hub=True)
         # 3. run
-        execute(loaded, folder, steps, asked, debug)
+        execute(loaded, folder, plan, asked, debug)
         # 4. remove old results
-        for path in cache.prune(folder, stages, steps) if prune else []:
+        for path in cache.prune(folder, stages, plan) if prune else []:
             say(f"pruned {path.relative_to(folder)}")
 
 
-def execute(loaded: LoadedRecipe, folder: Path, steps: cache.Plan, asked: set[str], debug: bool) -> None:
+def execute(loaded: LoadedRecipe, folder: Path, plan: cache.Plan, asked: set[str], debug: bool) -> None:
     """Run the units of the plan in order; the run's folder is locked."""
     say(f"results: {folder}")
     if "report" in asked:
         say(f"report:  {folder / REPORT}")
     recipe_yaml = resolved_yaml(loaded)
     write_atomic(folder / "recipe.yaml", recipe_yaml)
-    if any(step.why is not None for name, step in steps.items() if name in asked):
+    if any(planned.why is not None for name, planned in plan.items() if name in asked):
         say("loading libraries …")
-    for name, step in steps.items():
+    for name, planned in plan.items():
         if name in asked:
-            _run_unit(step, steps, loaded.recipe, recipe_yaml, folder, debug)
+            _run_unit(planned, plan, loaded.recipe, recipe_yaml, folder, debug)
         if name == "report" and name in asked:  # a copy; report.md and the figures stay in the result's folder
-            write_atomic(folder / REPORT, (step.folder / REPORT).read_bytes())
+            write_atomic(folder / REPORT, (planned.folder / REPORT).read_bytes())
             print(folder / REPORT, flush=True)
 
 
 def _run_unit(
-    step: cache.PlannedUnit, steps: cache.Plan, recipe: Recipe, recipe_yaml: str, folder: Path, debug: bool
+    planned: cache.PlannedUnit, plan: cache.Plan, recipe: Recipe, recipe_yaml: str, folder: Path, debug: bool
 ) -> None:
     """Run one unit and write its manifest, or say that its result is cached."""
-    unit = step.unit
-    if step.why is None:
-        cache.remove_temporary_files(step.folder)  # left if the run was killed just after the manifest was written
+    unit = planned.unit
+    if planned.why is None:
+        cache.remove_temporary_files(planned.folder)  # left if the run was killed just after the manifest was written
         say(f"{unit.id} … cached")
         return
-    resumed = STAGES[unit.stage].resumes and step.why == "unfinished" and cache.has_same_inputs(step, steps)
-    if step.why.startswith(("changed", "missing", "unfinished")):
-        say(f"{unit.id} … {step.why}: {'resuming' if resumed else 'running again'}")
+    resumed = STAGES[unit.stage].resumes and planned.why == "unfinished" and cache.has_same_inputs(planned, plan)
+    if planned.why.startswith(("changed", "missing", "unfinished")):
+        say(f"{unit.id} … {planned.why}: {'resuming' if resumed else 'running again'}")
     started = timestamp()
-    inputs = {name: steps[name].folder for name in unit.inputs}
-    job = Job(recipe=recipe, unit=unit, folder=step.folder, inputs=inputs, recipe_yaml=recipe_yaml)
+    inputs = {name: plan[name].folder for name in unit.inputs}
+    job = Job(recipe=recipe, unit=unit, folder=planned.folder, inputs=inputs, recipe_yaml=recipe_yaml)
     log = folder / "logs" / f"{unit.id.replace('/', '-')}.log"
-    result, job, halved = _run_job(job, step, steps, resumed, log, debug)
-    planned = None if result.gpu_peak_mb is None else hardware.planned_mb(job.recipe, unit.stage)
-    facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned} | ({"halved": halved} if halved else {})
-    cache.write_manifest(step, steps, started=started, versions=versions(), **facts)
-    cache.remove_temporary_files(step.folder)
+    result, job, halved = _run_job(job, planned, plan, resumed, log, debug)
+    planned_mb = None if result.gpu_peak_mb is None else hardware.planned_mb(job.recipe, unit.stage)
+    facts = dataclasses.asdict(result) | {"gpu_planned_mb": planned_mb} | ({"halved": halved} if halved else {})
+    cache.write_manifest(planned, plan, started=started, versions=versions(), **facts)
+    cache.remove_temporary_files(planned.folder)
     gpu = "" if result.gpu_peak_mb is None else f", GPU {result.gpu_peak_mb:.0f} MB"
-    gpu += "" if planned is None else f" (planned {planned:.0f})"
+    gpu += "" if planned_mb is None else f" (planned {planned_mb:.0f})"
     together = f" in {count} processes together" if (count := _processes(job)) > 1 else ""
     say(f"{unit.id} … done in {duration(result.seconds)}, peak {result.peak_mb:.0f} MB{together}{gpu}")
 
 
 def _run_job(
-    job: Job, step: cache.PlannedUnit, steps: cache.Plan, resumed: bool, log: Path, debug: bool
+    job: Job, planned: cache.PlannedUnit, plan: cache.Plan, resumed: bool, log: Path, debug: bool
 ) -> tuple[processes.Result, Job, dict[str, int]]:
     """Run a job, with half the micro-batch size after each out-of-memory error.
 
@@ -168,8 +168,8 @@ def _run_job(
     halved: dict[str, int] = {}
     while True:
         if not resumed:
-            _empty(step.folder)
-            cache.write_begun(step, steps)
+            _empty(planned.folder)
+            cache.write_begun(planned, plan)
         try:
             return processes.run_job(job, log, count=_processes(job), debug=debug), job, halved
         except processes.OutOfMemory as error:
@@ -216,23 +216,23 @@ def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
     return found
 
 
-def check_inputs(steps: cache.Plan, asked: set[str]) -> None:
+def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
     """Raise SalsaError if a unit that will run reads a result that is neither finished nor asked for."""
     for name in asked:
-        for needed in steps[name].unit.inputs if steps[name].why is not None else ():
-            why = steps[needed].why
+        for needed in plan[name].unit.inputs if plan[name].why is not None else ():
+            why = plan[needed].why
             require(
                 why is None or needed in asked,
-                f"--stages: {name} needs {needed}, which is not finished ({why}); add {steps[needed].unit.stage}",
+                f"--stages: {name} needs {needed}, which is not finished ({why}); add {plan[needed].unit.stage}",
             )
 
 
-def check_data(recipe: Recipe, steps: cache.Plan, asked: set[str], hub: bool = False) -> None:
+def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = False) -> None:
     """Raise SalsaError for a row, seed, reference or reward model that a unit which will run cannot use.
 
     Local files are checked, or with `hub` what is on the Hub, which is downloaded for that.
     """
-    stages = {steps[name].unit.stage for name in asked if steps[name].why is not None}
+    stages = {plan[name].unit.stage for name in asked if plan[name].why is not None}
     if stages:
         from salsa_peft.training import external_models
 
@@ -248,20 +248,20 @@ def check_data(recipe: Recipe, steps: cache.Plan, asked: set[str], hub: bool = F
         check_every_row(recipe, stages, hub)
 
 
-def check_machine(recipe: Recipe, steps: cache.Plan, asked: set[str]) -> list[str]:
+def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str]:
     """Raise SalsaError if this machine lacks what a unit that will run needs; return warnings.
 
     It may lack a GPU, enough GPUs for the processes, disk space, or an API key.
     """
     from huggingface_hub import get_token
 
-    stages = {step.unit.stage for name, step in steps.items() if name in asked and step.why is not None}
+    stages = {planned.unit.stage for name, planned in plan.items() if name in asked and planned.why is not None}
     if recipe.num_processes > 1 and any(STAGES[stage].trains for stage in stages):
         hardware.check_processes(recipe)
     warnings = hardware.check_gpu(recipe, hardware.gpus(), stages) if stages else []
     if "judge" in stages and recipe.evaluate.judge is not None:
         check_ready(recipe.evaluate.judge, "evaluate.judge")
-    disk.check(recipe, steps, asked)
+    disk.check(recipe, plan, asked)
     if "hub" in asked and get_token() is None:
         pending = "you are not logged in, so the push will stay pending"
         warnings.append(f"hub.push: {pending}; `hf auth login`, or set HF_TOKEN")

@@ -83,10 +83,7 @@ class ReportInput:
 
 def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> ReportInput:
     """Read everything that a run's finished folders contain. inputs: unit id → its folder."""
-
-    def in_stage(stage: str) -> dict[str, Path]:
-        return {unit.rsplit("/", 1)[-1]: folder for unit, folder in inputs.items() if unit.split("/")[0] == stage}
-
+    sft = {unit.removeprefix("sft/"): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
     found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
     evaluation, soup = inputs["evaluate"], inputs["soup"]
     landscape, judge = inputs.get("landscape"), inputs.get("judge")
@@ -104,7 +101,7 @@ def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> Repo
             {"unit": unit, "inputs": list(manifest.get("inputs", {})), **{name: manifest.get(name) for name in COSTS}}
             for unit, manifest in found.items()
         ],
-        seeds={name: read_json(folder / "metrics.json") for name, folder in in_stage("sft").items()},
+        seeds={name: read_json(folder / "metrics.json") for name, folder in sft.items()},
         reward=_reward(recipe, inputs),
         soup=soup_rows(read_json(soup / "soup.json")),
         policies={name: _policy(folder) for name in recipe.policies if (folder := inputs.get(policy_id(recipe, name)))},

@@ -111,8 +111,7 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in files.items()
         ]
-        title = f"{item.name} of {item.recipe.name}, by salsa_peft"
-        return api.create_commit(repo, operations, commit_message=title)
+        return api.create_commit(repo, operations, commit_message=f"{item.name} of {item.recipe.name}, by salsa_peft")
 
     made = with_retries(commit, repo)
     url = str(made.repo_url.url)

@@ -126,10 +126,7 @@ def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
     """Pairs of methods; a searched policy has one name, whichever β was picked."""
     found: list[tuple[str, str]] = []
     for run in runs:
-        passed = judge_tables.passed_over(run.report)
-        for pair in _datasets(run.report).get(dataset, {"pairs": []})["pairs"]:
-            if not passed.isdisjoint((pair["a"], pair["b"])):
-                continue
+        for pair in judge_tables.picked(run.report, _datasets(run.report).get(dataset, {"pairs": []})):
             a, b = (judge_tables.method(run.report, pair[side]) for side in "ab")
             found += [(a, b)] if a != b and (a, b) not in found and (b, a) not in found else []
     return found

@@ -32,16 +32,8 @@ def judged(run: ReportInput) -> dict[str, Any] | None:
     if run.verdicts is None:
         return None
     judge, calls = run.verdicts["judge"], run.verdicts["calls"]
-    passed = passed_over(run)
     datasets = {
-        name: {
-            **data,
-            "pairs": [
-                {**pair, "paper": _paper_cell(run, name, pair)}
-                for pair in data["pairs"]
-                if passed.isdisjoint((pair["a"], pair["b"]))
-            ],
-        }
+        name: {**data, "pairs": [{**pair, "paper": _paper_cell(run, name, pair)} for pair in picked(run, data)]}
         for name, data in run.verdicts["datasets"].items()
     }
     everything = [pair for data in datasets.values() for pair in data["pairs"]]
@@ -83,10 +75,11 @@ def searched_methods(run: ReportInput) -> dict[str, Any]:
     return (searched(run) or {"methods": {}})["methods"]
 
 
-def passed_over(run: ReportInput) -> set[str]:
-    """Candidates of a search that were not picked."""
+def picked(run: ReportInput, data: Row) -> list[Row]:
+    """The pairs of a dataset without the candidates that a search tried and did not pick."""
     methods = searched_methods(run).values()
-    return {one["policy"] for found in methods for one in found["tried"] if one["policy"] != found["best"]}
+    passed = {one["policy"] for found in methods for one in found["tried"] if one["policy"] != found["best"]}
+    return [pair for pair in data["pairs"] if passed.isdisjoint((pair["a"], pair["b"]))]
 
 
 def method(run: ReportInput, name: str) -> str:
@@ -186,11 +179,9 @@ def _reliability(pairs: Sequence[Row]) -> Iterable[str]:
             f"{missing} of {missing + n} judgments have no verdict and are not part of the rates; the tables give the"
             " adjusted rate if all of them had been lost or won."
         )
-    flips = _mean(pairs, "flip_rate")
-    if flips is not None and flips > 0.3:
+    if (flips := _mean(pairs, "flip_rate")) is not None and flips > 0.3:
         yield f"in {100 * flips:.0f}% of judgments the two orders disagree; many of the ties are such disagreements."
-    first = _mean(pairs, "first_position_rate")
-    if first is not None and abs(first - 0.5) > 0.1:
+    if (first := _mean(pairs, "first_position_rate")) is not None and abs(first - 0.5) > 0.1:
         yield f"{100 * first:.0f}% of the verdicts that are no ties went to the answer shown first (50% without position bias)."
 
 

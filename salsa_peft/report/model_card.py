@@ -232,8 +232,10 @@ def licence_of(item: Item, online: bool) -> str | None:
     own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
     cached = try_to_load_from_cache(item.base, "README.md")
     path = next((path for path in (own, cached) if isinstance(path, str | Path) and Path(path).is_file()), None)
+    if path is None and not online:
+        return None
     try:
-        found: Any = metadata_load(path) if path is not None else model_info(item.base).card_data if online else None
+        found: Any = model_info(item.base).card_data if path is None else metadata_load(path)
     except (HTTPError, OSError, ValueError, YAMLError):  # a push does not depend on somebody else's card
         return None
     licence = None if found is None else found.get("license")

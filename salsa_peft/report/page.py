@@ -130,10 +130,7 @@ def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[
     rows, completions = policy.metrics, policy.completions
     ends = [completions[0], completions[-1]] if len(completions) > 1 else completions
     return {
-        "algorithm": policy.algorithm,
-        "reference": policy.reference,
-        "facts": policy.facts,
-        "kl_coef": policy.kl_coef,
+        **{name: getattr(policy, name) for name in ("algorithm", "reference", "facts", "kl_coef")},
         "training": table,
         "curves": {"episode": [row["episode"] for row in rows]}
         | {short: [row.get(key) for row in rows] for key, (short, _) in CURVES.items()},

@@ -50,9 +50,8 @@ def narrow(values: Array, dtype: str) -> Array:
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(DTYPES[dtype], copy=False)
-        bits = np.ascontiguousarray(round_to_odd(values) if values.dtype == np.float64 else values, np.float32).view(
-            np.uint32
-        )
+        single = round_to_odd(values) if values.dtype == np.float64 else values
+        bits = np.ascontiguousarray(single, np.float32).view(np.uint32)
     return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
 
 

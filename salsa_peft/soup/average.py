@@ -2,8 +2,7 @@
 
     θ_soup = Σ_i w_i · θ_i, Σ w_i = 1; for adapters the exact mean of their deltas (soup/lora/stacked_adapter.py)
 
-It is independent of PPO: a soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers. The
-strategies that choose the weights are in soup/strategies.py.
+A soup of adapters opens with plain PEFT, a soup of checkpoints with plain Transformers.
 """
 
 from __future__ import annotations
@@ -248,7 +247,6 @@ def _merged(request: _Request) -> dict[str, Any]:
     assert request.base is not None
     options = request.options
     read_checkpoint(request.base)  # reports a damaged base before anything is computed
-
     folders, names, weights = request.choose(
         lambda: StackedAdapter.load(request.folders, request.names, same_base=options.same_base).gram()
     )

@@ -1,8 +1,7 @@
 """Models that can be set to any point between members, with the derivatives of a loss by the weights.
 
 With adapters, a point between the members is n scalars on the blocks of one stacked adapter. With checkpoints, every
-weight is read again from the members' files, one tensor at a time. Greedy and learned soups and landscapes are measured
-on such models.
+weight is read again from the members' files, one tensor at a time.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ gradient, which the strategy learned needs. To add a measure, write a class here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,17 +122,18 @@ class _WithoutGradient:
         raise SalsaError(f"strategy learned: the measure {self.name} has no gradient; use sft_loss, or strategy greedy")
 
 
+@dataclass
 class RewardScore(_WithoutGradient):
     """Mean score of one sampled response per prompt. Every call samples with the same seeds."""
 
     name = "reward"
-
-    def __init__(
-        self, live: LiveSoup, rows: Rows, prompts: Sequence[Sequence[int]], reward: Reward, generation: Generation,
-        tokenizer: PreTrainedTokenizerBase, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.live, self.rows, self.prompts, self.reward = live, rows, prompts, reward
-        self.generation, self.tokenizer, self.seed = generation, tokenizer, seed
+    live: LiveSoup
+    rows: Rows
+    prompts: Sequence[Sequence[int]]
+    reward: Reward
+    generation: Generation
+    tokenizer: PreTrainedTokenizerBase
+    seed: int = 0
 
     def __call__(self, weights: Sequence[float]) -> float:
         """The measure at a point."""
@@ -146,11 +148,13 @@ class RewardScore(_WithoutGradient):
         return sum(scores) / len(scores)
 
 
+@dataclass
 class FunctionMeasure(_WithoutGradient):
     """A Python function `function(model) -> float` of the model in evaluation mode, with the soup active."""
 
-    def __init__(self, live: LiveSoup, function: Callable[[Any], float], name: str) -> None:
-        self.live, self.function, self.name = live, function, name
+    live: LiveSoup
+    function: Callable[[Any], float]
+    name: str
 
     def __call__(self, weights: Sequence[float]) -> float:
         """The measure at a point. Raises SalsaError if the function does not return a number."""

@@ -28,17 +28,13 @@ def member_names(members: Sequence[Path | str]) -> list[str]:
 
 def kind_of(folders: Sequence[Path]) -> str:
     """The members' kind: adapters or checkpoints. Raises SalsaError for other folders and for a mixture."""
-    kinds = []
-    for folder in folders:
-        found = next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), None)
-        if found is None:
-            patterns = [f"{depth}/{file}" for file in CONFIGS.values() for depth in ("*", "*/*")]
-            inside = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
-            hint = f"; did you mean {inside[-1]}?" if inside else ""
-            raise SalsaError(
-                f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint (config.json){hint}"
-            )
-        kinds.append(found)
+    kinds = [next((kind for kind, file in CONFIGS.items() if (folder / file).is_file()), "") for folder in folders]
+    if "" in kinds:
+        folder = folders[kinds.index("")]
+        patterns = [f"{depth}/{file}" for file in CONFIGS.values() for depth in ("*", "*/*")]
+        inside = sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise SalsaError(f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a checkpoint (config.json){hint}")
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), 0)
     require(
         odd == 0,

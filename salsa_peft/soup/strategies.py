@@ -112,17 +112,16 @@ def learned(given: StrategyInput) -> Choice:
     logits = torch.tensor(given.weights, dtype=torch.float64).log().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=given.learning_rate)
     tried: list[dict[str, Any]] = []
-    for step in range(given.steps + 1):
+    for _ in range(given.steps):
         weights = logits.softmax(0)
         point = weights.tolist()
-        if step == given.steps:  # the result of the last step
-            tried.append({"weights": point, "measure": _finite(measure(point), point)})
-            break
         value, slopes = measure.gradient(point)
         tried.append({"weights": point, "measure": _finite(value, point)})
         optimizer.zero_grad()
         weights.backward(-torch.tensor(slopes, dtype=torch.float64))
         optimizer.step()
+    point = logits.softmax(0).tolist()
+    tried.append({"weights": point, "measure": _finite(measure(point), point)})
     return Choice(max(tried, key=lambda point: point["measure"])["weights"], tried)
 
 

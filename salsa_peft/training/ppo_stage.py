@@ -22,13 +22,7 @@ from salsa_peft.soup.average import soup
 from salsa_peft.training import checkpoints
 from salsa_peft.training.ppo.config import SalsaPPOConfig
 from salsa_peft.training.ppo.trainer import SalsaPPOTrainer
-from salsa_peft.training.references import (
-    FrozenReference,
-    attach_reference,
-    checkpoint_sum,
-    freeze,
-    load_checkpoint_sum,
-)
+from salsa_peft.training.references import FrozenReference, attach_reference, freeze, load_reference
 from salsa_peft.utils.console import say
 from salsa_peft.utils.files import write_atomic
 
@@ -76,7 +70,7 @@ def build_policy(context: StageContext, job: Job, name: str = "policy") -> tuple
     model, frozen = context.load_trainable(seeds[0]), []
     for reference in wanted:
         own = context.load_base() if reference.sync_every is None else context.load_base().float()
-        load_checkpoint_sum(own, *checkpoint_sum(context, reference, job.inputs))
+        load_reference(own, reference, context, job.inputs)
         sync = {"sync_every": reference.sync_every, "mixup_alpha": reference.mixup_alpha}
         frozen.append(freeze(model, own, reference.label)._replace(**sync))  # type: ignore[arg-type]
     return model, frozen

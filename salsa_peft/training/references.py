@@ -66,27 +66,24 @@ def attach_reference(
     return FrozenReference(reference.label, name)
 
 
-def checkpoint_sum(
-    context: StageContext, reference: Reference, inputs: Mapping[str, Path]
-) -> tuple[list[Path], list[float]]:
-    """A reference with full weights as a weighted sum of checkpoints → folders, weights.
+def load_reference(
+    model: PreTrainedModel, reference: Reference, context: StageContext, inputs: Mapping[str, Path]
+) -> None:
+    """Load one of the recipe's references with full weights into a model, in place, from checkpoints.
 
-    base + Σ w δ = (1 − Σ w) θ_base + Σ w θ.
+    base + Σ w δ = (1 − Σ w) θ_base + Σ w θ. Raises SalsaError if the checkpoints do not fit.
     """
+    weights = [1.0]
     if reference.soup:
-        return [inputs["soup"]], [1.0]
-    if reference.path is not None:
-        return [reference_folder(context.recipe, reference.path)], [1.0]
-    seeds, weights = seed_folders(inputs), list(reference.weights)
-    folders = [seeds[member] for member in reference.members]
-    rest = 1 - math.fsum(weights)
-    if abs(rest) > 1e-9:
-        folders, weights = [*folders, context.folder], [*weights, rest]
-    return folders, weights
-
-
-def load_checkpoint_sum(model: PreTrainedModel, folders: Sequence[Path], weights: Sequence[float]) -> None:
-    """Load a weighted sum of checkpoints into a model, in place. Raises SalsaError if they do not fit."""
+        folders = [inputs["soup"]]
+    elif reference.path is not None:
+        folders = [reference_folder(context.recipe, reference.path)]
+    else:
+        seeds, weights = seed_folders(inputs), list(reference.weights)
+        folders = [seeds[member] for member in reference.members]
+        rest = 1 - math.fsum(weights)
+        if abs(rest) > 1e-9:
+            folders, weights = [*folders, context.folder], [*weights, rest]
     LiveCheckpoints(model, [read_checkpoint(folder) for folder in folders]).set(weights)
 
 

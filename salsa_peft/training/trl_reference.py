@@ -70,8 +70,7 @@ def use_reference(trainer: Any, reference: AnyReference | Sequence[AnyReference]
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SyncRefModelCallback):
             callback.ref_model = trainer.ref_model
-    for callback in [one for one in trainer.callback_handler.callbacks if isinstance(one, SyncReferences)]:
-        trainer.remove_callback(callback)
+    trainer.remove_callback(SyncReferences)  # of an earlier call
     if any(one.sync_every is not None for one in frozen):
         trainer.add_callback(SyncReferences(model, own, frozen))
     return frozen

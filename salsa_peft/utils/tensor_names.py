@@ -258,7 +258,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, auto.MODEL_MAPPING,
     )  # fmt: skip
-    found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    found: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     candidates = [one for entry in found for one in (entry if isinstance(entry, list | tuple) else [entry])]
     if not candidates:
         what = f"Transformers has no language model for the model_type {config.model_type}"

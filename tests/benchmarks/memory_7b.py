@@ -188,7 +188,7 @@ class Watch:
         """What was held until now belongs to the phase before."""
         import torch
 
-        from salsa_peft.recipe.processes import peak_mb
+        from salsa_peft.recipe.worker import peak_mb
 
         found = (int(peak_mb() * 1e6),) * 2
         if self.cuda:

@@ -55,7 +55,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
     from salsa_peft.config.schema import Recipe
     from salsa_peft.evaluation.landscape import adjustable_model
     from salsa_peft.models.stage_context import StageContext
-    from salsa_peft.training.references import checkpoint_sum, load_checkpoint_sum
+    from salsa_peft.training.references import load_reference
 
     base = make_base(kind, tmp_path / "base")
     inputs = {f"sft/seed-{number}": tmp_path / f"seed-{number}" for number in (0, 1)}
@@ -82,7 +82,7 @@ def test_what_full_weights_a_reference_and_a_point_have(tmp_path: Path, kind: st
         ({"soup": {"members": [0, 1], "weights": [0.25, 0.75]}}, [0.25, 0.75]), (str(tmp_path / "seed-0"), [1.0, 0.0]),
         ("soup", [0.0, 1.0]),
     ):  # fmt: skip
-        load_checkpoint_sum(model, *checkpoint_sum(context, parse_reference("reference", said)[0], inputs))
+        load_reference(model, parse_reference("reference", said)[0], context, inputs)
         check(weights)
     model, adapter, move = adjustable_model(context, {0: inputs["sft/seed-0"], 1: inputs["sft/seed-1"]})
     assert adapter is None

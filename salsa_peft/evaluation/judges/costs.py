@@ -6,6 +6,7 @@ tokens assume answers of `generation.max_new_tokens`: an upper bound.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -72,16 +73,12 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
     sizes = None if answers is None else _from_answers(answers)
     exact = sizes is not None
     if sizes is None:
-        sizes = {}
-        for name, source in recipe.evaluate.prompts.items():
-            turns = _turns(source)
-            if turns is None:
-                return None
-            # each turn is judged with those before it in view
-            answer = recipe.generation.max_new_tokens
-            sizes[name] = [question + 2 * answer * turn for turn, question in turns]
-        if not sizes:
+        prompts, answer = recipe.evaluate.prompts, recipe.generation.max_new_tokens
+        known = {name: turns for name, source in prompts.items() if (turns := _turns(source)) is not None}
+        if not known or len(known) < len(prompts):
             return None
+        # each turn is judged with those before it in view
+        sizes = {name: [size + 2 * answer * turn for turn, size in turns] for name, turns in known.items()}
     section = recipe.search
     pairs = len(sweeps.with_picked(sweeps.compared_pairs(recipe), None))
     calls = tokens = 0
@@ -96,21 +93,18 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 def _turns(source: Source) -> list[tuple[int, int]] | None:
     """(turn, tokens up to it) for each turn of a local jsonl file or of one of the paper's sets."""
     if (source.path, source.split) in ON_THE_HUB:
-        questions, lengths = ON_THE_HUB[source.path, source.split]
-        return list(enumerate(lengths, 1)) * min(questions, source.limit or questions)
+        count, lengths = ON_THE_HUB[source.path, source.split]
+        return list(enumerate(lengths, 1)) * min(count, source.limit or count)
     readable = is_local(source.path) and source.path.lower().endswith(".jsonl")
     if not readable or os.path.getsize(source.path) > COUNTABLE:
         return None
-    found: list[tuple[int, int]] = []
     with open(source.path, encoding="utf-8", errors="replace") as file:
         try:
-            rows = [json.loads(line) for line in file if line.strip()]
+            questions = [_texts(json.loads(line)) for line in file if line.strip()]
         except ValueError:  # the evaluate stage names the row
             return None
-    for row in rows[: source.limit]:
-        texts = _texts(row)
-        found += [(turn, sum(map(len, texts[:turn])) // CHARACTERS) for turn in range(1, len(texts) + 1)]
-    return found
+    sizes = [list(itertools.accumulate(map(len, texts))) for texts in questions[: source.limit]]
+    return [(turn, size // CHARACTERS) for up_to in sizes for turn, size in enumerate(up_to, 1)]
 
 
 def _texts(row: Any) -> list[str]:

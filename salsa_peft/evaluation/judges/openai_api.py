@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -86,6 +86,11 @@ class Endpoint:
     async def _ask_all(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
         """`concurrency` workers, each taking the next request."""
         waiting, errors = iter(requests.items()), []
+
+        async def work(client: openai.AsyncOpenAI) -> None:
+            for key, messages in waiting:
+                done({key: await self._ask(client, messages)})
+
         http = openai.DefaultAsyncHttpxClient(
             event_hooks={"request": [self._count], "response": [self._check_response]}
         )
@@ -95,7 +100,7 @@ class Endpoint:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(self.section.concurrency, len(requests))):
-                        group.create_task(self._work(client, waiting, done))
+                        group.create_task(work(client))
             except* SalsaError as found:
                 errors = [error for error in found.exceptions if isinstance(error, SalsaError)]
         if errors:
@@ -105,15 +110,6 @@ class Endpoint:
             f"{WHERE}: {self.endpoint} gave no answer to any of {self.failed} requests (the last time: {self.last});"
             f" {TRY}",
         )
-
-    async def _work(
-        self,
-        client: openai.AsyncOpenAI,
-        waiting: Iterator[tuple[str, Messages]],
-        done: Callable[[dict[str, Outcome]], None],
-    ) -> None:
-        for key, messages in waiting:
-            done({key: await self._ask(client, messages)})
 
     async def _ask(self, client: openai.AsyncOpenAI, messages: Messages, retries: int = 0) -> Outcome:
         """One request with the client's retries."""

@@ -17,7 +17,6 @@ again. Imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 BRACKET = re.compile(r"(?<!\w)\[\[\s*([ABC])\s*\]\](?!\w)", re.IGNORECASE)
 VERDICTS = {"A": "A", "B": "B", "C": "tie"}
@@ -112,16 +111,13 @@ def read_verdict(text: str) -> str | None:
     """A | B | tie, or None if the reply has no verdict or an ambiguous one."""
     text = THOUGHT.split(text)[-1]
     text = THINKS.split(text)[0]  # thinking without an end: the reply was cut
-    repeated = [match.span() for match in REPEATED.finditer(text)]
-    fences = [match.span() for match in FENCE.finditer(text)]
-    uses = [
-        (bracket, _use(text, bracket, fences)) for bracket in BRACKET.finditer(text) if not _within(bracket, repeated)
-    ]
-    counted = {bracket.start(): use for bracket, use in uses if use}
-    groups = _groups(text, [bracket for bracket, use in uses if use])
+    repeated, fences = ([match.span() for match in pattern.finditer(text)] for pattern in (REPEATED, FENCE))
+    brackets = [bracket for bracket in BRACKET.finditer(text) if _around(bracket, repeated) is None]
+    uses = {bracket: use for bracket in brackets if (use := _use(text, bracket, fences))}
+    groups = _groups(text, list(uses))
     said = [bracket for group in groups if len({_letter(one) for one in group}) == 1 for bracket in group]
-    strongest = max((counted[bracket.start()] for bracket in said), default=0)
-    return _settled(text, [bracket for bracket in said if counted[bracket.start()] == strongest])
+    strongest = max((uses[bracket] for bracket in said), default=0)
+    return _settled(text, [bracket for bracket in said if uses[bracket] == strongest])
 
 
 def _settled(text: str, said: list[re.Match[str]]) -> str | None:
@@ -143,8 +139,8 @@ def _letter(bracket: re.Match[str]) -> str:
     return bracket[1].upper()
 
 
-def _within(bracket: re.Match[str], spans: list[tuple[int, int]]) -> bool:
-    return any(begin <= bracket.start() < end for begin, end in spans)
+def _around(bracket: re.Match[str], spans: list[tuple[int, int]]) -> tuple[int, int] | None:
+    return next((span for span in spans if span[0] <= bracket.start() < span[1]), None)
 
 
 def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> int:
@@ -157,7 +153,7 @@ def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> in
     clause = re.split(r"[,;:—–(]", part)[-1]
     if NEGATED.search(clause) or CONCEDED.search(clause) or HYPOTHETICAL.search(part):
         return 0
-    fence = next((span for span in fences if span[0] <= bracket.start() < span[1]), None)
+    fence = _around(bracket, fences)
     if fence is not None and (_led_in(text[: fence[0]]) or not NOTHING_ELSE.fullmatch(text[slice(*fence)])):
         return 0
     line = text.rfind("\n", 0, bracket.start()) + 1
@@ -196,35 +192,27 @@ def _led_in(before: str) -> bool:
 def _quotation(before: str) -> int | None:
     """Characters from a quotation's start to the bracket inside it; None outside quotations."""
     places = [before.rfind(mark) for mark in '"`' if before.count(mark) % 2]
-    places += [
-        before.rfind(opening)
-        for opening, closing in ("“”", "«»", "‘’")
-        if before.rfind(opening) > before.rfind(closing)
-    ]
-    single = re.search(r"(?<!\w)'[^']*$", before)
-    places += [single.start()] if single else []
+    places += [before.rfind(pair[0]) for pair in ("“”", "«»", "‘’") if before.rfind(pair[0]) > before.rfind(pair[1])]
+    places += [single.start() for single in re.finditer(r"(?<!\w)'[^']*$", before)]
     return len(before) - min(places) if places else None
 
 
 def _declared(text: str, bracket: re.Match[str]) -> bool:
     """Whether a bracket is a sentence or a line of its own, or the text calls it the verdict."""
-    before = _sentence(text, bracket)
-    alone = LINE_START.fullmatch(before) is not None and re.match(
-        rf"[{QUOTES}\]}})$.!\s]*(\n|\Z)", text[bracket.end() : bracket.end() + 40]
-    )
+    before, after = _sentence(text, bracket), text[bracket.end() : bracket.end() + 40]
+    alone = LINE_START.fullmatch(before) and re.match(rf"[{QUOTES}\]}})$.!\s]*(\n|\Z)", after)
     return bool(alone) or CUE.search(before) is not None
 
 
-def _groups(text: str, brackets: list[re.Match[str]]) -> Iterator[list[re.Match[str]]]:
+def _groups(text: str, brackets: list[re.Match[str]]) -> list[list[re.Match[str]]]:
     """Brackets grouped by sentence or list."""
-    group: list[re.Match[str]] = []
+    groups: list[list[re.Match[str]]] = []
     for bracket in brackets:
-        if group and not _together(text, group[-1], bracket):
-            yield group
-            group = []
-        group.append(bracket)
-    if group:
-        yield group
+        if groups and _together(text, groups[-1][-1], bracket):
+            groups[-1].append(bracket)
+        else:
+            groups.append([bracket])
+    return groups
 
 
 def _together(text: str, first: re.Match[str], second: re.Match[str]) -> bool:
@@ -233,9 +221,6 @@ def _together(text: str, first: re.Match[str], second: re.Match[str]) -> bool:
     before, newline, after = gap.rpartition("\n")
     if len(gap) > LONGEST_GAP or (newline and not LINE_START.fullmatch(after)):
         return False
-    lines = (
-        bool(newline)
-        and "\n" not in before
-        and LINE_START.fullmatch(text[max(0, first.start() - 8) : first.start()].rpartition("\n")[2])
-    )
+    start = text[max(0, first.start() - 8) : first.start()].rpartition("\n")[2]
+    lines = newline and "\n" not in before and LINE_START.fullmatch(start)
     return bool(lines) or SENTENCE_END.search(before + newline if newline else gap) is None

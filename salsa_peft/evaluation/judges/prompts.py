@@ -126,18 +126,13 @@ def fastchat(prompts: Mapping[str, Mapping[str, str]], comparison: Comparison) -
         f"evaluate.judge.prompt: FastChat's prompts cover at most 2 turns, and a question has {len(comparison.turns)};"
         " set evaluate.judge.prompt=figure7",
     )
-    several = len(comparison.turns) == 2
-    references = list(comparison.references or ())[: len(comparison.turns)]
-    by_reference = (
-        comparison.category in NEED_REFERENCES and len(references) == len(comparison.turns) and all(references)
-    )
-    name = ("pair-math-v1" if by_reference else "pair-v2") + ("-multi-turn" if several else "")
-    if several:
-        values = {f"{key}_{turn}": text for key, texts in (("question", comparison.turns), ("answer_a", comparison.a), ("answer_b", comparison.b))
-                  for turn, text in enumerate(texts, 1)}  # fmt: skip
-    else:
-        values = {"question": comparison.turns[0], "answer_a": comparison.a[0], "answer_b": comparison.b[0]}
-    values |= {f"ref_answer_{turn}": text for turn, text in enumerate(references, 1)}
+    count = len(comparison.turns)
+    references = list(comparison.references or ())[:count]
+    by_reference = comparison.category in NEED_REFERENCES and len(references) == count and all(references)
+    name = ("pair-math-v1" if by_reference else "pair-v2") + ("-multi-turn" if count == 2 else "")
+    values = {f"ref_answer_{turn}": text for turn, text in enumerate(references, 1)}
+    for key, texts in (("question", comparison.turns), ("answer_a", comparison.a), ("answer_b", comparison.b)):
+        values |= {f"{key}_{turn}" if count == 2 else key: text for turn, text in enumerate(texts, 1)}
     return JudgePrompt(name, prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**values))
 
 
@@ -156,6 +151,5 @@ def _clean(comparison: Comparison) -> Comparison:
         return tuple(text.encode("utf-8", "replace").decode("utf-8") for text in texts)
 
     references = None if comparison.references is None else clean(tuple(text or "" for text in comparison.references))
-    return comparison._replace(
-        turns=clean(comparison.turns), a=clean(comparison.a), b=clean(comparison.b), references=references
-    )
+    turns, a, b = map(clean, (comparison.turns, comparison.a, comparison.b))
+    return comparison._replace(turns=turns, a=a, b=b, references=references)

@@ -136,11 +136,8 @@ def _message(role: str, text: str) -> dict[str, str]:
 
 
 def _conversation(turns: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    return [
-        message
-        for turn, answer in zip(turns, answers, strict=True)
-        for message in (_message("user", turn), _message("assistant", answer))
-    ]
+    both = zip(turns, answers, strict=True)
+    return [message for turn, answer in both for message in (_message("user", turn), _message("assistant", answer))]
 
 
 def _openai(section: Judge, cache: Path | None, say: Say) -> PairwiseJudge:

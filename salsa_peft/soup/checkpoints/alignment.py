@@ -105,8 +105,7 @@ def _differing_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 def check_tied(checkpoint: Checkpoint) -> None:
     """Raise SalsaError if the files have other values for output embeddings that config.json ties."""
-    differing = _differing_head(checkpoint) if checkpoint.tied else None
-    if differing is not None:
+    if checkpoint.tied and (differing := _differing_head(checkpoint)) is not None:
         head, embeddings = differing
         raise SalsaError(
             f"{checkpoint.tensors[head].file.path}: {head} differs from {embeddings}, though config.json says that they are tied; save the"

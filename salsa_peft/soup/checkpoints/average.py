@@ -1,9 +1,8 @@
 """The weighted sum of full checkpoints, streamed in pieces of a few MB that bound the memory.
 
-The soup has the shards, headers, dtypes and configuration of the first member. If another member has output embeddings of its own and
-the first has them tied to the input embeddings, the soup has that member's layout. Members may differ in shards, in float dtypes and in
-the names of the same tensors (alignment.py). Left out: quantised weights, members of another architecture or vocabulary. Torch is
-imported only if names or configurations differ.
+The soup has the shards, headers, dtypes and configuration of the first member, or of the member that is chosen in
+alignment.py. Members may differ in shards, in float dtypes and in the names of the same tensors. Left out: quantised
+weights. Torch is imported only if names or configurations differ.
 """
 
 from __future__ import annotations

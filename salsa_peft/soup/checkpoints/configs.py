@@ -48,9 +48,8 @@ def check_alike(head: Mapping[str, Any], other: Mapping[str, Any], head_path: Pa
         for field in sorted(_plain(head).keys() & _plain(other).keys()):
             require(head[field] == other[field], _line(field, other[field], head[field], other_path, head_path))
         return
-    first, second = (
-        tensor_names.read_config(config, str(path)) for config, path in ((head, head_path), (other, other_path))
-    )
+    first = tensor_names.read_config(head, str(head_path))
+    second = tensor_names.read_config(other, str(other_path))
     found = difference(first, second)
     if found is not None:
         raise SalsaError(_line(found[0], found[2], found[1], other_path, head_path))
@@ -126,9 +125,8 @@ def _same_activation(first: str, second: str) -> bool:
     if first not in ACT2FN or second not in ACT2FN:
         return False
     values = torch.linspace(-12, 12, 4097, dtype=torch.float64)
-    one, two = (
-        ACT2FN[name].double() if isinstance(ACT2FN[name], torch.nn.Module) else ACT2FN[name] for name in (first, second)
-    )
+    given = (ACT2FN[first], ACT2FN[second])
+    one, two = (function.double() if isinstance(function, torch.nn.Module) else function for function in given)
     return bool(torch.allclose(one(values), two(values), rtol=1e-6, atol=1e-6))
 
 

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import itertools
 import math
-import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,19 +113,17 @@ def stream(
     plan = SumPlan(len(members), weights, pivot)
     runs = runs_of(names, members, members[pivot] if layout is None else layout)
     total = [0.0] * len(plan.pairs)
-    idle: queue.SimpleQueue[BlockSums] = queue.SimpleQueue()
-    for _ in range(THREADS):
-        idle.put(BlockSums(plan, BLOCK))
+    local = threading.local()
+
+    def start() -> None:
+        local.sums = BlockSums(plan, BLOCK)
+
     paths = {place.file.path for run in runs for place in run.places}
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(THREADS) as pool:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(THREADS, initializer=start) as pool:
         files = {path: stack.enter_context(path.open("rb", buffering=0)).fileno() for path in paths}
 
         def work(piece: Piece) -> list[float]:
-            sums = idle.get()
-            try:
-                return _add_piece(piece, sums, files, write)
-            finally:
-                idle.put(sums)
+            return _add_piece(piece, local.sums, files, write)
 
         for piece, products in _in_order(pool, work, pieces(runs, PIECE)):
             total = [a + b for a, b in zip(total, products, strict=True)]

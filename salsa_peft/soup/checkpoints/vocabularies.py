@@ -82,14 +82,13 @@ def vocabulary_of(folder: Path) -> dict[str, int] | None:
 
 
 def vocabulary(path: Path) -> dict[str, int]:
-    """Token → id of a tokenizer.json, a tokenizer.model, or a vocab.json with its added_tokens.json."""
-    if path.suffix == ".model":
-        return _pieces(path)
+    """Token → id of a tokenizer.json, or of a tokenizer.model or vocab.json with its added_tokens.json."""
+    if path.suffix == ".model" or path.name == "vocab.json":
+        listed = _pieces(path) if path.suffix == ".model" else read_mapping(path)
+        beside = path.with_name("added_tokens.json")
+        return listed | (read_mapping(beside) if beside.is_file() else {})
     content = read_mapping(path)
     model, added = content.get("model"), content.get("added_tokens")
-    if path.name == "vocab.json":
-        beside = path.with_name("added_tokens.json")
-        return content | (read_mapping(beside) if beside.is_file() else {})
     given = model.get("vocab") if isinstance(model, dict) else None
     pairs: list[tuple[Any, Any]] = list(given.items()) if isinstance(given, dict) else []
     if isinstance(given, list):  # Unigram: [token, score] in the order of ids
@@ -102,7 +101,7 @@ def vocabulary(path: Path) -> dict[str, int]:
 
 
 def _pieces(path: Path) -> dict[str, int]:
-    """Token → id of a tokenizer.model and the added_tokens.json beside it.
+    """Token → id of a tokenizer.model.
 
     The file is SentencePiece's ModelProto: its first field has the pieces in the order of ids, and a piece's first field has its text.
     """
@@ -116,8 +115,7 @@ def _pieces(path: Path) -> dict[str, int]:
     except (IndexError, KeyError, ValueError, StopIteration) as error:
         raise SalsaError(refusal) from error
     require(bool(texts), refusal)
-    beside = path.with_name("added_tokens.json")
-    return {text: number for number, text in enumerate(texts)} | (read_mapping(beside) if beside.is_file() else {})
+    return {text: number for number, text in enumerate(texts)}
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:

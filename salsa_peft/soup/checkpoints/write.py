@@ -42,16 +42,13 @@ class Output:
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file that goes with the weights."""
         self.names[name] = None
-        path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, content)
+        write_atomic(self.folder / name, content)
 
     def finish(self, config: bytes | str, summary: Mapping[str, Any]) -> None:
         """Write soup.json and config.json, remove an earlier soup, and move the new files into the target."""
         listed = dict(summary) | {"files": [*self.names, CONFIG]}
-        text = json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         others = [*self.names]
-        self.write(SUMMARY, text)
+        self.write(SUMMARY, json.dumps(listed, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         self.write(CONFIG, config)
         _remove_soup(self.target)
         for name in (SUMMARY, *others):  # the summary first: it tells the next run which files are ours

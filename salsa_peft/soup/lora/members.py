@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from salsa_peft.soup.checkpoints.vocabularies import check_vocabulary, vocabular
 from salsa_peft.soup.lora.read import MORE_TEMPLATES, TOKENIZER
 from salsa_peft.soup.lora.tensors import Member
 from salsa_peft.utils.errors import SalsaError, require
-from salsa_peft.utils.files import replacing, write_atomic
+from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.fingerprints import FINGERPRINT, base_fingerprint, sha256
 
 logger = logging.getLogger(__name__)
@@ -147,7 +146,8 @@ def tokenizer_of(members: Sequence[Member]) -> TokenizerSource | None:
     tokens = {token for vocabulary in vocabularies.values() for token in vocabulary}
     chosen = next((m for m in known if len(vocabularies[m.name]) == len(tokens)), None if known else have[0])
     if chosen is None:
-        first, odd = known[0], next(token for token in sorted(tokens) if token not in vocabularies[known[0].name])
+        first = known[0]
+        odd = min(tokens - vocabularies[first.name].keys())
         other = next(member for member in known if odd in vocabularies[member.name])
         raise SalsaError(
             f"{other.folder / VOCABULARY}: token {odd!r:.40} is missing in {first.folder}, which has tokens that are"
@@ -216,11 +216,9 @@ def template_of(folder: Path) -> str | None:
 
 def write_tokenizer(tokenizer: TokenizerSource, folder: Path) -> None:
     """Copy the tokenizer's files into the soup's folder."""
-    names = [name for name in TOKENIZER if (tokenizer.folder / name).is_file()]
-    more = sorted((tokenizer.folder / MORE_TEMPLATES).glob("*.jinja"))
-    for name in (*names, *(f"{MORE_TEMPLATES}/{path.name}" for path in more)):
-        with replacing(folder / name) as temporary:
-            shutil.copyfile(tokenizer.folder / name, temporary)
+    for pattern in (*TOKENIZER, f"{MORE_TEMPLATES}/*.jinja"):
+        for path in tokenizer.folder.glob(pattern):
+            write_atomic(folder / path.relative_to(tokenizer.folder), path.read_bytes())
     if tokenizer.written is not None:
         write_atomic(folder / TEMPLATE, tokenizer.written)
 

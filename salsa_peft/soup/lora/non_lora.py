@@ -110,10 +110,8 @@ def values(members: Sequence[Member], i: int, name: str) -> Array:
 
 def wrapped(name: str, wrappers: Mapping[str, int]) -> str:
     """The name of a parameter or module in a model where PEFT has wrapped some of the modules above it."""
-    parts = name.split(".")
-    found: list[str] = []
-    for i, part in enumerate(parts):
-        found.append(part)
-        if i < len(parts) - 1:
-            found += ["base_layer"] * wrappers.get(".".join(parts[: i + 1]), 0)
-    return ".".join(found)
+    *parents, found = name.split(".")
+    for depth in range(len(parents), 0, -1):
+        wraps = wrappers.get(".".join(parents[:depth]), 0)
+        found = ".".join([parents[depth - 1], *["base_layer"] * wraps, found])
+    return found

@@ -34,11 +34,7 @@ SCORE_HEAD = "score.weight"
 
 
 class StackedAdapter:
-    """Several LoRA adapters of one base as one adapter of rank Σ r_i.
-
-    Each member is a block of columns of B. Another point on the line or plane between members only rescales these
-    blocks.
-    """
+    """Several LoRA adapters as one, each a block of columns of B that is rescaled by the member's weight."""
 
     def __init__(self, members: Sequence[Member], stacks: Stacks) -> None:
         self.members = tuple(members)

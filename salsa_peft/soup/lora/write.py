@@ -175,9 +175,8 @@ def factors(stacks: Stacks, weights: Sequence[float], code: str, ranks: dict[str
         totals.norms[module] = max(float(np.array(weights) @ gram @ np.array(weights)), 0.0)
         if ranks[module] < shape.rank:
             cut = [recompress(block, stack.coefficients(weights), ranks[module] // shape.groups) for block in blocks]
-            A, B = (
-                np.stack(half) if shape.blocks > 1 else half[0] for half in ([c.A for c in cut], [c.B for c in cut])
-            )
+            halves = ([c.A for c in cut], [c.B for c in cut])
+            A, B = (np.stack(half) if shape.blocks > 1 else half[0] for half in halves)
             totals.lost[module], totals.norms[module] = sum(c.lost for c in cut), sum(c.norm for c in cut)
         else:
             A, B = stack.A, stack.weighted_B(weights)

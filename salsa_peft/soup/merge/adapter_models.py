@@ -36,14 +36,13 @@ def blank_model(architecture: type[PreTrainedModel], config: PreTrainedConfig) -
     with torch.device("meta"), no_init_weights(), meta_device_safe_creation_ops():
         model = architecture(config)
     model.tie_weights()
-    blanks: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
+    blanks: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, given in module._parameters.items():
             if given is not None:
-                if id(given) not in blanks:
-                    blank = torch.nn.Parameter(torch.zeros(()).expand(given.shape), requires_grad=False)
-                    blanks[id(given)] = (given, blank)
-                module._parameters[name] = blanks[id(given)][1]
+                if given not in blanks:
+                    blanks[given] = torch.nn.Parameter(torch.zeros(()).expand(given.shape), requires_grad=False)
+                module._parameters[name] = blanks[given]
     return model
 
 

@@ -4,9 +4,8 @@
 
 PEFT merges each member (adapter_models.py), a few modules at a time, so the mean is exact for whatever PEFT merges: LoRA, DoRA,
 modules_to_save, trained tokens, experts. Layout, names, dtypes and files are the base's; the tokenizer is the first member's that has one.
-The layout changes only for rows of tokens that were added in training, and for output embeddings that are no longer tied. A base in
-bitsandbytes' 4 bits is dequantised; `quantized_base` quantises a plain base to 4 bits and back first, since a QLoRA adapter was trained on
-those values (quantised_bases.py). Left out: heads that the base has no tensor for.
+The layout changes only for rows of tokens that were added in training, and for output embeddings that are untied.
+Bases in 4 bits are in quantised_bases.py. Left out: heads that the base has no tensor for.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def merge(
             output.write(INDEX, layout.index())
         _write_tokenizer(output, checkpoint, tokenizer)
         summary: dict[str, Any] = {"kind": "merged", "strategy": strategy, "base": str(checkpoint.folder)}
-        summary |= _summary(read, loaded, numbers, figures) | source.summary()
+        summary |= _summary(read, loaded, numbers, figures) | source.summary
         summary |= {"replaced": plan.replaced(), "rows": loaded.rows, "untied": plan.untied is not None}
         summary |= {"tokenizer": None if tokenizer is None else tokenizer.summary(), "parameters": layout.parameters}
         summary |= {"rounding": relative_norm(figures.lost, figures.delta), "bytes": layout.size}

@@ -150,19 +150,16 @@ def _lora_config(member: Member) -> LoraConfig:
 
 def _rows(model: PreTrainedModel, member: Member) -> int | None:
     """The number of rows of the embeddings in training, if the adapter's tensors show it."""
-    parts = {
-        id(part): kind
-        for kind, part in (("in", model.get_input_embeddings()), ("out", model.get_output_embeddings()))
-        if part
-    }
-    leaves = {name.rpartition(".")[2]: parts[id(m)] for name, m in model.named_modules() if id(m) in parts}
+    head = model.get_output_embeddings()
+    parts = (model.get_input_embeddings(), head)
+    leaves = {name.rpartition(".")[2]: module is head for name, module in model.named_modules() if module in parts}
     for key, entry in member.file.entries.items():
-        for leaf, kind in leaves.items():
+        for leaf, is_head in leaves.items():
             _, found, rest = key.rpartition(f".{leaf}.")
             if not found:
                 continue
             if rest.endswith("lora_embedding_A"):
                 return entry.shape[1]
-            if (rest.endswith("weight") and "lora_" not in rest) or (kind == "out" and rest.startswith("lora_B")):
+            if (rest.endswith("weight") and "lora_" not in rest) or (is_head and rest.startswith("lora_B")):
                 return entry.shape[0]
     return None

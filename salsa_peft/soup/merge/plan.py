@@ -126,9 +126,8 @@ class Plan:
                 len(found.unknown) - 1, self.names,
             )  # fmt: skip
         present = {self.first[name] for name in found.blocks if name in self.first}
-        missing = next(
-            (n for n, first in self.first.items() if first not in present and n not in self.names.tied), None
-        )
+        lacking = (n for n, first in self.first.items() if first not in present and n not in self.names.tied)
+        missing = next(lacking, None)
         require(
             missing is None,
             f"{folder}: the base has no tensor {missing}, so {self.names} would initialise it at random; save the base again",

@@ -33,10 +33,8 @@ class PlainBase:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-
-    def summary(self) -> dict[str, Any]:
+        self.summary: dict[str, Any] = {"quantized_base": None}
         """The part of soup.json that says what was done to the base."""
-        return {"quantized_base": None}
 
     def config(self) -> bytes | str:
         """The content of the merge's config.json."""
@@ -76,15 +74,12 @@ class Requantised(PlainBase):
 
     def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
         super().__init__(checkpoint)
-        self.kind = kind
+        self.double = DOUBLE[kind]
         self.linears = {name for name, place in checkpoint.tensors.items() if len(place.entry.shape) == 2 and name.endswith(".weight")
                         and not any(part in name for part in NO_LINEARS)}  # fmt: skip
         logger.warning("%s: %d linear layers are quantised to %s and back, since the adapters were trained on that", checkpoint.folder,
                        len(self.linears), kind)  # fmt: skip
-
-    def summary(self) -> dict[str, Any]:
-        """As PlainBase.summary."""
-        return {"quantized_base": self.kind, "requantised": len(self.linears)}
+        self.summary = {"quantized_base": kind, "requantised": len(self.linears)}
 
     def pieces(self, name: str, elements: int) -> Iterator[tuple[int, torch.Tensor]]:
         """As PlainBase.pieces."""
@@ -92,7 +87,7 @@ class Requantised(PlainBase):
             return super().pieces(name, elements)
         library = _bitsandbytes(self.checkpoint)
         weight = self.checkpoint.read(name)
-        packed, state = library.quantize_4bit(weight, quant_type="nf4", compress_statistics=DOUBLE[self.kind])
+        packed, state = library.quantize_4bit(weight, quant_type="nf4", compress_statistics=self.double)
         return _rows(library.dequantize_4bit(packed, state).to(weight.dtype), elements)
 
 
@@ -102,9 +97,8 @@ class Dequantised(PlainBase):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         given = checkpoint.config["quantization_config"]
-        self.code = safetensors_dtype(
-            getattr(torch, str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch."))
-        )
+        dtype = str(given.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
+        self.code = safetensors_dtype(getattr(torch, dtype))
         marker = ".quant_state.bitsandbytes__"
         states = {name.partition(marker)[0]: name for name in checkpoint.tensors if marker in name}
         self.shapes = {
@@ -115,14 +109,8 @@ class Dequantised(PlainBase):
         logger.warning(
             "%s: its %d weights in 4 bits are dequantised to %s", checkpoint.folder, len(states), NAMES[self.code]
         )
-
-    def summary(self) -> dict[str, Any]:
-        """As PlainBase.summary."""
-        return {
-            "quantized_base": "bitsandbytes 4 bits, dequantised",
-            "dequantised": len(self.shapes),
-            "dtype": NAMES[self.code],
-        }
+        self.summary = {"quantized_base": "bitsandbytes 4 bits, dequantised"}
+        self.summary |= {"dequantised": len(self.shapes), "dtype": NAMES[self.code]}
 
     def config(self) -> str:
         """The configuration without its quantisation."""

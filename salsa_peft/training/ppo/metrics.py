@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from salsa_peft.training.ppo.config import SalsaPPOConfig
     from salsa_peft.training.ppo.rollout import Rollout
+    from salsa_peft.training.ppo.state import PPOState
 
 
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "eval_completions.jsonl"
@@ -35,35 +36,31 @@ PIPE_WIDTH = 160
 """Columns of the table of samples where it is not printed to a terminal."""
 
 
-def metrics(
-    rollout: Rollout, totals: Sequence[Sequence[float]], *, update: int, batch_size: int, kl_coef: float, skipped: int
-) -> dict[str, float]:
+def metrics(rollout: Rollout, state: PPOState, batch_size: int) -> dict[str, float]:
     """Metrics of an update under TRL's names. KL and entropy are sums over a response, in nats.
 
-    totals: for each optimizer step that was made, PPOLoss's fields summed over micro-steps and processes. update: its
-    number, from 1. batch_size: responses per update. kl_coef: β in this update. skipped: minibatches of the run that
-    were skipped.
+    batch_size: responses per update.
     """
     responses, mask = rollout.responses, rollout.responses.response_mask
     kl, score = rollout.kl.sum(-1).mean().item(), rollout.scores.mean().item()
-    per_step = torch.tensor(totals, dtype=torch.float64)
+    per_step = torch.tensor(state.totals, dtype=torch.float64)
     mean = losses.PPOLoss(*per_step.mean(0).tolist())
     ratios = per_step[:, losses.PPOLoss._fields.index("ratio")]
     return {
-        "update": update,
-        "episode": update * batch_size,
+        "update": state.update,
+        "episode": state.update * batch_size,
         "objective/scores": score,
         "objective/kl": kl,
-        "objective/kl_coef": kl_coef,
+        "objective/kl_coef": state.kl_coef,
         "objective/entropy": rollout.entropy.sum(-1).mean().item(),
-        "objective/non_score_reward": -kl_coef * kl,
-        "objective/rlhf_reward": score - kl_coef * kl,
+        "objective/non_score_reward": -state.kl_coef * kl,
+        "objective/rlhf_reward": score - state.kl_coef * kl,
         "objective/response_length": responses.lengths.float().mean().item(),
         "objective/empty_share": responses.empty.float().mean().item(),
         "objective/repetition": repetition(responses.response_ids, mask),
         "policy/approxkl_avg": mean.approxkl,  # type: ignore[dict-item]
         "policy/clipfrac_avg": mean.clipfrac,  # type: ignore[dict-item]
-        "policy/skipped_minibatches": skipped,
+        "policy/skipped_minibatches": state.skipped,
         "loss/policy_avg": mean.policy,  # type: ignore[dict-item]
         "loss/value_avg": mean.value,  # type: ignore[dict-item]
         "val/clipfrac_avg": mean.value_clipfrac,  # type: ignore[dict-item]
@@ -101,11 +98,12 @@ class LogFiles:
         if self.begun:
             return None
         self.begun = True
-        earlier = {file: self.own.get(file.name, file.stat().st_size) for file in self._existing()}
-        if not any(earlier.values()):
+        sizes = {file: self.own.get(file.name, file.stat().st_size) for file in self._existing()}
+        earlier = {file: size for file, size in sizes.items() if size}
+        if not earlier:
             return None
         number = self._free_number()
-        for file, size in ((file, size) for file, size in earlier.items() if size):
+        for file, size in earlier.items():
             kept = numbered(file, number)
             file.rename(kept)
             own = kept.read_bytes()[size:]

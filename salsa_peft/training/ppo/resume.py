@@ -27,7 +27,7 @@ from salsa_peft.models.rewards.reward import Reward, RunningScale
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo.guards import GuardMonitor
 from salsa_peft.training.ppo.metrics import LogFiles
-from salsa_peft.training.ppo.rollout import Rollout
+from salsa_peft.training.ppo.rollout import Rollout, on_cpu
 from salsa_peft.training.ppo.state import PPOState
 from salsa_peft.training.references import FrozenReference
 from salsa_peft.utils import files
@@ -186,7 +186,7 @@ class RunCheckpoints:
         if is_best:
             trainer_state.save_to_json(str(made / TRAINER_STATE_NAME))
         if self.state.rollout is not None:
-            save_file(self.state.rollout.tensors(), made / ROLLOUT)
+            save_file(on_cpu(self.state.rollout.tensors()), made / ROLLOUT)
         if synced := reference_sync.state_dict(self.policy, self.references):
             save_file(synced, made / REFERENCES)
         content = {"saved": checkpoints.next_number(self.folder), **self.state_dict()}

@@ -66,9 +66,9 @@ class Rollout(NamedTuple):
     returns: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, for a checkpoint."""
+        """All tensors by name."""
         named = {**self._asdict(), **self.responses._asdict()}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if name != "responses"}
+        return {name: tensor for name, tensor in named.items() if name != "responses"}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Rollout:
@@ -76,6 +76,11 @@ class Rollout(NamedTuple):
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         responses = Responses(*(moved[name] for name in Responses._fields))
         return cls(responses, *(moved[name] for name in cls._fields if name != "responses"))
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors saves them: contiguous and on the CPU."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 class NotFinite(SalsaError):
@@ -121,9 +126,9 @@ class RolloutMaker:
                 lambda: self._score(responses, recorded), len(prompts)
             )
             scores = self._reward_scores(responses, [prompt.row for prompt in prompts])
-        made = {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
-        for what, tensor in zip(("score", "log-prob", "value", "KL"), made.values(), strict=True):
-            self.require_finite(what, tensor, responses, made)
+        made = responses._asdict() | {"scores": scores, "logprobs": logprobs, "values": values, "kl": kl}
+        for what, tensor in (("score", scores), ("log-prob", logprobs), ("value", values), ("KL", kl)):
+            self.require_finite(what, tensor, made)
         # 3. per-token rewards, whitened if whiten_rewards is set; advantages, whitened over the batch
         mask = responses.response_mask
         shaped = apply_score_options(scores, responses, args, self.scale)
@@ -271,24 +276,24 @@ class RolloutMaker:
             return parts
         return send_to_device(gather_object(send_to_device(parts, "cpu")), self.accelerator.device)
 
-    def require_finite(self, what: str, values: Tensor, responses: Responses, tensors: Mapping[str, Tensor]) -> None:
-        """Raise NotFinite if a value is NaN or infinite.
+    def require_finite(self, what: str, values: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Raise NotFinite if a value is NaN or infinite. batch: responses and other tensors, which are saved then.
 
-        The batch is saved in <output_dir>/not-finite: texts in batch.jsonl, all tensors in batch.safetensors.
+        The folder is <output_dir>/not-finite, with texts in batch.jsonl and the tensors in batch.safetensors.
         """
         bad = ~torch.isfinite(values)
         if not bool(bad.any()):
             return
         folder = Path(str(self.args.output_dir)) / "not-finite"
         folder.mkdir(parents=True, exist_ok=True)
-        prompts = decode(self.tokenizer, responses.prompt_ids, responses.prompt_mask, special_tokens=True)
-        answers = decode(self.tokenizer, responses.response_ids, responses.response_mask, special_tokens=True)
+        prompts, answers = (
+            decode(self.tokenizer, batch[f"{part}_ids"], batch[f"{part}_mask"], special_tokens=True)
+            for part in ("prompt", "response")
+        )
         rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / "batch.jsonl").write_text(lines, encoding="utf-8")
-        named = {**responses._asdict(), **tensors}
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-        save_file(contiguous, folder / "batch.safetensors")
+        save_file(on_cpu(batch), folder / "batch.safetensors")
         raise NotFinite(
             f"{what}: PPO computed {values[bad].flatten()[0].item()}. No checkpoint was saved; the batch is in {folder}"
         )

@@ -28,7 +28,7 @@ from salsa_peft.models.adapters import forward
 from salsa_peft.models.base import causal_lm, remove_dropout
 from salsa_peft.models.responses import response_logprobs, response_values
 from salsa_peft.models.rewards.reward import Reward, as_reward
-from salsa_peft.models.value_head import PolicyWithValueHead, load_policy, save_policy, train_only, with_value_head
+from salsa_peft.models.value_head import PolicyWithValueHead, load_policy, save_policy, with_value_head
 from salsa_peft.training import checkpoints, reference_sync
 from salsa_peft.training.ppo import losses
 from salsa_peft.training.ppo.backends import BACKENDS
@@ -93,9 +93,8 @@ class SalsaPPOTrainer(Trainer):
             " Pass a frozen adapter",
         )
         self.reward: Reward = as_reward(reward, model, processing_class)
-        policy = with_value_head(model, args.value, self.reward)
+        policy = with_value_head(model, self.policy_name, args.value, self.reward)
         remove_dropout(model)  # also that of adapters attached here
-        train_only(model, self.policy_name, policy.value_adapter)
         check_trained(model, processing_class, args)
         forward.install(model)
         frozen = [reference.model for reference in self.references if reference.model is not None]
@@ -261,8 +260,7 @@ class SalsaPPOTrainer(Trainer):
         if self.ppo.stopped_early:  # backward needs a loss; this one has a zero gradient, and the step is dropped
             return 0.0 * self.micro_batch_loss(model, rollout, rows[:1], tokens).loss
         result = self.micro_batch_loss(model, rollout, rows, tokens)
-        tensors = {**rollout.tensors(), "rows": rows.detach()}
-        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.responses, tensors)
+        self.rollout_maker.require_finite("loss", result.loss.detach(), rollout.tensors() | {"rows": rows})
         self.ppo.sums += torch.stack([field.detach() for field in result])
         return result.loss * self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -287,9 +285,7 @@ class SalsaPPOTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         assert self.ppo.rollout is not None
         number = torch.as_tensor(norm, dtype=torch.float32)
-        self.rollout_maker.require_finite(
-            "gradient norm", number, self.ppo.rollout.responses, self.ppo.rollout.tensors()
-        )
+        self.rollout_maker.require_finite("gradient norm", number, self.ppo.rollout.tensors())
         return norm
 
     # the end of an optimizer step and of an update
@@ -313,8 +309,7 @@ class SalsaPPOTrainer(Trainer):
         """Log the update, sync references, check the guards, and adapt β to the KL."""
         args, ppo, rollout = self.args, self.ppo, self.ppo.rollout
         assert rollout is not None
-        counts = {"update": ppo.update, "batch_size": args.batch_size, "skipped": ppo.skipped}
-        row = metrics(rollout, ppo.totals, kl_coef=ppo.kl_coef, **counts) | ppo.reward_metrics
+        row = metrics(rollout, ppo, args.batch_size) | ppo.reward_metrics
         error = reference_sync.sync(self.model.policy, self.policy_name, self.references, ppo.update)
         row |= {} if error is None else {"reference/error": error}
         if self.is_world_process_zero():
