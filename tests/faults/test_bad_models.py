@@ -195,8 +195,8 @@ class TestVocabulary:
     @pytest.mark.parametrize(
         ("options", "line"),
         [
-            ({"target_modules": ["q_proj", "embed_tokens"]}, r"seed holds .*embed_tokens.base_layer.weight, a trained copy of a module of the base"),
-            ({"modules_to_save": ["embed_tokens", "lm_head"]}, r"seed holds .*lm_head.weight, a trained copy of a module of the base"),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, r"seed: the adapter holds .*embed_tokens.base_layer.weight, a trained copy of a module of the base"),
+            ({"modules_to_save": ["embed_tokens", "lm_head"]}, r"seed: the adapter holds .*lm_head.weight, a trained copy of a module of the base"),
             ({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "trainable_token_indices is .*, so the adapter holds trained weights of the base"),
         ],
         ids=["LoRA on embeddings", "modules_to_save", "trained tokens"],

@@ -601,8 +601,8 @@ def naming(folder: Path, base: str) -> Path:
 
 
 OTHER_FAMILY: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"model_type": "mistral"}, "a mistral model, and the recipe's base {base} is a llama model. Use {other} as the base"),
-    "size": ({"num_hidden_layers": 7}, "which has num_hidden_layers 7, and the recipe's base {base} has 2. Use {other} as the base"),
+    "architecture": ({"model_type": "mistral"}, "a mistral model, but the recipe's base {base} is a llama model. Use {other} as the base"),
+    "size": ({"num_hidden_layers": 7}, "which has num_hidden_layers 7, but the recipe's base {base} has num_hidden_layers 2. Use {other} as the base"),
 }  # fmt: skip
 
 
@@ -646,10 +646,10 @@ def test_one_architecture_by_two_configurations_is_one_family(base: Path, tmp_pa
             (other / "config.json").write_text(json.dumps(own))
             assert require_same_family(folder, used, "it") is None
     (other / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "llama"}}))
-    with pytest.raises(SalsaError, match="a llama model, and it is a mistral model"):
+    with pytest.raises(SalsaError, match="a llama model, but it is a mistral model"):
         require_same_family(folder, {"model_type": "llava", "text_config": {"model_type": "mistral"}}, "it")
     assert require_same_family(naming(folder, "someone/of-the-hub"), text, "it") == "someone/of-the-hub"
-    with pytest.raises(SalsaError, match=r"mistralai/Mistral-7B-v0\.1, a mistral model, and it is a llama model"):
+    with pytest.raises(SalsaError, match=r"mistralai/Mistral-7B-v0\.1, a mistral model, but it is a llama model"):
         require_same_family(naming(folder, "mistralai/Mistral-7B-v0.1"), {"model_type": "llama"}, "it")
 
 
@@ -748,7 +748,10 @@ def test_hub_ids_that_are_not_at_hand_are_told_before_a_run_begins(
 def test_target_modules_that_the_base_lacks(base: Path, tmp_path: Path, salsa: Any) -> None:
     """By the plan where its files' headers say it; by the stage for a regular expression. PEFT would leave one out in silence."""
     said = plan(salsa, {"adapter.target_modules": ["q_porj", "v_proj"]}, "--lora")
-    assert "adapter.target_modules: the base has no module q_porj. It has " in said and " o_proj, q_proj, " in said
+    assert (
+        "adapter.target_modules: the base has no module q_porj. Use all-linear, or some of the base's modules: " in said
+        and " o_proj, q_proj, " in said
+    )
     model = loaded(base)
     sft.check_targets(Adapter(target_modules=["q_proj", "self_attn.v_proj", "layers.0.mlp.up_proj"]), model)
     sft.check_targets(Adapter(target_modules=r".*\.(q|v)_proj"), model)

@@ -1,7 +1,7 @@
 """LoRA forward without PEFT's temporary tensors, which adds scaling · B(A x) to W x in place.
 
-PEFT's forward allocates three tensors of the output's size in each layer and keeps one. On SmolLM2-135M (CPU, batches of
-4), this forward lowers PPO's peak memory by a sixth (2,511 MB → 2,116 MB) and forward and backward time by a twentieth.
+PEFT's forward allocates three tensors of the output's size in each layer and keeps one. On SmolLM2-135M (CPU, 4
+rows), this forward lowers PPO's peak memory by a sixth (2,511 MB → 2,116 MB) and forward and backward time by a twentieth.
 Layers with DoRA, dropout, biases, merged or quantised weights, and batches for several adapters use PEFT's forward.
 """
 
