@@ -86,7 +86,7 @@ WRONG = {
     "notes c0 c1": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten; choose an empty one or an earlier soup",
     "notes a0 a1 --merge --base base": "notes: this folder holds a.txt, b.txt, c.txt and 1 more but no soup.json, so it is not overwritten",
     "OUT mistral mistral --merge --base base": "mistral was trained on other, a mistral model, but base is a llama model",
-    "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, and base is",
+    "OUT mistral mistral --strategy greedy --measure json:dumps --base base": "mistral was trained on other, a mistral model, but base is",
     "OUT nowhere-known elsewhere": "elsewhere names the base '/home/someone/models/llama@main', nowhere-known names 'someone/llama@main'",
     "OUT a0 a1 --weights 1 -1 --normalize": "sum to 0, so they cannot be normalized",
     "OUT c0 c1 --weights .5,.6": "sum to 1.1, but the weights of checkpoints must sum to 1",

@@ -314,7 +314,7 @@ def test_what_would_be_ignored_or_wrong_is_refused(world: World, make_base: Any)
         use_reference(trainer, world.folder / "nothing")
     assert_reference(trainer, world, "seed-0")
     (soup / "fingerprint.json").write_text(json.dumps({"base": "0" * 64}))
-    with pytest.raises(SalsaError, match="these weights were trained on another base"):
+    with pytest.raises(SalsaError, match="these weights were trained on a base with the fingerprint"):
         use_reference(trainer, soup)
     assert_reference(trainer, world, "seed-0")
 
