@@ -622,7 +622,7 @@ class TestLengths:
         kept = prompts_that_fit(JOB, bench_of(tokenizer, 12, 7), rows)
         assert [row["prompt"][0]["content"] for row in kept] == ["owl", "owl owl"]
         assert "evaluate  2 of 4 rows left out: prompts longer than 5 tokens" in capsys.readouterr().err
-        with pytest.raises(SalsaError, match=r"^data\.prompts: no prompt has at most 3 tokens; raise"):
+        with pytest.raises(SalsaError, match=r"^data\.prompts: every prompt is longer than 3 tokens; raise"):
             prompts_that_fit(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
 
     def test_of_the_trainer(self, make_base: Any, tokenizer: Any, capsys: Any) -> None:
@@ -657,7 +657,7 @@ class TestTokenizers:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.eos_token = None
         chat_tokenizer.save_pretrained(tmp_path)
-        with pytest.raises(SalsaError, match="its tokenizer has no eos_token, which ends a response"):
+        with pytest.raises(SalsaError, match="the tokenizer has no eos_token, which is needed to end responses"):
             load_tokenizer(str(tmp_path))
         with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no eos_token"):
             check_tokenizer(chat_tokenizer, model)

@@ -219,7 +219,7 @@ except SalsaError as error:
     print(error)
     sys.exit()
 """)  # fmt: skip
-    assert "these weights were trained on another base" in python(
+    assert "these weights were trained on a base with the fingerprint" in python(
         server, tmp_path / "other", refused, str(tmp_path / "out")
     )
 

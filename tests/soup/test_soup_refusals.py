@@ -140,11 +140,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "LoRA-GA": (configure(init_lora_weights="lora_ga"), "'lora_ga', which changes the weights of the base"),
     "two adapters": (
         put(f"{Q0}.lora_A.default.weight", (2, 16)),
-        f"are both base_model.model.{Q0}.lora_A.weight: save the adapter again",
+        f"are two names of the tensor base_model.model.{Q0}.lora_A.weight; save the adapter again",
     ),
     "two adapters by name": (
         lambda m: [put(f"{Q0}.lora_A.{name}.weight", (2, 16))(m) for name in ("one", "two")],
-        "the tensors of 2 adapters (one, two) are in one file",
+        "the file has the tensors of 2 adapters (one, two), expected one",
     ),
     "pissa": (configure(init_lora_weights="pissa"), "'pissa', which changes the weights of the base"),
     "bad option": (configure(layers_pattern="layers", layers_to_transform=None), "is not a valid LoRA configuration"),
