@@ -302,7 +302,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
         assert "lora is a LoRA adapter, but this run uses full weights. Add --lora" in plan(
             salsa, {given: named(given, lora)}
         )
-        assert "full is a full checkpoint, but this run uses LoRA adapters. Run it without --lora" in plan(
+        assert "full is a full checkpoint, but this run uses LoRA adapters. Run without --lora" in plan(
             salsa, {given: named(given, full)}, "--lora"
         )
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
