@@ -286,7 +286,7 @@ def run_results(run: Path) -> Iterator[Finding]:
 
 
 def without_logins(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check's findings, without logins in URLs. If the check raises an error, the error is a finding."""
+    """A check's findings, without logins in URLs. An error that the check raises is also a finding."""
     hide = partial(re.sub, r"//[^/\s@]+@", "//…@")
     try:
         for finding in check():

@@ -80,8 +80,8 @@ def push(args: argparse.Namespace) -> int:
     require(base is None or REPO_ID.match(base) is not None, f"--base-model: found {short(base)}, {REPO_EXPECTED}")
     require(
         bool(names) or (not args.public and base is None),
-        "--public, --base-model: work only with items and --to; add these, such as soup --to namespace/name. Without items,"
-        " pending results are pushed with the options of the first attempt",
+        "--public, --base-model: work only with items and --to; add these, such as soup --to namespace/name. Without"
+        " items, pending results are pushed with the options of the first attempt",
     )
     repos = {name: to if len(names) == 1 else f"{to}-{name}" for name in names}
     for repo in repos.values():
@@ -145,7 +145,8 @@ def pull(repo: str, folder: str | None, revision: str | None) -> int:
         require(
             bool({CONFIG, "config.json"} & set(names))
             and any(name.endswith(".safetensors") and "/" not in name for name in names),
-            f"{repo}: has no adapter or checkpoint in safetensors, and other formats are not downloaded; choose another repository",
+            f"{repo}: has no adapter or checkpoint in safetensors, and other formats are not downloaded; choose another"
+            " repository",
         )
         found = Path(hub_push.with_retries(download, repo))
     except SalsaError as error:

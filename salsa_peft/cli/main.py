@@ -14,9 +14,9 @@ HELP = """usage: salsa COMMAND …
 
   salsa run RECIPE --lora [--set KEY=VALUE] [--dry-run] …   run a recipe, from the SFT seeds to the report
   salsa soup OUT MEMBER MEMBER …                            average adapters or checkpoints into one
-  salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure models on the line of two members or the plane of three
+  salsa landscape OUT MEMBER MEMBER [MEMBER] …              measure models on the line or plane through members
   salsa hub push RUN ITEM … --to NAMESPACE/NAME             push results to the Hub; salsa hub pull ID
-  salsa report RUN [RUN …] | --paper                        write the report of one or several runs, or show the paper's tables
+  salsa report RUN [RUN …] | --paper                        write the report of runs, or show the paper's tables
   salsa doctor [RUN]                                        check this machine, and the results of a run if given
 
 `salsa COMMAND --help` shows the options; `salsa --version` the version."""

@@ -20,9 +20,9 @@ from salsa_peft.utils.messages import one_line
 HELP = """usage: salsa report RUN [RUN …] | --paper
 
   salsa report RUN                             write the report of a finished run again, given its folder
-  salsa report RUN RUN … [--output-dir DIR]    write one report of several runs, in DIR or in `joined` beside the first run
+  salsa report RUN RUN … [--output-dir DIR]    write one report of several runs (default: joined/ beside the first run)
   salsa report RECIPE --lora …                 write the report of a finished run again, given `salsa run`'s arguments
-  salsa report --paper                         show the paper's Tables 1 to 5, recomputed from their counts, and contradictions"""
+  salsa report --paper                         show the paper's Tables 1 to 5 from their counts, and contradictions"""
 NO_RUN = "not the folder of a run, since it has no recipe.yaml"
 JOINED = "joined"
 """Name of the folder for the report of several runs, beside the folder of the first run."""
@@ -31,7 +31,7 @@ NARROWEST = 165
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `salsa report`. Returns 0, 2 for an error of the user, or the exit code of `salsa run`."""
+    """Run `salsa report`. Returns 0, 2 for an error of the user, or the exit code of `salsa run`."""
     words = list(sys.argv[1:] if argv is None else argv)
     if set(words) & {"-h", "--help"}:
         print(HELP)
@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _joined(names, words)
         if names is not None and names and not _is_recipe(names[0]):
             require(_is_run(names[0]), f"{names[0]}: {NO_RUN}")
-            require("--output-dir" not in words, f"--output-dir: works only with several runs; leave it out, since the report of one run goes into {names[0]}")  # fmt: skip
+            require(
+                "--output-dir" not in words,
+                "--output-dir: works only with several runs; leave it out, and the report goes into the run",
+            )
     except SalsaError as error:
         say(one_line(error))
         return 2
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _names(words: Sequence[str]) -> list[str] | None:
-    """The arguments that are not options. None if there is another option than --output-dir (`salsa run`'s)."""
+    """The names of runs or recipes; None if there is an option of `salsa run` besides --output-dir."""
     names, rest = [], iter(words)
     for word in rest:
         if word == "--output-dir":
@@ -104,8 +107,8 @@ def _joined(names: Sequence[str], words: Sequence[str]) -> int:
             gathered = gather(recipe, results, saved.read_text(encoding="utf-8"))
         except KeyError as error:
             raise SalsaError(
-                f"{name}: its results have no {error}, since an earlier version of salsa_peft made them; run the recipe again: salsa run"
-                f" {name}/recipe.yaml --output-dir {name}"
+                f"{name}: its results have no {error}, since an earlier version of salsa_peft made them; run the recipe"
+                f" again: salsa run {name}/recipe.yaml --output-dir {name}"
             ) from error
         found.append(Run(gathered, folder))
     out = Path(os.path.abspath(out_dir or found[0].folder.parent / JOINED))

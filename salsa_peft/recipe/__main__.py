@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None, *, stages: dict[str, Stage] = STAGES
             loaded = load_recipe(args.recipe, lora=args.lora, overrides=args.set, more=(check_local, check))
             folder = run_folder(loaded, args.output_dir)
             run(
-                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune, dry_run=args.dry_run, gpu=args.gpu,
-                debug=args.debug,
+                loaded, folder, stages=stages, only=args.stages, force=args.force, prune=args.prune,
+                dry_run=args.dry_run, gpu=args.gpu, debug=args.debug,
             )  # fmt: skip
             return 0
     except (SalsaError, StageError) as error:

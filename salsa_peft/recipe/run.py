@@ -223,7 +223,7 @@ def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
             why = plan[needed].why
             require(
                 why is None or needed in asked,
-                f"--stages: {name} needs {needed}, which is not finished ({why}); add {plan[needed].unit.stage} to --stages",
+                f"--stages: {name} needs {needed}, which is not finished ({why}); add {plan[needed].unit.stage} too",
             )
 
 

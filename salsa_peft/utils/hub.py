@@ -68,7 +68,8 @@ def readable_hub_errors(name: str) -> Iterator[None]:
 def explain_hub_error(error: BaseException, name: str | None = None) -> str | None:
     """Message for an error of the Hub or Transformers, with advice; None for any other error.
 
-    Transformers or datasets may have wrapped the error in one of theirs. name: the repository, for errors that do not name it.
+    Transformers or datasets may have wrapped the error in one of theirs. name: the repository, for errors that do not
+    name it.
     """
     if "huggingface_hub" not in sys.modules:
         return None

@@ -160,10 +160,10 @@ def sign_test(wins: int, losses: int) -> float:
 def sign_flip_test(nets: np.ndarray) -> float:
     """P-value of the exact two-sided sign-flip test of nets (wins − losses of each question, integers).
 
-    The p-value is P(|Σ ±net_g| ≥ |Σ net_g|) with random signs: under the null hypothesis, swapping the two models in all
-    turns of a question is as likely as not. The turns of a question may depend on each other; questions are independent. The
-    test is exact for any number of questions: nets are small integers, so the distribution of the sum is a convolution
-    of binomials, one for each size of net. With one judgment per question it is the sign test.
+    The p-value is P(|Σ ±net_g| ≥ |Σ net_g|) with random signs: under the null hypothesis, swapping the two models in
+    all turns of a question is as likely as not. The turns of a question may depend on each other; questions are
+    independent. The test is exact for any number of questions: nets are small integers, so the distribution of the sum
+    is a convolution of binomials, one for each size of net. With one judgment per question it is the sign test.
     """
     from scipy.stats import binom
 
@@ -253,10 +253,10 @@ def win_rates(wins: int, losses: int, ties: int) -> WinRates:
 def clustered_win_rates(nets: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[WinRates, str]:
     """Win rates of verdicts, and the method of their interval: "tango" or "bootstrap".
 
-    nets (N,): 1 (win), −1 (loss) or 0 (tie). clusters: the question of each verdict. With one judgment per question the result is that of `win_rates`. Otherwise the
-    interval is the bootstrap over questions, widened by `widen_to_tango`, and the test is the sign-flip test. If all
-    questions have the same rate, the interval is Tango's with one judgment per question, which is right for turns that depend on
-    each other completely.
+    nets (N,): 1 (win), −1 (loss) or 0 (tie). clusters: the question of each verdict. With one judgment per question the
+    result is that of `win_rates`. Otherwise the interval is the bootstrap over questions, widened by `widen_to_tango`,
+    and the test is the sign-flip test. If all questions have the same rate, the interval is Tango's with one judgment
+    per question, which is right for turns that depend on each other completely.
     """
     number = cluster_indices(clusters, nets.size)
     wins, losses = int((nets > 0).sum()), int((nets < 0).sum())
