@@ -170,8 +170,8 @@ def _check_free(taken: str | None, found: str, name: str, where: str) -> None:
 
 def _wrong_shape(where: str, name: str, given: Sequence[int], found: str, expected: Sequence[int]) -> str:
     return (
-        f"{where}: {name} has shape {list(given)}, but with config.json {found} in the model has"
-        f" {list(expected)}; correct the configuration, or save the model again with Transformers"
+        f"{where}: {name} has shape {list(given)}, but {found} in the model has {list(expected)} according to"
+        " config.json; correct the configuration, or save the model again with Transformers"
     )
 
 
