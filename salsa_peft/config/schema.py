@@ -175,7 +175,7 @@ class PPO(PPOOptions, Training):
     """PPO, the same for every policy. Temperature and response length are in the section `generation`."""
 
     # Options that SalsaPPOConfig shares are in PPOOptions, those of all training stages in Training, and those of the
-    # stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/saving.py names it.
+    # stage alone here. An option is compared on resume if REQUIRED or CHANGEABLE in training/ppo/resume.py names it.
 
     learning_rate: Positive = 2.0e-6
     """Peak learning rate. Paper A.3 (Gemma: 1e-7)."""
