@@ -59,7 +59,7 @@ class Finding(NamedTuple):
     name: str
     found: str
     advice: str | None = None
-    """What to do about a problem; None if all is well."""
+    """Advice if there is a problem, else None."""
 
 
 def error_text(error: Exception) -> str:
@@ -286,7 +286,7 @@ def run_results(run: Path) -> Iterator[Finding]:
 
 
 def without_logins(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """A check's findings, without logins in URLs. An error that the check raises is also a finding."""
+    """A check's findings, without logins in URLs. An error raised by the check is a finding too."""
     hide = partial(re.sub, r"//[^/\s@]+@", "//…@")
     try:
         for finding in check():
@@ -305,7 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run is not None:
         try:
             require(Path(run).is_dir(), f"{run}: no such folder; name a run's folder, such as runs/quickstart-lora")
-            require(Path(run, "recipe.yaml").is_file(), f"{run}: not a run's folder, since it has no recipe.yaml")
+            require(
+                Path(run, "recipe.yaml").is_file(),
+                f"{run}: not a run's folder, since it has no recipe.yaml; check the path",
+            )
         except (SalsaError, OSError) as error:
             say(one_line(str(error)))
             return 2

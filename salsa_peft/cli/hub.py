@@ -73,7 +73,9 @@ class HubFailure(Exception):
 def push(args: argparse.Namespace) -> int:
     """Push the items that the arguments name, else the pending items; print the URLs of the repositories."""
     run, names, to, base = Path(os.path.abspath(args.run)), args.items, args.to, args.base_model
-    require((run / "recipe.yaml").is_file(), f"{args.run}: not a run's folder, since it has no recipe.yaml")
+    require(
+        (run / "recipe.yaml").is_file(), f"{args.run}: not a run's folder, since it has no recipe.yaml; check the path"
+    )
     require(not to or bool(names), "--to: works only with items; name the items to push, such as soup")
     require(not names or bool(to), "--to: is required with items; add --to namespace/name")
     require(len(set(names)) == len(names), f"{' '.join(names)}: name each item once")

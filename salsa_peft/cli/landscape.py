@@ -82,7 +82,7 @@ def landscape_section(args: argparse.Namespace, kind: str, shrinks: bool) -> Lan
     for option, text in (("alphas", args.alphas), ("scales", args.scales)):
         if text is not None:
             chosen[option] = parse_weights(text, f"--{option}")
-            require(all(map(math.isfinite, chosen[option])), f"--{option}: {text} is not finite; give finite numbers")
+            require(all(map(math.isfinite, chosen[option])), f"--{option}: the numbers must be finite, not {text}")
     if args.scales is None and not shrinks:
         chosen["scales"] = []
     return Landscape(**chosen)

@@ -23,7 +23,7 @@ HELP = """usage: salsa report RUN [RUN …] | --paper
   salsa report RUN RUN … [--output-dir DIR]    write one report of several runs (default: joined/ beside the first run)
   salsa report RECIPE --lora …                 write the report of a finished run again, given `salsa run`'s arguments
   salsa report --paper                         show the paper's Tables 1 to 5 from their counts, and contradictions"""
-NO_RUN = "not the folder of a run, since it has no recipe.yaml"
+NO_RUN = "not the folder of a run, since it has no recipe.yaml; check the path"
 JOINED = "joined"
 """Name of the folder for the report of several runs, beside the folder of the first run."""
 NARROWEST = 165

@@ -41,7 +41,7 @@ class Need(NamedTuple):
     final: float
     """Number of bytes by which the results will have grown when the run is finished."""
     peak: float
-    """Largest number of bytes by which they grow at any time during the run."""
+    """Largest number of bytes by which the results will have grown at any time during the run."""
     free: int
     place: Path
     """The run's folder, or the nearest folder above it that exists."""

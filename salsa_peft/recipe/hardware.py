@@ -72,7 +72,7 @@ def _visible(found: dict[str, Gpu], variable: str | None) -> list[Gpu]:
 
 
 def smallest_gpu(size: float) -> int:
-    """Memory in GiB of the smallest GPU in SIZES that holds `size` bytes; `size` itself if none does."""
+    """Memory in GiB of the smallest GPU in SIZES that holds `size` bytes, else `size` rounded up."""
     return next((gib for gib in SIZES if gib * GIB >= size), math.ceil(size / GIB))
 
 

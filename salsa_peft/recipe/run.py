@@ -217,7 +217,7 @@ def selected(work: list[Unit], words: Iterable[str], option: str) -> set[str]:
 
 
 def check_inputs(plan: cache.Plan, asked: set[str]) -> None:
-    """Raise SalsaError if a unit to run needs a result that is neither finished nor going to be made."""
+    """Raise SalsaError if a unit to run needs a result that is neither finished nor made in this run."""
     for name in asked:
         for needed in plan[name].unit.inputs if plan[name].why is not None else ():
             why = plan[needed].why
@@ -249,7 +249,7 @@ def check_data(recipe: Recipe, plan: cache.Plan, asked: set[str], hub: bool = Fa
 
 
 def check_machine(recipe: Recipe, plan: cache.Plan, asked: set[str]) -> list[str]:
-    """Raise SalsaError if this machine cannot run the units to run; return warnings.
+    """Raise SalsaError if the units to run need more than this machine has; return warnings.
 
     The checks are for a GPU, enough GPUs for the processes, disk space, and the judge's API key.
     """

@@ -232,7 +232,7 @@ def evaluate_units(recipe: Recipe, run: str) -> list[Unit]:
 
 
 def judge_units(recipe: Recipe, run: str) -> list[Unit]:
-    """The unit of the judge's verdicts, if any. Options that do not affect them are no key fields."""
+    """The unit of the judge's verdicts, if any. The key leaves out options that do not affect verdicts."""
     judge = recipe.evaluate.judge
     if judge is None:
         return []

@@ -191,4 +191,4 @@ def safetensors_writer(path: Path, header: bytes) -> Iterator[Writer]:
         Writer(file.fileno(), 0)(start)
         write = Writer(file.fileno(), len(start))
         yield write
-        require(write.written == expected, f"{path}: {write.written} bytes were written, the header needs {expected}")
+        require(write.written == expected, f"{path}: {write.written} bytes were written instead of {expected}")

@@ -232,9 +232,11 @@ def test_a_folder_in_a_files_place_is_named(go: Any, name: str) -> None:
     go()
     folder(RUN / name)
     code, made, _, err = go()
-    assert (code, made) == (2, []) and err.splitlines()[
-        -1
-    ] == f"{(RUN / name).resolve()}: this is a folder, but a file with this name must be written; move or rename the folder"
+    assert (
+        (code, made) == (2, [])
+        and err.splitlines()[-1]
+        == f"{(RUN / name).resolve()}: this is a folder, but a file with this name must be written; move or rename the folder"
+    )
     (RUN / name).rmdir()
     assert go()[:2] == (0, [])
 

@@ -166,7 +166,10 @@ def test_stages(go):
     [
         ("refuse", "reward failed: data.prompts: found nothing, expected something\n"),
         ("crash", "reward failed: RuntimeError: boom and more (add --debug to see the traceback; traceback in "),
-        ("kill", "reward failed: its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less"),
+        (
+            "kill",
+            "reward failed: its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less",
+        ),
         ("exit", "reward failed: its process ended with code 3 and without a result\n"),
         ("nan", "reward failed: ValueError: Out of range float values are not JSON compliant"),
     ],

@@ -194,8 +194,18 @@ def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: s
     [
         (0, None, [], None),
         (4, None, ["accelerate=fsdp2"], None),
-        (4, "1", [], "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1"),
-        (1, None, [], "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1"),
+        (
+            4,
+            "1",
+            [],
+            "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1",
+        ),
+        (
+            1,
+            None,
+            [],
+            "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1",
+        ),
         (0, None, ["accelerate=fsdp2"], "accelerate: fsdp2 needs GPUs, and nvidia-smi lists none; use ddp"),
     ],
 )
