@@ -198,7 +198,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other fingerprint": (write("fingerprint.json", '{"base": "abc"}'), "was trained on base abc…"),
     "bad fingerprint": (
         write("fingerprint.json", '{"base": 1}'),
-        'fingerprint.json: expected {"base": SHA-256 of the base}',
+        'fingerprint.json: must be {"base": SHA-256 of the base}',
     ),
     "task": (configure(task_type="SEQ_2_SEQ_LM"), "has task_type 'SEQ_2_SEQ_LM'"),
 }

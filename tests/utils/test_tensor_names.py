@@ -159,7 +159,7 @@ def test_what_has_no_place_in_the_model_is_refused_by_name(tmp_path: Path) -> No
         r"/1: its model \(LlamaForCausalLM\) has no lm_head.weight, which is in .*/a/model.safetensors": lambda t: {
             name: tensor for name, tensor in t.items() if name != "lm_head.weight"
         },
-        r"/2: model.norm.weight and _orig_mod.model.norm.weight are both model.norm.weight|/2: _orig_mod.model.norm.weight and": (
+        r"/2: model.norm.weight and _orig_mod.model.norm.weight are both loaded as model.norm.weight|/2: _orig_mod.model.norm.weight and": (
             lambda t: t | {"_orig_mod.model.norm.weight": t["model.norm.weight"].clone()}
         ),
         r"/3: model.norm.weight has shape \[15\], but model.norm.weight in the model has \[16\]": lambda t: t

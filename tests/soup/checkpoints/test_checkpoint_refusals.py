@@ -92,7 +92,7 @@ def other_rope(folder: Path) -> None:
 
 REFUSED = {
     "other key": (again(lambda t: t.update(extra=t.pop("scale"))), r"/model.safetensors: (scale|extra) has no place in LlamaForCausalLM"),
-    "other shape": (again(lambda t: t.update({"model.norm.weight": torch.zeros(2).bfloat16()})), r"b: model.norm.weight has shape \[2\], but .* has \[16\] by config.json"),
+    "other shape": (again(lambda t: t.update({"model.norm.weight": torch.zeros(2).bfloat16()})), r"b: model.norm.weight has shape \[2\], but .* has \[16\] according to config.json"),
     "other kind": (again(lambda t: t.update({"model.norm.weight": torch.ones(16).long()})), r"b/model.safetensors: model.norm.weight has dtype I64, but BF16"),
     "architecture": (edit_config(model_type="qwen2"), r"b/config.json: model_type is 'qwen2', but 'llama' in .*a/config.json"),
     "heads": (edit_config(num_attention_heads=4), r"b/config.json: num_attention_heads is 4, but 2 in"),
@@ -105,7 +105,7 @@ REFUSED = {
     "packed": (again(lambda t: t.update(w=torch.zeros(4, 1, dtype=torch.uint8))), r"b/model.safetensors: w is U8, as in quantised models"),
     "NaN": (poison(math.nan), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight has a value that is not finite"),
     "infinity": (poison(-math.inf), r"b/model.safetensors: model.layers.1.mlp.up_proj.weight has a value that is not finite"),
-    "truncated": (truncate, r"b/model.safetensors: truncated or damaged: \d+ bytes, expected \d+"),
+    "truncated": (truncate, r"b/model.safetensors: truncated or damaged: it has \d+ bytes, not \d+"),
     "missing shard": (lose_shard, r"b/model-00002-of-00002.safetensors: cannot be read \(No such file or directory\); copy or download the weights again"),
     "index": (rename_in_index, r"model.safetensors.index.json: model.norm.bias is in none of the shards that the index names; save"),
     "escape": (escape, r"b/model.safetensors.index.json: weight_map is missing, empty or has values other than file names"),
