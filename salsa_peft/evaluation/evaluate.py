@@ -1,4 +1,4 @@
-"""The evaluate stage: seed-0, the soup and the policies answer held-out questions, and the answers are scored.
+"""The evaluate stage: seed-0, soup and policies answer held-out questions, and the answers are scored.
 
 Answers are saved batch by batch: if the stage is killed, the next run generates only the missing answers.
 """
@@ -151,7 +151,7 @@ def answer_all(
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the stage: write evaluation.json, questions.jsonl, answers.jsonl and the files that FastChat reads."""
+    """Run the stage: write evaluation.json, questions.jsonl, answers.jsonl and the files for FastChat."""
     recipe, context = job.recipe, StageContext.of_job(job)
     sources, columns = datasets.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {

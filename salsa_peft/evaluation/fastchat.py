@@ -106,7 +106,7 @@ def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str]
 
 
 def arena_hard_row(row: dict[str, Any], prompts: tuple[str, str], judge: str) -> dict[str, Any]:
-    """A line as arena-hard-auto's gen_judgment.py writes it; its first game shows the baseline's answer first."""
+    """A line as arena-hard-auto's gen_judgment.py writes it; game 1 shows the baseline's answer first."""
 
     def game(score: str | None, text: str, prompt: str) -> dict[str, Any]:
         return {"score": score, "judgment": {"answer": text}, "prompt": [{"role": "user", "content": prompt}]}

@@ -171,7 +171,7 @@ class OverSeeds:
 
 
 def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
-    """Adjusted win rate over runs with different training seeds; the interval resamples runs and questions.
+    """Adjusted win rate over runs of different training seeds; the interval resamples runs and questions.
 
     runs: the judgments of each run. Equal values of `Judgment.question` are the same question, which some runs may
     lack. Raises ValueError if there are no runs, or if a run has no verdict.

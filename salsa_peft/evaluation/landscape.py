@@ -65,7 +65,7 @@ def mean_scores(
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
-    """Barycentric weights of a triangular grid: `resolution` steps per edge, and one step beyond each edge."""
+    """Barycentric weights of a triangular grid: `resolution` steps per edge and one step beyond the edges."""
     steps = range(-1, resolution + 2)
     points = [(i, j, resolution - i - j) for i, j in itertools.product(steps, steps)]
     return [(i / resolution, j / resolution, k / resolution) for i, j, k in points if -1 <= k <= resolution + 1]
@@ -134,7 +134,7 @@ def run(job: Job) -> dict[str, Any]:
 def adjustable_model(
     context: StageContext, seeds: Mapping[int, Path]
 ) -> tuple[Any, str | None, Callable[[list[float]], None]]:
-    """A model, its adapter's name or None, and a function that sets its weights to base + Σ w δ of the seeds."""
+    """A model, its adapter's name or None, and a function that sets the weights to base + Σ w δ of seeds."""
     positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()

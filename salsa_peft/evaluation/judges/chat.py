@@ -1,4 +1,4 @@
-"""A chat model as judge: renders prompts, sends requests, caches the replies and reads verdicts from them.
+"""A chat model as judge: renders prompts, sends requests, caches replies and reads their verdicts.
 
 The judge works in rounds: first it asks about every comparison, then again about those whose reply had no verdict. The
 backend (an endpoint or a model in this process) gets distinct requests that are not in the cache, and returns each

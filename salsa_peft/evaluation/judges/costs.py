@@ -91,7 +91,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 
 
 def _turns(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens of the question up to it) of all turns in a JSONL file or a set of the paper, else None."""
+    """(turn, tokens up to that turn) for all turns of a JSONL file or a set of the paper, else None."""
     if (source.path, source.split) in ON_THE_HUB:
         count, lengths = ON_THE_HUB[source.path, source.split]
         return list(enumerate(lengths, 1)) * min(count, source.limit or count)
@@ -108,7 +108,7 @@ def _turns(source: Source) -> list[tuple[int, int]] | None:
 
 
 def _texts(row: Any) -> list[str]:
-    """Texts of the user's turns, unchecked (the evaluate stage checks rows); without `turns` the whole row."""
+    """Texts of the user's turns, or of the whole row without `turns`; the evaluate stage checks the row."""
     turns = row.get("turns") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns:
         return [turn if isinstance(turn, str) else json.dumps(turn) for turn in turns]

@@ -152,7 +152,7 @@ class Endpoint:
             response.headers["x-should-retry"] = "false"
 
     def _refused(self, error: openai.APIStatusError) -> Outcome:
-        """Outcome of a comparison after an HTTP error. Raises SalsaError if the error concerns all comparisons."""
+        """Outcome of a comparison after an HTTP error. Raises SalsaError if every comparison would fail."""
         status, code = error.status_code, str(error.code or "")
         problem = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
         if status != 401:  # OpenAI's message about a wrong key quotes parts of the key

@@ -1,7 +1,7 @@
 """Read the verdict [[A]], [[B]] or [[C]] from a judge's reply.
 
 FastChat searches for [[A]], then [[B]], then [[C]] anywhere in the reply, and so reads A if the judge repeats its
-instruction or quotes an answer that contains [[A]]. The result differs from FastChat's only if a reply has several
+instruction or quotes an answer that contains [[A]]. The result differs from FastChat's if a reply has several
 brackets, or one that is not a verdict. Each bracket is classified by its use:
 
 - ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated,
@@ -54,7 +54,7 @@ CONCEDED = re.compile(
     r"|(was|were|felt) (almost |nearly )?(tempted|inclined|leaning|going)|almost|nearly)\b[^,;:.!?\n]*$",
     re.IGNORECASE,
 )
-"""Words in the clause before a bracket that mark a concession, somebody else's view or an abandoned first impression."""
+"""Words in the clause before a bracket that mark a concession, another view or an abandoned first impression."""
 HYPOTHETICAL = re.compile(
     rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
     re.IGNORECASE,
@@ -120,7 +120,7 @@ def read_verdict(text: str) -> str | None:
 
 
 def _settled(text: str, said: list[re.Match[str]]) -> str | None:
-    """The verdict of brackets of the same use (SAID or DECLARED); None if it is ambiguous or there are none."""
+    """The verdict of brackets of the same use, SAID or DECLARED; None if ambiguous or without brackets."""
     if not said:
         return None
     last = said[-1]

@@ -38,7 +38,7 @@ class PairwiseJudge(Protocol):
 
 
 class RewardJudge:
-    """Judge by `Comparison.scores`: a tie if they differ by at most `margin`, missing if one is not finite."""
+    """Judge by `Comparison.scores`: a tie if they differ by at most `margin`, missing if not finite."""
 
     def __init__(self, margin: float) -> None:
         self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)
@@ -171,5 +171,5 @@ memory), and a function that prints a line."""
 
 
 def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
-    """Create a recipe's judge. Raises SalsaError, before any request, if its model, key or function is unusable."""
+    """Create a recipe's judge. Raises SalsaError, before any request, for an unusable model, key or function."""
     return JUDGES[section.kind](section, cache, say)

@@ -92,7 +92,7 @@ def _opening(messages: Sequence[dict[str, str]]) -> str:
 
 
 def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """A row of judgments.jsonl: the winner in each order (a, b, tie or missing), and the winner of the match."""
+    """A row of judgments.jsonl: the winner in each order (a, b, tie, missing), and the match's winner."""
     first, second = BOTH[verdicts[0].winner][0], BOTH[verdicts[1].winner][1]
     rows = [datasets[match.dataset].answers[model, match.question["index"]] for model in (match.a, match.b)]
     lengths = [of[match.turn - 1]["length"] for of in rows]
