@@ -621,7 +621,7 @@ class TestLengths:
         kept = prompts_that_fit(JOB, bench_of(tokenizer, 12, 7), rows)
         assert [row["prompt"][0]["content"] for row in kept] == ["owl", "owl owl"]
         assert "evaluate  2 of 4 rows left out: prompts longer than 5 tokens" in capsys.readouterr().err
-        with pytest.raises(SalsaError, match=r"^data\.prompts: no prompt has at most 3 tokens; raise"):
+        with pytest.raises(SalsaError, match=r"^data\.prompts: every prompt is longer than 3 tokens; raise"):
             prompts_that_fit(JOB, bench_of(tokenizer, 10, 7), rows, "data.prompts")
 
     def test_of_the_trainer(self, make_base: Any, tokenizer: Any, capsys: Any) -> None:
@@ -656,15 +656,15 @@ class TestTokenizers:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.eos_token = None
         chat_tokenizer.save_pretrained(tmp_path)
-        with pytest.raises(SalsaError, match="its tokenizer has no eos_token, which ends a response"):
+        with pytest.raises(SalsaError, match="the tokenizer has no eos_token, which is needed to end responses"):
             load_tokenizer(str(tmp_path))
-        with pytest.raises(SalsaError, match=r"^processing_class: there is no eos_token"):
+        with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no eos_token"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_no_padding_in_the_trainer(self, chat_tokenizer: Any, make_base: Any) -> None:
         model = make_base(vocab_size=len(chat_tokenizer))
         chat_tokenizer.pad_token = None
-        with pytest.raises(SalsaError, match=r"^processing_class: there is no pad_token. Set tokenizer\.pad"):
+        with pytest.raises(SalsaError, match=r"^processing_class: the tokenizer has no pad_token. Set tokenizer\.pad"):
             check_tokenizer(chat_tokenizer, model)
 
     def test_padding_that_is_eos_in_the_trainer(self, make_base: Any, tokenizer: Any) -> None:
@@ -802,7 +802,7 @@ class TestStages:
         write(path, rows[:2])
         with pytest.raises(
             SalsaError,
-            match=r"^data\.demonstrations: found 2 rows with an answer within .* tokens, fewer than sft.batch_size = 4",
+            match=r"^data\.demonstrations: 2 rows have an answer within .* tokens, fewer than sft.batch_size = 4",
         ):
             sft.run(job)
         assert (

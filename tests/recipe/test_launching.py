@@ -79,8 +79,8 @@ def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
     ("actions", "line", "logged"),
     [
         ({"_0": "refuse", "_1": "refuse"}, "data.prompts: found nothing, expected something\n", "SalsaError"),
-        ({"_0": "late", "_1": "first"}, "RuntimeError: boom and more (add --debug for the trace; trace in ", "process 1:\nTraceback"),
-        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL; out of memory?", "exitcode  : -9"),
+        ({"_0": "late", "_1": "first"}, "RuntimeError: boom and more (add --debug to see the traceback; traceback in ", "process 1:\nTraceback"),
+        ({"_0": "wait", "_1": "kill"}, "its process was killed by SIGKILL, perhaps for lack of memory; a smaller micro_batch_size needs less", "exitcode  : -9"),
         ({"_0": "exit"}, "its process ended with code 3 and without a result", "exitcode  : 3"),
     ],
     ids=["both refuse", "the second crashes first", "one is killed", "one ends"],
@@ -194,8 +194,18 @@ def test_what_a_recipe_can_not_share(tmp_path: Path, sets: list[str], message: s
     [
         (0, None, [], None),
         (4, None, ["accelerate=fsdp2"], None),
-        (4, "1", [], "num_processes: found 2, but this machine has 1 GPU and each process needs one; lower it to 1"),
-        (1, None, [], "num_processes: found 2, but this machine has 1 GPU and each process needs one; lower it to 1"),
+        (
+            4,
+            "1",
+            [],
+            "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1",
+        ),
+        (
+            1,
+            None,
+            [],
+            "num_processes: 2 processes need a GPU each, but this machine has 1 GPU; lower num_processes to 1",
+        ),
         (0, None, ["accelerate=fsdp2"], "accelerate: fsdp2 needs GPUs, and nvidia-smi lists none; use ddp"),
     ],
 )

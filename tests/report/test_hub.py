@@ -219,7 +219,7 @@ except SalsaError as error:
     print(error)
     sys.exit()
 """)  # fmt: skip
-    assert "these weights were trained on another base" in python(
+    assert "these weights were trained on a base with the fingerprint" in python(
         server, tmp_path / "other", refused, str(tmp_path / "out")
     )
 
@@ -361,11 +361,11 @@ def test_full_weights_are_pushed_as_checkpoints(
         (["push", "RUN", "soup", "--to", "a/b.git"], "--to: found 'a/b.git'"),
         (["push", "RUN", "soup", "--to", "a/b", "--base-model", "a/b..c"], "--base-model: found 'a/b..c'"),
         (["push", "RUN", "soup", "salsa", "--to", "a/" + "x" * 93], "which is no repository id; give namespace/name"),
-        (["push", "RUN", "--public"], "--public, --base-model: need items and --to"),
+        (["push", "RUN", "--public"], "--public, --base-model: work only with items and --to"),
         (["pull", "a/b", "RUN"], "this folder is not empty (it has "),
         (["pull", "a/b", ""], "a/b: FOLDER and --revision must not be empty"),
         (["pull", "a"], "ID: found 'a', which is no repository id; give namespace/name"),
-        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: this is a file; name a folder"),
+        (["pull", "a/b", "RUN/recipe.yaml"], "recipe.yaml: this is a file; choose a folder"),
     ],
 )
 def test_bad_words_are_one_line(run: Path, capsys: Any, words: list[str], message: str) -> None:
