@@ -637,7 +637,7 @@ class TestLengths:
         with pytest.raises(SalsaError) as caught:
             make_trainer(prompts=[{"prompt": [user("owl " * 60)]}] * 9)
         assert str(caught.value).startswith(
-            "train_dataset: found 0 prompts (9 left out: empty, or longer than 57 tokens"
+            "train_dataset: 0 prompts (9 left out: empty, or longer than 57 tokens"
         )
 
 
