@@ -539,7 +539,7 @@ class TestPickles:
         one_line(lambda: as_references(make_base(), [folder]), "seed-1: this folder has no safetensors file")
         assert soup_command([str(tmp_path / "soup"), str(folder), str(other)]) == 2
         said = capsys.readouterr().err.strip().splitlines()
-        assert "it holds pytorch_model.bin, which is a pickle and never read" in said[-1]
+        assert "it holds pytorch_model.bin, which is a pickle, and pickles are never read" in said[-1]
         classifier = to_folder(own_classifier(tokenizer), tokenizer, tmp_path / "rm")
         pickled(classifier / "pytorch_model.bin", canary, "model.safetensors")
         one_line(lambda: as_reward(str(classifier), make_base(), tokenizer), "rm: this folder has no safetensors file")

@@ -241,7 +241,7 @@ def test_tied_embeddings_may_be_saved_twice(tmp_path: Path) -> None:
     silent = {key: value for key, value in PLAIN.items() if key != "tie_word_embeddings"}  # not tied by Llama's default
     e, f = write(tmp_path / "e", single[0], config=silent), write(tmp_path / "f", odd, config=silent)
     with pytest.raises(
-        SalsaError, match=r"/e: the model \(LlamaForCausalLM\) has no lm_head.weight, but .*/f/model.* has it"
+        SalsaError, match=r"/e: its model \(LlamaForCausalLM\) has no lm_head.weight, which is in .*/f/model.*"
     ):
         average(tmp_path / "none", [e, f], [0.5, 0.5])
 
