@@ -637,9 +637,7 @@ class TestLengths:
     def test_of_a_trainer_whose_prompts_are_all_too_long(self, make_trainer: Any) -> None:
         with pytest.raises(SalsaError) as caught:
             make_trainer(prompts=[{"prompt": [user("owl " * 60)]}] * 9)
-        assert str(caught.value).startswith(
-            "train_dataset: found 0 prompts (9 left out: empty, or longer than 57 tokens"
-        )
+        assert str(caught.value).startswith("train_dataset: 0 prompts (9 left out: empty, or longer than 57 tokens")
 
 
 class TestTokenizers:
