@@ -182,7 +182,9 @@ class TestVocabulary:
         base = make_base()
         base.resize_token_embeddings(len(tokenizer) - 10, mean_resizing=False)
         folder = to_folder(base, tokenizer, tmp_path / "base")
-        line = rf"base: the tokenizer has {len(tokenizer)} tokens, and the model only {len(tokenizer) - 10} embeddings"
+        line = (
+            rf"base: the tokenizer has {len(tokenizer)} tokens, but the model has only {len(tokenizer) - 10} embeddings"
+        )
         one_line(lambda: load_base(str(folder), Model(), tokenizer), line)
         policy = base if full else policy_on(base, make_adapter)
         references = [AutoModelForCausalLM.from_pretrained(folder)] if full else ["base"]
@@ -195,8 +197,8 @@ class TestVocabulary:
     @pytest.mark.parametrize(
         ("options", "line"),
         [
-            ({"target_modules": ["q_proj", "embed_tokens"]}, r"seed holds .*embed_tokens.base_layer.weight, a trained copy of a module of the base"),
-            ({"modules_to_save": ["embed_tokens", "lm_head"]}, r"seed holds .*lm_head.weight, a trained copy of a module of the base"),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, r"seed: the adapter holds .*embed_tokens.base_layer.weight, a trained copy of a module of the base"),
+            ({"modules_to_save": ["embed_tokens", "lm_head"]}, r"seed: the adapter holds .*lm_head.weight, a trained copy of a module of the base"),
             ({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "trainable_token_indices is .*, so the adapter holds trained weights of the base"),
         ],
         ids=["LoRA on embeddings", "modules_to_save", "trained tokens"],
@@ -419,7 +421,7 @@ class TestAnotherBase:
         assert (world.take(world.seeds[1]) / WEIGHTS).read_bytes() == (world.seeds[1] / WEIGHTS).read_bytes()
         shutil.rmtree(world.folder / "taken")
         self.change(world)
-        line = r"seed-\d: these weights were trained on another base \(fingerprint \w{12} …\) than .*base \(\w{12} …\)"
+        line = r"seed-\d: these weights were trained on a base with the fingerprint \w{12} …, but .*base has \w{12} …"
         model = world.policy()
         for enter in (
             lambda: as_references(model, [world.seeds[1]]),
@@ -445,7 +447,7 @@ class TestAnotherBase:
         policy = get_peft_model(world.load(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
         trainer = DPOTrainer(policy, args=args, train_dataset=pairs, processing_class=world.tokenizer)
         before = dict(trainer.model.peft_config)
-        one_line(lambda: use_reference(trainer, world.seeds[1]), "these weights were trained on another base")
+        one_line(lambda: use_reference(trainer, world.seeds[1]), "these weights were trained on a base with the fingerprint")
         assert trainer.model.peft_config.keys() == before.keys()
 
     def test_the_same_base_in_other_shards_is_the_same(self, world: World, capsys: Any) -> None:
@@ -506,7 +508,7 @@ class TestPickles:
         """As member of a soup, reference, reward, `sft.from`."""
         folder = pickled(world.seeds[0] / "adapter_model.bin", canary, WEIGHTS)
         model = world.policy()
-        line = "seed-0: no adapter_model.safetensors in this folder; use a PEFT adapter saved with safetensors"
+        line = "seed-0: the folder has no adapter_model.safetensors; use a PEFT adapter saved with safetensors"
         one_line(lambda: adapters.attach(model, folder, "seed"), line)
         one_line(lambda: as_references(model, [folder]), line)
         one_line(lambda: as_reward(str(folder), model, world.tokenizer), line)

@@ -201,7 +201,7 @@ def test_refusals(make_trainer: Any, make_base: Any, tokenizer: Any) -> None:
     """One line each: what was found, what was expected."""
     with pytest.raises(SalsaError, match="batch_size: 8 is not a multiple of num_mini_batches 3"):
         make_trainer(num_mini_batches=3)
-    with pytest.raises(SalsaError, match="micro_batch_size: 3 does not divide the minibatch of 8 / 1"):
+    with pytest.raises(SalsaError, match="micro_batch_size: 3 must divide 8, the number of responses in a minibatch"):
         make_trainer(micro_batch_size=3)
     with pytest.raises(SalsaError, match=r"train_dataset: 16 prompts .* are fewer than batch_size = 64"):
         make_trainer(batch_size=64)

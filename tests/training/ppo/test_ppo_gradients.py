@@ -127,7 +127,8 @@ def test_a_value_adapter_starts_from_the_reward_and_needs_one(make_trainer: Any,
         "value",
     }
     with pytest.raises(
-        SalsaError, match="value: adapter starts from a reward adapter, and the reward is a FunctionReward"
+        SalsaError,
+        match=r"value: adapter starts as a copy of the reward adapter, .*, but the reward is a FunctionReward",
     ):
         make_trainer(value="adapter")
 
@@ -179,7 +180,9 @@ def test_references_of_full_weights_that_are_refused(make_trainer: Any, make_bas
         make_trainer([str(tmp_path)], full=True)
     with pytest.raises(SalsaError, match=r"references: .* has 10 output embeddings, and not"):
         make_trainer([make_base(vocab_size=10)], full=True)
-    with pytest.raises(SalsaError, match="value: adapter starts from a reward adapter"):
+    with pytest.raises(
+        SalsaError, match=r"value: adapter starts as a copy of the reward adapter, .*, but the policy has full weights"
+    ):
         make_trainer(full=True, value="adapter")
 
 
