@@ -93,7 +93,7 @@ def _factors(layer: Any, name: str) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def _sync_adapter(model: Any, policy: str, reference: str, alpha: float) -> float:
-    """Set the reference to the weighted mean of both adapters, in its own rank. Returns the relative error."""
+    """Set the reference to both adapters' weighted mean, in its own rank. Returns the relative error."""
     lost = norm = 0.0
     for layer in _layers(model, policy, reference):
         shares = [(reference, 1 - alpha), *([(policy, alpha)] if policy in layer.lora_A else [])]

@@ -112,7 +112,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def check_targets(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Raise SalsaError for target modules that the model does not have. PEFT accepts a list with some of them."""
+    """Raise SalsaError for a target module that the model lacks; PEFT accepts a list with some of these."""
     modules, names = adapter.target_modules, [name for name, _ in model.named_modules() if name]
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     checks.require_targets(modules, names)

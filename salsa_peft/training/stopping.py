@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """SIGTERM arrived while responses were being sampled."""
+    """Raised to end the sampling of responses after SIGTERM."""
 
 
 class GracefulStop:

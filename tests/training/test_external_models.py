@@ -315,7 +315,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
         and "with a delta of 128 × 64" in said
         and "so the adapter was trained on another base" in said
     )
-    assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
+    assert "has model_type gemma, but the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")

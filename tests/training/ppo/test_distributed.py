@@ -252,7 +252,11 @@ def sharded(**options: Any) -> Any:
             "fsdp_state_dict_type: SHARDED_STATE_DICT is not supported; set FULL_STATE_DICT",
         ),
         ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading: true is not supported"),
-        ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing: .*set gradient_checkpointing"),
+        (
+            {"activation_checkpointing": True},
+            {},
+            "fsdp_activation_checkpointing: .*set it to false, and gradient_checkpointing=True",
+        ),
         ({}, {"rollout_backend": "vllm"}, "rollout_backend: vllm does not work with sharded weights"),
         ({}, {"rollout_compile": True}, "rollout_backend: hf, compiled, does not work with sharded weights"),
     ],
