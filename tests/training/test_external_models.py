@@ -268,7 +268,10 @@ def logits_of_base(model: Any) -> torch.Tensor:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
-    "dora": ({"use_dora": True}, "use_dora: True, and the mean of such adapters is not an adapter; merge the adapter into its base"),
+    "dora": (
+        {"use_dora": True},
+        "use_dora: True, and the mean of such adapters is not an adapter; merge the adapter into its base",
+    ),
     "bias": ({"bias": "all"}, "bias: 'all', and that changes the base"),
     "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], and that changes the base"),
     "reward": ({"task_type": "SEQ_CLS"}, "is a reward adapter"),
