@@ -1,1 +1,1 @@
-"""Answers of every model, their scores, and comparisons of them."""
+"""The models' answers, their scores, and comparisons of the models by reward or by a judge."""

@@ -1,7 +1,7 @@
-"""Multi-turn answers of a model with their scores, for the evaluate stage and the landscape.
+"""Multi-turn answers of one model and their scores, for the evaluate and landscape stages.
 
-A batch contains answers of one turn, one temperature and one length limit. Batches do not depend on which answers are
-already known, so that a resumed run gives the same answers as an uninterrupted one.
+All answers in a batch have the same turn, temperature and length limit. Which prompts share a batch does not depend on
+which answers exist already, so that a resumed run gives the same answers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 Rewards = Mapping[str, Reward]
-"""Name of a measure → the reward that scores responses."""
+"""Name of a measure → the reward that computes it."""
 Known = Mapping[tuple[int, int], dict[str, Any]]
-"""(index of the question, turn) → its row."""
+"""(index of the question, turn) → row of the answer."""
 
 
 class TurnPrompt(NamedTuple):
-    """One turn of one question with the conversation so far, as the model sees it."""
+    """Prompt for one turn of one question: the conversation so far, as messages and as token ids."""
 
     question: int
     """Index of the question."""
@@ -44,7 +44,7 @@ class TurnPrompt(NamedTuple):
     tokens: list[int]
     temperature: float
     limit: int
-    """Most tokens of the answer; 0 if the conversation leaves no room for one."""
+    """Maximum number of tokens in the answer; 0 if the conversation leaves no room for an answer."""
 
 
 def answer(
@@ -57,10 +57,10 @@ def answer(
     known: Known | None = None,
     keep: Callable[[Rows], None] = lambda rows: None,
 ) -> Rows:
-    """A row for each turn of each question, in order, with response, scores and length.
+    """Answer every turn of all questions; returns one row per turn with response, scores and length.
 
-    adapter: None answers with the full weights. known: existing answers, which are not generated again. keep: called
-    with the rows of each new batch.
+    adapter: name of the adapter to activate; None: no adapter. known: existing answers, which are not generated again.
+    keep: called with the rows of each new batch.
     """
     found = dict(known or {})
     with lora.active(model, adapter):
@@ -86,7 +86,7 @@ def _prompt(index: int, question: Question, turn: int, found: Known, context: St
 def _responses(
     model: nn.Module, prompts: list[TurnPrompt], turn: int, context: StageContext, seed: int, found: Known
 ) -> Iterator[tuple[list[TurnPrompt], Responses]]:
-    """Batches of one temperature and one limit, without those whose answers are all known."""
+    """Yield the prompts and responses of each batch; batches whose answers are all known are skipped."""
     generation, tokenizer = context.recipe.generation, context.tokenizer
     for heat, limit in sorted({(one.temperature, one.limit) for one in prompts}):
         part = [one for one in prompts if (one.temperature, one.limit) == (heat, limit)]
@@ -110,7 +110,7 @@ def _responses(
 
 
 def _empty(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Responses:
-    """Responses of a stop token alone, for conversations that leave no room for an answer."""
+    """Responses that consist of a stop token alone, for conversations that leave no room for an answer."""
     device = next(model.parameters()).device
     ids, mask = pad_tokens(prompts, int(tokenizer.pad_token_id), device, "left")  # type: ignore[arg-type]
     stop = torch.full((len(prompts), 1), stop_token_ids(tokenizer)[0], device=device)
@@ -149,7 +149,7 @@ def _rows(
 def fitting_questions(job: Job, context: StageContext, questions: Sequence[Question]) -> list[Question]:
     """Questions whose first turn leaves room for a full answer within model.max_length.
 
-    The number of the others is reported. Raises SalsaError if there is none.
+    The number of questions left out is printed. Raises SalsaError if no question fits.
     """
     rows = [{**question.row, "prompt": question.messages, "question": question} for question in questions]
     return [row["question"] for row in prompts_that_fit(job, context, rows)]

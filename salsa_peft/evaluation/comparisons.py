@@ -1,6 +1,7 @@
-"""Scores of answers → win rates of pairs, and the KL coefficient that a search by the reward picks.
+"""Win rates of pairs of models by their answers' scores, and the result of a search by reward.
 
-Computed from answers.jsonl on demand, so that a new pair in the recipe needs no new answers. Imports no torch.
+The win rates are computed from answers.jsonl on demand, so that a new pair in the recipe needs no new answers. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from salsa_peft.config.schema import Recipe
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 Rows = Sequence[Mapping[str, Any]]
-"""Rows of answers.jsonl: one model's answers to one set of questions, ordered by index and turn."""
+"""Rows of answers.jsonl; the rows of one model and one set of questions are ordered by index and turn."""
 
 
 def clusters(rows: Rows) -> list[int] | None:
-    """The question of each row, for intervals over questions; None if every question has one turn."""
+    """Index of each row's question, for intervals over questions; None if every question has one turn."""
     return [row["index"] for row in rows] if any(row["turn"] > 1 for row in rows) else None
 
 
 def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Set of questions → model → its rows."""
+    """Group the rows: set of questions → model → its rows."""
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in answers:
         found.setdefault(row["dataset"], {}).setdefault(row["model"], []).append(row)
@@ -32,7 +33,7 @@ def by_set(answers: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
 
 
 def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[str]) -> list[dict[str, Any]]:
-    """Win rates and mean difference of each pair by each measure on one set of questions."""
+    """Win rates and mean difference of each pair of models by each measure, on one set of questions."""
     found = []
     for (a, b), measure in itertools.product(wanted, measures):
         x, y = ([row["scores"][measure] for row in answers[model]] for model in (a, b))
@@ -45,9 +46,9 @@ def pairs(answers: Mapping[str, Rows], wanted: sweeps.Pairs, measures: Sequence[
 
 
 def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[str, Any] | None:
-    """What a search by the reward tried and picked (`sweeps.pick`); None if there is no such search.
+    """Result of a search by reward (`sweeps.pick_candidates`); None if the recipe has no such search.
 
-    Each candidate's rate is over all questions of the search's sets.
+    A candidate's win rate is over all questions of the sets in `search.questions`, by default of all sets.
     """
     section = recipe.search
     if section is None or section.by == "judge":
@@ -61,7 +62,10 @@ def searched(recipe: Recipe, answers: Mapping[str, Mapping[str, Rows]]) -> dict[
 
 
 def wanted(recipe: Recipe, found: Mapping[str, Any] | None) -> sweeps.Pairs:
-    """Candidates of a search with its opponent, then the recipe's pairs with the picked candidates."""
+    """Pairs to compare: a search's candidates against its opponent, then the recipe's pairs.
+
+    In the recipe's pairs the picked candidate stands for the searched policy.
+    """
     return list(
         dict.fromkeys(sweeps.candidate_pairs(recipe) + sweeps.with_picked(sweeps.compared_pairs(recipe), found))
     )

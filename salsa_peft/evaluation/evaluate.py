@@ -1,6 +1,6 @@
-"""The evaluate stage: seed-0, soup and policies answer held-out questions, and are scored.
+"""The evaluate stage: seed-0, soup and policies answer held-out questions, and the answers are scored.
 
-Answers are written to the disk batch by batch: a stage that was killed continues with the missing ones.
+Answers are saved batch by batch: if the stage is killed, the next run generates only the missing answers.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
 PARTIAL = "partial"
-"""Folder of unfinished answers, one file for each model and set."""
+"""Folder of the answers generated so far, one file for each model and set of questions."""
 
 
 def model_names(recipe: Recipe) -> list[str]:
-    """The models that answer: seed-0, soup, those of evaluate.models, every policy."""
+    """Names of the evaluated models: seed-0, soup, the models in evaluate.models, and every policy."""
     return list(dict.fromkeys(["seed-0", "soup", *recipe.evaluate.models, *recipe.policies]))
 
 
 def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Path]) -> str | None:
-    """Attach the policy or reference called `name`; returns its adapter, or None for the base alone."""
+    """Attach the policy or reference called `name`; returns its adapter's name, or None for the base."""
     adapter = f"model-{len(model.peft_config)}"
     if name in recipe.policies:
         lora.attach(model, inputs[policy_id(recipe, name)], adapter)
@@ -55,8 +55,8 @@ def attach(model: PeftModel, name: str, recipe: Recipe, inputs: Mapping[str, Pat
 def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[str, Callable[[], str | None]]]:
     """One model for all names, and for each name a function that returns the adapter to activate.
 
-    All adapters are attached beforehand. Full weights are read into the model when the function is called, and it
-    returns None.
+    All adapters are attached beforehand. With full weights, the function reads the weights into the model and returns
+    None.
     """
     recipe, inputs, names = job.recipe, job.inputs, model_names(job.recipe)
     if recipe.adapter is not None:
@@ -74,7 +74,10 @@ def adapter_loaders(job: Job, context: StageContext) -> tuple[nn.Module, dict[st
 
 
 def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
-    """Means and intervals of each model on one set of questions, clustered by question."""
+    """Mean scores and lengths of each model on one set of questions, with intervals clustered by question.
+
+    answers: model → its rows. names: the measures.
+    """
     rows = next(iter(answers.values()))
     of = clusters(rows)
     models = {
@@ -90,7 +93,7 @@ def summarize(answers: Mapping[str, Rows], names: list[str]) -> dict[str, Any]:
 
 
 def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """(index, turn) → row of unfinished answers; damaged lines are left out and reported."""
+    """Read the answers generated so far as (index, turn) → row; damaged lines are left out and reported."""
     lines = [line for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
     whole = [row for digest, _, row in (line.partition(b" ") for line in lines) if digest == _digest(row)]
     if damaged := len(lines) - len(whole):
@@ -99,9 +102,9 @@ def read_partial(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def append_partial(path: Path, rows: Rows) -> None:
-    """Append a batch with a checksum in each line and flush it.
+    """Append the rows of a batch, each line with a checksum, and sync the file to the disk.
 
-    It starts on a new line, because the last one may be incomplete.
+    The batch starts on a new line, because the file's last line may be incomplete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row).encode() for row in rows]
@@ -118,9 +121,9 @@ def _digest(line: bytes) -> bytes:
 def answer_all(
     job: Job, context: StageContext, sets: Mapping[str, list[Question]]
 ) -> tuple[dict[str, dict[str, Rows]], list[str]]:
-    """Set of questions → model → its answers, and the names of the measures."""
+    """Generate all answers; returns set of questions → model → rows, and the names of the measures."""
     recipe = job.recipe
-    # 1. one model, which takes the weights of each name in turn
+    # 1. one model, on which each name's adapter or weights are activated in turn
     others = [name for name in model_names(recipe) if name not in recipe.policies]
     context.check(job.inputs, [reference for name in others for reference in parse_reference("evaluate.models", name)])
     model, loaders = adapter_loaders(job, context)
@@ -148,7 +151,7 @@ def answer_all(
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Write evaluation.json, questions.jsonl, answers.jsonl and FastChat's files."""
+    """Run the stage: write evaluation.json, questions.jsonl, answers.jsonl and the files for FastChat."""
     recipe, context = job.recipe, StageContext.of_job(job)
     sources, columns = datasets.evaluation_sources(recipe, job.inputs.get("toy")), recipe.reward.reads_columns
     sets = {

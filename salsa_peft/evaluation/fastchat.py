@@ -16,21 +16,21 @@ from salsa_peft.utils.files import write_atomic
 
 
 def file_stem(name: str) -> str:
-    """A model's name as a file name: the last part of a path, other characters replaced by a hyphen."""
+    """File name for a model: the last part of its name, other characters than A-Za-z0-9._- as hyphens."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name.rstrip("/").rsplit("/", 1)[-1]) or "model"
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as JSON lines."""
+    """Rows in JSON Lines format."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_answers(
     folder: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Write question.jsonl and model_answer/ of one set into `folder`.
+    """Write question.jsonl and model_answer/ of one set of questions into `folder`.
 
-    answers: model → rows of answers.jsonl, in order. If two models have the same file name, the second gets a number.
+    answers: model → rows of answers.jsonl, in order. If two models have the same file name, the second ends with -2.
     """
     asked = [
         {"question_id": one.id, "category": one.category or "general", "turns": list(one.turns)}
@@ -62,22 +62,25 @@ def write_answers(
 
 
 WINNER = {"a": "model_1", "b": "model_2", "tie": "tie", "missing": "error"}
-"""Winner of a comparison → FastChat's word for it."""
+"""Winner of a comparison → FastChat's name for the winner."""
 BASELINE_FIRST = {"a": "B>A", "b": "A>B", "tie": "A=B", "missing": None}
-"""Winner → arena-hard-auto's score of its first game, in which the baseline (our b) is assistant A."""
+"""Winner → score of arena-hard-auto's first game, which shows the baseline, our model b, as assistant A."""
 BASELINE_SECOND = {"a": "A>B", "b": "B>A", "tie": "A=B", "missing": None}
 
 
 def write_judgments(
     folder: Path, section: Judge, rows: Sequence[dict[str, Any]], prompts: Sequence[tuple[str, str]]
 ) -> None:
-    """Write judgments.jsonl and both projects' files. prompts: the judge's prompts of each row."""
+    """Write judgments.jsonl and the judgment files of FastChat and arena-hard-auto.
+
+    prompts: for each row, the judge's prompts in both orders.
+    """
     judge, now = file_stem(section.model or section.kind), time.time()
     files: dict[Path, list[dict[str, Any]]] = {folder / "judgments.jsonl": list(rows)}
     for row, both in zip(rows, prompts, strict=True):
         pair = folder / "data" / row["dataset"] / "model_judgment" / f"{judge}_pair.jsonl"
         files.setdefault(pair, []).append(fastchat_row(row, both, [judge, section.prompt], now))
-        if row["turn"] == 1:  # its questions have one turn
+        if row["turn"] == 1:  # arena-hard-auto's questions have one turn
             arena = folder / "arena" / f"{row['dataset']}-vs-{file_stem(row['b'])}" / "model_judgment" / judge
             files.setdefault(arena / f"{file_stem(row['a'])}.jsonl", []).append(arena_hard_row(row, both, judge))
     for path, of in files.items():
@@ -85,7 +88,7 @@ def write_judgments(
 
 
 def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str], now: float) -> dict[str, Any]:
-    """A line of FastChat's gen_judgment.py in pairwise mode; a missing verdict is its "error"."""
+    """A line as FastChat's gen_judgment.py writes it in pairwise mode; a missing verdict is "error"."""
     return {
         "question_id": row["question_id"],
         "model_1": file_stem(row["a"]),
@@ -103,7 +106,7 @@ def fastchat_row(row: dict[str, Any], prompts: tuple[str, str], judge: list[str]
 
 
 def arena_hard_row(row: dict[str, Any], prompts: tuple[str, str], judge: str) -> dict[str, Any]:
-    """A line of arena-hard-auto's gen_judgment.py, which shows the baseline's answer first."""
+    """A line as arena-hard-auto's gen_judgment.py writes it; game 1 shows the baseline's answer first."""
 
     def game(score: str | None, text: str, prompt: str) -> dict[str, Any]:
         return {"score": score, "judgment": {"answer": text}, "prompt": [{"role": "user", "content": prompt}]}

@@ -1,4 +1,4 @@
-"""Judgments in both orders → win rates, intervals and tests, and how reliable the judge is."""
+"""Win rates, intervals and tests from judgments in both orders, and the reliability of the judge."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from salsa_peft.utils.statistics import (
 NET = {"a": 1, "b": -1, "tie": 0}
 NOTHING = WinRates(0, 0, 0, 0.0, 0.5, 0.0, 1.0, 1.0)
 FEW_RUNS = 5
-"""With fewer training seeds than this, the spread between seeds is poorly known."""
+"""With fewer training seeds, a warning says that the spread between seeds is poorly known."""
 
 
 class Judgment(NamedTuple):
-    """One turn of one question, judged in both orders."""
+    """A judge's two verdicts on one turn of one question, one for each order of the answers."""
 
     question: Hashable
     turn: int
     first: str
-    """Who won when a's answer was shown first: "a" | "b" | "tie" | "missing"."""
+    """Winner when a's answer was shown first: "a" | "b" | "tie" | "missing"."""
     second: str
-    """Who won when b's answer was shown first."""
+    """Winner when b's answer was shown first."""
     length_a: float
     length_b: float
 
     @property
     def winner(self) -> str:
-        """A model wins if it wins in both orders (FastChat's rule); missing if one verdict is."""
+        """The model that wins in both orders (FastChat's rule), else "tie"; "missing" without both verdicts."""
         if "missing" in (self.first, self.second):
             return "missing"
         return self.first if self.first == self.second else "tie"
 
     @property
     def tie_kind(self) -> str | None:
-        """agreed: both orders tie; half: one does; flipped: their winners differ. None: no tie."""
+        """agreed: both verdicts are ties; half: one is; flipped: the two winners differ. None: no tie."""
         if self.winner != "tie":
             return None
         return ("flipped", "half", "agreed")[(self.first, self.second).count("tie")]
@@ -53,7 +53,7 @@ class Judgment(NamedTuple):
 
 @dataclass(frozen=True)
 class PairResult:
-    """A judge's result for a against b. Rates are fractions; a rate with nothing to divide by is None."""
+    """A judge's result for model a against model b. Rates are fractions."""
 
     wins: int
     losses: int
@@ -62,37 +62,38 @@ class PairResult:
     n: int
     """wins + losses + ties."""
     win_rate: float
-    """W / n; 0 if n is 0."""
+    """wins / n; 0 if n is 0."""
     adjusted_win_rate: float
-    """(W + T/2) / n; ½ with the interval from 0 to 1 if n is 0."""
+    """(wins + ties / 2) / n; ½, with the interval from 0 to 1, if n is 0."""
     low: float
     high: float
     interval: str
-    """`tango`: each question has one judgment, or all of its judgments agree in every question. `bootstrap`: over
-    questions with their turns together, never narrower than Tango's interval of independent judgments."""
+    """Kind of the interval. `tango`: each question has one judgment, or all questions have the same rate. `bootstrap`:
+    over questions with their turns together, never narrower than Tango's interval for independent judgments."""
     p_value: float
-    """Exact sign test; with several turns a question its clustered form, `statistics.sign_flip_test`."""
+    """P-value of the exact sign test, or of `statistics.sign_flip_test` if a question has several turns."""
     worst_low: float
-    """The adjusted rate if every missing judgment were a loss."""
+    """Adjusted win rate if every missing judgment were a loss."""
     worst_high: float
-    """The adjusted rate if every missing judgment were a win."""
+    """Adjusted win rate if every missing judgment were a win."""
     flip_rate: float | None
-    """Share of judgments whose two orders disagree, of those with both verdicts."""
+    """Share of the judgments with both verdicts whose two verdicts differ; None if there are none."""
     first_position_rate: float | None
-    """Share of verdicts for the answer shown first, of those with a winner: ½ without position bias."""
+    """Share of the verdicts with a winner that prefer the answer shown first: ½ without position bias. None if no
+    verdict has a winner."""
     tie_kinds: dict[str, int]
-    """`Judgment.tie_kind` → count."""
+    """`Judgment.tie_kind` → number of ties."""
     mean_length_a: float
     mean_length_b: float
     length_controlled: dict[str, float] | None
     turns: dict[str, dict[str, float]]
-    """Turn → its wins, losses, ties, missing, adjusted_win_rate."""
+    """Number of the turn → {wins, losses, ties, missing, adjusted_win_rate} of that turn."""
 
 
 def pair_result(rows: Sequence[Judgment], seed: int = 0) -> PairResult:
-    """Counts, rates, interval and test of one pair.
+    """Counts, rates, interval and test of one pair of models.
 
-    Raises ValueError for no judgments, a turn that is judged twice, and an unknown winner.
+    Raises ValueError if there are no judgments, a turn is judged twice, or a winner is unknown.
     """
     _check(rows)
     kept = [row for row in rows if row.winner != "missing"]
@@ -133,7 +134,7 @@ def _check(rows: Sequence[Judgment]) -> None:
 
 
 def counts(rows: Sequence[Judgment]) -> dict[str, int]:
-    """Wins, losses, ties and missing verdicts of a."""
+    """Numbers of a's wins, losses and ties, and of missing judgments."""
     winners = [row.winner for row in rows]
     words = {"wins": "a", "losses": "b", "ties": "tie", "missing": "missing"}
     return {name: winners.count(word) for name, word in words.items()}
@@ -159,21 +160,21 @@ class OverSeeds:
     """The result of one pair over several training seeds."""
 
     adjusted_win_rate: float
-    """Over all judgments of all runs."""
+    """Adjusted win rate over all judgments of all runs."""
     low: float
     high: float
     """95% interval over runs and questions; with one run over questions alone."""
     rates: list[float]
-    """One for each run."""
+    """Adjusted win rate of each run."""
     spread: float | None
     """Standard deviation of the runs' rates; None with one run."""
 
 
 def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
-    """Judgments of each training seed's run → the rate, resampling runs and questions.
+    """Adjusted win rate over runs of different training seeds; the interval resamples runs and questions.
 
-    Runs share questions by `Judgment.question`; a question may be absent from some of them. Raises ValueError for no
-    runs and for a run without a verdict.
+    runs: the judgments of each run. Equal values of `Judgment.question` are the same question, which some runs may
+    lack. Raises ValueError if there are no runs, or if a run has no verdict.
     """
     kept = [[row for row in rows if row.winner != "missing"] for rows in runs]
     if not kept or not all(kept):
@@ -210,7 +211,7 @@ def over_seeds(runs: Sequence[Sequence[Judgment]], seed: int = 0) -> OverSeeds:
 
 
 def seeds_warning(runs: int) -> str | None:
-    """What an interval over so many training seeds does not cover; None if there are enough seeds."""
+    """Warning about an interval over `runs` training seeds; None if there are enough seeds."""
     if runs == 1:
         return "one training seed: the interval is over questions alone and cannot say what another seed would give"
     if runs < FEW_RUNS:

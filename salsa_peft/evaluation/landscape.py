@@ -1,8 +1,8 @@
-"""The landscape stage: scores on the line between two seeds and the plane of three (Figure 2).
+"""The landscape stage: scores on the line between two seeds and the plane of three (paper, Figure 2).
 
-For adapters a point is n weights of one stacked adapter, so that deltas are interpolated exactly and no adapter is
-built. For full weights a point is computed from the seeds' checkpoints. Beside the line there is a control without
-averaging: base + λ·δ of one seed.
+With adapters, each point sets the members' weights in one stacked adapter, which interpolates the deltas exactly. With
+full weights, each point is computed from the seeds' checkpoints. A control line has no averaging: base + λ·δ of one
+seed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from salsa_peft.utils.files import write_atomic
 from salsa_peft.utils.statistics import mean_interval
 
 POINT = "landscape"
-"""Name of the stacked adapter on the base."""
+"""Name of the stacked adapter in the model."""
 
 
 def measures(job: Job, model: nn.Module, context: StageContext) -> dict[str, Reward]:
-    """Name → reward that scores responses: the recipe's, and in the embedded world its gold reward."""
+    """Name → reward that scores answers: the recipe's, and for the generated toy data its gold reward."""
     recipe = job.recipe
     rewards = {"reward": recipe_reward(recipe, model, job.inputs, context.tokenizer, recipe.generation.batch_size)}
     if recipe.toy is not None:
@@ -58,23 +58,24 @@ def mean_scores(
     context: StageContext,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Measure → mean score with its interval over questions, of one answer to each turn."""
+    """Answer every turn once; returns measure → mean score with its interval over questions."""
     rows = answer(model, adapter, questions, rewards, context, seed)
     of = clusters(rows)
     return {name: asdict(mean_interval([row["scores"][name] for row in rows], of)) for name in rewards}
 
 
 def plane_weights(resolution: int) -> list[tuple[float, float, float]]:
-    """Barycentric weights of a triangular grid with `resolution` steps on an edge, and one beyond."""
+    """Barycentric weights of a triangular grid: `resolution` steps per edge and one step beyond the edges."""
     steps = range(-1, resolution + 2)
     points = [(i, j, resolution - i - j) for i, j in itertools.product(steps, steps)]
     return [(i / resolution, j / resolution, k / resolution) for i, j, k in points if -1 <= k <= resolution + 1]
 
 
 def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """line, shrunk (the control) and plane → names and points (axis position, member → weight).
+    """Figure (`line`, `shrunk`, which is the control line, or `plane`) → its labels and points.
 
-    names: names of the members by position (default: seed-0, seed-1 …).
+    A point is (position on the axis, or None; member → weight). names: names of the members by position (default:
+    seed-0, seed-1 …).
     """
     found: dict[str, dict[str, Any]] = {}
     name_of: Callable[[int], str] = "seed-{}".format if names is None else names.__getitem__
@@ -102,7 +103,7 @@ def points(section: Landscape, names: Sequence[str] | None = None) -> dict[str, 
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Write landscape.json."""
+    """Run the stage: score all points and write landscape.json."""
     section = job.recipe.landscape
     assert section is not None
     context = StageContext.of_job(job)
@@ -133,7 +134,7 @@ def run(job: Job) -> dict[str, Any]:
 def adjustable_model(
     context: StageContext, seeds: Mapping[int, Path]
 ) -> tuple[Any, str | None, Callable[[list[float]], None]]:
-    """A model, its adapter (None: full weights), and a function that sets it to base + Σ w δ of the seeds."""
+    """A model, its adapter's name or None, and a function that sets the weights to base + Σ w δ of seeds."""
     positions = sorted(seeds)
     if context.recipe.adapter is None:
         model: Any = context.load_base()
@@ -149,7 +150,7 @@ def adjustable_model(
 def measure_points(
     figures: dict[str, dict[str, Any]], score: Callable[[Mapping[int, float]], Any], description: str
 ) -> dict[str, Any]:
-    """Score the points of `points` → {"lines": […], "plane": … or None}."""
+    """Score the figures' points, from `points`; returns {"lines": […], "plane": … or None}."""
     known: dict[tuple[tuple[int, float], ...], Any] = {}
     with progress_bar(sum(len(figure["points"]) for figure in figures.values()), description) as bar:
         for figure in figures.values():

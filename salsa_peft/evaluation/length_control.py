@@ -1,8 +1,8 @@
-"""Length-controlled win rate: the estimated win rate of a model if both answers were equally long.
+"""Length-controlled win rate: an estimate of the win rate if both answers were equally long.
 
-Judges prefer longer answers. As in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), a logistic model predicts the
-outcome from tanh of the standardised length difference, and the rate is its prediction at difference 0. Left out: their
-term for a question's difficulty, which needs many models on the same questions.
+Judges prefer longer answers. As in AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), a logistic regression predicts
+the outcome from tanh of the standardised length difference, and the rate is the prediction at difference 0. AlpacaEval's
+term for a question's difficulty is left out, since it needs many models on the same questions.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from scipy.special import expit
 from salsa_peft.utils.statistics import TAILS
 
 FEW, DECIDED = 20, 10
-"""Fewest questions, and fewest judgments other than ties, from which two parameters can be estimated."""
+"""Minimum number of questions, and of judgments that are not ties, to estimate two parameters from."""
 RESAMPLES = 2_000
 RIDGE = 0.1
-"""½ RIDGE φ² is added to the loss: a weak prior on the slope (standard deviation 3.2), which keeps it finite where
-length alone separates wins from losses. The intercept, which gives the rate, has no prior."""
+"""Weight of the term ½ RIDGE φ² in the loss: a weak prior on the slope φ (standard deviation 3.2), which keeps φ finite
+where length alone separates wins from losses. The intercept θ, which gives the rate, has no prior."""
 STEPS = 30
 
 
 def length_controlled(
     outcomes: np.ndarray, differences: np.ndarray, questions: np.ndarray, seed: int = 0
 ) -> dict[str, float] | None:
-    """{"rate", "low", "high"} at equal length: logit E[y] = θ + φ tanh(d / s), the rate is σ(θ).
+    """Win rate at equal length, σ(θ) of logit E[y] = θ + φ tanh(d / s), as {"rate", "low", "high"}.
 
-    outcomes (N,): 1, ½, 0 (a tie is half a win: Papke and Wooldridge's fractional response, 1996); differences (N,): d,
-    length of a's answer − length of b's, in tokens, with s their standard deviation; questions (N,): 0-based number of
-    each judgment's question. The interval is a percentile bootstrap over questions with s fixed. None if the rate
-    cannot be estimated: fewer than 20 questions or 10 decided judgments, equal lengths or equal outcomes throughout, or
-    one model's answers always longer (equal length would be an extrapolation).
+    outcomes (N,): y, 1 for a win of a, ½ for a tie, 0 for a loss (fractional response: Papke and Wooldridge, 1996).
+    differences (N,): d, length of a's answer − length of b's, in tokens; s is their standard deviation. questions (N,):
+    0-based number of each judgment's question. The interval is a percentile bootstrap over questions with s fixed.
+    Returns None if the rate cannot be estimated: fewer than 20 questions, fewer than 10 judgments that are not ties,
+    equal outcomes throughout, or one model's answers never longer (equal length would be an extrapolation).
     """
     spread, count = float(differences.std()), int(np.unique(questions).size)
     one_sided = differences.min(initial=0.0) == 0 or differences.max(initial=0.0) == 0  # also if all are equal
@@ -47,7 +47,7 @@ def length_controlled(
 
 
 def fit(weights: np.ndarray, x: np.ndarray, y: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """(R, 2): θ and φ of R weighted fits by Newton's method; weights (R, N), x and y (N,), start (2,)."""
+    """θ and φ (R, 2) of R weighted fits by Newton's method. weights: (R, N); x and y: (N,); start: (2,)."""
     found = np.tile(start, (weights.shape[0], 1))
     powers = np.stack([np.ones_like(x), x, x * x], axis=1)
     for _ in range(STEPS):

@@ -1,1 +1,1 @@
-"""A finished run as a page, as figures, and on the Hub."""
+"""Reports on finished runs as HTML, Markdown and figures, and publication of results on the Hub."""

@@ -1,8 +1,8 @@
-"""Numbers → sentences: what the run found, computed from its evaluation and landscape.
+"""Sentences on what a run found, computed from its evaluation, its judge's results and its landscape.
 
 The wording follows the intervals: a difference whose interval includes 0 is "not distinguishable", never "slightly
-better". The controls (a `shrunk` reference, the untuned base) are named in the same sentence as the soup, since they
-can do as well. Left out: claims about other training seeds, because one run is one replicate.
+better". A sentence that compares the soup with a control (a `shrunk` reference, the untuned base) says what the result
+means for averaging. No sentence claims anything about other training seeds, because one run is one replicate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from salsa_peft.report.style import MEASURES
 from salsa_peft.utils.statistics import compare_scores, paired_difference
 
 FEW = 30
-"""Fewer prompts than this cause a warning: the t-interval assumes a mean that is nearly normal."""
+"""With fewer prompts a warning is given: the t-interval assumes that the mean is nearly normal."""
 REPLICATE = (
     "One run is one replicate: every interval is over prompts, not over training seeds, so none of them says what the"
     " same recipe would give with other seeds."
@@ -26,12 +26,12 @@ REPLICATE = (
 
 
 def undecided(difference: Row) -> bool:
-    """Whether the difference is of a single prompt or its interval includes 0."""
+    """Whether a difference is of a single prompt, or has an interval that includes 0."""
     return bool(difference["n"] < 2 or difference["low"] <= 0 <= difference["high"])
 
 
 def conclusion(difference: Row, a: str, b: str) -> str:
-    """What the interval of a − b allows to conclude."""
+    """The conclusion from the interval of a − b, as text."""
     if difference["n"] < 2:
         return "a single prompt, nothing to conclude"
     if undecided(difference):
@@ -40,12 +40,12 @@ def conclusion(difference: Row, a: str, b: str) -> str:
 
 
 def short_conclusion(difference: Row, a: str, b: str) -> str:
-    """The conclusion for a table's cell."""
+    """The conclusion from the interval of a − b in two words, for a table's cell."""
     return "undecided" if undecided(difference) else f"{a if difference['mean'] > 0 else b} higher"
 
 
 def order(evaluation: Row, policies: Row) -> list[str]:
-    """Every evaluated model: seeds, the untuned base, soup, PPO, SALSA, the controls, then all others."""
+    """Sort the evaluated models: seeds, base, soup, other references, PPO, SALSA, controls, other policies."""
     names = list(dict.fromkeys([*evaluation.get("models", []), *policies]))
     rank = {"base": 1, "soup": 2, "ppo": 4, "salsa": 5, "shrunk": 6}
 
@@ -58,19 +58,22 @@ def order(evaluation: Row, policies: Row) -> list[str]:
 
 
 def is_control(name: str, policies: Row) -> bool:
-    """Whether it is `base`, `shrunk`, or a policy with the base or one shrunk seed as reference."""
+    """Whether a model is `base`, `shrunk`, or a policy with the base or one shrunk seed as reference."""
     return name in ("base", "shrunk") or (name in policies and policies[name].reference.startswith(("shrunk", "base")))
 
 
 def is_untuned_control(one: Row, policies: Row) -> bool:
-    """Whether b of a comparison is a control without PPO, which is reported separately."""
+    """Whether b of a comparison is a control that is not a policy; `finding` lists these separately."""
     return one["b"] not in policies and is_control(one["b"], policies)
 
 
 def difference(
     evaluation: Row, answers: Sequence[Row], dataset: str, measure: str, a: str, b: str
 ) -> dict[str, Any] | None:
-    """a − b from the evaluation, else paired from the answers; None if neither has both models."""
+    """Mean difference a − b of a measure, with the win rate; None if no turn was answered by both models.
+
+    Taken from the evaluation if it compared the two models, else computed from their answers to the same turns.
+    """
     names = {"dataset": dataset, "measure": measure, "a": a, "b": b}
     for pair in evaluation["datasets"][dataset].get("pairs", []):
         if pair["measure"] == measure and {pair["a"], pair["b"]} == {a, b}:
@@ -93,7 +96,7 @@ def difference(
 
 
 def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[dict[str, Any]]:
-    """The main comparisons: soup with seed, SALSA with PPO, each control in the soup's place."""
+    """The main comparisons: soup with seed-0, SALSA with PPO, and SALSA and the soup with their controls."""
     if not evaluation.get("datasets"):
         return []
     names = order(evaluation, policies)
@@ -111,21 +114,21 @@ def comparisons(evaluation: Row, answers: Sequence[Row], policies: Row) -> list[
 
 
 def _policy_with(reference: str, name: str, policies: Row) -> str:
-    """The policy called `name`, else the first one with this reference, else "" (which is no model)."""
+    """The policy called `name`, else the first policy with this reference, else "" (which is no model)."""
     if name in policies:
         return name
     return next((other for other, policy in policies.items() if policy.reference == reference), "")
 
 
 def headline(evaluation: Row) -> str:
-    """The main measure: the gold reward if there is one; policies are trained on the reward model."""
+    """The main measure: the gold reward, on which no policy is trained, or else the first measure."""
     return "gold" if "gold" in evaluation["measures"] else evaluation["measures"][0]
 
 
 def finding(
     evaluation: Row, landscape: Row | None, compared: Sequence[Row], policies: Row
 ) -> tuple[list[str], list[str]]:
-    """Sentences of the first paragraph (the first dataset, trained models), and further points."""
+    """Sentences for the first paragraph (the first dataset, without untuned controls) and for the list."""
     if not compared:
         nothing = "This run compared no two models on the same prompts, so there is nothing to conclude about them."
         return [nothing, REPLICATE], _along(landscape) if landscape else []
@@ -150,7 +153,7 @@ def finding(
 
 
 def _aside(one: Row, policies: Row) -> str:
-    """The win rate in parentheses, and what follows if b is a control."""
+    """The win rate in parentheses and, if b is a control, what the result means for averaging."""
     rate, b = one["rate"], one["b"]
     text = (
         f" (adjusted win rate {percent(rate['adjusted_win_rate'])}% [{percent(rate['low'])}, {percent(rate['high'])}])"
@@ -159,12 +162,12 @@ def _aside(one: Row, policies: Row) -> str:
         return text
     text += f"; “{b}” is the control without averaging"
     if undecided(one):
-        return f"{text} and cannot be told apart from it here, so this run is no evidence that averaging helps"
+        return f"{text}, so this run is no evidence that averaging helps"
     return f"{text} and scored higher, so this run is no evidence that averaging helps" if one["high"] < 0 else text
 
 
 def _along(landscape: Row) -> list[str]:
-    """The first line's midpoint and ends, and the best point of the first control line."""
+    """Sentences on the landscape: midpoint and ends of the first line, best point of the control line."""
     measure, text = headline(landscape), []
     lines = {line["kind"]: line for line in reversed(landscape["lines"])}
     for kind in [kind for kind in ("line", "shrunk") if kind in lines]:
@@ -187,7 +190,7 @@ def _along(landscape: Row) -> list[str]:
 
 
 def of_judge(judged: Row, policies: Row) -> tuple[list[str], list[str]]:
-    """The judge's results (judge_tables.judged) as sentences: the first set, and the other sets."""
+    """Sentences on the judge's results (`judge_tables.judged`): on the first set, and on the other sets."""
     sentences = []
     for dataset, data in judged["datasets"].items():
         turns = f", {data['turns']} turns each" if data["turns"] > 1 else ""
@@ -212,7 +215,7 @@ def _rate(pair: Row, policies: Row) -> str:
 
 
 def warnings(evaluation: Row, landscape: Row | None, reward: Row | None = None) -> list[str]:
-    """Cautions: a poor reward model, few prompts, intervals that include 0, many comparisons."""
+    """Warnings about a poor reward model, few prompts, intervals that include 0, and many comparisons."""
     accuracy = (reward or {}).get("accuracy", {}).get("held_out")
     found = []
     if accuracy and accuracy["low"] <= 0.5:
@@ -223,12 +226,14 @@ def warnings(evaluation: Row, landscape: Row | None, reward: Row | None = None) 
         )
     datasets = evaluation.get("datasets", {})
     found += [
-        f"Only {data['n']} prompts in “{name}”: intervals from fewer than {FEW} are rough."
+        f"Only {data['n']} prompts in “{name}”: intervals from fewer than {FEW} prompts are rough."
         for name, data in datasets.items()
         if data["n"] < FEW
     ]
     if landscape and landscape["n"] < FEW:
-        found.append(f"The landscape has {landscape['n']} prompts a point: intervals from fewer than {FEW} are rough.")
+        found.append(
+            f"The landscape has {landscape['n']} prompts per point: intervals from fewer than {FEW} prompts are rough."
+        )
     pairs = [pair for data in datasets.values() for pair in data.get("pairs", [])]
     inconclusive = sum(pair["difference"]["low"] <= 0 <= pair["difference"]["high"] for pair in pairs)
     if inconclusive:

@@ -1,4 +1,4 @@
-"""Numbers and untrusted text for a page or a Markdown file: the filters of the report's templates."""
+"""Filters of the report's templates, which format numbers and untrusted text for HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 Row = Mapping[str, Any]
 """A JSON object."""
 LONGEST = 4000
-"""Characters of a prompt or an answer that are shown."""
+"""Maximum number of characters of a prompt or an answer that are shown."""
 
 
 def fixed(value: Any) -> str:
-    """A score with three decimals, so that a column of them lines up; one decimal from 1,000 on."""
+    """A score with three decimals, so that a column of scores lines up; one decimal from 1,000 on."""
     text = f"{value:,.{3 if abs(value) < 1000 else 1}f}" if is_number(value) else "–"
     return text.replace("-", "−") if text.strip("-0.") else text.lstrip("-")
 
 
 def number(value: Any) -> str:
-    """Any quantity to about three digits, with a true minus sign; a dash for what is not a finite number."""
+    """A quantity rounded for reading, with a true minus sign; a dash if it is not a finite number."""
     if not is_number(value):
         return "–"
     size = abs(value)
@@ -55,7 +55,7 @@ def percent(share: float) -> str:
 
 
 def rate_of(pair: Row) -> dict[str, float]:
-    """The adjusted win rate and its interval, of a result with more keys."""
+    """The keys of a result that hold the adjusted win rate and its interval, without the other keys."""
     return {key: pair[key] for key in ("adjusted_win_rate", "low", "high")}
 
 
@@ -64,7 +64,7 @@ def p_value(value: float) -> str:
 
 
 def tidy(text: str, longest: int = LONGEST) -> str:
-    """Text without control characters and lone surrogates, cut at `longest` characters."""
+    """Text cut at `longest` characters, with visible control characters and without lone surrogates."""
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
     text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text) - longest:,} more characters)"
@@ -77,12 +77,12 @@ def fence(text: str, language: str = "text") -> str:
 
 
 def markdown(text: Any) -> str:
-    """One line of plain text as Markdown that renders as the same text, also in a table's cell."""
+    """Plain text escaped for Markdown and put on one line, so that it fits into a table's cell."""
     return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", re.sub(r"\s+", " ", str(text)))
 
 
 def flatten(values: Row, path: str = "") -> list[tuple[str, str]]:
-    """A stage's metrics as rows: nested keys joined by dots, estimates with their intervals."""
+    """Rows (key, text) of a stage's metrics: nested keys are joined by dots, estimates have intervals."""
 
     def text(value: Any) -> str:
         return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
@@ -100,7 +100,7 @@ def flatten(values: Row, path: str = "") -> list[tuple[str, str]]:
 
 
 def finite(value: Any) -> Any:
-    """The same JSON with null for NaN and infinity, and without lone surrogates."""
+    """JSON data with NaN and infinity replaced by null, and without lone surrogates."""
     if isinstance(value, Mapping):
         return {str(key): finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -118,7 +118,7 @@ FILTERS = (number, fixed, estimate, signed, percent, p_value, tidy, markdown, fe
 
 
 def render(template: str, **context: Any) -> str:
-    """A file of templates/ with these filters, without trailing white space; HTML is escaped."""
+    """Render a template of templates/ with FILTERS, without trailing white space; HTML is escaped."""
     environment = Environment(
         loader=PackageLoader("salsa_peft.report"),
         undefined=StrictUndefined,

@@ -1,4 +1,4 @@
-"""The folders of a finished run → the input of its report, and the identity of replicates."""
+"""Read the folders of a finished run into the input of its report, and identify replicates."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from salsa_peft.utils.fingerprints import FINGERPRINT
 COSTS = ("key", "seconds", "peak_mb", "gpu_peak_mb", "gpu_planned_mb")
 MODES = {"full": "full weights", "lora": "LoRA", "qlora": "QLoRA"}
 NOT_THE_RECIPE = ("name", "description", "threads", "report_to", "landscape", "num_processes", "accelerate")
-"""Sections in which two replicates may differ, because they affect neither policies nor answers."""
+"""Keys of the recipe in which replicates may differ, because the keys affect neither policies nor answers."""
 
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """One policy's training."""
+    """Training of one policy."""
 
     reference: str
-    """In words: "seed-0", "soup", "shrunk: base + 0.6 · seed-0", "seed-0, seed-1", "base"."""
+    """The KL reference as text, such as "seed-0", "soup", "shrunk: base + 0.6 · seed-0", "base"."""
     kl_coef: float
     """β at the start."""
     metrics: list[dict[str, Any]]
     """The rows of metrics.jsonl."""
     completions: list[dict[str, Any]]
-    """Rows of completions.jsonl; the first and the last are shown."""
+    """The rows of completions.jsonl; the report shows the first and the last row."""
     algorithm: str = "ppo"
     facts: dict[str, Any] = field(default_factory=dict)
-    """Measurements of a stage that uses one of TRL's algorithms; {} for ppo."""
+    """Metrics of a stage that trains with one of TRL's algorithms; {} for ppo."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,19 @@ class ReportInput:
     fingerprint: str | None = None
     """Fingerprint of the base's files."""
     replicate_of: str = ""
-    """Identity of the recipe without training seeds, equal for replicates."""
+    """Hash of the recipe without its training seeds, the same for all replicates."""
     training_seeds: str = ""
-    """The training seeds in words."""
+    """The training seeds as text, such as "sft 0, 1; reward 0; ppo 0"."""
     temperature: str = "1"
-    """Sampling temperature of the answers, in words."""
+    """Sampling temperature of the answers, as text."""
     samples: int = 20
-    """How many questions of each set are shown: the first ones, whatever their outcome."""
+    """Number of questions of each set that are shown: the first ones, whatever their outcome."""
     limit: int | None = None
     """generation.max_new_tokens: an answer of this length was truncated. None: unknown."""
 
 
 def gather(recipe: Recipe, inputs: Mapping[str, Path], recipe_yaml: str) -> ReportInput:
-    """Read everything that a run's finished folders contain. inputs: unit id → its folder."""
+    """Read the results of a finished run. inputs: unit id → its folder."""
     sft = {unit.removeprefix("sft/"): folder for unit, folder in inputs.items() if unit.startswith("sft/")}
     found = {unit: read_json(folder / manifests.MANIFEST) for unit, folder in inputs.items()}
     evaluation, soup = inputs["evaluate"], inputs["soup"]
@@ -134,16 +134,16 @@ def _with_pairs(
 
 
 def _temperature(recipe: Recipe, answers: list[dict[str, Any]]) -> str:
-    """evaluate.temperature, or the temperatures that `category` led to."""
+    """evaluate.temperature as text; for `category`, the temperatures that it led to."""
     chosen, otherwise = recipe.evaluate.temperature, recipe.generation.temperature
     if chosen != "category":
         return f"{chosen:g}"
     by_category = any(row["category"] in TEMPERATURES for row in answers)
-    return f"{otherwise:g}" + (", MT-Bench’s categories at FastChat’s" if by_category else "")
+    return f"{otherwise:g}" + (", for MT-Bench’s categories FastChat’s temperatures" if by_category else "")
 
 
 def identity(recipe: Recipe) -> tuple[str, str]:
-    """The recipe's id without training seeds, which replicates share, and those seeds in words."""
+    """Hash of the recipe without its training seeds, which replicates share, and these seeds as text."""
     parts = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in NOT_THE_RECIPE}
     seeds = {name: parts[name].pop("seeds") for name in ("sft", "reward")} | {"ppo": [parts["ppo"].pop("seed")]}
     parts["evaluate"].pop("samples")
@@ -163,7 +163,7 @@ def _policy(folder: Path) -> PolicyReport:
 
 
 def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
-    """soup.json → rows of the report's table: members, distances between them, and the soup."""
+    """Rows of the report's table on a soup: its members, the distances between members, and the soup."""
 
     def norm(row: dict[str, Any]) -> str:
         return "" if row["norm"] is None else f", norm of delta {row['norm']:.4g}"
@@ -183,7 +183,7 @@ def soup_rows(soup: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(recipe: Recipe, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """The reward's parts, if it is not the trained adapter alone, and the reward stage's metrics."""
+    """The parts of the reward, unless it is the trained adapter alone, and the reward stage's metrics."""
     parts = recipe.reward.parts
     alone = recipe.reward.trained and len(parts) == 1 and parts[0].weight == 1
     rows = {} if alone else {part.name: f"{part.weight:g} · {part.kind} {last_part(part.value)}" for part in parts}
@@ -200,5 +200,5 @@ def answer_pairs(answers: Sequence[Row], dataset: str, a: str, b: str) -> list[t
 
 
 def last_part(value: str) -> str:
-    """The last part of an absolute path, because the report may be shown to others; other text as it is."""
+    """The last part of an absolute path, as others may read the report; other text is unchanged."""
     return Path(value).name if Path(value).is_absolute() else value

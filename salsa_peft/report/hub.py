@@ -1,7 +1,7 @@
-"""The hub stage: results of a run → repositories on the Hub, one commit each.
+"""The hub stage: push results of a run to repositories on the Hub, one commit for each result.
 
 Failed requests are repeated; failed pushes stay pending. huggingface_hub finds the token (HF_TOKEN, or `hf auth
-login`); it is sent only in the Authorization header.
+login`); the token is sent only in the Authorization header.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from salsa_peft.utils.files import read_json, timestamp, write_atomic
 from salsa_peft.utils.messages import one_line, short
 
 PENDING, PUSHED = "hub_pending.json", "hub_pushed.json"
-"""Files in the run's folder."""
+"""Files in the run's folder that list the pushes still to do, and the finished pushes."""
 WAITS = (2.0, 4.0, 8.0, 16.0, 32.0)
-"""Seconds before each retry, or as long as the Hub's Retry-After says, at most LONGEST."""
+"""Seconds to wait before each retry; a longer Retry-After of the Hub is used instead, up to LONGEST."""
 LONGEST = 300.0
 RETRIED = (408, 429, 500, 502, 503, 504)
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Push:
-    """A result and its repository."""
+    """A result to push, and the repository for it."""
 
     item: str
     to: str
@@ -45,7 +45,7 @@ class Push:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Push what the recipe's `hub` section names. Raises SalsaError at the end if a push failed."""
+    """Push the results listed in the recipe's `hub.push`. Raises SalsaError at the end if a push failed."""
     section, folder = job.recipe.hub, job.folder.parent.parent
     start = f"{section.namespace or ''}/{section.name or folder.name}"
     wanted = [
@@ -59,8 +59,8 @@ def run(job: Job) -> dict[str, Any]:
 def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[str, Path]) -> list[dict[str, Any]]:
     """Push results of a run; returns {item, to, commit, url, private} of each.
 
-    All of them become pending first, and each is removed from the pending ones once it is on the Hub. Raises SalsaError
-    that names the failed ones.
+    All pushes are listed as pending first, and each is removed from the list once its result is on the Hub. Raises
+    SalsaError that names the failed pushes.
     """
     asked = [(one.item, one.to) for one in wanted]
     queue = [*(one for one in pending(run) if (one.item, one.to) not in asked), *wanted]
@@ -72,7 +72,8 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
         try:
             require(
                 clash is None,
-                f"{one.to}: {clash} is pending for the same repository; remove one of them from {run / PENDING}",
+                f"{one.to}: {clash} is pending for the same repository; remove {clash} or {one.item} from"
+                f" {run / PENDING}",
             )
             done.append(push(one, find_item(run, recipe, one.item, one.base_model, folders)))
         except SalsaError as error:
@@ -85,8 +86,8 @@ def push_all(run: Path, wanted: Sequence[Push], recipe: Recipe, folders: dict[st
         say(f"hub  {one.item} → {done[-1]['url']}{' (private)' if one.private else ''}")
     require(
         not failed,
-        f"{len(failed)} of {len(wanted)} not pushed ({'; '.join(failed)}). The run itself is complete; salsa hub push"
-        f" {run} tries again",
+        f"{len(failed)} of {len(wanted)} results were not pushed ({'; '.join(failed)}). The run itself is complete; to"
+        f" push again: salsa hub push {run}",
     )
     return done
 
@@ -102,12 +103,12 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
     there = with_retries(lambda: api.model_info(repo), repo)
     require(
         there.private or not wanted.private,
-        f"{repo}: is a public repository, but the push is private; make it private on the Hub, push elsewhere, or use"
-        " --public (hub.private: false)",
+        f"{repo}: is a public repository, but the push is private; make the repository private on the Hub, push to"
+        " another repository, or use --public (hub.private: false)",
     )
 
     def commit() -> Any:
-        operations = [  # new ones for each try, because they keep state of their upload
+        operations = [  # created for each try, because an operation keeps the state of its upload
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in files.items()
         ]
@@ -119,20 +120,20 @@ def push(wanted: Push, item: Item) -> dict[str, Any]:
 
 
 def repository(api: Any, to: str) -> str:
-    """namespace/name; the default namespace is the user's. Raises SalsaError for an invalid name."""
+    """Id of the repository; /name gets the user's namespace. Raises SalsaError if the id is invalid."""
     repo = f"{with_retries(api.whoami, 'the login')['name']}{to}" if to.startswith("/") else to
-    require(REPO_ID.match(repo) is not None, f"--to: found {short(repo)}, {REPO_EXPECTED}")
+    require(REPO_ID.match(repo) is not None, f"--to: {short(repo)} is no repository id; {REPO_EXPECTED}")
     return repo
 
 
 def with_retries(call: Callable[[], Result], what: str) -> Result:
-    """A call's result, repeated if the Hub is busy or the connection breaks. Raises SalsaError."""
+    """Result of a call, which is repeated if the Hub is busy or the connection breaks. Raises SalsaError."""
     from huggingface_hub import errors
 
     for wait in (*WAITS, None):
         try:
             return call()
-        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # the last: a page, not JSON
+        except (errors.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # last: no JSON
             if is_local(error):
                 raise SalsaError(f"{what}: {error}") from error
             status, after = status_of(error)
@@ -140,11 +141,11 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
             if wait is None or not passing:
                 raise SalsaError(f"{what}: {error_text(error, status)}") from error
             seconds = min(max(wait, after), LONGEST)
-            say(f"hub  {what}: {error_text(error, status)}; again in {seconds:.0f} s")
+            say(f"hub  {what}: {error_text(error, status)}; next try in {seconds:.0f} s")
             time.sleep(seconds)
-        except UnicodeEncodeError:  # its text contains the header with the token
+        except UnicodeEncodeError:  # the error's text, which contains the token, must not be shown
             raise SalsaError(
-                "the login's token has characters that no token has; log in with `hf auth login`, or set HF_TOKEN"
+                "the Hub token contains invalid characters; log in with `hf auth login`, or set HF_TOKEN"
             ) from None
         except ValueError as error:  # the Hub's validation of the card's front matter
             raise SalsaError(f"{what}: {one_line(error)}") from error
@@ -152,14 +153,14 @@ def with_retries(call: Callable[[], Result], what: str) -> Result:
 
 
 def is_local(error: BaseException) -> bool:
-    """Whether it is an error of this machine, such as a full disk."""
+    """Whether an error comes from this machine, such as a full disk."""
     return (
         isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
     )
 
 
 def status_of(error: BaseException) -> tuple[int | None, float]:
-    """HTTP status and seconds of Retry-After of an error or its cause; (None, 0) without a response."""
+    """HTTP status of an error or its cause, and Retry-After in seconds; (None, 0) without a response."""
     response = getattr(error, "response", None)
     if response is None:
         return (None, 0.0) if error.__cause__ is None else status_of(error.__cause__)
@@ -168,7 +169,7 @@ def status_of(error: BaseException) -> tuple[int | None, float]:
 
 
 def error_text(error: BaseException, status: int | None) -> str:
-    """An error of the Hub in one line, with what to do."""
+    """One line that describes an error of the Hub and says what to do."""
     from huggingface_hub import errors
 
     login = "log in with `hf auth login`, or set HF_TOKEN"
@@ -194,11 +195,13 @@ def pending(run: Path) -> list[Push]:
     try:
         return TypeAdapter(list[Push]).validate_json(path.read_bytes(), strict=True)
     except (OSError, ValidationError) as error:
-        raise SalsaError(f"{path}: cannot be read as a list of pending pushes; remove it and push by name") from error
+        raise SalsaError(
+            f"{path}: is not a list of pending pushes; remove the file, and name the results to push"
+        ) from error
 
 
 def write_pending(run: Path, queue: Sequence[Push]) -> None:
-    """Write the pending pushes; without any the file is removed."""
+    """Write the file of pending pushes, or remove the file if no push is pending."""
     if queue:
         write_atomic(run / PENDING, json.dumps([dataclasses.asdict(one) for one in queue], indent=2) + "\n")
     else:
@@ -206,12 +209,12 @@ def write_pending(run: Path, queue: Sequence[Push]) -> None:
 
 
 def record_push(run: Path, done: dict[str, Any]) -> None:
-    """Append to the list of pushes, which is for people: a damaged one is set aside."""
+    """Append to the file that lists finished pushes; a damaged file is renamed and a new one begun."""
     path = run / PUSHED
     try:
         before = read_json(path) if path.is_file() else []
     except SalsaError as error:
-        say(f"hub  {error}; kept as {path.name}.old")
+        say(f"hub  {error}; the file is kept as {path.name}.old")
         path.rename(path.with_name(f"{path.name}.old"))
         before = []
     write_atomic(path, json.dumps([*before, {**done, "at": timestamp()}], indent=2) + "\n")

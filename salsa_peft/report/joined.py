@@ -1,9 +1,9 @@
-"""Several runs in one report: models × questions (paper, Table 1).
+"""Report on several runs: win rates by model and set of questions (paper, Table 1).
 
-Runs that differ only in their training seeds form one group. A run is compared by its judge, or without one by its
-headline measure; a model with several judges has several rows. A group of replicates has one rate over runs and
-questions (`judge_statistics.over_seeds`). p-values are over questions, corrected over the cells of a column. Left
-out: what the report of a single run shows.
+Runs that differ only in their training seeds form one group. Win rates are by the run's judge, or without a judge by its
+headline measure; a group with several judges has several rows. A group has one rate over its runs and their questions
+(`judge_statistics.over_seeds`). P-values are over questions, with Holm's correction over the cells of a column. Details
+of one run are left to its own report.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_joined(folder: Path, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """(name, its runs): runs of one recipe and base grouped, in the order given; equal names get a number.
+    """Group runs of the same recipe and base as (name, runs), in the order given; equal names get numbers.
 
     Raises SalsaError if a run is given twice.
     """
@@ -84,7 +84,7 @@ def replicates(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def table(groups: Sequence[tuple[str, list[Run]]]) -> list[dict[str, Any]]:
-    """Rows {"model", "base", "dataset", "by", "runs", "cells": (a, b) → cell}, with Holm's correction."""
+    """Table rows {"model", "base", "dataset", "by", "runs", "cells": (a, b) → cell}; a cell has p_holm."""
     rows: list[dict[str, Any]] = []
     for name, of in groups:
         for by, same in _by_judge(of).items():
@@ -104,7 +104,7 @@ def _rows_with_verdicts(rows: Sequence[Row], pair: tuple[str, str]) -> list[Row]
 
 
 def _by_judge(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Name of the judge or measure → its runs; different judges of the same name get a number."""
+    """Name of the judge or measure → its runs; different judges with the same name get a number."""
     found: dict[str, list[Run]] = {}
     known: dict[str, Any] = {}
     for run in runs:
@@ -123,7 +123,7 @@ def _datasets(run: ReportInput) -> dict[str, Any]:
 
 
 def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
-    """Pairs of methods; a searched policy has one name, whichever β was picked."""
+    """Pairs that the runs compared; a searched policy has its own name, whichever β a run picked."""
     found: list[tuple[str, str]] = []
     for run in runs:
         for pair in judge_tables.picked(run.report, _datasets(run.report).get(dataset, {"pairs": []})):
@@ -133,7 +133,7 @@ def _pairs(runs: Sequence[Run], dataset: str) -> list[tuple[str, str]]:
 
 
 def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] | None:
-    """The rate over a group's runs; None if no run compared the pair."""
+    """Cell of one pair: the win rate over a group's runs; None if no run compared the pair."""
     given = [rows for run in runs if (rows := _judgments(run.report, dataset, a, b))]
     if not given:
         return None
@@ -155,14 +155,14 @@ def _cell(runs: Sequence[Run], dataset: str, a: str, b: str) -> dict[str, Any] |
 
 
 def _judgments(run: ReportInput, dataset: str, a: str, b: str) -> list[Judgment]:
-    """A pair's judgments in one run; a and b stand for the candidates that were picked there."""
+    """Judgments of a pair in one run; a searched policy stands for the candidate that the run picked."""
     methods = judge_tables.searched_methods(run)
     first, second = (methods[name]["best"] if name in methods else name for name in (a, b))
     return judge_tables.judgments_of(run, dataset, first, second, findings.headline(run.evaluation))
 
 
 def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Sentences: in how many cells a pair's rate is above 50%, and in how many after correction."""
+    """One sentence per pair: in how many cells its rate is above 50%, and in how many significantly."""
     sentences = []
     for pair in pairs:
         cells = [row["cells"][pair] for row in _rows_with_verdicts(rows, pair)]
@@ -171,7 +171,8 @@ def finding(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
         of = f"{len(cells)} cell{'s' * (len(cells) != 1)}"
         sentences.append(
             f"{pair[0]} over {pair[1]}: the interval of the adjusted win rate lies above 50% in {above} of {of}, below"
-            f" in {below}; above with p < 0.05 after Holm’s correction over them in {significant}."
+            f" in {below}; in {significant} the rate is above 50% with p < 0.05 after Holm’s correction over these"
+            " cells."
         )
     return sentences
 
@@ -214,7 +215,7 @@ def _scores(run: Run) -> list[dict[str, Any]]:
 
 
 def _draw(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Panel]:
-    """Figure 1: one panel for each pair with its cells."""
+    """Panels of the win rates, one for each pair, with one row for each cell of the pair."""
     styles, drawn = style.looks([name for pair in pairs for name in pair]), []
     for number, pair in enumerate(pairs):
         there = _rows_with_verdicts(rows, pair)

@@ -1,7 +1,7 @@
-"""A judge's results → the report's tables and ablation points (paper: Tables 1 to 5, Figures 4, 5).
+"""Tables and ablation points from a judge's results (paper: Tables 1 to 5, Figures 4 and 5).
 
-Without a judge, ablations and joined reports use the pairs of the headline measure. If base, questions and models are
-those of the paper, its cell is shown beside the run's.
+Without a judge, ablations and joined reports compare pairs by the headline measure. If base, questions and models are
+those of the paper, the paper's win rate is shown beside the run's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from salsa_peft.report import paper
 from salsa_peft.report.format import Row, is_number, rate_of
 from salsa_peft.report.gather import ReportInput, answer_pairs, last_part
 
-ABLATIONS = {  # start of a policy's name (sweeps.PREFIX) → label of the figures' x axis
+ABLATIONS = {  # kind of sweep, with which its policies' names begin → label of the figure's x axis
     "alpha": "α: 0 is the first seed, 1 the second (Figure 4a)",
     "members": "members of the soup (Figure 5)",
     "scale": "λ: how much of the seed is left in the reference (the control)",
@@ -25,9 +25,9 @@ SWEPT = re.compile(r"(alpha|members|scale)-([\d.e-]+?)(?:-kl-[\d.e-]+)?\Z")
 
 
 def judged(run: ReportInput) -> dict[str, Any] | None:
-    """The judge, and the pairs of each set with the paper's cells; None without a judge.
+    """The judge, and the results of each set's pairs, with the paper's; None if the run has no judge.
 
-    Candidates that a search did not pick are left out; they have a table of their own.
+    Candidates that a search did not pick are left out here, and listed in the search's own table.
     """
     if run.verdicts is None:
         return None
@@ -65,13 +65,13 @@ def _paper_cell(run: ReportInput, dataset: str, pair: Row) -> dict[str, Any] | N
 
 
 def searched(run: ReportInput) -> dict[str, Any] | None:
-    """What a search over β tried and picked (paper, Section 4: for each method the β of highest win rate)."""
+    """Result of the search for the β with the highest win rate (paper, Section 4); None without a search."""
     found: dict[str, Any] | None = (run.verdicts or {}).get("search") or run.evaluation.get("search")
     return found
 
 
 def searched_methods(run: ReportInput) -> dict[str, Any]:
-    """Method → what a search tried and picked for it; empty without a search."""
+    """Searched policy → the candidates tried and the one picked; empty without a search."""
     return (searched(run) or {"methods": {}})["methods"]
 
 
@@ -83,12 +83,12 @@ def picked(run: ReportInput, data: Row) -> list[Row]:
 
 
 def method(run: ReportInput, name: str) -> str:
-    """The searched policy for which a candidate was picked, else the name itself."""
+    """The searched policy if `name` is its picked candidate, else `name` itself."""
     return next((of for of, found in searched_methods(run).items() if name == found["best"]), name)
 
 
 def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -> list[Judgment]:
-    """Judgments of a pair in either order; without a judge from the scores of `measure`."""
+    """Judgments of a against b, also from rows of b against a; without a judge from scores of `measure`."""
     if run.verdicts is not None:
         swap = {"a": "b", "b": "a", "tie": "tie", "missing": "missing"}
         rows = []
@@ -110,10 +110,10 @@ def judgments_of(run: ReportInput, dataset: str, a: str, b: str, measure: str) -
 
 
 def ablations(run: ReportInput, measure: str) -> list[dict[str, Any]]:
-    """Figures 4a, 5 and A.4, each {"kind", "dataset", "against", "xlabel", "points", "log"}.
+    """Data of figures as in the paper's 4a, 5 and A.4: {kind, dataset, against, xlabel, points, log} each.
 
-    A point is one policy's win rate over one opponent, by the judge, or without one by the measure. What a search tried
-    is a figure of its own.
+    A point is one policy's win rate over one opponent, by the judge, or without a judge by the measure. The candidates
+    of a search have a figure of their own.
     """
     source = (run.verdicts or run.evaluation).get("datasets", {})
     found = []
@@ -145,7 +145,7 @@ def _point(x: float, pair: Row) -> dict[str, Any]:
 
 
 def swept(run: ReportInput, name: str, kind: str) -> float | None:
-    """A policy's value on the axis of a sweep; PPO with one seed as reference is a soup of one member."""
+    """A policy's value on the axis of a sweep, or None; reference seed-0 counts as a soup of one member."""
     found = SWEPT.match(name)
     if found and found[1] == kind:
         return float(found[2])
@@ -154,12 +154,14 @@ def swept(run: ReportInput, name: str, kind: str) -> float | None:
 
 
 def warnings(run: ReportInput) -> list[str]:
-    """Cautions about the judge's results."""
+    """Warnings about the judge's results."""
     if run.verdicts is None:
         return []
     found = []
     if run.verdicts["judge"]["kind"] == "reward":
-        found.append("The judge is the recipe's reward, on which the policies were trained, so it favours them.")
+        found.append(
+            "The judge is the recipe's reward, on which the policies were trained, so it favours the policies."
+        )
     for name, data in run.verdicts["datasets"].items():
         same = [line for pair in data["pairs"] for line in _equal_answers(run, name, pair["a"], pair["b"])]
         found += [f"“{name}”: {line}" for line in [*_reliability(data["pairs"]), *same]]
@@ -167,7 +169,7 @@ def warnings(run: ReportInput) -> list[str]:
     if search is not None and set(search["datasets"]) & set(run.verdicts["datasets"]):
         found.append(
             f"β was picked by win rate on {', '.join(f'“{name}”' for name in search['datasets'])} and is reported on"
-            " the same questions, which favours the picked value; search.questions can name a set of its own."
+            " the same questions, which favours the picked value; search.questions can name a separate set."
         )
     return found
 
@@ -177,7 +179,7 @@ def _reliability(pairs: Sequence[Row]) -> Iterable[str]:
     if missing:
         yield (
             f"{missing} of {missing + n} judgments have no verdict and are not part of the rates; the tables give the"
-            " adjusted rate if all of them had been lost or won."
+            " adjusted rate if all missing judgments had been lost or won."
         )
     if (flips := _mean(pairs, "flip_rate")) is not None and flips > 0.3:
         yield f"in {100 * flips:.0f}% of judgments the two orders disagree; many of the ties are such disagreements."
@@ -194,6 +196,6 @@ def _equal_answers(run: ReportInput, dataset: str, a: str, b: str) -> Iterable[s
 
 
 def _mean(pairs: Sequence[Row], key: str) -> float | None:
-    """Mean over judgments."""
+    """Mean of a rate over all pairs, weighted by the pairs' numbers of judgments."""
     known = [(pair[key], pair["n"]) for pair in pairs if pair[key] is not None and pair["n"]]
     return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None

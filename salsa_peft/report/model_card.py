@@ -1,4 +1,4 @@
-"""Published files of a result, and its model card: loading code, lineage, measurements."""
+"""Published files of a result, and its model card with loading code, lineage and metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PUBLISHED = (
     CONFIG, WEIGHTS, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     FINGERPRINT, SUMMARY, "metrics.json", "policy.json", "value_head.safetensors", *TOKENIZER, "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
-"""Names of a result's files that are published; no other file of its folder is."""
+"""Patterns of the file names that are published; no other file of a result's folder is published."""
 RECIPE, CARD, FIGURE = "recipe.yaml", "README.md", "figure.png"
 FIGURES = {
     "soup": ("line-*", "scores-*"),
@@ -41,7 +41,7 @@ FIGURES = {
     "seed": ("scores-*",),
     "reward": ("distribution-*",),
 }
-"""Kind → patterns of the report's figures; the first existing one is shown on the card."""
+"""Kind of result → patterns of the report's figures; the card shows the first figure that exists."""
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{24,}")
 
 
@@ -63,26 +63,25 @@ class Item:
 
     @property
     def adapter(self) -> bool:
-        """Whether it is a PEFT adapter; else it is a checkpoint."""
+        """Whether the result is a PEFT adapter; otherwise it is a full checkpoint."""
         return (self.folder / CONFIG).is_file()
 
     @property
     def algorithm(self) -> str:
-        """ppo, dpo … of a policy; "" for other kinds."""
+        """Algorithm of a policy, such as ppo or dpo; "" for other kinds of results."""
         return self.recipe.policies[self.name].algorithm if self.kind == "policy" else ""
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The measurements of its own stage."""
+        """The metrics that the result's own stage wrote."""
         path = self.folder / {"soup": "soup.json", "policy": "policy.json"}.get(self.kind, "metrics.json")
         return read_object(path) if path.is_file() else {}
 
 
 def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, folders: dict[str, Path]) -> Item:
-    """A result by its name. folders: unit id → its finished folder.
+    """Find a result by its name. folders: unit id → its finished folder.
 
-    Raises SalsaError for an unknown name, a result that is missing or was changed, and a base that is only on this
-    machine.
+    Raises SalsaError if the name is unknown, the result is missing or was changed, or the base has no id on the Hub.
     """
     base = base_model or recipe.model.base
     if base is None or os.path.isabs(base):
@@ -94,7 +93,7 @@ def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, fold
     folder, report = folders.get(unit), folders.get("report")
     if folder is None:
         raise SalsaError(
-            f"{name}: {run} has no finished {unit}; make it with salsa run {run}/recipe.yaml --output-dir {run}"
+            f"{name}: {run} has no finished {unit}; finish the run with salsa run {run}/recipe.yaml --output-dir {run}"
         )
     summary, figures = {}, list[Path]()
     check_unchanged(folder)
@@ -107,7 +106,7 @@ def find_item(run: Path, recipe: Recipe, name: str, base_model: str | None, fold
 
 
 def result_folders(run: Path) -> dict[str, Path]:
-    """Unit id → its folder: the latest report's inputs, or without a report each latest result."""
+    """Unit id → its folder: the latest report's results, or without a report each unit's latest result."""
     report = manifests.latest_report(run)
     if report is not None:
         return {**manifests.finished_results(run), "report": report}
@@ -118,20 +117,22 @@ def result_folders(run: Path) -> dict[str, Path]:
 
 
 def recipe_of_run(run: Path, folders: dict[str, Path]) -> Recipe:
-    """The recipe of the report; the run's recipe.yaml may be a later one."""
+    """The recipe of the report, since the run's recipe.yaml may be newer; without a report, recipe.yaml."""
     own = folders.get("report", run) / RECIPE
     return saved_recipe(own if own.is_file() else run / RECIPE)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises SalsaError for anything else."""
+    """Read a JSON object. Raises SalsaError if the file contains anything else."""
     content = read_json(path)
-    require(isinstance(content, dict), f"{path}: must be a JSON object, as the run wrote it; delete it and run again")
+    require(
+        isinstance(content, dict), f"{path}: must be a JSON object, as the run wrote it; delete the file and run again"
+    )
     return dict(content)
 
 
 def check_unchanged(folder: Path) -> None:
-    """Raise SalsaError if a result differs from its manifest: nothing damaged is published."""
+    """Raise SalsaError if a result differs from its manifest, so that nothing damaged is published."""
     why = manifests.changed_file(folder, manifests.read_manifest(folder) or {"files": {}})
     require(
         why is None,
@@ -141,9 +142,9 @@ def check_unchanged(folder: Path) -> None:
 
 
 def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
-    """Name in the repository → a file as it is, or bytes: JSON without local paths, the recipe, the card.
+    """Name in the repository → path of a file, or bytes (JSON without local paths, recipe, card).
 
-    Raises SalsaError for a result without safetensors, and if a text contains a token of the Hub.
+    Raises SalsaError if the result has no weights in safetensors, or a text file contains a token of the Hub.
     """
     there = sorted(path for path in item.folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in PUBLISHED))
     files: dict[str, Path | bytes] = {path.name: path for path in there}
@@ -166,7 +167,7 @@ def published_files(item: Item, card: str) -> dict[str, Path | bytes]:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe; of local paths only the last part."""
+    """The resolved recipe as YAML, in which only the last part of local paths is kept."""
     return dump_yaml(without_paths(recipe.as_data()))
 
 
@@ -180,18 +181,18 @@ def without_paths(value: Any) -> Any:
 
 
 def check_secrets(files: dict[str, Path | bytes]) -> None:
-    """Raise SalsaError if a text contains the token in use, or anything like a token of the Hub."""
+    """Raise SalsaError if a text file contains the Hub token in use, or anything that looks like one."""
     token = (get_token() or "").encode()
     for name, content in files.items():
         if name.endswith((".safetensors", ".png")):
             continue
         raw = content if isinstance(content, bytes) else content.read_bytes()
         found = (token and token in raw) or (TOKEN.search(raw) and name != "tokenizer.json")
-        require(not found, f"{name}: contains a token of the Hub; remove it at its source, and revoke it")
+        require(not found, f"{name}: contains a token of the Hub; remove the token from where it came, and revoke it")
 
 
 def render_card(item: Item, repo: str, *, online: bool = False) -> str:
-    """README.md of a result. online: the Hub may be asked for the base's licence."""
+    """Render README.md of a result. online: whether to ask the Hub for the base's licence."""
     data = metadata(item, repo, licence_of(item, online))
     page = render(
         "card.md.jinja",
@@ -227,7 +228,7 @@ def metadata(item: Item, repo: str, licence: str | None) -> ModelCardData:
 
 
 def licence_of(item: Item, online: bool) -> str | None:
-    """The licence in the base's own card, local or on the Hub; None if it cannot be known."""
+    """The licence in the model card of the base, local or on the Hub; None if it is unknown."""
     base = item.recipe.model.base
     own = Path(base) / "README.md" if base is not None and os.path.isabs(base) else None
     cached = try_to_load_from_cache(item.base, "README.md")
@@ -236,14 +237,14 @@ def licence_of(item: Item, online: bool) -> str | None:
         return None
     try:
         found: Any = model_info(item.base).card_data if path is None else metadata_load(path)
-    except (HTTPError, OSError, ValueError, YAMLError):  # a push does not depend on somebody else's card
+    except (HTTPError, OSError, ValueError, YAMLError):  # a push must not fail because of the base's card
         return None
     licence = None if found is None else found.get("license")
     return licence if isinstance(licence, str) else None
 
 
 def loading_code(item: Item, repo: str) -> str:
-    """Three lines with PEFT or Transformers alone."""
+    """Three lines of Python that load the result with PEFT or Transformers."""
     name = "ModelForSequenceClassification" if item.kind == "reward" else "ModelForCausalLM"
     name, package = (f"AutoPeft{name}", "peft") if item.adapter else (f"Auto{name}", "transformers")
     more = ", num_labels=1" if item.kind == "reward" and item.adapter else ""
@@ -254,7 +255,7 @@ def loading_code(item: Item, repo: str) -> str:
 
 
 def data_sources(item: Item) -> dict[str, Source]:
-    """The data that a result and its seeds were trained on."""
+    """Key of `data` → source, for the data that a result, its seeds and its reward were trained on."""
     algorithm, names = item.algorithm, ["demonstrations"]
     with_reward = bool(algorithm) and item.recipe.reward.trained
     names += ["preferences"] * (item.kind == "reward" or algorithm in PREFERENCE_ALGORITHMS or with_reward)
@@ -263,7 +264,7 @@ def data_sources(item: Item) -> dict[str, Source]:
 
 
 def lineage(item: Item) -> list[tuple[str, str]]:
-    """Rows (what, which) on the origin of a result, base first."""
+    """Rows (name, value) on the origin of a result, the base first."""
     recipe, kind = item.recipe, item.kind
     rows = [("base", f"{item.base}, revision {recipe.model.revision or 'main'}")]
     fingerprint = read_fingerprint(item.folder)
@@ -295,7 +296,7 @@ def lineage(item: Item) -> list[tuple[str, str]]:
 
 
 def members(item: Item) -> list[dict[str, str]]:
-    """A soup's members: {name, version of salsa_peft, weight, source, weights, base}."""
+    """Rows on a soup's members: {name, version of salsa_peft, weight, source, weights, base} each."""
     found: dict[str, Any] = item.metrics.get("provenance", {}) if item.kind == "soup" else {}
     rows = []
     for member in found.get("members", []):
@@ -319,20 +320,20 @@ def members(item: Item) -> list[dict[str, str]]:
 
 
 def seed_text(recipe: Recipe, position: int) -> str:
-    """One SFT run in words, or the origin of a seed that was not trained here."""
+    """One SFT run as text, or the origin of a seed that the run did not train."""
     if (existing := recipe.sft.existing_seed(position)) is not None:
         return f"taken from {last_part(existing)}"
     return f"SFT, random seed {recipe.sft.seeds[position]}, {hyperparameters(recipe.sft)}"
 
 
 def hyperparameters(section: Any) -> str:
-    """The main hyperparameters of a training section."""
+    """The main hyperparameters of a training section, as text."""
     length = f"{section.max_steps} steps" if section.max_steps > 0 else f"{section.num_train_epochs:g} epochs"
     return f"learning rate {section.learning_rate:g}, batch {section.batch_size}, {length}, {section.lr_scheduler_type} schedule"
 
 
 def scores(item: Item) -> list[dict[str, Any]]:
-    """This model's scores in the run's evaluation: {dataset, measure, mean, low, high, n}."""
+    """The result's scores in the run's evaluation: {dataset, measure, mean, low, high, n} each."""
     return [
         {"dataset": dataset, "measure": measure, **value}
         for dataset, found in item.summary.get("evaluation", {}).get("datasets", {}).items()
@@ -341,5 +342,5 @@ def scores(item: Item) -> list[dict[str, Any]]:
 
 
 def compared(item: Item) -> list[dict[str, Any]]:
-    """The report's comparisons with this model: {dataset, measure, a, b, mean, low, high, n, rate}."""
+    """The report's comparisons of the result: {dataset, measure, a, b, mean, low, high, n, rate} each."""
     return [one for one in item.summary.get("comparisons", []) if item.name in (one["a"], one["b"])]

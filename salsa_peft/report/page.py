@@ -1,4 +1,4 @@
-"""report.html, report.md and summary.json of a run, with sample answers side by side."""
+"""Write report.html, report.md and summary.json of a run, with sample answers side by side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_report(folder: Path, run: ReportInput) -> dict[str, Any]:
 def write_pages(
     folder: Path, template: str, context: Row, drawn: Mapping[str, Sequence[Panel]], summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write one context as HTML and as Markdown, figures as PNG, and the summary as JSON."""
+    """Write the report as HTML and Markdown, its figures as PNG, and the summary as JSON."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for panel in (one for section in drawn.values() for one in section):
         (folder / "figures" / f"{panel.name}.png").write_bytes(panel.png)
@@ -37,7 +37,7 @@ def write_pages(
 
 
 def context(run: ReportInput) -> dict[str, Any]:
-    """What both templates print, beside the input itself."""
+    """Variables of both templates, except for the ReportInput itself."""
     compared = findings.comparisons(run.evaluation, run.answers, run.policies)
     lead, more = findings.finding(run.evaluation, run.landscape, compared, run.policies)
     judged = judge_tables.judged(run)
@@ -77,7 +77,7 @@ def context(run: ReportInput) -> dict[str, Any]:
 
 
 def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
-    """Comparisons as tiles; `at`: where mean and interval lie on a scale from 0 to 100, the same for all."""
+    """Tiles of the comparisons. `at`: positions of mean and interval on one scale from 0 to 100 for all."""
     reach = max((abs(one[key]) for one in compared for key in ("low", "high")), default=0.0) or 1.0
     return [
         {
@@ -92,7 +92,7 @@ def _tiles(run: ReportInput, compared: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def summarise(run: ReportInput, found: Row) -> dict[str, Any]:
-    """Every number of the report: finite floats or null. found: the templates' context."""
+    """Content of summary.json: every number of the report, null if not finite. found: from `context`."""
     datasets = run.evaluation.get("datasets", {})
     judged = found["judged"] or {"datasets": {}}
 
@@ -139,7 +139,7 @@ def _policy_summary(policy: PolicyReport, table: dict[str, Any] | None) -> dict[
 
 
 def training(policy: PolicyReport) -> dict[str, Any]:
-    """β at the start and the end; score, KL and length as means over the first and last tenth."""
+    """Training metrics at start and end: β, and means of score, KL and length over a tenth of the updates."""
     rows, tenth = policy.metrics, max(1, len(policy.metrics) // 10)
     table: dict[str, Any] = {"updates": len(rows), "episodes": rows[-1]["episode"]}
     for key, (short, _) in CURVES.items():
@@ -150,7 +150,7 @@ def training(policy: PolicyReport) -> dict[str, Any]:
 
 
 def description(name: str, run: ReportInput) -> str:
-    """A model in a few words."""
+    """Short description of a model."""
     if name in run.policies:
         policy = run.policies[name]
         return f"{policy.algorithm.upper()} from seed-0, reference {policy.reference}, β {policy.kl_coef:g}"
@@ -159,13 +159,13 @@ def description(name: str, run: ReportInput) -> str:
 
 
 OUTCOMES = ("win", "loss", "tie", "missing")
-"""Outcomes of the page's main pair, by which questions are filtered; a question whose turns differ has several."""
+"""Outcomes of a turn for the main pair, by which the page filters questions; a question may have several."""
 SHORT = 140
-"""Characters of a question in its heading."""
+"""Maximum number of characters of a question in its heading."""
 
 
 def sample_answers(run: ReportInput) -> dict[str, Any]:
-    """{"pair": the main pair or None, "datasets": dataset → its first questions in order}."""
+    """Answers to show: {"pair": main pair or None, "datasets": dataset → its first questions in order}."""
     names, pair = findings.order(run.evaluation, run.policies), main_pair(run)
     rows: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
     for row in run.answers:
@@ -202,7 +202,7 @@ def sample_answers(run: ReportInput) -> dict[str, Any]:
 
 
 def main_pair(run: ReportInput) -> tuple[str, str] | None:
-    """The pair by which answers are filtered: the judge's first, else the evaluation's first."""
+    """The pair by which answers are filtered: the judge's first pair, or else the evaluation's first."""
     sets = [data for source in (run.verdicts, run.evaluation) for data in (source or {}).get("datasets", {}).values()]
     return next(((pair["a"], pair["b"]) for data in sets for pair in data.get("pairs", [])), None)
 
@@ -210,7 +210,7 @@ def main_pair(run: ReportInput) -> tuple[str, str] | None:
 def _outcome(
     run: ReportInput, pair: tuple[str, str], answers: Mapping[str, Row], judgments: Sequence[Row]
 ) -> str | None:
-    """One turn's outcome for the first model of the pair."""
+    """Outcome of one turn for the first model of the pair; None if the two answers were not compared."""
     if run.verdicts is not None:
         words = {"a": "win", "b": "loss", "tie": "tie", "missing": "missing"}
         return next((words[row["winner"]] for row in judgments if (row["a"], row["b"]) == pair), None)

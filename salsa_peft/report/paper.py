@@ -1,7 +1,7 @@
-"""The paper's Tables 1 to 5 (arXiv 2411.01798) recomputed from its counts, with intervals.
+"""The paper's Tables 1 to 5 (arXiv 2411.01798) recomputed from the paper's counts, with intervals.
 
-paper_tables.json contains what the paper counted and printed, nothing computed. Intervals are over judgments, which are
-treated as independent, and are from one training seed.
+paper_tables.json contains only the counts and rates that the paper prints. Intervals are over judgments, which are
+treated as independent and are from one training seed.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from salsa_peft.report.format import p_value, percent, rate_of
 from salsa_peft.utils.statistics import WinRates, holm, win_rates
 
 ROUNDING = 0.01 + 1e-9
-"""Percentage points between a printed rate and the rate of its counts that rounding, or cutting the last digit,
-explains."""
+"""Largest difference in percentage points, between a printed rate and the rate of its counts, that rounding or
+truncation of the last digit explains."""
 BASES = {"llama27b": "Llama2-7B", "mistral7b": "Mistral-7B", "gemma2b": "Gemma-2B"}
-"""Start of a base's name, letters and digits only → the paper's name."""
+"""Beginning of a base's name, in lower case, letters and digits only → the paper's name of the base."""
 SETS = {"mtbench": "MT-Bench", "arenahard": "Arena-Hard", "ultrafeedback": "UltraFeedback"}
 MODELS = {"salsa": "SALSA", "ppo": "PPO", "seed-0": "SFT", "mkl": "MKL"}
-"""A recipe's name of a model → the paper's name."""
+"""Name of a model in a recipe → its name in the paper."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pair on one set of questions: a over b."""
+    """The paper's result for one pair, a over b, on one set of questions."""
 
     table: int
     model: str
     dataset: str
-    """The set that the counts can be of."""
+    """The set of questions that the counts fit."""
     labelled: str
-    """The set that the paper prints; a different one where two labels are swapped."""
+    """The set of questions that the paper prints, which differs from `dataset` where two labels are swapped."""
     a: str
     b: str
     rates: WinRates
     missing: int
-    """Judgments of the set that the table lacks (FastChat drops those without a verdict)."""
+    """Number of judgments that the table lacks (FastChat drops judgments without a verdict)."""
     p_holm: float
-    """Corrected over the cells of the same pair in the tables of the same kind: nine, in Table 5 two."""
+    """P-value with Holm's correction over the cells of the same pair: nine in Tables 2 to 4, two in Table 5."""
     printed: tuple[str, str]
-    """Win rate and adjusted win rate, %."""
+    """Win rate and adjusted win rate as the paper prints them, in %."""
     flags: tuple[str, ...]
-    """Inconsistencies with the counts."""
+    """Descriptions of printed labels and rates that are inconsistent with the counts."""
 
     def swapped(self) -> Cell:
-        """b over a, without printed rates; an error in them is in the flags."""
+        """The result for b over a, without printed rates; `flags` already has the errors in printed rates."""
         counts = self.rates
         return replace(
             self, a=self.b, b=self.a, rates=win_rates(counts.losses, counts.wins, counts.ties), printed=("", "")
@@ -71,7 +71,7 @@ def _facts() -> Any:
 
 @cache
 def cells() -> tuple[Cell, ...]:
-    """Tables 2 to 5 in the paper's order, each pair once."""
+    """The cells of Tables 2 to 5 in the paper's order; b over a is not repeated."""
     facts = _facts()
     rows, possible = facts["tables"], facts["judgments"]
     found = []
@@ -99,7 +99,7 @@ def _count(row: dict[str, Any]) -> int:
 
 
 def _dataset(row: dict[str, Any], rows: list[dict[str, Any]], possible: dict[str, int]) -> str:
-    """The set that a row's counts can be of: its own, or the one its label was swapped with."""
+    """The set of questions that a row's counts fit: the printed one, or the one it was swapped with."""
     same = [one for one in rows if all(one[key] == row[key] for key in ("table", "model", "a", "b"))]
     if all(_count(one) <= possible[one["dataset"]] for one in same):
         return str(row["dataset"])
@@ -109,12 +109,12 @@ def _dataset(row: dict[str, Any], rows: list[dict[str, Any]], possible: dict[str
 
 def _swapped_label(row: dict[str, Any], possible: dict[str, int]) -> str:
     total, most = _count(row), possible[row["dataset"]]
-    why = f"can't be {row['dataset']}'s {most}" if total > most else "are those of another set"
+    why = f"where {row['dataset']} has {most}" if total > most else "are those of another set"
     return f"labelled {row['dataset']}: {total} judgments {why}; the labels of Table {row['table']} are swapped"
 
 
 def _wrong_rate(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> str:
-    """Printed rates of a over b (turn 0) or b over a (1) that differ from the counts', as text."""
+    """Description of printed rates of a over b (turn 0) or b over a (turn 1) that the counts do not give."""
     step = -1 if turn else 1
     a, b = (row["a"], row["b"])[::step]
     wins, losses = (row["wins"], row["losses"])[::step]
@@ -132,7 +132,7 @@ def _wrong_rate(row: dict[str, Any], turn: int, rows: list[dict[str, Any]]) -> s
 
 
 def table1() -> list[tuple[Cell, str]]:
-    """Table 1's cells with the adjusted win rates printed there."""
+    """The cells in Table 1, with the adjusted win rates that Table 1 prints."""
     return [
         (next(cell for cell in cells() if cell.table < 5 and (cell.model, cell.dataset, cell.a, cell.b)
               == (row["model"], row["dataset"], row["a"], row["b"])), row["printed"])
@@ -141,7 +141,7 @@ def table1() -> list[tuple[Cell, str]]:
 
 
 def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
-    """The paper's cell for a run's pair, a over b, or None. base: a Hub id or a folder's name."""
+    """The paper's result for a run's pair, a over b; None if there is none. base: Hub id or folder's name."""
 
     def known(names: dict[str, str], name: str) -> str | None:
         letters = re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower())
@@ -153,7 +153,7 @@ def beside(base: str, dataset: str, a: str, b: str) -> Cell | None:
 
 
 def flags() -> list[str]:
-    """All inconsistencies between the tables and their counts."""
+    """Descriptions of all inconsistencies between the paper's tables and their counts."""
     found = [
         f"Table {cell.table}, {cell.model}, {'' if flag.startswith('labelled') else cell.labelled + ', '}{flag}"
         for cell in cells()
@@ -168,9 +168,9 @@ def flags() -> list[str]:
 
 
 def show(console: Console) -> None:
-    """`salsa report --paper`: every table recomputed from its counts."""
+    """Print every table recomputed from its counts, for `salsa report --paper`."""
     console.print(Text(f"{_facts()['source']}.\nIntervals: Tango's (1998) score interval of W − L over N, as a win rate; p: exact sign test without ties;"
-                       " Holm over a pair's cells. Judgments are of one training seed and are treated as independent."))  # fmt: skip
+                       " p, Holm: corrected over the cells of the same pair. Judgments are of one training seed and are treated as independent."))  # fmt: skip
     one = _table("Table 1, adjusted win rate, %", "model", "questions", "pair", "printed", "counts [95%]", "p, Holm")
     for cell, printed in table1():
         one.add_row(cell.model, cell.dataset, f"{cell.a} – {cell.b}", printed, _interval(cell), p_value(cell.p_holm))

@@ -1,4 +1,4 @@
-"""Every figure of a report as inline SVG and PNG, and which figures a report has."""
+"""The figures of a report, as inline SVG and PNG."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from salsa_peft.report.gather import ReportInput
 from salsa_peft.report.style import INK, KNOWN, MEASURES, MUTED, PAPER, SPARE, Look, Panel, panel
 
 Styles = Mapping[str, Look]
-"""Name of a model → its look."""
+"""Name of a model → its colour, dash and marker."""
 
 
 def scores(name: str, title: str, models: Row, measure: str, styles: Styles) -> Panel:
-    """Mean and interval of each model, one row each. models: name → Estimate as a mapping."""
+    """Mean score and interval of each model, one row each. models: name → {mean, low, high}."""
 
     def draw(axes: Axes) -> None:
         for row, (model, score) in enumerate(models.items()):
@@ -34,7 +34,7 @@ def scores(name: str, title: str, models: Row, measure: str, styles: Styles) -> 
 
 
 def win_rates(name: str, title: str, pairs: Sequence[Row], styles: Styles) -> Panel:
-    """Adjusted win rate of a over b, one row for each pair; hollow if the interval includes 50%."""
+    """Adjusted win rate of a over b, one row per pair; a mark is hollow if its interval includes 50%."""
 
     def draw(axes: Axes) -> None:
         axes.axvline(50, color=MUTED, lw=1.1)
@@ -56,7 +56,7 @@ def line(
     limits: tuple[float, float],
     soup: float | None,
 ) -> Panel:
-    """Score along lines of weights (paper's Fig. 2a, b). soup: score of the first line's midpoint."""
+    """Score along lines between weights (paper, Figure 2a, b). soup: score at the first line's midpoint."""
     shrunk, ends = lines[0]["kind"] == "shrunk", lines[0]["ends"]
 
     def draw(axes: Axes) -> None:
@@ -85,7 +85,7 @@ def line(
 
 
 def plane(name: str, title: str, given: Row, measure: str) -> Panel:
-    """Score on the plane of three seeds in barycentric coordinates (paper's Fig. 2c)."""
+    """Score on the plane of three seeds in barycentric coordinates (paper, Figure 2c)."""
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])
     spots = np.array([point["weights"] for point in given["points"]]) @ corners
     values = np.array([point["scores"][measure]["mean"] for point in given["points"]])
@@ -114,7 +114,7 @@ def plane(name: str, title: str, given: Row, measure: str) -> Panel:
 def curve(
     name: str, title: str, policies: Mapping[str, Sequence[Row]], key: str, styles: Styles, log: bool = False
 ) -> Panel:
-    """A metric over PPO's episodes, with a rolling mean over a tenth of the updates."""
+    """A metric over PPO's episodes, with a rolling mean over about a tenth of the updates."""
 
     def draw(axes: Axes) -> None:
         for policy, rows in policies.items():
@@ -139,7 +139,7 @@ def curve(
 
 
 def ablation(name: str, title: str, points: Sequence[Row], xlabel: str, log: bool, styles: Styles) -> Panel:
-    """Adjusted win rate against a setting, with a line through the best policies (Fig. 4a, 5)."""
+    """Adjusted win rate against a swept setting, with a line through the best policy at each value."""
     names = list(dict.fromkeys(point["name"] for point in points))
     looks = {**dict(zip((one for one in names if one not in styles), [KNOWN["salsa"], *SPARE], strict=False)), **styles}
 
@@ -168,7 +168,7 @@ def ablation(name: str, title: str, points: Sequence[Row], xlabel: str, log: boo
 
 
 def distributions(name: str, title: str, models: Mapping[str, Sequence[float]], measure: str, styles: Styles) -> Panel:
-    """Scores of single responses, one ridge for each model with its mean marked (paper's Fig. 3)."""
+    """Distribution of each model's scores as one ridge, with a bar at the mean (paper, Figure 3)."""
     together = np.concatenate([np.asarray(values, dtype=float) for values in models.values()])
     edges = np.linspace(together.min() - 1e-9, together.max() + 1e-9, 33)
     counts = {model: np.histogram(values, edges)[0] / len(values) for model, values in models.items()}
@@ -228,7 +228,7 @@ CURVES = {  # key of metrics.jsonl → name in summary.json, title
 
 
 def draw(run: ReportInput) -> dict[str, list[Panel]]:
-    """Section → its panels; an empty list if the run has nothing to draw there."""
+    """Draw all figures; returns section of the report → its panels, [] if there is nothing to draw."""
     names = findings.order(run.evaluation, run.policies)
     others = [end for line in (run.landscape or {}).get("lines", []) for end in line["ends"]]
     controls = [name for name in names if findings.is_control(name, run.policies)]
@@ -274,7 +274,7 @@ def _ablations(run: ReportInput, styles: Styles) -> list[Panel]:
 
 
 def draw_landscape(landscape: Row, styles: Styles) -> list[Panel]:
-    """For each measure the lines between seeds and the control lines, on the same scale; then the planes."""
+    """Panels of the landscape: lines and control lines of each measure, on one scale, then the planes."""
     drawn, planes = [], []
     lines = [one for one in landscape["lines"] if one["kind"] != "shrunk"]
     shrunk = [one for one in landscape["lines"] if one["kind"] == "shrunk"]

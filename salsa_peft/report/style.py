@@ -1,4 +1,4 @@
-"""Appearance of the report's figures: palette, type sizes, and matplotlib's drawing as inline SVG.
+"""Appearance of the report's figures: palette, font sizes, and drawing with matplotlib as inline SVG.
 
 A model has the same colour, dash and marker in every figure (Okabe and Ito's palette, safe for colour-blind readers).
 Uses matplotlib's object interface, not pyplot's global state.
@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 INK, MUTED, GRID, PAPER = "#1c2128", "#59636f", "#d5dae1", "#fffffe"
 WIDTH = 5.0
-"""Inches: a panel is 360 points wide, so that type of 9.5 points keeps its size on a phone."""
+"""Width of a panel in inches: 360 points, so that text of 9.5 points keeps its size on a phone."""
 RC: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
@@ -82,7 +82,7 @@ SPARE = (
 
 
 def looks(names: Sequence[str], controls: Collection[str] = ()) -> dict[str, Look]:
-    """Name → look: a fixed one for known names, else by order of appearance; controls are hollow."""
+    """Name → look: fixed for the names in KNOWN, for others by order of appearance; controls are hollow."""
     unknown = [name for name in dict.fromkeys(names) if name not in KNOWN]
     found = {name: KNOWN[name] for name in names if name in KNOWN}
     found |= {name: SPARE[index % len(SPARE)] for index, name in enumerate(unknown)}
@@ -117,7 +117,7 @@ def panel(name: str, alt: str, draw: Callable[[Axes], None], height: float) -> P
 
 
 def _inline(svg: str) -> str:
-    """matplotlib's SVG as an element of the page, with its colours as CSS variables."""
+    """Turn matplotlib's SVG into an element of the page, with colours as CSS variables."""
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :]).replace("xlink:href", "href")
     tag, _, content = svg.partition(">")
     svg = re.sub(r' (?:width|height)="[^"]*pt"', "", tag) + ">" + content

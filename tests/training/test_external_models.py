@@ -146,7 +146,7 @@ def test_a_seed_that_is_taken_is_one_of_this_run(
     ).exists()
     assert not (out / "all_results.json").exists() and not (out / "trainer_state.json").exists()
     said = capsys.readouterr().err
-    assert said.count("has no fingerprint.json, so that its base cannot be checked") == 1
+    assert said.count("has no fingerprint.json, so its base cannot be checked") == 1
     assert ("It names unsloth/tiny-bnb-4bit as its base" in said) == (maker == "unsloth")
     assert ("the chat template of this folder's tokenizer differs" in said) == (maker == "trl")
 
@@ -270,10 +270,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
     "dora": (
         {"use_dora": True},
-        "use_dora: True, and the mean of such adapters is not an adapter; merge the adapter into its base",
+        "use_dora: True, and the average of DoRA adapters is not an adapter; merge the adapter into its base",
     ),
-    "bias": ({"bias": "all"}, "bias: 'all', and that changes the base"),
-    "tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices: [5], and that changes the base"),
+    "bias": ({"bias": "all"}, "bias: 'all', which changes the base that all roles share"),
+    "tokens": (
+        {"trainable_token_indices": [5]},
+        "trainable_token_indices: [5], which changes the base that all roles share",
+    ),
     "reward": ({"task_type": "SEQ_CLS"}, "is a reward adapter"),
 }
 
@@ -302,7 +305,7 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
         assert "lora is a LoRA adapter, but this run uses full weights. Add --lora" in plan(
             salsa, {given: named(given, lora)}
         )
-        assert "full is a full checkpoint, but this run uses LoRA adapters. Run it without --lora" in plan(
+        assert "full is a full checkpoint, but this run uses LoRA adapters. Run without --lora" in plan(
             salsa, {given: named(given, full)}, "--lora"
         )
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
@@ -313,15 +316,13 @@ def test_other_kinds_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: 
     assert (
         "policies.salsa.reference: " in said
         and "with a delta of 128 × 64" in said
-        and "so the adapter belongs to another base" in said
+        and "so the adapter was trained on another base" in said
     )
     assert "has model_type gemma, and the recipe's base has llama" in plan(salsa, {"sft.from": [str(other)]})
     elsewhere.edit(full / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert "has quantised weights (bitsandbytes)" in plan(salsa, {"sft.from": [str(full)]})
     elsewhere.edit(wide / "adapter_config.json", peft_type="IA3")
-    assert "is an adapter of kind IA3. Use a LoRA adapter" in plan(
-        salsa, {"policies.salsa.reference": str(wide)}, "--lora"
-    )
+    assert "has peft_type IA3. Use a LoRA adapter" in plan(salsa, {"policies.salsa.reference": str(wide)}, "--lora")
 
 
 def test_a_dora_adapter_can_be_a_reference(base: Path, tmp_path: Path, salsa: Any) -> None:
@@ -426,12 +427,12 @@ def test_llama_factorys_reward_model(base: Path, tmp_path: Path) -> None:
 
 def test_rewards_that_score_nothing_are_refused_by_the_plan(base: Path, tmp_path: Path, salsa: Any) -> None:
     adapter = elsewhere.adapter(base, tmp_path / "plain", 1)
-    assert "has no score head, so it scores nothing" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "must have one score head, but has 0" in plan(salsa, {"reward": str(adapter)}, "--lora")
     assert "uses full weights" not in plan(salsa, {"reward": str(adapter)}, "--lora")
     two = elsewhere.adapter(base, tmp_path / "two", 1, task_type="SEQ_CLS", num_labels=2)
     assert "a score head with 2 labels" in plan(salsa, {"reward": str(two)}, "--lora")
     save_file({"weight": torch.ones(1, 64)}, adapter / "value_head.safetensors")
-    assert "this is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
+    assert "so it is PPO's value head" in plan(salsa, {"reward": str(adapter)}, "--lora")
     for words in ((), ("--lora",)):
         several = elsewhere.classifier(base, tmp_path / f"several{len(words)}", 1, labels=2)
         assert "is a classifier with 2 labels, but a reward is one number" in plan(
@@ -469,7 +470,7 @@ def test_what_the_hub_holds_is_refused_before_a_seed_is_trained(
             (),
             "reward.model: https://huggingface.co/me/gone: not in the local cache, and the Hub",
         ),
-        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter belongs to another base"),
+        ({"policies.salsa.reference": "me/wide"}, ("--lora",), "so the adapter was trained on another base"),
         ({"policies.salsa.reference": "me/lora"}, (), "me/lora has no config.json"),
     ):
         assert salsa(given, "--dry-run", *words)[0] == 0 and not asked, "a plan fetches nothing"
@@ -539,7 +540,7 @@ def test_a_whole_run_of_seeds_from_elsewhere(
     for name, tensor in merged[-1].items():
         mean = torch.stack([one[name].double() for one in merged[:-1]]).mean(0)
         torch.testing.assert_close(tensor.double(), mean, atol=1e-5 if words else 2e-3, rtol=0)
-    assert said.count("has no fingerprint.json, so that its base cannot be checked") == 5
+    assert said.count("has no fingerprint.json, so its base cannot be checked") == 5
 
 
 @pytest.mark.slow

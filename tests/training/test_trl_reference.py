@@ -292,7 +292,7 @@ def test_what_would_be_ignored_or_wrong_is_refused(world: World, make_base: Any)
     with pytest.raises(SalsaError, match=r"a RewardTrainer would ignore the reference\. Use one of DPOTrainer"):
         use_reference(other, soup)
     for options, message in (
-        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs has used the old reference"),
+        ({"precompute_ref_log_probs": True}, "with precompute_ref_log_probs, TRL has used its own reference already"),
         ({"loss_type": ["sft"]}, "with loss_type sft alone the reference has no effect"),
         ({"beta": 0.0}, "with beta 0 the reference has no effect"),
     ):
@@ -333,7 +333,7 @@ def test_an_adapter_is_no_reference_of_full_weights(world: World, tmp_path: Path
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(
         SalsaError,
-        match=r"is an adapter, and the policy has full weights. Merge the adapter into its base with `salsa soup OUT",
+        match=r"is an adapter, but the policy has full weights. Merge the adapter into its base with `salsa soup OUT",
     ):
         use_reference(world.trainer("dpo"), tmp_path)
 

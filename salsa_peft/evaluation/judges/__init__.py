@@ -1,1 +1,1 @@
-"""Judges of pairs of answers: an endpoint, a local model, the reward, a function."""
+"""Judges that compare pairs of answers: an OpenAI endpoint, a local model, the reward, a function."""

@@ -1,8 +1,8 @@
-"""Replies of judges in one SQLite file, so that no request is sent twice.
+"""Cache of judges' replies in one SQLite file, so that no request is sent twice.
 
-A reply is committed to the disk before it is used. The file uses SQLite's rollback journal instead of its write-ahead
-log: that one needs shared memory, which run folders on network disks lack, and judges are slower than an fsync. Left
-out: prompts, which are in the run's judgments, and requests without a reply (errors, refusals).
+A reply is committed to the disk before it is used. The file uses SQLite's rollback journal, because the write-ahead log
+needs shared memory, which network disks lack; the journal's fsyncs are fast compared to a judge. Not stored are
+prompts, which the files for FastChat contain, and requests without a reply (errors, refusals).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TABLE = (
 )
 FIELDS = "text, finish, prompt_tokens, completion_tokens"
 WAIT = 60.0
-"""Seconds to wait for another process that is writing to the file."""
+"""Number of seconds to wait while another process writes to the file."""
 
 
 class Reply(NamedTuple):
@@ -34,24 +34,24 @@ class Reply(NamedTuple):
 
     text: str
     finish: str
-    """stop | length …, as the endpoint reports it."""
+    """Reason why the reply ended, as the endpoint reports it: stop, length …"""
     prompt_tokens: int
     completion_tokens: int
 
 
 def key_of(endpoint: str, model: str, messages: list[dict[str, str]], parameters: Mapping[str, Any], attempt: int) -> str:  # fmt: skip
-    """SHA-256 of everything that a reply depends on. Raises ValueError for NaN."""
+    """SHA-256 of everything that a reply depends on. Raises ValueError if a parameter is NaN."""
     asked = [endpoint, model, messages, dict(parameters), attempt]
     return hashlib.sha256(json.dumps(asked, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def digest(row: Sequence[Any]) -> str:
-    """Checksum of a key and its reply; SQLite has none of its own."""
+    """Checksum of a key and its reply, which SQLite does not compute itself."""
     return hashlib.sha256(json.dumps(list(row)).encode()).hexdigest()
 
 
 class Cache:
-    """key → Reply. Safe against kill -9 at any moment, and against another process with the same file."""
+    """Persistent key → Reply, safe against kill -9 and against other processes that use the same file."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -71,18 +71,18 @@ class Cache:
                     self.file.execute(f"PRAGMA user_version = {VERSION}")
         require(
             version in (0, 1, VERSION),
-            f"{self._name}: this judge cache has version {version}, expected {VERSION}; move the file away to ask the"
-            " judge again",
+            f"{self._name}: this judge cache has version {version}, but this salsa_peft reads version {VERSION}; move"
+            " the file away to ask the judge again",
         )
 
     def _add_digests(self) -> None:
-        """Upgrade a cache of version 1, which had no checksums: its replies are taken as they are."""
+        """Upgrade a cache of version 1, which has no checksums: compute them from the stored replies."""
         self.file.execute("ALTER TABLE replies ADD COLUMN digest TEXT")
         rows = self.file.execute(f"SELECT key, {FIELDS} FROM replies").fetchall()
         self.file.executemany("UPDATE replies SET digest = ? WHERE key = ?", [(digest(row), row[0]) for row in rows])
 
     def get(self, key: str) -> Reply | None:
-        """The reply, or None. A reply that does not match its checksum is reported and deleted."""
+        """The reply to a request, or None. A reply that does not match its checksum is reported and deleted."""
         with self._readable_errors():
             row = self.file.execute(f"SELECT {FIELDS}, digest FROM replies WHERE key = ?", [key]).fetchone()
             if row is not None and row[-1] != digest((key, *row[:-1])):
@@ -92,7 +92,7 @@ class Cache:
         return None if row is None else Reply(*row[:-1])
 
     def put(self, replies: Mapping[str, Reply]) -> dict[str, Reply]:
-        """Store all replies or none; returns what is stored, which may be another process's reply."""
+        """Store all replies or none; returns the stored ones, which another process may have written first."""
         with self._readable_errors(), self.file:
             self.file.execute("BEGIN IMMEDIATE")
             self.file.executemany(
@@ -108,7 +108,7 @@ class Cache:
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
-        """SQLite's errors as one line."""
+        """Context that turns errors of SQLite and the file system into SalsaError of one line."""
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, OverflowError) as error:

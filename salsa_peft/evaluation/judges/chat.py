@@ -1,8 +1,8 @@
-"""A chat model as judge: comparisons → prompts → replies → verdicts, with the replies cached.
+"""A chat model as judge: renders prompts, sends requests, caches replies and reads their verdicts.
 
-It works in rounds: first every comparison is sent, then those whose reply had no verdict are sent again. The backend
-(an endpoint, a model in this process) gets distinct requests that are not in the cache, and hands over each reply as
-soon as it has it.
+The judge works in rounds: first it asks about every comparison, then again about those whose reply had no verdict. The
+backend (an endpoint or a model in this process) gets distinct requests that are not in the cache, and returns each
+reply as soon as it arrives.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from salsa_peft.evaluation.judges.prompts import REMINDER, Comparison, JudgeProm
 
 Messages = list[dict[str, str]]
 CALLS = ("asked", "cached", "retried", "prompt_tokens", "completion_tokens")
-"""What a judge counts."""
-NO_VERDICT = "no verdict in its answer"
+"""Keys of `calls`, in which a judge counts its requests and tokens."""
+NO_VERDICT = "no verdict in the judge's reply"
 
 
 class Outcome(NamedTuple):
@@ -37,14 +37,14 @@ class ChatBackend(Protocol):
 
     @property
     def address(self) -> tuple[str, str]:
-        """Endpoint and model, as in the cache's key."""
+        """Endpoint and model, which are part of a request's key in the cache."""
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
         """Send all requests; `done` is called with one or several outcomes as soon as they are known."""
 
 
 class _Pending:
-    """A comparison and its verdict so far."""
+    """A comparison's prompt and its verdict so far."""
 
     def __init__(self, prompt: JudgePrompt) -> None:
         self.prompt = prompt
@@ -57,10 +57,10 @@ class _Pending:
 
 
 class ChatJudge:
-    """(comparisons, progress) → verdicts in the same order. `calls` counts over all calls.
+    """Judge that asks a chat model. `calls` counts all requests since the judge was created.
 
-    asked: requests sent, each counted once with its retries. cached: replies found in the cache. Tokens: those of the
-    requests sent.
+    asked: requests sent, without their retries. retried: retries. cached: replies found in the cache. prompt_tokens,
+    completion_tokens: tokens of the requests that were sent and of their replies.
     """
 
     def __init__(self, section: Judge, backend: ChatBackend, cache: Path | None, say: Callable[[str], None]) -> None:
@@ -80,10 +80,10 @@ class ChatJudge:
         return [one.verdict for one in everything]
 
     def _round(self, comparisons: list[_Pending], attempt: int, progress: Callable[[int], None]) -> list[_Pending]:
-        """Ask about each comparison once; returns those whose reply had no verdict."""
+        """Ask about each comparison once; returns the comparisons whose reply had no verdict."""
         section, (endpoint, model) = self.section, self.backend.address
         parameters = {"temperature": float(section.temperature), "max_tokens": section.max_tokens}
-        waiting: dict[str, list[_Pending]] = {}  # equal comparisons, as of two equal answers, are one request
+        waiting: dict[str, list[_Pending]] = {}  # equal comparisons (of equal answers) are one request
         requests: dict[str, Messages] = {}
         unclear: list[_Pending] = []
         for one in comparisons:
@@ -131,5 +131,5 @@ def _updated(before: Verdict, outcome: Outcome) -> Verdict:
 
 
 def _clean(reply: Reply) -> Reply:
-    """Without lone surrogates, which an endpoint's JSON can hold and no file."""
+    """The reply without lone surrogates, which JSON can contain but UTF-8 cannot encode."""
     return reply._replace(text=reply.text.encode("utf-8", "replace").decode("utf-8"))

@@ -1,7 +1,7 @@
 """Estimate of a judge's calls and tokens for --dry-run. Imports no torch.
 
-The number of calls is exact once the answers exist. Before that it is counted from the files of the questions, and
-tokens assume answers of `generation.max_new_tokens`: an upper bound.
+The number of calls is exact once the answers exist. Before that it is counted from the question files, and the tokens
+assume that every answer has `generation.max_new_tokens`, which gives an upper bound.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from salsa_peft.config.schema import Recipe, Source
 from salsa_peft.utils.files import read_json_lines
 
 CHARACTERS = 4
-"""Characters of one token, a rule of thumb for English."""
+"""Number of characters per token, a rule of thumb for English."""
 INSTRUCTION = 250
-"""Tokens of a judge's prompt beside question and answers, a guess for both presets."""
+"""Number of tokens in a judge's prompt without question and answers: one guess for figure7 and fastchat."""
 VERDICT = 250
-"""Tokens of one reply, a guess: a brief comparison and the verdict."""
+"""Number of tokens in one reply, a guess: a brief comparison and the verdict."""
 COUNTABLE = 500_000_000
-"""Bytes: a larger file of questions is not read for the estimate."""
+"""Size in bytes above which a file of questions is not read for the estimate."""
 
 ON_THE_HUB = {
     ("lighteval/mt-bench", "train"): (80, (75, 101)),
@@ -32,22 +32,22 @@ ON_THE_HUB = {
     ("lmarena-ai/arena-hard-auto-v0.1", "train"): (500, (102,)),
     ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): (2000, (150,)),
 }
-"""(Hub id, split) of the paper's sets → number of questions, and tokens up to each turn (measured means; the last one
-is a guess)."""
+"""(Hub id, split) of the paper's sets → number of questions, and mean tokens of a question up to each turn (measured,
+for UltraFeedback a guess)."""
 
 
 class Cost(NamedTuple):
-    """What the judge of one recipe will be sent and will reply."""
+    """Estimated calls and tokens of a recipe's judge."""
 
     calls: int
     tokens_in: int
     tokens_out: int
     exact: bool
-    """Whether it was counted from existing answers."""
+    """Whether the calls were counted from existing answers."""
 
 
 def plan_line(recipe: Recipe, answers: Path | None) -> str | None:
-    """A line for the plan; None without a judge."""
+    """Line about the judge in the printed plan; None if the recipe has no judge."""
     judge = recipe.evaluate.judge
     if judge is None:
         return None
@@ -55,18 +55,18 @@ def plan_line(recipe: Recipe, answers: Path | None) -> str | None:
     if judge.kind == "reward":
         return "judge: reward, compares the scores that the evaluate stage records"
     if found is None:
-        return f"judge: {name}, number of calls known once the questions are read"
+        return f"judge: {name}, the number of calls is known once the questions have been read"
     if judge.kind == "function":
         return f"judge: {name}, {found.calls:,} comparisons"
     much = "about" if found.exact else "at most about"
     return (
         f"judge: {name}, {found.calls:,} calls, {much} {found.tokens_in / 1e6:.2g} M tokens in and"
-        f" {found.tokens_out / 1e6:.2g} M out, minus replies in the cache"
+        f" {found.tokens_out / 1e6:.2g} M out; fewer if replies are in the cache"
     )
 
 
 def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
-    """Calls and tokens of the recipe's judge; None if the questions cannot be counted in advance.
+    """Estimate the calls and tokens of the recipe's judge; None if the questions cannot be counted yet.
 
     answers: answers.jsonl of the finished evaluate stage, if there is one.
     """
@@ -77,7 +77,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
         known = {name: turns for name, source in prompts.items() if (turns := _turns(source)) is not None}
         if not known or len(known) < len(prompts):
             return None
-        # each turn is judged with those before it in view
+        # the prompt of a turn contains the earlier turns
         sizes = {name: [size + 2 * answer * turn for turn, size in turns] for name, turns in known.items()}
     section = recipe.search
     pairs = len(sweeps.with_picked(sweeps.compared_pairs(recipe), None))
@@ -91,7 +91,7 @@ def cost(recipe: Recipe, answers: Path | None) -> Cost | None:
 
 
 def _turns(source: Source) -> list[tuple[int, int]] | None:
-    """(turn, tokens up to it) for each turn of a local jsonl file or of one of the paper's sets."""
+    """(turn, tokens up to that turn) for all turns of a JSONL file or a set of the paper, else None."""
     if (source.path, source.split) in ON_THE_HUB:
         count, lengths = ON_THE_HUB[source.path, source.split]
         return list(enumerate(lengths, 1)) * min(count, source.limit or count)
@@ -101,14 +101,14 @@ def _turns(source: Source) -> list[tuple[int, int]] | None:
     with open(source.path, encoding="utf-8", errors="replace") as file:
         try:
             questions = [_texts(json.loads(line)) for line in file if line.strip()]
-        except ValueError:  # the evaluate stage names the row
+        except ValueError:  # the evaluate stage will report the row
             return None
     sizes = [list(itertools.accumulate(map(len, texts))) for texts in questions[: source.limit]]
     return [(turn, size // CHARACTERS) for up_to in sizes for turn, size in enumerate(up_to, 1)]
 
 
 def _texts(row: Any) -> list[str]:
-    """The user's turns, roughly; the evaluate stage checks the rows."""
+    """Texts of the user's turns, or of the whole row without `turns`; the evaluate stage checks the row."""
     turns = row.get("turns") if isinstance(row, dict) else None
     if isinstance(turns, list) and turns:
         return [turn if isinstance(turn, str) else json.dumps(turn) for turn in turns]
@@ -116,7 +116,7 @@ def _texts(row: Any) -> list[str]:
 
 
 def _from_answers(path: Path) -> dict[str, list[int]]:
-    """Set of questions → tokens of question and answers for each turn, by the answers' mean length."""
+    """Set of questions → tokens of questions and both answers up to each turn, by mean answer length."""
     shown: dict[tuple[str, Any, int], list[tuple[int, int]]] = {}
     for row in read_json_lines(path):
         key = (row["dataset"], row["index"], row["turn"])

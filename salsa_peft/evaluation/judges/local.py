@@ -1,7 +1,7 @@
 """A chat model in this process as judge, with its own chat template, greedy or sampled.
 
-With a temperature each row is sampled with a seed of its request, so that its reply does not depend on the batch. The
-model is loaded with the first request that is not in the cache.
+At a temperature above 0, each request is sampled with its own seed, so that the reply does not depend on the batch. The
+model is loaded for the first request that is not in the cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from salsa_peft.utils.hub import local_folder, readable_hub_errors
 
 WHERE = "evaluate.judge.model"
 ROOM = 64
-"""Tokens that a prompt must leave for the reply; a longer prompt is not sent."""
+"""Number of tokens that a prompt must leave for the reply; longer prompts are not sent."""
 
 
 class Row(NamedTuple):
@@ -39,11 +39,11 @@ class Row(NamedTuple):
     key: str
     ids: list[int]
     room: int
-    """Most tokens of the reply."""
+    """Maximum number of tokens in the reply."""
 
 
 class LocalModel:
-    """Answers requests and counts them in `calls`."""
+    """Chat backend that generates replies with a local model and counts requests in `calls`."""
 
     def __init__(self, section: Judge) -> None:
         self.section, self.calls = section, dict.fromkeys(CALLS, 0)
@@ -61,7 +61,7 @@ class LocalModel:
 
     @property
     def address(self) -> tuple[str, str]:
-        """The model's fingerprint, not its path: another model in the same folder has other keys in the cache."""
+        """The word "local" and the model's fingerprint, so that a replaced model misses the old replies."""
         return "local", self.identity
 
     def __call__(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
@@ -73,20 +73,20 @@ class LocalModel:
             ids = self.encode(messages)
             room = min(self.section.max_tokens, longest - len(ids))
             if room < min(ROOM, self.section.max_tokens):
-                done({key: Outcome(None, f"its prompt is too long for the judge, which reads {longest} tokens")})
+                done({key: Outcome(None, f"the prompt is too long for the judge, which reads {longest} tokens")})
             else:
                 rows.append(Row(key, ids, room))
         rows.sort(key=lambda row: (row.room, -len(row.ids)))
-        for _, of in itertools.groupby(rows, key=lambda row: row.room):  # no reply is cut because of another row
+        for _, of in itertools.groupby(rows, key=lambda row: row.room):  # one length limit per batch
             alike = list(of)
             for start in range(0, len(alike), self.section.concurrency):
                 done(self._answer(alike[start : start + self.section.concurrency]))
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids by the model's chat template.
+        """Token ids of the judge's messages, rendered with the model's chat template.
 
-        If the template takes no system message, its text is put before the user's. A special token that is spelled
-        out in an answer stays plain text.
+        If the template rejects the system message, its text is put before the user's. If an answer spells out a special
+        token, a space breaks it up, so that it stays plain text.
         """
         messages = [{**message, "content": self._plain(message["content"])} for message in messages]
         try:
@@ -137,7 +137,7 @@ class LocalModel:
 
 
 class SeededSampling(LogitsProcessor):
-    """Samples each row's token from the row's own uniform numbers."""
+    """Logits processor that samples each row's token with the row's own uniform random numbers."""
 
     def __init__(self, seeds: Sequence[int], length: int, temperature: float, place: torch.device) -> None:
         uniforms = uniform_numbers(seeds, length)

@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible endpoint, asked through the package openai.
 
 The client itself retries rate limits, server errors, timeouts and broken connections, and waits as long as a
-Retry-After header says. Here is what it leaves open: how many requests run at once, the budget, and what an error means
-for one comparison or for all of them.
+Retry-After header says. This module adds a limit of simultaneous requests, a budget of requests, and the distinction
+between errors that concern one comparison and errors that concern all of them.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from salsa_peft.utils.messages import one_line
 
 WHERE = "evaluate.judge"
 PATIENCE = 10
-"""After this many requests in a row without an answer, the endpoint is taken to be down."""
+"""Number of requests in a row without an answer after which the endpoint is taken to be down."""
 LONGEST_WAIT = 120
-"""Seconds: a longer Retry-After is not waited for by the client, and stops the judge here."""
+"""Longest Retry-After, in seconds, that the client waits for; a longer one stops the judge."""
 NO_KEY = "none"
 DEFAULT = "https://api.openai.com/v1"
-"""The client's own default; the environment variable OPENAI_BASE_URL overrides it, as it does there."""
+"""Address that the client uses by default. As in the client, the variable OPENAI_BASE_URL overrides it."""
 NO_COMPLETION = 599
 """Status given to a successful response without a chat completion (an HTML page, an error), so that the client retries
-it."""
+the request."""
 RETRIES = "x-stainless-retry-count"
 """Header in which the client counts the retries of a request."""
 NEW_LIMIT = "max_completion_tokens"
 """The name of max_tokens for OpenAI's newer models."""
-TRY = "check that it is up, then run again: answers so far are kept"
+TRY = "check that the endpoint is up, then run again: the replies received so far are kept"
 TOO_LONG = re.compile(
     r"context[ _]?(length|window|size)|maximum (context|sequence|input|model)|too (long|many tokens|large)|exceeds? .{0,40}(tokens|length)",
     re.IGNORECASE,
 )
 STOPS: dict[int | str, str] = {401: "key", 403: "key", 402: "account", 404: "model", 405: "model", "insufficient_quota": "account",
                                "model_not_found": "model", "unsupported_parameter": "parameter", "unsupported_value": "parameter"}  # fmt: skip
-"""HTTP status or error code → what is wrong with every request alike."""
+"""HTTP status or error code → the cause that makes every request fail."""
 
 
 class BudgetSpentError(openai.OpenAIError):
-    """The run has sent as many requests as `evaluate.judge.budget` allows.
+    """Raised if the run has sent as many requests as `evaluate.judge.budget` allows.
 
-    The client raises its own errors without a retry.
+    It is an OpenAIError because the client raises those without a retry.
     """
 
 
 class Endpoint:
-    """Sends requests to the endpoint and counts them in `calls`.
+    """Chat backend that sends requests to the endpoint and counts them in `calls`.
 
-    Raises SalsaError where no other request can succeed either: a wrong key or model, an exhausted account, an endpoint
+    Raises SalsaError if every further request would fail too: a wrong key or model, an exhausted account, an endpoint
     that is down.
     """
 
@@ -84,7 +84,7 @@ class Endpoint:
         asyncio.run(self._ask_all(requests, done))
 
     async def _ask_all(self, requests: Mapping[str, Messages], done: Callable[[dict[str, Outcome]], None]) -> None:
-        """`concurrency` workers, each taking the next request."""
+        """Send all requests with `concurrency` workers, each of which takes the next request."""
         waiting, errors = iter(requests.items()), []
 
         async def work(client: openai.AsyncOpenAI) -> None:
@@ -112,7 +112,7 @@ class Endpoint:
         )
 
     async def _ask(self, client: openai.AsyncOpenAI, messages: Messages, retries: int = 0) -> Outcome:
-        """One request with the client's retries."""
+        """Send one request, with the client's retries."""
         section, limit = self.section, self.limit
         options: dict[str, Any] = {"model": section.model, "messages": messages, "temperature": section.temperature}
         options |= {limit: section.max_tokens} | ({"extra_headers": {RETRIES: str(retries)}} if retries else {})
@@ -126,41 +126,41 @@ class Endpoint:
                 return await self._ask(client, messages, retries=1)
             return self._refused(error)
         except (openai.APITimeoutError, TimeoutError):
-            return self._unanswered(f"no answer within {section.timeout:g} s")
+            return self._unanswered(f"timeout after {section.timeout:g} s")
         except openai.APIConnectionError as error:
             cause = error.__cause__
             return self._unanswered(f"no connection ({self._line(str(cause) or type(cause).__name__)})")
         reply = reply_of(found.content)
-        assert reply is not None  # _check_response has looked
+        assert reply is not None  # ensured by _check_response
         self.answered, self.failed = self.answered + 1, 0
         return Outcome(reply._replace(text=self._clean(reply.text)))
 
     async def _count(self, request: Any) -> None:
-        """Hook before each request: the budget includes retries."""
+        """Hook before each request, retries included: counts it; BudgetSpentError if the budget is used up."""
         sent = self.calls["asked"] + self.calls["retried"]
         if self.section.budget is not None and sent >= self.section.budget:
             raise BudgetSpentError
         self.calls["asked" if request.headers[RETRIES] == "0" else "retried"] += 1
 
     async def _check_response(self, response: Any) -> None:
-        """Hook after each response: what the client is to retry beside its own rules."""
+        """Hook after each response: makes the client retry a missing completion, but not an exhausted account."""
         async with asyncio.timeout(self.section.timeout):  # the client's own timeout starts anew with every byte
             await response.aread()
         if response.is_success and reply_of(response.content) is None:
             response.status_code = NO_COMPLETION
-        if b"insufficient_quota" in response.content:  # OpenAI sends it as a rate limit, but no wait lifts it
+        if b"insufficient_quota" in response.content:  # sent as a rate limit, but waiting does not help
             response.headers["x-should-retry"] = "false"
 
     def _refused(self, error: openai.APIStatusError) -> Outcome:
-        """The outcome of a refused comparison. Raises SalsaError if the refusal concerns all of them."""
+        """Outcome of a comparison after an HTTP error. Raises SalsaError if every comparison would fail."""
         status, code = error.status_code, str(error.code or "")
         problem = "no chat completion in the response" if status == NO_COMPLETION else f"HTTP {status}"
-        if status != 401:  # OpenAI's message to a wrong key shows its ends
+        if status != 401:  # OpenAI's message about a wrong key quotes parts of the key
             problem += f" ({self._line(error.message.removeprefix(f'Error code: {status} - '))})"
         mend = {
             "key": f"set the environment variable {self.section.api_key_env} to a key that this endpoint accepts",
-            "model": f"check {WHERE}.model and {WHERE}.base_url (which mostly ends in /v1)",
-            "account": "check the account; answers so far are kept, and the next run asks for the rest",
+            "model": f"check {WHERE}.model and {WHERE}.base_url (which usually ends in /v1)",
+            "account": "check the account; the replies received so far are kept, and the next run asks for the rest",
             "parameter": f"set {WHERE} to values that this model accepts (temperature, max_tokens)",
         }
         wrong = STOPS.get(code) or STOPS.get(status)
@@ -169,12 +169,15 @@ class Endpoint:
         wait = error.response.headers.get("retry-after", "")
         require(
             not wait.isdigit() or int(wait) <= LONGEST_WAIT,
-            f"{WHERE}: {self.endpoint}: {problem}, and it asks to wait {wait} s; run again later: answers so far are kept",
+            f"{WHERE}: {self.endpoint}: {problem}, and the endpoint asks to wait {wait} s; run again later: the replies"
+            " received so far are kept",
         )
         if status == 413 or (status in (400, 422) and TOO_LONG.search(error.message)):
-            return Outcome(None, "its prompt is too long for the judge")
+            return Outcome(None, "the prompt is too long for the judge")
         return (
-            Outcome(None, "the endpoint's filter refused it") if code == "content_filter" else self._unanswered(problem)
+            Outcome(None, "the endpoint's content filter refused the prompt")
+            if code == "content_filter"
+            else self._unanswered(problem)
         )
 
     def _unanswered(self, problem: str) -> Outcome:
@@ -187,7 +190,7 @@ class Endpoint:
         return Outcome(None, f"no answer: {problem}")
 
     def _clean(self, text: str) -> str:
-        """Without the key, which an endpoint may send back."""
+        """The text without the API key, which an endpoint may send back."""
         return text if self.key == NO_KEY else text.replace(self.key, "[key]")
 
     def _line(self, text: str) -> str:

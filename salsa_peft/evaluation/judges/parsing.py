@@ -1,8 +1,8 @@
-"""A judge's reply → its verdict: [[A]], [[B]] or [[C]].
+"""Read the verdict [[A]], [[B]] or [[C]] from a judge's reply.
 
-On a reply with a single bracket the result is FastChat's. FastChat searches for [[A]], then [[B]], then [[C]], anywhere
-in the reply, and so reads a judge that repeats its instruction, or quotes an answer that contains a verdict, as A. Here
-each bracket is classified by its use:
+FastChat searches for [[A]], then [[B]], then [[C]] anywhere in the reply, and so reads A if the judge repeats its
+instruction or quotes an answer that contains [[A]]. The result differs from FastChat's if a reply has several
+brackets, or one that is not a verdict. Each bracket is classified by its use:
 
 - ignored: in the judge's thinking, in a repeated answer or instruction, attributed to an assistant, negated,
   hypothetical, in a question, or as code (`x[[A]]`);
@@ -22,28 +22,27 @@ BRACKET = re.compile(r"(?<!\w)\[\[\s*([ABC])\s*\]\](?!\w)", re.IGNORECASE)
 VERDICTS = {"A": "A", "B": "B", "C": "tie"}
 QUOTES = "\"'`*_“”‘’«»"
 CONTEXT = 400
-"""Characters before and after a bracket that are inspected."""
+"""Number of characters that are inspected before and after a bracket."""
 THOUGHT = re.compile(r"</think(?:ing)?>|<\|channel\|>final<\|message\|>")
-"""End of the judge's thinking: tags, or gpt-oss' channels."""
+"""End of the judge's thinking, as a tag or as a channel of gpt-oss."""
 THINKS = re.compile(r"<think(?:ing)?>|<\|channel\|>analysis<\|message\|>")
 FORCED = r"(?!\s+(i|we|forced|pressed|asked|made)\b(\s+(had|have|has|must|were|was|am))?)"
-"""After "if": not followed by "I had to choose", which announces a real verdict."""
+"""Lookahead after "if" that excludes phrases such as "if I had to choose", which announce a real verdict."""
 CONDITION = re.compile(rf"[{QUOTES}]*[ \t,:–—-]*\(?(if{FORCED}|when|whenever|in case)\b", re.IGNORECASE)
-"""After a bracket: a condition under which to write it, as in an instruction."""
+"""A condition right after a bracket, as in an instruction: "[[A]] if assistant A is better"."""
 FOR_A_TIE = re.compile(rf"[{QUOTES}]*[\s,:–—-]*\(?(for|in case of|means) (a )?(tie|draw)\b", re.IGNORECASE)
 LISTED = re.compile(rf"\b(and|or)\s*[{QUOTES}]*$", re.IGNORECASE)
-"""Before a bracket: the bracket is an item of a list."""
+""""and" or "or" right before a bracket, which makes the bracket an item of a list."""
 SENTENCE_END = re.compile(rf"[.!?][{QUOTES})\]]*\s|\n\s*\n")
 LINE_START = re.compile(rf"[\s\d.){QUOTES}•+#>-]*")
 LONGEST_GAP = 120
-"""Most characters between two brackets of one sentence."""
+"""Maximum number of characters between two brackets of one sentence."""
 REPEATED = re.compile(
     r"^=+\s*Begin[^\n]*=+\s*$.*?(^=+\s*End[^\n]*=+\s*$|\Z)|\[The Start of [^\]]*\].*?(\[The End of [^\]]*\]|\Z)"
     r"|<\|The Start of [^|]*\|>.*?(<\|The End of [^|]*\|>|\Z)",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
-"""An answer or the whole prompt that the judge repeats between the delimiters of our prompts, FastChat's or
-Arena-Hard's."""
+"""An answer or a whole prompt that the judge repeats, between the delimiters of figure7, FastChat or Arena-Hard."""
 FENCE = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
 NEGATED = re.compile(
     r"(\b(not|never|nor|neither|cannot|rather than|instead of|as opposed to)\b|n[’']t\b)[^:;.!?\n]{0,30}$",
@@ -55,7 +54,7 @@ CONCEDED = re.compile(
     r"|(was|were|felt) (almost |nearly )?(tempted|inclined|leaning|going)|almost|nearly)\b[^,;:.!?\n]*$",
     re.IGNORECASE,
 )
-"""In the clause before a bracket: a concession, somebody else's view, or a first impression that is then abandoned."""
+"""Words in the clause before a bracket that mark a concession, another view or an abandoned first impression."""
 HYPOTHETICAL = re.compile(
     rf"(\b(if|unless){FORCED}\b[^.!?\n]*\b(would|could|might)\b|\b(had|were) (it|this|that|the|they|assistant|answer)\b[^.!?\n]*\bwould\b|\bwould have\b)[^.!?\n]*$",
     re.IGNORECASE,
@@ -67,7 +66,7 @@ ASKED = re.compile(
 )
 """The beginning of a question."""
 QUESTION_MARK = re.compile(rf"[{QUOTES})\]]*\s?\?")
-"""Right after a bracket: the bracket is part of a question."""
+"""A question mark right after a bracket, which makes the bracket part of a question."""
 SPEAKER = r"\b(assistants?|answers?|responses?|models?|candidates?|repl(y|ies)|texts?|outputs?|prompts?|users?|instructions?|it|which|that)\b"
 SAYS = (
     r"(says?|said|saying|writes?|wrote|writing|written|claims?|claimed|claiming|contains?|contained|containing|includes?|included|including"
@@ -80,21 +79,21 @@ ATTRIBUTED = re.compile(
     rf"[{QUOTES}>\s]*$",
     re.IGNORECASE,
 )
-"""Before a bracket: the bracket is quoted from an assistant."""
+"""Words right before a bracket that attribute the bracket to somebody else: "Assistant A ends with"."""
 ATTRIBUTED_QUOTATION = re.compile(
     rf"({SPEAKER}[^.!?\n]*\b{SAYS}|\b(string|phrase|token|tag|marker|words|text|line|sequence|quotation|instruction))\b[^.!?\n]*$",
     re.IGNORECASE,
 )
-"""Before a quotation that contains a bracket."""
+"""Words before a quotation that attribute the quotation to somebody else."""
 AFTER_QUOTATION = re.compile(
     r"[.!]?[\"'”’»`]+[\s,(–—-]*(says?|said|wrote|writes?|claims?|claimed|is what|as (assistant|answer|it)|appears?|appeared|occurs?|stands?|in (its|the|their|assistant|answer)"
     r"|inside|at the end of|by assistant|from (assistant|answer))\b",
     re.IGNORECASE,
 )
 LED_IN = re.compile(r"\b(assistant|answer|response|model|candidate) [AB12]\b([’']s)?[\w ]*$", re.IGNORECASE)
-"""A line before a quotation: "Assistant A's answer"."""
+"""A line that announces a quotation, such as "Assistant A's answer"."""
 NOTHING_ELSE = re.compile(r"\W*(\w+\n)?\W*((my|the|final|verdict|answer|is|winner|[ABC])\b\W*)*", re.IGNORECASE)
-"""A code block that contains only a verdict, after the name of its language."""
+"""A code block that contains only a verdict, with or without the name of a language."""
 CUE = re.compile(
     r"\b(verdict|final(ly)?|choose|chose|choice|decision|decide|judg(e)?ment|conclusion|conclude|winner|therefore|pick|my answer|i answer)\b",
     re.IGNORECASE,
@@ -108,9 +107,9 @@ SAID, DECLARED = 1, 2
 
 
 def read_verdict(text: str) -> str | None:
-    """A | B | tie, or None if the reply has no verdict or an ambiguous one."""
+    """The verdict of a reply, A, B or tie; None if the reply has no verdict or an ambiguous one."""
     text = THOUGHT.split(text)[-1]
-    text = THINKS.split(text)[0]  # thinking without an end: the reply was cut
+    text = THINKS.split(text)[0]  # thinking that does not end: the reply was cut off
     repeated, fences = ([match.span() for match in pattern.finditer(text)] for pattern in (REPEATED, FENCE))
     brackets = [bracket for bracket in BRACKET.finditer(text) if _around(bracket, repeated) is None]
     uses = {bracket: use for bracket in brackets if (use := _use(text, bracket, fences))}
@@ -121,7 +120,7 @@ def read_verdict(text: str) -> str | None:
 
 
 def _settled(text: str, said: list[re.Match[str]]) -> str | None:
-    """The verdict of brackets that have the same use."""
+    """The verdict of brackets of the same use, SAID or DECLARED; None if ambiguous or without brackets."""
     if not said:
         return None
     last = said[-1]
@@ -144,7 +143,7 @@ def _around(bracket: re.Match[str], spans: list[tuple[int, int]]) -> tuple[int, 
 
 
 def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> int:
-    """0 if a bracket is no verdict, else SAID or DECLARED."""
+    """Use of a bracket: 0 if the bracket is not a verdict, else SAID or DECLARED."""
     before, after = _sentence(text, bracket), text[bracket.end() : bracket.end() + CONTEXT]
     listed = LISTED.search(before[-20:]) or "]]" in before[-LONGEST_GAP:]
     if CONDITION.match(after) or (FOR_A_TIE.match(after) and listed) or _asked(before, after):
@@ -168,14 +167,14 @@ def _use(text: str, bracket: re.Match[str], fences: list[tuple[int, int]]) -> in
 
 
 def _sentence(text: str, bracket: re.Match[str]) -> str:
-    """The part of the bracket's sentence before it."""
+    """The part of a bracket's sentence that precedes the bracket."""
     before = text[max(0, bracket.start() - CONTEXT) : bracket.start()]
     ends = [match.end() for match in SENTENCE_END.finditer(before)]
     return before[ends[-1] if ends else 0 :].rpartition("\n")[2]
 
 
 def _asked(before: str, after: str) -> bool:
-    """Whether a bracket is in a question, other than one that follows the verdict ("[[A]], right?")."""
+    """Whether a bracket is part of a question; a tag question after it ("[[A]], right?") does not count."""
     ends = re.search(r"[.!?\n]", after)
     return QUESTION_MARK.match(after) is not None or (
         ASKED.match(before) is not None and ends is not None and ends[0] == "?"
@@ -183,14 +182,14 @@ def _asked(before: str, after: str) -> bool:
 
 
 def _led_in(before: str) -> bool:
-    """Whether the text before a line or a code block announces a quotation: "Answer A ends with:"."""
+    """Whether the text before a line or code block announces a quotation, as "Answer A ends with:" does."""
     line = before[-CONTEXT:].rstrip("\n >").rpartition("\n")[2].rstrip()
     line, colon, rest = line.rpartition(":")
     return bool(colon and not rest.strip("*_")) and bool(ATTRIBUTED_QUOTATION.search(line) or LED_IN.search(line))
 
 
 def _quotation(before: str) -> int | None:
-    """Characters from a quotation's start to the bracket inside it; None outside quotations."""
+    """Number of characters from the start of the quotation that is open at the end of `before`, or None."""
     places = [before.rfind(mark) for mark in '"`' if before.count(mark) % 2]
     places += [before.rfind(pair[0]) for pair in ("“”", "«»", "‘’") if before.rfind(pair[0]) > before.rfind(pair[1])]
     places += [single.start() for single in re.finditer(r"(?<!\w)'[^']*$", before)]
@@ -205,7 +204,7 @@ def _declared(text: str, bracket: re.Match[str]) -> bool:
 
 
 def _groups(text: str, brackets: list[re.Match[str]]) -> list[list[re.Match[str]]]:
-    """Brackets grouped by sentence or list."""
+    """Group the brackets that are in one sentence or one list."""
     groups: list[list[re.Match[str]]] = []
     for bracket in brackets:
         if groups and _together(text, groups[-1][-1], bracket):

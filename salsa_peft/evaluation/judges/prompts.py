@@ -1,8 +1,8 @@
-"""The prompt of a judge for one comparison, and the types that every judge shares.
+"""The judge's prompt for one comparison, and the types that all judges share.
 
-`figure7` puts the prompt of the paper's judge (Figure 7) in our words. `fastchat` takes FastChat's own
-judge_prompts.jsonl and chooses by turn and category as its gen_judgment.py does. FastChat's delimiters stay as they are
-in its file; ours change where an answer contains them. Imports no torch.
+`figure7` is the prompt of the paper's judge (Figure 7), reworded. `fastchat` takes a prompt from FastChat's
+judge_prompts.jsonl, chosen by turn and category as in FastChat's gen_judgment.py. If an answer contains delimiters like
+those of figure7, they get a tag; FastChat's delimiters are never changed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ class Verdict(NamedTuple):
     """A judge's decision on one comparison."""
 
     winner: str | None
-    """A (shown first) | B | tie; None: missing."""
+    """A (the answer shown first), B or tie; None if there is no verdict."""
     prompt: str
-    """The user message of the last request."""
+    """The user message of the last request to the judge."""
     text: str
-    """The judge's reply; "" without one."""
+    """The judge's reply; "" if there is none."""
     asked: int
-    """Number of replies, from the cache or not."""
+    """Number of the judge's replies, including those from the cache."""
     why: str = ""
-    """Why a verdict is missing."""
+    """Reason for a missing verdict; "" if there is a verdict."""
 
 
 class JudgePrompt(NamedTuple):
     """System and user message of a judge for one comparison."""
 
     name: str
-    """figure7, pair-math-v1 …"""
+    """Name of the prompt: figure7, pair-math-v1 …"""
     system: str
     user: str
 
@@ -87,7 +87,7 @@ REMINDER = (
 
 
 def figure7(comparison: Comparison) -> JudgePrompt:
-    """Question and answers, or two conversations, between delimiters that no text in them closes."""
+    """The prompt `figure7`: question and answers, or two conversations, between unambiguous delimiters."""
     mark = _marks([*comparison.turns, *comparison.a, *comparison.b])
     if len(comparison.turns) == 1:
         blocks = [("User's question", comparison.turns[0]), ("Assistant A's answer", comparison.a[0]), ("Assistant B's answer", comparison.b[0])]  # fmt: skip
@@ -102,10 +102,10 @@ def figure7(comparison: Comparison) -> JudgePrompt:
 
 
 def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
-    """A function that puts a named block between delimiters.
+    """Return a function (name, text) → the text between delimiters that contain the name.
 
-    If a text contains such a delimiter, ours carry eight digits of a hash of all texts; they are the same in both
-    orders of a pair.
+    If a text contains something like a delimiter, a tag is added to all delimiters: eight digits of a hash of all
+    texts, the same in both orders of a pair.
     """
     tag = ""
     if any(re.search(r"=\s*(begin|end)\b", text, re.IGNORECASE) for text in texts):
@@ -116,11 +116,11 @@ def _marks(texts: Sequence[str]) -> Callable[[str, str], str]:
 
 PROMPT_FIELDS["pair-math-v1"] = PROMPT_FIELDS["pair-v2"] | {"ref_answer_1"}
 PROMPT_FIELDS["pair-math-v1-multi-turn"] = PROMPT_FIELDS["pair-v2-multi-turn"] | {"ref_answer_1", "ref_answer_2"}
-"""FastChat's pairwise prompts and the fields of each."""
+"""Name of a pairwise prompt of FastChat → its fields."""
 
 
 def fastchat(prompts: Mapping[str, Mapping[str, str]], comparison: Comparison) -> JudgePrompt:
-    """FastChat's pair-v2, or pair-math-v1 for a category with references; -multi-turn for two turns."""
+    """FastChat's prompt: pair-v2, or pair-math-v1 with reference answers; for two turns with -multi-turn."""
     require(
         len(comparison.turns) <= 2,
         f"evaluate.judge.prompt: FastChat's prompts cover at most 2 turns, and a question has {len(comparison.turns)};"
@@ -137,7 +137,7 @@ def fastchat(prompts: Mapping[str, Mapping[str, str]], comparison: Comparison) -
 
 
 def renderer(section: Judge) -> Callable[[Comparison], JudgePrompt]:
-    """The function that renders this judge's prompts. Raises SalsaError for an unreadable file."""
+    """The function that renders a judge's prompts. Raises SalsaError if FastChat's file is unreadable."""
     if section.prompt == "figure7":
         return lambda comparison: figure7(_clean(comparison))
     prompts = read_prompts(str(section.prompts))
@@ -145,7 +145,7 @@ def renderer(section: Judge) -> Callable[[Comparison], JudgePrompt]:
 
 
 def _clean(comparison: Comparison) -> Comparison:
-    """The same without lone surrogates, which neither an endpoint nor a hash accepts."""
+    """The comparison without lone surrogates, which neither an endpoint nor a hash accepts."""
 
     def clean(texts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(text.encode("utf-8", "replace").decode("utf-8") for text in texts)

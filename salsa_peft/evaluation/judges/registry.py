@@ -1,8 +1,8 @@
-"""The judges of pairwise comparisons: openai | local | reward | function.
+"""The kinds of judges for pairwise comparisons: openai, local, reward and function.
 
-A judge is a callable `(comparisons, progress) → verdicts`, in the same order, with `calls`; it calls progress with the
-number of comparisons just decided. It sees one comparison at a time; the two orders of a pair of answers are two
-comparisons.
+A judge is a callable `(comparisons, progress) → verdicts`, with the verdicts in the order of the comparisons, and has
+counters in `calls`. The judge calls `progress` with the number of comparisons just decided. The two orders of a pair of
+answers are two separate comparisons.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from salsa_peft.utils.messages import short
 WHERE = "evaluate.judge"
 Say = Callable[[str], None]
 VERDICTS = {"A": "A", "B": "B", "C": "tie", "tie": "tie", None: None}
-"""What a judge function may return for a comparison → the winner."""
+"""Verdict that a judge function may return → the winner."""
 
 
 class PairwiseJudge(Protocol):
-    """Decides comparisons."""
+    """Interface of a judge: a callable that decides comparisons."""
 
     @property
     def calls(self) -> dict[str, int]:
-        """asked, cached, retried, prompt_tokens, completion_tokens: counted since the judge was created."""
+        """Counters since the judge was created: asked, cached, retried, prompt_tokens, completion_tokens."""
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Callable[[int], None]) -> list[Verdict]:
-        """A verdict for each comparison."""
+        """Return a verdict for each comparison."""
 
 
 class RewardJudge:
-    """Compares `Comparison.scores`: a tie up to a difference of `margin`, missing if not finite."""
+    """Judge by `Comparison.scores`: a tie if they differ by at most `margin`, missing if not finite."""
 
     def __init__(self, margin: float) -> None:
         self.margin, self.calls = margin, dict.fromkeys(CALLS, 0)
@@ -51,8 +51,8 @@ class RewardJudge:
     def _verdict(self, comparison: Comparison) -> Verdict:
         if comparison.scores is None:
             raise SalsaError(
-                f"{WHERE}: the answers have no scores of the recipe's reward, which this judge compares; set"
-                f" {WHERE}.kind to another judge"
+                f"{WHERE}: the answers have no scores of the recipe's reward, which the judge reward compares;"
+                f" set {WHERE}.kind to openai, local or function"
             )
         a, b = comparison.scores
         text = f"scores {a:.4f} and {b:.4f}"
@@ -64,13 +64,13 @@ class RewardJudge:
 class FunctionJudge:
     """A Python function as judge: `function(questions, first, second, **more) -> list of verdicts`.
 
-    questions: for each comparison the user's turns up to the judged one as messages, [{role: user, content}, …]. first,
-    second: the texts of the two answers to the last turn. It may also take `conversations_first`,
-    `conversations_second` (messages with the earlier answers, the judged one last), `turns` (the number of the judged
-    turn), `categories`, and `references` (lists by turn, or None). It returns one verdict for each comparison: A if the
-    first answer is better, B if the second is, C or tie if neither is, None for no verdict (the comparison counts as
-    missing). It is called with at most `concurrency` comparisons at once. An async function is awaited. Nothing is
-    cached.
+    Every argument is a list with one entry per comparison. questions: the user's turns up to the judged one as
+    messages, [{role: user, content}, …]. first, second: the texts of the two answers to the judged turn. The function
+    may also take `conversations_first`, `conversations_second` (messages of user and assistant, the judged answer
+    last), `turns` (number of the judged turn), `categories`, and `references` (lists by turn, or None). The function
+    returns one verdict for each comparison: A if the first answer is better, B if the second is, C or tie if neither
+    is, None for no verdict (the comparison counts as missing). One call has at most `concurrency` comparisons. An async
+    function is awaited. Nothing is cached.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], batch: int) -> None:
@@ -83,8 +83,8 @@ class FunctionJudge:
         unknown = [one.name for one in named if one.name not in known and one.default is one.empty]
         require(
             not positional and not unknown,
-            f"judge {name}: its parameter {', '.join(positional or unknown)}"
-            f" {'is positional-only' if positional else 'is unknown'}; it can take the keyword arguments"
+            f"judge {name}: the function's parameter {', '.join(positional or unknown)}"
+            f" {'is positional-only' if positional else 'is unknown'}; the function can take the keyword arguments"
             f" {', '.join(sorted(known))}",
         )
         self.takes = {one.name for one in named}
@@ -100,8 +100,8 @@ class FunctionJudge:
             sized = isinstance(found, Sized) and not isinstance(found, str | bytes | Mapping | Set)
             require(
                 sized and len(found) == len(part),
-                f"judge {self.name}: returned {short(found)}, expected a list of {len(part)} verdicts, one for each"
-                " comparison",
+                f"judge {self.name}: the function returned {short(found)}, but must return a list of {len(part)}"
+                " verdicts, one for each comparison",
             )
             verdicts += [self._verdict(one) for one in found]
             progress(len(part))
@@ -122,7 +122,8 @@ class FunctionJudge:
     def _verdict(self, returned: Any) -> Verdict:
         require(
             returned is None or (isinstance(returned, str) and returned in VERDICTS),
-            f"judge {self.name}: returned the verdict {short(returned)}, expected A, B, C, tie or None",
+            f"judge {self.name}: the function returned the verdict {short(returned)}, but a verdict must be A, B, C, tie"
+            " or None",
         )
         return Verdict(VERDICTS[returned], "", returned or "", 1, "no verdict" if returned is None else "")
 
@@ -165,9 +166,10 @@ JUDGES: dict[str, Callable[[Judge, Path | None, Say], PairwiseJudge]] = {
     "reward": lambda section, cache, say: RewardJudge(section.margin),
     "function": _function,
 }
-"""Kind → its constructor: (section of the recipe, file of the cache or None, function that prints a line) → judge."""
+"""Kind of judge → function that creates the judge from: the section evaluate.judge, the cache's path (None: cache in
+memory), and a function that prints a line."""
 
 
 def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
-    """The judge of a recipe. Raises SalsaError, before any request, if it lacks what it needs."""
+    """Create a recipe's judge. Raises SalsaError, before any request, for an unusable model, key or function."""
     return JUDGES[section.kind](section, cache, say)

@@ -1,8 +1,8 @@
-"""The judge stage: the answers of every pair of models are judged, turn by turn, in both orders.
+"""The judge stage: a judge compares the answers of each pair of models, turn by turn, in both orders.
 
-A model wins a turn only if it wins in both orders (FastChat's rule). Replies are kept in <run>/judge_cache.sqlite as
-soon as they arrive: a run that was killed repeats no request, and a judge stage with another pair sends only what is
-new.
+A model wins a turn only if it wins in both orders (FastChat's rule). Replies are stored in <run>/judge_cache.sqlite as
+soon as they arrive: after a killed run no request is repeated, and if a pair is added to the recipe, only the requests
+of that pair are sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dataset:
 
     questions: list[dict[str, Any]]
     answers: dict[tuple[str, int], list[dict[str, Any]]]
-    """(model, index of the question) → its answers, turn by turn."""
+    """(model, index of the question) → rows of the model's answers, one for each turn."""
 
 
 class Match(NamedTuple):
@@ -49,7 +49,7 @@ class Match(NamedTuple):
 
 
 def read_answers(folder: Path) -> dict[str, Dataset]:
-    """Name of a set → its questions and answers, from the folder of the evaluate stage."""
+    """Read the evaluate stage's folder; returns name of a set → its questions and answers."""
     found: dict[str, Dataset] = {}
     for row in read_json_lines(folder / "questions.jsonl"):
         found.setdefault(row["dataset"], Dataset([], {})).questions.append(row)
@@ -59,7 +59,7 @@ def read_answers(folder: Path) -> dict[str, Dataset]:
 
 
 def matches(datasets: dict[str, Dataset], pairs: Pairs, sets: Iterable[str]) -> list[Match]:
-    """All matches of these pairs on these sets of questions, in order."""
+    """The matches of all pairs on all given sets of questions, one for each turn of each question."""
     return [
         Match(name, question, turn, a, b)
         for a, b in pairs
@@ -85,14 +85,14 @@ def both_orders(match: Match, datasets: dict[str, Dataset]) -> list[Comparison]:
 
 
 def _opening(messages: Sequence[dict[str, str]]) -> str:
-    """What the first answer replies to: a single user message, or all messages before it."""
+    """The text that the first answer replies to: the only message, or all messages with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
 
 
 def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """A row of judgments.jsonl: the verdicts of both orders in terms of a and b, and the winner."""
+    """A row of judgments.jsonl: the winner in each order (a, b, tie, missing), and the match's winner."""
     first, second = BOTH[verdicts[0].winner][0], BOTH[verdicts[1].winner][1]
     rows = [datasets[match.dataset].answers[model, match.question["index"]] for model in (match.a, match.b)]
     lengths = [of[match.turn - 1]["length"] for of in rows]
@@ -113,7 +113,7 @@ def judgment_row(match: Match, datasets: dict[str, Dataset], verdicts: Sequence[
 
 
 def statistics(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Rates, intervals and tests of one pair's rows, from one set of questions or several."""
+    """Rates, interval and test of one pair from its rows, which may be of several sets of questions."""
     judgments = [
         Judgment((row["dataset"], row["index"]), row["turn"], row["first"], row["second"], *row["lengths"])
         for row in rows
@@ -122,7 +122,7 @@ def statistics(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def results(rows: Sequence[dict[str, Any]], datasets: dict[str, Dataset]) -> dict[str, Any]:
-    """Set of questions → the results of its pairs, p-values corrected (Holm) over the pairs of the set."""
+    """Set of questions → results of its pairs; p_holm is corrected over the pairs of the set."""
     found = {}
     for name, dataset in datasets.items():
         of = [row for row in rows if row["dataset"] == name]
@@ -140,7 +140,7 @@ def results(rows: Sequence[dict[str, Any]], datasets: dict[str, Dataset]) -> dic
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Write judgments.jsonl, verdicts.json and the files that FastChat and arena-hard-auto read."""
+    """Run the stage: write judgments.jsonl, verdicts.json and the files for FastChat and arena-hard-auto."""
     recipe, section = job.recipe, job.recipe.evaluate.judge
     assert section is not None
     datasets = read_answers(job.inputs["evaluate"])

@@ -352,7 +352,7 @@ class TestReferences:
 
     def test_a_soup_that_is_not_there(self, make_base: Any, members: dict[int, Path]) -> None:
         model = adapters.attach(make_base(), members[0], "policy")
-        with pytest.raises(SalsaError, match="reference soup: this needs the result of the soup stage"):
+        with pytest.raises(SalsaError, match="reference soup: the result of the soup stage is missing"):
             references.attach_reference(model, parse_reference("reference", "soup")[0], members, None, "x")
 
     def test_what_a_library_user_passes(self, make_base: Any, members: dict[int, Path], summed: Any) -> None:
@@ -397,7 +397,7 @@ class TestReferences:
         """'base' was the model without adapters then, whatever was meant."""
         model = adapters.attach(adapters.attach(make_base(), members[0], "policy"), members[1], "base")
         with pytest.raises(
-            SalsaError, match="'base' is the model without its adapters, and the model has an adapter of that name"
+            SalsaError, match="'base' means the model without its adapters, but the model has an adapter called 'base'"
         ):
             references.as_references(model, ["base"])
         for adapter in ("base", None):

@@ -721,27 +721,27 @@ class TestRecipe:
             ("reward: ./gone", "recipes/gone'; give the folder or Hub id of a sequence classifier"),
             (
                 "reward: []",
-                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, but this list is empty",
+                r"reward\.model: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, but this list is empty",
             ),
             (
                 "reward: 3",
-                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+                r"reward\.model: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, not 3",
             ),
             (
                 "reward: {model: {model: adapter}}",
-                r"reward\.model: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not \{'model': 'adapter'\}",
+                r"reward\.model: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, not \{'model': 'adapter'\}",
             ),
             (
                 "reward: [adapter, 3]",
-                r"reward\.model\[1\]: must be adapter, module:name \(a function\), a sequence classifier's folder or Hub id, or a list of these, not 3",
+                r"reward\.model\[1\]: must be adapter, module:name \(a function\), the folder or Hub id of a sequence classifier, or a list of these, not 3",
             ),
             (
                 "reward: [{weight: 2}]",
-                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found weight",
+                r"reward\.model\[0\]: must have the key model, and may have weight and name, but it has: weight",
             ),
             (
                 "reward: [{model: adapter, weigth: 2}]",
-                r"reward\.model\[0\]: must have the keys model, and optionally weight and name; found model, weigth",
+                r"reward\.model\[0\]: must have the key model, and may have weight and name, but it has: model, weigth",
             ),
             (
                 "reward: [{model: adapter, weight: x}]",
@@ -753,7 +753,7 @@ class TestRecipe:
             ),
             (
                 "reward: [{model: adapter, name: a b}]",
-                "name: must consist of letters, digits, dots, - and _, at most 64, not 'a b'",
+                "name: must consist of letters, digits, dots, - and _, at most 64 characters, not 'a b'",
             ),
             (
                 "reward: [org/rm, other/rm]",
@@ -762,7 +762,7 @@ class TestRecipe:
             ("reward: {modl: adapter}", "reward.modl: unknown key; did you mean model"),
             (
                 "reward: own_score:f\nppo: {value: adapter}",
-                r"ppo\.value: adapter is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
+                r"ppo\.value: `adapter` is initialized from the reward adapter, but reward\.model trains none; set ppo\.value=head, or add adapter to reward\.model",
             ),
         ],
     )
