@@ -447,7 +447,9 @@ class TestAnotherBase:
         policy = get_peft_model(world.load(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
         trainer = DPOTrainer(policy, args=args, train_dataset=pairs, processing_class=world.tokenizer)
         before = dict(trainer.model.peft_config)
-        one_line(lambda: use_reference(trainer, world.seeds[1]), "these weights were trained on a base with the fingerprint")
+        one_line(
+            lambda: use_reference(trainer, world.seeds[1]), "these weights were trained on a base with the fingerprint"
+        )
         assert trainer.model.peft_config.keys() == before.keys()
 
     def test_the_same_base_in_other_shards_is_the_same(self, world: World, capsys: Any) -> None:

@@ -268,7 +268,10 @@ def logits_of_base(model: Any) -> torch.Tensor:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head.weight, a trained copy of a module of the base"),
-    "dora": ({"use_dora": True}, "use_dora: True, and the average of DoRA adapters is not an adapter; merge the adapter into its base"),
+    "dora": (
+        {"use_dora": True},
+        "use_dora: True, and the average of DoRA adapters is not an adapter; merge the adapter into its base",
+    ),
     "bias": ({"bias": "all"}, "bias: 'all', which changes the base that all roles share"),
     "tokens": (
         {"trainable_token_indices": [5]},
