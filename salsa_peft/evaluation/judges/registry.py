@@ -171,5 +171,5 @@ memory), and a function that prints a line."""
 
 
 def judge_of(section: Judge, *, cache: Path | None, say: Say) -> PairwiseJudge:
-    """Create a recipe's judge. Raises SalsaError, before any request, for an unusable model, key or function."""
+    """Create the recipe's judge. Raises SalsaError if the model, key or function is unusable."""
     return JUDGES[section.kind](section, cache, say)
